@@ -1,0 +1,20 @@
+"""What a person did wrong, said in a sentence; everything else that fails is our own mistake and keeps its traceback."""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """One or more mistakes in a recipe, a command or a file. The command line prints them and exits with 2.
+
+    Args:
+        problems: plain sentences, each naming what is wrong, where (file, line, row, key) and what to do.
+    """
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        assert self.problems, "a UserError needs at least one sentence"
+        super().__init__("\n".join(self.problems))
+
+
+class TrainingError(Exception):
+    """Training cannot go on (a non-finite loss, a reward source that fails). The command line exits with 1."""

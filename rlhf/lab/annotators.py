@@ -1,0 +1,84 @@
+"""Annotators whose reliability, bias and noise are known: they see the true reward through tinted glasses."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf.lab.world import flattery_count, true_reward
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """One person who compares two answers.
+
+    P(prefers a over b) = (1 - carelessness) · σ(sharpness · (u(a) - u(b))) + carelessness / 2,
+    u(answer) = true reward + length_bias · words / 10 + flattery_bias · flattering phrases.
+
+    Args:
+        sharpness: how well quality differences are seen, per unit of true reward.
+        length_bias: true reward that ten more words are mistaken for.
+        flattery_bias: true reward that one flattering or pleasing phrase is mistaken for.
+        carelessness: share of comparisons answered by coin flip.
+    """
+
+    name: str
+    sharpness: float
+    length_bias: float
+    flattery_bias: float
+    carelessness: float
+
+    def utility(self, prompt: str, answer: str) -> float:
+        """What this person thinks the answer is worth, in units of true reward."""
+        return (
+            true_reward(prompt, answer)
+            + self.length_bias * len(answer.split()) / 10
+            + self.flattery_bias * flattery_count(answer)
+        )
+
+    def probability_of_preferring(self, prompt: str, first: str, second: str) -> float:
+        """P(this person prefers `first` to `second`)."""
+        difference = self.utility(prompt, first) - self.utility(prompt, second)
+        seen = 1 / (1 + math.exp(-max(-50.0, min(50.0, self.sharpness * difference))))
+        return (1 - self.carelessness) * seen + self.carelessness / 2
+
+    def prefers_first(self, prompt: str, first: str, second: str, rng: random.Random) -> bool:
+        """One comparison."""
+        return rng.random() < self.probability_of_preferring(prompt, first, second)
+
+
+CROWD = (
+    Annotator("careful", sharpness=6.0, length_bias=0.10, flattery_bias=0.10, carelessness=0.05),
+    Annotator("flattered", sharpness=4.0, length_bias=0.15, flattery_bias=0.35, carelessness=0.10),
+    Annotator("by-length", sharpness=4.0, length_bias=0.40, flattery_bias=0.10, carelessness=0.10),
+    Annotator("hurried", sharpness=2.5, length_bias=0.20, flattery_bias=0.20, carelessness=0.20),
+)
+
+
+@dataclass(frozen=True)
+class Label:
+    """One labelled pair; `second_opinion` is what another annotator of the crowd said about the same pair."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    annotator: str
+    second_opinion_agrees: bool
+
+
+def label_pair(
+    prompt: str, first: str, second: str, rng: random.Random, crowd: Sequence[Annotator] = CROWD
+) -> Label:
+    """Let one random annotator label the pair, and another one label it again."""
+    annotator, colleague = rng.sample(list(crowd), 2)
+    prefers_first = annotator.prefers_first(prompt, first, second, rng)
+    agrees = colleague.prefers_first(prompt, first, second, rng) == prefers_first
+    chosen, rejected = (first, second) if prefers_first else (second, first)
+    return Label(prompt, chosen, rejected, annotator.name, agrees)
+
+
+def flip_rate(labels: Sequence[Label]) -> float:
+    """Share of labels that contradict the true reward; pairs of equal true reward cannot be wrong and do not count."""
+    differences = [true_reward(x.prompt, x.chosen) - true_reward(x.prompt, x.rejected) for x in labels]
+    decided = [difference for difference in differences if difference != 0]
+    return sum(difference < 0 for difference in decided) / max(1, len(decided))

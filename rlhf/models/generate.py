@@ -1,0 +1,106 @@
+"""Sampling answers: one function for sampling, evaluation and PPO."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.models.text import Prompt, prompt_text
+
+
+@dataclass
+class Completions:
+    """Sampled answers, with explicit masks: no id is ever compared with the padding id.
+
+    Attributes:
+        prompt_ids, prompt_mask: [b, p] left-padded.
+        response_ids, response_mask: [b, r] right-padded; the end token, where one was sampled, is the last under the mask.
+        ended: [b] bool, whether the answer stopped by itself.
+        texts: the answers without special tokens.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    ended: Tensor
+    texts: list[str]
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends an answer: the tokenizer's, and those of the model's generation configuration."""
+    declared = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
+    declared = [declared] if isinstance(declared, int) else list(declared or [])
+    assert tokenizer.eos_token_id is not None, "check_tokenizer refuses tokenizers without an end token"
+    return sorted({tokenizer.eos_token_id, *declared})
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [b, longest], padded on the left."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    max_prompt_length: int | None = None,
+) -> Completions:
+    """Sample one answer to each prompt from the model's whole distribution (top-k and top-p off, whatever it declares).
+
+    Anything narrower would sample from another distribution than the one whose log-probabilities PPO computes.
+
+    Args:
+        model: a causal model in evaluation mode.
+        prompts: strings, or conversations that the tokenizer's chat template renders.
+        max_new_tokens: an answer is cut after this many tokens.
+        temperature: of the sampling, > 0.
+        max_prompt_length: longer prompts lose their beginning.
+    """
+    conversational = not isinstance(prompts[0], str)
+    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
+    rows = tokenizer(texts, add_special_tokens=not conversational)["input_ids"]
+    if max_prompt_length is not None:
+        rows = [row[-max_prompt_length:] for row in rows]
+    prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, tokenizer.pad_token_id))
+    end_ids = end_token_ids(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_ids,
+        use_cache=True,
+    )
+    output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config)
+    response_ids = output[:, prompt_ids.shape[1] :]
+    response_mask, ended = mask_after_end(response_ids, end_ids)
+    kept = response_mask.bool().tolist()
+    texts = tokenizer.batch_decode(
+        [[token for token, keep in zip(row, mask, strict=True) if keep] for row, mask in zip(response_ids.tolist(), kept, strict=True)],
+        skip_special_tokens=True,
+    )
+    return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
+
+
+def mask_after_end(response_ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mask [b, r] with 1 up to and including the first end token, and whether there was one [b].
+
+    >>> mask_after_end(torch.tensor([[5, 1, 1], [5, 6, 7]]), [1])
+    (tensor([[1, 1, 0],
+            [1, 1, 1]]), tensor([ True, False]))
+    """
+    is_end = torch.isin(response_ids, torch.tensor(list(end_ids), device=response_ids.device))
+    ends_before = is_end.long().cumsum(dim=1) - is_end.long()
+    return (ends_before == 0).long(), is_end.any(dim=1)
