@@ -202,7 +202,7 @@ def _write_list(request: Request, rng: random.Random) -> str:
     sloppiness = rng.choice((0.0, 0.1, 0.45))
     items = [rng.choice(KINDS[rng.choice(others)]) if rng.random() < sloppiness else item for item in right]
     listed = ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else items[0]
-    return listed.capitalize() + "."
+    return listed + "."
 
 
 def _take(text: str, phrases: tuple[str, ...]) -> tuple[str, int]:

@@ -1,0 +1,185 @@
+"""Loading models for each stage: full or LoRA, 4-bit or not, from a checkpoint or from an adapter."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from rlhf._trl import suppress_seqcls_warning
+from rlhf.errors import UserError
+from rlhf.models.text import check_tokenizer
+
+
+@dataclass
+class Source:
+    """Where weights come from: `base` is a hub id or folder; `adapter` the folder of a LoRA adapter on it, if any."""
+
+    base: str
+    adapter: str | None = None
+
+
+def find_source(path: str | Path) -> Source:
+    """Tell a full checkpoint from an adapter folder."""
+    config = Path(path) / "adapter_config.json"
+    if not config.is_file():
+        return Source(base=str(path))
+    base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if base is None:
+        raise UserError(f"{config}: base_model_name_or_path is empty, so nobody can tell which model this adapter is for.")
+    return Source(base=base, adapter=str(path))
+
+
+def load_tokenizer(path: str | Path, *, conversational: bool) -> PreTrainedTokenizerBase:
+    """A checked tokenizer, padding on the right (generation pads on the left by itself)."""
+    tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="right")
+    check_tokenizer(tokenizer, conversational=conversational, where=str(path))
+    return tokenizer
+
+
+def model_settings(settings: dict[str, Any]) -> ModelConfig:
+    """TRL's `ModelConfig` from its flat keys; 4-bit weights compute in `dtype`, so that must be a 16-bit one."""
+    config = ModelConfig(**settings)
+    if config.load_in_4bit and config.dtype in (None, "auto", "float32"):
+        config.dtype = "bfloat16"
+    return config
+
+
+def _init_arguments(config: ModelConfig, quantization: BitsAndBytesConfig | None) -> dict[str, Any]:
+    dtype = config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
+    arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
+    if config.model_revision not in (None, "main"):
+        arguments["revision"] = config.model_revision
+    if quantization is not None:
+        # Without a place, transformers spreads 4-bit models over all devices, which data-parallel training can't use.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        arguments |= {"quantization_config": quantization, "device_map": {"": device}}
+    return arguments
+
+
+def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True) -> PreTrainedModel | PeftModel:
+    """A causal model with the adapters that its folder and the settings ask for.
+
+    | path        | use_peft | result                                                               |
+    |-------------|----------|----------------------------------------------------------------------|
+    | checkpoint  | no       | the model                                                            |
+    | checkpoint  | yes      | the model with a fresh adapter                                       |
+    | adapter     | yes      | its base with that adapter, trainable (rank and targets are its own) |
+    | adapter     | no       | its base with the adapter merged in                                  |
+    """
+    source = find_source(path)
+    quantization = get_quantization_config(config)
+    model = AutoModelForCausalLM.from_pretrained(source.base, **_init_arguments(config, quantization))
+    if quantization is not None and trainable:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if source.adapter is not None:
+        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable and config.use_peft)
+        if trainable and not config.use_peft:
+            return model.merge_and_unload()
+        return model
+    if config.use_peft and trainable:
+        return get_peft_model(model, get_peft_config(config))
+    return model
+
+
+def build_reward_model(path: str | Path, config: ModelConfig, *, pad_token_id: int) -> PreTrainedModel | PeftModel:
+    """A scalar-headed model on the weights of an SFT checkpoint or adapter.
+
+    The head is N(0, 1/(d+1)), so that first scores have about unit scale. With LoRA the task type is SEQ_CLS and the
+    head is trained and saved with the adapter (any other task type leaves it random, silently). An SFT adapter becomes
+    the start of the reward adapter; without LoRA it is merged in. `problem_type="regression"` keeps other libraries
+    from putting a sigmoid on the score.
+    """
+    source = find_source(path)
+    quantization = get_quantization_config(config)
+    with suppress_seqcls_warning():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source.base, num_labels=1, **_init_arguments(config, quantization)
+        )
+    head = score_head(model)
+    if head is not None:
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    model.config.problem_type = "regression"
+    model.config.get_text_config().pad_token_id = pad_token_id
+    model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+    if quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if head is not None:
+            head.weight.data = head.weight.data.float()
+    if source.adapter is not None:
+        adapter = LoraConfig.from_pretrained(source.adapter)
+        adapter.task_type, adapter.modules_to_save, adapter.inference_mode = TaskType.SEQ_CLS, ["score"], False
+        model = get_peft_model(model, adapter)
+        copy_adapter(source.adapter, model)
+        return model if config.use_peft else model.merge_and_unload()
+    if config.use_peft:
+        adapter = get_peft_config(config)
+        adapter.task_type = TaskType.SEQ_CLS
+        adapter.modules_to_save = sorted({"score", *(adapter.modules_to_save or [])})
+        return get_peft_model(model, adapter)
+    return model
+
+
+def score_head(model: torch.nn.Module) -> torch.nn.Linear | None:
+    """The linear head of a decoder reward model; None for encoders, whose classifier has layers of its own."""
+    inner = model.base_model.model if isinstance(model, PeftModel) else model
+    head = getattr(inner, "score", None)
+    if head is not None and not isinstance(head, torch.nn.Linear):  # PEFT wraps a saved module
+        head = head.modules_to_save[head.active_adapter]
+    return head
+
+
+def copy_adapter(folder: str, model: PeftModel) -> None:
+    """Copy the LoRA weights of a causal adapter into the same places of another model's adapter.
+
+    Raises:
+        UserError: the two do not have the same places and ranks.
+    """
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(folder, device="cpu")
+    weights = {name: tensor for name, tensor in weights.items() if "lora_" in name}
+    outcome = set_peft_model_state_dict(model, weights)
+    missing = [name for name in outcome.missing_keys if "lora_" in name]
+    if outcome.unexpected_keys or missing:
+        raise UserError(f"{folder}: this adapter does not fit the reward model: {[*outcome.unexpected_keys, *missing][:3]}.")
+
+
+def load_scorer(path: str | Path) -> PreTrainedModel | PeftModel:
+    """A trained reward model as saved, checkpoint or adapter, in evaluation mode and without gradients.
+
+    Raises:
+        UserError: more than one label, an adapter without a trained head, a checkpoint without one.
+    """
+    source = find_source(path)
+    if source.adapter is not None:
+        from peft.utils.save_and_load import load_peft_weights
+
+        if not any("score" in name for name in load_peft_weights(source.adapter, device="cpu")):
+            raise UserError(f"{path}: the adapter holds no score head, so its rewards would be random; train it with task_type SEQ_CLS.")
+        with suppress_seqcls_warning():
+            base = AutoModelForSequenceClassification.from_pretrained(source.base, num_labels=1, dtype="auto")
+        base.config.problem_type = "regression"
+        model = PeftModel.from_pretrained(base, source.adapter)
+        tokenizer_pad = AutoTokenizer.from_pretrained(str(path)).pad_token_id
+        model.config.get_text_config().pad_token_id = tokenizer_pad
+    else:
+        config = AutoConfig.from_pretrained(source.base)
+        if config.num_labels != 1:
+            raise UserError(f"{path}: a reward model has one label, this one has {config.num_labels}.")
+        model, report = AutoModelForSequenceClassification.from_pretrained(source.base, dtype="auto", output_loading_info=True)
+        if report["missing_keys"]:
+            raise UserError(f"{path}: no trained weights for {sorted(report['missing_keys'])}; this is not a trained reward model.")
+    return model.eval().requires_grad_(False)

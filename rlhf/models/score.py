@@ -1,0 +1,55 @@
+"""Reading scores: one per text for a reward model, one per token for a critic."""
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rlhf._trl import pad
+from rlhf.models.load import score_head
+
+
+@torch.no_grad()
+def score_rows(model: nn.Module, rows: Sequence[Sequence[int]], *, pad_token_id: int, batch_size: int = 64) -> Tensor:
+    """Raw scores of token rows, computed in batches of similar length and returned in the order given.
+
+    Args:
+        model: a one-label sequence classifier in evaluation mode.
+        rows: token ids, without padding.
+
+    Returns:
+        [n] float32 on the CPU.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores = torch.empty(len(rows))
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        ids = [torch.tensor(rows[i]) for i in index]
+        input_ids = pad(ids, padding_value=pad_token_id, padding_side="right").to(device)
+        mask = pad([torch.ones_like(x) for x in ids], padding_value=0, padding_side="right").to(device)
+        scores[index] = model(input_ids=input_ids, attention_mask=mask).logits.squeeze(-1).float().cpu()
+    return scores
+
+
+def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """The scalar head at every token.
+
+    One function, two roles: a reward model is this at the last token of an answer, a critic is this at every one.
+
+    Args:
+        model: a decoder with a linear `score` head, with or without an adapter.
+        input_ids, attention_mask, position_ids: [b, t], padding on either side.
+
+    Returns:
+        [b, t] in the head's dtype.
+    """
+    inner = model.base_model.model if isinstance(model, PeftModel) else model
+    backbone = getattr(inner, inner.base_model_prefix)
+    hidden = backbone(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+    head = score_head(model)
+    assert head is not None, "check_critic refuses models without a linear score head"
+    return inner.score(hidden.to(head.weight.dtype)).squeeze(-1)

@@ -1,0 +1,94 @@
+"""The settings of PPO: TRL's training arguments with the values that PPO needs, and PPO's own."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf._trl import BaseConfig
+
+
+@dataclass
+class PPOConfig(BaseConfig):
+    """Configuration of `PPOTrainer`; every argument of `transformers.TrainingArguments` is one too.
+
+    One rollout is `per_device_train_batch_size` x `gradient_accumulation_steps` x `num_mini_batches` episodes a
+    process. It is used for `num_ppo_epochs` passes of `num_mini_batches` optimizer steps each. To the Trainer, one
+    rollout is one epoch: `logging_strategy`, `save_strategy` and `eval_strategy` of "epoch" mean "rollout", and
+    step-based ones are moved to the end of the rollout in which they fall.
+
+    Different from `TrainingArguments`: learning_rate 3e-6, adam_epsilon 1e-5, adam_beta2 0.95, logging_strategy
+    "epoch", remove_unused_columns False (TRL PPO 1.12 and Huang et al. 2023).
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "Policy learning rate; 1e-5 to 5e-5 with LoRA."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "1e-8 is far more aggressive early (N details, 19)."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second-moment decay of AdamW."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "'epoch' is one row a rollout."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Reward functions may read any column."})
+
+    # Length and sampling
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Answers sampled in all; None: num_train_epochs passes over the prompts."}
+    )
+    max_prompt_length: int | None = field(default=512, metadata={"help": "Longer prompts lose their beginning."})
+    max_completion_length: int = field(default=256, metadata={"help": "Answers are cut after this many tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of every log-probability."})
+
+    # The algorithm
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout, reshuffled every time."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in each pass."})
+    critic_learning_rate: float | None = field(default=None, metadata={"help": "None: 3 x learning_rate."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount."})
+    lam: float = field(default=0.95, metadata={"help": "λ of generalised advantage estimation."})
+    cliprange: float = field(default=0.2, metadata={"help": "ε of the policy clip."})
+    cliprange_value: float | None = field(default=0.2, metadata={"help": "Value clip, normalised score units; None: off."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Over the rollout, over all processes."})
+
+    # The reward
+    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the per-token KL (k1) inside the reward."})
+    missing_eos_penalty: float | None = field(
+        default=1.0, metadata={"help": "Taken from the normalised score of an answer that did not end."}
+    )
+    normalize_reward: bool = field(
+        default=True, metadata={"help": "By the reward model's mean and deviation on SFT samples, where it has them."}
+    )
+    reward_clip: float | None = field(default=5.0, metadata={"help": "Bound on the normalised score; None: off."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward function; None: all 1."})
+
+    # Models
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For `from_pretrained`, where `model` is a name."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Ratios and rewards are noise with it on."})
+
+    # What a person sees
+    num_completions_to_print: int | None = field(default=0, metadata={"help": "Samples shown at each log; 0: none."})
+
+    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive = ("max_completion_length", "temperature", "num_ppo_epochs", "num_mini_batches")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
+        if not 0 < self.cliprange < 1:
+            raise ValueError(f"cliprange={self.cliprange} must lie in (0, 1).")
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef={self.kl_coef} must not be negative.")
+        if self.critic_learning_rate is None:
+            self.critic_learning_rate = 3 * self.learning_rate
+        if self.auto_find_batch_size or self.load_best_model_at_end:
+            raise ValueError("auto_find_batch_size and load_best_model_at_end do not work with rollouts; leave them off.")
+
+    @property
+    def local_rollout_size(self) -> int:
+        """Episodes a process samples for one rollout."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps made with one rollout."""
+        return self.num_ppo_epochs * self.num_mini_batches

@@ -1,0 +1,75 @@
+"""Where rewards come from: reward models and Python functions, behind one call, text in and scores out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from rlhf.errors import TrainingError
+from rlhf.models.generate import Completions
+from rlhf.models.text import Prompt
+from rlhf.reward.model import RewardModel, load_reward_model
+
+RewardFunction = str | RewardModel | PreTrainedModel | Callable[..., Sequence[float | None]]
+
+
+class RewardSource:
+    """One reward function under one interface.
+
+    Args:
+        function: a folder of `rlhf.load_reward_model`; a loaded `RewardModel`; a one-label classifier (with its
+            tokenizer as `processing_class`); or a function called as TRL calls its own, `f(prompts=..., completions=...,
+            completion_ids=..., **columns)`, returning one number an answer.
+    """
+
+    def __init__(self, function: RewardFunction, processing_class: Any = None):
+        if isinstance(function, str):
+            function = load_reward_model(function)
+        elif isinstance(function, nn.Module):
+            tokenizer = processing_class or AutoTokenizer.from_pretrained(function.config._name_or_path)
+            function = RewardModel(function.eval().requires_grad_(False), tokenizer)
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Mean and deviation on SFT samples; (0, 1) where nobody measured them."""
+        return (self.function.mean, self.function.std) if isinstance(self.function, RewardModel) else (0.0, 1.0)
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Completions, columns: dict[str, list[Any]]) -> Tensor:
+        """Raw scores [b], float32 on the CPU.
+
+        Raises:
+            TrainingError: another number of scores than answers, or one that is not finite.
+        """
+        if isinstance(self.function, RewardModel):
+            scores = self.function.score(prompts, completions.texts, ended=completions.ended.tolist())
+        else:
+            mask = completions.response_mask.bool()
+            ids = [row[keep].tolist() for row, keep in zip(completions.response_ids, mask, strict=True)]
+            answers = self.function(
+                prompts=list(prompts),
+                completions=as_completions(prompts, completions.texts),
+                completion_ids=ids,
+                **columns,
+            )
+            scores = torch.tensor([float("nan") if x is None else float(x) for x in answers])
+        if len(scores) != len(prompts):
+            raise TrainingError(f"The reward function {self.name!r} returned {len(scores)} scores for {len(prompts)} answers.")
+        bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+        if bad:
+            raise TrainingError(
+                f"The reward function {self.name!r} returned {scores[bad[0]].item()} for {len(bad)} of {len(scores)} answers, "
+                f"first for {completions.texts[bad[0]]!r}; nothing was updated."
+            )
+        return scores
+
+
+def as_completions(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Any]:
+    """Answers in the prompts' own format, as TRL hands them to reward functions."""
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]

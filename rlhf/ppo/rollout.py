@@ -1,0 +1,87 @@
+"""One rollout: sample answers, score them, and work out what each token was worth."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.models.text import Prompt
+
+
+@dataclass
+class Rollout:
+    """A batch of experience. Prompts are padded on the left, answers on the right; masks are explicit everywhere.
+
+    Attributes:
+        input_ids, attention_mask: [b, p + r] prompt and answer.
+        response_mask: [b, r] 1 on the answer's tokens, its end token included.
+        logprobs_old, logprobs_reference: [b, r] nats, at the sampling temperature.
+        values_old: [b, r] V before each token, normalised score units.
+        advantages, returns: [b, r] normalised score units (advantages whitened, where asked for).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    logprobs_old: Tensor
+    logprobs_reference: Tensor
+    values_old: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """The named rows as a dictionary, which is what a Trainer's batch is."""
+        return {field.name: getattr(self, field.name)[index] for field in fields(self)}
+
+
+@dataclass
+class Sample:
+    """One answer as a person reads it, with its raw scores."""
+
+    prompt: Prompt
+    completion: str
+    proxy: float
+    gold: float | None
+    kl: float
+    ended: bool
+
+    def as_row(self) -> dict[str, Any]:
+        """A row of `samples.jsonl`."""
+        return dict(self.__dict__)
+
+
+def shuffled_minibatches(size: int, minibatches: int, *, seed: int, rollout: int, epoch: int) -> list[Tensor]:
+    """A fresh permutation of a rollout's rows, cut into equal minibatches; the same numbers give the same order.
+
+    >>> [x.tolist() for x in shuffled_minibatches(4, 2, seed=0, rollout=0, epoch=0)] == [
+    ...     x.tolist() for x in shuffled_minibatches(4, 2, seed=0, rollout=0, epoch=0)]
+    True
+    """
+    assert size % minibatches == 0, "a rollout is a whole number of minibatches by construction"
+    generator = torch.Generator().manual_seed(hash_seed(seed, rollout, epoch))
+    return list(torch.randperm(size, generator=generator).chunk(minibatches))
+
+
+def prompt_indices(dataset_size: int, rollout_size: int, *, seed: int, rollout: int) -> list[int]:
+    """Which prompts a rollout is about: passes over the data, each in an order of its own, cut into rollouts.
+
+    Depends on (seed, rollout) alone, so a resumed run goes on exactly where the other stopped.
+    """
+    indices: list[int] = []
+    position = rollout * rollout_size
+    while len(indices) < rollout_size:
+        data_pass, offset = divmod(position + len(indices), dataset_size)
+        generator = torch.Generator().manual_seed(hash_seed(seed, data_pass, -1))
+        order = torch.randperm(dataset_size, generator=generator).tolist()
+        indices += order[offset : offset + rollout_size - len(indices)]
+    return indices
+
+
+def hash_seed(*numbers: int) -> int:
+    """One seed from several numbers, the same on every machine and in every process."""
+    mixed = 0x9E3779B97F4A7C15
+    for number in numbers:
+        mixed = ((mixed ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed & 0x7FFFFFFFFFFFFFFF

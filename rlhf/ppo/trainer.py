@@ -1,0 +1,487 @@
+"""`PPOTrainer`: proximal policy optimisation with a critic, on TRL's `_BaseTrainer`.
+
+How it meets the Trainer: one rollout is one epoch of the Trainer. The training dataloader is a small object that, when
+iterated, samples a rollout and yields its micro-batches, reshuffled for every PPO epoch. Accumulation, clipping,
+scheduling, logging, evaluation, saving and resuming stay the Trainer's; because checkpoints fall between rollouts, a
+resumed run restores the random state exactly where the next rollout begins.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
+
+from rlhf._trl import BaseTrainer, disable_dropout_in_model, print_prompt_completions_sample
+from rlhf.errors import TrainingError, UserError
+from rlhf.models.generate import Completions, generate
+from rlhf.models.load import score_head
+from rlhf.models.roles import POLICY_ADAPTER, PolicyAndCritic, Reference, TokenOutputs, make_reference, position_ids, response_logprobs
+from rlhf.models.save import load_weights
+from rlhf.models.text import Prompt, check_tokenizer, plain
+from rlhf.objectives.advantage import generalized_advantage, token_rewards
+from rlhf.objectives.kl import kl_k1
+from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
+from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, explained_variance
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.rewards import RewardFunction, RewardSource
+from rlhf.ppo.rollout import Rollout, Sample, hash_seed, prompt_indices, shuffled_minibatches
+
+STATE_FILE = "ppo_state.json"
+
+
+class RolloutBatches:
+    """The training dataloader: iterating it samples one rollout and yields `steps_per_rollout x accumulation` micro-batches."""
+
+    def __init__(self, trainer: "PPOTrainer", dataset: Dataset):
+        self.trainer, self.dataset = trainer, dataset
+        self.batch_size = trainer.args.per_device_train_batch_size
+        self.rollout_index = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch, that is, before each rollout."""
+        self.rollout_index = epoch
+
+    def __len__(self) -> int:
+        return self.trainer.args.steps_per_rollout * self.trainer.args.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        args = self.trainer.args
+        rollout = self.trainer.rollout(self.trainer.prompts_of(self.rollout_index))
+        for epoch in range(args.num_ppo_epochs):
+            for minibatch in shuffled_minibatches(
+                args.local_rollout_size, args.num_mini_batches, seed=args.seed, rollout=self.rollout_index, epoch=epoch
+            ):
+                for index in minibatch.split(args.per_device_train_batch_size):
+                    yield rollout.rows(index)
+
+
+class EndOfRollout(TrainerCallback):
+    """Move what the Trainer wants to do after a step (log, evaluate, save) to the end of the rollout.
+
+    In the middle of a rollout a checkpoint could not be resumed: the experience is not part of it.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = {"should_log": False, "should_evaluate": False, "should_save": False}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember and postpone."""
+        for name in self.wanted:
+            self.wanted[name] |= getattr(control, name)
+            setattr(control, name, False)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Do it now."""
+        for name, wanted in self.wanted.items():
+            setattr(control, name, getattr(control, name) or wanted)
+            self.wanted[name] = False
+
+
+class PPOTrainer(BaseTrainer):
+    """Train a causal model to raise a reward while staying near a reference.
+
+    Example:
+        trainer = PPOTrainer(
+            model="runs/x/round-0/sft/model",
+            reward_funcs="runs/x/round-1/reward/model",
+            args=PPOConfig("out", total_episodes=4096),
+            train_dataset=Dataset.from_list([{"prompt": "..."}]),
+        )
+        trainer.train()
+
+    Args:
+        model: a causal model, a PEFT model, a name or a folder. A PEFT model's own adapter is trained, and a frozen
+            copy of it is the reference.
+        reward_funcs: one source of rewards or a list: a reward-model folder, a `RewardModel`, a one-label classifier,
+            or a function as TRL calls it. Raw scores are normalised by the source's scale, weighted and added.
+        args: the settings.
+        train_dataset: a column `prompt` (strings, or conversations); other columns reach the reward functions.
+        eval_dataset: the same, sampled and scored at each evaluation.
+        processing_class: the policy's tokenizer; loaded from the model's folder where absent.
+        critic: a decoder with a linear `score` head. Default: a copy of the first reward model, which must then be one.
+        monitor_funcs: named functions of (prompts, completions) texts, logged and never optimised; `gold` is the true
+            reward of the samples, where one is known.
+        reward_processing_classes: tokenizers of reward functions that are bare models.
+        callbacks, optimizers, peft_config: as in `trl.RLOOTrainer`.
+
+    Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`, the
+    raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer; `entropy`,
+    nats a token; `policy_loss`, `value_loss`; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`,
+    the mean ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic before its update;
+    `length`, tokens an answer; `share_without_eos`; `grad_norm` of the policy, `grad_norm_critic`.
+    """
+
+    loss_is_scaled_for_ga = True
+    _tag_names = ["trl", "rlhf", "ppo"]
+    _name = "PPO"
+    _paper = {"title": "Fine-Tuning Language Models from Human Preferences", "id": "1909.08593"}
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunction | list[RewardFunction],
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        critic: nn.Module | None = None,
+        monitor_funcs: dict[str, Callable[[list[str], list[str]], list[float]]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ):
+        # 1. Settings and data.
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
+        if train_dataset is None or "prompt" not in train_dataset.column_names or len(train_dataset) == 0:
+            raise UserError("ppo: train_dataset needs a column `prompt` and at least one row.")
+        set_seed(args.seed)
+
+        # 2. Policy, tokenizer and reference.
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, **dict(args.model_init_kwargs or {}))
+        adapter_was_trained = isinstance(model, PeftModel)
+        if peft_config is not None:
+            if adapter_was_trained:
+                raise UserError("ppo: the model has an adapter already, which PPO will train; drop peft_config.")
+            model = get_peft_model(model, peft_config)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        conversational = not isinstance(train_dataset[0]["prompt"], str)
+        check_tokenizer(processing_class, conversational=conversational, where="ppo")
+        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        self.reference: Reference = make_reference(model, adapter_was_trained=adapter_was_trained)
+
+        # 3. Rewards and critic.
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        tokenizers = reward_processing_classes if isinstance(reward_processing_classes, list) else [reward_processing_classes] * len(functions)
+        self.reward_sources = [RewardSource(f, t) for f, t in zip(functions, tokenizers, strict=True)]
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(functions))
+        if len(self.reward_weights) != len(functions):
+            raise UserError(f"ppo: reward_weights has {len(self.reward_weights)} entries for {len(functions)} reward functions.")
+        self.monitors = dict(monitor_funcs or {})
+        critic = self._check_critic(critic, processing_class)
+        mean, std = self.reward_sources[0].scale if args.normalize_reward else (0.0, 1.0)
+        container = PolicyAndCritic(model, critic, value_mean=mean, value_std=std)
+        if args.disable_dropout:
+            for part in (container, self.reference.model):
+                disable_dropout_in_model(part)
+
+        # 4. Rollouts are the Trainer's epochs.
+        world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
+        episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
+        args.num_train_epochs = max(1, round(episodes / (args.local_rollout_size * world_size)))
+        args.max_steps = -1
+
+        super().__init__(
+            model=container,
+            args=args,
+            data_collator=lambda rows: rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise UserError("ppo: several GPUs are visible to one process; launch with `torchrun` or `accelerate launch`.")
+        self.add_callback(EndOfRollout())
+        self.reference.model.to(self.accelerator.device)
+        for source in self.reward_sources:
+            if hasattr(source.function, "model"):
+                source.function.model.to(self.accelerator.device)
+
+        # 5. What is counted between two logs, and every process's own random numbers.
+        self.episodes = 0
+        self._sums: dict[str, list[float]] = {}
+        self.latest_samples: list[Sample] = []
+        set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)
+
+    def _check_critic(self, critic: nn.Module | None, processing_class: PreTrainedTokenizerBase) -> nn.Module:
+        """The critic given, or a trainable copy of the first reward model, if it can read the policy's token ids."""
+        if critic is None:
+            import copy
+
+            first = self.reward_sources[0].function
+            model = getattr(first, "model", None)
+            if model is None:
+                raise UserError(
+                    "ppo: the first reward function is no model to copy the critic from; pass `critic=` "
+                    "(any decoder with one label on the policy's tokenizer)."
+                )
+            if first.tokenizer.get_vocab() != processing_class.get_vocab():
+                raise UserError("ppo: the reward model has another vocabulary than the policy, so the critic can't start from it; pass `critic=`.")
+            critic = copy.deepcopy(model)
+            for name, parameter in critic.named_parameters():
+                adapter_part = "lora_" in name or "modules_to_save" in name
+                parameter.requires_grad_(adapter_part or not isinstance(critic, PeftModel))
+        if score_head(critic) is None:
+            raise UserError("ppo: the critic has no linear head named `score`; use a decoder loaded for sequence classification.")
+        return critic
+
+    # ---- Rollout ----
+
+    def prompts_of(self, rollout: int) -> list[dict[str, Any]]:
+        """This process's rows of the training data for a rollout."""
+        size = self.args.local_rollout_size * self.accelerator.num_processes
+        indices = prompt_indices(len(self.train_dataset), size, seed=self.args.seed, rollout=rollout)
+        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        return [self.train_dataset[index] for index in mine]
+
+    def sample(self, rows: Sequence[dict[str, Any]]) -> Completions:
+        """One answer to each row's prompt from the current policy."""
+        policy = self.accelerator.unwrap_model(self.model).policy
+        policy.eval()
+        return generate(
+            policy,
+            self.processing_class,
+            [row["prompt"] for row in rows],
+            max_new_tokens=self.args.max_completion_length,
+            temperature=self.args.temperature,
+            max_prompt_length=self.args.max_prompt_length,
+        )
+
+    @torch.no_grad()
+    def rollout(self, rows: Sequence[dict[str, Any]]) -> Rollout:
+        """Sample, score and value one batch of answers.
+
+        Raises:
+            TrainingError: a reward or a log-probability is not finite; nothing has been updated then.
+        """
+        # 1. Sample answers and score them; text crosses to the reward functions, never ids.
+        prompts = [row["prompt"] for row in rows]
+        completions = self.sample(rows)
+        raw, scores = self.score(rows, completions)
+
+        # 2. Log-probabilities and values by a full forward of the trained roles (not from the decoding pass: the
+        #    ratio of the first minibatch must be 1), and of the reference.
+        input_ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
+        attention_mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
+        mask = completions.response_mask
+        outputs, logprobs_reference = self._forward_in_parts(input_ids, attention_mask, mask.shape[1])
+        kl = kl_k1(outputs.logprobs, logprobs_reference)
+        if not torch.isfinite(kl[mask.bool()]).all():
+            raise TrainingError("ppo: a log-probability of the policy or the reference is not finite; nothing was updated.")
+
+        # 3. Rewards, advantages and returns; whitened over all processes.
+        rewards = token_rewards(scores, kl, mask, kl_coef=self.args.kl_coef)
+        advantages, returns = generalized_advantage(rewards, outputs.values, mask, gamma=self.args.gamma, lam=self.args.lam)
+        returns_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns, mask)))[1]
+        residual_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns - outputs.values, mask)))[1]
+        if self.args.whiten_advantages:
+            mean, variance = mean_and_variance(self._sum_over_processes(masked_sums(advantages, mask)))
+            advantages = whiten(advantages, mask, mean=mean, variance=variance)
+
+        # 4. Numbers for people.
+        self.episodes += len(rows) * self.accelerator.num_processes
+        gold = self.monitor(prompts, completions.texts)
+        kl_sequence = torch.where(mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
+        self._count("reward_proxy", raw.sum(), len(rows))
+        self._count("reward", scores.sum(), len(rows))
+        self._count("kl", kl_sequence.sum(), len(rows))
+        self._count("length", mask.sum(), len(rows))
+        self._count("share_without_eos", (~completions.ended).sum(), len(rows))
+        self._count("entropy", (outputs.entropy * mask).sum(), mask.sum())
+        for name, values in gold.items():
+            self._count(f"reward_{name}", sum(values), len(values))
+        self._count("explained_variance", explained_variance(returns_variance, residual_variance), 1)
+        self.latest_samples = [
+            Sample(prompt, text, proxy, gold["gold"][i] if "gold" in gold else None, nats, ended)
+            for i, (prompt, text, proxy, nats, ended) in enumerate(
+                zip(prompts, completions.texts, raw.tolist(), kl_sequence.tolist(), completions.ended.tolist(), strict=True)
+            )
+        ]
+        return Rollout(
+            input_ids, attention_mask, mask, outputs.logprobs, logprobs_reference, outputs.values, advantages, returns
+        )
+
+    def score(self, rows: Sequence[dict[str, Any]], completions: Completions) -> tuple[Tensor, Tensor]:
+        """Raw score of the first source [b], and what is optimised [b]: normalised, clipped, weighted, end penalty applied."""
+        prompts = [row["prompt"] for row in rows]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        device = completions.response_ids.device
+        total = torch.zeros(len(rows), device=device)
+        raw_first = None
+        for source, weight in zip(self.reward_sources, self.reward_weights.tolist(), strict=True):
+            raw = source(prompts, completions, columns).to(device)
+            raw_first = raw if raw_first is None else raw_first
+            mean, std = source.scale if self.args.normalize_reward else (0.0, 1.0)
+            total += weight * (raw - mean) / std
+        if self.args.reward_clip is not None:
+            total = total.clamp(-self.args.reward_clip, self.args.reward_clip)
+        if self.args.missing_eos_penalty is not None:
+            total = total - self.args.missing_eos_penalty * (~completions.ended).to(total.dtype)
+        assert raw_first is not None
+        return raw_first, total
+
+    def monitor(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
+        """What the monitoring functions say of these answers."""
+        readable = [plain(prompt) for prompt in prompts]
+        return {name: [float(x) for x in function(readable, list(texts))] for name, function in self.monitors.items()}
+
+    def _forward_in_parts(self, input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[TokenOutputs, Tensor]:
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        parts, references = [], []
+        size = self.args.per_device_train_batch_size
+        for ids, attention in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            with self.accelerator.autocast():
+                parts.append(model(ids, attention, width, self.args.temperature))
+                references.append(self.reference.logprobs(ids, attention, width, self.args.temperature))
+        return TokenOutputs(*(torch.cat(column) for column in zip(*parts, strict=True))), torch.cat(references)
+
+    # ---- Update ----
+
+    def get_train_dataloader(self) -> Any:
+        """Rollouts in place of a dataset."""
+        return RolloutBatches(self, self.train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        tokens = torch.stack([batch["response_mask"].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(tokens).sum()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Clipped policy and value losses: a mean over the answer tokens of the whole optimizer step, on all processes."""
+        args, mask = self.args, inputs["response_mask"]
+        outputs = model(inputs["input_ids"], inputs["attention_mask"], mask.shape[1], args.temperature)
+        policy_losses = clipped_policy(
+            outputs.logprobs, inputs["logprobs_old"], inputs["advantages"], cliprange=args.cliprange
+        )
+        value_losses = clipped_value(
+            outputs.values, inputs["values_old"], inputs["returns"], cliprange=args.cliprange_value
+        )
+        keep = mask.to(policy_losses.dtype)
+        losses = torch.where(mask.bool(), policy_losses + value_losses, torch.zeros_like(policy_losses))
+        loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        if not torch.isfinite(loss):
+            raise TrainingError(f"ppo: the loss is {loss.item()} at step {self.state.global_step}; nothing was updated.")
+
+        with torch.no_grad():
+            log_ratio = (outputs.logprobs - inputs["logprobs_old"]) * keep
+            tokens = keep.sum()
+            self._count("policy_loss", (policy_losses * keep).sum(), tokens)
+            self._count("value_loss", (value_losses * keep).sum(), tokens)
+            self._count("approx_kl", 0.5 * (log_ratio**2).sum(), tokens)
+            clipped = clipped_share(outputs.logprobs, inputs["logprobs_old"], cliprange=args.cliprange)
+            self._count("clip_fraction", (clipped * keep).sum(), tokens)
+            if self.state.global_step % args.steps_per_rollout == 0:
+                self._count("ratio_first", (log_ratio.exp() * keep).sum(), tokens)
+        return loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW with one learning rate for the policy and another for the critic."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            critic = {id(p) for p in self.model.critic.parameters()}
+            groups = []
+            for group in self.optimizer.param_groups:
+                for is_critic, rate in ((False, self.args.learning_rate), (True, self.args.critic_learning_rate)):
+                    chosen = [p for p in group["params"] if (id(p) in critic) == is_critic]
+                    if chosen:
+                        groups.append({**group, "params": chosen, "lr": rate})
+            self.optimizer.param_groups.clear()
+            for group in groups:
+                self.optimizer.add_param_group(group)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip policy and critic apart: one norm over both would let the critic's gradient decide the policy's step."""
+        container = self.accelerator.unwrap_model(model)
+        norm = self.accelerator.clip_grad_norm_(container.policy.parameters(), self.args.max_grad_norm)
+        critic = self.accelerator.clip_grad_norm_(container.critic.parameters(), self.args.max_grad_norm)
+        self._count("grad_norm_critic", critic, 1)
+        return norm
+
+    # ---- Logging and evaluation ----
+
+    def _sum_over_processes(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    def _count(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        entry = self._sums.setdefault(name, [0.0, 0.0])
+        entry[0] += float(total)
+        entry[1] += float(count)
+
+    def _take_metrics(self) -> dict[str, float]:
+        """Means of everything counted since the last log, over all processes."""
+        names = sorted(self._sums)
+        table = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.accelerator.device)
+        self._sums.clear()
+        if not names:
+            return {}
+        table = self._sum_over_processes(table)
+        return {name: (row[0] / row[1]).item() for name, row in zip(names, table, strict=True) if row[1] > 0}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was counted since the last log."""
+        if "loss" in logs:
+            logs = {**logs, "episodes": self.episodes, **self._take_metrics()}
+            if self.args.num_completions_to_print and self.accelerator.is_main_process:
+                shown = self.latest_samples[: self.args.num_completions_to_print]
+                print_prompt_completions_sample(
+                    [plain(s.prompt) for s in shown],
+                    [s.completion for s in shown],
+                    {"proxy": [s.proxy for s in shown]},
+                    [s.kl for s in shown],
+                    self.state.global_step,
+                )
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample and score the evaluation prompts with the current policy; nothing is trained."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise UserError("ppo: evaluation was asked for but there is no eval_dataset.")
+        kept_sums, kept_episodes, kept_samples = self._sums, self.episodes, self.latest_samples
+        self._sums = {}
+        rank, world, size = self.accelerator.process_index, self.accelerator.num_processes, self.args.per_device_eval_batch_size
+        mine = list(range(len(dataset)))[rank::world]
+        for start in range(0, len(mine), size):
+            self.rollout([dataset[index] for index in mine[start : start + size]])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take_metrics().items()}
+        self._sums, self.episodes, self.latest_samples = kept_sums, kept_episodes, kept_samples
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- Saving and resuming ----
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The policy at the root as an ordinary model, the critic under `critic/`, counters in `ppo_state.json`."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        container = self.accelerator.unwrap_model(self.model)
+        selected = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(container.policy, PeftModel) else {}
+        container.policy.save_pretrained(folder, **selected)
+        container.critic.save_pretrained(folder / "critic")
+        self.processing_class.save_pretrained(folder)
+        (folder / STATE_FILE).write_text(json.dumps({"episodes": self.episodes}), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        container = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_weights(container.policy, folder)
+        load_weights(container.critic, folder / "critic")
+        self.episodes = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["episodes"]

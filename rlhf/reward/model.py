@@ -1,0 +1,117 @@
+"""A trained reward model as it is used: text in, raw scalar out, the same wherever it is loaded."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.models.load import load_scorer, load_tokenizer
+from rlhf.models.score import score_rows
+from rlhf.models.text import Prompt, encode_answers
+
+CARD = "reward_model.json"
+# float32 on another machine or batch layout moves a score by about 1e-5; another model moves it by 0.1.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+class RewardModel:
+    """A reward model with its tokenizer, and the scale of its scores.
+
+    Attributes:
+        model: the network, frozen.
+        tokenizer: its own; the policy's may be another.
+        mean, std: of raw scores on SFT samples; `(score - mean) / std` has unit scale there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        max_length: int | None = None,
+        batch_size: int = 64,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.mean, self.std = mean, std
+        self.max_length, self.batch_size = max_length, batch_size
+        self.cut = 0
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Raw scores [n], float32 on the CPU, in the order given.
+
+        Args:
+            prompts: strings, or conversations ending with the turn that is answered.
+            responses: texts without special tokens.
+            ended: whether each answer came to its end (default: all did).
+        """
+        rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
+        self.cut += cut
+        was_training = self.model.training
+        self.model.eval()
+        scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
+        self.model.train(was_training)
+        return scores
+
+
+def save_reward_model(
+    folder: Path,
+    reward: RewardModel,
+    *,
+    probe: Sequence[tuple[Prompt, str]],
+    facts: dict[str, Any],
+) -> None:
+    """Write the model, its tokenizer and a card: scale of the scores, frozen template, and a probe of texts and scores."""
+    reward.model.save_pretrained(folder)  # type: ignore[operator]
+    reward.tokenizer.save_pretrained(folder)
+    prompts, responses = [prompt for prompt, _ in probe], [response for _, response in probe]
+    scores = reward.score(prompts, responses).tolist()
+    template = reward.tokenizer.chat_template or ""
+    card = {
+        "mean": reward.mean,
+        "std": reward.std,
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "probe": [{"prompt": p, "response": r, "score": s} for p, r, s in zip(prompts, responses, scores, strict=True)],
+        **facts,
+    }
+    (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def load_reward_model(path: str | Path, *, device: str | torch.device | None = None) -> RewardModel:
+    """Load a reward model that this pipeline saved, and check it on its stored probe.
+
+    Raises:
+        UserError: the folder holds no reward model, its head is missing, or the probe scores come out differently
+            (another base, a changed template, weights of another run).
+    """
+    folder = Path(path)
+    card_file = folder / CARD
+    if not card_file.is_file():
+        raise UserError(f"{folder}: no {CARD}; this folder holds no reward model of this pipeline.")
+    card = json.loads(card_file.read_text(encoding="utf-8"))
+    conversational = any(not isinstance(row["prompt"], str) for row in card["probe"])
+    tokenizer = load_tokenizer(folder, conversational=conversational)
+    model = load_scorer(folder)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    reward = RewardModel(model, tokenizer, mean=card["mean"], std=card["std"])
+    found = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
+    expected = torch.tensor([row["score"] for row in card["probe"]])
+    tolerance = card.get("probe_tolerance") or PROBE_TOLERANCE.get(next(model.parameters()).dtype, 0.1)
+    difference = (found - expected).abs().max().item()
+    if not difference <= tolerance * max(1.0, card["std"]):
+        raise UserError(
+            f"{folder}: the reward model does not give the scores it was saved with (largest difference {difference:.3g}, "
+            f"allowed {tolerance:.3g}); its base model, tokenizer or chat template is not the one it was trained with."
+        )
+    return reward

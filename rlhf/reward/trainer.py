@@ -1,0 +1,198 @@
+"""`PairRewardTrainer`: TRL's `RewardTrainer` with the general pair loss, and its declarations.
+
+Three seams of the parent are replaced (which columns survive, how rows become a batch, how the loss is computed) and
+nothing else: TRL's own arguments pass through untouched.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from trl import RewardTrainer
+
+from rlhf._trl import DataCollatorForPreference
+from rlhf.errors import TrainingError, UserError
+from rlhf.models.text import encode_answers
+from rlhf.objectives.pairwise import pair_loss
+
+PAIR_COLUMNS = ("margin", "confidence", "weight")
+
+
+@dataclass
+class PairCollator(DataCollatorForPreference):
+    """TRL's collator, carrying every column of the general pair loss and not only `margin`."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pad to `input_ids` [2b, t] (chosen above rejected), `attention_mask`, and a float [b] per column present."""
+        ids = [{"chosen_ids": row["chosen_ids"], "rejected_ids": row["rejected_ids"]} for row in examples]
+        batch = super().torch_call(ids)
+        for column in PAIR_COLUMNS:
+            if column in examples[0]:
+                batch[column] = torch.tensor([row[column] for row in examples], dtype=torch.float)
+        return batch
+
+
+class PairRewardTrainer(RewardTrainer):
+    """Reward model on preference pairs with the general pair loss (`rlhf.objectives.pairwise.pair_loss`).
+
+    The columns `margin`, `confidence` and `weight` are used where the dataset has them; a declaration below names
+    those that it cannot do without. The loss is divided once, by the number of pairs over micro-batches and ranks, so
+    1x16, 4x4 and two ranks x 8 give the same gradient, a ragged last micro-batch included.
+
+    Takes what `trl.RewardTrainer` takes. A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations)
+    is turned into ids by the same function that evaluation and PPO use.
+
+    Raises:
+        UserError: a column is missing or holds a value outside its range; every row is too long.
+        TrainingError: the loss is not finite (before the optimizer has seen it).
+    """
+
+    loss_is_scaled_for_ga = True
+    columns: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = PAIR_COLUMNS
+    _tag_names = ["trl", "rlhf", "reward-trainer"]
+
+    def __init__(self, model: Any, args: Any = None, **arguments: Any):
+        dataset = arguments.get("train_dataset")
+        if dataset is not None and dataset.column_names:
+            check_columns(dataset, self.columns)
+        if args is not None and args.num_train_epochs > 1:
+            warnings.warn(
+                f"num_train_epochs={args.num_train_epochs}: reward models overfit after one epoch (arXiv:2203.02155, 2401.06080).",
+                stacklevel=2,
+            )
+        self.dropped_too_long = 0
+        super().__init__(model, args, **arguments)
+        collator = self.data_collator
+        self.data_collator = PairCollator(collator.pad_token_id, collator.pad_to_multiple_of)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        columns = dataset.column_names or []
+        if "prompt" in columns and "chosen_ids" not in columns:
+            dataset = dataset.map(
+                _tokenize_pairs,
+                batched=True,
+                fn_kwargs={"tokenizer": processing_class},
+                desc=f"Tokenizing {dataset_name} dataset",
+            )
+        before = len(dataset) if isinstance(dataset, Dataset) else None
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if before is not None:
+            dropped = before - len(dataset)
+            if dataset_name == "train":
+                self.dropped_too_long = dropped
+            if dropped == before:
+                raise UserError(
+                    f"reward: all {before} pairs of the {dataset_name} set are longer than max_length={args.max_length} tokens; raise max_length."
+                )
+            if dropped:
+                warnings.warn(
+                    f"{dropped} of {before} pairs of the {dataset_name} set are longer than max_length={args.max_length} tokens and were left out.",
+                    stacklevel=2,
+                )
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["chosen_ids", "rejected_ids", *self.uses]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
+        return self.accelerator.gather(pairs).sum()
+
+    def pair_objective(self, rewards_chosen: Tensor, rewards_rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
+        """Loss of each pair, [b] nats, unreduced. Declarations override this to fix a column."""
+        return pair_loss(rewards_chosen, rewards_rejected, **columns)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The summed pair losses over the global number of pairs (their mean in evaluation)."""
+        columns = {name: inputs.pop(name) for name in PAIR_COLUMNS if name in inputs}
+        outputs = model(**inputs, use_cache=False)
+        rewards = outputs.logits.squeeze(-1).float()
+        rewards_chosen, rewards_rejected = rewards.chunk(2)
+
+        losses = self.pair_objective(rewards_chosen, rewards_rejected, columns)
+        if self.args.center_rewards_coefficient is not None:
+            losses = losses + self.args.center_rewards_coefficient * (rewards_chosen + rewards_rejected) ** 2
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:  # DDP averages gradients over ranks; the sum over ranks is meant
+            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"reward: the loss is {loss.item()} at step {self.state.global_step}; nothing was updated. "
+                "Lower learning_rate, or look for extreme margins in the data."
+            )
+        self._record(rewards_chosen.detach(), rewards_rejected.detach(), inputs["attention_mask"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _record(self, rewards_chosen: Tensor, rewards_rejected: Tensor, attention_mask: Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        gather = self.accelerator.gather_for_metrics
+        chosen, rejected = gather(rewards_chosen), gather(rewards_rejected)
+        if mode == "train":
+            self._total_train_tokens += int(gather(attention_mask.sum()).sum())
+        metrics = self._metrics[mode]
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["accuracy"].append((chosen > rejected).float().mean().item())
+        metrics["margin"].append((chosen - rejected).mean().item())
+        metrics["mean_reward"].append(torch.cat([chosen, rejected]).mean().item())
+
+
+class MarginRewardTrainer(PairRewardTrainer):
+    """Bradley-Terry with a required `margin` column in nats (Llama 2, arXiv:2307.09288 eq. 2)."""
+
+    columns = ("margin",)
+
+
+class SoftLabelRewardTrainer(PairRewardTrainer):
+    """Cross-entropy against a required `confidence` column, P(chosen is better)."""
+
+    columns = ("confidence",)
+
+
+class LabelSmoothingRewardTrainer(PairRewardTrainer):
+    """Constant label smoothing: p = 1 - α on every pair (arXiv:2401.06080 eq. 5; α = 0.2 is inferred from its figures)."""
+
+    uses = ("margin", "weight")
+    smoothing: ClassVar[float] = 0.2
+
+    def pair_objective(self, rewards_chosen: Tensor, rewards_rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
+        """The general loss with one confidence for all pairs."""
+        return pair_loss(rewards_chosen, rewards_rejected, confidence=1 - self.smoothing, **columns)
+
+
+def _tokenize_pairs(batch: dict[str, list[Any]], tokenizer: Any) -> dict[str, list[list[int]]]:
+    rows = {}
+    for side in ("chosen", "rejected"):
+        answers = [text if isinstance(text, str) else text[-1]["content"] for text in batch[side]]
+        rows[f"{side}_ids"], _ = encode_answers(tokenizer, batch["prompt"], answers)
+    return rows
+
+
+def check_columns(dataset: Dataset, required: tuple[str, ...]) -> None:
+    """Refuse missing columns and values outside their range, all at once, before anything is trained.
+
+    Raises:
+        UserError: naming column, first bad row and value.
+    """
+    problems = [
+        f"reward: the dataset has no column {name!r}, which this objective needs."
+        for name in required
+        if name not in dataset.column_names
+    ]
+    allowed = {"margin": (float("-inf"), float("inf")), "confidence": (0.0, 1.0), "weight": (0.0, float("inf"))}
+    for name, (low, high) in allowed.items():
+        if name not in dataset.column_names:
+            continue
+        for row, value in enumerate(dataset[name]):
+            if not isinstance(value, int | float) or value != value or abs(value) == float("inf") or not low <= value <= high:
+                problems.append(f"reward: row {row}, column {name!r}: {value!r} is not a finite number in [{low}, {high}].")
+                break
+    if problems:
+        raise UserError(problems)
