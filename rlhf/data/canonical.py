@@ -1,0 +1,192 @@
+"""Any accepted row into the canonical one: conversations, TRL's format.
+
+Pairs: `prompt` (messages), `chosen`, `rejected` (one assistant message each), and optionally `margin`, `confidence`,
+`weight`, `annotator`, `source`. Demonstrations: `prompt`, `completion`. Prompts: `prompt`.
+"""
+
+import math
+from typing import Any
+
+from rlhf.data.read import BadRow
+
+ROLES = ("system", "user", "assistant")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+NUMBERS = {"margin": (-math.inf, math.inf), "confidence": (0.0, 1.0), "weight": (0.0, math.inf)}
+Messages = list[dict[str, str]]
+
+
+def pair(row: dict[str, Any]) -> dict[str, Any]:
+    """A canonical pair from a conversational or plain pair, with or without explicit prompt, or an HH transcript pair.
+
+    Raises:
+        BadRow: with the reason.
+    """
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise BadRow(f"no {name!r} field")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("prompt") is not None:
+        prompt = messages(row["prompt"], "prompt")
+        chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+    else:
+        chosen, rejected = _conversation(chosen, "chosen"), _conversation(rejected, "rejected")
+        common = 0
+        while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+            common += 1
+        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+        if len(chosen) != 1 or len(rejected) != 1:
+            raise BadRow("chosen and rejected have no common prompt followed by one answer each")
+    _check_prompt(prompt)
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if side[0]["role"] != "assistant":
+            raise BadRow(f"{name} is not an assistant's answer")
+        if not side[0]["content"].strip():
+            raise BadRow(f"{name} is empty")
+    if chosen[0]["content"].strip() == rejected[0]["content"].strip():
+        raise BadRow("chosen and rejected are the same")
+    canonical: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for name, (low, high) in NUMBERS.items():
+        if row.get(name) is not None:
+            canonical[name] = _number(row[name], name, low, high)
+    for name in ("annotator", "source"):
+        if isinstance(row.get(name), str):
+            canonical[name] = row[name]
+    _check_encodable(canonical)
+    return canonical
+
+
+def demonstration(row: dict[str, Any]) -> dict[str, Any]:
+    """A canonical demonstration from `messages`, from `prompt` and `completion`, or from a pair's chosen side.
+
+    Raises:
+        BadRow: with the reason.
+    """
+    if row.get("messages") is not None:
+        turns = messages(row["messages"], "messages")
+    elif row.get("completion") is not None and row.get("prompt") is not None:
+        turns = messages(row["prompt"], "prompt") + _answer(row["completion"], "completion")
+    elif row.get("chosen") is not None:
+        canonical = pair(row)
+        turns = canonical["prompt"] + canonical["chosen"]
+    else:
+        raise BadRow("neither 'messages' nor 'prompt' and 'completion'")
+    if not turns or turns[-1]["role"] != "assistant":
+        raise BadRow("the last turn is not an assistant's answer")
+    if not turns[-1]["content"].strip():
+        raise BadRow("the answer is empty")
+    _check_prompt(turns[:-1])
+    canonical = {"prompt": turns[:-1], "completion": turns[-1:]}
+    _check_encodable(canonical)
+    return canonical
+
+
+def prompt_only(row: dict[str, Any]) -> dict[str, Any]:
+    """A canonical prompt from `prompt`, from `messages` without their last answer, or from a pair.
+
+    Raises:
+        BadRow: with the reason.
+    """
+    if row.get("prompt") is not None:
+        turns = messages(row["prompt"], "prompt")
+    elif row.get("messages") is not None:
+        turns = messages(row["messages"], "messages")
+        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    elif row.get("chosen") is not None:
+        turns = pair(row)["prompt"]
+    else:
+        raise BadRow("neither 'prompt' nor 'messages'")
+    _check_prompt(turns)
+    canonical = {"prompt": turns}
+    _check_encodable(canonical)
+    return canonical
+
+
+def messages(value: Any, name: str) -> Messages:
+    """Messages from messages, from an HH transcript, or from a plain text (one user turn).
+
+    Raises:
+        BadRow: another type, an unknown role, a content that is no text.
+    """
+    if isinstance(value, str):
+        if value.lstrip().startswith(HUMAN.strip()):
+            return transcript(value)
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise BadRow(f"{name} is neither text nor messages")
+    turns = []
+    for message in value:
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise BadRow(f"{name} is not a list of messages with role and content")
+        if message["role"] not in ROLES:
+            raise BadRow(f"unknown role {message['role']!r}")
+        if not isinstance(message["content"], str):
+            raise BadRow(f"a message of {name} has no text")
+        turns.append({"role": message["role"], "content": message["content"]})
+    return turns
+
+
+def transcript(text: str) -> Messages:
+    """Turns of an HH transcript ("\\n\\nHuman: … \\n\\nAssistant: …"), each stripped; two turns in a row of one speaker are joined.
+
+    Raises:
+        BadRow: the text does not begin with a human's turn.
+    """
+    text = text if text.startswith("\n\n") else "\n\n" + text.lstrip()
+    if not text.startswith(HUMAN):
+        raise BadRow("a transcript that does not begin with a human's turn")
+    turns: Messages = []
+    position = 0
+    while position < len(text):
+        is_human = text.startswith(HUMAN, position)
+        start = position + len(HUMAN if is_human else ASSISTANT)
+        following = [found for mark in (HUMAN, ASSISTANT) if (found := text.find(mark, start)) != -1]
+        end = min(following, default=len(text))
+        role, content = ("user" if is_human else "assistant"), text[start:end].strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n\n" + content
+        else:
+            turns.append({"role": role, "content": content})
+        position = end
+    return turns
+
+
+def _conversation(value: Any, name: str) -> Messages:
+    turns = messages(value, name)
+    if isinstance(value, str) and len(turns) == 1:
+        raise BadRow("no 'prompt' field, and the answers are no conversations")
+    return turns
+
+
+def _answer(value: Any, name: str) -> Messages:
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    turns = messages(value, name)
+    if len(turns) != 1:
+        raise BadRow(f"{name} is not a single answer")
+    return turns
+
+
+def _check_prompt(turns: Messages) -> None:
+    if not turns:
+        raise BadRow("the prompt is empty")
+    if turns[-1]["role"] != "user":
+        raise BadRow("the prompt does not end with a user's turn")
+    if not turns[-1]["content"].strip():
+        raise BadRow("the prompt's last turn is empty")
+
+
+def _number(value: Any, name: str, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"{name} is not a number")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise BadRow(f"{name} is not a finite number in [{low}, {high}]")
+    return float(value)
+
+
+def _check_encodable(row: dict[str, Any]) -> None:
+    for value in row.values():
+        for message in value if isinstance(value, list) else []:
+            try:
+                message["content"].encode("utf-8")
+            except UnicodeEncodeError:
+                raise BadRow("a lone surrogate, which is no text") from None

@@ -1,0 +1,138 @@
+"""Rows out of files and hub datasets, one at a time, so that one bad line costs one line."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+EXAMPLES_KEPT = 5
+
+
+@dataclass
+class ReadReport:
+    """What a reader kept and what it dropped, with the first rows of each reason (1-based lines for text files)."""
+
+    source: str
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[int]] = field(default_factory=dict)
+
+    def drop(self, row: int, reason: str, *, count: int = 1) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+        rows = self.examples.setdefault(reason, [])
+        if len(rows) < EXAMPLES_KEPT:
+            rows.append(row)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the stage's manifest."""
+        return {"source": self.source, "rows": self.rows, "kept": self.kept, "dropped": self.dropped, "examples": self.examples}
+
+    def sentences(self) -> list[str]:
+        """What a person is told."""
+        lines = [f"{self.source}: {self.kept} of {self.rows} rows kept."]
+        for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
+            rows = ", ".join(map(str, self.examples[reason]))
+            lines.append(f"  {count} left out: {reason} (row {rows}{', …' if count > len(self.examples[reason]) else ''})")
+        return lines
+
+
+class BadRow(Exception):
+    """A row that cannot be used, with the reason."""
+
+
+def read_rows(source: str, report: ReadReport, *, split: str = "train") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a local file or a hub dataset, each with its number; unreadable lines are counted in the report.
+
+    Args:
+        source: a path ending in .json, .jsonl, .json.gz, .jsonl.gz or .parquet, or a hub dataset id.
+        split: of the hub dataset.
+
+    Raises:
+        UserError: no such file, or a hub dataset that cannot be had.
+    """
+    if not is_local(source):
+        yield from _hub_rows(source, split, report)
+        return
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"{source}: no such file.")
+    name = path.name
+    if name.endswith(".parquet"):
+        import pyarrow.parquet as parquet
+
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                report.rows += 1
+                yield number, row
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _json_lines(path, report)
+    else:
+        yield from _json_array(path, report)
+
+
+def is_local(source: str) -> bool:
+    """Whether a source names a file rather than a hub dataset."""
+    return source.endswith(SUFFIXES)
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+
+
+def _json_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            report.rows += 1
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                report.drop(number, "not UTF-8 text")
+            except json.JSONDecodeError:
+                report.drop(number, "not valid JSON")
+            else:
+                if isinstance(row, dict):
+                    yield number, row
+                else:
+                    report.drop(number, "not a JSON object")
+
+
+def _json_array(path: Path, report: ReadReport) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _open(path) as file:
+        try:
+            rows = json.loads(file.read().decode("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: not valid JSON ({error}); one object a line belongs into a .jsonl file.") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a .json file must hold a list of objects.")
+    for number, row in enumerate(rows, start=1):
+        report.rows += 1
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            report.drop(number, "not a JSON object")
+
+
+def _hub_rows(source: str, split: str, report: ReadReport) -> Iterator[tuple[int, dict[str, Any]]]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(source, split=split)
+    except Exception as error:
+        raise UserError(
+            f"{source}: cannot load the {split!r} split from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"A local file must end in {', '.join(SUFFIXES)}."
+        ) from error
+    for number, row in enumerate(dataset):
+        report.rows += 1
+        yield number, row

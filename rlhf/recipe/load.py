@@ -1,0 +1,174 @@
+"""From a file and overrides to a checked recipe, or to every mistake in it at once."""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlhf.errors import UserError
+from rlhf.recipe.document import Document, read_document, read_override
+from rlhf.recipe.schema import (
+    REFUSED_KEYS,
+    RENAMED_KEYS,
+    STAGE_SECTIONS,
+    Recipe,
+    Section,
+    StageSection,
+    stage_keys,
+    trl_keys,
+)
+
+TYPE_NAMES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list", "dict": "a mapping", "null": "null"}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge, check.
+
+    1. The recipe that `base:` names (one level), then the file, then the overrides in order, later ones winning.
+    2. Every key against the schema and TRL's own keys, with suggestions.
+    3. Every value's type, and what must fit together.
+
+    Raises:
+        UserError: with one sentence for every mistake found.
+    """
+    path = Path(path)
+    document = read_document(path)
+    base = document.values.pop("base", None)
+    if base is not None:
+        below = read_document((path.parent / str(base)).resolve())
+        if "base" in below.values:
+            raise UserError(f"{document.place(('base',))}: {base} has a `base` of its own; only one level is allowed.")
+        document = below.merged_with(document)
+    for override in overrides:
+        document = document.merged_with(read_override(override))
+    document.values = {key: value for key, value in document.values.items() if value is not None or key == "lab"}
+    if "lab" in document.values and document.values["lab"] is None:
+        document.values["lab"] = {}
+
+    problems = [*_check_keys(document), *_check_types(document)]
+    if not problems:
+        try:
+            recipe = Recipe.model_validate(document.values)
+        except ValidationError as error:
+            problems += [_sentence(document, issue) for issue in error.errors()]
+        else:
+            problems += _check_together(recipe, document)
+    if problems:
+        raise UserError(problems)
+    return recipe
+
+
+def _check_keys(document: Document) -> Iterable[str]:
+    """Unknown, renamed and refused keys."""
+    for name, value in document.values.items():
+        if name not in Recipe.model_fields:
+            yield f"{document.place((name,))}: unknown section {name!r}{_suggestion(name, Recipe.model_fields)}."
+            continue
+        section = _section_class(name)
+        if section is None:
+            continue
+        if not isinstance(value, dict):
+            yield f"{document.place((name,))}: {name!r} is a section with keys of its own, not {value!r}."
+            continue
+        known = set(section.model_fields)
+        if name in STAGE_SECTIONS:
+            known |= set(stage_keys(name))
+        for key in value:
+            if key in known:
+                continue
+            where = document.place((name, key))
+            if name in STAGE_SECTIONS and key in REFUSED_KEYS:
+                yield f"{where}: {name}.{key} can't be set in a recipe: {REFUSED_KEYS[key]}."
+            elif key in RENAMED_KEYS and (name in STAGE_SECTIONS):
+                yield f"{where}: {name}.{key} is called {RENAMED_KEYS[key]} here."
+            else:
+                yield f"{where}: unknown key {name}.{key}{_suggestion(key, known)}."
+    scratch = (document.values.get("backbone") or {}).get("from_scratch")
+    if isinstance(scratch, dict):
+        architecture = scratch.get("architecture")
+        if architecture not in ("llama", "qwen3"):
+            yield f"{document.place(('backbone', 'from_scratch', 'architecture'))}: backbone.from_scratch.architecture must be llama or qwen3."
+        else:
+            known = {"architecture", *trl_keys()[architecture]}
+            for key in scratch:
+                if key not in known:
+                    where = document.place(("backbone", "from_scratch", key))
+                    yield f"{where}: unknown key backbone.from_scratch.{key}{_suggestion(key, known)}."
+
+
+def _check_types(document: Document) -> Iterable[str]:
+    """Types of TRL's keys and of those of a model from nothing."""
+    tables = [((name,), stage_keys(name)) for name in STAGE_SECTIONS]
+    scratch = (document.values.get("backbone") or {}).get("from_scratch")
+    if isinstance(scratch, dict) and scratch.get("architecture") in trl_keys():
+        tables.append((("backbone", "from_scratch"), trl_keys()[scratch["architecture"]]))
+    for path, keys in tables:
+        section: Any = document.values
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            continue
+        for key, value in section.items():
+            if key not in keys:
+                continue
+            allowed, choices = keys[key]["types"], keys[key].get("choices")
+            name = ".".join((*path, key))
+            if not _has_type(value, allowed):
+                wanted = " or ".join(TYPE_NAMES[kind] for kind in allowed if kind != "null")
+                yield f"{document.place((*path, key))}: {name} is {value!r}; it must be {wanted}."
+            elif choices and isinstance(value, str) and value not in choices:
+                yield f"{document.place((*path, key))}: {name} is {value!r}{_suggestion(value, choices)}; one of {', '.join(choices)}."
+
+
+def _has_type(value: Any, allowed: Sequence[str]) -> bool:
+    if value is None:
+        return "null" in allowed
+    if isinstance(value, bool):
+        return "bool" in allowed
+    if isinstance(value, int):
+        return "int" in allowed or "float" in allowed
+    if isinstance(value, float):
+        return "float" in allowed and math.isfinite(value)
+    return {str: "str", list: "list", dict: "dict"}.get(type(value), "") in allowed
+
+
+def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
+    """What must be there, and what excludes what."""
+    backbone, data = recipe.backbone, recipe.data
+    sources = [backbone.model is not None, backbone.from_scratch is not None, recipe.lab is not None]
+    if sum(sources) == 0:
+        yield f"{document.place(('backbone',))}: set backbone.model (a hub id or folder) or backbone.from_scratch, or use `lab:`."
+    if backbone.model is not None and backbone.from_scratch is not None:
+        yield f"{document.place(('backbone', 'from_scratch'))}: backbone.model and backbone.from_scratch exclude each other; keep one."
+    if recipe.lab is None:
+        for name in ("sft", "preferences"):
+            if getattr(data, name) is None:
+                yield f"{document.place(('data',))}: data.{name} is missing (a hub id or a local file)."
+    for stage in STAGE_SECTIONS:
+        settings = getattr(recipe, stage).trl_settings()
+        for name in ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "lora_r"):
+            if name in settings and settings[name] <= 0:
+                yield f"{document.place((stage, name))}: {stage}.{name} is {settings[name]}; it must be above 0."
+        if settings.get("load_in_4bit") and not settings.get("use_peft"):
+            yield f"{document.place((stage, 'load_in_4bit'))}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
+
+
+def _section_class(name: str) -> type[Section] | type[StageSection] | None:
+    annotation = Recipe.model_fields[name].annotation
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section | StageSection):
+            return candidate
+    return None
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _sentence(document: Document, issue: Any) -> str:
+    path = tuple(str(part) for part in issue["loc"])
+    return f"{document.place(path)}: {'.'.join(path)}: {issue['msg'][0].lower()}{issue['msg'][1:]}."

@@ -1,0 +1,146 @@
+"""The sections of a recipe. Our own keys are typed here; every other key of a stage is one of TRL's flat names."""
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+STAGE_SECTIONS = ("sft", "reward", "ppo")
+
+# Keys that TRL knows and a recipe may not set, each with the reason.
+REFUSED_KEYS = {
+    "output_dir": "the run's folder decides it (`--out`)",
+    "resume_from_checkpoint": "the same command again resumes by itself",
+    "seed": "set `seed` at the top level",
+    "data_seed": "set `seed` at the top level",
+    "hub_token": "secrets do not belong in a recipe; set HF_TOKEN in the environment",
+    "push_to_hub": "upload the finished run yourself",
+    "trust_remote_code": "remote code is never run",
+    "model_name_or_path": "set `backbone.model`",
+    "model_revision": "set `backbone.revision`",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "remove_unused_columns": "the stage decides it",
+    "max_steps": "set `num_train_epochs`, or `total_episodes` for PPO",
+    "auto_find_batch_size": "it would change the recipe silently",
+    "load_best_model_at_end": "the last model is the result; nothing is chosen by looking",
+    "lora_task_type": "the stage decides it",
+}
+# Old or foreign names and what they are called here.
+RENAMED_KEYS = {
+    "warmup_ratio": "warmup_steps (a value below 1 is a ratio)",
+    "evaluation_strategy": "eval_strategy",
+    "torch_dtype": "dtype",
+    "overwrite_output_dir": "`--out` with another folder",
+    "beta": "kl_coef",
+    "num_iterations": "num_ppo_epochs",
+    "epsilon": "cliprange",
+    "init_kl_coef": "kl_coef",
+    "response_length": "max_completion_length",
+    "max_new_tokens": "max_completion_length",
+    "max_seq_length": "max_length",
+    "vf_coef": "critic_learning_rate (policy and critic have losses and clipping of their own)",
+    "num_generations": "per_device_train_batch_size (one answer a prompt)",
+    "group_by_length": "per_device_train_batch_size (rows are not grouped)",
+    "whiten_rewards": "normalize_reward",
+    "model_name_or_path": "backbone.model",
+    "dataset_name": "data.preferences, data.sft or data.prompts",
+}
+
+
+class Section(BaseModel):
+    """Strict: an unknown key or a value of another type is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class LabSection(Section):
+    """A generated world whose true reward is known; it makes base model, data and `evaluate.gold`."""
+
+    demonstrations: int = Field(8000, ge=100)
+    pairs: int = Field(6000, ge=100)
+    test_pairs: int = Field(1000, ge=50)
+    hidden_size: int = Field(128, ge=16, multiple_of=8)
+    num_hidden_layers: int = Field(3, ge=1)
+
+
+class BackboneSection(Section):
+    """Where the weights come from: a hub id or folder, or a small model built from nothing."""
+
+    model: str | None = None
+    revision: str | None = None
+    from_scratch: dict[str, Any] | None = None
+
+
+class DataSection(Section):
+    """Hub ids or local files (json, jsonl, gz, parquet); each optional where `lab:` makes it."""
+
+    sft: str | None = None
+    preferences: str | None = None
+    prompts: str | None = None
+    test: str | None = None
+    test_fraction: float = Field(0.1, gt=0, lt=1)
+    max_sft: int | None = Field(None, ge=1)
+    max_pairs: int | None = Field(None, ge=1)
+    max_prompts: int | None = Field(None, ge=1)
+
+
+class StageSection(BaseModel):
+    """A training stage; the keys that are not declared are TRL's and are checked against `trl_keys.json`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    def trl_settings(self) -> dict[str, Any]:
+        """The keys that go to TRL untouched."""
+        return dict(self.model_extra or {})
+
+
+class RewardSection(StageSection):
+    """The reward model."""
+
+    objective: Literal["bt", "margin", "smoothing", "soft"] = "bt"
+
+
+class EvaluateSection(Section):
+    """What a run is judged on."""
+
+    gold: str | None = Field(None, pattern=r".+\.py:[A-Za-z_]\w*$")
+    prompts: int = Field(512, ge=1)
+    best_of: int = Field(16, ge=2)
+
+
+class Recipe(Section):
+    """A whole pipeline, resolved and checked."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    seed: int = Field(0, ge=0)
+    lab: LabSection | None = None
+    backbone: BackboneSection = BackboneSection()
+    data: DataSection = DataSection()
+    sft: StageSection = StageSection()
+    reward: RewardSection = RewardSection()
+    ppo: StageSection = StageSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything that was decided, defaults of ours included: what is written to `RUN/recipe.yaml`."""
+        return self.model_dump(exclude_none=True)
+
+
+@cache
+def trl_keys() -> dict[str, dict[str, dict[str, Any]]]:
+    """Names, types and defaults of TRL's keys by section, as generated from the tested version of TRL.
+
+    `model` holds the keys of `trl.ModelConfig`, which every stage takes; `llama` and `qwen3` those of a model built
+    from nothing.
+    """
+    text = resources.files("rlhf.recipe").joinpath("trl_keys.json").read_text(encoding="utf-8")
+    keys: dict[str, dict[str, dict[str, Any]]] = json.loads(text)
+    return keys
+
+
+def stage_keys(section: str) -> dict[str, dict[str, Any]]:
+    """TRL's keys that a stage section may set."""
+    keys = trl_keys()
+    return {name: key for name, key in {**keys["model"], **keys[section]}.items() if name not in REFUSED_KEYS}
