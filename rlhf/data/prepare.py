@@ -57,7 +57,7 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
     if not test_pairs:
         test_pairs = [row for row in pairs if _is_held_out(row, sources.test_fraction, seed)]
     test_keys = {prompt_key(row["prompt"]) for row in test_pairs}
-    pairs = _without(pairs, test_keys, reports[0], "prompt is on the test side")
+    pairs = _without(pairs, test_keys, reports[0], "held out: its prompt is on the test side")
     pairs = _deduplicated(pairs, reports[0])
 
     # 2. Prompts: their own file, or those of the pairs.
@@ -76,11 +76,11 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
     test_prompts = _unique(test_prompts)
     test_keys |= {prompt_key(row["prompt"]) for row in test_prompts}
     prompts = _unique([row for row in prompts if prompt_key(row["prompt"]) not in test_keys])
-    pairs = _without(pairs, test_keys, reports[0], "prompt is on the test side")
+    pairs = _without(pairs, test_keys, reports[0], "held out: its prompt is on the test side")
 
     # 3. Demonstrations.
     sft, marked_sft = _read(sources.sft, demonstration, reports, "demonstrations")
-    sft = _without(sft + marked_sft, test_keys, reports[-1], "prompt is on the test side")
+    sft = _without(sft + marked_sft, test_keys, reports[-1], "held out: its prompt is on the test side")
 
     # 4. Caps, by a seeded draw, and files.
     rng = random.Random(seed)

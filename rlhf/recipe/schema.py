@@ -107,7 +107,6 @@ class EvaluateSection(Section):
 
     gold: str | None = Field(None, pattern=r".+\.py:[A-Za-z_]\w*$")
     prompts: int = Field(512, ge=1)
-    best_of: int = Field(16, ge=2)
 
 
 class Recipe(Section):

@@ -1,0 +1,1 @@
+"""Stages, the folders they write, and the order they run in."""

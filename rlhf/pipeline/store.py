@@ -1,0 +1,218 @@
+"""Stage folders and their manifests. A manifest is written last, by rename: its existence means that the stage is done."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rlhf.errors import UserError
+
+MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+MARK = "complete.json"
+PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "rlhf-pipeline")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a plan: what it is called, where it writes, and everything its result depends on.
+
+    Attributes:
+        name: lab, data, base, sft, reward, ppo or evaluate.
+        folder: relative to the run, "round-0/sft".
+        settings: its own, as the recipe has them.
+        parents: role → stage whose result it reads.
+    """
+
+    name: str
+    folder: str
+    settings: Mapping[str, Any]
+    seed: int
+    parents: Mapping[str, "Stage"] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """sha256 of name, settings, seed and the parents' keys: known before anything runs."""
+        return digest(
+            {
+                "stage": self.name,
+                "settings": self.settings,
+                "seed": self.seed,
+                "parents": {role: parent.key for role, parent in self.parents.items()},
+            }
+        )
+
+
+class Store:
+    """The folder of one run."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def path(self, stage: Stage) -> Path:
+        """The stage's folder."""
+        return self.root / stage.folder
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the folder holds this very stage, finished.
+
+        Raises:
+            UserError: it holds another one (the settings have changed since).
+        """
+        manifest = self.manifest(stage)
+        if manifest is None:
+            return False
+        if manifest["key"] != stage.key:
+            raise UserError(
+                f"{self.path(stage)}: made with other settings, data or parents than this recipe's "
+                f"({'; '.join(differences(manifest['settings'], dict(stage.settings))) or 'its parents or seed changed'}); "
+                "choose another --out, or delete the folder to make it again."
+            )
+        return True
+
+    def manifest(self, stage: Stage) -> dict[str, Any] | None:
+        """The manifest, if the stage is done."""
+        file = self.path(stage) / MANIFEST
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def open(self, stage: Stage) -> Path:
+        """An empty folder, but for checkpoints and metrics of an earlier attempt at the very same stage."""
+        folder = self.path(stage)
+        started = folder / "started.json"
+        same = started.is_file() and json.loads(started.read_text(encoding="utf-8")).get("key") == stage.key
+        if folder.exists():
+            keep = {CHECKPOINTS, "metrics.jsonl"} if same else set()
+            for entry in folder.iterdir():
+                if entry.name not in keep:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(started, json.dumps({"key": stage.key, "stage": stage.name}))
+        return folder
+
+    def finish(self, stage: Stage, facts: dict[str, Any], seconds: float) -> None:
+        """Remove what only an unfinished stage needs, then write the manifest."""
+        folder = self.path(stage)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        (folder / "started.json").unlink(missing_ok=True)
+        manifest = {
+            "stage": stage.name,
+            "key": stage.key,
+            "seed": stage.seed,
+            "settings": dict(stage.settings),
+            "parents": {role: {"folder": parent.folder, "key": parent.key} for role, parent in stage.parents.items()},
+            "facts": facts,
+            "seconds": round(seconds, 3),
+            "files": list_files(folder),
+            "versions": versions(),
+            "code": code_state(),
+        }
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str))
+
+    def lock(self) -> FileLock:
+        """A lock against a second run in the same folder.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.root}: another run is at work in this folder; wait for it, or choose another --out.") from None
+        return lock
+
+
+def digest(value: Any) -> str:
+    """sha256 of canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def list_files(folder: Path) -> list[dict[str, Any]]:
+    """Path, size and sha256 of every file in a stage folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return [{"path": str(p.relative_to(folder)), "size": p.stat().st_size, "sha256": file_digest(p)} for p in files]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What changed between two nested settings, in words."""
+    found = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
+    return found
+
+
+def mark_checkpoint(folder: Path) -> None:
+    """Declare a checkpoint whole: the mark lists every file with its size and is written last."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_text(folder / MARK, json.dumps(files))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose mark is there and whose files have the sizes that the mark names."""
+    candidates = sorted(
+        (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()),
+        key=lambda path: -int(path.name.rpartition("-")[2]),
+    )
+    for candidate in candidates:
+        mark = candidate / MARK
+        if not mark.is_file():
+            continue
+        files = json.loads(mark.read_text(encoding="utf-8"))
+        if all((candidate / n).is_file() and (candidate / n).stat().st_size == size for n, size in files.items()):
+            return candidate
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def code_state() -> str | None:
+    """The commit that this package was run from, with "-dirty" for uncommitted changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    inside = result.returncode == 0 and "site-packages" not in str(here)
+    return result.stdout.strip() if inside else None
