@@ -1,0 +1,24 @@
+"""A full RLHF pipeline on TRL: SFT, reward models for noisy preferences, PPO. The public names load when first used."""
+
+from importlib import import_module
+from typing import Any
+
+_NAMES = {
+    "PPOConfig": "rlhf.ppo.config",
+    "PPOTrainer": "rlhf.ppo.trainer",
+    "PairRewardTrainer": "rlhf.reward.trainer",
+    "MarginRewardTrainer": "rlhf.reward.trainer",
+    "SoftLabelRewardTrainer": "rlhf.reward.trainer",
+    "LabelSmoothingRewardTrainer": "rlhf.reward.trainer",
+    "RewardModel": "rlhf.reward.model",
+    "load_reward_model": "rlhf.reward.model",
+    "save_reward_model": "rlhf.reward.model",
+    "load_recipe": "rlhf.recipe",
+}
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
+    return getattr(import_module(_NAMES[name]), name)

@@ -157,29 +157,31 @@ def copy_adapter(folder: str, model: PeftModel) -> None:
         raise UserError(f"{folder}: this adapter does not fit the reward model: {[*outcome.unexpected_keys, *missing][:3]}.")
 
 
-def load_scorer(path: str | Path) -> PreTrainedModel | PeftModel:
+def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedModel | PeftModel:
     """A trained reward model as saved, checkpoint or adapter, in evaluation mode and without gradients.
 
     Raises:
         UserError: more than one label, an adapter without a trained head, a checkpoint without one.
     """
     source = find_source(path)
+    config = model_settings({"use_peft": True, "load_in_4bit": True} if load_in_4bit else {"dtype": "auto"})
+    arguments = _init_arguments(config, get_quantization_config(config))
     if source.adapter is not None:
         from peft.utils.save_and_load import load_peft_weights
 
         if not any("score" in name for name in load_peft_weights(source.adapter, device="cpu")):
             raise UserError(f"{path}: the adapter holds no score head, so its rewards would be random; train it with task_type SEQ_CLS.")
         with suppress_seqcls_warning():
-            base = AutoModelForSequenceClassification.from_pretrained(source.base, num_labels=1, dtype="auto")
+            base = AutoModelForSequenceClassification.from_pretrained(source.base, num_labels=1, **arguments)
         base.config.problem_type = "regression"
         model = PeftModel.from_pretrained(base, source.adapter)
         tokenizer_pad = AutoTokenizer.from_pretrained(str(path)).pad_token_id
         model.config.get_text_config().pad_token_id = tokenizer_pad
     else:
-        config = AutoConfig.from_pretrained(source.base)
-        if config.num_labels != 1:
-            raise UserError(f"{path}: a reward model has one label, this one has {config.num_labels}.")
-        model, report = AutoModelForSequenceClassification.from_pretrained(source.base, dtype="auto", output_loading_info=True)
+        labels = AutoConfig.from_pretrained(source.base).num_labels
+        if labels != 1:
+            raise UserError(f"{path}: a reward model has one label, this one has {labels}.")
+        model, report = AutoModelForSequenceClassification.from_pretrained(source.base, output_loading_info=True, **arguments)
         if report["missing_keys"]:
             raise UserError(f"{path}: no trained weights for {sorted(report['missing_keys'])}; this is not a trained reward model.")
     return model.eval().requires_grad_(False)

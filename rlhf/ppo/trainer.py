@@ -119,6 +119,8 @@ class PPOTrainer(BaseTrainer):
             reward of the samples, where one is known.
         reward_processing_classes: tokenizers of reward functions that are bare models.
         callbacks, optimizers, peft_config: as in `trl.RLOOTrainer`.
+        adapter_was_trained: of a PEFT model, whether its adapter holds what SFT learnt (then a frozen copy of it is the
+            reference) or is fresh (then the base is). Default: a PEFT model's was, one made from `peft_config` was not.
 
     Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`, the
     raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer; `entropy`,
@@ -146,6 +148,7 @@ class PPOTrainer(BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        adapter_was_trained: bool | None = None,
     ):
         # 1. Settings and data.
         if args is None:
@@ -158,9 +161,10 @@ class PPOTrainer(BaseTrainer):
         # 2. Policy, tokenizer and reference.
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **dict(args.model_init_kwargs or {}))
-        adapter_was_trained = isinstance(model, PeftModel)
+        if adapter_was_trained is None:
+            adapter_was_trained = isinstance(model, PeftModel)
         if peft_config is not None:
-            if adapter_was_trained:
+            if isinstance(model, PeftModel):
                 raise UserError("ppo: the model has an adapter already, which PPO will train; drop peft_config.")
             model = get_peft_model(model, peft_config)
         if processing_class is None:

@@ -100,14 +100,15 @@ def load_reward_model(path: str | Path, *, device: str | torch.device | None = N
     card = json.loads(card_file.read_text(encoding="utf-8"))
     conversational = any(not isinstance(row["prompt"], str) for row in card["probe"])
     tokenizer = load_tokenizer(folder, conversational=conversational)
-    model = load_scorer(folder)
+    model = load_scorer(folder, load_in_4bit=bool(card.get("load_in_4bit")))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    if not card.get("load_in_4bit"):
+        model.to(device)
     reward = RewardModel(model, tokenizer, mean=card["mean"], std=card["std"])
     found = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
     expected = torch.tensor([row["score"] for row in card["probe"]])
-    tolerance = card.get("probe_tolerance") or PROBE_TOLERANCE.get(next(model.parameters()).dtype, 0.1)
+    tolerance = PROBE_TOLERANCE.get(model.dtype, 0.1)
     difference = (found - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, card["std"]):
         raise UserError(

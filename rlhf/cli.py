@@ -1,0 +1,180 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 130/143 interrupted."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from rlhf.errors import TrainingError, UserError
+from rlhf.recipe import Recipe, load_recipe
+
+# Libraries announce things that a recipe's reader can't act on; set before any of them is imported.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+output, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]", show_default=False)]
+
+
+@app.command("run")
+def run_command(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, show the plan, write nothing.")] = False,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Run a recipe from SFT to a report. The same command again goes on where it stopped."""
+    _run(recipe_file, overrides, out, dry_run=dry_run, until=until)
+
+
+@app.command("check")
+def check_command(
+    recipe_files: Annotated[list[Path], typer.Argument(help="Recipes.", show_default=False)],
+    show: Annotated[bool, typer.Option(help="Print the resolved recipe.")] = False,
+) -> None:
+    """Validate recipes; every mistake is named with its line."""
+    problems: list[str] = []
+    for file in recipe_files:
+        try:
+            recipe = load_recipe(file)
+        except UserError as error:
+            problems += error.problems
+            continue
+        output.print(f"{file}: fine", markup=False)
+        if show:
+            output.print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True), markup=False)
+    if problems:
+        raise UserError(problems)
+
+
+def _stage_command(stage: str) -> None:
+    def command(recipe_file: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+        _run(recipe_file, overrides, out, dry_run=False, until=stage)
+
+    command.__doc__ = f"Run a recipe up to and including {stage}; what is done before is not repeated."
+    app.command(stage)(command)
+
+
+for _stage in ("sft", "reward", "ppo"):
+    _stage_command(_stage)
+
+
+@app.command("report")
+def report_command(run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]) -> None:
+    """Write the HTML page of a run again."""
+    from rlhf.report.page import write_report
+
+    output.print(f"{write_report(run)}", markup=False)
+
+
+def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
+    from rlhf.pipeline.rounds import check_recipe_file, check_sources, plan, run
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    check_sources(recipe)
+    out = out or Path("runs") / recipe.name
+    if dry_run:
+        check_recipe_file(recipe, out)
+        _show_plan(recipe, plan(recipe), out)
+        return
+    is_main = int(os.environ.get("RANK", "0")) == 0
+
+    def say(line: str) -> None:
+        if is_main:
+            output.print(line, markup=False)
+
+    run(recipe, out, until=until, say=say)
+    if is_main:
+        _show_summary(out)
+
+
+def _show_plan(recipe: Recipe, stages: list[Any], out: Path) -> None:
+    from rlhf.pipeline.store import Store
+
+    store = Store(out)
+    table = Table(title=f"{recipe.name}, seed {recipe.seed}, into {out} (dry run, nothing was written)")
+    for heading in ("stage", "reads", "state"):
+        table.add_column(heading)
+    for stage in stages:
+        state = "done" if store.is_done(stage) else "to do"
+        table.add_row(stage.folder, ", ".join(parent.folder for parent in stage.parents.values()) or "-", state)
+    output.print(table)
+
+
+def _show_summary(out: Path) -> None:
+    import json
+
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    last = summary["rounds"][-1]
+    table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
+    table.add_column("")
+    for heading in ("SFT", "policy", "best of 16 by reward", "best of 16 by gold"):
+        table.add_column(heading, justify="right")
+
+    def cell(section: dict[str, Any], name: str) -> str:
+        value, interval = section.get(name), section.get(f"{name}_ci")
+        if value is None:
+            return "-"
+        return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+    sections = (summary["sft"], last["policy"], summary["best_of_16"]["by_reward"], summary["best_of_16"]["by_gold"])
+    for name, label in (("gold", "true reward"), ("proxy", "reward model"), ("kl", "KL to SFT, nats"), ("win_rate", "win rate vs SFT")):
+        cells = [cell(section, name) for section in sections]
+        if any(text != "-" for text in cells):
+            table.add_row(label, *cells)
+    if table.row_count:
+        output.print(table)
+    if summary["gold_gap_closed"] is not None:
+        output.print(f"gold gap closed: {summary['gold_gap_closed']:.3f}", markup=False)
+    total = sum(summary["seconds"].values())
+    output.print(f"{out / 'report.html'}   {out / 'summary.json'}   {total:.0f} s", markup=False, soft_wrap=True)
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwind like Ctrl-C, so that files and locks are left in order."""
+
+
+def _on_sigterm(*_: Any) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> None:
+    """Run the command line and turn what happened into an exit code."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        for problem in error.problems:
+            errors.print(problem, style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except TrainingError as error:
+        errors.print(str(error), style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except (typer.Abort, KeyboardInterrupt):
+        errors.print("Interrupted. The same command goes on from the last checkpoint.")
+        sys.exit(130)
+    except _Terminated:
+        errors.print("Terminated. The same command goes on from the last checkpoint.")
+        sys.exit(143)
+    except Exception as error:
+        usage = getattr(error, "exit_code", None)
+        if usage is None:
+            raise
+        getattr(error, "show", lambda: None)()
+        sys.exit(usage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""How good a policy is: against SFT and best-of-n on the same held-out prompts, by proxy, by gold, and at which KL."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.evaluation.statistics import best_of_n_kl, clustered_mean, win_rate
+from rlhf.models.generate import Completions, generate
+from rlhf.models.roles import response_logprobs
+from rlhf.models.text import Prompt, plain
+from rlhf.objectives.kl import kl_k1
+
+BEST_OF = 16
+BATCH = 256
+Score = Callable[..., Tensor]
+Gold = Callable[[list[str], list[str]], list[float]]
+
+
+@torch.no_grad()
+def judge_policies(
+    *,
+    policy: Any,
+    sft: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Score,
+    gold: Gold | None,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    max_prompt_length: int | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Sample both policies at temperature 1 and compare them.
+
+    One answer a prompt from the policy, 16 from SFT, of which the first is the SFT policy's own answer. KL is
+    Σ_t (log π - log π_sft) over the policy's answers, their end token included, in nats an answer.
+
+    Args:
+        policy, sft: causal models in evaluation mode on one device, with one tokenizer.
+        score: the reward model: (prompts, texts, ended=...) → raw scores.
+        gold: the true reward, or None.
+
+    Returns:
+        `sft`, `policy`, `best_of_16` and `gold_gap_closed` as in `summary.json`, and samples side by side.
+    """
+    arguments = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
+    texts = [plain(prompt) for prompt in prompts]
+
+    # 1. The policy's answers, their scores and their distance from SFT.
+    answers, proxies, kls = [], [], []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        completions = generate(policy, tokenizer, part, **arguments)
+        answers += completions.texts
+        proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
+        kls += sequence_kl(policy, sft, completions).tolist()
+
+    # 2. Sixteen answers of SFT to each prompt.
+    repeated = [prompt for prompt in prompts for _ in range(BEST_OF)]
+    sft_answers, sft_proxies = [], []
+    for start in range(0, len(repeated), BATCH):
+        part = repeated[start : start + BATCH]
+        completions = generate(sft, tokenizer, part, **arguments)
+        sft_answers += completions.texts
+        sft_proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
+    sft_scores = torch.tensor(sft_proxies).view(-1, BEST_OF)
+
+    # 3. The true reward of all of them.
+    facts: dict[str, Any] = {
+        "n": len(prompts),
+        "sft": {"gold": None, **_mean("proxy", sft_scores[:, 0].tolist())},
+        "policy": {**_mean("proxy", proxies), "gold": None, **_mean("kl", kls), "win_rate": None},
+        "best_of_16": {"by_reward": {"gold": None, "kl": best_of_n_kl(BEST_OF)}, "by_gold": {"gold": None}},
+        "gold_gap_closed": None,
+    }
+    gold_policy: list[float | None] = [None] * len(prompts)
+    gold_sft: list[float | None] = [None] * len(prompts)
+    if gold is not None:
+        ours = gold(texts, answers)
+        theirs = torch.tensor(gold([text for text in texts for _ in range(BEST_OF)], sft_answers)).view(-1, BEST_OF)
+        first = theirs[:, 0].tolist()
+        best = theirs.max(dim=1).values.tolist()
+        picked = theirs.gather(1, sft_scores.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
+        rate, interval = win_rate(ours, first)
+        facts["sft"] |= _mean("gold", first)
+        facts["policy"] |= {**_mean("gold", ours), "win_rate": rate, "win_rate_ci": interval}
+        facts["best_of_16"]["by_reward"] |= _mean("gold", picked)
+        facts["best_of_16"]["by_gold"] |= _mean("gold", best)
+        gap = facts["best_of_16"]["by_gold"]["gold"] - facts["sft"]["gold"]
+        if gap > 0:
+            facts["gold_gap_closed"] = (facts["policy"]["gold"] - facts["sft"]["gold"]) / gap
+        gold_policy, gold_sft = list(ours), first
+
+    # 4. Side by side, for people.
+    samples = [
+        {
+            "prompt": texts[i],
+            "sft": sft_answers[i * BEST_OF],
+            "policy": answers[i],
+            "proxy_sft": sft_proxies[i * BEST_OF],
+            "proxy_policy": proxies[i],
+            "gold_sft": gold_sft[i],
+            "gold_policy": gold_policy[i],
+            "kl": kls[i],
+        }
+        for i in range(len(prompts))
+    ]
+    return facts, samples
+
+
+def sequence_kl(policy: Any, reference: Any, completions: Completions) -> Tensor:
+    """Σ_t k1 over each answer [b], nats, at temperature 1."""
+    input_ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
+    attention_mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
+    width = completions.response_ids.shape[1]
+    logprobs, _ = response_logprobs(policy, input_ids, attention_mask, width, 1.0)
+    logprobs_reference, _ = response_logprobs(reference, input_ids, attention_mask, width, 1.0)
+    kl = kl_k1(logprobs, logprobs_reference)
+    return torch.where(completions.response_mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, Any]:
+    mean, interval = clustered_mean(values)
+    return {name: mean, f"{name}_ci": interval}

@@ -1,0 +1,159 @@
+"""The whole pipeline on one page: which stages, in which round, from which parents; run what is not done yet."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.data.read import is_local
+from rlhf.errors import UserError
+from rlhf.pipeline.store import Stage, Store, differences, file_digest, write_text
+from rlhf.pipeline.summary import write_summary
+from rlhf.recipe.schema import Recipe
+from rlhf.report.page import write_report
+
+SINGLE_STAGES = ("sft", "reward", "ppo")
+
+
+def plan(recipe: Recipe) -> list[Stage]:
+    """Every stage of a recipe in order. Keys follow from settings alone, so nothing has to run to know what is done."""
+    seed = recipe.seed
+    stages: list[Stage] = []
+
+    def add(name: str, folder: str, settings: dict[str, Any], **parents: Stage) -> Stage:
+        stage = Stage(name, folder, settings, seed, parents)
+        stages.append(stage)
+        return stage
+
+    # Round 0: data, base model, SFT.
+    origins: dict[str, Stage] = {}
+    if recipe.lab is not None:
+        origins["lab"] = add("lab", "round-0/lab", recipe.lab.model_dump())
+    data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
+    data = add("data", "round-0/data", data_settings, **origins)
+    backbone = recipe.backbone.model_dump(exclude_none=True)
+    if recipe.backbone.from_scratch is not None:
+        origins = {"base": add("base", "round-0/base", backbone, data=data)}
+    elif recipe.backbone.model is not None:
+        origins = {}
+    sampling = {"max_completion_length": recipe.ppo.trl_settings().get("max_completion_length")}
+    gold = {"gold": recipe.evaluate.gold}
+    sft_settings = recipe.sft.model_dump() | {"backbone": backbone} | sampling | gold
+    sft = add("sft", "round-0/sft", sft_settings, data=data, **origins)
+
+    # Round 1: reward model, PPO, judgement.
+    reward = add("reward", "round-1/reward", recipe.reward.model_dump() | sampling | gold, data=data, sft=sft)
+    ppo = add("ppo", "round-1/ppo", recipe.ppo.model_dump() | gold, data=data, sft=sft, reward=reward)
+    add("evaluate", "round-1/evaluate", recipe.evaluate.model_dump() | sampling, data=data, sft=sft, reward=reward, policy=ppo)
+    return stages
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    until: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run what is not done yet, then write `summary.json` and `report.html`. The same call again goes on where it stopped.
+
+    Args:
+        out: the run's folder.
+        until: stop after the stage of this name.
+        say: tell the person at the terminal.
+
+    Raises:
+        UserError: the folder belongs to another recipe, another run is at work in it, or a stage finds bad input.
+    """
+    stages = plan(recipe)
+    if until is not None and until not in [stage.name for stage in stages]:
+        raise UserError(f"--until {until}: this recipe has the stages {', '.join(stage.name for stage in stages)}.")
+    store = Store(out)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+
+    # 1. The folder must be new, or hold this very recipe.
+    check_recipe_file(recipe, out)
+    lock = store.lock() if is_main else None
+    try:
+        if is_main:
+            write_text(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+
+        # 2. The stages, one after the other.
+        for stage in stages:
+            if store.is_done(stage):
+                say(f"{stage.folder}: done before")
+            else:
+                _run_stage(stage, recipe, store, is_main=is_main, say=say)
+            if stage.name == until:
+                break
+
+        # 3. The run in numbers and as a page.
+        if is_main:
+            write_summary(recipe, stages, store)
+            write_report(out)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say: Callable[[str], None]) -> None:
+    from rlhf.pipeline.stages import STAGES, StageContext  # torch is loaded when the first stage runs
+
+    folder = store.open(stage) if is_main else store.path(stage)
+    parents = {role: store.path(parent) for role, parent in stage.parents.items()}
+    begin = time.monotonic()
+    say(f"{stage.folder}: begins")
+    facts = STAGES[stage.name](StageContext(recipe, folder, parents, say, is_main))
+    seconds = time.monotonic() - begin
+    if is_main:
+        store.finish(stage, facts, seconds)
+    say(f"{stage.folder}: done in {seconds:.0f} s")
+
+
+def check_recipe_file(recipe: Recipe, out: Path) -> None:
+    """Refuse a folder that was made by another recipe, before anything is touched.
+
+    Raises:
+        UserError: with every setting that differs; or the folder holds something else altogether.
+    """
+    file = out / "recipe.yaml"
+    if not file.is_file():
+        if out.is_dir() and any(entry.name != ".lock" for entry in out.iterdir()):
+            raise UserError(f"{out}: not empty and not a run of this pipeline; choose another --out.")
+        return
+    before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = differences(before, recipe.resolved())
+    if found:
+        raise UserError([f"{out}: holds a run of another recipe; choose another --out, or take these back:", *(f"  {x}" for x in found)])
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Local files that the recipe names must be there before a folder is made.
+
+    Raises:
+        UserError: naming all that are missing.
+    """
+    problems = []
+    for name in ("sft", "preferences", "prompts", "test"):
+        source = getattr(recipe.data, name)
+        if source is not None and is_local(source) and not Path(source).expanduser().is_file():
+            problems.append(f"data.{name}: {source}: no such file.")
+    if recipe.evaluate.gold is not None:
+        file = recipe.evaluate.gold.rpartition(":")[0]
+        if not Path(file).expanduser().is_file():
+            problems.append(f"evaluate.gold: {file}: no such file.")
+    if problems:
+        raise UserError(problems)
+
+
+def _local_digests(recipe: Recipe) -> dict[str, str]:
+    """sha256 of every local data file: a changed file is another data stage."""
+    sources = {name: getattr(recipe.data, name) for name in ("sft", "preferences", "prompts", "test")}
+    return {
+        name: file_digest(Path(source).expanduser())
+        for name, source in sources.items()
+        if source is not None and is_local(source) and Path(source).expanduser().is_file()
+    }

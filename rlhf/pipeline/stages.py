@@ -1,0 +1,322 @@
+"""One function a stage: read the parents' folders, do the work, write the own folder, return facts for the manifest."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
+from transformers import PreTrainedModel, set_seed
+from trl import RewardConfig, SFTConfig, SFTTrainer
+
+import rlhf.reward.trainer as reward_trainers
+from rlhf.data.prepare import DataSources, prepare_data
+from rlhf.evaluation.gold import GoldFunction, load_gold
+from rlhf.evaluation.policy import judge_policies
+from rlhf.evaluation.statistics import pair_report
+from rlhf.lab.build import LabSettings, build_lab
+from rlhf.lab.world import gold as lab_gold
+from rlhf.models.generate import generate
+from rlhf.models.load import build_reward_model, load_policy, load_tokenizer
+from rlhf.models.scratch import build_base
+from rlhf.models.text import plain
+from rlhf.pipeline.training import split_settings, train, training_arguments
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.recipe.schema import Recipe
+from rlhf.reward import OBJECTIVES
+from rlhf.reward.model import RewardModel, load_reward_model, save_reward_model
+
+SHOWN_SAMPLES = 64
+CALIBRATION_SAMPLES = 256
+PROBE_SIZE = 8
+
+
+@dataclass
+class StageContext:
+    """What a stage function may look at.
+
+    Attributes:
+        folder: to write into.
+        parents: role → folder of a finished stage.
+        say: tell the person at the terminal.
+        is_main: whether this process writes files (with several processes, one does).
+    """
+
+    recipe: Recipe
+    folder: Path
+    parents: dict[str, Path]
+    say: Callable[[str], None]
+    is_main: bool = True
+
+    @property
+    def data(self) -> Path:
+        """Folder of the canonical data files."""
+        return self.parents["data"] / "data"
+
+    @property
+    def completion_length(self) -> int:
+        """Tokens after which an answer is cut, everywhere in this run."""
+        return int(self.recipe.ppo.trl_settings().get("max_completion_length", PPOConfig.max_completion_length))
+
+    def gold(self) -> GoldFunction | None:
+        """The true reward, where there is one."""
+        if self.recipe.evaluate.gold is not None:
+            return load_gold(self.recipe.evaluate.gold)
+        return lab_gold if self.recipe.lab is not None else None
+
+
+def run_lab(context: StageContext) -> dict[str, Any]:
+    """Generate the world: base model, demonstrations, labelled pairs, prompts."""
+    assert context.recipe.lab is not None
+    settings = LabSettings(**context.recipe.lab.model_dump(), seed=context.recipe.seed)
+    return build_lab(context.folder, settings)
+
+
+def run_data(context: StageContext) -> dict[str, Any]:
+    """Read, check and split what the recipe names; what it does not name comes from the lab."""
+    data = context.recipe.data
+    sources = data.model_dump()
+    if "lab" in context.parents:
+        made = context.parents["lab"] / "data"
+        files = {"sft": "sft", "preferences": "preferences", "prompts": "prompts", "test": "test"}
+        for name, file in files.items():
+            sources[name] = sources[name] or str(made / f"{file}.jsonl")
+        if data.prompts is None:
+            sources["test_prompts"] = str(made / "test_prompts.jsonl")
+    facts = prepare_data(context.folder / "data", DataSources(**sources), seed=context.recipe.seed)
+    for sentence in facts.pop("sentences"):
+        context.say(sentence)
+    return facts
+
+
+def run_base(context: StageContext) -> dict[str, Any]:
+    """A small model from nothing, its tokenizer trained on the demonstrations and the pairs."""
+    settings = dict(context.recipe.backbone.from_scratch or {})
+    texts = [
+        message["content"]
+        for name in ("sft", "pairs")
+        for row in read_jsonl(context.data / f"{name}.jsonl")
+        for part in row.values()
+        if isinstance(part, list)
+        for message in part
+    ]
+    build_base(
+        context.folder / "model", texts, architecture=settings.pop("architecture"), settings=settings, seed=context.recipe.seed
+    )
+    return {"texts": len(texts)}
+
+
+def run_sft(context: StageContext) -> dict[str, Any]:
+    """Supervised fine-tuning on the demonstrations; the loss is on the answers only."""
+    # 1. Model and data. A model from nothing has nothing to adapt, so all of its weights are trained.
+    base = base_model(context)
+    model_config, settings = split_settings(context.recipe.sft.trl_settings())
+    if not isinstance(base, str) and model_config.use_peft:
+        context.say("sft: the base model has random weights, so all of them are trained, not an adapter.")
+        model_config.use_peft = model_config.load_in_4bit = False
+    set_seed(context.recipe.seed)  # an adapter's first weights are random
+    tokenizer = load_tokenizer(base, conversational=True)
+    model = load_policy(base, model_config)
+    rows = Dataset.from_list(read_jsonl(context.data / "sft.jsonl"))
+
+    # 2. Train.
+    args = training_arguments(SFTConfig, settings, context.folder, context.recipe.seed)
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    cut = sum(args.max_length is not None and length >= args.max_length for length in lengths)
+    if cut:
+        context.say(f"sft: {cut} of {len(lengths)} demonstrations reach max_length={args.max_length} and may have been cut.")
+    train(trainer, context.folder, label="sft", say=context.say)
+
+    # 3. Save, and show what it says now.
+    if context.is_main:
+        save_model(trainer.model, tokenizer, context.folder / "model")
+        show_samples(context, trainer.model, tokenizer)
+    return {"demonstrations": len(rows), "cut": cut, "tokens": sum(lengths)}
+
+
+def run_reward(context: StageContext) -> dict[str, Any]:
+    """A reward model on the pairs, its scale on SFT samples, and its accuracy on held-out pairs."""
+    recipe = context.recipe
+    sft = context.parents["sft"] / "model"
+    model_config, settings = split_settings(recipe.reward.trl_settings())
+    settings.setdefault("num_train_epochs", 1)
+    args = training_arguments(RewardConfig, settings, context.folder, recipe.seed)
+
+    # 1. Train.
+    set_seed(recipe.seed)
+    tokenizer = load_tokenizer(sft, conversational=True)
+    model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
+    trainer_class = getattr(reward_trainers, OBJECTIVES[recipe.reward.objective])
+    pairs = Dataset.from_list(read_jsonl(context.data / "pairs.jsonl"))
+    trainer = trainer_class(model, args, train_dataset=pairs, processing_class=tokenizer)
+    train(trainer, context.folder, label="reward", say=context.say)
+    if not context.is_main:
+        return {}
+
+    # 2. Scale: mean and deviation of its scores on answers of the SFT policy.
+    set_seed(recipe.seed)
+    reward = RewardModel(trainer.model, tokenizer, max_length=args.max_length)
+    policy = load_policy(sft, model_config, trainable=False).to(trainer.args.device).eval()
+    prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
+    completions = generate(policy, tokenizer, prompts, max_new_tokens=context.completion_length)
+    scores = reward.score(prompts, completions.texts, ended=completions.ended.tolist())
+    reward.mean, reward.std = scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
+
+    # 3. Save with a probe, reload, and judge the reloaded one on held-out pairs.
+    probe = list(zip(prompts, completions.texts, strict=True))[:PROBE_SIZE]
+    facts = {"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit}
+    save_reward_model(context.folder / "model", reward, probe=probe, facts=facts)
+    reloaded = load_reward_model(context.folder / "model", device=trainer.args.device)
+    rows = read_jsonl(context.data / "test_pairs.jsonl")
+    report, shown = judge_pairs(reloaded, rows, context.gold())
+    write_jsonl(context.folder / "samples.jsonl", shown)
+    context.say(
+        f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
+        f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
+    )
+    kept = len(trainer.train_dataset)
+    return {"pairs": kept, "dropped_too_long": trainer.dropped_too_long, "mean": reward.mean, "std": reward.std, **report}
+
+
+def run_ppo(context: StageContext) -> dict[str, Any]:
+    """PPO from the SFT policy against the reward model."""
+    recipe = context.recipe
+    model_config, settings = split_settings(recipe.ppo.trl_settings())
+    args = training_arguments(PPOConfig, settings, context.folder, recipe.seed)
+    set_seed(recipe.seed)
+    sft = context.parents["sft"] / "model"
+    tokenizer = load_tokenizer(sft, conversational=True)
+    gold = context.gold()
+    trainer = PPOTrainer(
+        load_policy(sft, model_config),
+        load_reward_model(context.parents["reward"] / "model", device=args.device),
+        args,
+        train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
+        processing_class=tokenizer,
+        monitor_funcs={"gold": gold} if gold is not None else None,
+        adapter_was_trained=(sft / "adapter_config.json").is_file() and model_config.use_peft,
+    )
+    train(trainer, context.folder, label="ppo", say=context.say)
+    if context.is_main:
+        policy = trainer.accelerator.unwrap_model(trainer.model).policy
+        save_model(policy, tokenizer, context.folder / "model")
+        write_jsonl(context.folder / "samples.jsonl", [sample.as_row() for sample in trainer.latest_samples])
+    return {"episodes": trainer.episodes, "rollouts": int(args.num_train_epochs)}
+
+
+def run_evaluate(context: StageContext) -> dict[str, Any]:
+    """The last policy against SFT and best-of-16 on held-out prompts, by proxy, by gold, and at which KL."""
+    recipe = context.recipe
+    set_seed(recipe.seed)
+    model_config, settings = split_settings(recipe.ppo.trl_settings())
+    rows = read_jsonl(context.data / "test_prompts.jsonl")[: recipe.evaluate.prompts]
+    if len(rows) < recipe.evaluate.prompts:
+        context.say(f"evaluate: only {len(rows)} held-out prompts, of {recipe.evaluate.prompts} asked for.")
+    sft = context.parents["sft"] / "model"
+    reward = load_reward_model(context.parents["reward"] / "model")
+    device = next(reward.model.parameters()).device
+    facts, samples = judge_policies(
+        policy=load_policy(context.parents["policy"] / "model", model_config, trainable=False).to(device).eval(),
+        sft=load_policy(sft, model_config, trainable=False).to(device).eval(),
+        tokenizer=load_tokenizer(sft, conversational=True),
+        score=reward.score,
+        gold=context.gold(),
+        prompts=[row["prompt"] for row in rows],
+        max_new_tokens=context.completion_length,
+        max_prompt_length=settings.get("max_prompt_length", PPOConfig.max_prompt_length),
+    )
+    write_jsonl(context.folder / "samples.jsonl", samples)
+    return facts
+
+
+STAGES: dict[str, Callable[[StageContext], dict[str, Any]]] = {
+    "lab": run_lab,
+    "data": run_data,
+    "base": run_base,
+    "sft": run_sft,
+    "reward": run_reward,
+    "ppo": run_ppo,
+    "evaluate": run_evaluate,
+}
+
+
+def base_model(context: StageContext) -> str | Path:
+    """The base model's folder if this run made it, else the recipe's hub id or folder."""
+    for role in ("base", "lab"):
+        if role in context.parents:
+            return context.parents[role] / "model"
+    assert context.recipe.backbone.model is not None, "the recipe's check wants a backbone, a lab or from_scratch"
+    return context.recipe.backbone.model
+
+
+def save_model(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path) -> None:
+    """An ordinary Hugging Face folder; of a policy with a reference adapter, the policy's adapter only."""
+    arguments = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, **arguments)
+    tokenizer.save_pretrained(folder)
+
+
+def show_samples(context: StageContext, model: Any, tokenizer: Any) -> None:
+    """Write answers to held-out prompts beside the model."""
+    set_seed(context.recipe.seed)
+    model.eval()
+    prompts = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")[:SHOWN_SAMPLES]]
+    completions = generate(model, tokenizer, prompts, max_new_tokens=context.completion_length, max_prompt_length=512)
+    gold = context.gold()
+    values: Sequence[float | None] = (
+        gold([plain(prompt) for prompt in prompts], completions.texts) if gold else [None] * len(prompts)
+    )
+    rows = zip(prompts, completions.texts, values, completions.ended.tolist(), strict=True)
+    write_jsonl(
+        context.folder / "samples.jsonl",
+        [{"prompt": p, "completion": text, "gold": value, "ended": ended} for p, text, value, ended in rows],
+    )
+
+
+def judge_pairs(
+    reward: RewardModel, rows: list[dict[str, Any]], gold: GoldFunction | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score held-out pairs: the report, and every pair with its scores."""
+    prompts = [row["prompt"] for row in rows]
+    chosen = [row["chosen"][0]["content"] for row in rows]
+    rejected = [row["rejected"][0]["content"] for row in rows]
+    with torch.no_grad():
+        scores_chosen = reward.score(prompts, chosen).tolist()
+        scores_rejected = reward.score(prompts, rejected).tolist()
+    texts = [plain(prompt) for prompt in prompts]
+    differences = None
+    if gold is not None:
+        pairs = zip(gold(texts, chosen), gold(texts, rejected), strict=True)
+        differences = [first - second for first, second in pairs]
+    report = pair_report(
+        scores_chosen,
+        scores_rejected,
+        prompts=texts,
+        lengths_chosen=[len(text) for text in chosen],
+        lengths_rejected=[len(text) for text in rejected],
+        gold_differences=differences,
+    )
+    shown = [
+        {"prompt": p, "chosen": c, "rejected": r, "score_chosen": sc, "score_rejected": sr}
+        for p, c, r, sc, sr in zip(texts, chosen, rejected, scores_chosen, scores_rejected, strict=True)
+    ]
+    return report, shown
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file of ours."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """All rows at once; the stage's manifest is what says that the file is whole."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+disable_progress_bars()
