@@ -93,7 +93,7 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
 
     def say(line: str) -> None:
         if is_main:
-            output.print(line, markup=False)
+            output.print(line, markup=False, soft_wrap=True)
 
     run(recipe, out, until=until, say=say)
     if is_main:
@@ -120,14 +120,14 @@ def _show_summary(out: Path) -> None:
     last = summary["rounds"][-1]
     table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
     table.add_column("")
-    for heading in ("SFT", "policy", "best of 16 by reward", "best of 16 by gold"):
+    for heading in ("SFT", "policy", "best of 16\nby reward", "best of 16\nby gold"):
         table.add_column(heading, justify="right")
 
     def cell(section: dict[str, Any], name: str) -> str:
         value, interval = section.get(name), section.get(f"{name}_ci")
         if value is None:
             return "-"
-        return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+        return f"{value:.2f}" + (f" ±{(interval[1] - interval[0]) / 2:.2f}" if interval else "")
 
     sections = (summary["sft"], last["policy"], summary["best_of_16"]["by_reward"], summary["best_of_16"]["by_gold"])
     for name, label in (("gold", "true reward"), ("proxy", "reward model"), ("kl", "KL to SFT, nats"), ("win_rate", "win rate vs SFT")):

@@ -23,7 +23,7 @@ from rlhf.models.generate import generate
 from rlhf.models.load import build_reward_model, load_policy, load_tokenizer
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
-from rlhf.pipeline.training import split_settings, train, training_arguments
+from rlhf.pipeline.training import quiet_libraries, split_settings, train, training_arguments
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import Recipe
@@ -319,4 +319,5 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+quiet_libraries()
 disable_progress_bars()

@@ -1,11 +1,14 @@
 """What every training stage shares: arguments from a recipe's keys, metrics on disk, checkpoint marks, progress."""
 
 import json
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig
@@ -17,6 +20,14 @@ from rlhf.recipe.schema import trl_keys
 
 Config = TypeVar("Config", bound=TrainingArguments)
 SAVES_PER_STAGE = 5
+
+
+def quiet_libraries() -> None:
+    """Silence what a recipe's reader can't act on: loading bars of each checkpoint, deprecations inside libraries."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
