@@ -47,16 +47,7 @@ def judge_policies(
     arguments = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
     texts = [plain(prompt) for prompt in prompts]
 
-    # 1. The policy's answers, their scores and their distance from SFT.
-    answers, proxies, kls = [], [], []
-    for start in range(0, len(prompts), BATCH):
-        part = prompts[start : start + BATCH]
-        completions = generate(policy, tokenizer, part, **arguments)
-        answers += completions.texts
-        proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
-        kls += sequence_kl(policy, sft, completions).tolist()
-
-    # 2. Sixteen answers of SFT to each prompt.
+    # 1. Sixteen answers of SFT to each prompt; first, so that they are the same whatever the policy became.
     repeated = [prompt for prompt in prompts for _ in range(BEST_OF)]
     sft_answers, sft_proxies = [], []
     for start in range(0, len(repeated), BATCH):
@@ -65,6 +56,15 @@ def judge_policies(
         sft_answers += completions.texts
         sft_proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
     sft_scores = torch.tensor(sft_proxies).view(-1, BEST_OF)
+
+    # 2. The policy's answers, their scores and their distance from SFT.
+    answers, proxies, kls = [], [], []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        completions = generate(policy, tokenizer, part, **arguments)
+        answers += completions.texts
+        proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
+        kls += sequence_kl(policy, sft, completions).tolist()
 
     # 3. The true reward of all of them.
     facts: dict[str, Any] = {

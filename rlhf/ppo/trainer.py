@@ -248,7 +248,7 @@ class PPOTrainer(BaseTrainer):
         size = self.args.local_rollout_size * self.accelerator.num_processes
         indices = prompt_indices(len(self.train_dataset), size, seed=self.args.seed, rollout=rollout)
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-        return [self.train_dataset[index] for index in mine]
+        return self.train_dataset.select(mine).to_list()
 
     def sample(self, rows: Sequence[dict[str, Any]]) -> Completions:
         """One answer to each row's prompt from the current policy."""
@@ -463,7 +463,7 @@ class PPOTrainer(BaseTrainer):
         rank, world, size = self.accelerator.process_index, self.accelerator.num_processes, self.args.per_device_eval_batch_size
         mine = list(range(len(dataset)))[rank::world]
         for start in range(0, len(mine), size):
-            self.rollout([dataset[index] for index in mine[start : start + size]])
+            self.rollout(dataset.select(mine[start : start + size]).to_list())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take_metrics().items()}
         self._sums, self.episodes, self.latest_samples = kept_sums, kept_episodes, kept_samples
         self.log(metrics)

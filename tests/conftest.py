@@ -1,0 +1,94 @@
+"""Tiny models made on the spot; no network, no GPU, one thread a process so that sums come out the same every time."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORDS = "red blue green apple pear plum dog cat yes no please list name three two".split()
+PROMPTS = [[{"role": "user", "content": f"{a} {b} {c}"}] for a in ("list", "name") for b in WORDS[:6] for c in WORDS[6:9]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with byte-level BPE, chat template, distinct pad and end."""
+    from rlhf.models.scratch import build_base
+
+    folder = tmp_path_factory.mktemp("base")
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "vocab_size": 300,
+        "initializer_range": 0.2,
+    }
+    build_base(folder, [" ".join(WORDS)] * 5, architecture="llama", settings=settings, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> Any:
+    from rlhf.models.load import load_tokenizer
+
+    return load_tokenizer(base_folder, conversational=True)
+
+
+@pytest.fixture(scope="session")
+def pairs() -> Any:
+    """Forty conversational pairs whose chosen answer says yes."""
+    from datasets import Dataset
+
+    rows = [
+        {
+            "prompt": prompt,
+            "chosen": [{"role": "assistant", "content": f"yes {WORDS[i % 9]}"}],
+            "rejected": [{"role": "assistant", "content": f"no {WORDS[i % 7]} {WORDS[i % 5]}"}],
+        }
+        for i, prompt in enumerate(PROMPTS[:36] + PROMPTS[:4])
+    ]
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="session")
+def reward_folder(base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained reward model on the base, saved as the pipeline saves one."""
+    from rlhf.models.load import build_reward_model, model_settings
+    from rlhf.reward.model import RewardModel, save_reward_model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("reward")
+    model = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    probe = [(prompt, "yes please") for prompt in PROMPTS[:4]]
+    reward = RewardModel(model.eval(), tokenizer, mean=0.1, std=0.8)
+    save_reward_model(folder, reward, probe=probe, facts={"objective": "bt", "load_in_4bit": False})
+    return folder
+
+
+@pytest.fixture
+def cpu_arguments(tmp_path: Path) -> dict[str, Any]:
+    """Arguments that every trainer in a test shares."""
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 0,
+    }

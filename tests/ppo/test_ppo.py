@@ -1,0 +1,282 @@
+"""PPO as a whole: what must hold at step 0, the bandit's known optimum, accumulation, resume."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tests.conftest import PROMPTS
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
+
+from rlhf import PPOConfig, PPOTrainer, load_reward_model
+from rlhf.errors import TrainingError, UserError
+
+DATA = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+
+
+class Rows(TrainerCallback):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "episodes" in logs:
+            self.rows.append({"step": state.global_step, **logs})
+
+
+def make(base: Path, reward: Any, arguments: dict[str, Any], **extra: Any) -> tuple[PPOTrainer, Rows]:
+    rows = Rows()
+    settings = {
+        "per_device_train_batch_size": 8,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 2,
+        "total_episodes": 48,
+        "learning_rate": 1e-3,
+        "max_completion_length": 8,
+        **arguments,
+    }
+    keywords = {name: extra.pop(name) for name in list(extra) if name in ("critic", "monitor_funcs", "processing_class", "peft_config", "eval_dataset")}
+    settings.update(extra)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    keywords.setdefault("processing_class", None)
+    if keywords["processing_class"] is None:
+        from rlhf.models.load import load_tokenizer
+
+        keywords["processing_class"] = load_tokenizer(base, conversational=True)
+    trainer = PPOTrainer(model, reward, PPOConfig(**settings), DATA, callbacks=[rows], **keywords)
+    return trainer, rows
+
+
+def test_at_step_0_the_policy_is_the_reference(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, total_episodes=16, num_ppo_epochs=1, num_mini_batches=1, per_device_train_batch_size=16)
+    trainer.train()
+    first = rows.rows[0]
+    assert first["kl"] == 0.0  # two copies of one model on one batch: not a rounding error between them
+    assert first["ratio_first"] == pytest.approx(1.0, abs=1e-6)
+    assert first["clip_fraction"] == 0.0
+    assert first["approx_kl"] == pytest.approx(0.0, abs=1e-10)
+
+
+def test_token_scores_at_the_last_token_are_the_reward(base_folder: Path, reward_folder: Path, tokenizer: Any) -> None:
+    from rlhf.models.roles import position_ids
+    from rlhf.models.score import token_scores
+    from rlhf.models.text import encode_answers
+
+    reward = load_reward_model(reward_folder)
+    prompts, answers = PROMPTS[:5], ["yes", "no no", "apple pear plum", "please", "dog"]
+    rows, _ = encode_answers(tokenizer, prompts, answers)
+    width = max(map(len, rows))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])  # left, as in PPO
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    at_end = token_scores(reward.model, ids, mask, position_ids(mask))[:, -1]
+    torch.testing.assert_close(at_end, reward.score(prompts, answers), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_changes_no_logprob(base_folder: Path) -> None:
+    from rlhf.models.roles import response_logprobs
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    ids = torch.randint(5, 200, (3, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    plain, entropy = response_logprobs(model, ids, mask, 4, 0.7)
+    padded_ids = torch.cat([torch.zeros(3, 6, dtype=torch.long), ids], dim=1)
+    padded_mask = torch.cat([torch.zeros(3, 6, dtype=torch.long), mask], dim=1)
+    padded, padded_entropy = response_logprobs(model, padded_ids, padded_mask, 4, 0.7)
+    torch.testing.assert_close(plain, padded, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, padded_entropy, atol=1e-5, rtol=1e-5)
+    # The definition itself, at the sampling temperature.
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, -5:-1] / 0.7
+    expected = logits.log_softmax(-1).gather(-1, ids[:, -4:, None]).squeeze(-1)
+    torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
+
+
+def bandit_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, size)}}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def test_bandit_reaches_the_known_optimum(cpu_arguments: dict[str, Any]) -> None:
+    """One token, one prompt: the KL-regularised optimum is π* ∝ π_ref exp(r / β), and PPO must reach it."""
+    size, beta = 12, 0.5
+    torch.manual_seed(1)
+    tokenizer = bandit_tokenizer(size)
+    shape = {"vocab_size": size, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    policy = AutoModelForCausalLM.from_config(LlamaConfig(**shape, initializer_range=0.3))
+    critic = AutoModelForSequenceClassification.from_config(LlamaConfig(**shape, num_labels=1))
+    rewards = torch.linspace(-1, 1, size)[torch.randperm(size)]
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [rewards[ids[0]].item() for ids in completion_ids]
+
+    prompt_ids = tokenizer("w3 w4", return_tensors="pt").input_ids
+    with torch.no_grad():
+        reference = policy(prompt_ids).logits[0, -1].log_softmax(-1)
+    optimum = (reference + rewards / beta).log_softmax(-1)
+    args = PPOConfig(
+        **cpu_arguments,
+        total_episodes=4096 * 60,
+        per_device_train_batch_size=4096,
+        num_ppo_epochs=2,
+        learning_rate=1e-2,
+        critic_learning_rate=1e-2,
+        max_completion_length=1,
+        kl_coef=beta,
+        whiten_advantages=False,
+        missing_eos_penalty=None,
+        reward_clip=None,
+        cliprange_value=None,
+        max_grad_norm=10.0,
+    )
+    trainer = PPOTrainer(policy, reward, args, Dataset.from_list([{"prompt": "w3 w4"}] * 4096), processing_class=tokenizer, critic=critic)
+    trainer.train()
+    with torch.no_grad():
+        final = trainer.model.policy(prompt_ids).logits[0, -1].log_softmax(-1)
+
+    def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+        return (p.exp() * (p - q)).sum().item()
+
+    print(f"KL(reference, optimum) = {kl(reference, optimum):.4f}, KL(policy, optimum) = {kl(final, optimum):.2e}")
+    assert kl(reference, optimum) > 0.3, "the optimum must be far enough away to be worth reaching"
+    assert kl(final, optimum) < 1e-3
+
+
+def weights_after(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_accumulation_does_not_change_the_update(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    """1 x 16 and 4 x 4 see the same answers of unequal length and must make the same step."""
+    results = []
+    for batch, accumulation in ((16, 1), (4, 4)):
+        arguments = {**cpu_arguments, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer, rows = make(base_folder, str(reward_folder), arguments, num_mini_batches=1, num_ppo_epochs=1, total_episodes=16, max_grad_norm=1e9)
+        trainer.train()
+        results.append((weights_after(trainer), rows.rows[0]))
+    (one, row_one), (four, row_four) = results
+    assert row_one["length"] == row_four["length"]
+    assert row_one["grad_norm"] == pytest.approx(row_four["grad_norm"], rel=1e-4)
+    # AdamW's first step is lr · sign(gradient): a gradient that is rounding noise may flip, so weights are compared by share.
+    different = sum(int((~torch.isclose(one[n], four[n], atol=1e-5)).sum()) for n in one)
+    assert different / sum(value.numel() for value in one.values()) < 0.01
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path) -> None:
+    def arguments(name: str) -> dict[str, Any]:
+        return {**cpu_arguments, "output_dir": str(tmp_path / name), "save_strategy": "epoch", "total_episodes": 64}
+
+    whole, rows_whole = make(base_folder, str(reward_folder), arguments("whole"))
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.epoch >= 2
+
+    first, _ = make(base_folder, str(reward_folder), arguments("halves"))
+    first.add_callback(Stop())
+    first.train()
+    second, rows_second = make(base_folder, str(reward_folder), arguments("halves"))
+    second.train(resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-8"))
+    for name, value in weights_after(whole).items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    # Two of four rollouts are repeated by nobody, and their numbers are the same.
+    assert [row["episodes"] for row in rows_second.rows] == [48, 64]
+    for ours, theirs in zip(rows_second.rows, rows_whole.rows[2:], strict=True):
+        assert ours["reward_proxy"] == theirs["reward_proxy"]
+        assert ours["kl"] == theirs["kl"]
+    saved = tmp_path / "halves" / "checkpoint-16"
+    assert json.loads((saved / "ppo_state.json").read_text())["episodes"] == 64
+    critic = load_file(saved / "critic" / "model.safetensors")
+    assert torch.equal(critic["score.weight"], second.model.critic.score.weight)
+    assert AutoModelForCausalLM.from_pretrained(saved).config.vocab_size == whole.model.config.vocab_size
+
+
+def test_checkpoints_fall_between_rollouts(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path) -> None:
+    arguments = {**cpu_arguments, "output_dir": str(tmp_path / "x"), "save_strategy": "steps", "save_steps": 3}
+    trainer, _ = make(base_folder, str(reward_folder), arguments)
+    trainer.train()  # 3 rollouts of 4 steps; steps 3, 6, 9 and 12 ask for a checkpoint
+    saved = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "x").glob("checkpoint-*"))
+    assert saved == [4, 8, 12]
+
+
+def test_mini_batches_are_optimizer_steps(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, num_mini_batches=4, per_device_train_batch_size=4, num_ppo_epochs=3, total_episodes=32)
+    trainer.train()
+    assert [row["step"] for row in rows.rows] == [12, 24]
+    assert [row["episodes"] for row in rows.rows] == [16, 32]
+
+
+def test_evaluation_samples_and_trains_nothing(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    trainer, _ = make(base_folder, str(reward_folder), cpu_arguments, eval_dataset=DATA.select(range(6)), monitor_funcs={"gold": lambda p, c: [float(len(x)) for x in c]})
+    before = weights_after(trainer)
+    metrics = trainer.evaluate()
+    assert {"eval_reward_proxy", "eval_reward_gold", "eval_kl", "eval_length"} <= set(metrics)
+    assert metrics["eval_kl"] == 0.0
+    assert trainer.episodes == 0
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+def test_a_reward_that_is_no_number_stops_before_the_update(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], bad: Any) -> None:
+    critic = load_reward_model(reward_folder).model.requires_grad_(True)
+    trainer, _ = make(base_folder, lambda completions, **_: [0.0] * (len(completions) - 1) + [bad], cpu_arguments, critic=critic)
+    before = weights_after(trainer)
+    with pytest.raises(TrainingError, match="nothing was updated"):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+def test_wrong_number_of_rewards(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    critic = load_reward_model(reward_folder).model.requires_grad_(True)
+    trainer, _ = make(base_folder, lambda completions, **_: [0.0], cpu_arguments, critic=critic)
+    with pytest.raises(TrainingError, match="returned 1 scores for 16 answers"):
+        trainer.train()
+
+
+def test_a_constant_reward_moves_nothing_by_itself(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    critic = load_reward_model(reward_folder).model.requires_grad_(True)
+    trainer, rows = make(base_folder, lambda completions, **_: [1.0] * len(completions), cpu_arguments, critic=critic, missing_eos_penalty=None)
+    trainer.train()
+    assert all(math.isfinite(row["loss"]) for row in rows.rows)
+
+
+def test_missing_end_is_penalised_exactly_there(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    from rlhf.models.generate import Completions
+
+    reward = load_reward_model(reward_folder)
+    trainer, _ = make(base_folder, reward, cpu_arguments, missing_eos_penalty=2.0, reward_clip=None)
+    ids = torch.tensor([[10, 1], [10, 11]])
+    completions = Completions(ids, torch.ones_like(ids), ids, torch.ones_like(ids), torch.tensor([True, False]), ["yes", "yes"])
+    raw, total = trainer.score([{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0]}], completions)
+    expected = (raw - reward.mean) / reward.std - torch.tensor([0.0, 2.0])
+    torch.testing.assert_close(total, expected)
+    assert raw[0] != raw[1], "the reward model sees that one answer did not end"
+
+
+def test_a_callable_alone_needs_a_critic(base_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="pass `critic=`"):
+        make(base_folder, lambda completions, **_: [0.0] * len(completions), cpu_arguments)
+
+
+def test_reward_columns_reach_the_function(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    seen: list[Any] = []
+
+    def reward(prompts: Any, completions: Any, completion_ids: Any, topic: Any) -> list[float]:
+        seen.extend(zip(prompts, completions, completion_ids, topic, strict=True))
+        return [0.0] * len(prompts)
+
+    critic = load_reward_model(reward_folder).model.requires_grad_(True)
+    trainer, _ = make(base_folder, reward, cpu_arguments, critic=critic, total_episodes=16)
+    trainer.train_dataset = DATA.add_column("topic", [f"t{i}" for i in range(len(DATA))])
+    trainer.train()
+    prompt, completion, ids, topic = seen[0]
+    assert prompt[0]["role"] == "user"
+    assert completion[0]["role"] == "assistant"
+    assert topic == f"t{[row['prompt'] for row in DATA].index(prompt)}"
+    assert len(ids) <= 8
