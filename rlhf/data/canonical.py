@@ -28,6 +28,9 @@ def pair(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("prompt") is not None:
         prompt = messages(row["prompt"], "prompt")
         chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+        if isinstance(row["prompt"], str):  # an open "Assistant:" in the prompt leaves its blank to the answer
+            for side in (chosen, rejected):
+                side[0]["content"] = side[0]["content"].strip()
     else:
         chosen, rejected = _conversation(chosen, "chosen"), _conversation(rejected, "rejected")
         common = 0
@@ -109,7 +112,8 @@ def messages(value: Any, name: str) -> Messages:
     """
     if isinstance(value, str):
         if value.lstrip().startswith(HUMAN.strip()):
-            return transcript(value)
+            turns = transcript(value)
+            return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} and name == "prompt" else turns
         return [{"role": "user", "content": value}]
     if not isinstance(value, list):
         raise BadRow(f"{name} is neither text nor messages")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft.utils.save_and_load import load_peft_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -147,14 +148,15 @@ def copy_adapter(folder: str, model: PeftModel) -> None:
     Raises:
         UserError: the two do not have the same places and ranks.
     """
-    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-
-    weights = load_peft_weights(folder, device="cpu")
-    weights = {name: tensor for name, tensor in weights.items() if "lora_" in name}
-    outcome = set_peft_model_state_dict(model, weights)
-    missing = [name for name in outcome.missing_keys if "lora_" in name]
-    if outcome.unexpected_keys or missing:
-        raise UserError(f"{folder}: this adapter does not fit the reward model: {[*outcome.unexpected_keys, *missing][:3]}.")
+    weights = {name: tensor for name, tensor in load_peft_weights(folder, device="cpu").items() if "lora_" in name}
+    places = {name.replace(".default.", "."): p for name, p in model.named_parameters() if "lora_" in name}
+    wrong = sorted(
+        name for name in {*weights, *places} if name not in weights or name not in places or weights[name].shape != places[name].shape
+    )
+    if wrong:
+        raise UserError(f"{folder}: this adapter does not fit the reward model, first at {wrong[0]}.")
+    for name, place in places.items():
+        place.data.copy_(weights[name])
 
 
 def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedModel | PeftModel:
@@ -167,8 +169,6 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
     config = model_settings({"use_peft": True, "load_in_4bit": True} if load_in_4bit else {"dtype": "auto"})
     arguments = _init_arguments(config, get_quantization_config(config))
     if source.adapter is not None:
-        from peft.utils.save_and_load import load_peft_weights
-
         if not any("score" in name for name in load_peft_weights(source.adapter, device="cpu")):
             raise UserError(f"{path}: the adapter holds no score head, so its rewards would be random; train it with task_type SEQ_CLS.")
         with suppress_seqcls_warning():

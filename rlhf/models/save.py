@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from peft import PeftModel
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,8 +15,6 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         RuntimeError: a weight is missing or has another shape.
     """
     if isinstance(model, PeftModel):
-        from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-
         outcome = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
         if outcome.unexpected_keys:
             raise RuntimeError(f"{folder}: unexpected adapter weights {outcome.unexpected_keys[:3]}")

@@ -65,7 +65,7 @@ def _check_keys(document: Document) -> Iterable[str]:
     """Unknown, renamed and refused keys."""
     for name, value in document.values.items():
         if name not in Recipe.model_fields:
-            yield f"{document.place((name,))}: unknown section {name!r}{_suggestion(name, Recipe.model_fields)}."
+            yield f"{document.place((name,))}: unknown section {name!r}{_suggestion(name, Recipe.model_fields) or '.'}"
             continue
         section = _section_class(name)
         if section is None:
@@ -85,7 +85,7 @@ def _check_keys(document: Document) -> Iterable[str]:
             elif key in RENAMED_KEYS and (name in STAGE_SECTIONS):
                 yield f"{where}: {name}.{key} is called {RENAMED_KEYS[key]} here."
             else:
-                yield f"{where}: unknown key {name}.{key}{_suggestion(key, known)}."
+                yield f"{where}: unknown key {name}.{key}{_suggestion(key, known) or '.'}"
     scratch = (document.values.get("backbone") or {}).get("from_scratch")
     if isinstance(scratch, dict):
         architecture = scratch.get("architecture")
@@ -96,7 +96,7 @@ def _check_keys(document: Document) -> Iterable[str]:
             for key in scratch:
                 if key not in known:
                     where = document.place(("backbone", "from_scratch", key))
-                    yield f"{where}: unknown key backbone.from_scratch.{key}{_suggestion(key, known)}."
+                    yield f"{where}: unknown key backbone.from_scratch.{key}{_suggestion(key, known) or '.'}"
 
 
 def _check_types(document: Document) -> Iterable[str]:
@@ -120,7 +120,7 @@ def _check_types(document: Document) -> Iterable[str]:
                 wanted = " or ".join(TYPE_NAMES[kind] for kind in allowed if kind != "null")
                 yield f"{document.place((*path, key))}: {name} is {value!r}; it must be {wanted}."
             elif choices and isinstance(value, str) and value not in choices:
-                yield f"{document.place((*path, key))}: {name} is {value!r}{_suggestion(value, choices)}; one of {', '.join(choices)}."
+                yield f"{document.place((*path, key))}: {name} is {value!r}{_suggestion(value, choices) or ';'} one of {', '.join(choices)}."
 
 
 def _has_type(value: Any, allowed: Sequence[str]) -> bool:

@@ -93,13 +93,13 @@ def test_padding_changes_no_logprob(base_folder: Path) -> None:
     torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
 
 
-def bandit_tokenizer(size: int) -> PreTrainedTokenizerFast:
+def bandit_tokenizer(size: int, pad_token: str = "<pad>") -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, size)}}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=pad_token, eos_token="<eos>", unk_token="<unk>")
 
 
 def test_bandit_reaches_the_known_optimum(cpu_arguments: dict[str, Any]) -> None:

@@ -1,0 +1,253 @@
+"""Text, tokenizers, adapters, and models that come back from disk as they were."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.conftest import PROMPTS, WORDS
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf import load_reward_model
+from rlhf.errors import UserError
+from rlhf.models.generate import generate, mask_after_end
+from rlhf.models.load import build_reward_model, find_source, load_policy, model_settings
+from rlhf.models.roles import PolicyAndCritic, active_adapter, make_reference, position_ids, response_logprobs
+from rlhf.models.text import answer_text, check_tokenizer, encode_answers, plain
+
+PROMPT = PROMPTS[0]
+
+
+def test_the_text_of_an_answer(tokenizer: Any) -> None:
+    ended = answer_text(tokenizer, PROMPT, "yes please")
+    cut = answer_text(tokenizer, PROMPT, "yes please", ended=False)
+    assert ended == cut + tokenizer.eos_token
+    assert cut.endswith("yes please")
+    assert answer_text(tokenizer, "plain ", "yes") == "plain yes" + tokenizer.eos_token
+    assert answer_text(tokenizer, PROMPT, "", ended=False).endswith("<|assistant|>\n")
+
+
+def test_a_template_that_ends_in_a_newline_still_ends_in_the_end_token(tokenizer: Any) -> None:
+    import copy
+
+    chatml = copy.deepcopy(tokenizer)
+    chatml.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    assert answer_text(chatml, PROMPT, "yes").endswith("yes" + tokenizer.eos_token)
+    assert answer_text(chatml, PROMPT, "yes", ended=False).endswith("yes")
+
+
+def test_too_long_rows_lose_the_prompt_not_the_answer(tokenizer: Any) -> None:
+    (whole,), none = encode_answers(tokenizer, [PROMPT], ["yes please"])
+    (cut,), one = encode_answers(tokenizer, [PROMPT], ["yes please"], max_length=6)
+    assert (none, one) == (0, 1)
+    assert cut == whole[-6:]
+
+
+def test_pad_that_equals_end_is_replaced_or_refused(tokenizer: Any) -> None:
+    import copy
+
+    wrong = copy.deepcopy(tokenizer)
+    wrong.pad_token = wrong.eos_token
+    check_tokenizer(wrong, conversational=True, where="x")
+    assert wrong.pad_token == "<|pad|>", "a reserved token takes its place"
+    from tests.ppo.test_ppo import bandit_tokenizer
+
+    bare = bandit_tokenizer(8, pad_token="<eos>")
+    with pytest.raises(UserError, match="no padding token other than its end token"):
+        check_tokenizer(bare, conversational=False, where="x")
+    with pytest.raises(UserError, match="no chat template"):
+        check_tokenizer(bandit_tokenizer(8), conversational=True, where="x")
+
+
+def test_any_text_can_be_encoded_and_decoded(tokenizer: Any) -> None:
+    text = "שלום 👩‍👩‍👧 é \x07 tabs\tand\nlines"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_mask_after_end_with_several_end_ids() -> None:
+    ids = torch.tensor([[5, 2, 7, 1], [9, 9, 9, 9], [1, 2, 1, 2]])
+    mask, ended = mask_after_end(ids, [1, 2])
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert ended.tolist() == [True, False, True]
+
+
+def test_generation_samples_the_whole_distribution_whatever_the_model_declares(base_folder: Path, tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    model.generation_config.top_k, model.generation_config.top_p = 1, 0.1
+    torch.manual_seed(0)
+    completions = generate(model, tokenizer, [PROMPT] * 400, max_new_tokens=1, temperature=1.0)
+    with torch.no_grad():
+        logits = model(input_ids=completions.prompt_ids[:1], attention_mask=completions.prompt_mask[:1]).logits[0, -1]
+    entropy = torch.distributions.Categorical(logits=logits).entropy().item()
+    distinct = len(set(completions.response_ids[:, 0].tolist()))
+    assert distinct > 20, f"{distinct} tokens at an entropy of {entropy:.1f} nats"
+
+
+def test_plain_prompts() -> None:
+    assert plain(PROMPT) == PROMPT[0]["content"]
+    assert plain([*PROMPT, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]) == f"user: {plain(PROMPT)}\n\nassistant: a\n\nuser: b"
+
+
+# ---- Adapters ----
+
+
+def lora(base: Path, seed: int = 0, **extra: Any) -> PeftModel:
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear", **extra))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_switching_adapters_leaves_requires_grad_alone(base_folder: Path) -> None:
+    model = lora(base_folder)
+    model.add_adapter("reference", model.peft_config["default"])
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    ids = torch.arange(5, 15)[None]
+    own = model(ids).logits
+    with active_adapter(model, None):
+        base = model(ids).logits
+    with active_adapter(model, "reference"):
+        reference = model(ids).logits
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(model(ids).logits, own)
+    torch.testing.assert_close(base, AutoModelForCausalLM.from_pretrained(base_folder)(ids).logits)
+    assert not torch.allclose(own, base)
+    torch.testing.assert_close(reference, base), "a fresh adapter changes nothing"
+
+
+def test_the_reference_stays_where_sft_was(base_folder: Path) -> None:
+    ids, mask = torch.arange(5, 17)[None], torch.ones(1, 12, dtype=torch.long)
+    for trained in (True, False):
+        model = lora(base_folder)
+        reference = make_reference(model, adapter_was_trained=trained)
+        if trained:
+            expected = response_logprobs(model, ids, mask, 4, 1.0)[0].detach()
+        else:
+            expected = response_logprobs(AutoModelForCausalLM.from_pretrained(base_folder), ids, mask, 4, 1.0)[0].detach()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name and ".default." in name:
+                    parameter.add_(0.5)
+        torch.testing.assert_close(reference.logprobs(ids, mask, 4, 1.0), expected)
+        assert all(".default." in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_checkpointing_gives_the_gradients_of_both_roles(base_folder: Path, tokenizer: Any) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        policy = lora(base_folder)
+        make_reference(policy, adapter_was_trained=True)
+        torch.manual_seed(1)
+        critic = build_reward_model(base_folder, model_settings({"use_peft": True, "lora_r": 4}), pad_token_id=0)
+        for name, parameter in critic.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        container = PolicyAndCritic(policy, critic).train()
+        if checkpointing:
+            container.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ids = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+        outputs = container(ids, torch.ones_like(ids), 5, 1.0)
+        (outputs.logprobs.sum() + outputs.values.pow(2).sum()).backward()
+        gradients.append({name: p.grad for name, p in container.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any("score" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_position_ids_do_not_count_padding() -> None:
+    assert position_ids(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+
+
+# ---- From SFT to reward model ----
+
+
+@pytest.fixture
+def sft_adapter(base_folder: Path, tokenizer: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "sft"
+    lora(base_folder).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_reward_model_on_an_sft_adapter_keeps_what_sft_learnt(base_folder: Path, sft_adapter: Path, tokenizer: Any, use_peft: bool) -> None:
+    assert find_source(sft_adapter).base == str(base_folder)
+    settings = {"use_peft": True, "lora_r": 4} if use_peft else {}
+    model = build_reward_model(sft_adapter, model_settings(settings), pad_token_id=tokenizer.pad_token_id)
+    ids = torch.arange(5, 15)[None]
+    policy = load_policy(sft_adapter, model_settings({"use_peft": True}))
+    expected = policy.base_model.model.model(ids).last_hidden_state
+    inner = model.base_model.model if use_peft else model
+    torch.testing.assert_close(inner.model(ids).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("score" in name for name in trainable)
+    assert isinstance(model, PeftModel) == use_peft
+    assert model.config.problem_type == "regression"
+
+
+def test_merging_the_adapter_into_the_policy(sft_adapter: Path) -> None:
+    ids = torch.arange(5, 15)[None]
+    adapter = load_policy(sft_adapter, model_settings({"use_peft": True}), trainable=False)
+    merged = load_policy(sft_adapter, model_settings({}))
+    assert not isinstance(merged, PeftModel)
+    torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_scores_in_a_fresh_process_and_in_plain_transformers(reward_folder: Path) -> None:
+    reward = load_reward_model(reward_folder)
+    answers = [" ".join(WORDS[i : i + 3]) for i in range(4)]
+    scores = reward.score(PROMPTS[:4], answers)
+    code = f"import rlhf; print(rlhf.load_reward_model({str(reward_folder)!r}).score({PROMPTS[:4]!r}, {answers!r}).tolist())"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    torch.testing.assert_close(torch.tensor(eval(printed.strip().splitlines()[-1])), scores, atol=1e-6, rtol=0)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(reward_folder), AutoTokenizer.from_pretrained(reward_folder)
+    texts = [answer_text(tokenizer, p, a) for p, a in zip(PROMPTS[:4], answers, strict=True)]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    torch.testing.assert_close(model(**batch).logits.squeeze(-1), scores, atol=1e-5, rtol=1e-5)
+    from transformers import pipeline
+
+    raw = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts[0], add_special_tokens=False)
+    assert raw[0]["score"] == pytest.approx(scores[0].item(), abs=1e-5), "no sigmoid: problem_type is regression"
+
+
+def test_scores_depend_on_neither_batch_nor_order(reward_folder: Path) -> None:
+    reward = load_reward_model(reward_folder)
+    answers = [" ".join(WORDS[: i + 1]) for i in range(10)]
+    together = reward.score([PROMPT] * 10, answers)
+    alone = torch.cat([reward.score([PROMPT], [answer]) for answer in answers])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reward_model_that_is_not_itself_is_refused(reward_folder: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "changed"
+    shutil.copytree(reward_folder, folder)
+    card = json.loads((folder / "reward_model.json").read_text())
+    card["probe"][0]["score"] += 0.5
+    (folder / "reward_model.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="does not give the scores it was saved with"):
+        load_reward_model(folder)
+    with pytest.raises(UserError, match="holds no reward model"):
+        load_reward_model(tmp_path)
+
+
+def test_an_untrained_head_is_refused(base_folder: Path, reward_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "causal"
+    shutil.copytree(base_folder, folder)
+    shutil.copy(reward_folder / "reward_model.json", folder)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    config.save_pretrained(folder)
+    with pytest.raises(UserError, match="not a trained reward model"):
+        load_reward_model(folder)

@@ -1,0 +1,94 @@
+"""Strict keys, every mistake at once with its line; TRL's keys as installed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.generate_trl_keys import TARGET, describe
+
+from rlhf.errors import UserError
+from rlhf.recipe import load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+GOOD = "name: x\nlab: {}\n"
+
+
+def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    file = tmp_path / "r.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_recipe(file, overrides)
+    return [problem.replace(str(file), "r.yaml") for problem in error.value.problems]
+
+
+@pytest.mark.parametrize("file", [f for f in RECIPES if "accelerate" not in f.parts], ids=lambda f: f.name)
+def test_every_shipped_recipe_is_valid(file: Path) -> None:
+    assert load_recipe(file).name
+
+
+def test_trl_keys_are_those_of_the_installed_trl() -> None:
+    installed = json.loads(json.dumps(describe(), sort_keys=True, default=str))
+    assert installed == json.loads(TARGET.read_text(encoding="utf-8")), "run: python tests/generate_trl_keys.py"
+
+
+def test_all_mistakes_at_once_with_lines(tmp_path: Path) -> None:
+    text = "name: x\nlab: {}\nppo:\n  kl_coeff: 0.1\n  learning_rate: fast\n  total_episodes: 1.5\nrewards: {}\nsft:\n  torch_dtype: float32\n"
+    assert problems(tmp_path, text) == [
+        "r.yaml:4: unknown key ppo.kl_coeff; did you mean 'kl_coef'?",
+        "r.yaml:7: unknown section 'rewards'; did you mean 'reward'?",
+        "r.yaml:9: sft.torch_dtype is called dtype here.",
+        "r.yaml:5: ppo.learning_rate is 'fast'; it must be a number.",
+        "r.yaml:6: ppo.total_episodes is 1.5; it must be a whole number.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD + "ppo:\n  beta: 0.1\n", "r.yaml:4: ppo.beta is called kl_coef here."),
+        (GOOD + "ppo: {kl_coef: 0.1}\nppo: {kl_coef: 0.2}\n", "second time"),
+        (GOOD + "sft:\n  learning_rate: .nan\n", "not a finite number"),
+        (GOOD + "sft:\n  output_dir: x\n", "can't be set in a recipe"),
+        (GOOD + "sft:\n  use_peft: 1\n", "must be true or false"),
+        (GOOD + "sft:\n  lr_scheduler_type: cosin\n", "did you mean 'cosine'"),
+        (GOOD + "sft: {lora_r: 0}\n", "must be above 0"),
+        (GOOD + "sft: {load_in_4bit: true}\n", "needs sft.use_peft"),
+        (GOOD + "reward: {objective: btt}\n", "reward.objective"),
+        (GOOD + "lab_size: 3\n", "unknown section"),
+        (GOOD + "evaluate: {gold: file.txt}\n", "evaluate.gold"),
+        (GOOD + "a: &a 1\nb: *a\n", "aliases"),
+        ("name: x\n", "backbone.model"),
+        ("name: x\nbackbone: {model: a}\n", "data.preferences is missing"),
+        ("name: x\nlab: {}\nbackbone: {model: a, from_scratch: {architecture: llama}}\n", "exclude each other"),
+        ("name: x\nlab: {}\nbackbone: {from_scratch: {architecture: gpt}}\n", "llama or qwen3"),
+        ("name: x\nlab: {}\nbackbone: {from_scratch: {architecture: llama, hiden_size: 8}}\n", "did you mean 'hidden_size'"),
+        ("name: [\n", "broken YAML"),
+        ("- a\n", "mapping of sections"),
+        ("", "mapping of sections"),
+        ("name: x\nlab: {pairs: 3}\n", "r.yaml:2: lab.pairs"),
+    ],
+)
+def test_each_mistake_is_a_sentence(tmp_path: Path, text: str, expected: str) -> None:
+    found = problems(tmp_path, text)
+    assert any(expected in problem for problem in found), found
+
+
+def test_base_and_overrides(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\nlab: {}\nppo: {kl_coef: 0.1, temperature: 0.7}\n", encoding="utf-8")
+    (tmp_path / "r.yaml").write_text("base: base.yaml\nname: child\nppo: {kl_coef: 0.2}\n", encoding="utf-8")
+    recipe = load_recipe(tmp_path / "r.yaml", ["ppo.learning_rate=1e-4", "seed=3"])
+    assert recipe.name == "child"
+    assert recipe.seed == 3
+    assert recipe.ppo.trl_settings() == {"kl_coef": 0.2, "temperature": 0.7, "learning_rate": 1e-4}
+
+
+def test_a_bad_override_is_named(tmp_path: Path) -> None:
+    assert problems(tmp_path, GOOD, "ppo.kl_coeff=0.1") == ["override 'ppo.kl_coeff=0.1': unknown key ppo.kl_coeff; did you mean 'kl_coef'?"]
+    assert "looks like section.key=value" in problems(tmp_path, GOOD, "ppo.kl_coef")[0]
+
+
+def test_a_mistake_in_the_base_names_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\nlab: {}\nppo: {kl_coeff: 0.1}\n", encoding="utf-8")
+    (tmp_path / "r.yaml").write_text("base: base.yaml\nname: child\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"base\.yaml:3"):
+        load_recipe(tmp_path / "r.yaml")
