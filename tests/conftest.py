@@ -29,8 +29,8 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("base")
     settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "max_position_embeddings": 128,
@@ -57,7 +57,7 @@ def pairs() -> Any:
         {
             "prompt": prompt,
             "chosen": [{"role": "assistant", "content": f"yes {WORDS[i % 9]}"}],
-            "rejected": [{"role": "assistant", "content": f"no {WORDS[i % 7]} {WORDS[i % 5]}"}],
+            "rejected": [{"role": "assistant", "content": f"no {WORDS[i % 7]}"}],
         }
         for i, prompt in enumerate(PROMPTS[:36] + PROMPTS[:4])
     ]

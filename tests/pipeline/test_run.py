@@ -1,0 +1,257 @@
+"""The whole command, on a lab small enough for seconds: finished runs, killed runs, foreign data, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = """
+name: small
+lab: {demonstrations: 300, pairs: 200, test_pairs: 60, hidden_size: 64, num_hidden_layers: 1}
+sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 32, num_train_epochs: 1, logging_steps: 2, save_steps: 2}
+reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, logging_steps: 2, save_steps: 4}
+ppo: {total_episodes: 64, per_device_train_batch_size: 8, num_mini_batches: 2, num_ppo_epochs: 1, learning_rate: 1.0e-3,
+      max_completion_length: 12, save_steps: 2}
+evaluate: {prompts: 24}
+"""
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+STAGES = ["round-0/lab", "round-0/data", "round-0/sft", "round-1/reward", "round-1/ppo", "round-1/evaluate"]
+
+
+def rlhf(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlhf", *arguments]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True, timeout=240, check=False)
+
+
+def digests(run: Path) -> dict[str, str]:
+    files = {}
+    for stage in STAGES:
+        for file in json.loads((run / stage / "manifest.json").read_text())["files"]:
+            if file["path"].startswith("model/") and file["path"].endswith(".safetensors"):
+                files[f"{stage}/{file['path']}"] = file["sha256"]
+    return files
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "r.yaml").write_text(RECIPE)
+    result = rlhf("run", "r.yaml", "--out", "x", cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_the_contract_of_a_run(finished: Path) -> None:
+    run = finished / "x"
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) >= {"recipe", "seed", "seconds", "lab", "sft", "rounds", "best_of_16", "gold_gap_closed"}
+    assert set(summary["lab"]) == {"flip_rate", "annotator_agreement", "gold_sft", "gold_best_of_16", "gold_max"}
+    (only,) = summary["rounds"]
+    assert {"accuracy", "accuracy_true", "ece", "length_baseline"} <= set(only["reward"])
+    assert {"proxy", "gold", "kl", "win_rate"} <= set(only["policy"])
+    assert {"gold", "kl"} <= set(summary["best_of_16"]["by_reward"])
+    # The definition, from the parts.
+    best, sft = summary["best_of_16"]["by_gold"]["gold"], summary["sft"]["gold"]
+    assert summary["gold_gap_closed"] == pytest.approx((only["policy"]["gold"] - sft) / (best - sft))
+    low, high = only["policy"]["gold_ci"]
+    assert low <= only["policy"]["gold"] <= high
+    for stage in STAGES:
+        assert (run / stage / "manifest.json").is_file()
+    rows = [json.loads(line) for line in (run / "round-1/ppo/metrics.jsonl").read_text().splitlines()]
+    keys = {"step", "loss", "episodes", "reward_proxy", "reward_gold", "kl", "entropy", "clip_fraction", "explained_variance", "share_without_eos"}
+    assert all(keys <= set(row) for row in rows)
+    assert [row["episodes"] for row in rows] == [16, 32, 48, 64]
+    assert "resumed_from" not in (run / "round-0/sft/metrics.jsonl").read_text()
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert "https://" not in page
+
+
+def test_saved_models_load_with_plain_transformers(finished: Path) -> None:
+    run = (finished / "x").resolve()
+    code = f"""
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+policy = AutoModelForCausalLM.from_pretrained("{run}/round-1/ppo/model")
+reward = AutoModelForSequenceClassification.from_pretrained("{run}/round-1/reward/model")
+tokenizer = AutoTokenizer.from_pretrained("{run}/round-1/ppo/model")
+assert reward.config.problem_type == "regression" and reward.config.num_labels == 1
+ids = tokenizer("List", return_tensors="pt")
+assert policy(**ids).logits.shape[-1] == len(tokenizer)
+print(reward(**ids).logits.item())
+"""
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, capture_output=True)
+
+
+def test_a_finished_run_repeats_nothing(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (finished / "x").rglob("manifest.json")}
+    result = rlhf("run", "r.yaml", "--out", "x", cwd=finished)
+    assert result.returncode == 0
+    assert result.stdout.count("done before") == len(STAGES)
+    assert before == {p: p.stat().st_mtime_ns for p in (finished / "x").rglob("manifest.json")}
+
+
+def test_a_run_of_another_recipe_is_refused(finished: Path) -> None:
+    result = rlhf("run", "r.yaml", "--out", "x", "ppo.kl_coef=0.2", cwd=finished)
+    assert result.returncode == 2
+    assert "ppo.kl_coef was None, is 0.2" in result.stderr
+
+
+def started_checkpoint(run: Path, stage: str) -> bool:
+    return any((run / stage).glob("checkpoints/checkpoint-*/complete.json"))
+
+
+@pytest.mark.parametrize("stage", ["round-0/sft", "round-1/reward", "round-1/ppo", "round-1/evaluate"])
+def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path, stage: str) -> None:
+    """Killed after the stage's first checkpoint, the run goes on from it and ends with the same weights, bit for bit."""
+    import shutil
+
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    shutil.copytree(finished / "x", tmp_path / "x")
+    for later in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(tmp_path / "x" / later)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x"],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    trains = stage != "round-1/evaluate"
+    while time.monotonic() < deadline and process.poll() is None:
+        if started_checkpoint(tmp_path / "x", stage) if trains else (tmp_path / "x" / stage / "started.json").is_file():
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "x" / stage / "manifest.json").exists(), "the kill came too late to mean anything"
+    result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert digests(tmp_path / "x") == digests(finished / "x")
+    if trains:
+        rows = [json.loads(line) for line in (tmp_path / "x" / stage / "metrics.jsonl").read_text().splitlines()]
+        resumed = [i for i, row in enumerate(rows) if "resumed_from" in row]
+        assert len(resumed) == 1
+        step = rows[resumed[0]]["resumed_from"]
+        assert step > 0
+        assert min(row["step"] for row in rows[resumed[0] + 1 :]) > step, "no step before the checkpoint is repeated"
+
+
+def test_sigterm_says_so_and_exits_143(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x", "sft.num_train_epochs=50"],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "x/round-0/sft/metrics.jsonl").is_file():
+        time.sleep(0.05)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "goes on from the last checkpoint" in stderr
+
+
+def test_a_misspelt_key_creates_nothing(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("learning_rate: 3.0e-3", "lerning_rate: 3.0e-3"))
+    result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "r.yaml:4: unknown key sft.lerning_rate; did you mean 'learning_rate'?" in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "nowhere.yaml"], "cannot read the recipe"),
+        (["run", "r.yaml", "--out", "x", "lab=null", "backbone.model=m", "data.sft=s.jsonl", "data.preferences=p.jsonl"], "data.sft: s.jsonl: no such file."),
+        (["run", "r.yaml", "--out", "x", "--until", "sleep"], "--until sleep"),
+        (["run", "r.yaml", "--out", "full"], "not empty and not a run"),
+        (["fly", "r.yaml"], "No such command"),
+        (["check", "r.yaml", "bad.yaml"], "unknown section 'labb'"),
+    ],
+)
+def test_bad_input_is_exit_2(tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "bad.yaml").write_text("name: x\nlabb: {}\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    result = rlhf(*arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "x").exists()
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    result = rlhf("run", "r.yaml", "--out", "x", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "round-1/ppo" in result.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_foreign_data_with_a_gold_function_and_a_model_from_nothing(tmp_path: Path) -> None:
+    """Local demonstrations, pairs and prompts, LoRA after a full SFT, a true reward of one's own, no lab."""
+    words = [f"word{i}" for i in range(40)]
+    write(tmp_path / "sft.jsonl", [{"prompt": f"say {w}", "completion": f"{w} {'please' if i % 2 else 'now'}"} for i, w in enumerate(words * 4)])
+    write(tmp_path / "pairs.jsonl", [{"prompt": f"say {w} {i}", "chosen": f"{w} please", "rejected": f"{w} now"} for i in range(4) for w in words])
+    write(tmp_path / "prompts.jsonl", [{"prompt": f"say {a} {b}"} for a in words[:12] for b in words[:12]])
+    (tmp_path / "mine.py").write_text("def polite(prompts, completions):\n    return [float('please' in c) for c in completions]\n")
+    (tmp_path / "r.yaml").write_text("""
+name: foreign
+backbone:
+  from_scratch: {architecture: qwen3, vocab_size: 400, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64}
+data: {sft: sft.jsonl, preferences: pairs.jsonl, prompts: prompts.jsonl}
+sft: {use_peft: true, learning_rate: 3.0e-3, per_device_train_batch_size: 16, logging_steps: 5}
+reward: {use_peft: true, lora_r: 4, learning_rate: 3.0e-3, per_device_train_batch_size: 8, logging_steps: 5}
+ppo: {use_peft: true, lora_r: 4, total_episodes: 32, per_device_train_batch_size: 16, num_ppo_epochs: 1, learning_rate: 1.0e-3, max_completion_length: 8}
+evaluate: {gold: mine.py:polite, prompts: 16}
+""")
+    result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "all of them are trained, not an adapter" in result.stdout
+    summary = json.loads((tmp_path / "x/summary.json").read_text())
+    assert summary["lab"] == dict.fromkeys(summary["lab"])
+    assert 0 <= summary["rounds"][0]["policy"]["gold"] <= 1
+    assert 0 <= summary["best_of_16"]["by_gold"]["gold"] <= 1
+    assert summary["rounds"][0]["reward"]["accuracy_true"] is not None
+    assert (tmp_path / "x/round-1/ppo/model/adapter_config.json").is_file()
+    assert (tmp_path / "x/round-1/reward/model/adapter_config.json").is_file()
+
+
+def test_qlora_in_every_stage(tmp_path: Path, finished: Path) -> None:
+    """NF4 on the CPU: SFT, reward model and PPO as adapters on one 4-bit base, saved and read back."""
+    quantised = "{use_peft: true, load_in_4bit: true, dtype: bfloat16, lora_r: 4, learning_rate: 1.0e-3, per_device_train_batch_size: 8"
+    base = (finished / "x/round-0/sft/model").resolve()
+    (tmp_path / "r.yaml").write_text(f"""
+name: quantised
+lab: {{demonstrations: 100, pairs: 100, test_pairs: 50, hidden_size: 32, num_hidden_layers: 1}}
+backbone: {{model: {base}}}
+sft: {quantised}}}
+reward: {quantised}}}
+ppo: {quantised}, total_episodes: 16, num_ppo_epochs: 1, max_completion_length: 6}}
+evaluate: {{prompts: 8}}
+""")
+    result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for stage in ("round-0/sft", "round-1/reward", "round-1/ppo"):
+        config = json.loads((tmp_path / "x" / stage / "model/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base)
+    assert json.loads((tmp_path / "x/summary.json").read_text())["rounds"][0]["policy"]["kl"] is not None

@@ -1,0 +1,160 @@
+"""`PairRewardTrainer` against TRL's own trainer, against itself in other batch shapes, and against planted truths."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tests.conftest import PROMPTS
+from transformers import AutoModelForSequenceClassification
+from trl import RewardConfig, RewardTrainer
+
+from rlhf import LabelSmoothingRewardTrainer, MarginRewardTrainer, PairRewardTrainer, SoftLabelRewardTrainer
+from rlhf.errors import TrainingError, UserError
+from rlhf.models.load import build_reward_model, load_scorer, model_settings
+from rlhf.reward.trainer import check_columns
+
+
+def build(base: Path, tokenizer: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return build_reward_model(base, model_settings(settings), pad_token_id=tokenizer.pad_token_id)
+
+
+def train(cls: type, model: Any, tokenizer: Any, pairs: Dataset, arguments: dict[str, Any], **extra: Any) -> Any:
+    settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "num_train_epochs": 1, "logging_steps": 1, "max_grad_norm": 1e9, **arguments, **extra}
+    trainer = cls(model, RewardConfig(**settings), train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    return trainer
+
+
+def losses(trainer: Any) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("margin", [False, True])
+def test_equals_trl_on_plain_and_margin_losses(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], margin: bool) -> None:
+    """TRL's RewardTrainer is the oracle: same losses and same weights over an epoch of full batches."""
+    data = pairs.add_column("margin", [0.1 * (i % 7) for i in range(len(pairs))]) if margin else pairs
+    ours = train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments)
+    theirs = train(RewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments)
+    assert len(losses(ours)) == 5
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
+    for name, value in ours.model.state_dict().items():
+        torch.testing.assert_close(value, theirs.model.state_dict()[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 4), (3, 6), (1, 16)])
+def test_accumulation_equals_one_big_batch(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], batch: int, accumulation: int) -> None:
+    """One optimizer step over 16 pairs, however they are cut; (3, 6) leaves a ragged last micro-batch of one pair."""
+    data = pairs.select(range(16)).add_column("weight", [1.0 + i % 3 for i in range(16)])
+    whole = train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments, per_device_train_batch_size=16)
+    parts = train(
+        PairRewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+    )
+    first, second = whole.state.log_history[0], parts.state.log_history[0]
+    assert parts.state.global_step == whole.state.global_step == 1
+    assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+
+def test_confidence_weight_and_smoothing_reach_the_loss(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]) -> None:
+    """At step 0 with a zero head d = 0, so the loss is known: w (log 2), whatever p is; with a margin m it is not."""
+    def zero_headed() -> Any:
+        model = build(base_folder, tokenizer)
+        torch.nn.init.zeros_(model.score.weight)
+        return model
+
+    n = len(pairs)
+    cases = [
+        (SoftLabelRewardTrainer, {"confidence": [0.3] * n}, math.log(2)),
+        (SoftLabelRewardTrainer, {"confidence": [1.0] * n, "weight": [3.0] * n}, 3 * math.log(2)),
+        (MarginRewardTrainer, {"margin": [1.0] * n}, math.log(1 + math.e)),
+        (LabelSmoothingRewardTrainer, {"margin": [1.0] * n}, math.log(1 + math.e) - 0.2),
+    ]
+    for cls, columns, expected in cases:
+        data = pairs
+        for name, values in columns.items():
+            data = data.add_column(name, values)
+        trainer = train(cls, zero_headed(), tokenizer, data, cpu_arguments, learning_rate=1e-12)
+        assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4), cls.__name__
+
+
+def test_it_learns_a_planted_preference(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]) -> None:
+    from rlhf.reward.model import RewardModel
+
+    with pytest.warns(UserWarning, match="overfit after one epoch"):
+        trainer = train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, pairs, cpu_arguments, num_train_epochs=6, learning_rate=5e-3)
+    reward = RewardModel(trainer.model, tokenizer)
+    unseen = [[{"role": "user", "content": f"three {word}"}] for word in ("red", "dog", "plum")]
+    assert (reward.score(unseen, ["yes cat"] * 3) > reward.score(unseen, ["no cat"] * 3)).all()
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["lora", "qlora"])
+def test_lora_trains_and_saves_the_head(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path, four_bit: bool) -> None:
+    from rlhf.reward.model import RewardModel, load_reward_model, save_reward_model
+
+    settings = {"use_peft": True, "lora_r": 4, "load_in_4bit": four_bit}
+    if four_bit:
+        settings["dtype"] = "bfloat16"
+    model = build(base_folder, tokenizer, **settings)
+    assert isinstance(model, PeftModel)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = train(PairRewardTrainer, model, tokenizer, pairs, cpu_arguments, learning_rate=1e-2)
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p.float(), before[name].float())}
+    assert any("score.modules_to_save" in name for name in changed), "the head is trained"
+    assert any("lora_B" in name for name in changed)
+    assert all("lora_" in name or "modules_to_save" in name for name in changed), "the base is not"
+    reward = RewardModel(trainer.model.eval(), tokenizer)
+    probe = [(prompt, "yes dog") for prompt in PROMPTS[:3]]
+    save_reward_model(tmp_path / "rm", reward, probe=probe, facts={"load_in_4bit": four_bit})
+    reloaded = load_reward_model(tmp_path / "rm")
+    answers = ["yes", "no no", "apple"]
+    # 4-bit weights are quantised the same way twice, so the reloaded model differs only by bf16 rounding of a batch.
+    torch.testing.assert_close(reloaded.score(PROMPTS[:3], answers), reward.score(PROMPTS[:3], answers), atol=2e-2 if four_bit else 1e-6, rtol=0)
+    assert load_scorer(tmp_path / "rm", load_in_4bit=four_bit).config.problem_type == "regression"
+
+
+def test_too_long_pairs_are_counted_and_said(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]) -> None:
+    long = pairs.select(range(4)).map(lambda row: {"chosen": [{"role": "assistant", "content": "yes " * 100}]})
+    from datasets import concatenate_datasets
+
+    data = concatenate_datasets([pairs, long])
+    args = RewardConfig(**cpu_arguments, max_length=60)
+    with pytest.warns(UserWarning, match="4 of 44 pairs of the train set are longer than max_length=60"):
+        trainer = PairRewardTrainer(build(base_folder, tokenizer), args, train_dataset=data, processing_class=tokenizer)
+    assert trainer.dropped_too_long == 4
+    with pytest.raises(UserError, match="all 44 pairs"):
+        PairRewardTrainer(build(base_folder, tokenizer), RewardConfig(**cpu_arguments, max_length=3), train_dataset=data, processing_class=tokenizer)
+
+
+def test_columns_are_checked_before_training(pairs: Dataset) -> None:
+    with pytest.raises(UserError, match="no column 'confidence'"):
+        check_columns(pairs, ("confidence",))
+    bad = pairs.add_column("confidence", [0.5] * 7 + [1.7] + [0.5] * 32).add_column("margin", [math.nan] + [0.0] * 39)
+    with pytest.raises(UserError) as error:
+        check_columns(bad, ("confidence",))
+    assert [p.split(":")[1].strip().split(",")[0] for p in error.value.problems] == ["row 0", "row 7"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]) -> None:
+    model = build(base_folder, tokenizer)
+    with torch.no_grad():
+        model.score.weight.fill_(math.nan)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "score" not in name}
+    with pytest.raises(TrainingError, match="nothing was updated"):
+        train(PairRewardTrainer, model, tokenizer, pairs, cpu_arguments)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_trl_with_the_wrong_task_type_is_why_we_force_it(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The trap itself, so that a fixed PEFT will tell us: without SEQ_CLS the head is not saved."""
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=1)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no score head"):
+        load_scorer(tmp_path)
