@@ -68,14 +68,13 @@ def pairs() -> Any:
 def reward_folder(base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained reward model on the base, saved as the pipeline saves one."""
     from rlhf.models.load import build_reward_model, model_settings
-    from rlhf.reward.model import RewardModel, save_reward_model
+    from rlhf.reward.model import save_reward_model
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("reward")
     model = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
-    probe = [(prompt, "yes please") for prompt in PROMPTS[:4]]
-    reward = RewardModel(model.eval(), tokenizer, mean=0.1, std=0.8)
-    save_reward_model(folder, reward, probe=probe, facts={"objective": "bt", "load_in_4bit": False})
+    samples = [(prompt, f"yes {word}") for prompt, word in zip(PROMPTS, WORDS, strict=False)]
+    save_reward_model(folder, model, tokenizer, samples=samples)
     return folder
 
 

@@ -83,7 +83,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     source = find_source(path)
     quantization = get_quantization_config(config)
     model = AutoModelForCausalLM.from_pretrained(source.base, **_init_arguments(config, quantization))
-    if quantization is not None and trainable:
+    if quantization is not None:  # norms and heads in float32, also where nothing is trained: the same numbers everywhere
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable and config.use_peft)
@@ -117,8 +117,6 @@ def build_reward_model(path: str | Path, config: ModelConfig, *, pad_token_id: i
     model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     if quantization is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        if head is not None:
-            head.weight.data = head.weight.data.float()
     if source.adapter is not None:
         adapter = LoraConfig.from_pretrained(source.adapter)
         adapter.task_type, adapter.modules_to_save, adapter.inference_mode = TaskType.SEQ_CLS, ["score"], False
@@ -173,6 +171,8 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
             raise UserError(f"{path}: the adapter holds no score head, so its rewards would be random; train it with task_type SEQ_CLS.")
         with suppress_seqcls_warning():
             base = AutoModelForSequenceClassification.from_pretrained(source.base, num_labels=1, **arguments)
+        if load_in_4bit:
+            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         base.config.problem_type = "regression"
         model = PeftModel.from_pretrained(base, source.adapter)
         tokenizer_pad = AutoTokenizer.from_pretrained(str(path)).pad_token_id

@@ -28,11 +28,10 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import Recipe
 from rlhf.reward import OBJECTIVES
-from rlhf.reward.model import RewardModel, load_reward_model, save_reward_model
+from rlhf.reward.model import RewardModel, calibrate_reward_model, load_reward_model
 
 SHOWN_SAMPLES = 64
 CALIBRATION_SAMPLES = 256
-PROBE_SIZE = 8
 
 
 @dataclass
@@ -157,30 +156,33 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     train(trainer, context.folder, label="reward", say=context.say)
     if not context.is_main:
         return {}
+    facts = {"pairs": len(trainer.train_dataset), "dropped_too_long": trainer.dropped_too_long}
+    save_model(trainer.model, tokenizer, context.folder / "model")
+    device = trainer.args.device
+    del trainer, model
 
-    # 2. Scale: mean and deviation of its scores on answers of the SFT policy.
+    # 2. Its scale: mean and deviation of the scores of the model as saved, on answers of the SFT policy.
     set_seed(recipe.seed)
-    reward = RewardModel(trainer.model, tokenizer, max_length=args.max_length)
-    policy = load_policy(sft, model_config, trainable=False).to(trainer.args.device).eval()
+    policy = load_policy(sft, model_config, trainable=False).to(device).eval()
     prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
-    completions = generate(policy, tokenizer, prompts, max_new_tokens=context.completion_length)
-    scores = reward.score(prompts, completions.texts, ended=completions.ended.tolist())
-    reward.mean, reward.std = scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
+    completions = generate(policy, tokenizer, prompts, max_new_tokens=context.completion_length, max_prompt_length=args.max_length)
+    reward = calibrate_reward_model(
+        context.folder / "model",
+        samples=list(zip(prompts, completions.texts, strict=True)),
+        ended=completions.ended.tolist(),
+        facts={"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit},
+        device=device,
+    )
 
-    # 3. Save with a probe, reload, and judge the reloaded one on held-out pairs.
-    probe = list(zip(prompts, completions.texts, strict=True))[:PROBE_SIZE]
-    facts = {"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit}
-    save_reward_model(context.folder / "model", reward, probe=probe, facts=facts)
-    reloaded = load_reward_model(context.folder / "model", device=trainer.args.device)
+    # 3. Held-out pairs.
     rows = read_jsonl(context.data / "test_pairs.jsonl")
-    report, shown = judge_pairs(reloaded, rows, context.gold())
+    report, shown = judge_pairs(reward, rows, context.gold())
     write_jsonl(context.folder / "samples.jsonl", shown)
     context.say(
         f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
         f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
     )
-    kept = len(trainer.train_dataset)
-    return {"pairs": kept, "dropped_too_long": trainer.dropped_too_long, "mean": reward.mean, "std": reward.std, **report}
+    return {**facts, "mean": reward.mean, "std": reward.std, **report}
 
 
 def run_ppo(context: StageContext) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rlhf.models.score import score_rows
 from rlhf.models.text import Prompt, encode_answers
 
 CARD = "reward_model.json"
+PROBE_SIZE = 8
 # float32 on another machine or batch layout moves a score by about 1e-5; another model moves it by 0.1.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
@@ -65,25 +66,65 @@ class RewardModel:
 
 def save_reward_model(
     folder: Path,
-    reward: RewardModel,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
-    probe: Sequence[tuple[Prompt, str]],
-    facts: dict[str, Any],
-) -> None:
-    """Write the model, its tokenizer and a card: scale of the scores, frozen template, and a probe of texts and scores."""
-    reward.model.save_pretrained(folder)  # type: ignore[operator]
-    reward.tokenizer.save_pretrained(folder)
-    prompts, responses = [prompt for prompt, _ in probe], [response for _, response in probe]
-    scores = reward.score(prompts, responses).tolist()
-    template = reward.tokenizer.chat_template or ""
+    samples: Sequence[tuple[Prompt, str]],
+    ended: Sequence[bool] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> RewardModel:
+    """Write a trained reward model with its tokenizer and card, and give back the one that was read from disk again.
+
+    Args:
+        model: the trained network, with or without an adapter.
+        samples: prompts and answers of the SFT policy, which set the scale of the scores; the first eight are the probe.
+        ended: whether each sample came to its end.
+        facts: what else the card should say; `load_in_4bit` of a model on a 4-bit base must be there.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return calibrate_reward_model(folder, samples=samples, ended=ended, facts=facts)
+
+
+def calibrate_reward_model(
+    folder: Path,
+    *,
+    samples: Sequence[tuple[Prompt, str]],
+    ended: Sequence[bool] | None = None,
+    facts: dict[str, Any] | None = None,
+    device: str | torch.device | None = None,
+) -> RewardModel:
+    """Read saved weights back, measure mean and deviation of the scores on SFT samples, and write the card.
+
+    Everything on the card is measured on the model as it is loaded, not as it was in memory after training: on a
+    4-bit base the two differ by the rounding of the adapter.
+    """
+    facts = facts or {}
+    conversational = any(not isinstance(prompt, str) for prompt, _ in samples)
+    tokenizer = load_tokenizer(folder, conversational=conversational)
+    model = _place(load_scorer(folder, load_in_4bit=bool(facts.get("load_in_4bit"))), facts, device)
+    reward = RewardModel(model, tokenizer)
+    prompts, responses = [prompt for prompt, _ in samples], [response for _, response in samples]
+    scores = reward.score(prompts, responses, ended=ended)
+    reward.mean, reward.std = scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
+    probe_scores = reward.score(prompts[:PROBE_SIZE], responses[:PROBE_SIZE]).tolist()
+    probe = zip(prompts, responses, probe_scores, strict=False)
     card = {
         "mean": reward.mean,
         "std": reward.std,
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-        "probe": [{"prompt": p, "response": r, "score": s} for p, r, s in zip(prompts, responses, scores, strict=True)],
+        "chat_template_sha256": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+        "probe": [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in probe],
         **facts,
     }
     (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
+    return reward
+
+
+def _place(model: Any, facts: dict[str, Any], device: str | torch.device | None) -> Any:
+    """Move a model to its device; 4-bit weights were put there when they were loaded."""
+    if facts.get("load_in_4bit"):
+        return model
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load_reward_model(path: str | Path, *, device: str | torch.device | None = None) -> RewardModel:
@@ -100,11 +141,7 @@ def load_reward_model(path: str | Path, *, device: str | torch.device | None = N
     card = json.loads(card_file.read_text(encoding="utf-8"))
     conversational = any(not isinstance(row["prompt"], str) for row in card["probe"])
     tokenizer = load_tokenizer(folder, conversational=conversational)
-    model = load_scorer(folder, load_in_4bit=bool(card.get("load_in_4bit")))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not card.get("load_in_4bit"):
-        model.to(device)
+    model = _place(load_scorer(folder, load_in_4bit=bool(card.get("load_in_4bit"))), card, device)
     reward = RewardModel(model, tokenizer, mean=card["mean"], std=card["std"])
     found = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
     expected = torch.tensor([row["score"] for row in card["probe"]])

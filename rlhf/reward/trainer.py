@@ -15,6 +15,7 @@ from trl import RewardTrainer
 
 from rlhf._trl import DataCollatorForPreference
 from rlhf.errors import TrainingError, UserError
+from rlhf.models.load import score_head
 from rlhf.models.text import encode_answers
 from rlhf.objectives.pairwise import pair_loss
 
@@ -66,6 +67,9 @@ class PairRewardTrainer(RewardTrainer):
             )
         self.dropped_too_long = 0
         super().__init__(model, args, **arguments)
+        head = score_head(self.model)
+        if head is not None and getattr(self.model, "is_loaded_in_4bit", False):
+            head.float()  # TRL casts all that is trained on 4-bit weights to bfloat16, too coarse for a score
         collator = self.data_collator
         self.data_collator = PairCollator(collator.pad_token_id, collator.pad_to_multiple_of)
 

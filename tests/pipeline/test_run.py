@@ -242,7 +242,7 @@ def test_qlora_in_every_stage(tmp_path: Path, finished: Path) -> None:
     base = (finished / "x/round-0/sft/model").resolve()
     (tmp_path / "r.yaml").write_text(f"""
 name: quantised
-lab: {{demonstrations: 100, pairs: 100, test_pairs: 50, hidden_size: 32, num_hidden_layers: 1}}
+lab: {{demonstrations: 100, pairs: 100, test_pairs: 50, hidden_size: 64, num_hidden_layers: 1}}
 backbone: {{model: {base}}}
 sft: {quantised}}}
 reward: {quantised}}}

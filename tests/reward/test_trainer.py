@@ -107,13 +107,14 @@ def test_lora_trains_and_saves_the_head(base_folder: Path, tokenizer: Any, pairs
     assert any("score.modules_to_save" in name for name in changed), "the head is trained"
     assert any("lora_B" in name for name in changed)
     assert all("lora_" in name or "modules_to_save" in name for name in changed), "the base is not"
-    reward = RewardModel(trainer.model.eval(), tokenizer)
-    probe = [(prompt, "yes dog") for prompt in PROMPTS[:3]]
-    save_reward_model(tmp_path / "rm", reward, probe=probe, facts={"load_in_4bit": four_bit})
-    reloaded = load_reward_model(tmp_path / "rm")
-    answers = ["yes", "no no", "apple"]
-    # 4-bit weights are quantised the same way twice, so the reloaded model differs only by bf16 rounding of a batch.
-    torch.testing.assert_close(reloaded.score(PROMPTS[:3], answers), reward.score(PROMPTS[:3], answers), atol=2e-2 if four_bit else 1e-6, rtol=0)
+    samples = [(prompt, f"{word} dog") for prompt in PROMPTS for word in ("yes", "no")]
+    saved = save_reward_model(tmp_path / "rm", trainer.model, tokenizer, samples=samples, facts={"load_in_4bit": four_bit})
+    prompts, answers = [p for p, _ in samples], [a for _, a in samples]
+    scores = load_reward_model(tmp_path / "rm").score(prompts, answers)
+    assert torch.equal(scores, saved.score(prompts, answers))
+    # On 4-bit weights TRL trains the adapter in bfloat16, and PEFT loads it in float32.
+    in_memory = RewardModel(trainer.model, tokenizer).score(prompts, answers)
+    assert (scores - in_memory).abs().max().item() < (0.1 * saved.std if four_bit else 1e-6)
     assert load_scorer(tmp_path / "rm", load_in_4bit=four_bit).config.problem_type == "regression"
 
 
