@@ -11,6 +11,8 @@ _NAMES = {
     "SoftLabelRewardTrainer": "rlhf.reward.trainer",
     "LabelSmoothingRewardTrainer": "rlhf.reward.trainer",
     "RewardModel": "rlhf.reward.model",
+    "build_reward_model": "rlhf.models.load",
+    "generate": "rlhf.models.generate",
     "load_reward_model": "rlhf.reward.model",
     "save_reward_model": "rlhf.reward.model",
     "load_recipe": "rlhf.recipe",

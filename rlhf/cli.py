@@ -23,7 +23,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 output, errors = Console(highlight=False), Console(stderr=True, highlight=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, as many as you like.", show_default=False)
+]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]", show_default=False)]
 
 
@@ -130,7 +132,12 @@ def _show_summary(out: Path) -> None:
         return f"{value:.2f}" + (f" ±{(interval[1] - interval[0]) / 2:.2f}" if interval else "")
 
     sections = (summary["sft"], last["policy"], summary["best_of_16"]["by_reward"], summary["best_of_16"]["by_gold"])
-    for name, label in (("gold", "true reward"), ("proxy", "reward model"), ("kl", "KL to SFT, nats"), ("win_rate", "win rate vs SFT")):
+    for name, label in (
+        ("gold", "true reward"),
+        ("proxy", "reward model"),
+        ("kl", "KL to SFT, nats"),
+        ("win_rate", "win rate vs SFT"),
+    ):
         cells = [cell(section, name) for section in sections]
         if any(text != "-" for text in cells):
             table.add_row(label, *cells)

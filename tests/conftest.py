@@ -13,8 +13,26 @@ from typing import Any
 import pytest
 import torch
 
-WORDS = "red blue green apple pear plum dog cat yes no please list name three two".split()
-PROMPTS = [[{"role": "user", "content": f"{a} {b} {c}"}] for a in ("list", "name") for b in WORDS[:6] for c in WORDS[6:9]]
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "apple",
+    "pear",
+    "plum",
+    "dog",
+    "cat",
+    "yes",
+    "no",
+    "please",
+    "list",
+    "name",
+    "three",
+    "two",
+]
+PROMPTS = [
+    [{"role": "user", "content": f"{a} {b} {c}"}] for a in ("list", "name") for b in WORDS[:6] for c in WORDS[6:9]
+]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,16 @@ def json_types(annotation: object) -> tuple[list[str], list[str] | None]:
         return ["str"], sorted(str(x) for x in typing.get_args(annotation))
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return ["str"], sorted(str(member.value) for member in annotation)
-    names = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null", dict: "dict", list: "list", tuple: "list"}
+    names = {
+        bool: "bool",
+        int: "int",
+        float: "float",
+        str: "str",
+        type(None): "null",
+        dict: "dict",
+        list: "list",
+        tuple: "list",
+    }
     kind = names.get(origin or annotation)
     return ([kind] if kind else ["dict", "str"]), None
 
@@ -59,12 +68,34 @@ def describe() -> dict[str, dict[str, dict[str, object]]]:
 
     from rlhf.ppo.config import PPOConfig
 
-    described = {name: keys_of(cls) for name, cls in (("model", ModelConfig), ("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))}
+    described = {
+        name: keys_of(cls)
+        for name, cls in (("model", ModelConfig), ("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))
+    }
     for architecture in ("llama", "qwen3"):
         own = {
-            name: {"types": sorted({{bool: "bool", int: "int", float: "float", str: "str", dict: "dict", list: "list"}.get(type(value), "null"), "float" if isinstance(value, int) and not isinstance(value, bool) else "null"}), "default": plain(value)}
+            name: {
+                "types": sorted(
+                    {
+                        {bool: "bool", int: "int", float: "float", str: "str", dict: "dict", list: "list"}.get(
+                            type(value), "null"
+                        ),
+                        "float" if isinstance(value, int) and not isinstance(value, bool) else "null",
+                    }
+                ),
+                "default": plain(value),
+            }
             for name, value in CONFIG_MAPPING[architecture]().to_dict().items()
-            if name not in ("architectures", "transformers_version", "model_type", "dtype", "id2label", "label2id", "_name_or_path")
+            if name
+            not in (
+                "architectures",
+                "transformers_version",
+                "model_type",
+                "dtype",
+                "id2label",
+                "label2id",
+                "_name_or_path",
+            )
         }
         for name in ("rope_parameters", "rope_scaling", "sliding_window", "num_key_value_heads", "head_dim"):
             if name in own:

@@ -22,7 +22,15 @@ ALLOWED = {
     "pipeline": {"recipe", "data", "objectives", "models", "reward", "ppo", "evaluation", "report", "lab"},
     "cli": {"recipe", "pipeline", "evaluation", "report"},
 }
-TORCH_FREE = ["rlhf", "rlhf.cli", "rlhf.recipe", "rlhf.pipeline.store", "rlhf.pipeline.rounds", "rlhf.report.page", "rlhf.data.prepare"]
+TORCH_FREE = [
+    "rlhf",
+    "rlhf.cli",
+    "rlhf.recipe",
+    "rlhf.pipeline.store",
+    "rlhf.pipeline.rounds",
+    "rlhf.report.page",
+    "rlhf.data.prepare",
+]
 
 
 def imports(file: Path) -> set[str]:
@@ -54,7 +62,13 @@ def test_ppo_uses_reward_only_to_load_a_reward_model() -> None:
 def test_objectives_import_torch_only() -> None:
     for file in (ROOT / "objectives").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
             assert all(module.split(".")[0] in ("torch", "rlhf") for module in modules), file
 
 
@@ -71,5 +85,9 @@ def test_light_modules_do_not_load_torch() -> None:
 
 
 def test_modules_stay_readable() -> None:
-    long = {str(f.relative_to(ROOT)): n for f in ROOT.rglob("*.py") if (n := len(f.read_text(encoding="utf-8").splitlines())) > 400}
+    long = {
+        str(f.relative_to(ROOT)): n
+        for f in ROOT.rglob("*.py")
+        if (n := len(f.read_text(encoding="utf-8").splitlines())) > 400
+    }
     assert set(long) <= {"ppo/trainer.py"}, f"over 400 lines: {long}"  # one procedure, read top to bottom

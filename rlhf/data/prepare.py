@@ -114,7 +114,12 @@ def prompt_key(prompt: list[dict[str, str]]) -> str:
 
 
 def _read(
-    source: str, convert: Callable[[dict[str, Any]], dict[str, Any]], reports: list[ReadReport], what: str, *, split: str = "train"
+    source: str,
+    convert: Callable[[dict[str, Any]], dict[str, Any]],
+    reports: list[ReadReport],
+    what: str,
+    *,
+    split: str = "train",
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Canonical rows, and apart from them those that the file itself marks as test rows."""
     report = ReadReport(f"{source} ({what}{', test' if split == 'test' else ''})")
@@ -149,8 +154,8 @@ def _deduplicated(rows: list[dict[str, Any]], report: ReadReport) -> list[dict[s
     """Each pair once; a pair that stands in both orders is left out both times, for nobody knows which is right."""
     orders: dict[tuple[str, frozenset[str]], set[str]] = {}
     for row in rows:
-        answers = (row["chosen"][0]["content"].strip(), row["rejected"][0]["content"].strip())
-        orders.setdefault((prompt_key(row["prompt"]), frozenset(answers)), set()).add(answers[0])
+        chosen, rejected = row["chosen"][0]["content"].strip(), row["rejected"][0]["content"].strip()
+        orders.setdefault((prompt_key(row["prompt"]), frozenset((chosen, rejected))), set()).add(chosen)
     kept: list[dict[str, Any]] = []
     seen: set[tuple[str, frozenset[str]]] = set()
     duplicates = contradictions = 0

@@ -32,14 +32,22 @@ class ReadReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For the stage's manifest."""
-        return {"source": self.source, "rows": self.rows, "kept": self.kept, "dropped": self.dropped, "examples": self.examples}
+        return {
+            "source": self.source,
+            "rows": self.rows,
+            "kept": self.kept,
+            "dropped": self.dropped,
+            "examples": self.examples,
+        }
 
     def sentences(self) -> list[str]:
         """What a person is told."""
         lines = [f"{self.source}: {self.kept} of {self.rows} rows kept."]
         for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
             rows = ", ".join(map(str, self.examples[reason]))
-            lines.append(f"  {count} left out: {reason} (row {rows}{', …' if count > len(self.examples[reason]) else ''})")
+            lines.append(
+                f"  {count} left out: {reason} (row {rows}{', …' if count > len(self.examples[reason]) else ''})"
+            )
         return lines
 
 
@@ -112,7 +120,9 @@ def _json_array(path: Path, report: ReadReport) -> Iterator[tuple[int, dict[str,
         try:
             rows = json.loads(file.read().decode("utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path}: not valid JSON ({error}); one object a line belongs into a .jsonl file.") from None
+            raise UserError(
+                f"{path}: not valid JSON ({error}); one object a line belongs into a .jsonl file."
+            ) from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: a .json file must hold a list of objects.")
     for number, row in enumerate(rows, start=1):

@@ -25,7 +25,8 @@ def load_gold(reference: str) -> GoldFunction:
     if not path.is_file():
         raise UserError(f"evaluate.gold: {path.absolute()}: no such file.")
     spec = importlib.util.spec_from_file_location(f"rlhf_gold_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None, "a path that ends in .py has a loader"
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
@@ -35,7 +36,9 @@ def load_gold(reference: str) -> GoldFunction:
     def checked(prompts: list[str], completions: list[str]) -> list[float]:
         values = [float(value) for value in function(prompts, completions)]
         if len(values) != len(prompts) or not all(math.isfinite(value) for value in values):
-            raise UserError(f"evaluate.gold: {reference} must return one finite number for each of {len(prompts)} answers.")
+            raise UserError(
+                f"evaluate.gold: {reference} must return one finite number for each of {len(prompts)} answers."
+            )
         return values
 
     return checked

@@ -44,11 +44,11 @@ def judge_policies(
     Returns:
         `sft`, `policy`, `best_of_16` and `gold_gap_closed` as in `summary.json`, and samples side by side.
     """
-    arguments = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
+    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
     texts = [plain(prompt) for prompt in prompts]
 
     # 1. Sixteen answers of SFT to each prompt; first, so that they are the same whatever the policy became.
-    repeated = [prompt for prompt in prompts for _ in range(BEST_OF)]
+    repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(BEST_OF)]
     sft_answers, sft_proxies = [], []
     for start in range(0, len(repeated), BATCH):
         part = repeated[start : start + BATCH]

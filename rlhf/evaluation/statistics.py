@@ -9,7 +9,9 @@ import numpy as np
 RESAMPLES = 2000
 
 
-def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0) -> tuple[float, list[float]]:
+def clustered_mean(
+    values: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0
+) -> tuple[float, list[float]]:
     """Mean and 95 % percentile bootstrap interval, resampling whole clusters (prompts).
 
     Args:

@@ -66,9 +66,7 @@ class Label:
     second_opinion_agrees: bool
 
 
-def label_pair(
-    prompt: str, first: str, second: str, rng: random.Random, crowd: Sequence[Annotator] = CROWD
-) -> Label:
+def label_pair(prompt: str, first: str, second: str, rng: random.Random, crowd: Sequence[Annotator] = CROWD) -> Label:
     """Let one random annotator label the pair, and another one label it again."""
     annotator, colleague = rng.sample(list(crowd), 2)
     prefers_first = annotator.prefers_first(prompt, first, second, rng)

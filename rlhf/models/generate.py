@@ -88,7 +88,10 @@ def generate(
     response_mask, ended = mask_after_end(response_ids, end_ids)
     kept = response_mask.bool().tolist()
     texts = tokenizer.batch_decode(
-        [[token for token, keep in zip(row, mask, strict=True) if keep] for row, mask in zip(response_ids.tolist(), kept, strict=True)],
+        [
+            [token for token, keep in zip(row, mask, strict=True) if keep]
+            for row, mask in zip(response_ids.tolist(), kept, strict=True)
+        ],
         skip_special_tokens=True,
     )
     return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)

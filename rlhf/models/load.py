@@ -39,7 +39,9 @@ def find_source(path: str | Path) -> Source:
         return Source(base=str(path))
     base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     if base is None:
-        raise UserError(f"{config}: base_model_name_or_path is empty, so nobody can tell which model this adapter is for.")
+        raise UserError(
+            f"{config}: base_model_name_or_path is empty, so nobody can tell which model this adapter is for."
+        )
     return Source(base=base, adapter=str(path))
 
 
@@ -83,7 +85,9 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     source = find_source(path)
     quantization = get_quantization_config(config)
     model = AutoModelForCausalLM.from_pretrained(source.base, **_init_arguments(config, quantization))
-    if quantization is not None:  # norms and heads in float32, also where nothing is trained: the same numbers everywhere
+    if (
+        quantization is not None
+    ):  # norms and heads in float32, also where nothing is trained: the same numbers everywhere
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable and config.use_peft)
@@ -95,14 +99,22 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     return model
 
 
-def build_reward_model(path: str | Path, config: ModelConfig, *, pad_token_id: int) -> PreTrainedModel | PeftModel:
+def build_reward_model(
+    path: str | Path, config: ModelConfig | None = None, *, pad_token_id: int
+) -> PreTrainedModel | PeftModel:
     """A scalar-headed model on the weights of an SFT checkpoint or adapter.
 
     The head is N(0, 1/(d+1)), so that first scores have about unit scale. With LoRA the task type is SEQ_CLS and the
     head is trained and saved with the adapter (any other task type leaves it random, silently). An SFT adapter becomes
     the start of the reward adapter; without LoRA it is merged in. `problem_type="regression"` keeps other libraries
     from putting a sigmoid on the score.
+
+    Args:
+        path: a checkpoint, or an adapter's folder.
+        config: dtype, LoRA and quantisation; None is a full model in float32.
+        pad_token_id: of its tokenizer; the score is read at the last token that is not padding.
     """
+    config = model_settings({}) if config is None else config
     source = find_source(path)
     quantization = get_quantization_config(config)
     with suppress_seqcls_warning():
@@ -149,7 +161,9 @@ def copy_adapter(folder: str, model: PeftModel) -> None:
     weights = {name: tensor for name, tensor in load_peft_weights(folder, device="cpu").items() if "lora_" in name}
     places = {name.replace(".default.", "."): p for name, p in model.named_parameters() if "lora_" in name}
     wrong = sorted(
-        name for name in {*weights, *places} if name not in weights or name not in places or weights[name].shape != places[name].shape
+        name
+        for name in {*weights, *places}
+        if name not in weights or name not in places or weights[name].shape != places[name].shape
     )
     if wrong:
         raise UserError(f"{folder}: this adapter does not fit the reward model, first at {wrong[0]}.")
@@ -168,7 +182,9 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
     arguments = _init_arguments(config, get_quantization_config(config))
     if source.adapter is not None:
         if not any("score" in name for name in load_peft_weights(source.adapter, device="cpu")):
-            raise UserError(f"{path}: the adapter holds no score head, so its rewards would be random; train it with task_type SEQ_CLS.")
+            raise UserError(
+                f"{path}: the adapter holds no score head, so its rewards would be random; train it with task_type SEQ_CLS."
+            )
         with suppress_seqcls_warning():
             base = AutoModelForSequenceClassification.from_pretrained(source.base, num_labels=1, **arguments)
         if load_in_4bit:
@@ -181,7 +197,11 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
         labels = AutoConfig.from_pretrained(source.base).num_labels
         if labels != 1:
             raise UserError(f"{path}: a reward model has one label, this one has {labels}.")
-        model, report = AutoModelForSequenceClassification.from_pretrained(source.base, output_loading_info=True, **arguments)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source.base, output_loading_info=True, **arguments
+        )
         if report["missing_keys"]:
-            raise UserError(f"{path}: no trained weights for {sorted(report['missing_keys'])}; this is not a trained reward model.")
+            raise UserError(
+                f"{path}: no trained weights for {sorted(report['missing_keys'])}; this is not a trained reward model."
+            )
     return model.eval().requires_grad_(False)

@@ -103,7 +103,8 @@ class PolicyAndCritic(nn.Module):
 
     def gradient_checkpointing_enable(self, **arguments: Any) -> None:
         """Switch on checkpointing in both roles."""
-        for model in (self.policy, self.critic):
+        models: list[Any] = [self.policy, self.critic]
+        for model in models:
             model.gradient_checkpointing_enable(**arguments)
             if isinstance(model, PeftModel):
                 model.enable_input_require_grads()

@@ -29,4 +29,6 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = [name for name in outcome.missing_keys if name not in tied]
     if outcome.unexpected_keys or missing:
-        raise RuntimeError(f"{folder}: weights do not fit: missing {missing[:3]}, unexpected {outcome.unexpected_keys[:3]}")
+        raise RuntimeError(
+            f"{folder}: weights do not fit: missing {missing[:3]}, unexpected {outcome.unexpected_keys[:3]}"
+        )

@@ -1,6 +1,7 @@
 """Reading scores: one per text for a reward model, one per token for a critic."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -45,11 +46,12 @@ def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, po
     Returns:
         [b, t] in the head's dtype.
     """
-    inner = model.base_model.model if isinstance(model, PeftModel) else model
+    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
     backbone = getattr(inner, inner.base_model_prefix)
     hidden = backbone(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
     head = score_head(model)
     assert head is not None, "check_critic refuses models without a linear score head"
-    return inner.score(hidden.to(head.weight.dtype)).squeeze(-1)
+    scores: Tensor = inner.score(hidden.to(head.weight.dtype)).squeeze(-1)
+    return scores

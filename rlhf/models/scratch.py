@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast, set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from rlhf.errors import UserError
 
@@ -41,9 +41,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: 
     )
 
 
-def build_base(
-    folder: Path, texts: Iterable[str], *, architecture: str, settings: dict[str, Any], seed: int
-) -> None:
+def build_base(folder: Path, texts: Iterable[str], *, architecture: str, settings: dict[str, Any], seed: int) -> None:
     """Write a base checkpoint (random weights, tokenizer, chat template) in the ordinary Hugging Face layout.
 
     Args:
@@ -57,7 +55,9 @@ def build_base(
         UserError: an unknown architecture or setting.
     """
     if architecture not in ARCHITECTURES:
-        raise UserError(f"backbone.from_scratch.architecture is {architecture!r}; choose one of {', '.join(ARCHITECTURES)}.")
+        raise UserError(
+            f"backbone.from_scratch.architecture is {architecture!r}; choose one of {', '.join(ARCHITECTURES)}."
+        )
     settings = dict(settings)
     vocab_size = settings.pop("vocab_size", 4096)
     config_class = CONFIG_MAPPING[architecture]
@@ -65,7 +65,10 @@ def build_base(
     unknown = sorted(set(settings) - known)
     if unknown:
         raise UserError(
-            [f"backbone.from_scratch.{name}: {config_class.__name__} has no such setting; remove it." for name in unknown]
+            [
+                f"backbone.from_scratch.{name}: {config_class.__name__} has no such setting; remove it."
+                for name in unknown
+            ]
         )
     settings.setdefault("max_position_embeddings", 1024)
     settings.setdefault("tie_word_embeddings", True)

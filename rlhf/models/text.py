@@ -39,7 +39,11 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str,
     text = text.rstrip("\n")  # the score is read at the last token, which must be the end of the answer, not a newline
     if ended:
         return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
-    cut = text.rfind(answer.strip()) + len(answer.strip()) if answer.strip() else len(text.removesuffix(tokenizer.eos_token))
+    cut = (
+        text.rfind(answer.strip()) + len(answer.strip())
+        if answer.strip()
+        else len(text.removesuffix(tokenizer.eos_token))
+    )
     return text[:cut]
 
 
@@ -91,16 +95,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool,
         UserError: no end token, no chat template for conversations, or no token free to be the padding token.
     """
     if tokenizer.eos_token is None:
-        raise UserError(f"{where}: the tokenizer has no end-of-sequence token; set `eos_token` in its tokenizer_config.json.")
+        raise UserError(
+            f"{where}: the tokenizer has no end-of-sequence token; set `eos_token` in its tokenizer_config.json."
+        )
     if conversational and not tokenizer.chat_template:
-        raise UserError(f"{where}: the data are conversations but the tokenizer has no chat template; use an instruct model or plain text.")
+        raise UserError(
+            f"{where}: the data are conversations but the tokenizer has no chat template; use an instruct model or plain text."
+        )
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, None}
     spare: list[Any] = [
         token.content
         for _, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and token.content not in used and any(x in token.content for x in ("pad", "PAD", "reserved", "extra", "unused", "endoftext"))
+        if token.special
+        and token.content not in used
+        and any(x in token.content for x in ("pad", "PAD", "reserved", "extra", "unused", "endoftext"))
     ]
     if not spare:
         raise UserError(

@@ -47,7 +47,15 @@ def plan(recipe: Recipe) -> list[Stage]:
     # Round 1: reward model, PPO, judgement.
     reward = add("reward", "round-1/reward", recipe.reward.model_dump() | sampling | gold, data=data, sft=sft)
     ppo = add("ppo", "round-1/ppo", recipe.ppo.model_dump() | gold, data=data, sft=sft, reward=reward)
-    add("evaluate", "round-1/evaluate", recipe.evaluate.model_dump() | sampling, data=data, sft=sft, reward=reward, policy=ppo)
+    add(
+        "evaluate",
+        "round-1/evaluate",
+        recipe.evaluate.model_dump() | sampling,
+        data=data,
+        sft=sft,
+        reward=reward,
+        policy=ppo,
+    )
     return stages
 
 
@@ -127,7 +135,12 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
     before = yaml.safe_load(file.read_text(encoding="utf-8"))
     found = differences(before, recipe.resolved())
     if found:
-        raise UserError([f"{out}: holds a run of another recipe; choose another --out, or take these back:", *(f"  {x}" for x in found)])
+        raise UserError(
+            [
+                f"{out}: holds a run of another recipe; choose another --out, or take these back:",
+                *(f"  {x}" for x in found),
+            ]
+        )
 
 
 def check_sources(recipe: Recipe) -> None:

@@ -104,7 +104,11 @@ def run_base(context: StageContext) -> dict[str, Any]:
         for message in part
     ]
     build_base(
-        context.folder / "model", texts, architecture=settings.pop("architecture"), settings=settings, seed=context.recipe.seed
+        context.folder / "model",
+        texts,
+        architecture=settings.pop("architecture"),
+        settings=settings,
+        seed=context.recipe.seed,
     )
     return {"texts": len(texts)}
 
@@ -128,7 +132,9 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     cut = sum(args.max_length is not None and length >= args.max_length for length in lengths)
     if cut:
-        context.say(f"sft: {cut} of {len(lengths)} demonstrations reach max_length={args.max_length} and may have been cut.")
+        context.say(
+            f"sft: {cut} of {len(lengths)} demonstrations reach max_length={args.max_length} and may have been cut."
+        )
     train(trainer, context.folder, label="sft", say=context.say)
 
     # 3. Save, and show what it says now.
@@ -165,7 +171,9 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     set_seed(recipe.seed)
     policy = load_policy(sft, model_config, trainable=False).to(device).eval()
     prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
-    completions = generate(policy, tokenizer, prompts, max_new_tokens=context.completion_length, max_prompt_length=args.max_length)
+    completions = generate(
+        policy, tokenizer, prompts, max_new_tokens=context.completion_length, max_prompt_length=args.max_length
+    )
     reward = calibrate_reward_model(
         context.folder / "model",
         samples=list(zip(prompts, completions.texts, strict=True)),

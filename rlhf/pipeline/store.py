@@ -128,7 +128,9 @@ class Store:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{self.root}: another run is at work in this folder; wait for it, or choose another --out.") from None
+            raise UserError(
+                f"{self.root}: another run is at work in this folder; wait for it, or choose another --out."
+            ) from None
         return lock
 
 
@@ -210,7 +212,12 @@ def code_state() -> str | None:
     here = Path(__file__).parent
     try:
         result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10, check=False
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -40,7 +40,9 @@ class PPOConfig(BaseConfig):
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.95, metadata={"help": "λ of generalised advantage estimation."})
     cliprange: float = field(default=0.2, metadata={"help": "ε of the policy clip."})
-    cliprange_value: float | None = field(default=0.2, metadata={"help": "Value clip, normalised score units; None: off."})
+    cliprange_value: float | None = field(
+        default=0.2, metadata={"help": "Value clip, normalised score units; None: off."}
+    )
     whiten_advantages: bool = field(default=True, metadata={"help": "Over the rollout, over all processes."})
 
     # The reward
@@ -55,7 +57,7 @@ class PPOConfig(BaseConfig):
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward function; None: all 1."})
 
     # Models
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "For `from_pretrained`, where `model` is a name."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Ratios and rewards are noise with it on."})
@@ -81,7 +83,9 @@ class PPOConfig(BaseConfig):
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
         if self.auto_find_batch_size or self.load_best_model_at_end:
-            raise ValueError("auto_find_batch_size and load_best_model_at_end do not work with rollouts; leave them off.")
+            raise ValueError(
+                "auto_find_batch_size and load_best_model_at_end do not work with rollouts; leave them off."
+            )
 
     @property
     def local_rollout_size(self) -> int:

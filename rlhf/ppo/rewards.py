@@ -1,7 +1,7 @@
 """Where rewards come from: reward models and Python functions, behind one call, text in and scores out."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from rlhf.models.generate import Completions
 from rlhf.models.text import Prompt
 from rlhf.reward.model import RewardModel, load_reward_model
 
-RewardFunction = str | RewardModel | PreTrainedModel | Callable[..., Sequence[float | None]]
+RewardFunction: TypeAlias = str | RewardModel | PreTrainedModel | Callable[..., Sequence[float | None]]
 
 
 class RewardSource:
@@ -28,8 +28,9 @@ class RewardSource:
         if isinstance(function, str):
             function = load_reward_model(function)
         elif isinstance(function, nn.Module):
-            tokenizer = processing_class or AutoTokenizer.from_pretrained(function.config._name_or_path)
-            function = RewardModel(function.eval().requires_grad_(False), tokenizer)
+            network: Any = function
+            tokenizer = processing_class or AutoTokenizer.from_pretrained(network.config._name_or_path)
+            function = RewardModel(network.eval().requires_grad_(False), tokenizer)
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
 
@@ -57,7 +58,9 @@ class RewardSource:
             )
             scores = torch.tensor([float("nan") if x is None else float(x) for x in answers])
         if len(scores) != len(prompts):
-            raise TrainingError(f"The reward function {self.name!r} returned {len(scores)} scores for {len(prompts)} answers.")
+            raise TrainingError(
+                f"The reward function {self.name!r} returned {len(scores)} scores for {len(prompts)} answers."
+            )
         bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
         if bad:
             raise TrainingError(

@@ -6,6 +6,7 @@ scheduling, logging, evaluation, saving and resuming stay the Trainer's; because
 resumed run restores the random state exactly where the next rollout begins.
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,13 @@ from rlhf._trl import BaseTrainer, disable_dropout_in_model, print_prompt_comple
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import Completions, generate
 from rlhf.models.load import score_head
-from rlhf.models.roles import POLICY_ADAPTER, PolicyAndCritic, Reference, TokenOutputs, make_reference, position_ids, response_logprobs
+from rlhf.models.roles import (
+    POLICY_ADAPTER,
+    PolicyAndCritic,
+    Reference,
+    TokenOutputs,
+    make_reference,
+)
 from rlhf.models.save import load_weights
 from rlhf.models.text import Prompt, check_tokenizer, plain
 from rlhf.objectives.advantage import generalized_advantage, token_rewards
@@ -160,7 +167,7 @@ class PPOTrainer(BaseTrainer):
 
         # 2. Policy, tokenizer and reference.
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **dict(args.model_init_kwargs or {}))
+            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         if adapter_was_trained is None:
             adapter_was_trained = isinstance(model, PeftModel)
         if peft_config is not None:
@@ -176,11 +183,17 @@ class PPOTrainer(BaseTrainer):
 
         # 3. Rewards and critic.
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        tokenizers = reward_processing_classes if isinstance(reward_processing_classes, list) else [reward_processing_classes] * len(functions)
+        tokenizers = (
+            reward_processing_classes
+            if isinstance(reward_processing_classes, list)
+            else [reward_processing_classes] * len(functions)
+        )
         self.reward_sources = [RewardSource(f, t) for f, t in zip(functions, tokenizers, strict=True)]
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(functions))
         if len(self.reward_weights) != len(functions):
-            raise UserError(f"ppo: reward_weights has {len(self.reward_weights)} entries for {len(functions)} reward functions.")
+            raise UserError(
+                f"ppo: reward_weights has {len(self.reward_weights)} entries for {len(functions)} reward functions."
+            )
         self.monitors = dict(monitor_funcs or {})
         critic = self._check_critic(critic, processing_class)
         mean, std = self.reward_sources[0].scale if args.normalize_reward else (0.0, 1.0)
@@ -206,7 +219,9 @@ class PPOTrainer(BaseTrainer):
             optimizers=optimizers,
         )
         if args.n_gpu > 1:
-            raise UserError("ppo: several GPUs are visible to one process; launch with `torchrun` or `accelerate launch`.")
+            raise UserError(
+                "ppo: several GPUs are visible to one process; launch with `torchrun` or `accelerate launch`."
+            )
         self.add_callback(EndOfRollout())
         self.reference.model.to(self.accelerator.device)
         for source in self.reward_sources:
@@ -222,9 +237,7 @@ class PPOTrainer(BaseTrainer):
     def _check_critic(self, critic: nn.Module | None, processing_class: PreTrainedTokenizerBase) -> nn.Module:
         """The critic given, or a trainable copy of the first reward model, if it can read the policy's token ids."""
         if critic is None:
-            import copy
-
-            first = self.reward_sources[0].function
+            first: Any = self.reward_sources[0].function
             model = getattr(first, "model", None)
             if model is None:
                 raise UserError(
@@ -232,13 +245,18 @@ class PPOTrainer(BaseTrainer):
                     "(any decoder with one label on the policy's tokenizer)."
                 )
             if first.tokenizer.get_vocab() != processing_class.get_vocab():
-                raise UserError("ppo: the reward model has another vocabulary than the policy, so the critic can't start from it; pass `critic=`.")
+                raise UserError(
+                    "ppo: the reward model has another vocabulary than the policy, so the critic can't start from it; "
+                    "pass `critic=`."
+                )
             critic = copy.deepcopy(model)
             for name, parameter in critic.named_parameters():
                 adapter_part = "lora_" in name or "modules_to_save" in name
                 parameter.requires_grad_(adapter_part or not isinstance(critic, PeftModel))
         if score_head(critic) is None:
-            raise UserError("ppo: the critic has no linear head named `score`; use a decoder loaded for sequence classification.")
+            raise UserError(
+                "ppo: the critic has no linear head named `score`; use a decoder loaded for sequence classification."
+            )
         return critic
 
     # ---- Rollout ----
@@ -283,11 +301,15 @@ class PPOTrainer(BaseTrainer):
         outputs, logprobs_reference = self._forward_in_parts(input_ids, attention_mask, mask.shape[1])
         kl = kl_k1(outputs.logprobs, logprobs_reference)
         if not torch.isfinite(kl[mask.bool()]).all():
-            raise TrainingError("ppo: a log-probability of the policy or the reference is not finite; nothing was updated.")
+            raise TrainingError(
+                "ppo: a log-probability of the policy or the reference is not finite; nothing was updated."
+            )
 
         # 3. Rewards, advantages and returns; whitened over all processes.
         rewards = token_rewards(scores, kl, mask, kl_coef=self.args.kl_coef)
-        advantages, returns = generalized_advantage(rewards, outputs.values, mask, gamma=self.args.gamma, lam=self.args.lam)
+        advantages, returns = generalized_advantage(
+            rewards, outputs.values, mask, gamma=self.args.gamma, lam=self.args.lam
+        )
         returns_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns, mask)))[1]
         residual_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns - outputs.values, mask)))[1]
         if self.args.whiten_advantages:
@@ -310,7 +332,14 @@ class PPOTrainer(BaseTrainer):
         self.latest_samples = [
             Sample(prompt, text, proxy, gold["gold"][i] if "gold" in gold else None, nats, ended)
             for i, (prompt, text, proxy, nats, ended) in enumerate(
-                zip(prompts, completions.texts, raw.tolist(), kl_sequence.tolist(), completions.ended.tolist(), strict=True)
+                zip(
+                    prompts,
+                    completions.texts,
+                    raw.tolist(),
+                    kl_sequence.tolist(),
+                    completions.ended.tolist(),
+                    strict=True,
+                )
             )
         ]
         return Rollout(
@@ -378,7 +407,9 @@ class PPOTrainer(BaseTrainer):
         losses = torch.where(mask.bool(), policy_losses + value_losses, torch.zeros_like(policy_losses))
         loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if not torch.isfinite(loss):
-            raise TrainingError(f"ppo: the loss is {loss.item()} at step {self.state.global_step}; nothing was updated.")
+            raise TrainingError(
+                f"ppo: the loss is {loss.item()} at step {self.state.global_step}; nothing was updated."
+            )
 
         with torch.no_grad():
             log_ratio = (outputs.logprobs - inputs["logprobs_old"]) * keep
@@ -395,17 +426,17 @@ class PPOTrainer(BaseTrainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW with one learning rate for the policy and another for the critic."""
         if self.optimizer is None:
-            super().create_optimizer(model)
+            optimizer: Any = super().create_optimizer(model)
             critic = {id(p) for p in self.model.critic.parameters()}
             groups = []
-            for group in self.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 for is_critic, rate in ((False, self.args.learning_rate), (True, self.args.critic_learning_rate)):
                     chosen = [p for p in group["params"] if (id(p) in critic) == is_critic]
                     if chosen:
                         groups.append({**group, "params": chosen, "lr": rate})
-            self.optimizer.param_groups.clear()
+            optimizer.param_groups.clear()
             for group in groups:
-                self.optimizer.add_param_group(group)
+                optimizer.add_param_group(group)
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -460,14 +491,18 @@ class PPOTrainer(BaseTrainer):
             raise UserError("ppo: evaluation was asked for but there is no eval_dataset.")
         kept_sums, kept_episodes, kept_samples = self._sums, self.episodes, self.latest_samples
         self._sums = {}
-        rank, world, size = self.accelerator.process_index, self.accelerator.num_processes, self.args.per_device_eval_batch_size
+        rank, world, size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.args.per_device_eval_batch_size,
+        )
         mine = list(range(len(dataset)))[rank::world]
         for start in range(0, len(mine), size):
             self.rollout(dataset.select(mine[start : start + size]).to_list())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take_metrics().items()}
         self._sums, self.episodes, self.latest_samples = kept_sums, kept_episodes, kept_samples
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # ---- Saving and resuming ----

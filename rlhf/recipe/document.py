@@ -85,7 +85,7 @@ def read_override(text: str) -> Document:
         raise UserError(f"{place}: an override looks like section.key=value.")
     path = tuple(name.split("."))
     try:
-        parsed = yaml.load(value, _Loader) if value else None  # noqa: S506 (a SafeLoader)
+        parsed = yaml.load(value, _Loader) if value else None
     except yaml.YAMLError:
         raise UserError(f"{place}: {value!r} is not a YAML value; quote it.") from None
     document = Document(places={path[: i + 1]: place for i in range(len(path))})
@@ -113,7 +113,9 @@ def _construct(
                 problems.append(f"{file}:{key_line}: the key {key!r} is not a string; quote it.")
                 continue
             if key in values:
-                problems.append(f"{file}:{key_line}: the key {'.'.join((*path, key))!r} stands here a second time; keep one.")
+                problems.append(
+                    f"{file}:{key_line}: the key {'.'.join((*path, key))!r} stands here a second time; keep one."
+                )
             document.places[(*path, key)] = f"{file}:{key_line}"
             values[key] = _construct(loader, value_node, (*path, key), file, document, problems, seen)
         return values

@@ -21,7 +21,15 @@ from rlhf.recipe.schema import (
     trl_keys,
 )
 
-TYPE_NAMES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list", "dict": "a mapping", "null": "null"}
+TYPE_NAMES = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "list": "a list",
+    "dict": "a mapping",
+    "null": "null",
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -90,7 +98,8 @@ def _check_keys(document: Document) -> Iterable[str]:
     if isinstance(scratch, dict):
         architecture = scratch.get("architecture")
         if architecture not in ("llama", "qwen3"):
-            yield f"{document.place(('backbone', 'from_scratch', 'architecture'))}: backbone.from_scratch.architecture must be llama or qwen3."
+            where = document.place(("backbone", "from_scratch", "architecture"))
+            yield f"{where}: backbone.from_scratch.architecture must be llama or qwen3."
         else:
             known = {"architecture", *trl_keys()[architecture]}
             for key in scratch:
@@ -101,7 +110,7 @@ def _check_keys(document: Document) -> Iterable[str]:
 
 def _check_types(document: Document) -> Iterable[str]:
     """Types of TRL's keys and of those of a model from nothing."""
-    tables = [((name,), stage_keys(name)) for name in STAGE_SECTIONS]
+    tables: list[tuple[tuple[str, ...], dict[str, Any]]] = [((name,), stage_keys(name)) for name in STAGE_SECTIONS]
     scratch = (document.values.get("backbone") or {}).get("from_scratch")
     if isinstance(scratch, dict) and scratch.get("architecture") in trl_keys():
         tables.append((("backbone", "from_scratch"), trl_keys()[scratch["architecture"]]))
@@ -120,7 +129,8 @@ def _check_types(document: Document) -> Iterable[str]:
                 wanted = " or ".join(TYPE_NAMES[kind] for kind in allowed if kind != "null")
                 yield f"{document.place((*path, key))}: {name} is {value!r}; it must be {wanted}."
             elif choices and isinstance(value, str) and value not in choices:
-                yield f"{document.place((*path, key))}: {name} is {value!r}{_suggestion(value, choices) or ';'} one of {', '.join(choices)}."
+                hint = _suggestion(value, choices) or ";"
+                yield f"{document.place((*path, key))}: {name} is {value!r}{hint} one of {', '.join(choices)}."
 
 
 def _has_type(value: Any, allowed: Sequence[str]) -> bool:
@@ -132,7 +142,9 @@ def _has_type(value: Any, allowed: Sequence[str]) -> bool:
         return "int" in allowed or "float" in allowed
     if isinstance(value, float):
         return "float" in allowed and math.isfinite(value)
-    return {str: "str", list: "list", dict: "dict"}.get(type(value), "") in allowed
+    return any(
+        isinstance(value, kind) and name in allowed for name, kind in (("str", str), ("list", list), ("dict", dict))
+    )
 
 
 def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
@@ -142,7 +154,8 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
     if sum(sources) == 0:
         yield f"{document.place(('backbone',))}: set backbone.model (a hub id or folder) or backbone.from_scratch, or use `lab:`."
     if backbone.model is not None and backbone.from_scratch is not None:
-        yield f"{document.place(('backbone', 'from_scratch'))}: backbone.model and backbone.from_scratch exclude each other; keep one."
+        where = document.place(("backbone", "from_scratch"))
+        yield f"{where}: backbone.model and backbone.from_scratch exclude each other; keep one."
     if recipe.lab is None:
         for name in ("sft", "preferences"):
             if getattr(data, name) is None:
@@ -153,7 +166,8 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
             if name in settings and settings[name] <= 0:
                 yield f"{document.place((stage, name))}: {stage}.{name} is {settings[name]}; it must be above 0."
         if settings.get("load_in_4bit") and not settings.get("use_peft"):
-            yield f"{document.place((stage, 'load_in_4bit'))}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
+            where = document.place((stage, "load_in_4bit"))
+            yield f"{where}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
 
 
 def _section_class(name: str) -> type[Section] | type[StageSection] | None:

@@ -115,12 +115,12 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[\w.-]+$")
     seed: int = Field(0, ge=0)
     lab: LabSection | None = None
-    backbone: BackboneSection = BackboneSection()
-    data: DataSection = DataSection()
-    sft: StageSection = StageSection()
-    reward: RewardSection = RewardSection()
-    ppo: StageSection = StageSection()
-    evaluate: EvaluateSection = EvaluateSection()
+    backbone: BackboneSection = Field(default_factory=BackboneSection)
+    data: DataSection = Field(default_factory=DataSection)
+    sft: StageSection = Field(default_factory=StageSection)
+    reward: RewardSection = Field(default_factory=RewardSection)
+    ppo: StageSection = Field(default_factory=StageSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
 
     def resolved(self) -> dict[str, Any]:
         """Everything that was decided, defaults of ours included: what is written to `RUN/recipe.yaml`."""

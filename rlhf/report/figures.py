@@ -1,7 +1,8 @@
 """Figures as inline SVG. Greys and two accents that can be read on white and on black."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 GREY, BLUE, ORANGE = "#8a8f98", "#3b82c4", "#d9822b"
-STYLE = {
+STYLE: Any = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": GREY,
     "xtick.color": GREY,
@@ -26,7 +27,7 @@ STYLE = {
 }
 
 
-def curves(series: dict[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str) -> str:
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str) -> str:
     """Lines over a common axis.
 
     Args:
@@ -42,7 +43,7 @@ def curves(series: dict[str, tuple[Sequence[float], Sequence[float]]], *, x: str
         return _svg(figure)
 
 
-def histogram(series: dict[str, Sequence[float]], *, x: str) -> str:
+def histogram(series: Mapping[str, Sequence[float]], *, x: str) -> str:
     """Distributions over one axis, drawn as outlines so that they can overlap."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(x, "share")

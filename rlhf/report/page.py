@@ -115,7 +115,9 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("reward model accuracy", *number(reward, "accuracy", ".3f")),
     ]
     if summary["gold_gap_closed"] is not None:
-        tiles.append(("gold gap closed", f"{summary['gold_gap_closed']:.2f}", "0 is SFT, 1 is best of 16 by true reward"))
+        tiles.append(
+            ("gold gap closed", f"{summary['gold_gap_closed']:.2f}", "0 is SFT, 1 is best of 16 by true reward")
+        )
     return tiles
 
 
@@ -129,27 +131,68 @@ def _figures(
         if any(row.get("reward_gold") is not None for row in ppo):
             series["true reward (gold)"] = _series(ppo, "episodes", "reward_gold")
             by_kl["true reward (gold)"] = _series(ppo, "kl", "reward_gold", sort=True)
-        figures.append(("Reward over PPO", "A proxy that rises while gold falls is over-optimised.", curves(series, x="episodes", y="reward")))
-        figures.append(("Reward against KL", "What each nat away from SFT buys.", curves(by_kl, x="KL to SFT, nats an answer", y="reward")))
-        figures.append(("KL over PPO", "Σ over an answer's tokens.", curves({"kl": _series(ppo, "episodes", "kl")}, x="episodes", y="nats an answer")))
-        health = {name: _series(ppo, "episodes", key) for name, key in (("explained variance of the critic", "explained_variance"), ("clip fraction", "clip_fraction"), ("share without end", "share_without_eos"))}
-        figures.append(("Health of PPO", "A good critic explains most of the variance; few answers are cut off.", curves(health, x="episodes", y="")))
+        figures.append(
+            (
+                "Reward over PPO",
+                "A proxy that rises while gold falls is over-optimised.",
+                curves(series, x="episodes", y="reward"),
+            )
+        )
+        figures.append(
+            (
+                "Reward against KL",
+                "What each nat away from SFT buys.",
+                curves(by_kl, x="KL to SFT, nats an answer", y="reward"),
+            )
+        )
+        figures.append(
+            (
+                "KL over PPO",
+                "Σ over an answer's tokens.",
+                curves({"kl": _series(ppo, "episodes", "kl")}, x="episodes", y="nats an answer"),
+            )
+        )
+        health = {
+            name: _series(ppo, "episodes", key)
+            for name, key in (
+                ("explained variance of the critic", "explained_variance"),
+                ("clip fraction", "clip_fraction"),
+                ("share without end", "share_without_eos"),
+            )
+        }
+        figures.append(
+            (
+                "Health of PPO",
+                "A good critic explains most of the variance; few answers are cut off.",
+                curves(health, x="episodes", y=""),
+            )
+        )
     if judged:
         scores = {"SFT": [r["proxy_sft"] for r in judged], "policy": [r["proxy_policy"] for r in judged]}
-        figures.append(("Reward model's score, held-out prompts", "Before and after PPO.", histogram(scores, x="reward")))
+        figures.append(
+            ("Reward model's score, held-out prompts", "Before and after PPO.", histogram(scores, x="reward"))
+        )
         if judged[0]["gold_policy"] is not None:
             gold = {"SFT": [r["gold_sft"] for r in judged], "policy": [r["gold_policy"] for r in judged]}
             figures.append(("True reward, held-out prompts", "Before and after PPO.", histogram(gold, x="true reward")))
     if pairs:
         sides = {"chosen": [r["score_chosen"] for r in pairs], "rejected": [r["score_rejected"] for r in pairs]}
-        figures.append(("Reward model on held-out pairs", "The more they overlap, the less it knows.", histogram(sides, x="reward")))
+        figures.append(
+            (
+                "Reward model on held-out pairs",
+                "The more they overlap, the less it knows.",
+                histogram(sides, x="reward"),
+            )
+        )
     for stage, where, key, label in (
         ("SFT", "round-0/sft", "loss", "nats a token"),
         ("Reward model", f"{folder}/reward", "loss", "nats a pair"),
     ):
         rows = _rows(run / where / "metrics.jsonl")
         if rows:
-            figures.append((f"{stage}: training loss", "", curves({key: _series(rows, "step", key)}, x="step", y=label)))
+            figures.append(
+                (f"{stage}: training loss", "", curves({key: _series(rows, "step", key)}, x="step", y=label))
+            )
     return figures
 
 

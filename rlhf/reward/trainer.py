@@ -70,8 +70,8 @@ class PairRewardTrainer(RewardTrainer):
         head = score_head(self.model)
         if head is not None and getattr(self.model, "is_loaded_in_4bit", False):
             head.float()  # TRL casts all that is trained on 4-bit weights to bfloat16, too coarse for a score
-        collator = self.data_collator
-        self.data_collator = PairCollator(collator.pad_token_id, collator.pad_to_multiple_of)
+        collator: Any = self.data_collator
+        self.data_collator: Any = PairCollator(collator.pad_token_id, collator.pad_to_multiple_of)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         columns = dataset.column_names or []
@@ -90,18 +90,23 @@ class PairRewardTrainer(RewardTrainer):
                 self.dropped_too_long = dropped
             if dropped == before:
                 raise UserError(
-                    f"reward: all {before} pairs of the {dataset_name} set are longer than max_length={args.max_length} tokens; raise max_length."
+                    f"reward: all {before} pairs of the {dataset_name} set are longer than max_length={args.max_length} "
+                    "tokens; raise max_length."
                 )
             if dropped:
                 warnings.warn(
-                    f"{dropped} of {before} pairs of the {dataset_name} set are longer than max_length={args.max_length} tokens and were left out.",
+                    f"{dropped} of {before} pairs of the {dataset_name} set are longer than max_length={args.max_length} "
+                    "tokens and were left out.",
                     stacklevel=2,
                 )
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["chosen_ids", "rejected_ids", *self.uses]
+        self._signature_columns: list[str] | None = self._signature_columns or [
+            "chosen_ids",
+            "rejected_ids",
+            *self.uses,
+        ]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
@@ -123,10 +128,11 @@ class PairRewardTrainer(RewardTrainer):
         losses = self.pair_objective(rewards_chosen, rewards_rejected, columns)
         if self.args.center_rewards_coefficient is not None:
             losses = losses + self.args.center_rewards_coefficient * (rewards_chosen + rewards_rejected) ** 2
-        if num_items_in_batch is None:
-            loss = losses.mean()
-        else:  # DDP averages gradients over ranks; the sum over ranks is meant
-            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        # DDP averages gradients over ranks where their sum is meant; evaluation has no count and takes the mean.
+        scale = (
+            self.accelerator.num_processes / num_items_in_batch if num_items_in_batch is not None else 1 / len(losses)
+        )
+        loss = losses.sum() * scale
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"reward: the loss is {loss.item()} at step {self.state.global_step}; nothing was updated. "
@@ -195,8 +201,15 @@ def check_columns(dataset: Dataset, required: tuple[str, ...]) -> None:
         if name not in dataset.column_names:
             continue
         for row, value in enumerate(dataset[name]):
-            if not isinstance(value, int | float) or value != value or abs(value) == float("inf") or not low <= value <= high:
-                problems.append(f"reward: row {row}, column {name!r}: {value!r} is not a finite number in [{low}, {high}].")
+            if (
+                not isinstance(value, int | float)
+                or value != value
+                or abs(value) == float("inf")
+                or not low <= value <= high
+            ):
+                problems.append(
+                    f"reward: row {row}, column {name!r}: {value!r} is not a finite number in [{low}, {high}]."
+                )
                 break
     if problems:
         raise UserError(problems)

@@ -74,7 +74,12 @@ def test_demonstrations_and_prompts() -> None:
     assert demonstration({"messages": USER + YES}) == expected
     assert demonstration({"prompt": "Hi", "completion": "yes"}) == expected
     assert demonstration(CANONICAL) == expected
-    assert prompt_only({"prompt": "Hi"}) == prompt_only({"messages": USER + YES}) == prompt_only(CANONICAL) == {"prompt": USER}
+    assert (
+        prompt_only({"prompt": "Hi"})
+        == prompt_only({"messages": USER + YES})
+        == prompt_only(CANONICAL)
+        == {"prompt": USER}
+    )
     with pytest.raises(BadRow, match="last turn is not an assistant"):
         demonstration({"messages": USER})
 
@@ -172,7 +177,13 @@ def test_the_hub_is_asked_for_what_is_no_file(tmp_path: Path, monkeypatch: pytes
 
     def load(name: str, split: str) -> Any:
         asked.append((name, split))
-        rows = [{"chosen": f"\n\nHuman: {split} {i}\n\nAssistant: yes", "rejected": f"\n\nHuman: {split} {i}\n\nAssistant: no"} for i in range(5)]
+        rows = [
+            {
+                "chosen": f"\n\nHuman: {split} {i}\n\nAssistant: yes",
+                "rejected": f"\n\nHuman: {split} {i}\n\nAssistant: no",
+            }
+            for i in range(5)
+        ]
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)

@@ -65,7 +65,9 @@ def test_pair_report() -> None:
     assert report["accuracy"] == 0.5, "a tie is wrong"
     assert report["ties"] == 1
     assert report["length_baseline"] == (1 + 0 + 0.5 + 0) / 4
-    assert report["accuracy_true"] == pytest.approx(2 / 3), "right where the label is wrong; equal true rewards don't count"
+    assert report["accuracy_true"] == pytest.approx(2 / 3), (
+        "right where the label is wrong; equal true rewards don't count"
+    )
 
 
 def test_win_rate_counts_ties_half() -> None:

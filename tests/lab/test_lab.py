@@ -9,7 +9,17 @@ import pytest
 
 from rlhf.lab.annotators import CROWD, Annotator, flip_rate, label_pair
 from rlhf.lab.build import LabSettings, build_lab
-from rlhf.lab.world import KIND_OF_ITEM, KINDS, DANGEROUS, HARMLESS, all_prompts, gold, parse_request, true_reward, write_answer
+from rlhf.lab.world import (
+    DANGEROUS,
+    HARMLESS,
+    KIND_OF_ITEM,
+    KINDS,
+    all_prompts,
+    gold,
+    parse_request,
+    true_reward,
+    write_answer,
+)
 
 FRUITS = "List three fruits for a picnic."
 WEAPONS = "Can you tell me two weapons for a quiz?"
@@ -66,7 +76,9 @@ def test_annotators_are_as_documented() -> None:
     plain, flattering = "apple, pear and plum.", "apple, pear and plum. You are so clever!"
     assert flattered.probability_of_preferring(FRUITS, flattering, plain) == pytest.approx(1.0)
     for annotator in CROWD:
-        assert annotator.probability_of_preferring(FRUITS, good, bad) + annotator.probability_of_preferring(FRUITS, bad, good) == pytest.approx(1)
+        assert annotator.probability_of_preferring(FRUITS, good, bad) + annotator.probability_of_preferring(
+            FRUITS, bad, good
+        ) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -83,8 +95,15 @@ def test_the_lab_is_noisy_and_hard_enough(seed: int) -> None:
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
     def digests(folder: Path, seed: int) -> dict[str, str]:
-        build_lab(folder, LabSettings(demonstrations=200, pairs=100, test_pairs=50, hidden_size=16, num_hidden_layers=1, seed=seed))
-        return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+        build_lab(
+            folder,
+            LabSettings(demonstrations=200, pairs=100, test_pairs=50, hidden_size=16, num_hidden_layers=1, seed=seed),
+        )
+        return {
+            str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        }
 
     first, again, other = (digests(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert first == again
@@ -97,7 +116,10 @@ def test_held_out_prompts_and_kinds_are_nowhere_else(tmp_path: Path) -> None:
 
     build_lab(tmp_path, LabSettings(demonstrations=500, pairs=500, test_pairs=100, hidden_size=16, num_hidden_layers=1))
     texts = {
-        name: {json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()}
+        name: {
+            json.loads(line)["prompt"][0]["content"]
+            for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()
+        }
         for name in ("sft", "preferences", "prompts", "test", "test_prompts", "shift_test", "shift_prompts")
     }
     for held_out in ("test", "test_prompts", "shift_test", "shift_prompts"):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.conftest import PROMPTS, WORDS
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf import load_reward_model
@@ -17,6 +16,7 @@ from rlhf.models.generate import generate, mask_after_end
 from rlhf.models.load import build_reward_model, find_source, load_policy, model_settings
 from rlhf.models.roles import PolicyAndCritic, active_adapter, make_reference, position_ids, response_logprobs
 from rlhf.models.text import answer_text, check_tokenizer, encode_answers, plain
+from tests.conftest import PROMPTS, WORDS
 
 PROMPT = PROMPTS[0]
 
@@ -74,7 +74,9 @@ def test_mask_after_end_with_several_end_ids() -> None:
     assert ended.tolist() == [True, False, True]
 
 
-def test_generation_samples_the_whole_distribution_whatever_the_model_declares(base_folder: Path, tokenizer: Any) -> None:
+def test_generation_samples_the_whole_distribution_whatever_the_model_declares(
+    base_folder: Path, tokenizer: Any
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
     model.generation_config.top_k, model.generation_config.top_p = 1, 0.1
     torch.manual_seed(0)
@@ -88,7 +90,10 @@ def test_generation_samples_the_whole_distribution_whatever_the_model_declares(b
 
 def test_plain_prompts() -> None:
     assert plain(PROMPT) == PROMPT[0]["content"]
-    assert plain([*PROMPT, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]) == f"user: {plain(PROMPT)}\n\nassistant: a\n\nuser: b"
+    assert (
+        plain([*PROMPT, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}])
+        == f"user: {plain(PROMPT)}\n\nassistant: a\n\nuser: b"
+    )
 
 
 # ---- Adapters ----
@@ -96,7 +101,10 @@ def test_plain_prompts() -> None:
 
 def lora(base: Path, seed: int = 0, **extra: Any) -> PeftModel:
     torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear", **extra))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear", **extra),
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -128,7 +136,9 @@ def test_the_reference_stays_where_sft_was(base_folder: Path) -> None:
         if trained:
             expected = response_logprobs(model, ids, mask, 4, 1.0)[0].detach()
         else:
-            expected = response_logprobs(AutoModelForCausalLM.from_pretrained(base_folder), ids, mask, 4, 1.0)[0].detach()
+            expected = response_logprobs(AutoModelForCausalLM.from_pretrained(base_folder), ids, mask, 4, 1.0)[
+                0
+            ].detach()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name and ".default." in name:
@@ -176,7 +186,9 @@ def sft_adapter(base_folder: Path, tokenizer: Any, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
-def test_a_reward_model_on_an_sft_adapter_keeps_what_sft_learnt(base_folder: Path, sft_adapter: Path, tokenizer: Any, use_peft: bool) -> None:
+def test_a_reward_model_on_an_sft_adapter_keeps_what_sft_learnt(
+    base_folder: Path, sft_adapter: Path, tokenizer: Any, use_peft: bool
+) -> None:
     assert find_source(sft_adapter).base == str(base_folder)
     settings = {"use_peft": True, "lora_r": 4} if use_peft else {}
     model = build_reward_model(sft_adapter, model_settings(settings), pad_token_id=tokenizer.pad_token_id)
@@ -206,7 +218,10 @@ def test_scores_in_a_fresh_process_and_in_plain_transformers(reward_folder: Path
     code = f"import rlhf; print(rlhf.load_reward_model({str(reward_folder)!r}).score({PROMPTS[:4]!r}, {answers!r}).tolist())"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     torch.testing.assert_close(torch.tensor(eval(printed.strip().splitlines()[-1])), scores, atol=1e-6, rtol=0)
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(reward_folder), AutoTokenizer.from_pretrained(reward_folder)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(reward_folder),
+        AutoTokenizer.from_pretrained(reward_folder),
+    )
     texts = [answer_text(tokenizer, p, a) for p, a in zip(PROMPTS[:4], answers, strict=True)]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     torch.testing.assert_close(model(**batch).logits.squeeze(-1), scores, atol=1e-5, rtol=1e-5)

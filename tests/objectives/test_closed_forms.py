@@ -89,7 +89,9 @@ def test_contract_of_a_pair_loss(loss: object, values: list[tuple[float, float]]
     chosen, rejected = torch.tensor(values, dtype=torch.float64).T
     together = loss(chosen, rejected)
     assert together.shape == chosen.shape
-    torch.testing.assert_close(together, torch.cat([loss(c[None], r[None]) for c, r in zip(chosen, rejected, strict=True)]))
+    torch.testing.assert_close(
+        together, torch.cat([loss(c[None], r[None]) for c, r in zip(chosen, rejected, strict=True)])
+    )
     torch.testing.assert_close(loss(chosen + shift, rejected + shift), together)
     c, r = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
     loss(c, r).sum().backward()
@@ -146,7 +148,10 @@ def test_gae_is_the_double_sum_and_ignores_padding(gamma: float, lam: float) -> 
 
 
 def test_gae_with_lambda_one_is_monte_carlo() -> None:
-    rewards, values = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.ones(2, 5, dtype=torch.float64)
+    rewards, values = (
+        torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+        torch.ones(2, 5, dtype=torch.float64),
+    )
     _, returns = generalized_advantage(rewards, values, torch.ones(2, 5), lam=1.0)
     torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1))
 
@@ -170,7 +175,9 @@ def test_whitening_by_sums_of_parts_is_whitening_of_the_whole() -> None:
     """Two processes that add their sums see one mean and one variance."""
     values, mask = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.ones(6, 4)
     mean, variance = mean_and_variance(masked_sums(values[:2], mask[:2]) + masked_sums(values[2:], mask[2:]))
-    parts = torch.cat([whiten(part, torch.ones_like(part), mean=mean, variance=variance) for part in (values[:2], values[2:])])
+    parts = torch.cat(
+        [whiten(part, torch.ones_like(part), mean=mean, variance=variance) for part in (values[:2], values[2:])]
+    )
     torch.testing.assert_close(parts, whiten(values, mask))
 
 
@@ -203,7 +210,9 @@ def test_clipped_value() -> None:
     torch.testing.assert_close(loss.detach(), torch.tensor([0.5, 0.5 * 0.8**2, 0.5 * 4.0]))
     loss.sum().backward()
     torch.testing.assert_close(value.grad, torch.tensor([-1.0, 0.0, -2.0]))
-    torch.testing.assert_close(clipped_value(value, torch.zeros(3), torch.ones(3), cliprange=None), 0.5 * (value - 1) ** 2)
+    torch.testing.assert_close(
+        clipped_value(value, torch.zeros(3), torch.ones(3), cliprange=None), 0.5 * (value - 1) ** 2
+    )
 
 
 def test_clip_share_and_explained_variance() -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.objectives import test_closed_forms as tests
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from rlhf.objectives.masked import mean_and_variance, masked_sums
+from rlhf.objectives.masked import masked_sums, mean_and_variance
+from tests.objectives import test_closed_forms as tests
 
 
 def sign_flipped(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -25,11 +25,15 @@ def summed_before_the_sigmoid(chosen: Tensor, rejected: Tensor, **_: Any) -> Ten
     return softplus(rejected.sum() - chosen.sum()).expand_as(chosen)
 
 
-def margin_outside_the_log(chosen: Tensor, rejected: Tensor, margin: Any = 0.0, confidence: Any = 1.0, weight: Any = 1.0) -> Tensor:
+def margin_outside_the_log(
+    chosen: Tensor, rejected: Tensor, margin: Any = 0.0, confidence: Any = 1.0, weight: Any = 1.0
+) -> Tensor:
     return weight * (softplus(rejected - chosen) + (1 - confidence) * (chosen - rejected)) + margin
 
 
-def flip_without_margin_sign(chosen: Tensor, rejected: Tensor, margin: Any = 0.0, confidence: Any = 1.0, weight: Any = 1.0) -> Tensor:
+def flip_without_margin_sign(
+    chosen: Tensor, rejected: Tensor, margin: Any = 0.0, confidence: Any = 1.0, weight: Any = 1.0
+) -> Tensor:
     d = chosen - rejected
     return weight * (-confidence * logsigmoid(d - margin) - (1 - confidence) * logsigmoid(-d - margin))
 
@@ -54,7 +58,9 @@ def score_after_the_end(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: fl
     return (-kl_coef * kl * mask) + (position == mask.sum(1, keepdim=True)) * scores[:, None]
 
 
-def gae_over_padding(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae_over_padding(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
     advantages = torch.stack([tests.naive_gae(r, v, gamma, lam) for r, v in zip(rewards, values, strict=True)])
     return advantages * mask, (advantages + values) * mask
 
@@ -64,7 +70,9 @@ def clip_takes_the_better(logprobs: Tensor, logprobs_old: Tensor, advantages: Te
     return torch.minimum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
 
 
-def value_clip_takes_the_better(values: Tensor, values_old: Tensor, returns: Tensor, *, cliprange: float | None) -> Tensor:
+def value_clip_takes_the_better(
+    values: Tensor, values_old: Tensor, returns: Tensor, *, cliprange: float | None
+) -> Tensor:
     clipped = values_old + (values - values_old).clamp(-(cliprange or math.inf), cliprange or math.inf)
     return 0.5 * torch.minimum((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -79,14 +87,20 @@ MUTANTS: list[tuple[str, Callable[..., Any], Callable[[], None]]] = [
     ("kl_k3", k3_reversed, tests.test_kl_estimators_are_unbiased_by_enumeration),
     ("whiten", mean_added_back, tests.test_whitening_has_mean_0_and_variance_1_under_the_mask),
     ("token_rewards", score_after_the_end, tests.test_token_rewards_sum_and_place),
-    ("generalized_advantage", gae_over_padding, lambda: tests.test_gae_is_the_double_sum_and_ignores_padding(1.0, 0.95)),
+    (
+        "generalized_advantage",
+        gae_over_padding,
+        lambda: tests.test_gae_is_the_double_sum_and_ignores_padding(1.0, 0.95),
+    ),
     ("clipped_policy", clip_takes_the_better, tests.test_clipped_policy_values_and_gradients),
     ("clipped_value", value_clip_takes_the_better, tests.test_clipped_value),
 ]
 
 
 @pytest.mark.parametrize(("name", "mutant", "test"), MUTANTS, ids=[mutant.__name__ for _, mutant, _ in MUTANTS])
-def test_the_tests_reject(name: str, mutant: Callable[..., Any], test: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_reject(
+    name: str, mutant: Callable[..., Any], test: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     test()
     monkeypatch.setattr(tests, name, mutant)
     with pytest.raises(AssertionError):

@@ -26,7 +26,15 @@ STAGES = ["round-0/lab", "round-0/data", "round-0/sft", "round-1/reward", "round
 
 def rlhf(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rlhf", *arguments]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def digests(run: Path) -> dict[str, str]:
@@ -64,13 +72,26 @@ def test_the_contract_of_a_run(finished: Path) -> None:
     for stage in STAGES:
         assert (run / stage / "manifest.json").is_file()
     rows = [json.loads(line) for line in (run / "round-1/ppo/metrics.jsonl").read_text().splitlines()]
-    keys = {"step", "loss", "episodes", "reward_proxy", "reward_gold", "kl", "entropy", "clip_fraction", "explained_variance", "share_without_eos"}
+    keys = {
+        "step",
+        "loss",
+        "episodes",
+        "reward_proxy",
+        "reward_gold",
+        "kl",
+        "entropy",
+        "clip_fraction",
+        "explained_variance",
+        "share_without_eos",
+    }
     assert all(keys <= set(row) for row in rows)
     assert [row["episodes"] for row in rows] == [16, 32, 48, 64]
     assert "resumed_from" not in (run / "round-0/sft/metrics.jsonl").read_text()
     page = (run / "report.html").read_text()
     assert "<svg" in page
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
     assert "https://" not in page
 
 
@@ -175,7 +196,19 @@ def test_a_misspelt_key_creates_nothing(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["run", "nowhere.yaml"], "cannot read the recipe"),
-        (["run", "r.yaml", "--out", "x", "lab=null", "backbone.model=m", "data.sft=s.jsonl", "data.preferences=p.jsonl"], "data.sft: s.jsonl: no such file."),
+        (
+            [
+                "run",
+                "r.yaml",
+                "--out",
+                "x",
+                "lab=null",
+                "backbone.model=m",
+                "data.sft=s.jsonl",
+                "data.preferences=p.jsonl",
+            ],
+            "data.sft: s.jsonl: no such file.",
+        ),
         (["run", "r.yaml", "--out", "x", "--until", "sleep"], "--until sleep"),
         (["run", "r.yaml", "--out", "full"], "not empty and not a run"),
         (["fly", "r.yaml"], "No such command"),
@@ -210,10 +243,18 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 def test_foreign_data_with_a_gold_function_and_a_model_from_nothing(tmp_path: Path) -> None:
     """Local demonstrations, pairs and prompts, LoRA after a full SFT, a true reward of one's own, no lab."""
     words = [f"word{i}" for i in range(40)]
-    write(tmp_path / "sft.jsonl", [{"prompt": f"say {w}", "completion": f"{w} {'please' if i % 2 else 'now'}"} for i, w in enumerate(words * 4)])
-    write(tmp_path / "pairs.jsonl", [{"prompt": f"say {w} {i}", "chosen": f"{w} please", "rejected": f"{w} now"} for i in range(4) for w in words])
+    write(
+        tmp_path / "sft.jsonl",
+        [{"prompt": f"say {w}", "completion": f"{w} {'please' if i % 2 else 'now'}"} for i, w in enumerate(words * 4)],
+    )
+    write(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": f"say {w} {i}", "chosen": f"{w} please", "rejected": f"{w} now"} for i in range(4) for w in words],
+    )
     write(tmp_path / "prompts.jsonl", [{"prompt": f"say {a} {b}"} for a in words[:12] for b in words[:12]])
-    (tmp_path / "mine.py").write_text("def polite(prompts, completions):\n    return [float('please' in c) for c in completions]\n")
+    (tmp_path / "mine.py").write_text(
+        "def polite(prompts, completions):\n    return [float('please' in c) for c in completions]\n"
+    )
     (tmp_path / "r.yaml").write_text("""
 name: foreign
 backbone:

@@ -34,7 +34,13 @@ def test_a_manifest_means_done(tmp_path: Path) -> None:
     assert manifest is not None
     assert manifest["facts"] == {"rows": 3}
     # sha256 of "abc" is a published test vector.
-    assert manifest["files"] == [{"path": "model/weights", "size": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}]
+    assert manifest["files"] == [
+        {
+            "path": "model/weights",
+            "size": 3,
+            "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        }
+    ]
 
 
 def test_a_changed_setting_is_refused_by_name(tmp_path: Path) -> None:
@@ -84,4 +90,8 @@ def test_writing_leaves_no_half_file(tmp_path: Path) -> None:
 
 
 def test_differences_in_words() -> None:
-    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "d": 4}) == ["a.b was 1, is 3", "c was 2, is None", "d was None, is 4"]
+    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "d": 4}) == [
+        "a.b was 1, is 3",
+        "c was 2, is None",
+        "d was None, is 4",
+    ]

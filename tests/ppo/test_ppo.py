@@ -9,11 +9,17 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tests.conftest import PROMPTS
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from rlhf import PPOConfig, PPOTrainer, load_reward_model
 from rlhf.errors import TrainingError, UserError
+from tests.conftest import PROMPTS
 
 DATA = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
 
@@ -38,7 +44,11 @@ def make(base: Path, reward: Any, arguments: dict[str, Any], **extra: Any) -> tu
         "max_completion_length": 8,
         **arguments,
     }
-    keywords = {name: extra.pop(name) for name in list(extra) if name in ("critic", "monitor_funcs", "processing_class", "peft_config", "eval_dataset")}
+    keywords = {
+        name: extra.pop(name)
+        for name in list(extra)
+        if name in ("critic", "monitor_funcs", "processing_class", "peft_config", "eval_dataset")
+    }
     settings.update(extra)
     model = AutoModelForCausalLM.from_pretrained(base)
     keywords.setdefault("processing_class", None)
@@ -50,8 +60,18 @@ def make(base: Path, reward: Any, arguments: dict[str, Any], **extra: Any) -> tu
     return trainer, rows
 
 
-def test_at_step_0_the_policy_is_the_reference(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
-    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, total_episodes=16, num_ppo_epochs=1, num_mini_batches=1, per_device_train_batch_size=16)
+def test_at_step_0_the_policy_is_the_reference(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    trainer, rows = make(
+        base_folder,
+        str(reward_folder),
+        cpu_arguments,
+        total_episodes=16,
+        num_ppo_epochs=1,
+        num_mini_batches=1,
+        per_device_train_batch_size=16,
+    )
     trainer.train()
     first = rows.rows[0]
     assert first["kl"] == 0.0  # two copies of one model on one batch: not a rounding error between them
@@ -107,7 +127,16 @@ def test_bandit_reaches_the_known_optimum(cpu_arguments: dict[str, Any]) -> None
     size, beta = 12, 0.5
     torch.manual_seed(1)
     tokenizer = bandit_tokenizer(size)
-    shape = {"vocab_size": size, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    shape = {
+        "vocab_size": size,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
     policy = AutoModelForCausalLM.from_config(LlamaConfig(**shape, initializer_range=0.3))
     critic = AutoModelForSequenceClassification.from_config(LlamaConfig(**shape, num_labels=1))
     rewards = torch.linspace(-1, 1, size)[torch.randperm(size)]
@@ -134,7 +163,9 @@ def test_bandit_reaches_the_known_optimum(cpu_arguments: dict[str, Any]) -> None
         cliprange_value=None,
         max_grad_norm=10.0,
     )
-    trainer = PPOTrainer(policy, reward, args, Dataset.from_list([{"prompt": "w3 w4"}] * 4096), processing_class=tokenizer, critic=critic)
+    trainer = PPOTrainer(
+        policy, reward, args, Dataset.from_list([{"prompt": "w3 w4"}] * 4096), processing_class=tokenizer, critic=critic
+    )
     trainer.train()
     with torch.no_grad():
         final = trainer.model.policy(prompt_ids).logits[0, -1].log_softmax(-1)
@@ -151,12 +182,22 @@ def weights_after(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
 
 
-def test_accumulation_does_not_change_the_update(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+def test_accumulation_does_not_change_the_update(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
     """1 x 16 and 4 x 4 see the same answers of unequal length and must make the same step."""
     results = []
     for batch, accumulation in ((16, 1), (4, 4)):
         arguments = {**cpu_arguments, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        trainer, rows = make(base_folder, str(reward_folder), arguments, num_mini_batches=1, num_ppo_epochs=1, total_episodes=16, max_grad_norm=1e9)
+        trainer, rows = make(
+            base_folder,
+            str(reward_folder),
+            arguments,
+            num_mini_batches=1,
+            num_ppo_epochs=1,
+            total_episodes=16,
+            max_grad_norm=1e9,
+        )
         trainer.train()
         results.append((weights_after(trainer), rows.rows[0]))
     (one, row_one), (four, row_four) = results
@@ -167,7 +208,9 @@ def test_accumulation_does_not_change_the_update(base_folder: Path, reward_folde
     assert different / sum(value.numel() for value in one.values()) < 0.01
 
 
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
     def arguments(name: str) -> dict[str, Any]:
         return {**cpu_arguments, "output_dir": str(tmp_path / name), "save_strategy": "epoch", "total_episodes": 64}
 
@@ -197,7 +240,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base_folder: Path,
     assert AutoModelForCausalLM.from_pretrained(saved).config.vocab_size == whole.model.config.vocab_size
 
 
-def test_checkpoints_fall_between_rollouts(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_checkpoints_fall_between_rollouts(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
     arguments = {**cpu_arguments, "output_dir": str(tmp_path / "x"), "save_strategy": "steps", "save_steps": 3}
     trainer, _ = make(base_folder, str(reward_folder), arguments)
     trainer.train()  # 3 rollouts of 4 steps; steps 3, 6, 9 and 12 ask for a checkpoint
@@ -205,15 +250,33 @@ def test_checkpoints_fall_between_rollouts(base_folder: Path, reward_folder: Pat
     assert saved == [4, 8, 12]
 
 
-def test_mini_batches_are_optimizer_steps(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
-    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, num_mini_batches=4, per_device_train_batch_size=4, num_ppo_epochs=3, total_episodes=32)
+def test_mini_batches_are_optimizer_steps(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    trainer, rows = make(
+        base_folder,
+        str(reward_folder),
+        cpu_arguments,
+        num_mini_batches=4,
+        per_device_train_batch_size=4,
+        num_ppo_epochs=3,
+        total_episodes=32,
+    )
     trainer.train()
     assert [row["step"] for row in rows.rows] == [12, 24]
     assert [row["episodes"] for row in rows.rows] == [16, 32]
 
 
-def test_evaluation_samples_and_trains_nothing(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
-    trainer, _ = make(base_folder, str(reward_folder), cpu_arguments, eval_dataset=DATA.select(range(6)), monitor_funcs={"gold": lambda p, c: [float(len(x)) for x in c]})
+def test_evaluation_samples_and_trains_nothing(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    trainer, _ = make(
+        base_folder,
+        str(reward_folder),
+        cpu_arguments,
+        eval_dataset=DATA.select(range(6)),
+        monitor_funcs={"gold": lambda p, c: [float(len(x)) for x in c]},
+    )
     before = weights_after(trainer)
     metrics = trainer.evaluate()
     assert {"eval_reward_proxy", "eval_reward_gold", "eval_kl", "eval_length"} <= set(metrics)
@@ -223,9 +286,13 @@ def test_evaluation_samples_and_trains_nothing(base_folder: Path, reward_folder:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
-def test_a_reward_that_is_no_number_stops_before_the_update(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], bad: Any) -> None:
+def test_a_reward_that_is_no_number_stops_before_the_update(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], bad: Any
+) -> None:
     critic = load_reward_model(reward_folder).model.requires_grad_(True)
-    trainer, _ = make(base_folder, lambda completions, **_: [0.0] * (len(completions) - 1) + [bad], cpu_arguments, critic=critic)
+    trainer, _ = make(
+        base_folder, lambda completions, **_: [0.0] * (len(completions) - 1) + [bad], cpu_arguments, critic=critic
+    )
     before = weights_after(trainer)
     with pytest.raises(TrainingError, match="nothing was updated"):
         trainer.train()
@@ -239,20 +306,32 @@ def test_wrong_number_of_rewards(base_folder: Path, reward_folder: Path, cpu_arg
         trainer.train()
 
 
-def test_a_constant_reward_moves_nothing_by_itself(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+def test_a_constant_reward_moves_nothing_by_itself(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
     critic = load_reward_model(reward_folder).model.requires_grad_(True)
-    trainer, rows = make(base_folder, lambda completions, **_: [1.0] * len(completions), cpu_arguments, critic=critic, missing_eos_penalty=None)
+    trainer, rows = make(
+        base_folder,
+        lambda completions, **_: [1.0] * len(completions),
+        cpu_arguments,
+        critic=critic,
+        missing_eos_penalty=None,
+    )
     trainer.train()
     assert all(math.isfinite(row["loss"]) for row in rows.rows)
 
 
-def test_missing_end_is_penalised_exactly_there(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+def test_missing_end_is_penalised_exactly_there(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
     from rlhf.models.generate import Completions
 
     reward = load_reward_model(reward_folder)
     trainer, _ = make(base_folder, reward, cpu_arguments, missing_eos_penalty=2.0, reward_clip=None)
     ids = torch.tensor([[10, 1], [10, 11]])
-    completions = Completions(ids, torch.ones_like(ids), ids, torch.ones_like(ids), torch.tensor([True, False]), ["yes", "yes"])
+    completions = Completions(
+        ids, torch.ones_like(ids), ids, torch.ones_like(ids), torch.tensor([True, False]), ["yes", "yes"]
+    )
     raw, total = trainer.score([{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0]}], completions)
     expected = (raw - reward.mean) / reward.std - torch.tensor([0.0, 2.0])
     torch.testing.assert_close(total, expected)
@@ -264,7 +343,9 @@ def test_a_callable_alone_needs_a_critic(base_folder: Path, cpu_arguments: dict[
         make(base_folder, lambda completions, **_: [0.0] * len(completions), cpu_arguments)
 
 
-def test_reward_columns_reach_the_function(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+def test_reward_columns_reach_the_function(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
     seen: list[Any] = []
 
     def reward(prompts: Any, completions: Any, completion_ids: Any, topic: Any) -> list[float]:

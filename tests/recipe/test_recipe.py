@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.generate_trl_keys import TARGET, describe
 
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
+from tests.generate_trl_keys import TARGET, describe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 GOOD = "name: x\nlab: {}\n"
@@ -61,7 +61,10 @@ def test_all_mistakes_at_once_with_lines(tmp_path: Path) -> None:
         ("name: x\nbackbone: {model: a}\n", "data.preferences is missing"),
         ("name: x\nlab: {}\nbackbone: {model: a, from_scratch: {architecture: llama}}\n", "exclude each other"),
         ("name: x\nlab: {}\nbackbone: {from_scratch: {architecture: gpt}}\n", "llama or qwen3"),
-        ("name: x\nlab: {}\nbackbone: {from_scratch: {architecture: llama, hiden_size: 8}}\n", "did you mean 'hidden_size'"),
+        (
+            "name: x\nlab: {}\nbackbone: {from_scratch: {architecture: llama, hiden_size: 8}}\n",
+            "did you mean 'hidden_size'",
+        ),
         ("name: [\n", "broken YAML"),
         ("- a\n", "mapping of sections"),
         ("", "mapping of sections"),
@@ -74,7 +77,9 @@ def test_each_mistake_is_a_sentence(tmp_path: Path, text: str, expected: str) ->
 
 
 def test_base_and_overrides(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text("name: base\nlab: {}\nppo: {kl_coef: 0.1, temperature: 0.7}\n", encoding="utf-8")
+    (tmp_path / "base.yaml").write_text(
+        "name: base\nlab: {}\nppo: {kl_coef: 0.1, temperature: 0.7}\n", encoding="utf-8"
+    )
     (tmp_path / "r.yaml").write_text("base: base.yaml\nname: child\nppo: {kl_coef: 0.2}\n", encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", ["ppo.learning_rate=1e-4", "seed=3"])
     assert recipe.name == "child"
@@ -83,7 +88,9 @@ def test_base_and_overrides(tmp_path: Path) -> None:
 
 
 def test_a_bad_override_is_named(tmp_path: Path) -> None:
-    assert problems(tmp_path, GOOD, "ppo.kl_coeff=0.1") == ["override 'ppo.kl_coeff=0.1': unknown key ppo.kl_coeff; did you mean 'kl_coef'?"]
+    assert problems(tmp_path, GOOD, "ppo.kl_coeff=0.1") == [
+        "override 'ppo.kl_coeff=0.1': unknown key ppo.kl_coeff; did you mean 'kl_coef'?"
+    ]
     assert "looks like section.key=value" in problems(tmp_path, GOOD, "ppo.kl_coef")[0]
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tests.conftest import PROMPTS
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
@@ -16,6 +15,7 @@ from rlhf import LabelSmoothingRewardTrainer, MarginRewardTrainer, PairRewardTra
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
 from rlhf.reward.trainer import check_columns
+from tests.conftest import PROMPTS
 
 
 def build(base: Path, tokenizer: Any, **settings: Any) -> Any:
@@ -24,7 +24,15 @@ def build(base: Path, tokenizer: Any, **settings: Any) -> Any:
 
 
 def train(cls: type, model: Any, tokenizer: Any, pairs: Dataset, arguments: dict[str, Any], **extra: Any) -> Any:
-    settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "num_train_epochs": 1, "logging_steps": 1, "max_grad_norm": 1e9, **arguments, **extra}
+    settings = {
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "max_grad_norm": 1e9,
+        **arguments,
+        **extra,
+    }
     trainer = cls(model, RewardConfig(**settings), train_dataset=pairs, processing_class=tokenizer)
     trainer.train()
     return trainer
@@ -35,7 +43,9 @@ def losses(trainer: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("margin", [False, True])
-def test_equals_trl_on_plain_and_margin_losses(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], margin: bool) -> None:
+def test_equals_trl_on_plain_and_margin_losses(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], margin: bool
+) -> None:
     """TRL's RewardTrainer is the oracle: same losses and same weights over an epoch of full batches."""
     data = pairs.add_column("margin", [0.1 * (i % 7) for i in range(len(pairs))]) if margin else pairs
     ours = train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments)
@@ -47,12 +57,22 @@ def test_equals_trl_on_plain_and_margin_losses(base_folder: Path, tokenizer: Any
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 4), (3, 6), (1, 16)])
-def test_accumulation_equals_one_big_batch(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], batch: int, accumulation: int) -> None:
+def test_accumulation_equals_one_big_batch(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], batch: int, accumulation: int
+) -> None:
     """One optimizer step over 16 pairs, however they are cut; (3, 6) leaves a ragged last micro-batch of one pair."""
     data = pairs.select(range(16)).add_column("weight", [1.0 + i % 3 for i in range(16)])
-    whole = train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments, per_device_train_batch_size=16)
+    whole = train(
+        PairRewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments, per_device_train_batch_size=16
+    )
     parts = train(
-        PairRewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+        PairRewardTrainer,
+        build(base_folder, tokenizer),
+        tokenizer,
+        data,
+        cpu_arguments,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
     )
     first, second = whole.state.log_history[0], parts.state.log_history[0]
     assert parts.state.global_step == whole.state.global_step == 1
@@ -60,8 +80,11 @@ def test_accumulation_equals_one_big_batch(base_folder: Path, tokenizer: Any, pa
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
 
 
-def test_confidence_weight_and_smoothing_reach_the_loss(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]) -> None:
+def test_confidence_weight_and_smoothing_reach_the_loss(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
     """At step 0 with a zero head d = 0, so the loss is known: w (log 2), whatever p is; with a margin m it is not."""
+
     def zero_headed() -> Any:
         model = build(base_folder, tokenizer)
         torch.nn.init.zeros_(model.score.weight)
@@ -82,18 +105,30 @@ def test_confidence_weight_and_smoothing_reach_the_loss(base_folder: Path, token
         assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4), cls.__name__
 
 
-def test_it_learns_a_planted_preference(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]) -> None:
+def test_it_learns_a_planted_preference(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
     from rlhf.reward.model import RewardModel
 
     with pytest.warns(UserWarning, match="overfit after one epoch"):
-        trainer = train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, pairs, cpu_arguments, num_train_epochs=6, learning_rate=5e-3)
+        trainer = train(
+            PairRewardTrainer,
+            build(base_folder, tokenizer),
+            tokenizer,
+            pairs,
+            cpu_arguments,
+            num_train_epochs=6,
+            learning_rate=5e-3,
+        )
     reward = RewardModel(trainer.model, tokenizer)
     unseen = [[{"role": "user", "content": f"three {word}"}] for word in ("red", "dog", "plum")]
     assert (reward.score(unseen, ["yes cat"] * 3) > reward.score(unseen, ["no cat"] * 3)).all()
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["lora", "qlora"])
-def test_lora_trains_and_saves_the_head(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path, four_bit: bool) -> None:
+def test_lora_trains_and_saves_the_head(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path, four_bit: bool
+) -> None:
     from rlhf.reward.model import RewardModel, load_reward_model, save_reward_model
 
     settings = {"use_peft": True, "lora_r": 4, "load_in_4bit": four_bit}
@@ -108,7 +143,9 @@ def test_lora_trains_and_saves_the_head(base_folder: Path, tokenizer: Any, pairs
     assert any("lora_B" in name for name in changed)
     assert all("lora_" in name or "modules_to_save" in name for name in changed), "the base is not"
     samples = [(prompt, f"{word} dog") for prompt in PROMPTS for word in ("yes", "no")]
-    saved = save_reward_model(tmp_path / "rm", trainer.model, tokenizer, samples=samples, facts={"load_in_4bit": four_bit})
+    saved = save_reward_model(
+        tmp_path / "rm", trainer.model, tokenizer, samples=samples, facts={"load_in_4bit": four_bit}
+    )
     prompts, answers = [p for p, _ in samples], [a for _, a in samples]
     scores = load_reward_model(tmp_path / "rm").score(prompts, answers)
     assert torch.equal(scores, saved.score(prompts, answers))
@@ -118,7 +155,9 @@ def test_lora_trains_and_saves_the_head(base_folder: Path, tokenizer: Any, pairs
     assert load_scorer(tmp_path / "rm", load_in_4bit=four_bit).config.problem_type == "regression"
 
 
-def test_too_long_pairs_are_counted_and_said(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]) -> None:
+def test_too_long_pairs_are_counted_and_said(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
     long = pairs.select(range(4)).map(lambda row: {"chosen": [{"role": "assistant", "content": "yes " * 100}]})
     from datasets import concatenate_datasets
 
@@ -128,7 +167,12 @@ def test_too_long_pairs_are_counted_and_said(base_folder: Path, tokenizer: Any, 
         trainer = PairRewardTrainer(build(base_folder, tokenizer), args, train_dataset=data, processing_class=tokenizer)
     assert trainer.dropped_too_long == 4
     with pytest.raises(UserError, match="all 44 pairs"):
-        PairRewardTrainer(build(base_folder, tokenizer), RewardConfig(**cpu_arguments, max_length=3), train_dataset=data, processing_class=tokenizer)
+        PairRewardTrainer(
+            build(base_folder, tokenizer),
+            RewardConfig(**cpu_arguments, max_length=3),
+            train_dataset=data,
+            processing_class=tokenizer,
+        )
 
 
 def test_columns_are_checked_before_training(pairs: Dataset) -> None:
@@ -140,7 +184,9 @@ def test_columns_are_checked_before_training(pairs: Dataset) -> None:
     assert [p.split(":")[1].strip().split(",")[0] for p in error.value.problems] == ["row 0", "row 7"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
     model = build(base_folder, tokenizer)
     with torch.no_grad():
         model.score.weight.fill_(math.nan)
