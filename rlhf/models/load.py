@@ -1,6 +1,7 @@
 """Loading models for each stage: full or LoRA, 4-bit or not, from a checkpoint or from an adapter."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf._trl import suppress_seqcls_warning
 from rlhf.errors import UserError
-from rlhf.models.text import check_tokenizer
+from rlhf.models.text import check_tokenizer, give_plain_template
 
 
 @dataclass
@@ -48,6 +49,8 @@ def find_source(path: str | Path) -> Source:
 def load_tokenizer(path: str | Path, *, conversational: bool) -> PreTrainedTokenizerBase:
     """A checked tokenizer, padding on the right (generation pads on the left by itself)."""
     tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="right")
+    if conversational and tokenizer.eos_token is not None and give_plain_template(tokenizer):
+        warnings.warn(f"{path}: no chat template; conversations are written as 'Human: … Assistant: …'.", stacklevel=2)
     check_tokenizer(tokenizer, conversational=conversational, where=str(path))
     return tokenizer
 

@@ -34,17 +34,19 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str,
     end = tokenizer.eos_token if ended else ""
     if isinstance(prompt, str):
         return prompt + answer.removesuffix(tokenizer.eos_token) + end
-    text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
-    assert isinstance(text, str)
-    text = text.rstrip("\n")  # the score is read at the last token, which must be the end of the answer, not a newline
+    text = _rendered(tokenizer, prompt, answer)
     if ended:
         return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
-    cut = (
-        text.rfind(answer.strip()) + len(answer.strip())
-        if answer.strip()
-        else len(text.removesuffix(tokenizer.eos_token))
-    )
-    return text[:cut]
+    # What the template writes after any answer, seen on one that occurs nowhere else.
+    marker = "\u241fanswer\u241f"
+    closing = _rendered(tokenizer, prompt, marker).rpartition(marker)[2]
+    return text.removesuffix(closing)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) -> str:
+    text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
+    assert isinstance(text, str)
+    return text.rstrip("\n")  # the score is read at the last token, which must be the end of the answer, not a newline
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversational: bool) -> list[list[int]]:
@@ -83,6 +85,32 @@ def plain(prompt: Prompt) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- set names = {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'} -%}"
+    "{{- '\\n\\n' + names[message['role']] + ': ' + message['content'] -}}"
+    "{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '\\n\\nAssistant:' -}}{%- endif -%}"
+)
+
+
+def give_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give a base model's tokenizer, which has no chat template, the transcript form "Human: … Assistant: …".
+
+    The template is saved with every model trained on it, so all stages and every later user read the same text.
+
+    Returns:
+        whether one was missing.
+    """
+    if tokenizer.chat_template:
+        return False
+    first = tokenizer("x")["input_ids"][:1]
+    begins = "{{- bos_token -}}" if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else ""
+    tokenizer.chat_template = begins + PLAIN_TEMPLATE
+    return True
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool, where: str) -> None:

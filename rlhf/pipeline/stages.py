@@ -158,7 +158,8 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
     trainer_class = getattr(reward_trainers, OBJECTIVES[recipe.reward.objective])
     pairs = Dataset.from_list(read_jsonl(context.data / "pairs.jsonl"))
-    trainer = trainer_class(model, args, train_dataset=pairs, processing_class=tokenizer)
+    held_out = _held_out(context, "test_pairs") if args.eval_strategy != "no" else None
+    trainer = trainer_class(model, args, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer)
     train(trainer, context.folder, label="reward", say=context.say)
     if not context.is_main:
         return {}
@@ -208,6 +209,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
         processing_class=tokenizer,
+        eval_dataset=_held_out(context, "test_prompts") if args.eval_strategy != "no" else None,
         monitor_funcs={"gold": gold} if gold is not None else None,
         adapter_was_trained=(sft / "adapter_config.json").is_file() and model_config.use_peft,
     )
@@ -242,6 +244,11 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     )
     write_jsonl(context.folder / "samples.jsonl", samples)
     return facts
+
+
+def _held_out(context: StageContext, name: str) -> Dataset:
+    """Rows for evaluation during training, as many as are judged at the end."""
+    return Dataset.from_list(read_jsonl(context.data / f"{name}.jsonl")[: context.recipe.evaluate.prompts])
 
 
 STAGES: dict[str, Callable[[StageContext], dict[str, Any]]] = {

@@ -160,6 +160,8 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         for name in ("sft", "preferences"):
             if getattr(data, name) is None:
                 yield f"{document.place(('data',))}: data.{name} is missing (a hub id or a local file)."
+    if recipe.sft.trl_settings().get("eval_strategy", "no") != "no":
+        yield f"{document.place(('sft', 'eval_strategy'))}: sft.eval_strategy: demonstrations are not held out; leave it off."
     for stage in STAGE_SECTIONS:
         settings = getattr(recipe, stage).trl_settings()
         for name in ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "lora_r"):

@@ -266,3 +266,25 @@ def test_an_untrained_head_is_refused(base_folder: Path, reward_folder: Path, tm
     config.save_pretrained(folder)
     with pytest.raises(UserError, match="not a trained reward model"):
         load_reward_model(folder)
+
+
+def test_a_base_model_without_a_chat_template_gets_transcripts(tokenizer: Any) -> None:
+    import copy
+
+    from rlhf.models.text import give_plain_template, prompt_text
+
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    assert give_plain_template(base)
+    assert not give_plain_template(base)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    end = base.eos_token
+    assert prompt_text(base, turns) == f"\n\nHuman: a\n\nAssistant: b{end}\n\nHuman: c\n\nAssistant:"
+    assert answer_text(base, turns, "d") == prompt_text(base, turns) + f" d{end}"
+    assert answer_text(base, turns, "d", ended=False) == prompt_text(base, turns) + " d"
+
+
+@pytest.mark.parametrize("answer", ["d", "end", "<|", "n", " yes ", "a\n"])
+def test_an_unended_answer_loses_only_the_close(tokenizer: Any, answer: str) -> None:
+    cut = answer_text(tokenizer, PROMPT, answer, ended=False)
+    assert cut.endswith("<|assistant|>\n" + answer)

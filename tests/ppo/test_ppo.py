@@ -361,3 +361,13 @@ def test_reward_columns_reach_the_function(
     assert completion[0]["role"] == "assistant"
     assert topic == f"t{[row['prompt'] for row in DATA].index(prompt)}"
     assert len(ids) <= 8
+
+
+def test_evaluation_during_training_runs_between_rollouts(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    arguments = {**cpu_arguments, "eval_strategy": "steps", "eval_steps": 3}
+    trainer, _ = make(base_folder, str(reward_folder), arguments, eval_dataset=DATA.select(range(4)))
+    trainer.train()
+    evaluated = [row["step"] for row in trainer.state.log_history if "eval_reward_proxy" in row]
+    assert evaluated == [4, 8, 12]
