@@ -1,0 +1,84 @@
+"""Two processes under torchrun: one run, one set of files, and the same numbers as one process at the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, os, sys, torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from rlhf import PPOConfig, PPOTrainer
+from rlhf.models.load import load_tokenizer
+from rlhf.ppo.rollout import Rollout
+
+torch.set_num_threads(1)
+base, reward, out, batch = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+expected_world = int(sys.argv[5])
+prompts = [[{"role": "user", "content": f"list {i}"}] for i in range(16)]
+args = PPOConfig(out, total_episodes=16, per_device_train_batch_size=batch, num_ppo_epochs=1, learning_rate=1e-3,
+    max_completion_length=6, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+    disable_tqdm=True, max_grad_norm=1e9)
+trainer = PPOTrainer(AutoModelForCausalLM.from_pretrained(base), reward, args,
+    Dataset.from_list([{"prompt": p} for p in prompts]), processing_class=load_tokenizer(base, conversational=True))
+assert trainer.accelerator.num_processes == expected_world, trainer.accelerator.num_processes
+
+# The same answers for the same prompts whatever the number of processes: sampling itself is random per process.
+sample = trainer.sample
+def fixed(rows):
+    completions = sample(rows)
+    for i, row in enumerate(rows):
+        generator = torch.Generator().manual_seed(int(row["prompt"][0]["content"].split()[1]))
+        length = 1 + int(torch.randint(0, completions.response_ids.shape[1], (1,), generator=generator))
+        completions.response_ids[i] = torch.randint(5, 200, completions.response_ids[i].shape, generator=generator)
+        completions.response_mask[i] = (torch.arange(completions.response_ids.shape[1]) < length).long()
+        completions.ended[i] = False
+    completions.texts = trainer.processing_class.batch_decode(
+        [r[m.bool()].tolist() for r, m in zip(completions.response_ids, completions.response_mask)], skip_special_tokens=True)
+    return completions
+trainer.sample = fixed
+trainer.train()
+if trainer.accelerator.is_main_process:
+    row = next(r for r in trainer.state.log_history if "episodes" in r)
+    json.dump({k: v for k, v in row.items() if isinstance(v, float | int)}, open(out + ".json", "w"))
+"""
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_make_the_step_of_one(base_folder: Path, reward_folder: Path, tmp_path: Path) -> None:
+    """Whitening, token counts and gradients are global: 1 x 16 and 2 x 8 agree on every metric of the update."""
+    (tmp_path / "s.py").write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    for name, batch, launcher in (
+        ("one", 16, [sys.executable]),
+        ("two", 8, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
+    ):
+        world = 2 if name == "two" else 1
+        command = [*launcher, "s.py", str(base_folder), str(reward_folder), name, str(batch), str(world)]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=False
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    for key in (
+        "loss",
+        "grad_norm",
+        "grad_norm_critic",
+        "policy_loss",
+        "value_loss",
+        "reward_proxy",
+        "length",
+        "explained_variance",
+    ):
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+    assert two["episodes"] == one["episodes"] == 16
