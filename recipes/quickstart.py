@@ -59,7 +59,7 @@ def main(folder: Path, settings: LabSettings | None = None, sft_epochs: int = 3,
     # 4. PPO against it. The true reward is watched, never optimised.
     args = PPOConfig(
         str(folder / "ppo"), total_episodes=episodes, per_device_train_batch_size=64, num_mini_batches=2, num_ppo_epochs=2,
-        learning_rate=3e-4, critic_learning_rate=1e-3, kl_coef=0.05, max_completion_length=40, **here,
+        learning_rate=3e-4, critic_learning_rate=1e-3, kl_coef=0.15, max_completion_length=40, **here,
     )  # fmt: skip
     policy = AutoModelForCausalLM.from_pretrained(folder / "sft")
     ppo = PPOTrainer(
