@@ -8,7 +8,6 @@ resumed run restores the random state exactly where the next rollout begins.
 
 import copy
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,9 +202,8 @@ class PPOTrainer(BaseTrainer):
                 disable_dropout_in_model(part)
 
         # 4. Rollouts are the Trainer's epochs.
-        world_size = max(1, int(os.environ.get("WORLD_SIZE", "1")))
         episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
-        args.num_train_epochs = max(1, round(episodes / (args.local_rollout_size * world_size)))
+        args.num_train_epochs = max(1, round(episodes / (args.local_rollout_size * args.world_size)))
         args.max_steps = -1
 
         super().__init__(
@@ -221,6 +219,10 @@ class PPOTrainer(BaseTrainer):
         if args.n_gpu > 1:
             raise UserError(
                 "ppo: several GPUs are visible to one process; launch with `torchrun` or `accelerate launch`."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "ppo: FSDP and DeepSpeed are not supported; use data parallelism (`torchrun`), LoRA and 4-bit weights."
             )
         self.add_callback(EndOfRollout())
         self.reference.model.to(self.accelerator.device)

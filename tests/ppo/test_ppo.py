@@ -371,3 +371,16 @@ def test_evaluation_during_training_runs_between_rollouts(
     trainer.train()
     evaluated = [row["step"] for row in trainer.state.log_history if "eval_reward_proxy" in row]
     assert evaluated == [4, 8, 12]
+
+
+def test_gradient_checkpointing_changes_nothing(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    results = []
+    for checkpointing in (False, True):
+        arguments = {**cpu_arguments, "gradient_checkpointing": checkpointing, "total_episodes": 16}
+        trainer, rows = make(base_folder, str(reward_folder), arguments)
+        trainer.train()
+        results.append(rows.rows[0])
+    for key in ("loss", "grad_norm", "grad_norm_critic", "approx_kl"):
+        assert results[1][key] == pytest.approx(results[0][key], rel=1e-4, abs=1e-6)
