@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 130/143 interrupted."""
 
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from rlhf.recipe import Recipe, load_recipe
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 output, errors = Console(highlight=False), Console(stderr=True, highlight=False)

@@ -15,7 +15,8 @@ from rlhf.pipeline.summary import write_summary
 from rlhf.recipe.schema import Recipe
 from rlhf.report.page import write_report
 
-SINGLE_STAGES = ("sft", "reward", "ppo")
+# With several processes these stages are run by all of them; the others by the first, while the rest wait.
+TRAINED_TOGETHER = ("sft", "reward", "ppo")
 
 
 def plan(recipe: Recipe) -> list[Stage]:
@@ -110,7 +111,10 @@ def run(
 def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say: Callable[[str], None]) -> None:
     from rlhf.pipeline.stages import STAGES, StageContext  # torch is loaded when the first stage runs
 
-    folder = store.open(stage) if is_main else store.path(stage)
+    if not is_main and stage.name not in TRAINED_TOGETHER:
+        store.wait_until_done(stage)
+        return
+    folder = store.open(stage) if is_main else store.wait_until_open(stage)
     parents = {role: store.path(parent) for role, parent in stage.parents.items()}
     begin = time.monotonic()
     say(f"{stage.folder}: begins")
@@ -118,6 +122,8 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
     seconds = time.monotonic() - begin
     if is_main:
         store.finish(stage, facts, seconds)
+    else:
+        store.wait_until_done(stage)
     say(f"{stage.folder}: done in {seconds:.0f} s")
 
 

@@ -130,6 +130,11 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     args = training_arguments(SFTConfig, settings, context.folder, context.recipe.seed)
     trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    dropped = len(rows) - len(lengths)
+    if dropped:
+        context.say(
+            f"sft: {dropped} of {len(rows)} demonstrations were left out: their prompts alone fill max_length={args.max_length}."
+        )
     cut = sum(args.max_length is not None and length >= args.max_length for length in lengths)
     if cut:
         context.say(
@@ -141,7 +146,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     if context.is_main:
         save_model(trainer.model, tokenizer, context.folder / "model")
         show_samples(context, trainer.model, tokenizer)
-    return {"demonstrations": len(rows), "cut": cut, "tokens": sum(lengths)}
+    return {"demonstrations": len(lengths), "dropped": dropped, "cut": cut, "tokens": sum(lengths)}
 
 
 def run_reward(context: StageContext) -> dict[str, Any]:

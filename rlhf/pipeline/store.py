@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -19,6 +20,7 @@ from rlhf.errors import UserError
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 MARK = "complete.json"
+POLL_SECONDS = 0.2
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "rlhf-pipeline")
 
 
@@ -97,6 +99,18 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(started, json.dumps({"key": stage.key, "stage": stage.name}))
         return folder
+
+    def wait_until_open(self, stage: Stage) -> Path:
+        """For the other processes of a distributed run: the stage's folder, once the first process has opened it."""
+        started = self.path(stage) / "started.json"
+        while not (started.is_file() and json.loads(started.read_text(encoding="utf-8")).get("key") == stage.key):
+            time.sleep(POLL_SECONDS)
+        return self.path(stage)
+
+    def wait_until_done(self, stage: Stage) -> None:
+        """For the other processes of a distributed run; if the first one fails, the launcher ends them all."""
+        while not self.is_done(stage):
+            time.sleep(POLL_SECONDS)
 
     def finish(self, stage: Stage, facts: dict[str, Any], seconds: float) -> None:
         """Remove what only an unfinished stage needs, then write the manifest."""

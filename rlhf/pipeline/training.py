@@ -1,7 +1,6 @@
 """What every training stage shares: arguments from a recipe's keys, metrics on disk, checkpoint marks, progress."""
 
 import json
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +25,6 @@ def quiet_libraries() -> None:
     """Silence what a recipe's reader can't act on: loading bars of each checkpoint, deprecations inside libraries."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -82,3 +82,30 @@ def test_two_processes_make_the_step_of_one(base_folder: Path, reward_folder: Pa
     ):
         assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
     assert two["episodes"] == one["episodes"] == 16
+
+
+RECIPE = """
+name: small
+lab: {demonstrations: 300, pairs: 200, test_pairs: 60, hidden_size: 32, num_hidden_layers: 1}
+sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 16, num_train_epochs: 1, logging_steps: 2}
+reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, logging_steps: 2}
+ppo: {total_episodes: 64, per_device_train_batch_size: 8, num_ppo_epochs: 1, learning_rate: 1.0e-3, max_completion_length: 12}
+evaluate: {prompts: 24}
+"""
+
+
+@pytest.mark.timeout(240)
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "rlhf", "ppo", "r.yaml", "--out", "x"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("round-1/ppo: done") == 1, "one process speaks"
+    rows = [json.loads(line) for line in (tmp_path / "x/round-1/ppo/metrics.jsonl").read_text().splitlines()]
+    assert [row["episodes"] for row in rows] == [16, 32, 48, 64], "two processes sample sixteen answers a rollout"
+    assert (tmp_path / "x/round-1/ppo/manifest.json").is_file()
