@@ -1,12 +1,34 @@
 """One rollout: sample answers, score them, and work out what each token was worth."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf.models.roles import TokenOutputs
 from rlhf.models.text import Prompt
+
+
+class Experience(NamedTuple):
+    """Sampled answers and what every role says of them, on one process.
+
+    Attributes:
+        input_ids, attention_mask: [b, p + r] prompt (left-padded) and answer (right-padded).
+        response_mask: [b, r] 1 on the answer's tokens, its end token included.
+        scores: [b] what is optimised, before the KL.
+        kl: [b, r] k1 of each token, nats.
+        outputs: policy and critic.
+        logprobs_reference: [b, r] nats.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    scores: Tensor
+    kl: Tensor
+    outputs: TokenOutputs
+    logprobs_reference: Tensor
 
 
 @dataclass

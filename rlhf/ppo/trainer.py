@@ -46,7 +46,7 @@ from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
 from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, explained_variance
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.rewards import RewardFunction, RewardSource
-from rlhf.ppo.rollout import Rollout, Sample, hash_seed, prompt_indices, shuffled_minibatches
+from rlhf.ppo.rollout import Experience, Rollout, Sample, hash_seed, prompt_indices, shuffled_minibatches
 
 STATE_FILE = "ppo_state.json"
 
@@ -284,8 +284,8 @@ class PPOTrainer(BaseTrainer):
         )
 
     @torch.no_grad()
-    def rollout(self, rows: Sequence[dict[str, Any]]) -> Rollout:
-        """Sample, score and value one batch of answers.
+    def experience(self, rows: Sequence[dict[str, Any]]) -> Experience:
+        """Sample answers to these prompts and let every role say what it thinks of them. No process waits for another.
 
         Raises:
             TrainingError: a reward or a log-probability is not finite; nothing has been updated then.
@@ -307,20 +307,8 @@ class PPOTrainer(BaseTrainer):
                 "ppo: a log-probability of the policy or the reference is not finite; nothing was updated."
             )
 
-        # 3. Rewards, advantages and returns; whitened over all processes.
-        rewards = token_rewards(scores, kl, mask, kl_coef=self.args.kl_coef)
-        advantages, returns = generalized_advantage(
-            rewards, outputs.values, mask, gamma=self.args.gamma, lam=self.args.lam
-        )
-        returns_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns, mask)))[1]
-        residual_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns - outputs.values, mask)))[1]
-        if self.args.whiten_advantages:
-            mean, variance = mean_and_variance(self._sum_over_processes(masked_sums(advantages, mask)))
-            advantages = whiten(advantages, mask, mean=mean, variance=variance)
-
-        # 4. Numbers for people.
-        self.episodes += len(rows) * self.accelerator.num_processes
-        gold = self.monitor(prompts, completions.texts)
+        # 3. Numbers and samples for people.
+        monitored = self.monitor(prompts, completions.texts)
         kl_sequence = torch.where(mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
         self._count("reward_proxy", raw.sum(), len(rows))
         self._count("reward", scores.sum(), len(rows))
@@ -328,24 +316,36 @@ class PPOTrainer(BaseTrainer):
         self._count("length", mask.sum(), len(rows))
         self._count("share_without_eos", (~completions.ended).sum(), len(rows))
         self._count("entropy", (outputs.entropy * mask).sum(), mask.sum())
-        for name, values in gold.items():
+        for name, values in monitored.items():
             self._count(f"reward_{name}", sum(values), len(values))
+        gold: Sequence[float | None] = monitored.get("gold", [None] * len(rows))
+        columns = (prompts, completions.texts, raw.tolist(), gold, kl_sequence.tolist(), completions.ended.tolist())
+        self.latest_samples = [Sample(*values) for values in zip(*columns, strict=True)]
+        return Experience(input_ids, attention_mask, mask, scores, kl, outputs, logprobs_reference)
+
+    @torch.no_grad()
+    def rollout(self, rows: Sequence[dict[str, Any]]) -> Rollout:
+        """One batch of experience with an advantage for every token, whitened over all processes."""
+        seen = self.experience(rows)
+        mask, values = seen.response_mask, seen.outputs.values
+        rewards = token_rewards(seen.scores, seen.kl, mask, kl_coef=self.args.kl_coef)
+        advantages, returns = generalized_advantage(rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
+        returns_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns, mask)))[1]
+        residual_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns - values, mask)))[1]
         self._count("explained_variance", explained_variance(returns_variance, residual_variance), 1)
-        self.latest_samples = [
-            Sample(prompt, text, proxy, gold["gold"][i] if "gold" in gold else None, nats, ended)
-            for i, (prompt, text, proxy, nats, ended) in enumerate(
-                zip(
-                    prompts,
-                    completions.texts,
-                    raw.tolist(),
-                    kl_sequence.tolist(),
-                    completions.ended.tolist(),
-                    strict=True,
-                )
-            )
-        ]
+        if self.args.whiten_advantages:
+            mean, variance = mean_and_variance(self._sum_over_processes(masked_sums(advantages, mask)))
+            advantages = whiten(advantages, mask, mean=mean, variance=variance)
+        self.episodes += len(rows) * self.accelerator.num_processes
         return Rollout(
-            input_ids, attention_mask, mask, outputs.logprobs, logprobs_reference, outputs.values, advantages, returns
+            seen.input_ids,
+            seen.attention_mask,
+            mask,
+            seen.outputs.logprobs,
+            seen.logprobs_reference,
+            values,
+            advantages,
+            returns,
         )
 
     def score(self, rows: Sequence[dict[str, Any]], completions: Completions) -> tuple[Tensor, Tensor]:
@@ -491,7 +491,11 @@ class PPOTrainer(BaseTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise UserError("ppo: evaluation was asked for but there is no eval_dataset.")
-        kept_sums, kept_episodes, kept_samples = self._sums, self.episodes, self.latest_samples
+        if len(dataset) < self.accelerator.num_processes:
+            raise UserError(
+                f"ppo: {len(dataset)} evaluation prompts for {self.accelerator.num_processes} processes; give one to each."
+            )
+        kept_sums, kept_samples = self._sums, self.latest_samples
         self._sums = {}
         rank, world, size = (
             self.accelerator.process_index,
@@ -500,9 +504,9 @@ class PPOTrainer(BaseTrainer):
         )
         mine = list(range(len(dataset)))[rank::world]
         for start in range(0, len(mine), size):
-            self.rollout(dataset.select(mine[start : start + size]).to_list())
+            self.experience(dataset.select(mine[start : start + size]).to_list())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take_metrics().items()}
-        self._sums, self.episodes, self.latest_samples = kept_sums, kept_episodes, kept_samples
+        self._sums, self.latest_samples = kept_sums, kept_samples
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
