@@ -83,6 +83,68 @@ def report_command(run: Annotated[Path, typer.Argument(help="A run's folder.", s
     output.print(f"{write_report(run)}", markup=False)
 
 
+@app.command("lineage")
+def lineage_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
+    stage: Annotated[
+        str | None, typer.Argument(help="A stage's folder in it. [default: the last one]", show_default=False)
+    ] = None,
+) -> None:
+    """Show where a model came from: every stage above it, with settings, versions and data."""
+    from rlhf.pipeline.lineage import lineage
+
+    output.print(lineage(run, stage))
+
+
+@app.command("score")
+def score_command(model: Annotated[Path, typer.Argument(help="A reward model's folder.", show_default=False)]) -> None:
+    """Read JSON lines from standard input, write them with their scores; exit 1 at the end if a line was bad."""
+    import json
+
+    from rlhf.pipeline.judge import score_stream
+
+    bad = 0
+    for row in score_stream(model, sys.stdin):
+        bad += "error" in row
+        sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+    if bad:
+        raise TrainingError(f"{bad} lines could not be scored; each has its error in its place.")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[Path, typer.Argument(help="A reward model's folder.", show_default=False)],
+    data: Annotated[list[str], typer.Argument(help="Files of pairs, or hub datasets.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write the JSON.", show_default=False)],
+) -> None:
+    """Judge a reward model on pairs: accuracy with its interval, ties, calibration, the length baseline."""
+    from rlhf.pipeline.judge import evaluate_reward_model
+
+    table = Table()
+    for heading in ("data", "pairs", "accuracy", "95 %", "longer wins", "ties", "ECE"):
+        table.add_column(heading, justify="left" if heading == "data" else "right")
+    for name, report in evaluate_reward_model(
+        model, data, out, say=lambda line: errors.print(line, markup=False)
+    ).items():
+        low, high = report["accuracy_ci"]
+        numbers = (f"{report['accuracy']:.3f}", f"{low:.3f} to {high:.3f}", f"{report['length_baseline']:.3f}")
+        table.add_row(name, str(report["n"]), *numbers, str(report["ties"]), f"{report['ece']:.3f}")
+    output.print(table)
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[Path, typer.Argument(help="A policy's or reward model's folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+) -> None:
+    """Write a standard Hugging Face checkpoint: adapters merged in, tokenizer and template beside the weights."""
+    from rlhf.pipeline.judge import export_model
+
+    export_model(model, out)
+    output.print(f"{out}", markup=False, soft_wrap=True)
+
+
 def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
     from rlhf.pipeline.rounds import check_recipe_file, check_sources, plan, run
 

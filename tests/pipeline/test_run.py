@@ -296,3 +296,77 @@ evaluate: {{prompts: 8}}
         config = json.loads((tmp_path / "x" / stage / "model/adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(base)
     assert json.loads((tmp_path / "x/summary.json").read_text())["rounds"][0]["policy"]["kl"] is not None
+
+
+def test_score_keeps_order_and_survives_bad_lines(finished: Path) -> None:
+    from rlhf import load_reward_model
+
+    lines = [
+        {"prompt": "List three fruits for a picnic.", "response": "apple, pear and plum.", "id": 7},
+        {
+            "messages": [
+                {"role": "user", "content": "Name two tools for a quiz."},
+                {"role": "assistant", "content": "saw."},
+            ]
+        },
+        {"prompt": "no response"},
+        {"prompt": [{"role": "user", "content": "List three fruits for a picnic."}], "response": ""},
+    ]
+    text = "\n".join([json.dumps(lines[0]), "{broken", *map(json.dumps, lines[1:])]) + "\n"
+    model = finished / "x/round-1/reward/model"
+    command = [sys.executable, "-m", "rlhf", "score", str(model)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        command, input=text, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 1
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert ["error" in row for row in rows] == [False, True, False, True, False]
+    assert {key: rows[0][key] for key in lines[0]} == lines[0], "the same object, plus its score"
+    prompts = [lines[3]["prompt"], lines[1]["messages"][:1], lines[3]["prompt"]]
+    expected = load_reward_model(model).score(prompts, ["apple, pear and plum.", "saw.", ""])
+    assert [rows[i]["score"] for i in (0, 2, 4)] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert "2 lines could not be scored" in result.stderr
+
+
+def test_evaluate_writes_the_contract(finished: Path, tmp_path: Path) -> None:
+    model, data = finished / "x/round-1/reward/model", finished / "x/round-0/data/data/test_pairs.jsonl"
+    result = rlhf("evaluate", str(model), str(data), "--out", "e.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "e.json").read_text())["data"]["test_pairs"]
+    assert {"n", "accuracy", "accuracy_ci", "ties", "ece", "length_baseline"} <= set(report)
+    inside = json.loads((finished / "x/round-1/reward/manifest.json").read_text())["facts"]
+    assert report["accuracy"] == inside["accuracy"], "the code that judges inside a run"
+
+
+def test_lineage_reaches_the_data(finished: Path) -> None:
+    result = rlhf("lineage", "x", "round-1/ppo", cwd=finished)
+    assert result.returncode == 0
+    for part in ("round-1/ppo", "reward: round-1/reward", "sft: round-0/sft", "lab: round-0/lab", "rows"):
+        assert part in result.stdout
+    assert rlhf("lineage", "x", "round-9/ppo", cwd=finished).returncode == 2
+
+
+def test_export_merges_an_adapter_and_keeps_the_scores(tmp_path: Path, base_folder: Path, tokenizer: Any) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf import build_reward_model, load_reward_model, save_reward_model
+    from rlhf.models.load import model_settings
+    from rlhf.pipeline.judge import export_model
+    from tests.conftest import PROMPTS
+
+    torch.manual_seed(0)
+    settings = model_settings({"use_peft": True, "lora_r": 4})
+    model = build_reward_model(base_folder, settings, pad_token_id=tokenizer.pad_token_id)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    samples = [(prompt, "yes") for prompt in PROMPTS]
+    saved = save_reward_model(tmp_path / "adapter", model, tokenizer, samples=samples)
+    export_model(tmp_path / "adapter", tmp_path / "merged")
+    prompts, answers = PROMPTS[:4], ["yes", "no", "apple", "dog dog"]
+    merged = load_reward_model(tmp_path / "merged")
+    torch.testing.assert_close(merged.score(prompts, answers), saved.score(prompts, answers), atol=1e-5, rtol=0)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert plain.config.problem_type == "regression"
