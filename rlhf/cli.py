@@ -2,10 +2,9 @@
 
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.errors import TrainingError, UserError
+from rlhf.pipeline import interrupt
 from rlhf.recipe import Recipe, load_recipe
 
 # Libraries announce things that a recipe's reader can't act on; set before any of them is imported.
@@ -213,17 +213,9 @@ def _show_summary(out: Path) -> None:
     output.print(f"{out / 'report.html'}   {out / 'summary.json'}   {total:.0f} s", markup=False, soft_wrap=True)
 
 
-class _Terminated(BaseException):
-    """SIGTERM: unwind like Ctrl-C, so that files and locks are left in order."""
-
-
-def _on_sigterm(*_: Any) -> NoReturn:
-    raise _Terminated
-
-
 def main() -> None:
     """Run the command line and turn what happened into an exit code."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    interrupt.install()
     try:
         app(standalone_mode=False)
     except UserError as error:
@@ -233,12 +225,9 @@ def main() -> None:
     except TrainingError as error:
         errors.print(str(error), style="red", markup=False, soft_wrap=True)
         sys.exit(1)
-    except (typer.Abort, KeyboardInterrupt):
-        errors.print("Interrupted. The same command goes on from the last checkpoint.")
-        sys.exit(130)
-    except _Terminated:
-        errors.print("Terminated. The same command goes on from the last checkpoint.")
-        sys.exit(143)
+    except interrupt.Interrupted as interruption:
+        errors.print(f"{interruption}: stopped. The same command goes on from the last checkpoint.", markup=False)
+        sys.exit(128 + interruption.signum)
     except Exception as error:
         usage = getattr(error, "exit_code", None)
         if usage is None:

@@ -14,7 +14,9 @@ from trl import ModelConfig
 
 from rlhf.errors import TrainingError
 from rlhf.models.load import model_settings
+from rlhf.pipeline import interrupt
 from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import trl_keys
 
 Config = TypeVar("Config", bound=TrainingArguments)
@@ -65,7 +67,9 @@ def train(trainer: Trainer, folder: Path, *, label: str, say: Callable[[str], No
         trainer.add_callback(Progress(label))
     if checkpoint is not None:
         say(f"{label}: goes on from {checkpoint.name}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.add_callback(StopOnSignal(trainer, at_epoch_end=isinstance(trainer, PPOTrainer)))
+    with interrupt.patience():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 class MetricsFile(TrainerCallback):
@@ -98,6 +102,34 @@ class MetricsFile(TrainerCallback):
     def _append(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class StopOnSignal(TrainerCallback):
+    """After SIGTERM or Ctrl-C: a checkpoint, then the end. All processes agree on the step.
+
+    Args:
+        at_epoch_end: for PPO, whose checkpoints fall between rollouts, which are the Trainer's epochs.
+    """
+
+    def __init__(self, trainer: Trainer, *, at_epoch_end: bool):
+        self.accelerator, self.at_epoch_end = trainer.accelerator, at_epoch_end
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop between two steps."""
+        if not self.at_epoch_end:
+            self._stop_if_asked(control)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop between two rollouts."""
+        if self.at_epoch_end:
+            self._stop_if_asked(control)
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        asked = torch.tensor(float(interrupt.requested()), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            asked = self.accelerator.reduce(asked, reduction="sum")
+        if asked.item() > 0:
+            control.should_save = control.should_training_stop = True
 
 
 class CheckpointMark(TrainerCallback):

@@ -165,10 +165,19 @@ def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path, stage
         assert min(row["step"] for row in rows[resumed[0] + 1 :]) > step, "no step before the checkpoint is repeated"
 
 
-def test_sigterm_says_so_and_exits_143(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "sent", "code"), [("round-0/sft", signal.SIGTERM, 143), ("round-1/ppo", signal.SIGINT, 130)]
+)
+def test_a_signal_saves_and_exits(finished: Path, tmp_path: Path, stage: str, sent: signal.Signals, code: int) -> None:
+    """The checkpoint is of the step that the signal found, and going on from it gives the uninterrupted weights."""
+    import shutil
+
     (tmp_path / "r.yaml").write_text(RECIPE)
+    shutil.copytree(finished / "x", tmp_path / "x")
+    for later in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(tmp_path / "x" / later)
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x", "sft.num_train_epochs=50"],
+        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x"],
         cwd=tmp_path,
         env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.DEVNULL,
@@ -176,12 +185,15 @@ def test_sigterm_says_so_and_exits_143(tmp_path: Path) -> None:
         text=True,
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "x/round-0/sft/metrics.jsonl").is_file():
-        time.sleep(0.05)
-    process.terminate()
+    while time.monotonic() < deadline and not (tmp_path / "x" / stage / "metrics.jsonl").is_file():
+        time.sleep(0.005)
+    process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "goes on from the last checkpoint" in stderr
+    assert process.returncode == code, stderr[-2000:]
+    assert f"{sent.name}: stopped. The same command goes on" in stderr
+    assert started_checkpoint(tmp_path / "x", stage)
+    assert rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path).returncode == 0
+    assert digests(tmp_path / "x") == digests(finished / "x")
 
 
 def test_a_misspelt_key_creates_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""SIGTERM and Ctrl-C: the first asks a training stage to save and stop, the second ends it at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Interrupted(BaseException):
+    """Unwinds everything, so that locks and files are left in order; the command line exits with 128 + the signal."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+        super().__init__(signal.Signals(signum).name)
+
+
+class _State:
+    """One a process, as signals are."""
+
+    requested: int | None = None
+    patient: bool = False
+
+
+def install() -> None:
+    """Take over SIGTERM and SIGINT for this process."""
+    signal.signal(signal.SIGTERM, _on_signal)
+    signal.signal(signal.SIGINT, _on_signal)
+
+
+def _on_signal(signum: int, _: Any) -> None:
+    if _State.patient and _State.requested is None:
+        _State.requested = signum
+    else:
+        raise Interrupted(signum)
+
+
+def requested() -> bool:
+    """Whether somebody asked the running stage to stop."""
+    return _State.requested is not None
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """While training: a first signal is only noted. On leaving, it is raised.
+
+    Raises:
+        Interrupted: a signal came while training, which has saved and stopped since.
+    """
+    _State.patient, _State.requested = True, None
+    try:
+        yield
+    finally:
+        _State.patient = False
+    if _State.requested is not None:
+        raise Interrupted(_State.requested)
