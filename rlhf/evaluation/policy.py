@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.evaluation.statistics import best_of_n_kl, clustered_mean, win_rate
@@ -50,7 +51,7 @@ def judge_policies(
     # 1. Sixteen answers of SFT to each prompt; first, so that they are the same whatever the policy became.
     repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(BEST_OF)]
     sft_answers, sft_proxies = [], []
-    for start in range(0, len(repeated), BATCH):
+    for start in tqdm(range(0, len(repeated), BATCH), desc="evaluate: SFT", disable=None):
         part = repeated[start : start + BATCH]
         completions = generate(sft, tokenizer, part, **arguments)
         sft_answers += completions.texts
@@ -59,7 +60,7 @@ def judge_policies(
 
     # 2. The policy's answers, their scores and their distance from SFT.
     answers, proxies, kls = [], [], []
-    for start in range(0, len(prompts), BATCH):
+    for start in tqdm(range(0, len(prompts), BATCH), desc="evaluate: policy", disable=None):
         part = prompts[start : start + BATCH]
         completions = generate(policy, tokenizer, part, **arguments)
         answers += completions.texts

@@ -1,6 +1,7 @@
 """What every training stage shares: arguments from a recipe's keys, metrics on disk, checkpoint marks, progress."""
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,6 +51,7 @@ def training_arguments(config_class: type[Config], settings: Mapping[str, Any], 
         "save_total_limit": 2,
         "report_to": "none",
         "logging_nan_inf_filter": False,
+        "disable_tqdm": not sys.stderr.isatty(),  # a log file is no place for a bar
     }
     if not torch.cuda.is_available():
         defaults |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
