@@ -43,18 +43,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: with one sentence for every mistake found.
     """
     path = Path(path)
-    document = read_document(path)
+    document = _read(path)
     base = document.values.pop("base", None)
     if base is not None:
-        below = read_document((path.parent / str(base)).resolve())
+        below = _read((path.parent / str(base)).resolve())
         if "base" in below.values:
             raise UserError(f"{document.place(('base',))}: {base} has a `base` of its own; only one level is allowed.")
         document = below.merged_with(document)
     for override in overrides:
         document = document.merged_with(read_override(override))
-    document.values = {key: value for key, value in document.values.items() if value is not None or key == "lab"}
-    if "lab" in document.values and document.values["lab"] is None:
-        document.values["lab"] = {}
+    document.values = {key: value for key, value in document.values.items() if value is not None}
 
     problems = [*_check_keys(document), *_check_types(document)]
     if not problems:
@@ -67,6 +65,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise UserError(problems)
     return recipe
+
+
+def _read(path: Path) -> Document:
+    """A file, where a section without keys (`lab:`) is there with its defaults; `lab=null` on the command line removes it."""
+    document = read_document(path)
+    sections = [name for name in document.values if name in Recipe.model_fields and _section_class(name) is not None]
+    document.values |= {name: {} for name in sections if document.values[name] is None}
+    return document
 
 
 def _check_keys(document: Document) -> Iterable[str]:

@@ -87,6 +87,13 @@ def test_base_and_overrides(tmp_path: Path) -> None:
     assert recipe.ppo.trl_settings() == {"kl_coef": 0.2, "temperature": 0.7, "learning_rate": 1e-4}
 
 
+def test_an_empty_section_is_there_and_null_removes_it(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: x\nlab:\nppo:\n", encoding="utf-8")
+    assert load_recipe(tmp_path / "r.yaml").lab is not None
+    overrides = ["lab=null", "backbone.model=m", "data.sft=s.jsonl", "data.preferences=p.jsonl"]
+    assert load_recipe(tmp_path / "r.yaml", overrides).lab is None
+
+
 def test_a_bad_override_is_named(tmp_path: Path) -> None:
     assert problems(tmp_path, GOOD, "ppo.kl_coeff=0.1") == [
         "override 'ppo.kl_coeff=0.1': unknown key ppo.kl_coeff; did you mean 'kl_coef'?"
