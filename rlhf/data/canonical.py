@@ -1,7 +1,7 @@
 """Any accepted row into the canonical one: conversations, TRL's format.
 
 Pairs: `prompt` (messages), `chosen`, `rejected` (one assistant message each), and optionally `margin`, `confidence`,
-`weight`, `annotator`, `source`. Demonstrations: `prompt`, `completion`. Prompts: `prompt`.
+`weight`, `annotator`, `source`; a `soft_label` is read as `confidence`. Demonstrations: `prompt`, `completion`. Prompts: `prompt`.
 """
 
 import math
@@ -49,8 +49,9 @@ def pair(row: dict[str, Any]) -> dict[str, Any]:
         raise BadRow("chosen and rejected are the same")
     canonical: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     for name, (low, high) in NUMBERS.items():
-        if row.get(name) is not None:
-            canonical[name] = _number(row[name], name, low, high)
+        value = row.get(name, row.get("soft_label") if name == "confidence" else None)
+        if value is not None:
+            canonical[name] = _number(value, name, low, high)
     for name in ("annotator", "source"):
         if isinstance(row.get(name), str):
             canonical[name] = row[name]
@@ -183,7 +184,8 @@ def _number(value: Any, name: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{name} is not a number")
     if not math.isfinite(value) or not low <= value <= high:
-        raise BadRow(f"{name} is not a finite number in [{low}, {high}]")
+        bounds = "" if low == -math.inf else f" of {low:g} or more" if high == math.inf else f" in [{low:g}, {high:g}]"
+        raise BadRow(f"{name} is not a finite number{bounds}")
     return float(value)
 
 

@@ -55,7 +55,8 @@ def test_transcripts_join_turns_of_one_speaker() -> None:
         ({"margin": float("nan")}, "margin is not a finite number"),
         ({"margin": "large"}, "margin is not a number"),
         ({"confidence": 1.7}, "confidence is not a finite number in"),
-        ({"weight": -1.0}, "weight is not a finite number in"),
+        ({"weight": -1.0}, "weight is not a finite number of 0 or more"),
+        ({"soft_label": 1.7}, r"confidence is not a finite number in \[0, 1\]"),
         ({"chosen": [{"role": "assistant", "content": "\ud83d"}]}, "lone surrogate"),
     ],
 )
