@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,22 @@ def test_a_run_of_another_recipe_is_refused(finished: Path) -> None:
     assert "ppo.kl_coef was None, is 0.2" in result.stderr
 
 
+def begin_again_at(stage: str, finished: Path, folder: Path) -> "subprocess.Popen[str]":
+    """Copy a finished run without this stage and all after it, and start the command."""
+    (folder / "r.yaml").write_text(RECIPE)
+    shutil.copytree(finished / "x", folder / "x")
+    for later in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(folder / "x" / later)
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x"],
+        cwd=folder,
+        env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def started_checkpoint(run: Path, stage: str) -> bool:
     return any((run / stage).glob("checkpoints/checkpoint-*/complete.json"))
 
@@ -131,19 +148,7 @@ def started_checkpoint(run: Path, stage: str) -> bool:
 @pytest.mark.parametrize("stage", ["round-0/sft", "round-1/reward", "round-1/ppo", "round-1/evaluate"])
 def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path, stage: str) -> None:
     """Killed after the stage's first checkpoint, the run goes on from it and ends with the same weights, bit for bit."""
-    import shutil
-
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    shutil.copytree(finished / "x", tmp_path / "x")
-    for later in STAGES[STAGES.index(stage) :]:
-        shutil.rmtree(tmp_path / "x" / later)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x"],
-        cwd=tmp_path,
-        env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = begin_again_at(stage, finished, tmp_path)
     deadline = time.monotonic() + 120
     trains = stage != "round-1/evaluate"
     while time.monotonic() < deadline and process.poll() is None:
@@ -151,7 +156,7 @@ def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path, stage
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "x" / stage / "manifest.json").exists(), "the kill came too late to mean anything"
     result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -170,20 +175,7 @@ def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path, stage
 )
 def test_a_signal_saves_and_exits(finished: Path, tmp_path: Path, stage: str, sent: signal.Signals, code: int) -> None:
     """The checkpoint is of the step that the signal found, and going on from it gives the uninterrupted weights."""
-    import shutil
-
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    shutil.copytree(finished / "x", tmp_path / "x")
-    for later in STAGES[STAGES.index(stage) :]:
-        shutil.rmtree(tmp_path / "x" / later)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x"],
-        cwd=tmp_path,
-        env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = begin_again_at(stage, finished, tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "x" / stage / "metrics.jsonl").is_file():
         time.sleep(0.005)
