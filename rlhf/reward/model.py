@@ -28,6 +28,7 @@ class RewardModel:
         model: the network, frozen.
         tokenizer: its own; the policy's may be another.
         mean, std: of raw scores on SFT samples; `(score - mean) / std` has unit scale there.
+        conversational: trained on conversations, so a prompt that is a string is read as one user turn.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class RewardModel:
         *,
         mean: float = 0.0,
         std: float = 1.0,
+        conversational: bool = False,
         max_length: int | None = None,
         batch_size: int = 64,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.mean, self.std = mean, std
+        self.conversational = conversational
         self.max_length, self.batch_size = max_length, batch_size
         self.cut = 0
 
@@ -55,6 +58,8 @@ class RewardModel:
             responses: texts without special tokens.
             ended: whether each answer came to its end (default: all did).
         """
+        if self.conversational:
+            prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
         self.cut += cut
         was_training = self.model.training
@@ -103,7 +108,7 @@ def calibrate_reward_model(
     conversational = any(not isinstance(prompt, str) for prompt, _ in samples)
     tokenizer = load_tokenizer(folder, conversational=conversational)
     model = _place(load_scorer(folder, load_in_4bit=bool(facts.get("load_in_4bit"))), facts, device)
-    reward = RewardModel(model, tokenizer)
+    reward = RewardModel(model, tokenizer, conversational=conversational)
     prompts, responses = [prompt for prompt, _ in samples], [response for _, response in samples]
     scores = reward.score(prompts, responses, ended=ended)
     reward.mean, reward.std = scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
@@ -142,7 +147,7 @@ def load_reward_model(path: str | Path, *, device: str | torch.device | None = N
     conversational = any(not isinstance(row["prompt"], str) for row in card["probe"])
     tokenizer = load_tokenizer(folder, conversational=conversational)
     model = _place(load_scorer(folder, load_in_4bit=bool(card.get("load_in_4bit"))), card, device)
-    reward = RewardModel(model, tokenizer, mean=card["mean"], std=card["std"])
+    reward = RewardModel(model, tokenizer, mean=card["mean"], std=card["std"], conversational=conversational)
     found = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
     expected = torch.tensor([row["score"] for row in card["probe"]])
     tolerance = PROBE_TOLERANCE.get(model.dtype, 0.1)

@@ -239,6 +239,12 @@ def test_scores_depend_on_neither_batch_nor_order(reward_folder: Path) -> None:
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
+def test_a_string_is_one_user_turn(reward_folder: Path) -> None:
+    reward = load_reward_model(reward_folder)
+    as_text, as_turn = reward.score([plain(PROMPT)], ["yes"]), reward.score([PROMPT], ["yes"])
+    assert torch.equal(as_text, as_turn)
+
+
 def test_a_reward_model_that_is_not_itself_is_refused(reward_folder: Path, tmp_path: Path) -> None:
     import json
     import shutil
