@@ -15,7 +15,6 @@ from rlhf.models.text import Prompt, plain
 from rlhf.objectives.kl import kl_k1
 
 BEST_OF = 16
-BATCH = 256
 Score = Callable[..., Tensor]
 Gold = Callable[[list[str], list[str]], list[float]]
 
@@ -29,6 +28,7 @@ def judge_policies(
     score: Score,
     gold: Gold | None,
     prompts: Sequence[Prompt],
+    batch_size: int,
     max_new_tokens: int,
     max_prompt_length: int | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -51,8 +51,8 @@ def judge_policies(
     # 1. Sixteen answers of SFT to each prompt; first, so that they are the same whatever the policy became.
     repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(BEST_OF)]
     sft_answers, sft_proxies = [], []
-    for start in tqdm(range(0, len(repeated), BATCH), desc="evaluate: SFT", disable=None):
-        part = repeated[start : start + BATCH]
+    for start in tqdm(range(0, len(repeated), batch_size), desc="evaluate: SFT", disable=None):
+        part = repeated[start : start + batch_size]
         completions = generate(sft, tokenizer, part, **arguments)
         sft_answers += completions.texts
         sft_proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
@@ -60,8 +60,8 @@ def judge_policies(
 
     # 2. The policy's answers, their scores and their distance from SFT.
     answers, proxies, kls = [], [], []
-    for start in tqdm(range(0, len(prompts), BATCH), desc="evaluate: policy", disable=None):
-        part = prompts[start : start + BATCH]
+    for start in tqdm(range(0, len(prompts), batch_size), desc="evaluate: policy", disable=None):
+        part = prompts[start : start + batch_size]
         completions = generate(policy, tokenizer, part, **arguments)
         answers += completions.texts
         proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()

@@ -97,6 +97,28 @@ def generate(
     return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
 
 
+def sample_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    max_prompt_length: int | None = None,
+) -> tuple[list[str], list[bool]]:
+    """One answer a prompt at temperature 1, in batches: the texts, and whether each ended by itself."""
+    texts: list[str] = []
+    ended: list[bool] = []
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        completions = generate(
+            model, tokenizer, part, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length
+        )
+        texts += completions.texts
+        ended += completions.ended.tolist()
+    return texts, ended
+
+
 def mask_after_end(response_ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mask [b, r] with 1 up to and including the first end token, and whether there was one [b].
 

@@ -1,6 +1,7 @@
 """One function a stage: read the parents' folders, do the work, write the own folder, return facts for the manifest."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from rlhf.evaluation.policy import judge_policies
 from rlhf.evaluation.statistics import pair_report
 from rlhf.lab.build import LabSettings, build_lab
 from rlhf.lab.world import gold as lab_gold
-from rlhf.models.generate import generate
+from rlhf.models.generate import sample_texts
 from rlhf.models.load import build_reward_model, load_policy, load_tokenizer
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
@@ -57,9 +58,14 @@ class StageContext:
         return self.parents["data"] / "data"
 
     @property
-    def completion_length(self) -> int:
-        """Tokens after which an answer is cut, everywhere in this run."""
-        return int(self.recipe.ppo.trl_settings().get("max_completion_length", PPOConfig.max_completion_length))
+    def sampling(self) -> dict[str, Any]:
+        """How answers are sampled outside PPO: lengths as in PPO, and twice a rollout at once (no backward pass follows)."""
+        settings = self.recipe.ppo.trl_settings()
+        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+        lengths = ("max_completion_length", "max_prompt_length")
+        batch_size = 2 * math.prod(settings.get(name, getattr(PPOConfig, name)) for name in sizes)
+        answer, prompt = (settings.get(name, getattr(PPOConfig, name)) for name in lengths)
+        return {"batch_size": batch_size, "max_new_tokens": answer, "max_prompt_length": prompt}
 
     def gold(self) -> GoldFunction | None:
         """The true reward, where there is one."""
@@ -177,13 +183,11 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     set_seed(recipe.seed)
     policy = load_policy(sft, model_config, trainable=False).to(device).eval()
     prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
-    completions = generate(
-        policy, tokenizer, prompts, max_new_tokens=context.completion_length, max_prompt_length=args.max_length
-    )
+    answers, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
     reward = calibrate_reward_model(
         context.folder / "model",
-        samples=list(zip(prompts, completions.texts, strict=True)),
-        ended=completions.ended.tolist(),
+        samples=list(zip(prompts, answers, strict=True)),
+        ended=ended,
         facts={"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit},
         device=device,
     )
@@ -230,7 +234,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     """The last policy against SFT and best-of-16 on held-out prompts, by proxy, by gold, and at which KL."""
     recipe = context.recipe
     set_seed(recipe.seed)
-    model_config, settings = split_settings(recipe.ppo.trl_settings())
+    model_config, _ = split_settings(recipe.ppo.trl_settings())
     rows = read_jsonl(context.data / "test_prompts.jsonl")[: recipe.evaluate.prompts]
     if len(rows) < recipe.evaluate.prompts:
         context.say(f"evaluate: only {len(rows)} held-out prompts, of {recipe.evaluate.prompts} asked for.")
@@ -244,8 +248,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         score=reward.score,
         gold=context.gold(),
         prompts=[row["prompt"] for row in rows],
-        max_new_tokens=context.completion_length,
-        max_prompt_length=settings.get("max_prompt_length", PPOConfig.max_prompt_length),
+        **context.sampling,
     )
     write_jsonl(context.folder / "samples.jsonl", samples)
     return facts
@@ -288,12 +291,12 @@ def show_samples(context: StageContext, model: Any, tokenizer: Any) -> None:
     set_seed(context.recipe.seed)
     model.eval()
     prompts = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")[:SHOWN_SAMPLES]]
-    completions = generate(model, tokenizer, prompts, max_new_tokens=context.completion_length, max_prompt_length=512)
+    texts, ended = sample_texts(model, tokenizer, prompts, **context.sampling)
     gold = context.gold()
     values: Sequence[float | None] = (
-        gold([plain(prompt) for prompt in prompts], completions.texts) if gold else [None] * len(prompts)
+        gold([plain(prompt) for prompt in prompts], texts) if gold else [None] * len(prompts)
     )
-    rows = zip(prompts, completions.texts, values, completions.ended.tolist(), strict=True)
+    rows = zip(prompts, texts, values, ended, strict=True)
     write_jsonl(
         context.folder / "samples.jsonl",
         [{"prompt": p, "completion": text, "gold": value, "ended": ended} for p, text, value, ended in rows],
