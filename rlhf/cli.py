@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -213,9 +214,15 @@ def _show_summary(out: Path) -> None:
     output.print(f"{out / 'report.html'}   {out / 'summary.json'}   {total:.0f} s", markup=False, soft_wrap=True)
 
 
+def _say_warning(message: Warning | str, *_: Any) -> None:
+    """A warning as the sentence it is, without the line of code that raised it."""
+    errors.print(f"Note: {message}", markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line and turn what happened into an exit code."""
     interrupt.install()
+    warnings.showwarning = _say_warning
     try:
         app(standalone_mode=False)
     except UserError as error:
