@@ -214,7 +214,9 @@ def _show_summary(out: Path) -> None:
     output.print(f"{out / 'report.html'}   {out / 'summary.json'}   {total:.0f} s", markup=False, soft_wrap=True)
 
 
-def _say_warning(message: Warning | str, *_: Any) -> None:
+def _say_warning(
+    message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
     """A warning as the sentence it is, without the line of code that raised it."""
     errors.print(f"Note: {message}", markup=False, soft_wrap=True)
 
