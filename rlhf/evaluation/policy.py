@@ -34,7 +34,7 @@ def judge_policies(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Sample both policies at temperature 1 and compare them.
 
-    One answer a prompt from the policy, 16 from SFT, of which the first is the SFT policy's own answer. KL is
+    One answer a prompt from the policy, 16 from SFT (one without a true reward), the first being SFT's own. KL is
     Σ_t (log π - log π_sft) over the policy's answers, their end token included, in nats an answer.
 
     Args:
@@ -45,18 +45,19 @@ def judge_policies(
     Returns:
         `sft`, `policy`, `best_of_16` and `gold_gap_closed` as in `summary.json`, and samples side by side.
     """
+    per_prompt = BEST_OF if gold is not None else 1  # without a true reward there is no best of 16 to speak of
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
     texts = [plain(prompt) for prompt in prompts]
 
-    # 1. Sixteen answers of SFT to each prompt; first, so that they are the same whatever the policy became.
-    repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(BEST_OF)]
+    # 1. SFT's answers to each prompt; first, so that they are the same whatever the policy became.
+    repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(per_prompt)]
     sft_answers, sft_proxies = [], []
     for start in tqdm(range(0, len(repeated), batch_size), desc="evaluate: SFT", disable=None):
         part = repeated[start : start + batch_size]
         completions = generate(sft, tokenizer, part, **arguments)
         sft_answers += completions.texts
         sft_proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
-    sft_scores = torch.tensor(sft_proxies).view(-1, BEST_OF)
+    sft_scores = torch.tensor(sft_proxies).view(-1, per_prompt)
 
     # 2. The policy's answers, their scores and their distance from SFT.
     answers, proxies, kls = [], [], []
@@ -72,7 +73,7 @@ def judge_policies(
         "n": len(prompts),
         "sft": {"gold": None, **_mean("proxy", sft_scores[:, 0].tolist())},
         "policy": {**_mean("proxy", proxies), "gold": None, **_mean("kl", kls), "win_rate": None},
-        "best_of_16": {"by_reward": {"gold": None, "kl": best_of_n_kl(BEST_OF)}, "by_gold": {"gold": None}},
+        "best_of_16": {"by_reward": {"gold": None, "kl": None}, "by_gold": {"gold": None}},
         "gold_gap_closed": None,
     }
     gold_policy: list[float | None] = [None] * len(prompts)
@@ -86,7 +87,7 @@ def judge_policies(
         rate, interval = win_rate(ours, first)
         facts["sft"] |= _mean("gold", first)
         facts["policy"] |= {**_mean("gold", ours), "win_rate": rate, "win_rate_ci": interval}
-        facts["best_of_16"]["by_reward"] |= _mean("gold", picked)
+        facts["best_of_16"]["by_reward"] |= {**_mean("gold", picked), "kl": best_of_n_kl(BEST_OF)}
         facts["best_of_16"]["by_gold"] |= _mean("gold", best)
         gap = facts["best_of_16"]["by_gold"]["gold"] - facts["sft"]["gold"]
         if gap > 0:
@@ -97,9 +98,9 @@ def judge_policies(
     samples = [
         {
             "prompt": texts[i],
-            "sft": sft_answers[i * BEST_OF],
+            "sft": sft_answers[i * per_prompt],
             "policy": answers[i],
-            "proxy_sft": sft_proxies[i * BEST_OF],
+            "proxy_sft": sft_proxies[i * per_prompt],
             "proxy_policy": proxies[i],
             "gold_sft": gold_sft[i],
             "gold_policy": gold_policy[i],

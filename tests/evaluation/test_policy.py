@@ -1,0 +1,51 @@
+"""Policies judged against SFT: what is known, what is not, and the parts of the definition."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import PROMPTS
+from transformers import AutoModelForCausalLM
+
+from rlhf.evaluation.policy import judge_policies
+from rlhf.models.text import plain
+
+
+def judge(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    return judge_policies(
+        policy=model,
+        sft=model,
+        tokenizer=tokenizer,
+        score=lambda prompts, texts, ended: torch.tensor([float(len(text)) for text in texts]),
+        gold=gold,
+        prompts=PROMPTS[:10],
+        batch_size=7,
+        max_new_tokens=6,
+    )
+
+
+def test_without_a_true_reward_nothing_is_invented(base_folder: Path, tokenizer: Any) -> None:
+    facts, samples = judge(base_folder, tokenizer, None)
+    assert facts["gold_gap_closed"] is None
+    assert facts["best_of_16"] == {"by_reward": {"gold": None, "kl": None}, "by_gold": {"gold": None}}
+    assert facts["policy"]["win_rate"] is None
+    assert facts["policy"]["kl"] == 0.0, "a policy is no distance from itself"
+    assert [row["prompt"] for row in samples] == [plain(prompt) for prompt in PROMPTS[:10]]
+
+
+def test_gold_figures_are_those_of_the_samples(base_folder: Path, tokenizer: Any) -> None:
+    def gold(prompts: list[str], texts: list[str]) -> list[float]:
+        return [
+            -float(len(text)) for text in texts
+        ]  # the opposite of the score: the best by reward is the worst by gold
+
+    facts, samples = judge(base_folder, tokenizer, gold)
+    assert facts["sft"]["gold"] == pytest.approx(sum(row["gold_sft"] for row in samples) / 10)
+    assert facts["policy"]["gold"] == pytest.approx(-facts["policy"]["proxy"])
+    best = facts["best_of_16"]
+    assert best["by_gold"]["gold"] > facts["sft"]["gold"] > best["by_reward"]["gold"]
+    expected = (facts["policy"]["gold"] - facts["sft"]["gold"]) / (best["by_gold"]["gold"] - facts["sft"]["gold"])
+    assert facts["gold_gap_closed"] == pytest.approx(expected)
