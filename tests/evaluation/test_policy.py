@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import PROMPTS
 from transformers import AutoModelForCausalLM
 
 from rlhf.evaluation.policy import judge_policies
 from rlhf.models.text import plain
+from tests.conftest import PROMPTS
 
 
 def judge(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
