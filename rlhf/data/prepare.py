@@ -145,7 +145,7 @@ def _is_held_out(row: dict[str, Any], fraction: float, seed: int) -> bool:
 def _without(rows: list[dict[str, Any]], keys: set[str], report: ReadReport, reason: str) -> list[dict[str, Any]]:
     kept = [row for row in rows if prompt_key(row["prompt"]) not in keys]
     if len(kept) < len(rows):
-        report.drop(0, reason, count=len(rows) - len(kept))
+        report.drop(None, reason, count=len(rows) - len(kept))
         report.kept -= len(rows) - len(kept)
     return kept
 
@@ -171,7 +171,7 @@ def _deduplicated(rows: list[dict[str, Any]], report: ReadReport) -> list[dict[s
             kept.append(row)
     for reason, count in (("stands in both orders", contradictions), ("repeats another pair", duplicates)):
         if count:
-            report.drop(0, reason, count=count)
+            report.drop(None, reason, count=count)
             report.kept -= count
     return kept
 

@@ -23,11 +23,11 @@ class ReadReport:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[int]] = field(default_factory=dict)
 
-    def drop(self, row: int, reason: str, *, count: int = 1) -> None:
-        """Count a row that is left out."""
+    def drop(self, row: int | None, reason: str, *, count: int = 1) -> None:
+        """Count rows that are left out; `row` is the number of a single one, None where several were found at once."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
         rows = self.examples.setdefault(reason, [])
-        if len(rows) < EXAMPLES_KEPT:
+        if row is not None and len(rows) < EXAMPLES_KEPT:
             rows.append(row)
 
     def as_dict(self) -> dict[str, Any]:
