@@ -44,10 +44,9 @@ class ReadReport:
         """What a person is told."""
         lines = [f"{self.source}: {self.kept} of {self.rows} rows kept."]
         for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
-            rows = ", ".join(map(str, self.examples[reason]))
-            lines.append(
-                f"  {count} left out: {reason} (row {rows}{', …' if count > len(self.examples[reason]) else ''})"
-            )
+            shown = self.examples[reason]
+            rows = f" (row {', '.join(map(str, shown))}{', …' if count > len(shown) else ''})" if shown else ""
+            lines.append(f"  {count} left out: {reason}{rows}")
         return lines
 
 
