@@ -55,9 +55,7 @@ def test_commands_in_the_docs_are_commands_of_the_tool(file: str) -> None:
 
 def test_the_readme_tree_names_what_is_there() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = next(
-        block for block in re.findall(r"```(?:text)?\n(.*?)```", text, flags=re.DOTALL) if "pyproject.toml" in block
-    )
+    tree = next(block for block in re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL) if "pyproject.toml" in block)
     for line in tree.splitlines():
         if match := re.match(r"^(\s*)(\S+)", line):
             name = match[2]

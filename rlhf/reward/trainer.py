@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from trl import RewardTrainer
+from trl import RewardConfig, RewardTrainer
 
 from rlhf._trl import DataCollatorForPreference
 from rlhf.errors import TrainingError, UserError
@@ -43,7 +43,7 @@ class PairRewardTrainer(RewardTrainer):
     those that it cannot do without. The loss is divided once, by the number of pairs over micro-batches and ranks, so
     1x16, 4x4 and two ranks x 8 give the same gradient, a ragged last micro-batch included.
 
-    Takes what `trl.RewardTrainer` takes. A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations)
+    Takes what `trl.RewardTrainer` takes; without `args` it trains for one epoch, and it warns above one. A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations)
     is turned into ids by the same function that evaluation and PPO use.
 
     Raises:
@@ -60,7 +60,10 @@ class PairRewardTrainer(RewardTrainer):
         dataset = arguments.get("train_dataset")
         if dataset is not None and dataset.column_names:
             check_columns(dataset, self.columns)
-        if args is not None and args.num_train_epochs > 1:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = RewardConfig(f"{name.split('/')[-1]}-Reward", num_train_epochs=1)
+        if args.num_train_epochs > 1:
             warnings.warn(
                 f"num_train_epochs={args.num_train_epochs}: reward models overfit after one epoch (arXiv:2203.02155, 2401.06080).",
                 stacklevel=2,
