@@ -53,6 +53,14 @@ def test_commands_in_the_docs_are_commands_of_the_tool(file: str) -> None:
             assert (ROOT / recipe).is_file(), line
 
 
+def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
+    from rlhf.recipe import load_recipe
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
+    assert load_recipe(tmp_path / "mine.yaml").evaluate.gold == "rules.py:score"
+
+
 def test_the_readme_tree_names_what_is_there() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = next(block for block in re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL) if "pyproject.toml" in block)

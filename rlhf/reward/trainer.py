@@ -43,8 +43,9 @@ class PairRewardTrainer(RewardTrainer):
     those that it cannot do without. The loss is divided once, by the number of pairs over micro-batches and ranks, so
     1x16, 4x4 and two ranks x 8 give the same gradient, a ragged last micro-batch included.
 
-    Takes what `trl.RewardTrainer` takes; without `args` it trains for one epoch, and it warns above one. A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations)
-    is turned into ids by the same function that evaluation and PPO use.
+    Takes what `trl.RewardTrainer` takes; without `args` it trains for one epoch, and it warns above one.
+    A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations) is turned into ids by the same function
+    that evaluation and PPO use.
 
     Raises:
         UserError: a column is missing or holds a value outside its range; every row is too long.
