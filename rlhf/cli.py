@@ -147,13 +147,14 @@ def export_command(
 
 
 def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
-    from rlhf.pipeline.rounds import check_recipe_file, check_sources, plan, run
+    from rlhf.pipeline.rounds import check_arguments, check_recipe_file, check_sources, plan, run
 
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)
     out = out or Path("runs") / recipe.name
     if dry_run:
         check_recipe_file(recipe, out)
+        check_arguments(recipe)
         _show_plan(recipe, plan(recipe), out)
         return
     is_main = int(os.environ.get("RANK", "0")) == 0

@@ -83,8 +83,10 @@ def run(
     store = Store(out)
     is_main = int(os.environ.get("RANK", "0")) == 0
 
-    # 1. The folder must be new, or hold this very recipe.
+    # 1. The folder must be new, or hold this very recipe; what is still to do must be possible.
     check_recipe_file(recipe, out)
+    if not all(store.is_done(stage) for stage in stages):
+        check_arguments(recipe)
     lock = store.lock() if is_main else None
     try:
         if is_main:
@@ -147,6 +149,13 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
                 *(f"  {x}" for x in found),
             ]
         )
+
+
+def check_arguments(recipe: Recipe) -> None:
+    """Let TRL look at every stage's settings; torch is loaded here, when there is work to do."""
+    from rlhf.pipeline.training import check_arguments
+
+    check_arguments(recipe)
 
 
 def check_sources(recipe: Recipe) -> None:

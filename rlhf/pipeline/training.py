@@ -11,14 +11,15 @@ import torch
 import transformers
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from trl import ModelConfig
+from trl import ModelConfig, RewardConfig, SFTConfig
 
-from rlhf.errors import TrainingError
+from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import model_settings
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint
+from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.recipe.schema import trl_keys
+from rlhf.recipe.schema import Recipe, trl_keys
 
 Config = TypeVar("Config", bound=TrainingArguments)
 SAVES_PER_STAGE = 5
@@ -56,6 +57,23 @@ def training_arguments(config_class: type[Config], settings: Mapping[str, Any], 
     if not torch.cuda.is_available():
         defaults |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     return config_class(output_dir=str(folder / CHECKPOINTS), seed=seed, **{**defaults, **settings})
+
+
+def check_arguments(recipe: Recipe) -> None:
+    """Build every stage's configuration once, so that what TRL refuses is said before a folder is made.
+
+    Raises:
+        UserError: with TRL's own reason for every section it refuses.
+    """
+    problems = []
+    for section, config_class in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig)):
+        try:
+            _, settings = split_settings(getattr(recipe, section).trl_settings())
+            training_arguments(config_class, settings, Path("nowhere"), recipe.seed)
+        except (ValueError, TypeError, ImportError) as error:
+            problems.append(f"{section}: {str(error).strip().splitlines()[0]}")
+    if problems:
+        raise UserError(problems)
 
 
 def train(trainer: Trainer, folder: Path, *, label: str, say: Callable[[str], None]) -> None:
