@@ -1,23 +1,7 @@
-"""Sums, means and whitening under a mask, built so that several processes can share one mean and one variance."""
+"""Sums, moments and whitening under a mask, built so that several processes can share one mean and one variance."""
 
 import torch
 from torch import Tensor
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the entries whose mask is 1; entries under mask 0 may be anything, NaN included.
-
-    An empty mask gives 0 and never NaN.
-
-    Args:
-        values: any shape.
-        mask: same shape, 0 or 1.
-
-    >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([1, 1, 0]))
-    tensor(2.)
-    """
-    kept = torch.where(mask.bool(), values, torch.zeros_like(values))
-    return kept.sum() / mask.sum().clamp(min=1)
 
 
 def masked_sums(values: Tensor, mask: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from rlhf.models.roles import (
 from rlhf.models.save import load_weights
 from rlhf.models.text import Prompt, check_tokenizer, plain
 from rlhf.objectives.advantage import generalized_advantage, token_rewards
-from rlhf.objectives.kl import kl_k1
+from rlhf.objectives.kl import kl_k1, kl_k3
 from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
 from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, explained_variance
 from rlhf.ppo.config import PPOConfig
@@ -128,10 +128,11 @@ class PPOTrainer(BaseTrainer):
         adapter_was_trained: of a PEFT model, whether its adapter holds what SFT learnt (then a frozen copy of it is the
             reference) or is fresh (then the base is). Default: a PEFT model's was, one made from `peft_config` was not.
 
-    Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`, the
-    raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer; `entropy`,
-    nats a token; `policy_loss`, `value_loss`; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`,
-    the mean ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic before its update;
+    Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`,
+    the raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer, and
+    `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `entropy`, nats a token;
+    `policy_loss`, `value_loss`; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean
+    ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic before its update;
     `length`, tokens an answer; `share_without_eos`; `grad_norm` of the policy, `grad_norm_critic`.
     """
 
@@ -313,6 +314,8 @@ class PPOTrainer(BaseTrainer):
         self._count("reward_proxy", raw.sum(), len(rows))
         self._count("reward", scores.sum(), len(rows))
         self._count("kl", kl_sequence.sum(), len(rows))
+        k3 = kl_k3(outputs.logprobs, logprobs_reference)
+        self._count("kl_k3", torch.where(mask.bool(), k3, torch.zeros_like(k3)).sum(), len(rows))
         self._count("length", mask.sum(), len(rows))
         self._count("share_without_eos", (~completions.ended).sum(), len(rows))
         self._count("entropy", (outputs.entropy * mask).sum(), mask.sum())

@@ -76,6 +76,7 @@ def test_at_step_0_the_policy_is_the_reference(
     first = rows.rows[0]
     assert first["kl"] == 0.0  # two copies of one model on one batch: not a rounding error between them
     assert first["ratio_first"] == pytest.approx(1.0, abs=1e-6)
+    assert first["kl_k3"] == 0.0
     assert first["clip_fraction"] == 0.0
     assert first["approx_kl"] == pytest.approx(0.0, abs=1e-10)
 
