@@ -1,6 +1,7 @@
 """The whole command, on a lab small enough for seconds: finished runs, killed runs, foreign data, bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -281,7 +282,8 @@ evaluate: {gold: mine.py:polite, prompts: 16}
     assert summary["lab"] == dict.fromkeys(summary["lab"])
     assert 0 <= summary["rounds"][0]["policy"]["gold"] <= 1
     assert 0 <= summary["best_of_16"]["by_gold"]["gold"] <= 1
-    assert summary["rounds"][0]["reward"]["accuracy_true"] is not None
+    judged = summary["rounds"][0]["reward"]
+    assert judged["accuracy_true"] == judged["accuracy"], "here every label is what the gold function says"
     assert (tmp_path / "x/round-1/ppo/model/adapter_config.json").is_file()
     assert (tmp_path / "x/round-1/reward/model/adapter_config.json").is_file()
 
@@ -304,7 +306,8 @@ evaluate: {{prompts: 8}}
     for stage in ("round-0/sft", "round-1/reward", "round-1/ppo"):
         config = json.loads((tmp_path / "x" / stage / "model/adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(base)
-    assert json.loads((tmp_path / "x/summary.json").read_text())["rounds"][0]["policy"]["kl"] is not None
+    policy = json.loads((tmp_path / "x/summary.json").read_text())["rounds"][0]["policy"]
+    assert all(math.isfinite(policy[key]) for key in ("kl", "proxy", "gold"))
 
 
 def test_score_keeps_order_and_survives_bad_lines(finished: Path) -> None:
