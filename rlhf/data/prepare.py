@@ -19,8 +19,8 @@ FILES = ("sft", "pairs", "test_pairs", "prompts", "test_prompts")
 class DataSources:
     """What to read; `prompts`, `test` and `test_prompts` may be absent."""
 
-    sft: str
     preferences: str
+    sft: str | None = None
     prompts: str | None = None
     test: str | None = None
     test_prompts: str | None = None
@@ -79,8 +79,10 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
     pairs = _without(pairs, test_keys, reports[0], "held out: its prompt is on the test side")
 
     # 3. Demonstrations.
-    sft, marked_sft = _read(sources.sft, demonstration, reports, "demonstrations")
-    sft = _without(sft + marked_sft, test_keys, reports[-1], "held out: its prompt is on the test side")
+    sft: list[dict[str, Any]] = []
+    if sources.sft is not None:
+        sft, marked_sft = _read(sources.sft, demonstration, reports, "demonstrations")
+        sft = _without(sft + marked_sft, test_keys, reports[-1], "held out: its prompt is on the test side")
 
     # 4. Caps, by a seeded draw, and files.
     rng = random.Random(seed)
@@ -91,6 +93,8 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
         "prompts": _capped(prompts, sources.max_prompts, rng),
         "test_prompts": test_prompts,
     }
+    if sources.sft is None:
+        del written["sft"]
     empty = [name for name, rows in written.items() if not rows]
     if empty:
         details = [sentence for report in reports for sentence in report.sentences()]

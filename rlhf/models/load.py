@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf._trl import suppress_seqcls_warning
 from rlhf.errors import UserError
-from rlhf.models.text import check_tokenizer, give_plain_template
+from rlhf.models.save import check_base
+from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_template, give_plain_template
 
 
 @dataclass
@@ -31,24 +33,41 @@ class Source:
 
     base: str
     adapter: str | None = None
+    revision: str | None = None
+
+    def check(self) -> None:
+        """After the base was loaded: refuse an adapter that was trained on another one."""
+        if self.adapter is not None:
+            check_base(self.adapter, self.base, self.revision)
 
 
 def find_source(path: str | Path) -> Source:
-    """Tell a full checkpoint from an adapter folder."""
+    """Tell a full checkpoint from an adapter folder.
+
+    Raises:
+        UserError: an adapter that does not say what it is for, or whose base has been moved.
+    """
     config = Path(path) / "adapter_config.json"
     if not config.is_file():
         return Source(base=str(path))
-    base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    values = json.loads(config.read_text(encoding="utf-8"))
+    base = values["base_model_name_or_path"]
     if base is None:
         raise UserError(
             f"{config}: base_model_name_or_path is empty, so nobody can tell which model this adapter is for."
         )
-    return Source(base=base, adapter=str(path))
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UserError(
+            f"{config}: its base model {base} is not there any more; write its new place into base_model_name_or_path."
+        )
+    return Source(base=base, adapter=str(path), revision=values.get("revision"))
 
 
 def load_tokenizer(path: str | Path, *, conversational: bool) -> PreTrainedTokenizerBase:
     """A checked tokenizer, padding on the right (generation pads on the left by itself)."""
     tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="right")
+    adopt_encoder_tokens(tokenizer)
+    freeze_template(tokenizer, where=str(path))
     if conversational and tokenizer.eos_token is not None and give_plain_template(tokenizer):
         warnings.warn(f"{path}: no chat template; conversations are written as 'Human: … Assistant: …'.", stacklevel=2)
     check_tokenizer(tokenizer, conversational=conversational, where=str(path))
@@ -65,7 +84,11 @@ def model_settings(settings: dict[str, Any]) -> ModelConfig:
 
 def _init_arguments(config: ModelConfig, quantization: BitsAndBytesConfig | None) -> dict[str, Any]:
     dtype = config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
-    arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": config.attn_implementation,
+        "use_safetensors": True,  # a pickle can run code
+    }
     if config.model_revision not in (None, "main"):
         arguments["revision"] = config.model_revision
     if quantization is not None:
@@ -88,6 +111,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     source = find_source(path)
     quantization = get_quantization_config(config)
     model = AutoModelForCausalLM.from_pretrained(source.base, **_init_arguments(config, quantization))
+    source.check()
     if (
         quantization is not None
     ):  # norms and heads in float32, also where nothing is trained: the same numbers everywhere
@@ -121,9 +145,10 @@ def build_reward_model(
     source = find_source(path)
     quantization = get_quantization_config(config)
     with suppress_seqcls_warning():
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source.base, num_labels=1, **_init_arguments(config, quantization)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source.base, num_labels=1, output_loading_info=True, **_init_arguments(config, quantization)
         )
+    source.check()
     head = score_head(model)
     if head is not None:
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
@@ -141,9 +166,15 @@ def build_reward_model(
     if config.use_peft:
         adapter = get_peft_config(config)
         adapter.task_type = TaskType.SEQ_CLS
-        adapter.modules_to_save = sorted({"score", *(adapter.modules_to_save or [])})
+        adapter.modules_to_save = sorted({*_modules_of(report["missing_keys"]), *(adapter.modules_to_save or [])})
         return get_peft_model(model, adapter)
     return model
+
+
+def _modules_of(parameters: Iterable[str]) -> set[str]:
+    """Modules that were not in the checkpoint and start random: with LoRA they must be trained and saved as a whole."""
+    paths = {name.rpartition(".")[0] for name in parameters}
+    return {first if (first := path.split(".")[0]) in ("score", "classifier") else path for path in paths}
 
 
 def score_head(model: torch.nn.Module) -> torch.nn.Linear | None:
@@ -184,12 +215,18 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
     config = model_settings({"use_peft": True, "load_in_4bit": True} if load_in_4bit else {"dtype": "auto"})
     arguments = _init_arguments(config, get_quantization_config(config))
     if source.adapter is not None:
-        if not any("score" in name for name in load_peft_weights(source.adapter, device="cpu")):
-            raise UserError(
-                f"{path}: the adapter holds no score head, so its rewards would be random; train it with task_type SEQ_CLS."
-            )
         with suppress_seqcls_warning():
-            base = AutoModelForSequenceClassification.from_pretrained(source.base, num_labels=1, **arguments)
+            base, report = AutoModelForSequenceClassification.from_pretrained(
+                source.base, num_labels=1, output_loading_info=True, **arguments
+            )
+        source.check()
+        saved = load_peft_weights(source.adapter, device="cpu")
+        missing = sorted(name for name in report["missing_keys"] if f"base_model.model.{name}" not in saved)
+        if missing:
+            raise UserError(
+                f"{path}: the adapter holds no trained {', '.join(missing)}, so its rewards would be random; train it with "
+                "task_type SEQ_CLS."
+            )
         if load_in_4bit:
             base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         base.config.problem_type = "regression"

@@ -1,11 +1,88 @@
-"""Reading weights back into a model that is already built."""
+"""Writing a model so that it is the same model wherever it is read, and reading weights back."""
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf.errors import UserError
+
+ADAPTER_BASE = "adapter_base.json"
+# Of a configuration, what does not change a model's outputs.
+BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
+
+
+def save_model(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path) -> None:
+    """An ordinary Hugging Face folder; of a policy with a reference adapter, the policy's adapter only.
+
+    Beside an adapter stands the fingerprint of its base, which every loader of this package compares: an adapter fits
+    any base of the same shape, and nobody else would notice.
+    """
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, selected_adapters=["default"])
+        base: Any = model.peft_config["default"].base_model_name_or_path
+        revision = model.peft_config["default"].revision
+        facts = {"base": base, "sha256": base_fingerprint(base, revision)}
+        (folder / ADAPTER_BASE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+
+
+def base_fingerprint(base: str, revision: str | None = None) -> str:
+    """sha256 over a checkpoint's configuration and a sample of every tensor in its safetensors files.
+
+    Read from the files, so that it does not depend on the precision in which the model is loaded. The sample is each
+    tensor's name, dtype, shape, first and last row: seconds for a large model, and any training moves some of it.
+
+    Args:
+        base: a folder, or the id of a hub model that was loaded before (nothing is downloaded).
+    """
+    folder = Path(base)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(base, revision=revision, local_files_only=True))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in BOOKKEEPING}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                part = tensors.get_slice(name)
+                shape = part.get_shape()
+                digest.update(f"{name} {part.get_dtype()} {shape}".encode())
+                if shape and shape[0]:
+                    for row in (part[:1], part[shape[0] - 1 :]):
+                        digest.update(row.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_base(adapter: str, base: str, revision: str | None = None) -> None:
+    """Refuse an adapter whose base is not the one that it was trained on.
+
+    Adapters that were not saved by this package carry no fingerprint and are not refused.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
+    file = Path(adapter) / ADAPTER_BASE
+    if not file.is_file():
+        return
+    trained_on = json.loads(file.read_text(encoding="utf-8"))["sha256"]
+    found = base_fingerprint(base, revision)
+    if found != trained_on:
+        raise UserError(
+            f"{adapter}: this adapter was trained on another base than {base} now is (fingerprint {trained_on[:12]}, "
+            f"found {found[:12]}); it would load, and answer with wrong numbers. Put the old base back or train it again."
+        )
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

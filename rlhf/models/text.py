@@ -1,5 +1,8 @@
 """The one place where a prompt and an answer become the text that a model reads: in training, evaluation and PPO alike."""
 
+import datetime
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -75,7 +78,14 @@ def encode_answers(
     if max_length is None:
         return rows, 0
     cut = sum(len(row) > max_length for row in rows)
-    return [row[-max_length:] for row in rows], cut
+    return [_without_beginning(row, max_length, tokenizer.bos_token_id) for row in rows], cut
+
+
+def _without_beginning(row: list[int], most: int, bos_token_id: int | None) -> list[int]:
+    """The last tokens of a row that is too long, still behind its begin token: an encoder reads its score there."""
+    if len(row) <= most:
+        return row
+    return row[-most:] if row[0] != bos_token_id else [row[0], *row[len(row) - most + 1 :]]
 
 
 def plain(prompt: Prompt) -> str:
@@ -111,6 +121,39 @@ def give_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     begins = "{{- bos_token -}}" if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else ""
     tokenizer.chat_template = begins + PLAIN_TEMPLATE
     return True
+
+
+# A template that asks for today's date would score one text differently on two days. Llama 3's own fallback date.
+FROZEN_DATE = datetime.datetime(2024, 7, 26)
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+
+
+def freeze_template(tokenizer: PreTrainedTokenizerBase, *, where: str) -> bool:
+    """Replace a chat template's calls for today's date by a fixed one; the frozen template is saved with every model.
+
+    Returns:
+        whether there was one.
+
+    Raises:
+        UserError: the template computes a date in a way that cannot be frozen.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or not _DATE_CALL.search(template):
+        if isinstance(template, str) and "strftime_now(" in template:
+            raise UserError(f"{where}: the chat template computes a date from a variable; write a fixed date into it.")
+        return False
+    tokenizer.chat_template = _DATE_CALL.sub(lambda call: repr(FROZEN_DATE.strftime(call[2])), template)
+    warnings.warn(
+        f"{where}: the chat template inserts today's date; it is frozen at {FROZEN_DATE:%d %b %Y}, so that a text has one score.",
+        stacklevel=3,
+    )
+    return True
+
+
+def adopt_encoder_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """An encoder's tokenizer begins with [CLS] and ends with [SEP]; give the two the names that all others have."""
+    if tokenizer.eos_token is None and tokenizer.cls_token is not None and tokenizer.sep_token is not None:
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool, where: str) -> None:

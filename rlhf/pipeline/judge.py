@@ -12,7 +12,8 @@ from rlhf.data.canonical import pair
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.errors import UserError
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings
-from rlhf.pipeline.stages import judge_pairs, save_model
+from rlhf.models.save import save_model
+from rlhf.pipeline.stages import judge_pairs
 from rlhf.pipeline.store import write_text
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.lines import score_lines

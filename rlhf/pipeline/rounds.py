@@ -42,21 +42,19 @@ def plan(recipe: Recipe) -> list[Stage]:
         origins = {}
     sampling = {"max_completion_length": recipe.ppo.trl_settings().get("max_completion_length")}
     gold = {"gold": recipe.evaluate.gold}
-    sft_settings = recipe.sft.model_dump() | {"backbone": backbone} | sampling | gold
-    sft = add("sft", "round-0/sft", sft_settings, data=data, **origins)
+    start: dict[str, Stage] = {}
+    own: dict[str, Any] = {}
+    if recipe.lab is not None or recipe.data.sft is not None:
+        sft_settings = recipe.sft.model_dump() | {"backbone": backbone} | sampling | gold
+        start = {"sft": add("sft", "round-0/sft", sft_settings, data=data, **origins)}
+    else:  # the backbone can answer already, and takes SFT's place
+        own = {"backbone": backbone}
 
     # Round 1: reward model, PPO, judgement.
-    reward = add("reward", "round-1/reward", recipe.reward.model_dump() | sampling | gold, data=data, sft=sft)
-    ppo = add("ppo", "round-1/ppo", recipe.ppo.model_dump() | gold, data=data, sft=sft, reward=reward)
-    add(
-        "evaluate",
-        "round-1/evaluate",
-        recipe.evaluate.model_dump() | sampling,
-        data=data,
-        sft=sft,
-        reward=reward,
-        policy=ppo,
-    )
+    reward = add("reward", "round-1/reward", recipe.reward.model_dump() | own | sampling | gold, data=data, **start)
+    ppo = add("ppo", "round-1/ppo", recipe.ppo.model_dump() | own | gold, data=data, **start, reward=reward)
+    judged = {**start, "reward": reward, "policy": ppo}
+    add("evaluate", "round-1/evaluate", recipe.evaluate.model_dump() | own | sampling, data=data, **judged)
     return stages
 
 
@@ -86,7 +84,7 @@ def run(
     # 1. The folder must be new, or hold this very recipe; what is still to do must be possible.
     check_recipe_file(recipe, out)
     if not all(store.is_done(stage) for stage in stages):
-        check_arguments(recipe)
+        check_arguments(recipe, until=until)
     lock = store.lock() if is_main else None
     try:
         if is_main:
@@ -151,11 +149,11 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
         )
 
 
-def check_arguments(recipe: Recipe) -> None:
+def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     """Let TRL look at every stage's settings; torch is loaded here, when there is work to do."""
     from rlhf.pipeline.training import check_arguments
 
-    check_arguments(recipe)
+    check_arguments(recipe, until=until)
 
 
 def check_sources(recipe: Recipe) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
 import rlhf.reward.trainer as reward_trainers
@@ -21,7 +20,8 @@ from rlhf.evaluation.statistics import pair_report
 from rlhf.lab.build import LabSettings, build_lab
 from rlhf.lab.world import gold as lab_gold
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import build_reward_model, load_policy, load_tokenizer
+from rlhf.models.load import build_reward_model, find_source, load_policy, load_tokenizer, score_head
+from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
 from rlhf.pipeline.training import quiet_libraries, split_settings, train, training_arguments
@@ -29,7 +29,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import Recipe
 from rlhf.reward import OBJECTIVES
-from rlhf.reward.model import RewardModel, calibrate_reward_model, load_reward_model
+from rlhf.reward.model import RewardModel, calibrate_reward_model, load_reward_model, position_limit
 
 SHOWN_SAMPLES = 64
 CALIBRATION_SAMPLES = 256
@@ -56,6 +56,11 @@ class StageContext:
     def data(self) -> Path:
         """Folder of the canonical data files."""
         return self.parents["data"] / "data"
+
+    @property
+    def sft_model(self) -> str | Path:
+        """The policy that reward model and PPO start from: what SFT made, or the backbone where there is no SFT."""
+        return self.parents["sft"] / "model" if "sft" in self.parents else base_model(self)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
 def run_reward(context: StageContext) -> dict[str, Any]:
     """A reward model on the pairs, its scale on SFT samples, and its accuracy on held-out pairs."""
     recipe = context.recipe
-    sft = context.parents["sft"] / "model"
+    sft = context.sft_model
     model_config, settings = split_settings(recipe.reward.trl_settings())
     settings.setdefault("num_train_epochs", 1)
     args = training_arguments(RewardConfig, settings, context.folder, recipe.seed)
@@ -167,6 +172,9 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(sft, conversational=True)
     model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
+    is_decoder = score_head(model) is not None
+    if args.max_length is not None:
+        args.max_length = min(args.max_length, position_limit(model, tokenizer))
     trainer_class = getattr(reward_trainers, OBJECTIVES[recipe.reward.objective])
     pairs = Dataset.from_list(read_jsonl(context.data / "pairs.jsonl"))
     held_out = _held_out(context, "test_pairs") if args.eval_strategy != "no" else None
@@ -179,11 +187,18 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     device = trainer.args.device
     del trainer, model
 
-    # 2. Its scale: mean and deviation of the scores of the model as saved, on answers of the SFT policy.
+    # 2. Its scale: mean and deviation of the scores of the model as saved, on answers of the SFT policy. An encoder has
+    #    no policy beside it; there it is the answers of the pairs.
     set_seed(recipe.seed)
-    policy = load_policy(sft, model_config, trainable=False).to(device).eval()
-    prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
-    answers, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
+    if is_decoder:
+        policy = load_policy(sft, model_config, trainable=False).to(device).eval()
+        prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
+        answers, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
+    else:
+        some = read_jsonl(context.data / "pairs.jsonl")[: CALIBRATION_SAMPLES // 2]
+        prompts = [row["prompt"] for row in some for _ in range(2)]
+        answers = [row[side][0]["content"] for row in some for side in ("chosen", "rejected")]
+        ended = [True] * len(answers)
     reward = calibrate_reward_model(
         context.folder / "model",
         samples=list(zip(prompts, answers, strict=True)),
@@ -209,7 +224,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     model_config, settings = split_settings(recipe.ppo.trl_settings())
     args = training_arguments(PPOConfig, settings, context.folder, recipe.seed)
     set_seed(recipe.seed)
-    sft = context.parents["sft"] / "model"
+    sft = context.sft_model
     tokenizer = load_tokenizer(sft, conversational=True)
     gold = context.gold()
     trainer = PPOTrainer(
@@ -220,7 +235,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
         eval_dataset=_held_out(context, "test_prompts") if args.eval_strategy != "no" else None,
         monitor_funcs={"gold": gold} if gold is not None else None,
-        adapter_was_trained=(sft / "adapter_config.json").is_file() and model_config.use_peft,
+        adapter_was_trained=find_source(sft).adapter is not None and model_config.use_peft,
     )
     train(trainer, context.folder, label="ppo", say=context.say)
     if context.is_main:
@@ -238,7 +253,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     rows = read_jsonl(context.data / "test_prompts.jsonl")[: recipe.evaluate.prompts]
     if len(rows) < recipe.evaluate.prompts:
         context.say(f"evaluate: only {len(rows)} held-out prompts, of {recipe.evaluate.prompts} asked for.")
-    sft = context.parents["sft"] / "model"
+    sft = context.sft_model
     reward = load_reward_model(context.parents["reward"] / "model")
     device = next(reward.model.parameters()).device
     facts, samples = judge_policies(
@@ -277,13 +292,6 @@ def base_model(context: StageContext) -> str | Path:
             return context.parents[role] / "model"
     assert context.recipe.backbone.model is not None, "the recipe's check wants a backbone, a lab or from_scratch"
     return context.recipe.backbone.model
-
-
-def save_model(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path) -> None:
-    """An ordinary Hugging Face folder; of a policy with a reference adapter, the policy's adapter only."""
-    arguments = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, **arguments)
-    tokenizer.save_pretrained(folder)
 
 
 def show_samples(context: StageContext, model: Any, tokenizer: Any) -> None:

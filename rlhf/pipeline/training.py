@@ -9,12 +9,21 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoConfig,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig, RewardConfig, SFTConfig
 
 from rlhf.errors import TrainingError, UserError
-from rlhf.models.load import model_settings
+from rlhf.models.load import find_source, model_settings
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint
 from rlhf.ppo.config import PPOConfig
@@ -59,13 +68,15 @@ def training_arguments(config_class: type[Config], settings: Mapping[str, Any], 
     return config_class(output_dir=str(folder / CHECKPOINTS), seed=seed, **{**defaults, **settings})
 
 
-def check_arguments(recipe: Recipe) -> None:
+def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     """Build every stage's configuration once, so that what TRL refuses is said before a folder is made.
 
     Raises:
-        UserError: with TRL's own reason for every section it refuses.
+        UserError: with TRL's own reason for every section it refuses; or a backbone that cannot generate.
     """
     problems = []
+    if recipe.backbone.model is not None and until not in ("data", "reward"):
+        problems += _cannot_generate(recipe.backbone.model, recipe.backbone.revision)
     for section, config_class in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig)):
         try:
             _, settings = split_settings(getattr(recipe, section).trl_settings())
@@ -74,6 +85,20 @@ def check_arguments(recipe: Recipe) -> None:
             problems.append(f"{section}: {str(error).strip().splitlines()[0]}")
     if problems:
         raise UserError(problems)
+
+
+def _cannot_generate(model: str, revision: str | None) -> list[str]:
+    """Encoders make reward models, not policies."""
+    try:
+        config = AutoConfig.from_pretrained(find_source(model).base, revision=revision)
+    except (OSError, ValueError) as error:
+        return [f"backbone.model: {model}: {str(error).strip().splitlines()[0]}"]
+    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return []
+    return [
+        f"backbone.model: {model} is an encoder ({config.model_type}), which cannot generate: a reward model can be made of it "
+        "(`rlhf reward`, without data.sft), a policy cannot."
+    ]
 
 
 def train(trainer: Trainer, folder: Path, *, label: str, say: Callable[[str], None]) -> None:

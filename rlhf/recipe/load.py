@@ -163,9 +163,13 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         where = document.place(("backbone", "from_scratch"))
         yield f"{where}: backbone.model and backbone.from_scratch exclude each other; keep one."
     if recipe.lab is None:
-        for name in ("sft", "preferences"):
-            if getattr(data, name) is None:
-                yield f"{document.place(('data',))}: data.{name} is missing (a hub id or a local file)."
+        if data.preferences is None:
+            yield f"{document.place(('data',))}: data.preferences is missing (a hub id or a local file)."
+        if data.sft is None and backbone.model is None:
+            yield (
+                f"{document.place(('data',))}: data.sft is missing (a hub id or a local file); only a backbone.model that "
+                "can answer already does without SFT."
+            )
     if recipe.sft.trl_settings().get("eval_strategy", "no") != "no":
         yield f"{document.place(('sft', 'eval_strategy'))}: sft.eval_strategy: demonstrations are not held out; leave it off."
     for stage in STAGE_SECTIONS:

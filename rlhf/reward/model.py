@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.models.load import load_scorer, load_tokenizer
+from rlhf.models.save import save_model
 from rlhf.models.score import score_rows
 from rlhf.models.text import Prompt, encode_answers
 
@@ -29,6 +30,8 @@ class RewardModel:
         tokenizer: its own; the policy's may be another.
         mean, std: of raw scores on SFT samples; `(score - mean) / std` has unit scale there.
         conversational: trained on conversations, so a prompt that is a string is read as one user turn.
+        max_length: longer texts lose the beginning of their prompt; default: as many tokens as the model has positions.
+        cut: how many texts did so far.
     """
 
     def __init__(
@@ -45,7 +48,8 @@ class RewardModel:
         self.model, self.tokenizer = model, tokenizer
         self.mean, self.std = mean, std
         self.conversational = conversational
-        self.max_length, self.batch_size = max_length, batch_size
+        self.max_length = position_limit(model, tokenizer) if max_length is None else max_length
+        self.batch_size = batch_size
         self.cut = 0
 
     def score(
@@ -69,6 +73,12 @@ class RewardModel:
         return scores
 
 
+def position_limit(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that a model can read: an encoder has no positions beyond, a decoder was not trained on them."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+
+
 def save_reward_model(
     folder: Path,
     model: Any,
@@ -86,8 +96,7 @@ def save_reward_model(
         ended: whether each sample came to its end.
         facts: what else the card should say; `load_in_4bit` of a model on a 4-bit base must be there.
     """
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     return calibrate_reward_model(folder, samples=samples, ended=ended, facts=facts)
 
 

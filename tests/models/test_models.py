@@ -13,8 +13,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf import load_reward_model
 from rlhf.errors import UserError
 from rlhf.models.generate import generate, mask_after_end
-from rlhf.models.load import build_reward_model, find_source, load_policy, model_settings
+from rlhf.models.load import (
+    build_reward_model,
+    find_source,
+    load_policy,
+    load_tokenizer,
+    model_settings,
+    score_head,
+)
 from rlhf.models.roles import PolicyAndCritic, active_adapter, make_reference, position_ids, response_logprobs
+from rlhf.models.save import base_fingerprint, save_model
 from rlhf.models.text import answer_text, check_tokenizer, encode_answers, plain
 from tests.conftest import PROMPTS, WORDS
 
@@ -294,3 +302,166 @@ def test_a_base_model_without_a_chat_template_gets_transcripts(tokenizer: Any) -
 def test_an_unended_answer_loses_only_the_close(tokenizer: Any, answer: str) -> None:
     cut = answer_text(tokenizer, PROMPT, answer, ended=False)
     assert cut.endswith("<|assistant|>\n" + answer)
+
+
+# ---- Bases, dates, encoders ----
+
+
+def scalar_adapter(base: Path, tokenizer: Any, folder: Path) -> Any:
+    """A LoRA reward model with every weight moved, saved with its card."""
+    from rlhf.reward.model import save_reward_model
+
+    torch.manual_seed(0)
+    settings = model_settings({"use_peft": True, "lora_r": 4})
+    model = build_reward_model(base, settings, pad_token_id=tokenizer.pad_token_id)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return save_reward_model(folder, model, tokenizer, samples=[(prompt, "yes") for prompt in PROMPTS])
+
+
+def test_an_adapter_on_another_base_of_the_same_shape_is_refused(
+    base_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The base is overwritten in place by one that differs in a single matrix, as merged fine-tuning leaves it."""
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(base_folder, base)
+    scalar_adapter(base, tokenizer, tmp_path / "reward")
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    save_model(policy, tokenizer, tmp_path / "policy")
+    load_reward_model(tmp_path / "reward")
+    load_policy(tmp_path / "policy", model_settings({}))
+
+    other = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.add_(0.01)
+    other.save_pretrained(base)
+    for load in (
+        lambda: load_reward_model(tmp_path / "reward"),
+        lambda: load_policy(tmp_path / "policy", model_settings({"use_peft": True})),
+        lambda: build_reward_model(tmp_path / "policy", pad_token_id=0),
+    ):
+        with pytest.raises(UserError, match="trained on another base"):
+            load()
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match="is not there any more"):
+        load_reward_model(tmp_path / "reward")
+
+
+def test_a_fingerprint_knows_weights_and_not_bookkeeping(base_folder: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(base_folder, tmp_path / "copy")
+    before = base_fingerprint(str(base_folder))
+    file = tmp_path / "copy" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "transformers_version": "9.9", "use_cache": False}))
+    assert base_fingerprint(str(tmp_path / "copy")) == before
+    file.write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert base_fingerprint(str(tmp_path / "copy")) != before
+
+
+DATED = (
+    "{%- if not date_string is defined -%}{%- if strftime_now is defined -%}"
+    '{%- set date_string = strftime_now("%d %b %Y") -%}{%- else -%}{%- set date_string = "26 Jul 2024" -%}'
+    "{%- endif -%}{%- endif -%}Today: {{ date_string }}\n"
+    "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] + eos_token }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}assistant: {%- endif -%}"
+)
+
+
+def test_a_template_that_inserts_a_date_is_frozen(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 3's own construction: the text of an answer is the same on two days, and the frozen template is saved."""
+    import copy
+    import datetime
+
+    from transformers.utils import chat_template_utils
+
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = DATED
+    dated.save_pretrained(tmp_path)
+
+    def on(day: int) -> str:
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> Any:
+                return cls(2030, 1, day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+        chat_template_utils._compile_jinja_template.cache_clear()
+        return answer_text(loaded, PROMPT, "yes")
+
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert on(1) != on(2), "the trap itself: without freezing, the text changes with the day"
+    with pytest.warns(UserWarning, match="frozen at 26 Jul 2024"):
+        loaded = load_tokenizer(tmp_path, conversational=True)
+    assert on(1) == on(2)
+    assert on(1).startswith("Today: 26 Jul 2024")
+    loaded.save_pretrained(tmp_path / "again")
+    assert "strftime_now(" not in (AutoTokenizer.from_pretrained(tmp_path / "again").chat_template or "")
+    loaded.chat_template = "{{ strftime_now(form) }}"
+    loaded.save_pretrained(tmp_path / "computed")
+    with pytest.raises(UserError, match="computes a date"):
+        load_tokenizer(tmp_path / "computed", conversational=True)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer BERT with a word-level vocabulary, as such models lie on the hub: no chat template, no end token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, "Human", "Assistant", ":", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=32, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    config.max_position_embeddings = 32
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_an_encoder_is_a_reward_model_through_the_plain_forward(
+    encoder_folder: Path, tmp_path: Path, pairs: Any, cpu_arguments: dict[str, Any], use_peft: bool
+) -> None:
+    """Trained, saved, reloaded: same scores; with LoRA the random classifier is trained and saved, or nothing is right."""
+    from trl import RewardConfig
+
+    from rlhf import PairRewardTrainer
+    from rlhf.reward.model import RewardModel, save_reward_model
+
+    tokenizer = load_tokenizer(encoder_folder, conversational=True)
+    assert answer_text(tokenizer, PROMPT, "yes") == f"[CLS]\n\nHuman: {plain(PROMPT)}\n\nAssistant: yes[SEP]"
+    torch.manual_seed(0)
+    settings = model_settings({"use_peft": use_peft, "lora_r": 4})
+    model = build_reward_model(encoder_folder, settings, pad_token_id=tokenizer.pad_token_id)
+    assert score_head(model) is None, "no linear head named score: no critic can be made of it"
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = RewardConfig(**cpu_arguments, num_train_epochs=1, learning_rate=1e-2, per_device_train_batch_size=8)
+    trainer = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    assert any("classifier" in name and not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    samples = [(prompt, word) for prompt in PROMPTS[:8] for word in ("yes", "no")]
+    saved = save_reward_model(tmp_path, trainer.model, tokenizer, samples=samples)
+    prompts, answers = [p for p, _ in samples], [a for _, a in samples]
+    in_memory = RewardModel(trainer.model, tokenizer).score(prompts, answers)
+    torch.testing.assert_close(load_reward_model(tmp_path).score(prompts, answers), in_memory, atol=1e-6, rtol=0)
+    assert saved.std > 1e-4
+    long = [{"role": "user", "content": "red " * 100}]
+    assert saved.score([long], ["yes"]).isfinite().all()
+    assert saved.cut == 1, "an encoder has no position beyond its last, and says that it left something out"
+    ids, _ = encode_answers(tokenizer, [long], ["yes"], max_length=32)
+    assert (ids[0][0], ids[0][-1], len(ids[0])) == (tokenizer.cls_token_id, tokenizer.sep_token_id, 32)

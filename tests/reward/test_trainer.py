@@ -203,5 +203,5 @@ def test_trl_with_the_wrong_task_type_is_why_we_force_it(base_folder: Path, toke
     model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=1)
     get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no score head"):
+    with pytest.raises(UserError, match="holds no trained score"):
         load_scorer(tmp_path)
