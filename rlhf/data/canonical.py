@@ -1,9 +1,11 @@
 """Any accepted row into the canonical one: conversations, TRL's format.
 
 Pairs: `prompt` (messages), `chosen`, `rejected` (one assistant message each), and optionally `margin`, `confidence`,
-`weight`, `annotator`, `source`; a `soft_label` is read as `confidence`. Demonstrations: `prompt`, `completion`. Prompts: `prompt`.
+`weight`, `annotator`, `source`, `subset`, `agree`; a `soft_label` is read as `confidence`; those of a ranking also have
+`group` and `rating_gap` (in the source's own unit). Demonstrations: `prompt`, `completion`. Prompts: `prompt`.
 """
 
+import hashlib
 import math
 from typing import Any
 
@@ -11,6 +13,8 @@ from rlhf.data.read import BadRow
 
 ROLES = ("system", "user", "assistant")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+EXTRAS = ("annotator", "source", "subset")
+LONG_PROMPT = 20_000
 NUMBERS = {"margin": (-math.inf, math.inf), "confidence": (0.0, 1.0), "weight": (0.0, math.inf)}
 Messages = list[dict[str, str]]
 
@@ -39,12 +43,11 @@ def pair(row: dict[str, Any]) -> dict[str, Any]:
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
         if len(chosen) != 1 or len(rejected) != 1:
             raise BadRow("chosen and rejected have no common prompt followed by one answer each")
-    _check_prompt(prompt)
+    check_prompt(prompt)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side[0]["role"] != "assistant":
             raise BadRow(f"{name} is not an assistant's answer")
-        if not side[0]["content"].strip():
-            raise BadRow(f"{name} is empty")
+        check_answer(side[0]["content"], name)
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
         raise BadRow("chosen and rejected are the same")
     canonical: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -52,11 +55,26 @@ def pair(row: dict[str, Any]) -> dict[str, Any]:
         value = row.get(name, row.get("soft_label") if name == "confidence" else None)
         if value is not None:
             canonical[name] = _number(value, name, low, high)
-    for name in ("annotator", "source"):
-        if isinstance(row.get(name), str):
-            canonical[name] = row[name]
-    _check_encodable(canonical)
-    return canonical
+    return canonical | extras_of(row)
+
+
+def extras_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says about where it comes from and how sure its label is, kept as it is."""
+    extras = {name: row[name] for name in EXTRAS if isinstance(row.get(name), str)}
+    if isinstance(row.get("agree"), int | float) and not isinstance(row["agree"], bool):
+        extras["agree"] = row["agree"]
+    return extras
+
+
+def oddities(canonical: dict[str, Any]) -> list[str]:
+    """What is unusual about a row that is kept all the same."""
+    prompt = canonical["prompt"]
+    found = []
+    if sum(len(message["content"]) for message in prompt) > LONG_PROMPT:
+        found.append(f"its prompt has more than {LONG_PROMPT} characters")
+    if sum(message["role"] == "system" for message in prompt) > 1:
+        found.append("it has more than one system turn")
+    return found
 
 
 def demonstration(row: dict[str, Any]) -> dict[str, Any]:
@@ -76,12 +94,9 @@ def demonstration(row: dict[str, Any]) -> dict[str, Any]:
         raise BadRow("neither 'messages' nor 'prompt' and 'completion'")
     if not turns or turns[-1]["role"] != "assistant":
         raise BadRow("the last turn is not an assistant's answer")
-    if not turns[-1]["content"].strip():
-        raise BadRow("the answer is empty")
-    _check_prompt(turns[:-1])
-    canonical = {"prompt": turns[:-1], "completion": turns[-1:]}
-    _check_encodable(canonical)
-    return canonical
+    check_answer(turns[-1]["content"], "the answer")
+    check_prompt(turns[:-1])
+    return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
 def prompt_only(row: dict[str, Any]) -> dict[str, Any]:
@@ -99,10 +114,8 @@ def prompt_only(row: dict[str, Any]) -> dict[str, Any]:
         turns = pair(row)["prompt"]
     else:
         raise BadRow("neither 'prompt' nor 'messages'")
-    _check_prompt(turns)
-    canonical = {"prompt": turns}
-    _check_encodable(canonical)
-    return canonical
+    check_prompt(turns)
+    return {"prompt": turns}
 
 
 def messages(value: Any, name: str) -> Messages:
@@ -171,13 +184,39 @@ def _answer(value: Any, name: str) -> Messages:
     return turns
 
 
-def _check_prompt(turns: Messages) -> None:
+def check_prompt(turns: Messages) -> None:
+    """Refuse a prompt that nobody can answer.
+
+    Raises:
+        BadRow: empty, not ending with a user's turn, or no text.
+    """
     if not turns:
         raise BadRow("the prompt is empty")
     if turns[-1]["role"] != "user":
         raise BadRow("the prompt does not end with a user's turn")
     if not turns[-1]["content"].strip():
         raise BadRow("the prompt's last turn is empty")
+    for turn in turns:
+        _check_encodable(turn["content"])
+
+
+def check_answer(content: Any, name: str) -> None:
+    """Refuse what is no answer.
+
+    Raises:
+        BadRow: another type, blank, or no text.
+    """
+    if not isinstance(content, str):
+        raise BadRow(f"{name} has no text")
+    if not content.strip():
+        raise BadRow(f"{name} is empty")
+    _check_encodable(content)
+
+
+def prompt_key(prompt: Messages) -> str:
+    """Prompts that differ in blanks and case only are one prompt."""
+    text = "\x1f".join(f"{m['role']}\x1e{' '.join(m['content'].split()).casefold()}" for m in prompt)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _number(value: Any, name: str, low: float, high: float) -> float:
@@ -189,10 +228,8 @@ def _number(value: Any, name: str, low: float, high: float) -> float:
     return float(value)
 
 
-def _check_encodable(row: dict[str, Any]) -> None:
-    for value in row.values():
-        for message in value if isinstance(value, list) else []:
-            try:
-                message["content"].encode("utf-8")
-            except UnicodeEncodeError:
-                raise BadRow("a lone surrogate, which is no text") from None
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow("a lone surrogate, which is no text") from None

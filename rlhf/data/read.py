@@ -15,19 +15,31 @@ EXAMPLES_KEPT = 5
 
 @dataclass
 class ReadReport:
-    """What a reader kept and what it dropped, with the first rows of each reason (1-based lines for text files)."""
+    """What a reader kept and what it dropped, with the first rows of each reason (1-based lines for text files).
+
+    `noted` counts what is unusual about rows that were kept, or about parts of them that were not.
+    """
 
     source: str
     rows: int = 0
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[int]] = field(default_factory=dict)
 
-    def drop(self, row: int | None, reason: str, *, count: int = 1) -> None:
-        """Count rows that are left out; `row` is the number of a single one, None where several were found at once."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
+    def drop(self, row: int, reason: str) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self._example(row, reason)
+
+    def note(self, row: int, what: str, *, count: int = 1) -> None:
+        """Count something about a row that is kept."""
+        self.noted[what] = self.noted.get(what, 0) + count
+        self._example(row, what)
+
+    def _example(self, row: int, reason: str) -> None:
         rows = self.examples.setdefault(reason, [])
-        if row is not None and len(rows) < EXAMPLES_KEPT:
+        if len(rows) < EXAMPLES_KEPT and row not in rows:
             rows.append(row)
 
     def as_dict(self) -> dict[str, Any]:
@@ -37,16 +49,18 @@ class ReadReport:
             "rows": self.rows,
             "kept": self.kept,
             "dropped": self.dropped,
+            "noted": self.noted,
             "examples": self.examples,
         }
 
     def sentences(self) -> list[str]:
         """What a person is told."""
         lines = [f"{self.source}: {self.kept} of {self.rows} rows kept."]
-        for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
-            shown = self.examples[reason]
-            rows = f" (row {', '.join(map(str, shown))}{', …' if count > len(shown) else ''})" if shown else ""
-            lines.append(f"  {count} left out: {reason}{rows}")
+        for counts, what in ((self.dropped, "left out"), (self.noted, "noted")):
+            for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+                shown = self.examples[reason]
+                more = ", …" if len(shown) == EXAMPLES_KEPT and count > len(shown) else ""
+                lines.append(f"  {count} {what}: {reason} (row {', '.join(map(str, shown))}{more})")
         return lines
 
 
@@ -54,8 +68,10 @@ class BadRow(Exception):
     """A row that cannot be used, with the reason."""
 
 
-def read_rows(source: str, report: ReadReport, *, split: str = "train") -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(source: str, report: ReadReport, *, split: str = "train") -> Iterator[tuple[int, Any]]:
     """Rows of a local file or a hub dataset, each with its number; unreadable lines are counted in the report.
+
+    A row is an object, or a list of messages (a ranked list).
 
     Args:
         source: a path ending in .json, .jsonl, .json.gz, .jsonl.gz or .parquet, or a hub dataset id.
@@ -95,7 +111,7 @@ def _open(path: Path) -> Any:
     return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
 
 
-def _json_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -108,13 +124,13 @@ def _json_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, dict[str,
             except json.JSONDecodeError:
                 report.drop(number, "not valid JSON")
             else:
-                if isinstance(row, dict):
+                if _is_row(row):
                     yield number, row
                 else:
                     report.drop(number, "not a JSON object")
 
 
-def _json_array(path: Path, report: ReadReport) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_array(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
         try:
             rows = json.loads(file.read().decode("utf-8"))
@@ -126,13 +142,19 @@ def _json_array(path: Path, report: ReadReport) -> Iterator[tuple[int, dict[str,
         raise UserError(f"{path}: a .json file must hold a list of objects.")
     for number, row in enumerate(rows, start=1):
         report.rows += 1
-        if isinstance(row, dict):
+        if _is_row(row):
             yield number, row
         else:
             report.drop(number, "not a JSON object")
 
 
-def _hub_rows(source: str, split: str, report: ReadReport) -> Iterator[tuple[int, dict[str, Any]]]:
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
+    )
+
+
+def _hub_rows(source: str, split: str, report: ReadReport) -> Iterator[tuple[int, Any]]:
     from datasets import load_dataset
 
     try:

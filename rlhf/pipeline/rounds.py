@@ -12,7 +12,7 @@ from rlhf.data.read import is_local
 from rlhf.errors import UserError
 from rlhf.pipeline.store import Stage, Store, differences, file_digest, write_text
 from rlhf.pipeline.summary import write_summary
-from rlhf.recipe.schema import Recipe
+from rlhf.recipe.schema import DATA_SOURCES, Recipe
 from rlhf.report.page import write_report
 
 # With several processes these stages are run by all of them; the others by the first, while the rest wait.
@@ -162,11 +162,12 @@ def check_sources(recipe: Recipe) -> None:
     Raises:
         UserError: naming all that are missing.
     """
-    problems = []
-    for name in ("sft", "preferences", "prompts", "test"):
-        source = getattr(recipe.data, name)
-        if source is not None and is_local(source) and not Path(source).expanduser().is_file():
-            problems.append(f"data.{name}: {source}: no such file.")
+    problems = [
+        f"data.{name}: {entry.source}: no such file."
+        for name in DATA_SOURCES
+        for entry in recipe.data.sources(name)
+        if is_local(entry.source) and not Path(entry.source).expanduser().is_file()
+    ]
     if recipe.evaluate.gold is not None:
         file = recipe.evaluate.gold.rpartition(":")[0]
         if not Path(file).expanduser().is_file():
@@ -177,9 +178,5 @@ def check_sources(recipe: Recipe) -> None:
 
 def _local_digests(recipe: Recipe) -> dict[str, str]:
     """sha256 of every local data file: a changed file is another data stage."""
-    sources = {name: getattr(recipe.data, name) for name in ("sft", "preferences", "prompts", "test")}
-    return {
-        name: file_digest(Path(source).expanduser())
-        for name, source in sources.items()
-        if source is not None and is_local(source) and Path(source).expanduser().is_file()
-    }
+    files = {entry.source for name in DATA_SOURCES for entry in recipe.data.sources(name) if is_local(entry.source)}
+    return {file: file_digest(Path(file).expanduser()) for file in sorted(files) if Path(file).expanduser().is_file()}

@@ -13,7 +13,7 @@ from transformers import set_seed
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
 import rlhf.reward.trainer as reward_trainers
-from rlhf.data.prepare import DataSources, prepare_data
+from rlhf.data.prepare import DataSources, Source, prepare_data
 from rlhf.evaluation.gold import GoldFunction, load_gold
 from rlhf.evaluation.policy import judge_policies
 from rlhf.evaluation.statistics import pair_report
@@ -27,7 +27,7 @@ from rlhf.models.text import plain
 from rlhf.pipeline.training import quiet_libraries, split_settings, train, training_arguments
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.recipe.schema import Recipe
+from rlhf.recipe.schema import DATA_SOURCES, Recipe
 from rlhf.reward import OBJECTIVES
 from rlhf.reward.model import RewardModel, calibrate_reward_model, load_reward_model, position_limit
 
@@ -89,15 +89,17 @@ def run_lab(context: StageContext) -> dict[str, Any]:
 def run_data(context: StageContext) -> dict[str, Any]:
     """Read, check and split what the recipe names; what it does not name comes from the lab."""
     data = context.recipe.data
-    sources = data.model_dump()
+    named: dict[str, Any] = {
+        name: [Source(**entry.model_dump()) for entry in data.sources(name)] for name in DATA_SOURCES
+    }
+    others: dict[str, Any] = data.model_dump(exclude=set(DATA_SOURCES))
     if "lab" in context.parents:
         made = context.parents["lab"] / "data"
-        files = {"sft": "sft", "preferences": "preferences", "prompts": "prompts", "test": "test"}
-        for name, file in files.items():
-            sources[name] = sources[name] or str(made / f"{file}.jsonl")
         if data.prompts is None:
-            sources["test_prompts"] = str(made / "test_prompts.jsonl")
-    facts = prepare_data(context.folder / "data", DataSources(**sources), seed=context.recipe.seed)
+            named["test_prompts"] = [Source(str(made / "test_prompts.jsonl"))]
+        for name in DATA_SOURCES:
+            named[name] = named[name] or [Source(str(made / f"{name}.jsonl"))]
+    facts = prepare_data(context.folder / "data", DataSources(**others, **named), seed=context.recipe.seed)
     for sentence in facts.pop("sentences"):
         context.say(sentence)
     return facts
@@ -176,7 +178,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
     trainer_class = getattr(reward_trainers, OBJECTIVES[recipe.reward.objective])
-    pairs = Dataset.from_list(read_jsonl(context.data / "pairs.jsonl"))
+    pairs = _training_pairs(context)
     held_out = _held_out(context, "test_pairs") if args.eval_strategy != "no" else None
     trainer = trainer_class(model, args, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer)
     train(trainer, context.folder, label="reward", say=context.say)
@@ -269,9 +271,18 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     return facts
 
 
+def _training_pairs(context: StageContext) -> Dataset:
+    """The pairs with the columns that a loss may read; where one is from (`source`, `group`, …) is not among them."""
+    rows = read_jsonl(context.data / "pairs.jsonl")
+    names = ("prompt", "chosen", "rejected", *(name for name in reward_trainers.PAIR_COLUMNS if name in rows[0]))
+    return Dataset.from_list([{name: row[name] for name in names} for row in rows])
+
+
 def _held_out(context: StageContext, name: str) -> Dataset:
     """Rows for evaluation during training, as many as are judged at the end."""
-    return Dataset.from_list(read_jsonl(context.data / f"{name}.jsonl")[: context.recipe.evaluate.prompts])
+    rows = read_jsonl(context.data / f"{name}.jsonl")[: context.recipe.evaluate.prompts]
+    kept = [{key: row[key] for key in ("prompt", "chosen", "rejected") if key in row} for row in rows]
+    return Dataset.from_list(kept)
 
 
 STAGES: dict[str, Callable[[StageContext], dict[str, Any]]] = {

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 STAGE_SECTIONS = ("sft", "reward", "ppo")
+DATA_SOURCES = ("sft", "preferences", "prompts", "test")
 
 # Keys that TRL knows and a recipe may not set, each with the reason.
 REFUSED_KEYS = {
@@ -73,17 +74,33 @@ class BackboneSection(Section):
     from_scratch: dict[str, Any] | None = None
 
 
-class DataSection(Section):
-    """Hub ids or local files (json, jsonl, gz, parquet); each optional where `lab:` makes it."""
+class SourceEntry(Section):
+    """One source of a mixture: a hub id or local file, the fraction of its prompts to take, a cap."""
 
-    sft: str | None = None
-    preferences: str | None = None
-    prompts: str | None = None
-    test: str | None = None
+    source: str
+    fraction: float = Field(1.0, gt=0, le=1)
+    max_rows: int | None = Field(None, ge=1)
+
+
+class DataSection(Section):
+    """Hub ids or local files (json, jsonl, gz, parquet), or a list of them; each optional where `lab:` makes it."""
+
+    sft: str | list[str | SourceEntry] | None = None
+    preferences: str | list[str | SourceEntry] | None = None
+    prompts: str | list[str | SourceEntry] | None = None
+    test: str | list[str | SourceEntry] | None = None
     test_fraction: float = Field(0.1, gt=0, lt=1)
+    leakage: Literal["refuse", "drop", "allow"] = "refuse"
+    max_pairs_per_prompt: int | None = Field(None, ge=1)
     max_sft: int | None = Field(None, ge=1)
     max_pairs: int | None = Field(None, ge=1)
     max_prompts: int | None = Field(None, ge=1)
+
+    def sources(self, name: str) -> list[SourceEntry]:
+        """What `sft`, `preferences`, `prompts` or `test` names, as a mixture."""
+        value = getattr(self, name)
+        entries = [] if value is None else value if isinstance(value, list) else [value]
+        return [SourceEntry(source=entry) if isinstance(entry, str) else entry for entry in entries]
 
 
 class StageSection(BaseModel):

@@ -2,13 +2,14 @@
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf.data.canonical import demonstration, pair, prompt_only, transcript
-from rlhf.data.prepare import DataSources, prepare_data, prompt_key
+from rlhf.data.canonical import demonstration, pair, prompt_key, prompt_only, transcript
+from rlhf.data.prepare import DataSources, Source, prepare_data
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.errors import UserError
 
@@ -113,9 +114,9 @@ def test_one_bad_line_costs_one_line(tmp_path: Path) -> None:
     assert report.examples == {"not valid JSON": [2], "not UTF-8 text": [3], "not a JSON object": [4]}
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
+def write(path: Path, rows: Sequence[Any]) -> list[Source]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return [Source(str(path))]
 
 
 def many_pairs(count: int) -> list[dict[str, Any]]:
@@ -188,7 +189,9 @@ def test_the_hub_is_asked_for_what_is_no_file(tmp_path: Path, monkeypatch: pytes
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    facts = prepare_data(tmp_path / "out", DataSources(sft="org/demos", preferences="org/pairs"), seed=0)
+    facts = prepare_data(
+        tmp_path / "out", DataSources(sft=[Source("org/demos")], preferences=[Source("org/pairs")]), seed=0
+    )
     assert ("org/pairs", "train") in asked
     assert ("org/pairs", "test") in asked, "a hub dataset's own test split is the test side"
     assert facts["rows"] == {"sft": 5, "pairs": 5, "test_pairs": 5, "prompts": 5, "test_prompts": 5}
