@@ -32,6 +32,11 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]", show_default=False)]
 
 
+RewardModelName = Annotated[
+    str, typer.Argument(help="A reward model's folder, or a hub id with one label.", show_default=False)
+]
+
+
 @app.command("run")
 def run_command(
     recipe_file: RecipeFile,
@@ -98,7 +103,7 @@ def lineage_command(
 
 
 @app.command("score")
-def score_command(model: Annotated[Path, typer.Argument(help="A reward model's folder.", show_default=False)]) -> None:
+def score_command(model: RewardModelName) -> None:
     """Read JSON lines from standard input, write them with their scores; exit 1 at the end if a line was bad."""
     import json
 
@@ -115,23 +120,67 @@ def score_command(model: Annotated[Path, typer.Argument(help="A reward model's f
 
 @app.command("evaluate")
 def evaluate_command(
-    model: Annotated[Path, typer.Argument(help="A reward model's folder.", show_default=False)],
-    data: Annotated[list[str], typer.Argument(help="Files of pairs, or hub datasets.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Where to write the JSON.", show_default=False)],
+    model: RewardModelName,
+    data: Annotated[list[str], typer.Argument(help="Files of pairs or rankings, or hub datasets.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write the JSON; the page lies beside it.", show_default=False)],
+    against: Annotated[
+        str | None, typer.Option(help="Another reward model, compared on the same pairs.", show_default=False)
+    ] = None,
 ) -> None:
-    """Judge a reward model on pairs: accuracy with its interval, ties, calibration, the length baseline."""
+    """Judge a reward model: accuracy with its interval, length control, calibration, K-wise, RewardBench."""
     from rlhf.pipeline.judge import evaluate_reward_model
 
-    table = Table()
-    for heading in ("data", "pairs", "accuracy", "95 %", "longer wins", "ties", "ECE"):
+    def say(line: str) -> None:
+        errors.print(line, markup=False, soft_wrap=True)
+
+    if out.suffix not in ("", ".json"):
+        raise UserError(f"--out {out}: the report is JSON; name it .json (the page beside it is .html).")
+    result = evaluate_reward_model(model, data, out, against=against, say=say)
+    table = Table(title="95 % intervals over prompts; ties are wrong")
+    for heading in ("data", "pairs", "accuracy", "95 %", "longer\nwins", "length-\ncontrolled", "ties", "ECE", "T"):
         table.add_column(heading, justify="left" if heading == "data" else "right")
-    for name, report in evaluate_reward_model(
-        model, data, out, say=lambda line: errors.print(line, markup=False)
-    ).items():
+    for name, report in result["data"].items():
         low, high = report["accuracy_ci"]
-        numbers = (f"{report['accuracy']:.3f}", f"{low:.3f} to {high:.3f}", f"{report['length_baseline']:.3f}")
-        table.add_row(name, str(report["n"]), *numbers, str(report["ties"]), f"{report['ece']:.3f}")
+        controlled, temperature = report["accuracy_length_controlled"], report["temperature"]
+        table.add_row(
+            name,
+            str(report["n"]),
+            f"{report['accuracy']:.3f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{report['length_baseline']:.3f}",
+            "-" if controlled is None else f"{controlled:.3f}",
+            str(report["ties"]),
+            f"{report['ece']:.3f}",
+            "-" if temperature is None else f"{temperature:.2f}",
+        )
     output.print(table)
+    for name, report in result["data"].items():
+        for line in _more_of_evaluation(report, against):
+            output.print(f"{name}: {line}", markup=False, soft_wrap=True)
+    output.print(f"{out}   {out.with_suffix('.html')}", markup=False, soft_wrap=True)
+
+
+def _more_of_evaluation(report: dict[str, Any], against: str | None) -> list[str]:
+    """What only some data have: rankings, another model, a published benchmark's sections."""
+    lines = []
+    if "rankings" in report:
+        ranked = report["rankings"]
+        tau = "-" if ranked["tau_b"] is None else f"{ranked['tau_b']:.3f}"
+        lines.append(
+            f"{ranked['prompts']} rankings: best of K chosen in {ranked['best_of_k']:.3f} (chance "
+            f"{ranked['best_of_k_by_chance']:.3f}), Kendall tau-b {tau}."
+        )
+    if "against" in report:
+        other = report["against"]
+        low, high = other["difference_ci"]
+        lines.append(
+            f"{against} has {other['accuracy']:.3f}; difference {other['difference']:+.3f} [{low:+.3f}, {high:+.3f}], "
+            f"p = {other['p_value']:.2g} (paired, by prompt)."
+        )
+    for benchmark in (report["reward_bench"], report.get("rankings", {}).get("reward_bench_2")):
+        if benchmark:
+            lines.append(", ".join(f"{section} {value:.3f}" for section, value in benchmark.items()))
+    return lines
 
 
 @app.command("export")

@@ -13,7 +13,7 @@ from rlhf.data.read import BadRow
 
 ROLES = ("system", "user", "assistant")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-EXTRAS = ("annotator", "source", "subset")
+EXTRAS = ("annotator", "source", "subset", "id")
 LONG_PROMPT = 20_000
 NUMBERS = {"margin": (-math.inf, math.inf), "confidence": (0.0, 1.0), "weight": (0.0, math.inf)}
 Messages = list[dict[str, str]]

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.canonical import demonstration, oddities, pair, prompt_key, prompt_only
-from rlhf.data.rankings import best_answers, comparisons, group_rated, is_ranking, is_rated, rankings, rated_answers
+from rlhf.data.rankings import (
+    Ranking,
+    best_answers,
+    comparisons,
+    group_rated,
+    is_ranking,
+    is_rated,
+    rankings,
+    rated_answers,
+)
 from rlhf.data.read import BadRow, ReadReport, is_local, read_rows
 from rlhf.errors import UserError
 
@@ -180,6 +189,17 @@ def read_pairs(source: str, *, split: str = "test") -> tuple[list[dict[str, Any]
     if not rows:
         raise UserError([f"{source}: holds no usable pair.", *reports[0].sentences()])
     return [row.values for row in rows], reports[0]
+
+
+def read_rankings(source: str, *, split: str = "test") -> list[Ranking]:
+    """The rankings of three answers or more in one source; what is wrong with other rows `read_pairs` has said."""
+    found: list[Ranking] = []
+    for _, row in read_rows(source, ReadReport(source), split=split):
+        try:
+            found += [r for r in (rankings(row) if is_ranking(row) else []) if len(r.answers) > 2]
+        except BadRow:
+            continue
+    return found
 
 
 # ---- Reading ----

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.evaluation.statistics import best_of_n_kl, clustered_mean, win_rate
+from rlhf.evaluation.statistics import best_of_n_kl, best_of_n_values, clustered_mean, win_rate
 from rlhf.models.generate import Completions, generate
 from rlhf.models.roles import response_logprobs
 from rlhf.models.text import Prompt, plain
@@ -43,7 +43,8 @@ def judge_policies(
         gold: the true reward, or None.
 
     Returns:
-        `sft`, `policy`, `best_of_16` and `gold_gap_closed` as in `summary.json`, and samples side by side.
+        `sft`, `policy`, `best_of_16` and `gold_gap_closed` as in `summary.json`; `best_of_n`, the true reward of the best
+        of n of SFT's answers and its KL (unbiased over all subsets of the 16); and samples side by side.
     """
     per_prompt = BEST_OF if gold is not None else 1  # without a true reward there is no best of 16 to speak of
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
@@ -75,6 +76,7 @@ def judge_policies(
         "policy": {**_mean("proxy", proxies), "gold": None, **_mean("kl", kls), "win_rate": None},
         "best_of_16": {"by_reward": {"gold": None, "kl": None}, "by_gold": {"gold": None}},
         "gold_gap_closed": None,
+        "best_of_n": [],
     }
     gold_policy: list[float | None] = [None] * len(prompts)
     gold_sft: list[float | None] = [None] * len(prompts)
@@ -89,6 +91,15 @@ def judge_policies(
         facts["policy"] |= {**_mean("gold", ours), "win_rate": rate, "win_rate_ci": interval}
         facts["best_of_16"]["by_reward"] |= {**_mean("gold", picked), "kl": best_of_n_kl(BEST_OF)}
         facts["best_of_16"]["by_gold"] |= _mean("gold", best)
+        facts["best_of_n"] = [
+            {
+                "n": n,
+                "kl": best_of_n_kl(n),
+                "by_reward": clustered_mean(best_of_n_values(sft_scores.tolist(), theirs.tolist(), n))[0],
+                "by_gold": clustered_mean(best_of_n_values(theirs.tolist(), theirs.tolist(), n))[0],
+            }
+            for n in (1, 2, 4, 8, BEST_OF)
+        ]
         gap = facts["best_of_16"]["by_gold"]["gold"] - facts["sft"]["gold"]
         if gap > 0:
             facts["gold_gap_closed"] = (facts["policy"]["gold"] - facts["sft"]["gold"]) / gap

@@ -1,12 +1,16 @@
 """Means with intervals, calibration and baselines. Rows of one prompt are not independent, so prompts are resampled."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 
 RESAMPLES = 2000
+SIGN_FLIPS = 20_000
+CELLS_AT_ONCE = 4_000_000
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def clustered_mean(
@@ -26,23 +30,56 @@ def clustered_mean(
     """
     numbers = np.asarray(values, dtype=float)
     assert numbers.size, "a mean needs at least one value"
-    if clusters is None:
-        index = np.arange(numbers.size)
-    else:
-        ids: dict[Hashable, int] = {}
-        index = np.array([ids.setdefault(cluster, len(ids)) for cluster in clusters])
-    sums, counts = np.bincount(index, weights=numbers), np.bincount(index).astype(float)
+    columns = np.stack([numbers, np.ones_like(numbers)], axis=1)
+    return clustered_statistic(columns, clusters, lambda sums: sums[..., 0] / sums[..., 1], seed=seed)
+
+
+def clustered_statistic(
+    columns: Array, clusters: Sequence[Hashable] | None, statistic: Callable[[Array], Array], *, seed: int = 0
+) -> tuple[float, list[float]]:
+    """A function of sums over rows, and its 95 % percentile interval when clusters are drawn with replacement.
+
+    Args:
+        columns: [n, k] numbers to be summed.
+        statistic: from sums [..., k] to values [...]; not a number where a resample does not determine it.
+    """
+    index = np.arange(len(columns)) if clusters is None else _cluster_numbers(clusters)
+    sums = np.stack([np.bincount(index, weights=column) for column in columns.T], axis=1)
+    count = len(sums)
     rng = np.random.default_rng(seed)
-    draws = rng.integers(0, sums.size, size=(RESAMPLES, sums.size)) if sums.size <= 5000 else None
-    if draws is not None:
-        means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    else:  # the same draw as weights, without a table of RESAMPLES x clusters
-        means = np.empty(RESAMPLES)
-        for i in range(RESAMPLES):
-            draw = rng.integers(0, sums.size, size=sums.size)
-            means[i] = sums[draw].sum() / counts[draw].sum()
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(numbers.mean()), [float(low), float(high)]
+    values = np.empty(RESAMPLES)
+    rows = max(1, CELLS_AT_ONCE // count)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for start in range(0, RESAMPLES, rows):
+            draws = rng.integers(0, count, size=(min(rows, RESAMPLES - start), count))
+            resampled = np.stack([column[draws].sum(axis=1) for column in sums.T], axis=1)
+            values[start : start + rows] = statistic(resampled)
+        estimate = float(statistic(sums.sum(axis=0)))
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return estimate, [float(low), float(high)]
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0
+) -> dict[str, Any]:
+    """Whether one of two models is better on the same rows.
+
+    `difference` is mean(first) - mean(second) with its clustered interval. `p_value` is that of a two-sided sign-flip
+    test: if the models were equal, a prompt's summed difference would as often be positive as negative. With 0/1 values
+    and no repeated prompt it is McNemar's exact test, up to the draws.
+    """
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    mean, interval = clustered_mean(differences.tolist(), clusters, seed=seed)
+    index = np.arange(len(differences)) if clusters is None else _cluster_numbers(clusters)
+    sums = np.bincount(index, weights=differences)
+    sums = sums[sums != 0]
+    rng = np.random.default_rng(seed)
+    extreme = 0
+    rows = max(1, CELLS_AT_ONCE // max(1, len(sums)))
+    for start in range(0, SIGN_FLIPS, rows):
+        signs = rng.integers(0, 2, size=(min(rows, SIGN_FLIPS - start), len(sums))) * 2 - 1
+        extreme += int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).sum())
+    return {"difference": mean, "difference_ci": interval, "p_value": (extreme + 1) / (SIGN_FLIPS + 1)}
 
 
 def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float], *, bins: int = 10) -> float:
@@ -53,51 +90,72 @@ def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequenc
     >>> expected_calibration_error([0.8, 0.8, 0.8, 0.8, 0.8], [1, 1, 1, 1, 0])
     0.0
     """
+    table = calibration_table(probabilities, outcomes, bins=bins)
+    total = sum(row["n"] * abs(row["frequency"] - row["probability"]) for row in table)
+    return round(total / len(probabilities), 12)
+
+
+def calibration_table(
+    probabilities: Sequence[float], outcomes: Sequence[float], *, bins: int = 10
+) -> list[dict[str, float]]:
+    """Mean stated `probability` and observed `frequency` of each equally wide bin that holds anything, with its `n`."""
     stated, seen = np.asarray(probabilities, dtype=float), np.asarray(outcomes, dtype=float)
     index = np.minimum((stated * bins).astype(int), bins - 1)
-    total = sum(abs(float((seen[index == b] - stated[index == b]).sum())) for b in range(bins))
-    return round(total / stated.size, 12)
+    return [
+        {"probability": float(stated[here].mean()), "frequency": float(seen[here].mean()), "n": int(here.sum())}
+        for b in range(bins)
+        if (here := index == b).any()
+    ]
 
 
-def pair_report(
-    scores_chosen: Sequence[float],
-    scores_rejected: Sequence[float],
-    *,
-    prompts: Sequence[Hashable],
-    lengths_chosen: Sequence[int],
-    lengths_rejected: Sequence[int],
-    gold_differences: Sequence[float] | None = None,
-) -> dict[str, Any]:
-    """How well scores order labelled pairs.
+def brier_score(differences: Sequence[float]) -> float:
+    """Mean squared distance between the probability of the label and 1: mean σ(-d)², 0 best, 0.25 for d = 0.
 
-    `accuracy` counts ties as wrong (strict inequality, as RewardBench does) and says how many there were.
-    `length_baseline` is the accuracy of "the longer answer wins", ties half. The predicted side has probability
-    σ|d|, and `ece` compares that with how often it agrees with the label. `accuracy_true` compares with the sign of
-    the true reward's difference, pairs without a difference left out.
+    >>> brier_score([0.0, 0.0])
+    0.25
     """
-    chosen, rejected = np.asarray(scores_chosen, dtype=float), np.asarray(scores_rejected, dtype=float)
-    right = chosen > rejected
-    accuracy, interval = clustered_mean(right.astype(float).tolist(), prompts)
-    lengths = np.asarray(lengths_chosen, dtype=float) - np.asarray(lengths_rejected, dtype=float)
-    confidence = 1 / (1 + np.exp(-np.minimum(np.abs(chosen - rejected), 50.0)))
-    report: dict[str, Any] = {
-        "n": int(right.size),
-        "accuracy": accuracy,
-        "accuracy_ci": interval,
-        "ties": int((chosen == rejected).sum()),
-        "ece": expected_calibration_error(confidence.tolist(), right.astype(float).tolist()),
-        "length_baseline": float(((lengths > 0) + 0.5 * (lengths == 0)).mean()),
-        "accuracy_true": None,
-        "accuracy_true_ci": None,
-    }
-    if gold_differences is not None:
-        gold = np.asarray(gold_differences, dtype=float)
-        decided = gold != 0
-        if decided.any():
-            agrees = (np.sign(chosen - rejected) == np.sign(gold))[decided]
-            kept = [prompt for prompt, keep in zip(prompts, decided, strict=True) if keep]
-            report["accuracy_true"], report["accuracy_true_ci"] = clustered_mean(agrees.astype(float).tolist(), kept)
-    return report
+    return float((_sigmoid(-np.asarray(differences, dtype=float)) ** 2).mean())
+
+
+def pair_nll(differences: Sequence[float] | Array, temperature: float = 1.0) -> float:
+    """Mean -log σ(d / T), nats a pair; log 2 for a model that knows nothing.
+
+    >>> round(pair_nll([0.0]), 4)
+    0.6931
+    """
+    return float(np.logaddexp(0.0, -np.asarray(differences, dtype=float) / temperature).mean())
+
+
+def best_temperature(differences: Sequence[float]) -> float | None:
+    """T for which σ(d / T) fits the labels best: above 1 the model is too sure. Fitted on the very pairs it describes.
+
+    None where no finite T fits: all pairs right, or no better than chance.
+    """
+    values = np.asarray(differences, dtype=float)
+    if not values.any() or (values > 0).all() or values.sum() <= 0:
+        return None
+    scale = float(np.abs(values).mean())
+    found = minimize_scalar(lambda log_t: pair_nll(values, scale * math.exp(log_t)), bounds=(-9, 9), method="bounded")
+    return scale * math.exp(found.x)
+
+
+def length_controlled_accuracy(
+    right: Sequence[float], length_differences: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> tuple[float | None, list[float] | None]:
+    """Accuracy if the labels had no length preference: the mean of the accuracies where the chosen answer is longer and
+    where it is shorter. A model that looks at length alone has exactly 0.5. Pairs of equal length don't count.
+
+    Returns:
+        the value and its interval; None where one of the two kinds is missing.
+    """
+    outcome, lengths = np.asarray(right, dtype=float), np.asarray(length_differences, dtype=float)
+    longer, shorter = (lengths > 0).astype(float), (lengths < 0).astype(float)
+    if not longer.any() or not shorter.any():
+        return None, None
+    columns = np.stack([outcome * longer, longer, outcome * shorter, shorter], axis=1)
+    return clustered_statistic(
+        columns, clusters, lambda sums: (sums[..., 0] / sums[..., 1] + sums[..., 2] / sums[..., 3]) / 2
+    )
 
 
 def best_of_n_kl(n: int) -> float:
@@ -109,6 +167,32 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def best_of_n_values(
+    proxy: Sequence[Sequence[float] | Array], gold: Sequence[Sequence[float] | Array], n: int
+) -> list[float]:
+    """For each prompt, the expected gold value of the sample that the proxy ranks best among n of its N samples.
+
+        E_n = Σ_i C(i - 1, n - 1) / C(N, n) · gold_(i),  i = 1…N ascending in the proxy
+
+    Unbiased over all subsets of size n (Nakano et al., arXiv:2112.09332, appendix I); equal proxies share their gold.
+
+    Args:
+        proxy, gold: [prompts, N].
+
+    >>> best_of_n_values([[1.0, 2.0, 3.0]], [[0.0, 0.0, 1.0]], 2)
+    [0.6666666666666666]
+    """
+    values = []
+    for scores, golds in zip(np.asarray(proxy, dtype=float), np.asarray(gold, dtype=float), strict=True):
+        total = len(scores)
+        assert 1 <= n <= total, "n samples out of N"
+        shared = np.array([golds[scores == score].mean() for score in scores])
+        ascending = shared[np.argsort(scores, kind="stable")]
+        weights = np.array([math.comb(i, n - 1) for i in range(total)], dtype=float) / math.comb(total, n)
+        values.append(float((weights * ascending).sum()))
+    return values
+
+
 def win_rate(first: Sequence[float], second: Sequence[float]) -> tuple[float, list[float]]:
     """How often `first` is better than `second` on the same prompts, ties half, with its interval.
 
@@ -117,3 +201,12 @@ def win_rate(first: Sequence[float], second: Sequence[float]) -> tuple[float, li
     """
     ours, theirs = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     return clustered_mean(((ours > theirs) + 0.5 * (ours == theirs)).tolist())
+
+
+def _cluster_numbers(clusters: Sequence[Hashable]) -> Any:
+    ids: dict[Hashable, int] = {}
+    return np.array([ids.setdefault(cluster, len(ids)) for cluster in clusters])
+
+
+def _sigmoid(values: Array) -> Array:
+    return np.exp(-np.logaddexp(0.0, -values))

@@ -1,4 +1,4 @@
-"""Commands on a finished model: evaluate it on pairs, export it."""
+"""Commands on a finished model: score lines with it, evaluate it, export it."""
 
 import json
 import shutil
@@ -8,54 +8,67 @@ from typing import Any
 
 from peft import PeftModel
 
-from rlhf.data.canonical import pair
-from rlhf.data.read import BadRow, ReadReport, read_rows
+from rlhf.data.prepare import read_pairs, read_rankings
 from rlhf.errors import UserError
+from rlhf.evaluation.pairs import compare, judge_pairs, pair_report, ranking_report
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings
 from rlhf.models.save import save_model
-from rlhf.pipeline.stages import judge_pairs
 from rlhf.pipeline.store import write_text
 from rlhf.pipeline.training import quiet_libraries
+from rlhf.report.evaluation import write_evaluation
 from rlhf.reward.lines import score_lines
-from rlhf.reward.model import CARD, load_reward_model
+from rlhf.reward.model import CARD, load_reward_model, open_reward_model
 
 
-def score_stream(model: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Score JSON lines with a reward model's folder."""
+def score_stream(model: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Score JSON lines with a reward model."""
     quiet_libraries()
-    yield from score_lines(load_reward_model(model), lines)
+    yield from score_lines(open_reward_model(model), lines)
 
 
 def evaluate_reward_model(
-    model: Path, data: Sequence[str], out: Path, *, say: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """Judge a reward model on every data set and write `{"data": {name: report}}`.
+    model: str, data: Sequence[str], out: Path, *, against: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Judge a reward model on every data set; write `{"model", "data": {name: report}}`, and a page beside it.
+
+    Args:
+        data: files or hub datasets of pairs, rankings or trees.
+        against: another reward model, compared on the same pairs.
 
     Raises:
         UserError: a data set without a usable pair; two of the same name.
     """
     quiet_libraries()
-    reward = load_reward_model(model)
+    names = [Path(source).name.split(".")[0] for source in data]
+    if len(set(names)) < len(names):
+        raise UserError(f"evaluate: two data sets have the same name ({', '.join(names)}); rename a file.")
+    read = [read_pairs(source) for source in data]
+    reward = open_reward_model(model)
+    other = None if against is None else open_reward_model(against)
     reports: dict[str, dict[str, Any]] = {}
-    for source in data:
-        name = Path(source).name.split(".")[0]
-        if name in reports:
-            raise UserError(f"evaluate: two data sets are called {name!r}; rename a file.")
-        read = ReadReport(source)
-        rows = []
-        for number, row in read_rows(source, read, split="test"):
-            try:
-                rows.append(pair(row))
-                read.kept += 1
-            except BadRow as reason:
-                read.drop(number, str(reason))
-        for sentence in read.sentences():
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for name, source, (rows, counts) in zip(names, data, read, strict=True):
+        for sentence in counts.sentences():
             say(sentence)
-        if not rows:
-            raise UserError(f"{source}: holds no usable pair.")
-        reports[name], _ = judge_pairs(reward, rows, None)
-    write_text(out, json.dumps({"model": str(model), "data": reports}, indent=1) + "\n")
-    return reports
+        judged = judge_pairs(reward, rows, label=name)
+        reports[name] = pair_report(judged)
+        rankings = read_rankings(source)
+        if rankings:
+            reports[name]["rankings"] = ranking_report(reward, rankings, label=f"{name}: rankings")
+        if other is not None:
+            theirs = judge_pairs(other, rows, label=f"{name}: {against}")
+            reports[name]["against"] = {"accuracy": float(theirs.right.mean()), **compare(judged, theirs)}
+        reports[name]["read"] = counts.as_dict()
+        shown[name] = judged.samples()
+    for scorer, which in ((reward, model), (other, against)):
+        if scorer is not None and scorer.cut:
+            say(
+                f"{which}: {scorer.cut} texts are longer than {scorer.max_length} tokens and lost the beginning of their prompt."
+            )
+    result = {"model": model, "against": against, "data": reports}
+    write_text(out, json.dumps(result, indent=1) + "\n")
+    write_evaluation(out.with_suffix(".html"), result, shown)
+    return result
 
 
 def export_model(model: Path, out: Path) -> None:

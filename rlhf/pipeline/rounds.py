@@ -1,5 +1,6 @@
 """The whole pipeline on one page: which stages, in which round, from which parents; run what is not done yet."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -10,11 +11,13 @@ import yaml
 
 from rlhf.data.read import is_local
 from rlhf.errors import UserError
-from rlhf.pipeline.store import Stage, Store, differences, file_digest, write_text
+from rlhf.pipeline.store import Stage, Store, file_digest, write_text
 from rlhf.pipeline.summary import write_summary
+from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 from rlhf.report.page import write_report
 
+ORIGIN = "origin.json"  # which file and overrides the recipe came from; for the report
 # With several processes these stages are run by all of them; the others by the first, while the rest wait.
 TRAINED_TOGETHER = ("sft", "reward", "ppo")
 
@@ -89,6 +92,7 @@ def run(
     try:
         if is_main:
             write_text(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+            write_text(out / ORIGIN, json.dumps(recipe.origin, indent=1) + "\n")
 
         # 2. The stages, one after the other.
         for stage in stages:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import set_seed
 from trl import RewardConfig, SFTConfig, SFTTrainer
@@ -15,8 +14,8 @@ from trl import RewardConfig, SFTConfig, SFTTrainer
 import rlhf.reward.trainer as reward_trainers
 from rlhf.data.prepare import DataSources, Source, prepare_data
 from rlhf.evaluation.gold import GoldFunction, load_gold
+from rlhf.evaluation.pairs import JudgedPairs, judge_pairs, pair_report
 from rlhf.evaluation.policy import judge_policies
-from rlhf.evaluation.statistics import pair_report
 from rlhf.lab.build import LabSettings, build_lab
 from rlhf.lab.world import gold as lab_gold
 from rlhf.models.generate import sample_texts
@@ -29,7 +28,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 from rlhf.reward import OBJECTIVES
-from rlhf.reward.model import RewardModel, calibrate_reward_model, load_reward_model, position_limit
+from rlhf.reward.model import calibrate_reward_model, load_reward_model, position_limit
 
 SHOWN_SAMPLES = 64
 CALIBRATION_SAMPLES = 256
@@ -211,8 +210,9 @@ def run_reward(context: StageContext) -> dict[str, Any]:
 
     # 3. Held-out pairs.
     rows = read_jsonl(context.data / "test_pairs.jsonl")
-    report, shown = judge_pairs(reward, rows, context.gold())
-    write_jsonl(context.folder / "samples.jsonl", shown)
+    judged = judge_pairs(reward, rows, label="reward: held-out pairs")
+    report = pair_report(judged, gold_differences=_gold_differences(judged, context.gold()))
+    write_jsonl(context.folder / "samples.jsonl", judged.samples())
     context.say(
         f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
         f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
@@ -271,6 +271,14 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     return facts
 
 
+def _gold_differences(judged: JudgedPairs, gold: GoldFunction | None) -> list[float] | None:
+    """True reward of each chosen answer minus that of the rejected one."""
+    if gold is None:
+        return None
+    sides = [[row[side][0]["content"] for row in judged.rows] for side in ("chosen", "rejected")]
+    return [a - b for a, b in zip(*(gold(judged.prompts, texts) for texts in sides), strict=True)]
+
+
 def _training_pairs(context: StageContext) -> Dataset:
     """The pairs with the columns that a loss may read; where one is from (`source`, `group`, …) is not among them."""
     rows = read_jsonl(context.data / "pairs.jsonl")
@@ -320,36 +328,6 @@ def show_samples(context: StageContext, model: Any, tokenizer: Any) -> None:
         context.folder / "samples.jsonl",
         [{"prompt": p, "completion": text, "gold": value, "ended": ended} for p, text, value, ended in rows],
     )
-
-
-def judge_pairs(
-    reward: RewardModel, rows: list[dict[str, Any]], gold: GoldFunction | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score held-out pairs: the report, and every pair with its scores."""
-    prompts = [row["prompt"] for row in rows]
-    chosen = [row["chosen"][0]["content"] for row in rows]
-    rejected = [row["rejected"][0]["content"] for row in rows]
-    with torch.no_grad():
-        scores_chosen = reward.score(prompts, chosen).tolist()
-        scores_rejected = reward.score(prompts, rejected).tolist()
-    texts = [plain(prompt) for prompt in prompts]
-    differences = None
-    if gold is not None:
-        pairs = zip(gold(texts, chosen), gold(texts, rejected), strict=True)
-        differences = [first - second for first, second in pairs]
-    report = pair_report(
-        scores_chosen,
-        scores_rejected,
-        prompts=texts,
-        lengths_chosen=[len(text) for text in chosen],
-        lengths_rejected=[len(text) for text in rejected],
-        gold_differences=differences,
-    )
-    shown = [
-        {"prompt": p, "chosen": c, "rejected": r, "score_chosen": sc, "score_rejected": sr}
-        for p, c, r, sc, sr in zip(texts, chosen, rejected, scores_chosen, scores_rejected, strict=True)
-    ]
-    return report, shown
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf.errors import UserError
+from rlhf.recipe.document import differences
 
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
@@ -174,18 +175,6 @@ def list_files(folder: Path) -> list[dict[str, Any]]:
     """Path, size and sha256 of every file in a stage folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return [{"path": str(p.relative_to(folder)), "size": p.stat().st_size, "sha256": file_digest(p)} for p in files]
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What changed between two nested settings, in words."""
-    found = []
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
-    return found
 
 
 def mark_checkpoint(folder: Path) -> None:

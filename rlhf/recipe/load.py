@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlhf.errors import UserError
-from rlhf.recipe.document import Document, read_document, read_override
+from rlhf.recipe.document import Document, differences, read_document, read_override
 from rlhf.recipe.schema import (
     REFUSED_KEYS,
     RENAMED_KEYS,
@@ -45,11 +45,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     document = _read(path)
     base = document.values.pop("base", None)
+    start = document.values
     if base is not None:
         below = _read((path.parent / str(base)).resolve())
         if "base" in below.values:
             raise UserError(f"{document.place(('base',))}: {base} has a `base` of its own; only one level is allowed.")
-        document = below.merged_with(document)
+        start, document = below.values, below.merged_with(document)
     for override in overrides:
         document = document.merged_with(read_override(override))
     document.values = {key: value for key, value in document.values.items() if value is not None}
@@ -64,6 +65,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             problems += _check_together(recipe, document)
     if problems:
         raise UserError(problems)
+    found = differences(start, document.values)
+    recipe._origin.update(file=str(path), base=base, overrides=list(overrides), differences=found)
     return recipe
 
 

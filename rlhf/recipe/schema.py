@@ -5,7 +5,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 STAGE_SECTIONS = ("sft", "reward", "ppo")
 DATA_SOURCES = ("sft", "preferences", "prompts", "test")
@@ -138,6 +138,13 @@ class Recipe(Section):
     reward: RewardSection = Field(default_factory=RewardSection)
     ppo: StageSection = Field(default_factory=StageSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    # Where it was read: `file`, `base`, `overrides`, and `differences` from the base (or, without one, from the file).
+    _origin: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where this recipe was read; for the report, not for any result."""
+        return self._origin
 
     def resolved(self) -> dict[str, Any]:
         """Everything that was decided, defaults of ours included: what is written to `RUN/recipe.yaml`."""

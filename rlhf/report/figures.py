@@ -11,7 +11,7 @@ matplotlib.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-GREY, BLUE, ORANGE = "#8a8f98", "#3b82c4", "#d9822b"
+GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#3b82c4", "#d9822b", "#3f9b6c"
 STYLE: Any = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": GREY,
@@ -25,20 +25,24 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rlhf",
 }
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
-def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str) -> str:
-    """Lines over a common axis.
+def curves(series: Series, *, x: str, y: str, points: Series | None = None) -> str:
+    """Lines over a common axis, and marked points on top.
 
     Args:
         series: name → (x values, y values); empty ones are left out.
+        points: the same, drawn as marks that are joined by a thin line.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(x, y)
         for (name, (xs, ys)), color in zip(series.items(), (BLUE, ORANGE, GREY), strict=False):
             if xs:
                 axes.plot(xs, ys, color=color, linewidth=1.6, label=name)
-        if len(series) > 1:
+        for (name, (xs, ys)), color in zip((points or {}).items(), (GREEN, GREY), strict=False):
+            axes.plot(xs, ys, color=color, linewidth=0.8, marker="o", markersize=4, label=name)
+        if len(series) + len(points or {}) > 1:
             axes.legend(frameon=False, loc="best")
         return _svg(figure)
 
@@ -55,6 +59,40 @@ def histogram(series: Mapping[str, Sequence[float]], *, x: str) -> str:
             axes.hist(ys, bins=edges, weights=weights, color=color, alpha=0.35, label=name)
             axes.hist(ys, bins=edges, weights=weights, color=color, histtype="step")
         axes.legend(frameon=False, loc="best")
+        return _svg(figure)
+
+
+def calibration(table: Sequence[Mapping[str, float]]) -> str:
+    """Stated probability against observed frequency; the marks grow with the number of pairs."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure("probability that the model states", "how often it is right")
+        axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated")
+        total = sum(row["n"] for row in table)
+        sizes = [12 + 260 * row["n"] / total for row in table]
+        stated, seen = [row["probability"] for row in table], [row["frequency"] for row in table]
+        axes.plot(stated, seen, color=BLUE, linewidth=1)
+        axes.scatter(stated, seen, s=sizes, color=BLUE, alpha=0.7, label="this model")
+        axes.set_xlim(0.48, 1.02)
+        axes.set_ylim(min(0.4, *seen) - 0.03, 1.03)
+        return _svg(figure)
+
+
+def intervals(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], *, x: str, baseline: float = 0.5) -> str:
+    """A value with its interval in each of several groups.
+
+    Args:
+        rows: each with `accuracy` and `accuracy_ci`.
+        baseline: where chance lies.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(x, "accuracy")
+        values = [row["accuracy"] for row in rows]
+        below = [max(0.0, row["accuracy"] - row["accuracy_ci"][0]) for row in rows]
+        above = [max(0.0, row["accuracy_ci"][1] - row["accuracy"]) for row in rows]
+        places = range(len(rows))
+        axes.errorbar(places, values, yerr=[below, above], color=BLUE, fmt="o", capsize=3)
+        axes.axhline(baseline, color=GREY, linewidth=1, linestyle="--")
+        axes.set_xticks(list(places), list(labels))
         return _svg(figure)
 
 

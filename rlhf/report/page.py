@@ -1,15 +1,15 @@
-"""`report.html`: verdict, curves, distributions, samples. One file; opens without a network, prints, light and dark."""
+"""`report.html`: verdict, policy, reward model, data, lineage, how to reproduce. One file that can be sent to a colleague."""
 
 import json
-import os
+import shlex
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from rlhf.errors import UserError
 from rlhf.report.figures import curves, histogram
+from rlhf.report.render import Figure, read_rows, render, reward_facts, reward_figures, worst, write_page
 
 SAMPLES_SHOWN = 12
 
@@ -26,24 +26,41 @@ def write_report(run: Path) -> Path:
     summary = json.loads(file.read_text(encoding="utf-8"))
     last = summary["rounds"][-1]
     folder = f"round-{last['round']}"
-    ppo = _rows(run / folder / "ppo" / "metrics.jsonl")
-    judged = _rows(run / folder / "evaluate" / "samples.jsonl")
-    pairs = _rows(run / folder / "reward" / "samples.jsonl")
-    environment = Environment(loader=PackageLoader("rlhf", "report"), autoescape=select_autoescape(["jinja", "html"]))
-    page = environment.get_template("page.html.jinja").render(
+    ppo = read_rows(run / folder / "ppo" / "metrics.jsonl")
+    judged = read_rows(run / folder / "evaluate" / "samples.jsonl")
+    manifests = read_manifests(run)
+    facts = {name: manifest["facts"] for name, manifest in manifests.items()}
+    reward = facts.get(f"{folder}/reward")
+    pairs = read_rows(run / folder / "reward" / "samples.jsonl") if reward else []
+    origin = _json(run / "origin.json") or {"file": "recipe.yaml", "base": None, "overrides": [], "differences": []}
+    page = render(
+        "page.html.jinja",
+        title=f"{summary['recipe']}, seed {summary['seed']}",
         summary=summary,
-        last=last,
         verdict=verdict(summary, ppo),
         tiles=_tiles(summary),
-        figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, folder, ppo, judged, pairs)],
+        policy_figures=_policy_figures(ppo, judged, facts.get(f"{folder}/evaluate", {})),
         samples=judged[:SAMPLES_SHOWN],
-        worst_pairs=sorted(pairs, key=lambda row: row["score_chosen"] - row["score_rejected"])[:5],
+        reward_facts=reward_facts(reward) if reward else [],
+        reward_figures=reward_figures(reward, pairs) if reward else [],
+        worst_pairs=worst(pairs),
+        training_figures=_training_figures(run, folder),
+        data=[_read_facts(read) for read in facts.get("round-0/data", {}).get("read", [])],
+        lineage=[_lineage_row(name, manifest) for name, manifest in manifests.items()],
+        settings_title=f"Settings that differ from {origin['base']}"
+        if origin["base"]
+        else "Settings changed on the command line",
+        differences=origin["differences"],
+        recipe=(run / "recipe.yaml").read_text(encoding="utf-8") if (run / "recipe.yaml").is_file() else "",
+        reproduce=_reproduce(origin, manifests),
     )
-    target = run / "report.html"
-    beside = target.with_name(f"report.html.tmp-{os.getpid()}")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, target)
-    return target
+    return write_page(run / "report.html", page)
+
+
+def read_manifests(run: Path) -> dict[str, dict[str, Any]]:
+    """Stage folder → manifest of every finished stage, in the order in which they were finished."""
+    files = sorted(run.glob("round-*/*/manifest.json"), key=lambda file: file.stat().st_mtime)
+    return {str(file.parent.relative_to(run)): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def verdict(summary: dict[str, Any], ppo: list[dict[str, Any]]) -> list[str]:
@@ -52,8 +69,8 @@ def verdict(summary: dict[str, Any], ppo: list[dict[str, Any]]) -> list[str]:
     policy, reward, sft = last["policy"], last["reward"], summary["sft"]
     sentences = []
     if policy["proxy"] is None:
-        return ["This run is not finished: no policy has been judged yet."]
-    if policy["gold"] is not None:
+        sentences.append("No policy has been judged in this run (yet).")
+    elif policy["gold"] is not None:
         low, high = policy["win_rate_ci"]
         direction = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not distinguishable from"
         sentences.append(
@@ -75,7 +92,8 @@ def verdict(summary: dict[str, Any], ppo: list[dict[str, Any]]) -> list[str]:
             f"The reward model orders {reward['accuracy']:.1%} [{low:.1%}, {high:.1%}] of held-out pairs as labelled and "
             f"{beats} judging by length alone ({baseline:.1%})."
         )
-    sentences.append(_overoptimised(ppo))
+    if ppo:
+        sentences.append(_overoptimised(ppo))
     return sentences
 
 
@@ -121,37 +139,35 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _figures(
-    run: Path, folder: str, ppo: list[dict[str, Any]], judged: list[dict[str, Any]], pairs: list[dict[str, Any]]
-) -> list[tuple[str, str, str]]:
+def _policy_figures(
+    ppo: list[dict[str, Any]], judged: list[dict[str, Any]], evaluation: dict[str, Any]
+) -> list[Figure]:
     figures: list[tuple[str, str, str]] = []
     if ppo:
         series = {"reward model (proxy)": _series(ppo, "episodes", "reward_proxy")}
-        by_kl = {"reward model (proxy)": _series(ppo, "kl", "reward_proxy", sort=True)}
+        by_kl = {"PPO, reward model (proxy)": _series(ppo, "kl", "reward_proxy", sort=True)}
+        points = {}
         if any(row.get("reward_gold") is not None for row in ppo):
             series["true reward (gold)"] = _series(ppo, "episodes", "reward_gold")
-            by_kl["true reward (gold)"] = _series(ppo, "kl", "reward_gold", sort=True)
-        figures.append(
-            (
-                "Reward over PPO",
-                "A proxy that rises while gold falls is over-optimised.",
-                curves(series, x="episodes", y="reward"),
-            )
+            by_kl = {"PPO, true reward": _series(ppo, "kl", "reward_gold", sort=True)}
+            curve = evaluation.get("best_of_n", [])
+            points = {
+                name: ([row["kl"] for row in curve], [row[key] for row in curve])
+                for name, key in (("best of n by reward model", "by_reward"), ("best of n by true reward", "by_gold"))
+                if curve
+            }
+        note = "A proxy that rises while gold falls is over-optimised."
+        figures.append(("Reward over PPO", note, curves(series, x="episodes", y="reward")))
+        note = (
+            "What each nat away from SFT buys; best of n beside it." if points else "What each nat away from SFT buys."
         )
         figures.append(
-            (
-                "Reward against KL",
-                "What each nat away from SFT buys.",
-                curves(by_kl, x="KL to SFT, nats an answer", y="reward"),
-            )
+            ("Reward against KL", note, curves(by_kl, x="KL to SFT, nats an answer", y="reward", points=points))
         )
-        figures.append(
-            (
-                "KL over PPO",
-                "Σ over an answer's tokens.",
-                curves({"kl": _series(ppo, "episodes", "kl")}, x="episodes", y="nats an answer"),
-            )
-        )
+        kl = curves({"kl": _series(ppo, "episodes", "kl")}, x="episodes", y="nats an answer")
+        figures.append(("KL over PPO", "Σ over an answer's tokens.", kl))
+        length = curves({"length": _series(ppo, "episodes", "length")}, x="episodes", y="tokens an answer")
+        figures.append(("Length over PPO", "Growth or collapse is the first sign of a hacked reward.", length))
         health = {
             name: _series(ppo, "episodes", key)
             for name, key in (
@@ -160,40 +176,63 @@ def _figures(
                 ("share without end", "share_without_eos"),
             )
         }
-        figures.append(
-            (
-                "Health of PPO",
-                "A good critic explains most of the variance; few answers are cut off.",
-                curves(health, x="episodes", y=""),
-            )
-        )
+        note = "A good critic explains most of the variance; few answers are cut off."
+        figures.append(("Health of PPO", note, curves(health, x="episodes", y="")))
     if judged:
         scores = {"SFT": [r["proxy_sft"] for r in judged], "policy": [r["proxy_policy"] for r in judged]}
         figures.append(
-            ("Reward model's score, held-out prompts", "Before and after PPO.", histogram(scores, x="reward"))
+            ("Reward model's score, held-out prompts", "Before and after PPO.", histogram(scores, x="raw score"))
         )
         if judged[0]["gold_policy"] is not None:
             gold = {"SFT": [r["gold_sft"] for r in judged], "policy": [r["gold_policy"] for r in judged]}
             figures.append(("True reward, held-out prompts", "Before and after PPO.", histogram(gold, x="true reward")))
-    if pairs:
-        sides = {"chosen": [r["score_chosen"] for r in pairs], "rejected": [r["score_rejected"] for r in pairs]}
-        figures.append(
-            (
-                "Reward model on held-out pairs",
-                "The more they overlap, the less it knows.",
-                histogram(sides, x="reward"),
-            )
-        )
-    for stage, where, key, label in (
-        ("SFT", "round-0/sft", "loss", "nats a token"),
-        ("Reward model", f"{folder}/reward", "loss", "nats a pair"),
+    return [(title, note, Markup(svg)) for title, note, svg in figures]
+
+
+def _training_figures(run: Path, folder: str) -> list[Figure]:
+    figures = []
+    for stage, where, label in (
+        ("SFT", "round-0/sft", "nats a token"),
+        ("Reward model", f"{folder}/reward", "nats a pair"),
     ):
-        rows = _rows(run / where / "metrics.jsonl")
+        rows = read_rows(run / where / "metrics.jsonl")
         if rows:
-            figures.append(
-                (f"{stage}: training loss", "", curves({key: _series(rows, "step", key)}, x="step", y=label))
-            )
+            svg = curves({"loss": _series(rows, "step", "loss")}, x="step", y=label)
+            figures.append((stage, "", Markup(svg)))
     return figures
+
+
+def _read_facts(read: dict[str, Any]) -> dict[str, Any]:
+    said = [(f"left out, {reason}", count) for reason, count in read["dropped"].items()]
+    return {**read, "said": [*said, *read["noted"].items()]}
+
+
+def _lineage_row(folder: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    versions = manifest["versions"]
+    code = manifest["code"] or f"rlhf-pipeline {versions['rlhf-pipeline']}"
+    return {
+        "folder": folder,
+        "reads": ", ".join(parent["folder"] for parent in manifest["parents"].values()) or "-",
+        "key": manifest["key"][:12],
+        "seconds": manifest["seconds"],
+        "made_with": f"code {code}, trl {versions['trl']}, transformers {versions['transformers']}, torch {versions['torch']}",
+    }
+
+
+def _reproduce(origin: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> str:
+    """The commands that lead to the same weights (bit for bit on one kind of CPU)."""
+    if not manifests:
+        return ""
+    last = list(manifests.values())[-1]
+    names = ("torch", "trl", "transformers", "peft", "accelerate", "datasets")
+    pins = " ".join(f"{name}=={last['versions'][name]}" for name in names)
+    code = f"git checkout {last['code'].removesuffix('-dirty')}\n" if last["code"] else ""
+    dirty = "# the code had uncommitted changes\n" if last["code"] and last["code"].endswith("-dirty") else ""
+    overrides = "".join(f" {shlex.quote(override)}" for override in origin["overrides"])
+    return (
+        f"{code}{dirty}pip install {pins} . && rlhf run {shlex.quote(origin['file'])} --out NEW{overrides}\n"
+        "# or, from this folder alone: rlhf run recipe.yaml --out NEW"
+    )
 
 
 def _series(rows: list[dict[str, Any]], x: str, y: str, *, sort: bool = False) -> tuple[list[float], list[float]]:
@@ -202,8 +241,5 @@ def _series(rows: list[dict[str, Any]], x: str, y: str, *, sort: bool = False) -
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [row for line in file if "resumed_from" not in (row := json.loads(line))]
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

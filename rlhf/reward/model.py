@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,20 @@ def load_reward_model(path: str | Path, *, device: str | torch.device | None = N
             f"allowed {tolerance:.3g}); its base model, tokenizer or chat template is not the one it was trained with."
         )
     return reward
+
+
+def open_reward_model(name: str) -> RewardModel:
+    """A reward model of this pipeline, or any one-label classifier in a folder or on the hub, which nothing vouches for.
+
+    Raises:
+        UserError: as `load_reward_model`; nothing there that could score.
+    """
+    if (Path(name) / CARD).is_file():
+        return load_reward_model(name)
+    try:
+        tokenizer = load_tokenizer(name, conversational=True)
+        model = load_scorer(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no reward model there ({str(error).strip().splitlines()[0]})") from error
+    warnings.warn(f"{name}: no {CARD}, so its scores are not checked against stored ones.", stacklevel=2)
+    return RewardModel(_place(model, {}, None), tokenizer, conversational=True)

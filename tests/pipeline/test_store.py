@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.pipeline.store import Stage, Store, differences, mark_checkpoint, newest_checkpoint, write_text
+from rlhf.pipeline.store import Stage, Store, mark_checkpoint, newest_checkpoint, write_text
+from rlhf.recipe.document import differences
 
 
 def stages(learning_rate: float = 0.1, seed: int = 0) -> tuple[Stage, Stage]:
