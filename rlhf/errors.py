@@ -1,6 +1,7 @@
 """What a person did wrong, said in a sentence; everything else that fails is our own mistake and keeps its traceback."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -17,4 +18,12 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """Training cannot go on (a non-finite loss, a reward source that fails). The command line exits with 1."""
+    """Training cannot go on (a non-finite loss, a reward source that fails). The command line exits with 1.
+
+    Args:
+        rows: the samples it stopped at, if they are not the batch in hand; the stage writes them beside its metrics.
+    """
+
+    def __init__(self, message: str, *, rows: Sequence[dict[str, Any]] = ()):
+        self.rows = list(rows)
+        super().__init__(message)

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from rlhf.data.read import is_local
-from rlhf.errors import UserError
-from rlhf.pipeline.store import Stage, Store, file_digest, write_text
+from rlhf.errors import TrainingError, UserError
+from rlhf.pipeline.store import Stage, Store, file_digest, is_disk_full, write_text
 from rlhf.pipeline.summary import write_summary
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
@@ -122,11 +122,19 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
     parents = {role: store.path(parent) for role, parent in stage.parents.items()}
     begin = time.monotonic()
     say(f"{stage.folder}: begins")
-    facts = STAGES[stage.name](StageContext(recipe, folder, parents, say, is_main))
-    seconds = time.monotonic() - begin
-    if is_main:
-        store.finish(stage, facts, seconds)
-    else:
+    try:
+        facts = STAGES[stage.name](StageContext(recipe, folder, parents, say, is_main))
+        seconds = time.monotonic() - begin
+        if is_main:
+            store.finish(stage, facts, seconds)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise TrainingError(
+            f"{stage.folder}: no space left on the device that holds {store.root}. Finished stages and whole checkpoints are "
+            "intact: make room, and the same command goes on."
+        ) from error
+    if not is_main:
         store.wait_until_done(stage)
     say(f"{stage.folder}: done in {seconds:.0f} s")
 

@@ -1,5 +1,6 @@
 """Stage folders and their manifests. A manifest is written last, by rename: its existence means that the stage is done."""
 
+import errno
 import hashlib
 import json
 import os
@@ -178,25 +179,50 @@ def list_files(folder: Path) -> list[dict[str, Any]]:
 
 
 def mark_checkpoint(folder: Path) -> None:
-    """Declare a checkpoint whole: the mark lists every file with its size and is written last."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    write_text(folder / MARK, json.dumps(files))
+    """Declare a checkpoint whole: its files are flushed to disk, and the mark, which lists their sizes, is written last."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    write_text(folder / MARK, json.dumps({str(p.relative_to(folder)): p.stat().st_size for p in files}))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose mark is there and whose files have the sizes that the mark names."""
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint whose mark is there and whose files have the sizes that the mark names.
+
+    Returns:
+        the checkpoint, and the newer ones whose writing was cut off.
+    """
     candidates = sorted(
         (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()),
         key=lambda path: -int(path.name.rpartition("-")[2]),
     )
+    broken: list[Path] = []
     for candidate in candidates:
-        mark = candidate / MARK
-        if not mark.is_file():
-            continue
-        files = json.loads(mark.read_text(encoding="utf-8"))
-        if all((candidate / n).is_file() and (candidate / n).stat().st_size == size for n, size in files.items()):
-            return candidate
-    return None
+        if _is_whole(candidate):
+            return candidate, broken
+        broken.append(candidate)
+    return None, broken
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    mark = checkpoint / MARK
+    if not mark.is_file():
+        return False
+    files = json.loads(mark.read_text(encoding="utf-8"))
+    return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == size for n, size in files.items())
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a full disk, in the words of Python, safetensors or torch."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in ("os error 28", "No space left", "PytorchStreamWriter failed writing")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def versions() -> dict[str, str]:

@@ -1,14 +1,17 @@
 """What every training stage shares: arguments from a recipe's keys, metrics on disk, checkpoint marks, progress."""
 
 import json
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     ProgressCallback,
@@ -25,13 +28,14 @@ from trl import ModelConfig, RewardConfig, SFTConfig
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import find_source, model_settings
 from rlhf.pipeline import interrupt
-from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint
+from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint, write_text
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import Recipe, trl_keys
 
 Config = TypeVar("Config", bound=TrainingArguments)
 SAVES_PER_STAGE = 5
+FAILED_BATCH = "failed_batch"
 
 
 def quiet_libraries() -> None:
@@ -102,8 +106,16 @@ def _cannot_generate(model: str, revision: str | None) -> list[str]:
 
 
 def train(trainer: Trainer, folder: Path, *, label: str, say: Callable[[str], None]) -> None:
-    """Train to the end, from the newest whole checkpoint if an earlier attempt left one."""
-    checkpoint = newest_checkpoint(folder / CHECKPOINTS)
+    """Train to the end, from the newest whole checkpoint if an earlier attempt left one.
+
+    Raises:
+        TrainingError: a loss, gradient, reward or KL is not finite; nothing was updated, and the batch lies in the folder.
+    """
+    checkpoint, broken = newest_checkpoint(folder / CHECKPOINTS)
+    if broken and trainer.is_world_process_zero():
+        say(f"{label}: leaves out {', '.join(path.name for path in broken)}, whose writing was cut off")
+        for path in broken:
+            shutil.rmtree(path)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(MetricsFile(folder / "metrics.jsonl", resumed=checkpoint is not None))
@@ -113,8 +125,56 @@ def train(trainer: Trainer, folder: Path, *, label: str, say: Callable[[str], No
     if checkpoint is not None:
         say(f"{label}: goes on from {checkpoint.name}")
     trainer.add_callback(StopOnSignal(trainer, at_epoch_end=isinstance(trainer, PPOTrainer)))
-    with interrupt.patience():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    guard = FiniteGradients(trainer, label)
+    trainer.add_callback(guard)
+    try:
+        with interrupt.patience():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except TrainingError as error:
+        if trainer.is_world_process_zero():
+            raise TrainingError(f"{error} The batch: {guard.save_batch(folder, error.rows)}") from error
+        raise
+
+
+class FiniteGradients(TrainerCallback):
+    """Stop before an update with a gradient that is not finite, and keep the batch that it came from.
+
+    After the reduction over processes all of them see the same gradient, so all of them stop.
+    """
+
+    def __init__(self, trainer: Trainer, label: str):
+        self.label, self.tokenizer = label, trainer.processing_class
+        self.batches: deque[dict[str, Any]] = deque(maxlen=trainer.args.gradient_accumulation_steps)
+        training_step: Any = trainer.training_step
+
+        def remembering(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+            self.batches.append(dict(inputs))
+            return training_step(model, inputs, *rest, **named)
+
+        trainer.training_step = remembering
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """After clipping, before the update."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"{self.label}: the gradient is not finite at step {state.global_step + 1}; nothing was updated. Lower "
+                "learning_rate, or look for extreme values in the data."
+            )
+
+    def save_batch(self, folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+        """Write the rows that an error names, or else the micro-batches of this step: as text, and their tensors."""
+        if not rows:
+            batches = [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in self.batches]
+            tensors = {f"{i}.{k}": v.detach().cpu().contiguous() for i, b in enumerate(batches) for k, v in b.items()}
+            save_file(tensors, folder / f"{FAILED_BATCH}.safetensors")
+            texts = [ids for batch in batches for ids in batch.get("input_ids", torch.empty(0)).tolist()]
+            rows = [{"text": self.tokenizer.decode(ids, skip_special_tokens=True)} for ids in texts]
+        file = folder / f"{FAILED_BATCH}.jsonl"
+        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return file
 
 
 class MetricsFile(TrainerCallback):
@@ -139,9 +199,6 @@ class MetricsFile(TrainerCallback):
         if logs is None or "train_runtime" in logs or not state.is_world_process_zero:
             return
         row = {name: value for name, value in logs.items() if name != "total_flos"}
-        bad = [name for name in ("loss", "grad_norm") if name in row and not _is_finite(row[name])]
-        if bad:
-            raise TrainingError(f"{bad[0]} is {row[bad[0]]} at step {state.global_step}; lower learning_rate.")
         self._append({"step": state.global_step, **row})
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -208,7 +265,3 @@ class Progress(ProgressCallback):
         if self.training_bar is not None and logs:
             shown = {name: f"{logs[name]:.3g}" for name in self.SHOWN if isinstance(logs.get(name), int | float)}
             self.training_bar.set_postfix(shown)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and value == value and abs(value) != float("inf")

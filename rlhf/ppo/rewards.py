@@ -65,7 +65,11 @@ class RewardSource:
         if bad:
             raise TrainingError(
                 f"The reward function {self.name!r} returned {scores[bad[0]].item()} for {len(bad)} of {len(scores)} answers, "
-                f"first for {completions.texts[bad[0]]!r}; nothing was updated."
+                f"first for {completions.texts[bad[0]]!r}; nothing was updated.",
+                rows=[
+                    {"prompt": prompt, "completion": text, "score": repr(score)}
+                    for prompt, text, score in zip(prompts, completions.texts, scores.tolist(), strict=True)
+                ],
             )
         return scores
 

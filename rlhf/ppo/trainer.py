@@ -305,7 +305,8 @@ class PPOTrainer(BaseTrainer):
         kl = kl_k1(outputs.logprobs, logprobs_reference)
         if not torch.isfinite(kl[mask.bool()]).all():
             raise TrainingError(
-                "ppo: a log-probability of the policy or the reference is not finite; nothing was updated."
+                "ppo: a log-probability of the policy or the reference is not finite; nothing was updated.",
+                rows=[{"prompt": p, "completion": text} for p, text in zip(prompts, completions.texts, strict=True)],
             )
 
         # 3. Numbers and samples for people.

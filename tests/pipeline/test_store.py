@@ -71,10 +71,11 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
         (folder / "model").write_text("12345")
         if step != 100:
             mark_checkpoint(folder)
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-20", "100 has no mark"
-    (tmp_path / "checkpoint-20" / "model").write_text("123")
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10", "20 is truncated"
-    assert newest_checkpoint(tmp_path / "nowhere") is None
+    first, second, third = (tmp_path / f"checkpoint-{step}" for step in (10, 20, 100))
+    assert newest_checkpoint(tmp_path) == (second, [third]), "100 has no mark"
+    (second / "model").write_text("123")
+    assert newest_checkpoint(tmp_path) == (first, [third, second]), "20 is truncated"
+    assert newest_checkpoint(tmp_path / "nowhere") == (None, [])
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -96,3 +97,20 @@ def test_differences_in_words() -> None:
         "c was 2, is None",
         "d was None, is 4",
     ]
+
+
+def test_a_full_disk_in_everybodys_words() -> None:
+    import errno
+
+    from rlhf.pipeline.store import is_disk_full
+
+    assert is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+    assert is_disk_full(
+        RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file")
+    )
+    assert is_disk_full(Exception("I/O error: No space left on device (os error 28)"))
+    wrapped = ValueError("x")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "y")
+    assert is_disk_full(wrapped)
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
+    assert not is_disk_full(None)

@@ -1,0 +1,117 @@
+"""What stops training before an update, and what is left behind."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl import RewardConfig, SFTConfig, SFTTrainer
+
+from rlhf import PairRewardTrainer, PPOConfig, PPOTrainer, build_reward_model
+from rlhf.errors import TrainingError
+from rlhf.pipeline.training import train
+from tests.conftest import PROMPTS
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def poison_gradient(parameter: torch.nn.Parameter, at_backward: int) -> None:
+    """From this backward on, the parameter's gradient is infinite."""
+    count = [0]
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        count[0] += 1
+        return gradient * (math.inf if count[0] >= at_backward else 1.0)
+
+    parameter.register_hook(hook)
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_gradient_that_is_not_finite_stops_before_the_update_with_the_batch_saved(
+    stage: str, base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """The third of five steps (of two micro-batches each) is poisoned: weights stay those of step 2."""
+    arguments = {
+        **cpu_arguments,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+    }
+    torch.manual_seed(0)
+    trainer: Any
+    if stage == "reward":
+        model: Any = build_reward_model(base_folder, pad_token_id=tokenizer.pad_token_id)
+        trainer = PairRewardTrainer(model, RewardConfig(**arguments), train_dataset=pairs, processing_class=tokenizer)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base_folder)
+        demos = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
+        trainer = SFTTrainer(model, SFTConfig(**arguments), train_dataset=demos, processing_class=tokenizer)
+    snapshots: list[dict[str, torch.Tensor]] = []
+    original = trainer.training_step
+
+    def remember(*positional: Any, **named: Any) -> Any:
+        snapshots.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+        return original(*positional, **named)
+
+    trainer.training_step = remember
+    poison_gradient(next(trainer.model.parameters()), at_backward=5)
+    with pytest.raises(TrainingError, match="the gradient is not finite at step 3; nothing was updated") as error:
+        train(trainer, tmp_path, label=stage, say=silent)
+    assert "failed_batch.jsonl" in str(error.value)
+    assert len(snapshots) == 6
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, snapshots[4][name]), name
+    saved = rows(tmp_path / "failed_batch.jsonl")
+    assert len(saved) == (16 if stage == "reward" else 8), "both micro-batches of the step, both sides of a pair"
+    assert all(any(word in row["text"] for word in ("yes", "no")) for row in saved)
+    tensors = load_file(tmp_path / "failed_batch.safetensors")
+    assert {"0.input_ids", "1.input_ids"} <= set(tensors)
+
+
+def test_a_reward_that_is_not_finite_stops_with_the_answers_saved(
+    base_folder: Path, tokenizer: Any, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    calls = [0]
+
+    def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        calls[0] += 1
+        return [math.nan if calls[0] == 2 and i == 3 else 0.5 for i in range(len(prompts))]
+
+    torch.manual_seed(0)
+    args = PPOConfig(
+        **cpu_arguments,
+        total_episodes=24,
+        per_device_train_batch_size=8,
+        num_mini_batches=1,
+        num_ppo_epochs=1,
+        max_completion_length=6,
+        logging_steps=1,
+    )
+    trainer = PPOTrainer(
+        AutoModelForCausalLM.from_pretrained(base_folder),
+        reward,
+        args,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=tokenizer,
+        critic=build_reward_model(base_folder, pad_token_id=tokenizer.pad_token_id),
+    )
+    with pytest.raises(TrainingError, match="returned nan for 1 of 8 answers"):
+        train(trainer, tmp_path, label="ppo", say=silent)
+    saved = rows(tmp_path / "failed_batch.jsonl")
+    assert len(saved) == 8
+    assert [row["score"] for row in saved].count("nan") == 1
+    assert saved[0]["prompt"] in PROMPTS
+    assert trainer.state.global_step == 1, "the first rollout was learnt from, the second was not"
