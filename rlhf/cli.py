@@ -83,10 +83,12 @@ for _stage in ("sft", "reward", "ppo"):
 
 @app.command("report")
 def report_command(run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]) -> None:
-    """Write the HTML page of a run again."""
+    """Write the HTML page of a run again, and the cards of its models."""
+    from rlhf.report.cards import write_cards
     from rlhf.report.page import write_report
 
-    output.print(f"{write_report(run)}", markup=False)
+    for file in (write_report(run), *write_cards(run)):
+        output.print(f"{file}", markup=False, soft_wrap=True)
 
 
 @app.command("lineage")

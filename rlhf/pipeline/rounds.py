@@ -15,6 +15,7 @@ from rlhf.pipeline.store import Stage, Store, file_digest, is_disk_full, write_t
 from rlhf.pipeline.summary import write_summary
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
+from rlhf.report.cards import write_cards
 from rlhf.report.page import write_report
 
 ORIGIN = "origin.json"  # which file and overrides the recipe came from; for the report
@@ -107,6 +108,7 @@ def run(
         if is_main:
             write_summary(recipe, stages, store)
             write_report(out)
+            write_cards(out)
     finally:
         if lock is not None:
             lock.release()

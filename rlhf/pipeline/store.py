@@ -173,8 +173,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def list_files(folder: Path) -> list[dict[str, Any]]:
-    """Path, size and sha256 of every file in a stage folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """Path, size and sha256 of every file in a stage folder; model cards are written again when later stages know more."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, "README.md"))
     return [{"path": str(p.relative_to(folder)), "size": p.stat().st_size, "sha256": file_digest(p)} for p in files]
 
 

@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig, RewardConfig, SFTConfig
@@ -64,6 +65,7 @@ def training_arguments(config_class: type[Config], settings: Mapping[str, Any], 
         "save_steps": 1 / SAVES_PER_STAGE,
         "save_total_limit": 2,
         "report_to": "none",
+        "run_name": f"{folder.parent.parent.name}-{folder.name}",  # RUN-STAGE, for trackers
         "logging_nan_inf_filter": False,
         "disable_tqdm": not sys.stderr.isatty(),  # a log file is no place for a bar
     }
@@ -81,10 +83,16 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     problems = []
     if recipe.backbone.model is not None and until not in ("data", "reward"):
         problems += _cannot_generate(recipe.backbone.model, recipe.backbone.revision)
+    trackers = get_available_reporting_integrations()
     for section, config_class in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig)):
         try:
             _, settings = split_settings(getattr(recipe, section).trl_settings())
-            training_arguments(config_class, settings, Path("nowhere"), recipe.seed)
+            args = training_arguments(config_class, settings, Path("nowhere"), recipe.seed)
+            absent = sorted(set(args.report_to) - set(trackers) - {"none"})
+            if absent:
+                problems.append(
+                    f"{section}.report_to: {', '.join(absent)} is not installed (pip install {' '.join(absent)})."
+                )
         except (ValueError, TypeError, ImportError) as error:
             problems.append(f"{section}: {str(error).strip().splitlines()[0]}")
     if problems:

@@ -20,10 +20,7 @@ def write_report(run: Path) -> Path:
     Raises:
         UserError: the folder holds no run.
     """
-    file = run / "summary.json"
-    if not file.is_file():
-        raise UserError(f"{run}: no summary.json; this folder holds no run.")
-    summary = json.loads(file.read_text(encoding="utf-8"))
+    summary = read_summary(run)
     last = summary["rounds"][-1]
     folder = f"round-{last['round']}"
     ppo = read_rows(run / folder / "ppo" / "metrics.jsonl")
@@ -55,6 +52,19 @@ def write_report(run: Path) -> Path:
         reproduce=_reproduce(origin, manifests),
     )
     return write_page(run / "report.html", page)
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """The run in numbers.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    file = run / "summary.json"
+    if not file.is_file():
+        raise UserError(f"{run}: no summary.json; this folder holds no run.")
+    summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return summary
 
 
 def read_manifests(run: Path) -> dict[str, dict[str, Any]]:
@@ -100,8 +110,10 @@ def verdict(summary: dict[str, Any], ppo: list[dict[str, Any]]) -> list[str]:
 def _overoptimised(ppo: list[dict[str, Any]]) -> str:
     """Thirds of training: does gold fall below its best while the proxy still rises?"""
     rows = [row for row in ppo if row.get("reward_gold") is not None]
-    if len(rows) < 6:
+    if not rows:
         return "Whether the reward was over-optimised can't be said without a true reward over training."
+    if len(rows) < 6:
+        return f"{len(rows)} logged rollouts are too few to say whether the reward was over-optimised."
     third = len(rows) // 3
     thirds = [rows[:third], rows[third : 2 * third], rows[2 * third :]]
     proxy = [sum(r["reward_proxy"] for r in part) / len(part) for part in thirds]

@@ -16,10 +16,10 @@ import pytest
 RECIPE = """
 name: small
 lab: {demonstrations: 300, pairs: 200, test_pairs: 60, hidden_size: 64, num_hidden_layers: 1}
-sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 32, num_train_epochs: 1, logging_steps: 2, save_steps: 2}
-reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, logging_steps: 2, save_steps: 4}
-ppo: {total_episodes: 64, per_device_train_batch_size: 8, num_mini_batches: 2, num_ppo_epochs: 1, learning_rate: 1.0e-3,
-      max_completion_length: 12, save_steps: 2}
+sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 32, num_train_epochs: 2, logging_steps: 1, save_steps: 2}
+reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, num_train_epochs: 2, logging_steps: 1, save_steps: 4}
+ppo: {total_episodes: 64, per_device_train_batch_size: 8, num_mini_batches: 2, num_ppo_epochs: 2, learning_rate: 1.0e-3,
+      max_completion_length: 12, save_steps: 4}
 evaluate: {prompts: 24}
 """
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -39,9 +39,10 @@ def rlhf(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def digests(run: Path) -> dict[str, str]:
+def digests(run: Path, until: str = STAGES[-1]) -> dict[str, str]:
+    """sha256 of every weight file of the stages up to this one."""
     files = {}
-    for stage in STAGES:
+    for stage in STAGES[: STAGES.index(until) + 1]:
         for file in json.loads((run / stage / "manifest.json").read_text())["files"]:
             if file["path"].startswith("model/") and file["path"].endswith(".safetensors"):
                 files[f"{stage}/{file['path']}"] = file["sha256"]
@@ -126,14 +127,14 @@ def test_a_run_of_another_recipe_is_refused(finished: Path) -> None:
     assert "ppo.kl_coef was None, is 0.2" in result.stderr
 
 
-def begin_again_at(stage: str, finished: Path, folder: Path) -> "subprocess.Popen[str]":
+def begin_again_at(stage: str, finished: Path, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     """Copy a finished run without this stage and all after it, and start the command."""
     (folder / "r.yaml").write_text(RECIPE)
     shutil.copytree(finished / "x", folder / "x")
     for later in STAGES[STAGES.index(stage) :]:
         shutil.rmtree(folder / "x" / later)
     return subprocess.Popen(
-        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x"],
+        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x", *arguments],
         cwd=folder,
         env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.DEVNULL,
@@ -142,33 +143,101 @@ def begin_again_at(stage: str, finished: Path, folder: Path) -> "subprocess.Pope
     )
 
 
-def started_checkpoint(run: Path, stage: str) -> bool:
+def a_checkpoint(run: Path, stage: str) -> bool:
     return any((run / stage).glob("checkpoints/checkpoint-*/complete.json"))
 
 
-@pytest.mark.parametrize("stage", ["round-0/sft", "round-1/reward", "round-1/ppo", "round-1/evaluate"])
-def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path, stage: str) -> None:
-    """Killed after the stage's first checkpoint, the run goes on from it and ends with the same weights, bit for bit."""
-    process = begin_again_at(stage, finished, tmp_path)
+# Of each trained stage: its steps an epoch, how often it saves, and the checkpoint after which it is killed. PPO's epochs
+# here are rollouts of 2 minibatches x 2 PPO epochs.
+KILLS = [
+    ("round-0/sft", 10, 2, 4),
+    ("round-0/sft", 10, 2, 12),
+    ("round-1/reward", 13, 4, 4),
+    ("round-1/reward", 13, 4, 16),
+    ("round-1/ppo", 4, 4, 4),
+    ("round-1/ppo", 4, 4, 8),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "epoch_steps", "save_steps", "after"),
+    KILLS,
+    ids=[f"{stage.split('/')[1]} in epoch {-(-after // steps)}" for stage, steps, _, after in KILLS],
+)
+def test_kill_9_and_the_same_command_again(
+    finished: Path, tmp_path: Path, stage: str, epoch_steps: int, save_steps: int, after: int
+) -> None:
+    """Killed after a checkpoint, the run goes on from its last one, repeats at most `save_steps` updates, and ends with
+    the same weights, bit for bit."""
+    until = STAGES[-1] if after == KILLS[1][-1] else stage  # one of them to the end: what follows is the same too
+    process = begin_again_at(stage, finished, tmp_path, "--until", until.split("/")[1])
+    mark = tmp_path / "x" / stage / f"checkpoints/checkpoint-{after}/complete.json"
     deadline = time.monotonic() + 120
-    trains = stage != "round-1/evaluate"
-    while time.monotonic() < deadline and process.poll() is None:
-        if started_checkpoint(tmp_path / "x", stage) if trains else (tmp_path / "x" / stage / "started.json").is_file():
-            break
-        time.sleep(0.01)
+    while time.monotonic() < deadline and process.poll() is None and not mark.is_file():
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert mark.is_file()
     assert not (tmp_path / "x" / stage / "manifest.json").exists(), "the kill came too late to mean anything"
-    result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
+    result = rlhf("run", "r.yaml", "--out", "x", "--until", until.split("/")[1], cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert digests(tmp_path / "x") == digests(finished / "x")
-    if trains:
-        rows = [json.loads(line) for line in (tmp_path / "x" / stage / "metrics.jsonl").read_text().splitlines()]
-        resumed = [i for i, row in enumerate(rows) if "resumed_from" in row]
-        assert len(resumed) == 1
-        step = rows[resumed[0]]["resumed_from"]
-        assert step > 0
-        assert min(row["step"] for row in rows[resumed[0] + 1 :]) > step, "no step before the checkpoint is repeated"
+    assert digests(tmp_path / "x", until) == digests(finished / "x", until)
+    rows = [json.loads(line) for line in (tmp_path / "x" / stage / "metrics.jsonl").read_text().splitlines()]
+    (resumed,) = [i for i, row in enumerate(rows) if "resumed_from" in row]
+    step = rows[resumed]["resumed_from"]
+    assert step >= after
+    reached = max(row["step"] for row in rows[:resumed])
+    assert 0 <= reached - step <= save_steps, "what is repeated"
+    assert min(row["step"] for row in rows[resumed + 1 :]) > step, "no step before the checkpoint is repeated"
+    assert rows[-1]["step"] > epoch_steps, "the stage has more than one epoch"
+
+
+def test_kill_9_in_the_evaluation(finished: Path, tmp_path: Path) -> None:
+    process = begin_again_at("round-1/evaluate", finished, tmp_path)
+    deadline = time.monotonic() + 120
+    started = tmp_path / "x/round-1/evaluate/started.json"
+    while time.monotonic() < deadline and process.poll() is None and not started.is_file():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "x/round-1/evaluate/manifest.json").exists(), "the kill came too late to mean anything"
+    assert rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path).returncode == 0
+    before, after = (json.loads((run / "x/summary.json").read_text()) for run in (finished, tmp_path))
+    assert {**before, "seconds": 0} == {**after, "seconds": 0}
+
+
+FULL_DISK = """
+import errno, sys
+from transformers import Trainer
+write = Trainer._save_optimizer_and_scheduler
+def full(self, folder):
+    if self.state.global_step >= 8:
+        raise OSError(errno.ENOSPC, "No space left on device", folder)
+    write(self, folder)
+Trainer._save_optimizer_and_scheduler = full
+sys.argv = ["rlhf", "run", "r.yaml", "--out", "x", "--until", "reward"]
+from rlhf.cli import main
+main()
+"""
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """The third checkpoint of the reward model cannot be written: one sentence, exit 1, and the second is resumed from."""
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    shutil.copytree(finished / "x", tmp_path / "x")
+    for later in STAGES[STAGES.index("round-1/reward") :]:
+        shutil.rmtree(tmp_path / "x" / later)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "round-1/reward: no space left on the device that holds x." in result.stderr
+    assert "Traceback" not in result.stderr
+    result = rlhf("run", "r.yaml", "--out", "x", "--until", "reward", cwd=tmp_path)
+    assert "leaves out checkpoint-8, whose writing was cut off" in result.stdout
+    assert "goes on from checkpoint-4" in result.stdout
+    assert digests(tmp_path / "x", "round-1/reward") == digests(finished / "x", "round-1/reward")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +245,8 @@ def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path, stage
 )
 def test_a_signal_saves_and_exits(finished: Path, tmp_path: Path, stage: str, sent: signal.Signals, code: int) -> None:
     """The checkpoint is of the step that the signal found, and going on from it gives the uninterrupted weights."""
-    process = begin_again_at(stage, finished, tmp_path)
+    until = stage.split("/")[1]
+    process = begin_again_at(stage, finished, tmp_path, "--until", until)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "x" / stage / "metrics.jsonl").is_file():
         time.sleep(0.005)
@@ -184,9 +254,9 @@ def test_a_signal_saves_and_exits(finished: Path, tmp_path: Path, stage: str, se
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr[-2000:]
     assert f"{sent.name}: stopped. The same command goes on" in stderr
-    assert started_checkpoint(tmp_path / "x", stage)
-    assert rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path).returncode == 0
-    assert digests(tmp_path / "x") == digests(finished / "x")
+    assert a_checkpoint(tmp_path / "x", stage)
+    assert rlhf("run", "r.yaml", "--out", "x", "--until", until, cwd=tmp_path).returncode == 0
+    assert digests(tmp_path / "x", stage) == digests(finished / "x", stage)
 
 
 def test_a_misspelt_key_creates_nothing(tmp_path: Path) -> None:
@@ -346,6 +416,7 @@ def test_evaluate_writes_the_contract(finished: Path, tmp_path: Path) -> None:
     result = rlhf("evaluate", str(model), str(data), "--out", "e.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "e.json").read_text())["data"]["test_pairs"]
+    assert "<svg" in (tmp_path / "e.html").read_text()
     assert {"n", "accuracy", "accuracy_ci", "ties", "ece", "length_baseline"} <= set(report)
     inside = json.loads((finished / "x/round-1/reward/manifest.json").read_text())["facts"]
     assert report["accuracy"] == inside["accuracy"], "the code that judges inside a run"

@@ -1,0 +1,117 @@
+"""Model cards: `README.md` in the folders of the reward model and of the policy, with the numbers that were measured."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.report.page import read_manifests, read_summary, verdict
+from rlhf.report.render import read_rows, render, reward_facts, write_page
+
+USE_REWARD = """from rlhf import load_reward_model
+
+reward = load_reward_model("FOLDER")
+reward.score(["Name three fruits."], ["apple, pear and plum."])  # raw scores [n]
+# on answers of SFT: mean {mean:.3f}, deviation {std:.3f}"""
+USE_PLAIN_REWARD = """
+
+# or with transformers alone (the text must be that of the saved chat template; no sigmoid: problem_type is regression)
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER")"""
+USE_POLICY = """from {package} import {loader}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = {loader}.from_pretrained("FOLDER")"""
+
+
+def write_cards(run: Path) -> list[Path]:
+    """Write the card of every model that a run has finished; the policy's once it has been judged.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    summary, manifests = read_summary(run), read_manifests(run)
+    last = summary["rounds"][-1]
+    folder = f"round-{last['round']}"
+    written = []
+    if f"{folder}/reward" in manifests:
+        written.append(_reward_card(run, summary, manifests, f"{folder}/reward"))
+    if f"{folder}/ppo" in manifests and f"{folder}/evaluate" in manifests:
+        written.append(_policy_card(run, summary, manifests, folder))
+    return written
+
+
+def _reward_card(run: Path, summary: dict[str, Any], manifests: dict[str, Any], stage: str) -> Path:
+    facts = manifests[stage]["facts"]
+    adapter = (run / stage / "model" / "adapter_config.json").is_file()
+    objective = manifests[stage]["settings"].get("objective", "bt")
+    sentences = [
+        f"A scalar reward model trained on {facts['pairs']} preference pairs (objective `{objective}`). Its score is a raw "
+        "number; only differences between answers to one prompt mean anything.",
+        *[sentence for sentence in verdict(summary, []) if sentence.startswith("The reward model orders")],
+    ]
+    return _write(
+        run,
+        stage,
+        summary,
+        manifests,
+        kind="reward model",
+        adapter=adapter,
+        sentences=sentences,
+        facts=reward_facts(facts),
+        use=USE_REWARD.format(**facts) + ("" if adapter else USE_PLAIN_REWARD),
+    )
+
+
+def _policy_card(run: Path, summary: dict[str, Any], manifests: dict[str, Any], folder: str) -> Path:
+    policy, sft, best = summary["rounds"][-1]["policy"], summary["sft"], summary["best_of_16"]
+    rows = [
+        (
+            "true reward",
+            _value(policy, "gold"),
+            f"SFT {_value(sft, 'gold')}, best of 16 by it {_value(best['by_gold'], 'gold')}",
+        ),
+        ("reward model's score", _value(policy, "proxy"), f"SFT {_value(sft, 'proxy')}"),
+        ("KL to SFT, nats an answer", _value(policy, "kl"), ""),
+        ("win rate against SFT, by the true reward", _value(policy, "win_rate"), ""),
+    ]
+    adapter = (run / folder / "ppo" / "model" / "adapter_config.json").is_file()
+    package, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
+    return _write(
+        run,
+        f"{folder}/ppo",
+        summary,
+        manifests,
+        kind="policy",
+        adapter=adapter,
+        sentences=verdict(summary, read_rows(run / folder / "ppo" / "metrics.jsonl")),
+        facts=[row for row in rows if not row[1].startswith("not known")],
+        use=USE_POLICY.format(package=package, loader=loader),
+    )
+
+
+def _write(run: Path, stage: str, summary: dict[str, Any], manifests: dict[str, Any], **values: Any) -> Path:
+    manifest = manifests[stage]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    text = render(
+        "card.md.jinja",
+        recipe=summary["recipe"],
+        base=(recipe.get("backbone") or {}).get("model"),
+        data=manifests["round-0/data"]["facts"]["read"],
+        flip_rate=summary["lab"]["flip_rate"],
+        settings=yaml.safe_dump(manifest["settings"], sort_keys=False, allow_unicode=True).strip(),
+        code=manifest["code"] or manifest["versions"]["rlhf-pipeline"],
+        seed=manifest["seed"],
+        versions=manifest["versions"],
+        key=manifest["key"][:12],
+        **values,
+    )
+    return write_page(run / stage / "model" / "README.md", text)
+
+
+def _value(section: dict[str, Any], name: str) -> str:
+    value, interval = section.get(name), section.get(f"{name}_ci")
+    if value is None:
+        return "not known"
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
