@@ -219,7 +219,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(words in str(error) for words in ("os error 28", "No space left", "PytorchStreamWriter failed writing")):
+        if any(words in str(error) for words in ("os error 28", "No space left", "inline_container")):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -410,29 +410,6 @@ def test_a_template_that_inserts_a_date_is_frozen(
         load_tokenizer(tmp_path / "computed", conversational=True)
 
 
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer BERT with a word-level vocabulary, as such models lie on the hub: no chat template, no end token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {word: i for i, word in enumerate([*special, "Human", "Assistant", ":", *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=32, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
-    config.max_position_embeddings = 32
-    BertModel(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_an_encoder_is_a_reward_model_through_the_plain_forward(
     encoder_folder: Path, tmp_path: Path, pairs: Any, cpu_arguments: dict[str, Any], use_peft: bool

@@ -113,6 +113,34 @@ print(reward(**ids).logits.item())
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, capture_output=True)
 
 
+def test_the_report_says_where_the_run_comes_from(finished: Path) -> None:
+    run = finished / "x"
+    page = (run / "report.html").read_text()
+    key = json.loads((run / "round-1/ppo/manifest.json").read_text())["key"]
+    for part in (
+        "How to reproduce it",
+        "rlhf run r.yaml --out NEW",
+        key[:12],
+        "best of n by true reward",
+        "Length over PPO",
+    ):
+        assert part in page, part
+    card = (run / "round-1/ppo/model/README.md").read_text()
+    gold = json.loads((run / "summary.json").read_text())["rounds"][0]["policy"]["gold"]
+    assert f"| true reward | {gold:.3f} [" in card
+    listed = {file["path"] for file in json.loads((run / "round-1/ppo/manifest.json").read_text())["files"]}
+    assert "model/README.md" not in listed, "a card is written again; what the manifest vouches for is not"
+
+
+def test_best_of_n_in_a_run_starts_at_sft_and_ends_at_best_of_16(finished: Path) -> None:
+    facts = json.loads((finished / "x/round-1/evaluate/manifest.json").read_text())["facts"]
+    curve = facts["best_of_n"]
+    assert [row["n"] for row in curve] == [1, 2, 4, 8, 16]
+    assert curve[0]["by_reward"] == pytest.approx(curve[0]["by_gold"])
+    assert curve[-1]["by_gold"] == pytest.approx(facts["best_of_16"]["by_gold"]["gold"])
+    assert curve[-1]["kl"] == pytest.approx(facts["best_of_16"]["by_reward"]["kl"])
+
+
 def test_a_finished_run_repeats_nothing(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (finished / "x").rglob("manifest.json")}
     result = rlhf("run", "r.yaml", "--out", "x", cwd=finished)

@@ -108,6 +108,7 @@ def test_a_full_disk_in_everybodys_words() -> None:
     assert is_disk_full(
         RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file")
     )
+    assert is_disk_full(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 236608 vs 236496"))
     assert is_disk_full(Exception("I/O error: No space left on device (os error 28)"))
     wrapped = ValueError("x")
     wrapped.__cause__ = OSError(errno.ENOSPC, "y")
