@@ -6,7 +6,7 @@ memory-saving kernels those trainers use, with fused versions on CUDA.
 
 from trl.trainer.base_config import _BaseConfig as BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference, suppress_seqcls_warning
+from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import (
     disable_dropout_in_model,
     entropy_from_logits,
@@ -24,5 +24,4 @@ __all__ = [
     "pad",
     "print_prompt_completions_sample",
     "selective_log_softmax",
-    "suppress_seqcls_warning",
 ]

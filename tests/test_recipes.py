@@ -56,9 +56,15 @@ def test_commands_in_the_docs_are_commands_of_the_tool(file: str) -> None:
 def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
     from rlhf.recipe import load_recipe
 
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    whole, mixture = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(whole, encoding="utf-8")
     assert load_recipe(tmp_path / "mine.yaml").evaluate.gold == "rules.py:score"
+    (tmp_path / "mixture.yaml").write_text(f"base: mine.yaml\n{mixture}", encoding="utf-8")
+    assert [entry.fraction for entry in load_recipe(tmp_path / "mixture.yaml").data.sources("preferences")] == [
+        0.5,
+        1.0,
+    ]
 
 
 def test_the_readme_tree_names_what_is_there() -> None:

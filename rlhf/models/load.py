@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rlhf._trl import suppress_seqcls_warning
 from rlhf.errors import UserError
 from rlhf.models.save import check_base
 from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_template, give_plain_template
@@ -144,10 +144,7 @@ def build_reward_model(
     config = model_settings({}) if config is None else config
     source = find_source(path)
     quantization = get_quantization_config(config)
-    with suppress_seqcls_warning():
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source.base, num_labels=1, output_loading_info=True, **_init_arguments(config, quantization)
-        )
+    model, missing = _with_a_head(source.base, _init_arguments(config, quantization))
     source.check()
     head = score_head(model)
     if head is not None:
@@ -166,9 +163,22 @@ def build_reward_model(
     if config.use_peft:
         adapter = get_peft_config(config)
         adapter.task_type = TaskType.SEQ_CLS
-        adapter.modules_to_save = sorted({*_modules_of(report["missing_keys"]), *(adapter.modules_to_save or [])})
+        adapter.modules_to_save = sorted({*_modules_of(missing), *(adapter.modules_to_save or [])})
         return get_peft_model(model, adapter)
     return model
+
+
+def _with_a_head(base: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+    """A one-label classifier on a checkpoint without a head, and the parameters that started random, which is no news."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, output_loading_info=True, **arguments
+        )
+    finally:
+        logging.set_verbosity(before)
+    return model, set(report["missing_keys"])
 
 
 def _modules_of(parameters: Iterable[str]) -> set[str]:
@@ -215,16 +225,13 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
     config = model_settings({"use_peft": True, "load_in_4bit": True} if load_in_4bit else {"dtype": "auto"})
     arguments = _init_arguments(config, get_quantization_config(config))
     if source.adapter is not None:
-        with suppress_seqcls_warning():
-            base, report = AutoModelForSequenceClassification.from_pretrained(
-                source.base, num_labels=1, output_loading_info=True, **arguments
-            )
+        base, random = _with_a_head(source.base, arguments)
         source.check()
         saved = load_peft_weights(source.adapter, device="cpu")
-        missing = sorted(name for name in report["missing_keys"] if f"base_model.model.{name}" not in saved)
-        if missing:
+        untrained = sorted(name for name in random if f"base_model.model.{name}" not in saved)
+        if untrained:
             raise UserError(
-                f"{path}: the adapter holds no trained {', '.join(missing)}, so its rewards would be random; train it with "
+                f"{path}: the adapter holds no trained {', '.join(untrained)}, so its rewards would be random; train it with "
                 "task_type SEQ_CLS."
             )
         if load_in_4bit:
