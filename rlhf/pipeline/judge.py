@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from rlhf.data.prepare import read_pairs, read_rankings
+from rlhf.data.sources import read_pairs, read_rankings
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import compare, judge_pairs, pair_report, ranking_report
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings

@@ -12,7 +12,8 @@ from transformers import set_seed
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
 import rlhf.reward.trainer as reward_trainers
-from rlhf.data.prepare import DataSources, Source, prepare_data
+from rlhf.data.prepare import DataSources, prepare_data
+from rlhf.data.sources import Source
 from rlhf.evaluation.gold import GoldFunction, load_gold
 from rlhf.evaluation.pairs import JudgedPairs, judge_pairs, pair_report
 from rlhf.evaluation.policy import judge_policies

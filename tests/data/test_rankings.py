@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.prepare import DataSources, Source, prepare_data, read_pairs
+from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.rankings import Answer, best_answers, comparisons, group_rated, is_ranking, rankings, rated_answers
 from rlhf.data.read import BadRow
+from rlhf.data.sources import Source, read_pairs
 from rlhf.errors import UserError
 
 USER = [{"role": "user", "content": "Hi"}]
