@@ -77,7 +77,7 @@ def _stage_command(stage: str) -> None:
     app.command(stage)(command)
 
 
-for _stage in ("sft", "reward", "ppo"):
+for _stage in ("sft", "vote", "reward", "ppo"):
     _stage_command(_stage)
 
 

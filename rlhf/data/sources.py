@@ -62,6 +62,13 @@ class Rows:
         return Rows(self.train + other.train, self.test + other.test)
 
 
+def pair_digest(row: dict[str, Any]) -> str:
+    """What identifies a pair, whichever of its answers is called the chosen one."""
+    answers = sorted(row[side][0]["content"] for side in ("chosen", "rejected"))
+    text = "\x1f".join((prompt_key(row["prompt"]), *answers))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
 def read_pairs(source: str, *, split: str = "test") -> tuple[list[dict[str, Any]], ReadReport]:
     """All canonical pairs of one source, in any accepted form, repeats and contradictions left out.
 

@@ -55,6 +55,11 @@ class JudgedPairs:
     scores_chosen: Array
     scores_rejected: Array
 
+    @classmethod
+    def unscored(cls, rows: list[dict[str, Any]]) -> "JudgedPairs":
+        """Pairs that nobody has judged yet: all scores 0."""
+        return cls(rows, [plain(row["prompt"]) for row in rows], np.zeros(len(rows)), np.zeros(len(rows)))
+
     @property
     def right(self) -> Array:
         """1 where the chosen answer has the higher score; a tie is wrong."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.stats import rankdata
 
 RESAMPLES = 2000
 SIGN_FLIPS = 20_000
@@ -191,6 +192,18 @@ def best_of_n_values(
         weights = np.array([math.comb(i, n - 1) for i in range(total)], dtype=float) / math.comb(total, n)
         values.append(float((weights * ascending).sum()))
     return values
+
+
+def auroc(values: Sequence[float], positives: Sequence[bool]) -> float:
+    """Probability that a positive has a higher value than a negative, ties half.
+
+    >>> auroc([0.1, 0.4, 0.4, 0.9], [False, False, True, True])
+    0.875
+    """
+    ranks, positive = rankdata(values), np.asarray(positives, dtype=bool)
+    count = int(positive.sum())
+    assert 0 < count < len(positive), "both kinds must occur"
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
 
 
 def win_rate(first: Sequence[float], second: Sequence[float]) -> tuple[float, list[float]]:

@@ -20,7 +20,7 @@ from rlhf.report.page import write_report
 
 ORIGIN = "origin.json"  # which file and overrides the recipe came from; for the report
 # With several processes these stages are run by all of them; the others by the first, while the rest wait.
-TRAINED_TOGETHER = ("sft", "reward", "ppo")
+TRAINED_TOGETHER = ("sft", "vote", "reward", "ppo")
 
 
 def plan(recipe: Recipe) -> list[Stage]:
@@ -54,8 +54,13 @@ def plan(recipe: Recipe) -> list[Stage]:
     else:  # the backbone can answer already, and takes SFT's place
         own = {"backbone": backbone}
 
-    # Round 1: reward model, PPO, judgement.
-    reward = add("reward", "round-1/reward", recipe.reward.model_dump() | own | sampling | gold, data=data, **start)
+    # Round 1: vote, reward model, PPO, judgement.
+    votes: dict[str, Stage] = {}
+    if recipe.reward.needs_vote:
+        shape = recipe.vote.model_dump() | recipe.vote_settings()
+        votes = {"vote": add("vote", "round-1/vote", shape | own | gold, data=data, **start)}
+    reward_settings = recipe.reward.model_dump() | own | sampling | gold
+    reward = add("reward", "round-1/reward", reward_settings, data=data, **start, **votes)
     ppo = add("ppo", "round-1/ppo", recipe.ppo.model_dump() | own | gold, data=data, **start, reward=reward)
     judged = {**start, "reward": reward, "policy": ppo}
     add("evaluate", "round-1/evaluate", recipe.evaluate.model_dump() | own | sampling, data=data, **judged)

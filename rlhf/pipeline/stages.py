@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from trl import RewardConfig, SFTConfig, SFTTrainer
 
 import rlhf.reward.trainer as reward_trainers
 from rlhf.data.prepare import DataSources, prepare_data
-from rlhf.data.sources import Source
+from rlhf.data.sources import Source, pair_digest
 from rlhf.evaluation.gold import GoldFunction, load_gold
 from rlhf.evaluation.pairs import JudgedPairs, judge_pairs, pair_report
 from rlhf.evaluation.policy import judge_policies
+from rlhf.evaluation.statistics import auroc
 from rlhf.lab.build import LabSettings, build_lab
 from rlhf.lab.world import gold as lab_gold
 from rlhf.models.generate import sample_texts
@@ -24,15 +25,19 @@ from rlhf.models.load import build_reward_model, find_source, load_policy, load_
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
+from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
 from rlhf.pipeline.training import quiet_libraries, split_settings, train, training_arguments
+from rlhf.pipeline.vote import vote
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 from rlhf.reward import OBJECTIVES
 from rlhf.reward.model import calibrate_reward_model, load_reward_model, position_limit
+from rlhf.reward.noise import NoiseEstimate, attach_strength, corrected
 
 SHOWN_SAMPLES = 64
 CALIBRATION_SAMPLES = 256
+STRENGTH = "strength.jsonl"
 
 
 @dataclass
@@ -162,6 +167,35 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     return {"demonstrations": len(lengths), "dropped": dropped, "cut": cut, "tokens": sum(lengths)}
 
 
+def run_vote(context: StageContext) -> dict[str, Any]:
+    """Preference strength of every training pair, and the share of wrong labels that the votes imply."""
+    recipe = context.recipe
+    rows = read_jsonl(context.data / "pairs.jsonl")
+    shape = recipe.vote.model_dump(include={"members", "folds", "in_sample"})
+    folder = context.folder / CHECKPOINTS
+    strength, noise = vote(
+        context.sft_model, rows, recipe.vote_settings(), folder, seed=recipe.seed, say=context.say, **shape
+    )
+    if not context.is_main:
+        return {}
+    names = ("strength_mean", "strength_std", "strength_share", "strength_votes")
+    columns = zip(*(column.tolist() for column in strength), strict=True)
+    votes = [
+        {"pair": pair_digest(row), **dict(zip(names, v, strict=True))} for row, v in zip(rows, columns, strict=True)
+    ]
+    write_jsonl(context.folder / STRENGTH, votes)
+    context.say(
+        f"vote: {shape['members']} members; about {noise.flip_rate:.1%} [{noise.low:.1%}, {noise.high:.1%}] of the labels are "
+        f"wrong; {(strength.mean < 0).float().mean():.1%} of the pairs have a strength below 0."
+    )
+    gold = _gold_differences(JudgedPairs.unscored(rows), context.gold())
+    found = None
+    if gold is not None:
+        wrong = [difference < 0 for difference in gold]
+        found = auroc((-strength.mean).tolist(), wrong) if any(wrong) and not all(wrong) else None
+    return {"pairs": len(rows), "noise": asdict(noise), "auroc_of_wrong_labels": found, **shape}
+
+
 def run_reward(context: StageContext) -> dict[str, Any]:
     """A reward model on the pairs, its scale on SFT samples, and its accuracy on held-out pairs."""
     recipe = context.recipe
@@ -178,13 +212,13 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
     trainer_class = getattr(reward_trainers, OBJECTIVES[recipe.reward.objective])
-    pairs = _training_pairs(context)
+    pairs, flipped = _training_pairs(context)
     held_out = _held_out(context, "test_pairs") if args.eval_strategy != "no" else None
     trainer = trainer_class(model, args, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer)
     train(trainer, context.folder, label="reward", say=context.say)
     if not context.is_main:
         return {}
-    facts = {"pairs": len(trainer.train_dataset), "dropped_too_long": trainer.dropped_too_long}
+    facts = {"pairs": len(trainer.train_dataset), "flipped": flipped, "dropped_too_long": trainer.dropped_too_long}
     save_model(trainer.model, tokenizer, context.folder / "model")
     device = trainer.args.device
     del trainer, model
@@ -280,11 +314,17 @@ def _gold_differences(judged: JudgedPairs, gold: GoldFunction | None) -> list[fl
     return [a - b for a, b in zip(*(gold(judged.prompts, texts) for texts in sides), strict=True)]
 
 
-def _training_pairs(context: StageContext) -> Dataset:
-    """The pairs with the columns that a loss may read; where one is from (`source`, `group`, …) is not among them."""
+def _training_pairs(context: StageContext) -> tuple[Dataset, int | None]:
+    """The pairs with the columns that a loss may read, corrected by the vote where there is one, and how many were flipped."""
     rows = read_jsonl(context.data / "pairs.jsonl")
+    flipped = None
+    if "vote" in context.parents:
+        strength = attach_strength(rows, read_jsonl(context.parents["vote"] / STRENGTH))
+        manifest = json.loads((context.parents["vote"] / MANIFEST).read_text(encoding="utf-8"))
+        noise = NoiseEstimate(**manifest["facts"]["noise"])
+        rows, flipped = corrected(rows, strength, context.recipe.reward.objective, noise=noise)
     names = ("prompt", "chosen", "rejected", *(name for name in reward_trainers.PAIR_COLUMNS if name in rows[0]))
-    return Dataset.from_list([{name: row[name] for name in names} for row in rows])
+    return Dataset.from_list([{name: row[name] for name in names} for row in rows]), flipped
 
 
 def _held_out(context: StageContext, name: str) -> Dataset:
@@ -299,6 +339,7 @@ STAGES: dict[str, Callable[[StageContext], dict[str, Any]]] = {
     "data": run_data,
     "base": run_base,
     "sft": run_sft,
+    "vote": run_vote,
     "reward": run_reward,
     "ppo": run_ppo,
     "evaluate": run_evaluate,

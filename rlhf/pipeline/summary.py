@@ -39,7 +39,7 @@ def write_summary(recipe: Recipe, stages: list[Stage], store: Store) -> dict[str
             {
                 "round": 1,
                 "pairs": reward.get("pairs"),
-                "flipped": None,
+                "flipped": reward.get("flipped"),
                 "reward": {key: reward.get(key) for key in REWARD_KEYS},
                 "policy": _with_intervals(policy, ("proxy", "gold", "kl", "win_rate")),
             }

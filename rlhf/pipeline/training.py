@@ -84,9 +84,17 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     if recipe.backbone.model is not None and until not in ("data", "reward"):
         problems += _cannot_generate(recipe.backbone.model, recipe.backbone.revision)
     trackers = get_available_reporting_integrations()
-    for section, config_class in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig)):
+    stages: list[tuple[str, type[TrainingArguments], dict[str, Any]]] = [
+        ("sft", SFTConfig, recipe.sft.trl_settings()),
+        ("vote", RewardConfig, recipe.vote_settings()),
+        ("reward", RewardConfig, recipe.reward.trl_settings()),
+        ("ppo", PPOConfig, recipe.ppo.trl_settings()),
+    ]
+    for section, config_class, keys in stages:
+        if section == "vote" and not recipe.reward.needs_vote:
+            continue
         try:
-            _, settings = split_settings(getattr(recipe, section).trl_settings())
+            _, settings = split_settings(keys)
             args = training_arguments(config_class, settings, Path("nowhere"), recipe.seed)
             absent = sorted(set(args.report_to) - set(trackers) - {"none"})
             if absent:

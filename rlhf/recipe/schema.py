@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-STAGE_SECTIONS = ("sft", "reward", "ppo")
+STAGE_SECTIONS = ("sft", "vote", "reward", "ppo")
 DATA_SOURCES = ("sft", "preferences", "prompts", "test")
 
 # Keys that TRL knows and a recipe may not set, each with the reason.
@@ -113,10 +113,26 @@ class StageSection(BaseModel):
         return dict(self.model_extra or {})
 
 
-class RewardSection(StageSection):
-    """The reward model."""
+class VoteSection(StageSection):
+    """Preference strength by voting, where `reward.objective` asks for it; TRL's keys are those of `reward` unless set here."""
 
-    objective: Literal["bt", "margin", "smoothing", "soft"] = "bt"
+    members: int = Field(10, ge=1)
+    folds: int = Field(5, ge=2)
+    in_sample: bool = False
+
+
+class RewardSection(StageSection):
+    """The reward model. The objectives of the second line are made of a vote."""
+
+    objective: Literal[
+        "bt", "margin", "smoothing", "soft",
+        "flip", "adaptive_margin", "flip_margin", "soft_margin", "vote_soft", "posterior", "drop",
+    ] = "bt"  # fmt: skip
+
+    @property
+    def needs_vote(self) -> bool:
+        """Whether a `vote` stage comes before."""
+        return self.objective not in ("bt", "margin", "smoothing", "soft")
 
 
 class EvaluateSection(Section):
@@ -135,6 +151,7 @@ class Recipe(Section):
     backbone: BackboneSection = Field(default_factory=BackboneSection)
     data: DataSection = Field(default_factory=DataSection)
     sft: StageSection = Field(default_factory=StageSection)
+    vote: VoteSection = Field(default_factory=VoteSection)
     reward: RewardSection = Field(default_factory=RewardSection)
     ppo: StageSection = Field(default_factory=StageSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
@@ -145,6 +162,10 @@ class Recipe(Section):
     def origin(self) -> dict[str, Any]:
         """Where this recipe was read; for the report, not for any result."""
         return self._origin
+
+    def vote_settings(self) -> dict[str, Any]:
+        """TRL's keys of a member: those of `reward`, and of `vote` on top."""
+        return self.reward.trl_settings() | self.vote.trl_settings()
 
     def resolved(self) -> dict[str, Any]:
         """Everything that was decided, defaults of ours included: what is written to `RUN/recipe.yaml`."""
@@ -166,4 +187,5 @@ def trl_keys() -> dict[str, dict[str, dict[str, Any]]]:
 def stage_keys(section: str) -> dict[str, dict[str, Any]]:
     """TRL's keys that a stage section may set."""
     keys = trl_keys()
-    return {name: key for name, key in {**keys["model"], **keys[section]}.items() if name not in REFUSED_KEYS}
+    own = keys["reward" if section == "vote" else section]  # a member of a vote is a reward model
+    return {name: key for name, key in {**keys["model"], **own}.items() if name not in REFUSED_KEYS}

@@ -9,4 +9,12 @@ OBJECTIVES = {
     "margin": "MarginRewardTrainer",
     "smoothing": "LabelSmoothingRewardTrainer",
     "soft": "SoftLabelRewardTrainer",
+    # Made of a vote (`rlhf.reward.noise.corrected`), which writes the columns that the general pair loss reads.
+    "flip": "PairRewardTrainer",
+    "adaptive_margin": "MarginRewardTrainer",
+    "flip_margin": "MarginRewardTrainer",
+    "soft_margin": "SoftLabelRewardTrainer",
+    "vote_soft": "SoftLabelRewardTrainer",
+    "posterior": "SoftLabelRewardTrainer",
+    "drop": "PairRewardTrainer",
 }

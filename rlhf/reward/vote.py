@@ -1,0 +1,84 @@
+"""Preference strength by voting: M reward models, each pair judged by those that were not trained on it."""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.data.canonical import prompt_key
+from rlhf.errors import TrainingError, UserError
+
+Train = Callable[[int, list[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class VotePlan:
+    """Who trains on what.
+
+    Attributes:
+        folds: [n] fold of each pair; all pairs of a prompt are in one.
+        left_out: member → the fold that it does not see, or None where all vote in-sample.
+    """
+
+    folds: list[int]
+    left_out: list[int | None]
+
+    def trains_on(self, member: int) -> list[int]:
+        """Pairs that a member is trained on."""
+        return [i for i, fold in enumerate(self.folds) if fold != self.left_out[member]]
+
+    def votes_on(self, member: int) -> list[int]:
+        """Pairs that a member votes on."""
+        if self.left_out[member] is None:
+            return list(range(len(self.folds)))
+        return [i for i, fold in enumerate(self.folds) if fold == self.left_out[member]]
+
+
+def plan_vote(rows: Sequence[dict[str, Any]], *, members: int, folds: int, in_sample: bool, seed: int) -> VotePlan:
+    """Members m = 0…M-1; out of fold, member m leaves out fold m modulo `folds`, so a pair gets M / folds votes.
+
+    Raises:
+        UserError: one member out of fold, fewer members than folds, fewer pairs or prompts than members.
+    """
+    if in_sample:
+        return VotePlan([0] * len(rows), [None] * members)
+    keys = [prompt_key(row["prompt"]) for row in rows]
+    problems = []
+    if members < 2:
+        problems.append(
+            f"vote.members is {members}: out-of-fold votes need two members or more (or set vote.in_sample)."
+        )
+    if members < folds:
+        problems.append(f"vote: {members} members can't vote on {folds} folds; each fold needs one. Lower vote.folds.")
+    if len(set(keys)) < max(members, folds):
+        problems.append(f"vote: {len(rows)} pairs of {len(set(keys))} prompts are too few for {members} members.")
+    if problems:
+        raise UserError(problems)
+    ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).hexdigest())
+    fold = {key: place % folds for place, key in enumerate(ranked)}  # equally many prompts in each
+    return VotePlan([fold[key] for key in keys], [member % folds for member in range(members)])
+
+
+def collect_votes(plan: VotePlan, train: Train) -> Tensor:
+    """Differences [M, n], not a number where a member has no vote.
+
+    Args:
+        train: (member, pairs to train on) → differences [n] of that member on all pairs.
+
+    Raises:
+        TrainingError: a member diverged.
+    """
+    differences = torch.full((len(plan.left_out), len(plan.folds)), math.nan)
+    for member in range(len(plan.left_out)):
+        found = train(member, plan.trains_on(member))
+        if not torch.isfinite(found).all():
+            raise TrainingError(
+                f"vote: member {member} diverged (a difference that is not finite); lower learning_rate."
+            )
+        here = plan.votes_on(member)
+        differences[member, here] = found[here]
+    return differences

@@ -1,0 +1,249 @@
+"""Voting and corrections against the published row, closed forms and planted flips."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf.data.sources import pair_digest
+from rlhf.errors import TrainingError, UserError
+from rlhf.evaluation.statistics import auroc
+from rlhf.objectives import strength
+from rlhf.objectives.pairwise import pair_loss
+from rlhf.objectives.strength import (
+    VoteStrength,
+    flipped_strength,
+    lowest_fraction,
+    posterior_confidence,
+    smoothing_confidence,
+    vote_strength,
+)
+from rlhf.reward.noise import NoiseEstimate, attach_strength, corrected, estimate_noise
+from rlhf.reward.vote import collect_votes, plan_vote
+
+# A row of fnlp/hh-rlhf-strength-cleaned as published: ten models' scores of both sides.
+CHOSEN = [3.71875, 0.58984375, 3.390625, 0.006805419921875, -0.6953125, 1.0390625, 1.4140625, 0.8359375, 3.078125, 2.0]
+REJECTED = [3.546875, 0.9921875, 2.125, -0.330078125, 1.171875, 1.2578125, 1.078125, 1.0546875, 3.546875, 2.265625]
+NAN = float("nan")
+
+
+def test_the_published_row() -> None:
+    """-0.13311 and 0.75596 with 1/M (0.79685 would be 1/(M-1)); 4 of 10 prefer the chosen side."""
+    votes = vote_strength(torch.tensor([CHOSEN]).T - torch.tensor([REJECTED]).T)
+    assert votes.mean.item() == pytest.approx(-0.13311, abs=5e-6)
+    assert votes.std.item() == pytest.approx(0.75596, abs=5e-6)
+    assert votes.share.item() == pytest.approx(0.4)
+    assert votes.votes.item() == 10
+
+
+def test_strength_in_closed_form() -> None:
+    one = vote_strength(torch.tensor([[2.0, -1.0]]))
+    assert (one.mean.tolist(), one.std.tolist()) == ([2.0, -1.0], [0.0, 0.0]), "one model has no deviation"
+    same = vote_strength(torch.tensor([[2.0], [2.0], [2.0]]))
+    assert same.std.item() == 0
+    torch.manual_seed(0)
+    d = torch.randn(7, 5)
+    swapped = vote_strength(-d)
+    torch.testing.assert_close(swapped.mean, -vote_strength(d).mean)
+    torch.testing.assert_close(swapped.std, vote_strength(d).std)
+    torch.testing.assert_close(swapped.share, 1 - vote_strength(d).share)
+    absent = vote_strength(torch.tensor([[1.0, NAN], [NAN, 4.0], [3.0, 0.0]]))
+    assert absent.mean.tolist() == [2.0, 2.0]
+    assert absent.std.tolist() == [1.0, 2.0]
+    assert absent.share.tolist() == [1.0, 0.75], "a vote of exactly 0 counts half"
+    assert absent.votes.tolist() == [2, 2]
+
+
+def test_flips_are_exact_stable_and_an_involution() -> None:
+    mu = torch.tensor([0.5, -1.0, 0.5, 0.5, -3.0, 0.2, 0.5, 0.5, 0.5, 0.5])
+    assert lowest_fraction(mu, 0.29).nonzero().flatten().tolist() == [1, 4], "⌊2.9⌋ = 2"
+    assert lowest_fraction(mu, 0.5).nonzero().flatten().tolist() == [0, 1, 2, 4, 5], "equal ones in order"
+    flips = lowest_fraction(mu, 0.2)
+    torch.testing.assert_close(flipped_strength(flipped_strength(mu, flips), flips), mu)
+    assert (flipped_strength(mu, flips)[flips] > 0).all()
+
+
+def test_smoothing_masks() -> None:
+    mu = torch.arange(-5.0, 15.0)
+    assert smoothing_confidence(mu, where="negative").tolist() == [pytest.approx(0.8)] * 5 + [1.0] * 15
+    assert smoothing_confidence(mu, where="all").tolist() == [pytest.approx(0.8)] * 20
+    both = smoothing_confidence(mu, where="negative+strong")
+    assert (both < 1).nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 18, 19], "the strongest tenth of 20"
+
+
+def test_the_smoothed_loss_has_its_minimum_where_the_paper_has_it() -> None:
+    """d* = logit(1 - α) + μ = 1.386 + μ, and the loss there is H(0.2) = 0.5004."""
+    d = torch.linspace(-6, 10, 160_001, dtype=torch.float64)
+    for mu in (0.0, 1.5, -2.0):
+        loss = pair_loss(d, torch.zeros_like(d), margin=mu, confidence=0.8)
+        assert d[loss.argmin()].item() == pytest.approx(math.log(4) + mu, abs=2e-4)
+        assert loss.min().item() == pytest.approx(0.500402, abs=1e-6)
+
+
+def test_the_posterior_is_bayes() -> None:
+    epsilon, a = 0.3, 1.7
+    d = torch.linspace(-4, 4, 9)
+    truth = torch.sigmoid(a * d)
+    by_hand = (1 - epsilon) * truth / ((1 - epsilon) * truth + epsilon * (1 - truth))
+    torch.testing.assert_close(posterior_confidence(d, flip_rate=epsilon, scale=a), by_hand)
+    assert posterior_confidence(torch.zeros(1), flip_rate=0.2).item() == pytest.approx(0.8), (
+        "no vote: smoothing at the known rate"
+    )
+    torch.testing.assert_close(posterior_confidence(d, flip_rate=0.5, scale=a), truth), "a label that says nothing"
+
+
+def test_a_posterior_without_the_prior_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(strength: torch.Tensor, *, flip_rate: float, scale: float = 1.0) -> torch.Tensor:
+        return torch.sigmoid(scale * strength)
+
+    monkeypatch.setitem(globals(), "posterior_confidence", without)
+    with pytest.raises(AssertionError):
+        test_the_posterior_is_bayes()
+
+
+def test_one_over_m_minus_one_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(differences: torch.Tensor) -> VoteStrength:
+        right = strength.vote_strength(differences)
+        return right._replace(std=right.std * (right.votes / (right.votes - 1)).sqrt())
+
+    monkeypatch.setitem(globals(), "vote_strength", sample)
+    with pytest.raises(AssertionError):
+        test_the_published_row()
+
+
+# ---- Who trains on what ----
+
+
+def rows(count: int, per_prompt: int = 1) -> list[dict[str, object]]:
+    def turn(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    return [
+        {"prompt": turn("user", f"p{i // per_prompt}"), "chosen": turn("assistant", f"y{i}"), "rejected": turn("assistant", f"n{i}")}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_out_of_fold_nobody_votes_on_what_it_saw() -> None:
+    data = rows(60, per_prompt=3)
+    plan = plan_vote(data, members=10, folds=5, in_sample=False, seed=0)
+    for member in range(10):
+        seen = {data[i]["prompt"][0]["content"] for i in plan.trains_on(member)}  # type: ignore[index]
+        voted = {data[i]["prompt"][0]["content"] for i in plan.votes_on(member)}  # type: ignore[index]
+        assert not seen & voted, "not even on another pair of the same prompt"
+        assert len(plan.trains_on(member)) == 48
+    trained: list[int] = []
+
+    def train(member: int, chosen: list[int]) -> torch.Tensor:
+        trained.append(len(chosen))
+        return torch.full((60,), float(member))
+
+    votes = vote_strength(collect_votes(plan, train))
+    assert trained == [48] * 10
+    assert votes.votes.tolist() == [2] * 60, "M / folds votes for every pair"
+    in_sample = plan_vote(data, members=3, folds=5, in_sample=True, seed=0)
+    assert in_sample.trains_on(2) == in_sample.votes_on(2) == list(range(60))
+
+
+@pytest.mark.parametrize(
+    ("count", "members", "folds", "said"),
+    [
+        (100, 1, 2, "vote.members is 1"),
+        (100, 3, 5, "3 members can't vote on 5 folds"),
+        (8, 10, 5, "too few for 10 members"),
+    ],
+)
+def test_impossible_votes_are_refused(count: int, members: int, folds: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        plan_vote(rows(count), members=members, folds=folds, in_sample=False, seed=0)
+
+
+def test_a_member_that_diverges_stops_the_vote() -> None:
+    plan = plan_vote(rows(20), members=2, folds=2, in_sample=False, seed=0)
+    with pytest.raises(TrainingError, match="member 1 diverged"):
+        collect_votes(plan, lambda member, _: torch.full((20,), math.nan if member == 1 else 0.0))
+
+
+# ---- Noise, and what is done about it ----
+
+
+def simulated(count: int, epsilon: float, sharpness: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Votes that are calibrated at scale 1/2, and labels of which a share ε is wrong: (differences, is the label wrong?)."""
+    generator = torch.Generator().manual_seed(seed)
+    true = sharpness * torch.randn(count, generator=generator)  # logit of "first is better"
+    first_is_better = torch.rand(count, generator=generator) < torch.sigmoid(true)
+    wrong = torch.rand(count, generator=generator) < epsilon
+    label_first = first_is_better ^ wrong
+    return torch.where(label_first, 2 * true, -2 * true), wrong
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.25, 0.4])
+def test_the_noise_rate_is_found_and_its_interval_holds_it(epsilon: float) -> None:
+    differences, _ = simulated(6000, epsilon, sharpness=3.0)
+    noise = estimate_noise(differences, range(6000))
+    assert noise.flip_rate == pytest.approx(epsilon, abs=0.03)
+    assert noise.low <= epsilon <= noise.high
+    assert noise.high - noise.low < 0.1
+    assert noise.scale == pytest.approx(0.5, rel=0.25)
+
+
+def test_votes_that_know_nothing_have_a_wide_interval() -> None:
+    differences = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    noise = estimate_noise(differences, range(2000))
+    assert noise.high - noise.low > 0.3
+
+
+def test_repeated_prompts_widen_the_interval() -> None:
+    differences, _ = simulated(1000, 0.25, sharpness=3.0)
+    once = estimate_noise(differences, range(1000))
+    repeated = estimate_noise(differences.repeat_interleave(6), [i // 6 for i in range(6000)])
+    assert (repeated.low, repeated.high) == pytest.approx((once.low, once.high))
+
+
+def test_the_posterior_finds_planted_flips() -> None:
+    differences, wrong = simulated(6000, 0.25, sharpness=3.0)
+    noise = estimate_noise(differences, range(6000))
+    p = posterior_confidence(differences, flip_rate=noise.flip_rate, scale=noise.scale)
+    assert auroc((1 - p).tolist(), wrong.tolist()) > 0.85
+    suspicious = p < 0.5
+    assert wrong[suspicious].float().mean() > 0.5
+    # Calibrated: among pairs with p near x the label is right x of the time.
+    for low, high in ((0.3, 0.5), (0.5, 0.7), (0.7, 0.9)):
+        here = (p >= low) & (p < high)
+        assert (~wrong)[here].float().mean().item() == pytest.approx(p[here].mean().item(), abs=0.12)
+
+
+NOISE = NoiseEstimate(0.25, 1.0, 0.2, 0.3)
+
+
+def test_corrections() -> None:
+    data = rows(20)
+    mean = torch.arange(20.0) - 4.0
+    votes = VoteStrength(mean, torch.ones(20), torch.linspace(0, 1, 20), torch.full((20,), 2))
+
+    made, flipped = corrected(data, votes, "flip", noise=NOISE)  # type: ignore[arg-type]
+    assert flipped == 2
+    assert [row["chosen"] == data[i]["rejected"] for i, row in enumerate(made)] == [True] * 2 + [False] * 18
+    assert "margin" not in made[0]
+
+    made, flipped = corrected(data, votes, "flip_margin", noise=NOISE)  # type: ignore[arg-type]
+    assert [row["margin"] for row in made[:4]] == [4.0, 3.0, -2.0, -1.0], "a turned pair's margin turns with it"
+    made, _ = corrected(data, votes, "adaptive_margin", noise=NOISE)  # type: ignore[arg-type]
+    assert [row["margin"] for row in made] == mean.tolist()
+    made, _ = corrected(data, votes, "soft_margin", noise=NOISE)  # type: ignore[arg-type]
+    assert [row["confidence"] for row in made[:5]] == [pytest.approx(0.8)] * 4 + [1.0]
+    made, _ = corrected(data, votes, "vote_soft", noise=NOISE)  # type: ignore[arg-type]
+    assert made[-1]["confidence"] == 1.0
+    made, _ = corrected(data, votes, "posterior", noise=NOISE)  # type: ignore[arg-type]
+    assert made[4]["confidence"] == pytest.approx(0.75)
+    made, flipped = corrected(data, votes, "drop", noise=NOISE)  # type: ignore[arg-type]
+    assert (len(made), flipped) == (18, 0)
+
+
+def test_votes_of_other_data_are_refused() -> None:
+    data = rows(3)
+    names = ("strength_mean", "strength_std", "strength_share", "strength_votes")
+    votes = [{"pair": pair_digest(row), **dict.fromkeys(names, float(i))} for i, row in enumerate(data)]
+    assert attach_strength(data[::-1], votes).mean.tolist() == [2.0, 1.0, 0.0], "by pair, not by place"
+    with pytest.raises(UserError, match="1 of 4 pairs have no vote"):
+        attach_strength(rows(4), votes)
