@@ -14,7 +14,7 @@ ALLOWED = {
     "recipe": set(),
     "data": set(),
     "models": {"objectives", "data", "_trl"},
-    "reward": {"objectives", "data", "models", "_trl"},
+    "reward": {"objectives", "data", "models", "_trl", "evaluation"},
     "ppo": {"objectives", "data", "models", "_trl", "reward"},
     "evaluation": {"objectives", "data", "models"},
     "lab": {"objectives", "data", "models"},

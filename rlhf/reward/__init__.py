@@ -15,6 +15,6 @@ OBJECTIVES = {
     "flip_margin": "MarginRewardTrainer",
     "soft_margin": "SoftLabelRewardTrainer",
     "vote_soft": "SoftLabelRewardTrainer",
-    "posterior": "SoftLabelRewardTrainer",
+    "posterior": "PairRewardTrainer",
     "drop": "PairRewardTrainer",
 }

@@ -1,5 +1,6 @@
 """How many labels are wrong, from out-of-fold votes; and what is done about it: the named corrections."""
 
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from rlhf.data.sources import pair_digest
 from rlhf.errors import UserError
+from rlhf.evaluation.statistics import best_temperature, clustered_mean
 from rlhf.objectives.strength import (
     VoteStrength,
     flipped_strength,
@@ -17,14 +19,21 @@ from rlhf.objectives.strength import (
     smoothing_confidence,
 )
 
-LOWEST_RATE, HIGHEST_RATE, RATES, SCALES = 0.005, 0.495, 99, 61
+RATES, SCALES = 100, 61
 CHI_SQUARE_95 = 3.841
 FLIP_FRACTION, SMOOTHING = 0.1, 0.2
 
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """Share of wrong labels ε with its 95 % interval, and the scale a that calibrates the votes."""
+    """Share of wrong labels, and the scale that calibrates the votes.
+
+    Attributes:
+        flip_rate: ε, by confident learning.
+        scale: a, so that σ(a d) is how often labels agree with a vote of d.
+        low: what the sure votes alone prove: the lower end of ε's likelihood interval.
+        high: the upper end of the share of contradicted labels, as if every contradiction were the label's fault.
+    """
 
     flip_rate: float
     scale: float
@@ -33,33 +42,51 @@ class NoiseEstimate:
 
 
 def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEstimate:
-    """Fit label noise to out-of-fold differences.
+    """How many labels are wrong, as far as out-of-fold votes can tell.
 
-    A pair whose true order is "chosen is better" with probability σ(a d) has this label with probability
+    A vote contradicts a label because the label is wrong or because the vote is, and votes alone cannot say which, so
+    `low` and `high` are bounds for both readings and not just for chance:
 
-        L(a, ε) = (1 - ε) σ(a d) + ε σ(-a d)
+    - `low`: if a pair's true order is "chosen is better" with probability σ(b d), it has this label with probability
+      (1 - ε) σ(b d) + ε σ(-b d): far from 0, where votes are sure, contradictions are ε. Profile likelihood on a grid,
+      95 % (χ² of one degree); it misses noise that sits where votes are unsure.
+    - `flip_rate`: confident learning (Northcutt et al., arXiv:1911.00068): among pairs on which the vote is at least as
+      sure as it is of an average label, the share that it contradicts.
+    - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap.
 
-    so far from 0, where the votes are sure, the share of contradicted labels is ε. Maximum likelihood on a grid of
-    (a, ε); the interval holds every ε whose profile likelihood is within 1.92 of the best (χ² of one degree). Pairs of
-    one prompt are not independent, so n counts as the number of prompts. Votes that are worth nothing cannot tell noise
-    from their own ignorance, and then the interval is wide.
+    Pairs of one prompt are not independent, so prompts are what is counted and resampled. Votes that agree with labels
+    no more than chance say nothing: then ε is 0 and the scale 0, which leaves every label as it is, and a warning.
 
     Args:
         differences: [n] mean difference of models that did not see the label.
     """
+    contradicted = ((differences < 0).double() + 0.5 * (differences == 0).double()).tolist()
+    high = clustered_mean(contradicted, clusters)[1][1]
+    temperature = best_temperature(differences.tolist())
+    if temperature is None:
+        warnings.warn(
+            "vote: the votes agree with the labels no more than chance, so they say nothing about them; every label is left "
+            "as it is. Use a larger base model, more pairs, or another learning rate.",
+            stacklevel=2,
+        )
+        return NoiseEstimate(0.0, 0.0, 0.0, high)
+    agree = torch.sigmoid(differences.double() / temperature)
+    average = agree.mean()
+    against, with_it = int((1 - agree >= average).sum()), int((agree >= average).sum())
+    return NoiseEstimate(against / (against + with_it), 1 / temperature, _proven(differences, clusters), high)
+
+
+def _proven(differences: Tensor, clusters: Sequence[Hashable]) -> float:
+    """Smallest ε whose profile likelihood is within 1.92 of the best."""
     values = differences.double()
     spread = values.abs().mean().clamp(min=1e-12)
-    rates = torch.linspace(LOWEST_RATE, HIGHEST_RATE, RATES, dtype=torch.float64)
-    scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread
+    rates = torch.linspace(0.0, 0.495, RATES, dtype=torch.float64)
     table = torch.empty(SCALES, RATES, dtype=torch.float64)
-    for i, scale in enumerate(scales):
-        sure = torch.sigmoid(scale * values)
+    for i, scale in enumerate(torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread):
+        sure = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
         table[i] = torch.stack([((1 - 2 * rate) * sure + rate).log().mean() for rate in rates])
-    table *= len(set(clusters))
-    profile, best_scales = table.max(dim=0)
-    best = int(profile.argmax())
-    inside = rates[profile >= profile[best] - CHI_SQUARE_95 / 2]
-    return NoiseEstimate(rates[best].item(), scales[best_scales[best]].item(), inside.min().item(), inside.max().item())
+    profile = table.max(dim=0).values * len(set(clusters))
+    return rates[profile >= profile.max() - CHI_SQUARE_95 / 2].min().item()
 
 
 def corrected(
@@ -86,7 +113,7 @@ def corrected(
         columns["confidence"] = smoothing_confidence(mean, alpha=SMOOTHING)
     elif objective == "vote_soft":
         columns["confidence"] = strength.share
-    elif objective == "posterior":
+    elif objective == "posterior" and noise.flip_rate > 0:
         columns["confidence"] = posterior_confidence(mean, flip_rate=noise.flip_rate, scale=noise.scale)
     made = []
     for i, row in enumerate(rows):

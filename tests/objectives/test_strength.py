@@ -178,39 +178,48 @@ def simulated(count: int, epsilon: float, sharpness: float, seed: int = 0) -> tu
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.25, 0.4])
-def test_the_noise_rate_is_found_and_its_interval_holds_it(epsilon: float) -> None:
-    differences, _ = simulated(6000, epsilon, sharpness=3.0)
+@pytest.mark.parametrize("sharpness", [1.0, 3.0, 6.0])
+def test_the_bounds_hold_the_noise_rate(epsilon: float, sharpness: float) -> None:
+    """Votes of any sharpness; sharp ones also give the rate itself, blunt ones take their own errors for the labels'."""
+    differences, wrong = simulated(6000, epsilon, sharpness)
     noise = estimate_noise(differences, range(6000))
-    assert noise.flip_rate == pytest.approx(epsilon, abs=0.03)
-    assert noise.low <= epsilon <= noise.high
-    assert noise.high - noise.low < 0.1
-    assert noise.scale == pytest.approx(0.5, rel=0.25)
+    assert noise.low <= wrong.float().mean() <= noise.high
+    assert noise.low <= noise.flip_rate <= noise.high + 1e-9
+    if sharpness == 6.0:
+        assert noise.flip_rate == pytest.approx(epsilon, abs=0.03)
+        assert noise.low > epsilon - 0.05, "sharp votes prove most of it"
 
 
-def test_votes_that_know_nothing_have_a_wide_interval() -> None:
-    differences = torch.randn(2000, generator=torch.Generator().manual_seed(0))
-    noise = estimate_noise(differences, range(2000))
-    assert noise.high - noise.low > 0.3
+def test_votes_that_know_nothing_change_nothing() -> None:
+    differences = -torch.randn(2000, generator=torch.Generator().manual_seed(0)).abs() + 0.7
+    with pytest.warns(UserWarning, match="no more than chance"):
+        noise = estimate_noise(differences - differences.mean() - 0.01, range(2000))
+    assert (noise.flip_rate, noise.scale, noise.low) == (0.0, 0.0, 0.0)
+    assert noise.high > 0.3
+    votes = VoteStrength(torch.zeros(20), torch.ones(20), torch.ones(20), torch.full((20,), 2))
+    made, _ = corrected(rows(20), votes, "posterior", noise=noise)  # type: ignore[arg-type]
+    assert "confidence" not in made[0]
 
 
-def test_repeated_prompts_widen_the_interval() -> None:
+def test_repeated_prompts_prove_less() -> None:
     differences, _ = simulated(1000, 0.25, sharpness=3.0)
     once = estimate_noise(differences, range(1000))
     repeated = estimate_noise(differences.repeat_interleave(6), [i // 6 for i in range(6000)])
-    assert (repeated.low, repeated.high) == pytest.approx((once.low, once.high))
+    as_if_independent = estimate_noise(differences.repeat_interleave(6), range(6000))
+    assert repeated.low == pytest.approx(once.low)
+    assert as_if_independent.low > once.low + 0.01
 
 
 def test_the_posterior_finds_planted_flips() -> None:
     differences, wrong = simulated(6000, 0.25, sharpness=3.0)
-    noise = estimate_noise(differences, range(6000))
-    p = posterior_confidence(differences, flip_rate=noise.flip_rate, scale=noise.scale)
+    p = posterior_confidence(differences, flip_rate=0.25, scale=0.5)  # the simulation's own
     assert auroc((1 - p).tolist(), wrong.tolist()) > 0.85
     suspicious = p < 0.5
     assert wrong[suspicious].float().mean() > 0.5
     # Calibrated: among pairs with p near x the label is right x of the time.
     for low, high in ((0.3, 0.5), (0.5, 0.7), (0.7, 0.9)):
         here = (p >= low) & (p < high)
-        assert (~wrong)[here].float().mean().item() == pytest.approx(p[here].mean().item(), abs=0.12)
+        assert (~wrong)[here].float().mean().item() == pytest.approx(p[here].mean().item(), abs=0.05)
 
 
 NOISE = NoiseEstimate(0.25, 1.0, 0.2, 0.3)
