@@ -1,5 +1,6 @@
 """The vote: members are trained one after the other, each kept when it is done, so that a killed vote goes on with the next."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
-from trl import RewardConfig
+from trl import ModelConfig, RewardConfig
 
 from rlhf.models.load import build_reward_model, load_tokenizer
-from rlhf.models.text import plain
+from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.trainer import PairRewardTrainer
+from rlhf.reward.trunk import Features, Trunk
 from rlhf.reward.vote import collect_votes, plan_vote
 
 DIFFERENCES = "differences.safetensors"
@@ -32,6 +34,7 @@ def vote(
     members: int,
     folds: int,
     in_sample: bool,
+    trunk: int | None,
     seed: int,
     say: Callable[[str], None],
 ) -> tuple[VoteStrength, NoiseEstimate]:
@@ -41,6 +44,7 @@ def vote(
         base: what every member starts from.
         settings: TRL's flat keys of a reward model.
         folder: for the members' work.
+        trunk: layers that each member has of its own above a shared frozen trunk; None for independent members.
 
     Raises:
         UserError: the plan is impossible.
@@ -48,15 +52,60 @@ def vote(
     """
     plan = plan_vote(rows, members=members, folds=folds, in_sample=in_sample, seed=seed)
 
+    shared = None if trunk is None else _shared_trunk(base, rows, settings, folder, trunk)
+
     def member_differences(member: int, chosen: list[int]) -> Tensor:
-        label = f"vote {member + 1}/{members}"
-        return _differences(base, rows, chosen, settings, folder / f"member-{member}", label, seed, member, say)
+        where, label = folder / f"member-{member}", f"vote {member + 1}/{members}"
+        file = where / DIFFERENCES
+        if file.is_file():
+            return load_file(file)["differences"]
+        where.mkdir(parents=True, exist_ok=True)
+        # Members differ in the order of their pairs and in the first weights of head and adapter.
+        member_seed = seed * 1000 + member + 1
+        if shared is None:
+            found = _independent(base, rows, chosen, settings, where, label, member_seed, say)
+        else:
+            args = _arguments(settings, where, member_seed)[1]
+            set_seed(member_seed)
+            own = shared[0].member()
+            own.train(shared[1], chosen, args, label=label)
+            found = own.differences(shared[1])
+        if int(os.environ.get("RANK", "0")) == 0 and torch.isfinite(found).all():
+            save_file({"differences": found}, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+        return found
 
     strength = vote_strength(collect_votes(plan, member_differences))
     return strength, estimate_noise(strength.mean, [plain(row["prompt"]) for row in rows])
 
 
-def _differences(
+def _arguments(settings: Mapping[str, Any], folder: Path, seed: int) -> tuple[ModelConfig, RewardConfig]:
+    model_config, keys = split_settings(settings)
+    keys.setdefault("num_train_epochs", 1)
+    return model_config, training_arguments(RewardConfig, keys, folder, seed)
+
+
+def _shared_trunk(
+    base: str | Path, rows: list[dict[str, Any]], settings: Mapping[str, Any], folder: Path, top_layers: int
+) -> tuple[Trunk, Features]:
+    """The trunk and its output on both answers of every pair, checked against the whole model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _, args = _arguments(settings, folder, 0)
+    set_seed(0)
+    tokenizer = load_tokenizer(base, conversational=True)
+    assert isinstance(tokenizer.pad_token_id, int)
+    model = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
+    shared = Trunk(model, top_layers=top_layers)
+    longest = min(args.max_length or position_limit(model, tokenizer), position_limit(model, tokenizer))
+    prompts = [row["prompt"] for row in rows for _ in range(2)]
+    answers = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")]
+    ids, _ = encode_answers(tokenizer, prompts, answers, max_length=longest)
+    features = shared.features(ids, folder, pad_token_id=tokenizer.pad_token_id)
+    shared.check(features, ids, pad_token_id=tokenizer.pad_token_id)
+    return shared, features
+
+
+def _independent(
     base: str | Path,
     rows: list[dict[str, Any]],
     chosen: list[int],
@@ -64,19 +113,11 @@ def _differences(
     folder: Path,
     label: str,
     seed: int,
-    member: int,
     say: Callable[[str], None],
 ) -> Tensor:
-    """Reward differences [n] of one member on all pairs, trained on some of them; read from disk if it was done before."""
-    file = folder / DIFFERENCES
-    if file.is_file():
-        return load_file(file)["differences"]
-    folder.mkdir(parents=True, exist_ok=True)
-    model_config, keys = split_settings(settings)
-    keys.setdefault("num_train_epochs", 1)
-    # Members differ in the order of their pairs and in the first weights of head and adapter.
-    args = training_arguments(RewardConfig, keys, folder, seed * 1000 + member + 1)
-    set_seed(args.seed)
+    """Reward differences [n] on all pairs of a reward model of its own, trained on some of them."""
+    model_config, args = _arguments(settings, folder, seed)
+    set_seed(seed)
     tokenizer = load_tokenizer(base, conversational=True)
     model = build_reward_model(base, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
@@ -88,8 +129,4 @@ def _differences(
     reward = RewardModel(trainer.model.eval(), tokenizer, conversational=True)
     prompts = [row["prompt"] for row in rows]
     sides = [reward.score(prompts, [row[side][0]["content"] for row in rows]) for side in ("chosen", "rejected")]
-    differences = sides[0] - sides[1]
-    if trainer.is_world_process_zero() and torch.isfinite(differences).all():
-        save_file({"differences": differences}, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
-    return differences
+    return sides[0] - sides[1]

@@ -119,6 +119,7 @@ class VoteSection(StageSection):
     members: int = Field(10, ge=1)
     folds: int = Field(5, ge=2)
     in_sample: bool = False
+    trunk: int | None = Field(None, ge=1)  # layers of each member's own above a shared frozen trunk
 
 
 class RewardSection(StageSection):
