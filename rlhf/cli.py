@@ -185,6 +185,37 @@ def _more_of_evaluation(report: dict[str, Any], against: str | None) -> list[str
     return lines
 
 
+@app.command("audit")
+def audit_command(
+    pairs: Annotated[
+        str, typer.Argument(help="A file of preferences in any form, or a hub dataset.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="What the voters start from: a folder or hub id.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    members: Annotated[int | None, typer.Option(help="Number of voters. [default: 10]", show_default=False)] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Its vote and reward sections say how voters are trained.", show_default=False)
+    ] = None,
+) -> None:
+    """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
+    from rlhf.pipeline.audit import audit
+
+    def say(line: str) -> None:
+        errors.print(line, markup=False, soft_wrap=True)
+
+    result = audit(pairs, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=say)
+    noise = result["noise_rate"]
+    output.print(
+        f"{result['kept_pairs']} pairs; about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and "
+        f"{noise['high']:.1%}); {len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}",
+        markup=False,
+        soft_wrap=True,
+    )
+    output.print(
+        f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}", markup=False, soft_wrap=True
+    )
+
+
 @app.command("export")
 def export_command(
     model: Annotated[Path, typer.Argument(help="A policy's or reward model's folder.", show_default=False)],

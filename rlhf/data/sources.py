@@ -75,13 +75,23 @@ def read_pairs(source: str, *, split: str = "test") -> tuple[list[dict[str, Any]
     Raises:
         UserError: there is none.
     """
+    rows, report = read_pair_rows(source, split=split)
+    return [row.values for row in rows], report
+
+
+def read_pair_rows(source: str, *, split: str = "train") -> tuple[list[Row], ReadReport]:
+    """The same with the number of the row that each pair was read from.
+
+    Raises:
+        UserError: there is none.
+    """
     reports: list[ReadReport] = []
     read = read_sources([Source(source)], to_pairs, reports, "pairs", 0, split=split)
     rows = deduplicated(read.train + read.test)
     count_kept(reports, [rows])
     if not rows:
         raise UserError([f"{source}: holds no usable pair.", *reports[0].sentences()])
-    return [row.values for row in rows], reports[0]
+    return rows, reports[0]
 
 
 def read_rankings(source: str, *, split: str = "test") -> list[Ranking]:

@@ -58,7 +58,16 @@ def histogram(series: Mapping[str, Sequence[float]], *, x: str) -> str:
             weights = [1 / len(ys)] * len(ys)
             axes.hist(ys, bins=edges, weights=weights, color=color, alpha=0.35, label=name)
             axes.hist(ys, bins=edges, weights=weights, color=color, histtype="step")
-        axes.legend(frameon=False, loc="best")
+        if len(series) > 1:
+            axes.legend(frameon=False, loc="best")
+        return _svg(figure)
+
+
+def bars(labels: Sequence[str], values: Sequence[float], *, x: str, y: str) -> str:
+    """One bar a label."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(x, y)
+        axes.bar(list(labels), list(values), color=BLUE, alpha=0.7)
         return _svg(figure)
 
 

@@ -26,11 +26,11 @@ FLIP_FRACTION, SMOOTHING = 0.1, 0.2
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """Share of wrong labels, and the scale that calibrates the votes.
+    """Share of wrong labels, and how much a vote is worth.
 
     Attributes:
         flip_rate: ε, by confident learning.
-        scale: a, so that σ(a d) is how often labels agree with a vote of d.
+        scale: b, so that σ(b d) is how often a vote of d has the true order.
         low: what the sure votes alone prove: the lower end of ε's likelihood interval.
         high: the upper end of the share of contradicted labels, as if every contradiction were the label's fault.
     """
@@ -49,7 +49,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEs
 
     - `low`: if a pair's true order is "chosen is better" with probability σ(b d), it has this label with probability
       (1 - ε) σ(b d) + ε σ(-b d): far from 0, where votes are sure, contradictions are ε. Profile likelihood on a grid,
-      95 % (χ² of one degree); it misses noise that sits where votes are unsure.
+      95 % (χ² of one degree); it misses noise that sits where votes are unsure. `scale` is the b of that fit.
     - `flip_rate`: confident learning (Northcutt et al., arXiv:1911.00068): among pairs on which the vote is at least as
       sure as it is of an average label, the share that it contradicts.
     - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap.
@@ -73,20 +73,23 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEs
     agree = torch.sigmoid(differences.double() / temperature)
     average = agree.mean()
     against, with_it = int((1 - agree >= average).sum()), int((agree >= average).sum())
-    return NoiseEstimate(against / (against + with_it), 1 / temperature, _proven(differences, clusters), high)
+    low, scale = _fitted(differences, clusters)
+    return NoiseEstimate(against / (against + with_it), scale, low, high)
 
 
-def _proven(differences: Tensor, clusters: Sequence[Hashable]) -> float:
-    """Smallest ε whose profile likelihood is within 1.92 of the best."""
+def _fitted(differences: Tensor, clusters: Sequence[Hashable]) -> tuple[float, float]:
+    """Smallest ε whose profile likelihood is within 1.92 of the best, and the b of the best fit."""
     values = differences.double()
     spread = values.abs().mean().clamp(min=1e-12)
     rates = torch.linspace(0.0, 0.495, RATES, dtype=torch.float64)
     table = torch.empty(SCALES, RATES, dtype=torch.float64)
-    for i, scale in enumerate(torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread):
+    scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread
+    for i, scale in enumerate(scales):
         sure = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
         table[i] = torch.stack([((1 - 2 * rate) * sure + rate).log().mean() for rate in rates])
     profile = table.max(dim=0).values * len(set(clusters))
-    return rates[profile >= profile.max() - CHI_SQUARE_95 / 2].min().item()
+    best = scales[table.max(dim=1).values.argmax()].item()
+    return rates[profile >= profile.max() - CHI_SQUARE_95 / 2].min().item(), best
 
 
 def corrected(

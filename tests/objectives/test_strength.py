@@ -212,7 +212,9 @@ def test_repeated_prompts_prove_less() -> None:
 
 def test_the_posterior_finds_planted_flips() -> None:
     differences, wrong = simulated(6000, 0.25, sharpness=3.0)
-    p = posterior_confidence(differences, flip_rate=0.25, scale=0.5)  # the simulation's own
+    noise = estimate_noise(differences, range(6000))
+    assert noise.scale == pytest.approx(0.5, rel=0.2), "what a vote is worth in this simulation"
+    p = posterior_confidence(differences, flip_rate=0.25, scale=noise.scale)
     assert auroc((1 - p).tolist(), wrong.tolist()) > 0.85
     suspicious = p < 0.5
     assert wrong[suspicious].float().mean() > 0.5

@@ -1,0 +1,88 @@
+"""The page of `rlhf audit`: how many labels are wrong, which, and what else is odd about the data."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from rlhf.report.figures import bars, histogram
+from rlhf.report.render import render, write_page
+
+MARKED_CHARACTERS = 1200
+
+
+def write_audit_page(
+    target: Path, result: dict[str, Any], suspicious: list[dict[str, Any]], means: list[float], deviations: list[float]
+) -> Path:
+    """Write the page.
+
+    Args:
+        result: what `audit.json` holds.
+        suspicious: the most suspicious pairs with their texts.
+        means, deviations: strength of every pair.
+    """
+    deciles = result["buckets"]
+    labels = [str(i + 1) for i in range(len(deciles))]
+    figures = [
+        (
+            "Strength",
+            "Mean difference of rewards; below 0 the vote contradicts the label.",
+            histogram({"pairs": means}, x="mean"),
+        ),
+        ("Disagreement among members", "", histogram({"pairs": deviations}, x="deviation")),
+        (
+            "Probability that the label is wrong",
+            "By tenths of strength, weakest first.",
+            bars(labels, [row["probability_wrong"] for row in deciles], x="tenth of the pairs", y="probability"),
+        ),
+    ]
+    rows = [
+        {**row, **dict(zip(("chosen", "rejected"), mark(row["chosen"], row["rejected"]), strict=True))}
+        for row in suspicious
+    ]
+    page = render(
+        "audit.html.jinja",
+        title=f"Audit of {Path(result['pairs']).name}",
+        result=result,
+        verdict=_verdict(result),
+        figures=[(title, note, Markup(svg)) for title, note, svg in figures],
+        suspicious=rows,
+        groups={name: table for name, table in result["by"].items() if table},
+    )
+    return write_page(target, page)
+
+
+def mark(first: str, second: str) -> tuple[Markup, Markup]:
+    """Both texts escaped, with the words that differ marked."""
+    first, second = (
+        text if len(text) <= MARKED_CHARACTERS else text[:MARKED_CHARACTERS] + " …" for text in (first, second)
+    )
+    ours, theirs = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second))
+    marked: tuple[list[str], list[str]] = ([], [])
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
+        for parts, words in ((marked[0], ours[a:b]), (marked[1], theirs[c:d])):
+            text = str(escape("".join(words)))
+            parts.append(text if kind == "equal" or not text.strip() else f"<mark>{text}</mark>")
+    return Markup("".join(marked[0])), Markup("".join(marked[1]))
+
+
+def _verdict(result: dict[str, Any]) -> list[str]:
+    noise, count = result["noise_rate"], len(result["suspicious"])
+    longer = result["length"]["longer_is_chosen"]
+    sentences = []
+    if noise["mean"] == 0:
+        sentences.append("The votes agree with the labels no more than chance, so they say nothing about them.")
+    else:
+        sentences.append(
+            f"About {noise['mean']:.0%} of the labels are probably wrong: sure votes alone prove {noise['low']:.0%}, and if every "
+            f"contradiction were the label's fault it would be {noise['high']:.0%}."
+        )
+        sentences.append(f"{count} rows are more likely wrong than right.")
+    dropped = sum(result["dropped"].values())
+    sentences.append(
+        f"{dropped} of {result['rows']} rows were left out before the vote; the longer answer is the chosen one in "
+        f"{longer:.0%} of the pairs."
+    )
+    return sentences

@@ -1,0 +1,101 @@
+"""The audit finds planted wrong labels, says what it left out, and writes what was promised."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.pipeline.audit import audit
+from rlhf.recipe import load_recipe
+from rlhf.report.audit import mark
+from tests.conftest import WORDS
+
+
+@pytest.fixture
+def noisy(tmp_path: Path) -> tuple[str, set[int]]:
+    """150 pairs whose better answer says yes, a fifth of them labelled the other way, by two annotators of whom one is
+    careless; one broken line and one repetition among them. Returns the file and the 0-based lines of wrong labels."""
+    lines, wrong = ["{broken"], set()
+    for i in range(150):
+        yes, no = f"yes {WORDS[i % 9]}", f"no {WORDS[(i + 4) % 9]}"
+        flipped = i % 5 == 0
+        if flipped:
+            wrong.add(len(lines))
+        row = {"prompt": f"{WORDS[i % 11]} {WORDS[i % 13]} {i}", "annotator": "careless" if i % 10 == 0 else "careful"}
+        row |= {"chosen": no, "rejected": yes} if flipped else {"chosen": yes, "rejected": no}
+        lines.append(json.dumps(row))
+    lines.append(lines[-1])
+    file = tmp_path / "noisy.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    return str(file), wrong
+
+
+RECIPE = """
+name: r
+lab: {}
+vote: {members: 4, folds: 2, trunk: 1}
+reward: {learning_rate: 3.0e-3, per_device_train_batch_size: 8, num_train_epochs: 2}
+"""
+
+
+def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set[int]], tmp_path: Path) -> None:
+    file, wrong = noisy
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    out = tmp_path / "audit"
+    arguments: dict[str, Any] = {"members": None, "recipe": load_recipe(tmp_path / "r.yaml"), "say": lambda _: None}
+    result = audit(file, str(base_folder), out, **arguments)
+    assert result == json.loads((out / "audit.json").read_text())
+    assert (result["rows"], result["kept"]) == (152, 150)
+    assert result["dropped"] == {"not valid JSON": 1, "repeats another pair": 1}
+    found = set(result["suspicious"])
+    assert len(found & wrong) >= 0.9 * len(wrong), "recall"
+    assert len(found & wrong) >= 0.9 * len(found), "precision"
+    assert set(result["suspicious"][:10]) <= wrong, "the most suspicious first"
+    noise = result["noise_rate"]
+    assert noise["low"] <= 0.2 <= noise["high"]
+    assert noise["mean"] == pytest.approx(0.2, abs=0.07)
+    by = result["by"]["annotator"]
+    assert by["careless"]["agreement"] < by["careful"]["agreement"]
+    assert [bucket["n"] for bucket in result["buckets"]] == [15] * 10
+    assert result["buckets"][0]["probability_wrong"] > 0.9 > 0.1 > result["buckets"][-1]["probability_wrong"]
+
+    table = parquet.read_table(out / "pairs.parquet").to_pylist()
+    assert {row["row"] for row in table if row["suspicious"]} == found
+    assert {"row", "strength_mean", "strength_std", "strength_votes", "suspicious"} <= set(table[0])
+    cleaned = [json.loads(line) for line in (out / "cleaned.jsonl").read_text().splitlines()]
+    assert len(cleaned) == 150 - len(found)
+    says_yes = sum(row["chosen"][0]["content"].startswith("yes") for row in cleaned)
+    assert says_yes / len(cleaned) > 0.97, "of the labels that are left, 80 % of which were right before"
+    page = (out / "audit.html").read_text()
+    assert "<mark>" in page
+    assert "careless" in page
+    assert not (out / "work").exists()
+
+    # The same again does nothing; another question in the same folder is refused.
+    said: list[str] = []
+    assert audit(file, str(base_folder), out, **{**arguments, "say": said.append}) == result
+    assert said == [f"{out}: done before"]
+    with pytest.raises(UserError, match="holds an audit of other pairs"):
+        audit(file, str(base_folder), out, **{**arguments, "members": 6})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        audit(file, str(base_folder), tmp_path / "full", **arguments)
+
+
+def test_bad_questions_are_sentences(base_folder: Path, noisy: tuple[str, set[int]], tmp_path: Path) -> None:
+    file, _ = noisy
+    arguments: dict[str, Any] = {"recipe": None, "say": lambda _: None}
+    with pytest.raises(UserError, match="--model nowhere"):
+        audit(file, "nowhere", tmp_path / "a", members=2, **arguments)
+    with pytest.raises(UserError, match=r"vote.members is 1"):
+        audit(file, str(base_folder), tmp_path / "b", members=1, **arguments)
+
+
+def test_what_differs_is_marked_and_escaped() -> None:
+    first, second = mark("apple, pear <b> and plum", "apple, fig <b> and plum")
+    assert first == "apple, <mark>pear</mark> &lt;b&gt; and plum"
+    assert second == "apple, <mark>fig</mark> &lt;b&gt; and plum"
