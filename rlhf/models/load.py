@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.save_and_load import load_peft_weights
 from transformers import (
@@ -112,10 +113,8 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     quantization = get_quantization_config(config)
     model = AutoModelForCausalLM.from_pretrained(source.base, **_init_arguments(config, quantization))
     source.check()
-    if (
-        quantization is not None
-    ):  # norms and heads in float32, also where nothing is trained: the same numbers everywhere
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if quantization is not None:
+        model = _ready_for_4_bit(model)
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable and config.use_peft)
         if trainable and not config.use_peft:
@@ -153,7 +152,7 @@ def build_reward_model(
     model.config.get_text_config().pad_token_id = pad_token_id
     model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     if quantization is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = _ready_for_4_bit(model)
     if source.adapter is not None:
         adapter = LoraConfig.from_pretrained(source.adapter)
         adapter.task_type, adapter.modules_to_save, adapter.inference_mode = TaskType.SEQ_CLS, ["score"], False
@@ -165,6 +164,19 @@ def build_reward_model(
         adapter.task_type = TaskType.SEQ_CLS
         adapter.modules_to_save = sorted({*_modules_of(missing), *(adapter.modules_to_save or [])})
         return get_peft_model(model, adapter)
+    return model
+
+
+def _ready_for_4_bit(model: PreTrainedModel) -> PreTrainedModel:
+    """Norms and heads in float32, also where nothing is trained: the same numbers everywhere.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks a layer's weights at its first forward in evaluation mode, and from
+    then on no gradient passes through it, without a word: PPO, which samples before it learns, would train nothing.
+    """
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -235,7 +247,7 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
                 "task_type SEQ_CLS."
             )
         if load_in_4bit:
-            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+            base = _ready_for_4_bit(base)
         base.config.problem_type = "regression"
         model = PeftModel.from_pretrained(base, source.adapter)
         tokenizer_pad = AutoTokenizer.from_pretrained(str(path)).pad_token_id

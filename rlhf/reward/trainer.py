@@ -18,18 +18,36 @@ from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import score_head
 from rlhf.models.text import encode_answers
 from rlhf.objectives.pairwise import pair_loss
+from rlhf.reward.shared import (
+    GroupedByLength,
+    Packed,
+    largest_difference,
+    obstacle,
+    pack,
+    shared_scores,
+    tolerance,
+    unpack,
+)
 
 PAIR_COLUMNS = ("margin", "confidence", "weight")
 
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """TRL's collator, carrying every column of the general pair loss and not only `margin`."""
+    """TRL's collator, carrying every column of the general pair loss and not only `margin`.
+
+    With `shared`, both answers of a pair lie in one row (`rlhf.reward.shared`).
+    """
+
+    shared: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pad to `input_ids` [2b, t] (chosen above rejected), `attention_mask`, and a float [b] per column present."""
+        """Pad to `input_ids` [2b, t] (chosen above rejected) and `attention_mask`, or pack; and a float [b] per column."""
         ids = [{"chosen_ids": row["chosen_ids"], "rejected_ids": row["rejected_ids"]} for row in examples]
-        batch = super().torch_call(ids)
+        if self.shared:
+            batch = vars(pack([list(row.values()) for row in ids], pad_token_id=self.pad_token_id))
+        else:
+            batch = super().torch_call(ids)
         for column in PAIR_COLUMNS:
             if column in examples[0]:
                 batch[column] = torch.tensor([row[column] for row in examples], dtype=torch.float)
@@ -42,6 +60,11 @@ class PairRewardTrainer(RewardTrainer):
     The columns `margin`, `confidence` and `weight` are used where the dataset has them; a declaration below names
     those that it cannot do without. The loss is divided once, by the number of pairs over micro-batches and ranks, so
     1x16, 4x4 and two ranks x 8 give the same gradient, a ragged last micro-batch included.
+
+    Both answers of a pair share one encoding of their prompt, and batches hold pairs of similar length, in an order
+    drawn from (seed, epoch). On the first batch shared and plain scores are compared; where they differ, or where
+    sharing would be wrong (encoders, sliding windows, other attention than sdpa), every answer is encoded by itself and
+    a warning says so. `share_prompts=False` does that from the start, in TRL's own order.
 
     Takes what `trl.RewardTrainer` takes; without `args` it trains for one epoch, and it warns above one.
     A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations) is turned into ids by the same function
@@ -57,7 +80,7 @@ class PairRewardTrainer(RewardTrainer):
     uses: ClassVar[tuple[str, ...]] = PAIR_COLUMNS
     _tag_names = ["trl", "rlhf", "reward-trainer"]
 
-    def __init__(self, model: Any, args: Any = None, **arguments: Any):
+    def __init__(self, model: Any, args: Any = None, *, share_prompts: bool = True, **arguments: Any):
         dataset = arguments.get("train_dataset")
         if dataset is not None and dataset.column_names:
             check_columns(dataset, self.columns)
@@ -75,7 +98,13 @@ class PairRewardTrainer(RewardTrainer):
         if head is not None and getattr(self.model, "is_loaded_in_4bit", False):
             head.float()  # TRL casts all that is trained on 4-bit weights to bfloat16, too coarse for a score
         collator: Any = self.data_collator
-        self.data_collator: Any = PairCollator(collator.pad_token_id, collator.pad_to_multiple_of)
+        self._grouped = share_prompts and args.train_sampling_strategy == "random"
+        reason = obstacle(self.model) if share_prompts else None
+        if reason is not None and head is not None:
+            warnings.warn(f"reward: answers don't share their prompt, so training is slower: {reason}.", stacklevel=2)
+        self._shares = share_prompts and reason is None
+        self._compared = False
+        self.data_collator: Any = PairCollator(collator.pad_token_id, collator.pad_to_multiple_of, shared=self._shares)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         columns = dataset.column_names or []
@@ -112,8 +141,16 @@ class PairRewardTrainer(RewardTrainer):
             *self.uses,
         ]
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self._grouped or not isinstance(dataset, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        lengths = [max(len(c), len(r)) for c, r in zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)]
+        return GroupedByLength(lengths, self.args.train_batch_size, seed=self.args.seed)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
+        counts = [len(batch["ends"]) if "ends" in batch else len(batch["input_ids"]) // 2 for batch in batch_samples]
+        pairs = torch.tensor(sum(counts), device=device)
         return self.accelerator.gather(pairs).sum()
 
     def pair_objective(self, rewards_chosen: Tensor, rewards_rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
@@ -125,9 +162,8 @@ class PairRewardTrainer(RewardTrainer):
     ) -> Any:
         """The summed pair losses over the global number of pairs (their mean in evaluation)."""
         columns = {name: inputs.pop(name) for name in PAIR_COLUMNS if name in inputs}
-        outputs = model(**inputs, use_cache=False)
-        rewards = outputs.logits.squeeze(-1).float()
-        rewards_chosen, rewards_rejected = rewards.chunk(2)
+        rewards_chosen, rewards_rejected, tokens = self._rewards(model, inputs)
+        outputs = {"logits": torch.cat([rewards_chosen, rewards_rejected])}
 
         losses = self.pair_objective(rewards_chosen, rewards_rejected, columns)
         if self.args.center_rewards_coefficient is not None:
@@ -142,15 +178,47 @@ class PairRewardTrainer(RewardTrainer):
                 f"reward: the loss is {loss.item()} at step {self.state.global_step}; nothing was updated. "
                 "Lower learning_rate, or look for extreme margins in the data."
             )
-        self._record(rewards_chosen.detach(), rewards_rejected.detach(), inputs["attention_mask"])
+        self._record(rewards_chosen.detach(), rewards_rejected.detach(), tokens)
         return (loss, outputs) if return_outputs else loss
 
-    def _record(self, rewards_chosen: Tensor, rewards_rejected: Tensor, attention_mask: Tensor) -> None:
+    def _rewards(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of both sides [b], and how many tokens were encoded."""
+        if "segments" not in inputs:
+            rewards = model(**inputs, use_cache=False).logits.squeeze(-1).float()
+            rewards_chosen, rewards_rejected = rewards.chunk(2)
+            return rewards_chosen, rewards_rejected, inputs["attention_mask"].sum()
+        packed = Packed(*(inputs[name] for name in ("input_ids", "position_ids", "segments", "ends")))
+        inner = self.accelerator.unwrap_model(model)
+        if not self._compared:
+            self._compare(inner, packed)
+        if self._shares:
+            rewards_chosen, rewards_rejected = shared_scores(model, inner, packed).unbind(dim=1)
+            return rewards_chosen, rewards_rejected, (packed.segments >= 0).sum()
+        rows = unpack(packed)  # a batch that was packed before sharing was turned off
+        sides = zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)
+        collator = PairCollator(self.data_collator.pad_token_id)
+        plain = collator.torch_call([{"chosen_ids": c, "rejected_ids": r} for c, r in sides])
+        return self._rewards(model, {name: value.to(packed.input_ids.device) for name, value in plain.items()})
+
+    def _compare(self, inner: nn.Module, packed: Packed) -> None:
+        """On the first batch: does sharing change the scores of this model?"""
+        self._compared = True
+        with self.accelerator.autocast():
+            difference = largest_difference(inner, packed, pad_token_id=self.data_collator.pad_token_id)
+        if not difference <= tolerance(inner):
+            self._shares = self.data_collator.shared = False
+            warnings.warn(
+                f"reward: scores with a shared prompt differ from plain ones by {difference:.2g} on this model, so every answer "
+                "is encoded by itself; training is slower.",
+                stacklevel=2,
+            )
+
+    def _record(self, rewards_chosen: Tensor, rewards_rejected: Tensor, tokens: Tensor) -> None:
         mode = "train" if self.model.training else "eval"
         gather = self.accelerator.gather_for_metrics
         chosen, rejected = gather(rewards_chosen), gather(rewards_rejected)
         if mode == "train":
-            self._total_train_tokens += int(gather(attention_mask.sum()).sum())
+            self._total_train_tokens += int(gather(tokens).sum())
         metrics = self._metrics[mode]
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["accuracy"].append((chosen > rejected).float().mean().item())

@@ -304,6 +304,32 @@ def test_an_unended_answer_loses_only_the_close(tokenizer: Any, answer: str) -> 
     assert cut.endswith("<|assistant|>\n" + answer)
 
 
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_4_bit_weights_pass_gradients_after_an_evaluation(base_folder: Path, tokenizer: Any, kind: str) -> None:
+    """bitsandbytes' fast path for AVX512-BF16 CPUs cuts them off after one forward in evaluation mode; ours must not."""
+    config = model_settings({"use_peft": True, "lora_r": 4, "load_in_4bit": True})
+    gradients = []
+    for evaluates_first in (False, True):
+        torch.manual_seed(0)
+        model: Any = (
+            load_policy(base_folder, config)
+            if kind == "policy"
+            else build_reward_model(base_folder, config, pad_token_id=tokenizer.pad_token_id)
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        ids = torch.arange(5, 15)[None]
+        if evaluates_first:
+            with torch.no_grad():
+                model.eval()(input_ids=ids)
+        model.train()(input_ids=ids).logits.float().pow(2).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "lora_" in name})
+    assert gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
 # ---- Bases, dates, encoders ----
 
 

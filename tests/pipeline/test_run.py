@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 RECIPE = """
 name: small
@@ -404,6 +406,9 @@ evaluate: {{prompts: 8}}
     for stage in ("round-0/sft", "round-1/reward", "round-1/ppo"):
         config = json.loads((tmp_path / "x" / stage / "model/adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(base)
+    policies = [load_file(tmp_path / "x" / stage / "model/adapter_model.safetensors") for stage in STAGES[2::2]]
+    moved = [name for name, value in policies[0].items() if not torch.equal(value.float(), policies[1][name].float())]
+    assert len(moved) == len(policies[0]), "PPO has trained every matrix of the policy's adapter"
     policy = json.loads((tmp_path / "x/summary.json").read_text())["rounds"][0]["policy"]
     assert all(math.isfinite(policy[key]) for key in ("kl", "proxy", "gold"))
 

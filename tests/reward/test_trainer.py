@@ -1,6 +1,7 @@
 """`PairRewardTrainer` against TRL's own trainer, against itself in other batch shapes, and against planted truths."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,29 @@ def losses(trainer: Any) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["plain", "shared"])
 @pytest.mark.parametrize("margin", [False, True])
 def test_equals_trl_on_plain_and_margin_losses(
-    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], margin: bool
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], margin: bool, share: bool
 ) -> None:
-    """TRL's RewardTrainer is the oracle: same losses and same weights over an epoch of full batches."""
+    """TRL's RewardTrainer is the oracle: same losses and same weights over an epoch of full batches in one order.
+
+    With one encoding of each prompt, sums run in another order; where a gradient is nearly 0, Adam turns that rounding
+    into a part of a step (the learning rate is 1e-3), so one weight in a thousand may differ by that much.
+    """
     data = pairs.add_column("margin", [0.1 * (i % 7) for i in range(len(pairs))]) if margin else pairs
-    ours = train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments)
-    theirs = train(RewardTrainer, build(base_folder, tokenizer), tokenizer, data, cpu_arguments)
+    arguments = {**cpu_arguments, "train_sampling_strategy": "sequential"}
+    cls: Any = partial(PairRewardTrainer, share_prompts=share)
+    ours = train(cls, build(base_folder, tokenizer), tokenizer, data, arguments)
+    assert ours._shares == share
+    theirs = train(RewardTrainer, build(base_folder, tokenizer), tokenizer, data, arguments)
     assert len(losses(ours)) == 5
     assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
-    for name, value in ours.model.state_dict().items():
-        torch.testing.assert_close(value, theirs.model.state_dict()[name], atol=1e-5, rtol=1e-4)
+    differences = torch.cat(
+        [(p - theirs.model.get_parameter(name)).abs().flatten() for name, p in ours.model.named_parameters()]
+    )
+    assert differences.max() < (1e-3 if share else 1e-5)
+    assert (differences > 1e-5).double().mean() <= 1e-3
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 4), (3, 6), (1, 16)])

@@ -1,0 +1,198 @@
+"""One encoding of the prompt: answers to one prompt in a single row, which see the shared part and not each other.
+
+    row        p p p p  a a a  b b        the common prefix once, then what is left of each answer
+    segment    0 0 0 0  1 1 1  2 2
+    position   0 1 2 3  4 5 6  4 5        each answer goes on where the prefix ends
+    attention  j ≤ i, and segment_j is 0 or segment_i
+
+The score is read at each answer's last token. Equal to encoding every answer by itself, for full causal attention.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.models.load import score_head
+
+MEGABATCH = 50
+# Largest difference between shared and plain scores that sharing survives: sums in another order, and no more.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass
+class Packed:
+    """Rows of answers that share a prefix.
+
+    Attributes:
+        input_ids, position_ids, segments: [b, t], padded on the right; segment -1 is padding, 0 the prefix, k answer k.
+        ends: [b, K] index of each answer's last token.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    ends: Tensor
+
+
+def pack(groups: Sequence[Sequence[Sequence[int]]], *, pad_token_id: int) -> Packed:
+    """Put the K sequences of each group into one row.
+
+    The shared part is their longest common prefix of token ids, but never all of one of them: each keeps a token of its
+    own for its score.
+    """
+    ids, positions, segments, ends = [], [], [], []
+    for group in groups:
+        shared = 0
+        while shared < min(map(len, group)) - 1 and len({sequence[shared] for sequence in group}) == 1:
+            shared += 1
+        row, places, parts, last = list(group[0][:shared]), list(range(shared)), [0] * shared, []
+        for number, sequence in enumerate(group, start=1):
+            own = sequence[shared:]
+            row += own
+            places += range(shared, len(sequence))
+            parts += [number] * len(own)
+            last.append(len(row) - 1)
+        ids.append(row)
+        positions.append(places)
+        segments.append(parts)
+        ends.append(last)
+    width = max(map(len, ids))
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+    return Packed(padded(ids, pad_token_id), padded(positions, 0), padded(segments, -1), torch.tensor(ends))
+
+
+def unpack(packed: Packed) -> list[list[int]]:
+    """The sequences that were packed, all first ones, then all second ones, …: the order of the plain forward."""
+    rows = []
+    for number in range(1, packed.ends.shape[1] + 1):
+        for ids, segments in zip(packed.input_ids, packed.segments, strict=True):
+            rows.append(ids[(segments == 0) | (segments == number)].tolist())
+    return rows
+
+
+def attention_bias(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention logits: 0 where a token may look, the lowest number where it may not, [b, 1, t, t].
+
+    Padding looks at itself, so that no row is without any place to look. Floats and not booleans: under eager attention
+    a boolean mask is added as 0 and 1.
+
+    >>> attention_bias(torch.tensor([[0, 1, 2]]), torch.float32)[0, 0] == 0
+    tensor([[ True, False, False],
+            [ True,  True, False],
+            [ True, False,  True]])
+    """
+    t = segments.shape[1]
+    earlier = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
+    of_mine = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    looks = earlier & of_mine & (segments[:, None, :] >= 0)
+    looks = looks | torch.eye(t, dtype=torch.bool, device=segments.device)
+    bias = torch.zeros(looks.shape, dtype=dtype, device=segments.device)
+    return bias.masked_fill(~looks, torch.finfo(dtype).min)[:, None]
+
+
+def obstacle(model: Any) -> str | None:
+    """Why answers of this model cannot share their prompt, or None."""
+    if score_head(model) is None:
+        return "an encoder's tokens look in both directions"
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return f"attn_implementation is {config._attn_implementation}, which takes no mask of its own"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"its layers are {', '.join(sorted(kinds - {'full_attention'}))}"
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return "its attention has a sliding window"
+    return None
+
+
+def shared_scores(model: nn.Module, inner: nn.Module, packed: Packed) -> Tensor:
+    """Scores [b, K].
+
+    Args:
+        model: what is called, so that a wrapper (data parallelism) sees its forward.
+        inner: the same without wrappers, with a `score` head.
+    """
+    bias = attention_bias(packed.segments, _dtype(inner))
+    with _every_token(inner) as outputs:
+        model(input_ids=packed.input_ids, attention_mask=bias, position_ids=packed.position_ids, use_cache=False)
+    scores = outputs[0].squeeze(-1)
+    return scores.gather(1, packed.ends.to(scores.device)).float()
+
+
+@torch.no_grad()
+def largest_difference(inner: nn.Module, packed: Packed, *, pad_token_id: int) -> float:
+    """Between shared and plain scores of one batch, relative to the scores where those are above 1; in evaluation mode."""
+    was_training = inner.training
+    inner.eval()
+    rows = unpack(packed)
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=packed.input_ids.device)
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    mask = (torch.arange(width, device=ids.device) < lengths[:, None]).long()
+    plain = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1).float()
+    shared = shared_scores(inner, inner, packed).T.reshape(-1)
+    inner.train(was_training)
+    return ((shared - plain).abs() / plain.abs().clamp(min=1)).max().item()
+
+
+def tolerance(inner: nn.Module) -> float:
+    """By the precision of the model's activations."""
+    return TOLERANCE.get(_dtype(inner), 0.1)
+
+
+class GroupedByLength(torch.utils.data.Sampler[int]):
+    """Batches of rows of similar length, in a new order every epoch, drawn from (seed, epoch) and nothing else.
+
+    Rows are shuffled, sorted within 50 batches at a time, cut into batches, and the batches shuffled; a ragged batch
+    stays last.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, also when a run is resumed within one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.batch_size
+        batches = []
+        for start in range(0, len(order), MEGABATCH * size):
+            mega = sorted(order[start : start + MEGABATCH * size], key=lambda i: -self.lengths[i])
+            batches += [mega[i : i + size] for i in range(0, len(mega), size)]
+        whole = [batch for batch in batches if len(batch) == size]
+        ragged = [batch for batch in batches if len(batch) < size]
+        for place in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[place]
+        for batch in ragged:
+            yield from batch
+
+
+@contextmanager
+def _every_token(inner: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the head says at every token, of which a classifier itself gives only the last."""
+    head, outputs = score_head(inner), list[Tensor]()
+    assert head is not None, "obstacle() refuses models without one"
+    hook = head.register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+def _dtype(inner: Any) -> torch.dtype:
+    """Of the activations: embeddings begin them, and are kept in full precision above 4-bit weights."""
+    dtype: torch.dtype = inner.get_input_embeddings().weight.dtype
+    return dtype

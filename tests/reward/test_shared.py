@@ -1,0 +1,197 @@
+"""One encoding of the prompt equals one encoding per answer: scores, gradients, and where it must not be used."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from trl import RewardConfig
+
+from rlhf import PairRewardTrainer, build_reward_model
+from rlhf.models.load import model_settings
+from rlhf.models.score import score_rows
+from rlhf.models.text import encode_answers
+from rlhf.reward import shared
+from rlhf.reward.shared import (
+    GroupedByLength,
+    attention_bias,
+    largest_difference,
+    obstacle,
+    pack,
+    shared_scores,
+    unpack,
+)
+from tests.conftest import PROMPTS, WORDS
+
+GROUPS = [
+    [[5, 6, 7, 8], [5, 6, 9]],  # an ordinary pair
+    [[5, 6], [5, 6, 7, 8, 9, 10]],  # one answer is the beginning of the other: it keeps its last token
+    [[20, 21], [30]],  # nothing in common
+    [[5, 6, 7], [5, 6, 7]],  # the same twice
+]
+
+
+def test_packing_is_undone_by_unpacking_and_shares_what_is_common() -> None:
+    packed = pack(GROUPS, pad_token_id=0)
+    assert unpack(packed) == [group[0] for group in GROUPS] + [group[1] for group in GROUPS]
+    shared_tokens = (packed.segments == 0).sum(dim=1).tolist()
+    assert shared_tokens == [2, 1, 0, 2], "never all of one answer"
+    for row, (first, second) in enumerate(packed.ends.tolist()):
+        assert packed.input_ids[row, first] == GROUPS[row][0][-1]
+        assert packed.input_ids[row, second] == GROUPS[row][1][-1]
+        assert packed.position_ids[row, second] == len(GROUPS[row][1]) - 1, "as if the other answer were not there"
+
+
+def test_answers_see_the_prefix_and_not_each_other() -> None:
+    bias = attention_bias(torch.tensor([[0, 1, 1, 2, -1]]), torch.float32)[0, 0]
+    sees = [[j for j in range(5) if bias[i, j] == 0] for i in range(5)]
+    assert sees == [[0], [0, 1], [0, 1, 2], [0, 3], [0, 4]]
+
+
+def model_of(base: Path, tokenizer: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    model = build_reward_model(base, model_settings(settings), pad_token_id=tokenizer.pad_token_id)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def groups_of(tokenizer: Any, k: int) -> list[list[list[int]]]:
+    answers = [" ".join(WORDS[i % 5 : i % 5 + 1 + i % 4]) for i in range(8 * k)]
+    prompts = [PROMPTS[i // k] for i in range(8 * k)]
+    rows, _ = encode_answers(tokenizer, prompts, answers)
+    return [rows[i : i + k] for i in range(0, len(rows), k)]
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"use_peft": True, "lora_r": 4},
+    {"use_peft": True, "lora_r": 4, "load_in_4bit": True},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "lora", "4-bit"])
+@pytest.mark.parametrize("k", [2, 8])
+def test_scores_are_those_of_the_plain_forward(
+    base_folder: Path, tokenizer: Any, layout: dict[str, Any], k: int
+) -> None:
+    """1e-5 in float32 and on 4-bit weights (whose activations are float32), for pairs and for eight answers at once."""
+    model, groups = model_of(base_folder, tokenizer, **layout), groups_of(tokenizer, k)
+    packed = pack(groups, pad_token_id=tokenizer.pad_token_id)
+    with torch.no_grad():
+        found = shared_scores(model, model, packed)
+    flat = [row for group in groups for row in group]
+    expected = score_rows(model, flat, pad_token_id=tokenizer.pad_token_id).view(-1, k)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert largest_difference(model, packed, pad_token_id=tokenizer.pad_token_id) <= 1e-5
+    assert found.std() > 0.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_gradients_are_those_of_the_plain_forward(base_folder: Path, tokenizer: Any, checkpointing: bool) -> None:
+    groups = groups_of(tokenizer, 2)
+    gradients = []
+    for share in (False, True):
+        model = model_of(base_folder, tokenizer, use_peft=True, lora_r=4, lora_dropout=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        packed = pack(groups, pad_token_id=tokenizer.pad_token_id)
+        if share:
+            scores = shared_scores(model, model, packed)
+        else:
+            batch = tokenizer.pad({"input_ids": unpack(packed)}, return_tensors="pt", padding_side="right")
+            scores = model(**batch).logits.view(2, -1).T
+        (scores[:, 0] - scores[:, 1]).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-3)
+
+
+def test_a_mask_that_lets_answers_see_each_other_would_be_noticed(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def causal(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        t = segments.shape[1]
+        looks = torch.ones(t, t, dtype=torch.bool).tril()[None].expand(len(segments), t, t)
+        return torch.zeros(looks.shape, dtype=dtype).masked_fill(~looks, torch.finfo(dtype).min)[:, None]
+
+    monkeypatch.setattr(shared, "attention_bias", causal)
+    packed = pack(groups_of(tokenizer, 2), pad_token_id=tokenizer.pad_token_id)
+    model = model_of(base_folder, tokenizer)
+    assert largest_difference(model, packed, pad_token_id=tokenizer.pad_token_id) > 1e-2
+
+
+# ---- Where it must not be used ----
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attn_implementation": "eager"}, "attn_implementation is eager"),
+        ({"sliding_window": 8}, "sliding window"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layers are sliding_attention"),
+    ],
+)
+def test_obstacles_are_named(base_folder: Path, change: dict[str, Any], said: str) -> None:
+    attention = change.pop("attn_implementation", "sdpa")
+    config = AutoConfig.from_pretrained(base_folder, num_labels=1)
+    for name, value in change.items():
+        setattr(config, name, value)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+    reason = obstacle(model)
+    assert reason is not None
+    assert said in reason
+
+
+def test_an_encoder_is_an_obstacle(encoder_folder: Path) -> None:
+    model = build_reward_model(encoder_folder, pad_token_id=0)
+    assert obstacle(model) == "an encoder's tokens look in both directions"
+
+
+def test_sharing_turns_itself_off_where_scores_would_differ(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attention that ignores the mask (as a kernel might): the first batch shows it, and training is the plain one."""
+    right = shared.attention_bias
+    monkeypatch.setattr(shared, "attention_bias", lambda segments, dtype: right(segments.clamp(max=1), dtype))
+    arguments = {**cpu_arguments, "num_train_epochs": 1, "logging_steps": 1}
+
+    def losses(share: bool) -> tuple[Any, list[float]]:
+        model = model_of(base_folder, tokenizer)
+        args = RewardConfig(**arguments, train_sampling_strategy="sequential")
+        trainer = PairRewardTrainer(model, args, share_prompts=share, train_dataset=pairs, processing_class=tokenizer)
+        trainer.train()
+        return trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    with pytest.warns(UserWarning, match="scores with a shared prompt differ from plain ones"):
+        trainer, found = losses(True)
+    assert not trainer._shares
+    assert found == pytest.approx(losses(False)[1], abs=1e-6)
+
+
+# ---- Order ----
+
+
+def test_batches_hold_similar_lengths_in_an_order_of_seed_and_epoch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 200, (1003,), generator=generator).tolist()
+    sampler = GroupedByLength(lengths, 8, seed=3)
+    first = list(sampler)
+    assert Counter(first) == Counter(range(1003)), "every row once"
+    assert list(sampler) == first, "the same epoch again is the same order: what resuming needs"
+    torch.manual_seed(99)
+    assert list(GroupedByLength(lengths, 8, seed=3)) == first, "whatever the global generator is at"
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    batches = [first[i : i + 8] for i in range(0, 1000, 8)]
+    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
+    assert spread < 15, "of lengths up to 200; at random it is near 160"
+    longest = [max(lengths[i] for i in b) for b in batches]
+    assert longest != sorted(longest, reverse=True), "batches themselves are shuffled"
+    assert len(first[1000:]) == 3, "the ragged batch is last"
