@@ -53,14 +53,28 @@ def test_commands_in_the_docs_are_commands_of_the_tool(file: str) -> None:
             assert (ROOT / recipe).is_file(), line
 
 
+def test_every_shipped_recipe_is_valid_and_can_be_executed() -> None:
+    from rlhf.recipe import load_recipe
+
+    files = sorted((ROOT / "recipes").rglob("*.yaml"))
+    assert len(files) >= 8
+    for file in files:
+        recipe = load_recipe(file)
+        assert os.access(file, os.X_OK), file
+        if file.parent.name == "lab":
+            assert recipe.reward.objective == file.stem
+
+
 def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
     from rlhf.recipe import load_recipe
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    whole, mixture = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    whole, mixture, voting = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "mine.yaml").write_text(whole, encoding="utf-8")
     assert load_recipe(tmp_path / "mine.yaml").evaluate.gold == "rules.py:score"
     (tmp_path / "mixture.yaml").write_text(f"base: mine.yaml\n{mixture}", encoding="utf-8")
+    (tmp_path / "voting.yaml").write_text(f"base: mine.yaml\n{voting}", encoding="utf-8")
+    assert load_recipe(tmp_path / "voting.yaml").reward.needs_vote
     assert [entry.fraction for entry in load_recipe(tmp_path / "mixture.yaml").data.sources("preferences")] == [
         0.5,
         1.0,

@@ -64,9 +64,9 @@ def find_source(path: str | Path) -> Source:
     return Source(base=base, adapter=str(path), revision=values.get("revision"))
 
 
-def load_tokenizer(path: str | Path, *, conversational: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, *, conversational: bool, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A checked tokenizer, padding on the right (generation pads on the left by itself)."""
-    tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="right")
+    tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="right", revision=revision or "main")
     adopt_encoder_tokens(tokenizer)
     freeze_template(tokenizer, where=str(path))
     if conversational and tokenizer.eos_token is not None and give_plain_template(tokenizer):
@@ -83,15 +83,16 @@ def model_settings(settings: dict[str, Any]) -> ModelConfig:
     return config
 
 
-def _init_arguments(config: ModelConfig, quantization: BitsAndBytesConfig | None) -> dict[str, Any]:
+def _init_arguments(config: ModelConfig, quantization: BitsAndBytesConfig | None, source: Source) -> dict[str, Any]:
     dtype = config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": config.attn_implementation,
         "use_safetensors": True,  # a pickle can run code
     }
-    if config.model_revision not in (None, "main"):
-        arguments["revision"] = config.model_revision
+    revision = config.model_revision if source.adapter is None else source.revision  # an adapter knows its base's
+    if revision not in (None, "main"):
+        arguments["revision"] = revision
     if quantization is not None:
         # Without a place, transformers spreads 4-bit models over all devices, which data-parallel training can't use.
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
@@ -111,7 +112,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     """
     source = find_source(path)
     quantization = get_quantization_config(config)
-    model = AutoModelForCausalLM.from_pretrained(source.base, **_init_arguments(config, quantization))
+    model = AutoModelForCausalLM.from_pretrained(source.base, **_init_arguments(config, quantization, source))
     source.check()
     if quantization is not None:
         model = _ready_for_4_bit(model)
@@ -121,7 +122,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
             return model.merge_and_unload()
         return model
     if config.use_peft and trainable:
-        return get_peft_model(model, get_peft_config(config))
+        return get_peft_model(model, _adapter_config(config))
     return model
 
 
@@ -143,7 +144,7 @@ def build_reward_model(
     config = model_settings({}) if config is None else config
     source = find_source(path)
     quantization = get_quantization_config(config)
-    model, missing = _with_a_head(source.base, _init_arguments(config, quantization))
+    model, missing = _with_a_head(source.base, _init_arguments(config, quantization, source))
     source.check()
     head = score_head(model)
     if head is not None:
@@ -160,11 +161,18 @@ def build_reward_model(
         copy_adapter(source.adapter, model)
         return model if config.use_peft else model.merge_and_unload()
     if config.use_peft:
-        adapter = get_peft_config(config)
+        adapter = _adapter_config(config)
         adapter.task_type = TaskType.SEQ_CLS
         adapter.modules_to_save = sorted({*_modules_of(missing), *(adapter.modules_to_save or [])})
         return get_peft_model(model, adapter)
     return model
+
+
+def _adapter_config(config: ModelConfig) -> Any:
+    """TRL's LoRA settings, with the revision of the base that they are for."""
+    adapter: Any = get_peft_config(config)
+    adapter.revision = None if config.model_revision in (None, "main") else config.model_revision
+    return adapter
 
 
 def _ready_for_4_bit(model: PreTrainedModel) -> PreTrainedModel:
@@ -235,7 +243,7 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
     """
     source = find_source(path)
     config = model_settings({"use_peft": True, "load_in_4bit": True} if load_in_4bit else {"dtype": "auto"})
-    arguments = _init_arguments(config, get_quantization_config(config))
+    arguments = _init_arguments(config, get_quantization_config(config), source)
     if source.adapter is not None:
         base, random = _with_a_head(source.base, arguments)
         source.check()

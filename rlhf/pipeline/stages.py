@@ -67,6 +67,13 @@ class StageContext:
         """The policy that reward model and PPO start from: what SFT made, or the backbone where there is no SFT."""
         return self.parents["sft"] / "model" if "sft" in self.parents else base_model(self)
 
+    def settings(self, section: str) -> dict[str, Any]:
+        """TRL's keys of a stage, and the revision of the backbone, which is a setting of its own here."""
+        recipe = self.recipe
+        keys = recipe.vote_settings() if section == "vote" else getattr(recipe, section).trl_settings()
+        revision = recipe.backbone.revision
+        return keys if revision is None else {**keys, "model_revision": revision}
+
     @property
     def sampling(self) -> dict[str, Any]:
         """How answers are sampled outside PPO: lengths as in PPO, and twice a rollout at once (no backward pass follows)."""
@@ -135,12 +142,12 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     """Supervised fine-tuning on the demonstrations; the loss is on the answers only."""
     # 1. Model and data. A model from nothing has nothing to adapt, so all of its weights are trained.
     base = base_model(context)
-    model_config, settings = split_settings(context.recipe.sft.trl_settings())
+    model_config, settings = split_settings(context.settings("sft"))
     if not isinstance(base, str) and model_config.use_peft:
         context.say("sft: the base model has random weights, so all of them are trained, not an adapter.")
         model_config.use_peft = model_config.load_in_4bit = False
     set_seed(context.recipe.seed)  # an adapter's first weights are random
-    tokenizer = load_tokenizer(base, conversational=True)
+    tokenizer = load_tokenizer(base, conversational=True, revision=context.recipe.backbone.revision)
     model = load_policy(base, model_config)
     rows = Dataset.from_list(read_jsonl(context.data / "sft.jsonl"))
 
@@ -174,7 +181,7 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     shape = recipe.vote.model_dump(include={"members", "folds", "in_sample", "trunk"})
     folder = context.folder / CHECKPOINTS
     strength, noise = vote(
-        context.sft_model, rows, recipe.vote_settings(), folder, seed=recipe.seed, say=context.say, **shape
+        context.sft_model, rows, context.settings("vote"), folder, seed=recipe.seed, say=context.say, **shape
     )
     if not context.is_main:
         return {}
@@ -200,13 +207,13 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     """A reward model on the pairs, its scale on SFT samples, and its accuracy on held-out pairs."""
     recipe = context.recipe
     sft = context.sft_model
-    model_config, settings = split_settings(recipe.reward.trl_settings())
+    model_config, settings = split_settings(context.settings("reward"))
     settings.setdefault("num_train_epochs", 1)
     args = training_arguments(RewardConfig, settings, context.folder, recipe.seed)
 
     # 1. Train.
     set_seed(recipe.seed)
-    tokenizer = load_tokenizer(sft, conversational=True)
+    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
     model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
     is_decoder = score_head(model) is not None
     if args.max_length is not None:
@@ -258,11 +265,11 @@ def run_reward(context: StageContext) -> dict[str, Any]:
 def run_ppo(context: StageContext) -> dict[str, Any]:
     """PPO from the SFT policy against the reward model."""
     recipe = context.recipe
-    model_config, settings = split_settings(recipe.ppo.trl_settings())
+    model_config, settings = split_settings(context.settings("ppo"))
     args = training_arguments(PPOConfig, settings, context.folder, recipe.seed)
     set_seed(recipe.seed)
     sft = context.sft_model
-    tokenizer = load_tokenizer(sft, conversational=True)
+    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
     gold = context.gold()
     trainer = PPOTrainer(
         load_policy(sft, model_config),
@@ -286,7 +293,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     """The last policy against SFT and best-of-16 on held-out prompts, by proxy, by gold, and at which KL."""
     recipe = context.recipe
     set_seed(recipe.seed)
-    model_config, _ = split_settings(recipe.ppo.trl_settings())
+    model_config, _ = split_settings(context.settings("ppo"))
     rows = read_jsonl(context.data / "test_prompts.jsonl")[: recipe.evaluate.prompts]
     if len(rows) < recipe.evaluate.prompts:
         context.say(f"evaluate: only {len(rows)} held-out prompts, of {recipe.evaluate.prompts} asked for.")
@@ -296,7 +303,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     facts, samples = judge_policies(
         policy=load_policy(context.parents["policy"] / "model", model_config, trainable=False).to(device).eval(),
         sft=load_policy(sft, model_config, trainable=False).to(device).eval(),
-        tokenizer=load_tokenizer(sft, conversational=True),
+        tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
         score=reward.score,
         gold=context.gold(),
         prompts=[row["prompt"] for row in rows],

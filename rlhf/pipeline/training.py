@@ -81,7 +81,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
         UserError: with TRL's own reason for every section it refuses; or a backbone that cannot generate.
     """
     problems = []
-    if recipe.backbone.model is not None and until not in ("data", "reward"):
+    if recipe.backbone.model is not None and until not in ("data", "vote", "reward"):
         problems += _cannot_generate(recipe.backbone.model, recipe.backbone.revision)
     trackers = get_available_reporting_integrations()
     stages: list[tuple[str, type[TrainingArguments], dict[str, Any]]] = [

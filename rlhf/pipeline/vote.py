@@ -92,9 +92,10 @@ def _shared_trunk(
     folder.mkdir(parents=True, exist_ok=True)
     _, args = _arguments(settings, folder, 0)
     set_seed(0)
-    tokenizer = load_tokenizer(base, conversational=True)
+    tokenizer = load_tokenizer(base, conversational=True, revision=settings.get("model_revision"))
     assert isinstance(tokenizer.pad_token_id, int)
-    model = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
+    model_config, _ = _arguments({"model_revision": settings.get("model_revision", "main")}, folder, 0)
+    model = build_reward_model(base, model_config, pad_token_id=tokenizer.pad_token_id)
     shared = Trunk(model, top_layers=top_layers)
     longest = min(args.max_length or position_limit(model, tokenizer), position_limit(model, tokenizer))
     prompts = [row["prompt"] for row in rows for _ in range(2)]
@@ -118,7 +119,7 @@ def _independent(
     """Reward differences [n] on all pairs of a reward model of its own, trained on some of them."""
     model_config, args = _arguments(settings, folder, seed)
     set_seed(seed)
-    tokenizer = load_tokenizer(base, conversational=True)
+    tokenizer = load_tokenizer(base, conversational=True, revision=settings.get("model_revision"))
     model = build_reward_model(base, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))

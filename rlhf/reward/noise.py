@@ -123,9 +123,19 @@ def corrected(
         if objective == "drop" and flips[i]:
             continue
         turned = objective != "drop" and bool(flips[i])
-        sides = {"chosen": row["rejected"], "rejected": row["chosen"]} if turned else {}
-        made.append({**row, **sides, **{name: float(values[i]) for name, values in columns.items()}})
+        base = turned_round(row) if turned else row
+        made.append({**base, **{name: float(values[i]) for name, values in columns.items()}})
     return made, int(flips.sum()) if objective != "drop" else 0
+
+
+def turned_round(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair with its label flipped: its own margin changes sign with it, and its confidence is the other side's."""
+    turned = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    if "margin" in row:
+        turned["margin"] = -row["margin"]
+    if "confidence" in row:
+        turned["confidence"] = 1 - row["confidence"]
+    return turned
 
 
 def attach_strength(rows: list[dict[str, Any]], voted: list[dict[str, Any]]) -> VoteStrength:

@@ -390,6 +390,33 @@ def test_a_fingerprint_knows_weights_and_not_bookkeeping(base_folder: Path, tmp_
     assert base_fingerprint(str(tmp_path / "copy")) != before
 
 
+def test_a_revision_reaches_the_hub_and_the_adapter(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the hub: what is asked for, by a policy and by an adapter that was trained on that revision."""
+    asked: list[Any] = []
+
+    def stand_in(cls: Any) -> Any:
+        real = cls.from_pretrained
+
+        def load(name: str, *positional: Any, **named: Any) -> Any:
+            asked.append(named.pop("revision", None))
+            return real(base_folder, *positional, **named)
+
+        return load
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stand_in(AutoModelForCausalLM))
+    monkeypatch.setattr(
+        "rlhf.models.save.snapshot_download", lambda name, revision, **_: asked.append(revision) or str(base_folder)
+    )
+    config = model_settings({"use_peft": True, "lora_r": 4, "model_revision": "v2"})
+    policy = load_policy("org/base", config)
+    policy.peft_config["default"].base_model_name_or_path = "org/base"
+    save_model(policy, tokenizer, tmp_path)
+    load_policy(tmp_path, model_settings({}))
+    assert asked == ["v2"] * 4, "loading, its fingerprint, loading for the adapter, its check"
+
+
 DATED = (
     "{%- if not date_string is defined -%}{%- if strftime_now is defined -%}"
     '{%- set date_string = strftime_now("%d %b %Y") -%}{%- else -%}{%- set date_string = "26 Jul 2024" -%}'

@@ -18,7 +18,7 @@ from rlhf.objectives.strength import (
     smoothing_confidence,
     vote_strength,
 )
-from rlhf.reward.noise import NoiseEstimate, attach_strength, corrected, estimate_noise
+from rlhf.reward.noise import NoiseEstimate, attach_strength, corrected, estimate_noise, turned_round
 from rlhf.reward.vote import collect_votes, plan_vote
 
 # A row of fnlp/hh-rlhf-strength-cleaned as published: ten models' scores of both sides.
@@ -249,6 +249,13 @@ def test_corrections() -> None:
     assert made[4]["confidence"] == pytest.approx(0.75)
     made, flipped = corrected(data, votes, "drop", noise=NOISE)  # type: ignore[arg-type]
     assert (len(made), flipped) == (18, 0)
+
+
+def test_a_label_turned_twice_is_itself() -> None:
+    (row,) = rows(1)
+    own = {**row, "margin": 0.5, "confidence": 0.9}
+    assert turned_round(own) == {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"], "margin": -0.5, "confidence": pytest.approx(0.1)}  # fmt: skip
+    assert turned_round(turned_round(own)) == {**own, "confidence": pytest.approx(0.9)}
 
 
 def test_votes_of_other_data_are_refused() -> None:

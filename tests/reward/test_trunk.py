@@ -82,7 +82,7 @@ def test_the_vote_finds_planted_flips(base_folder: Path, tmp_path: Path, trunk: 
     assert strength.votes.tolist() == [2] * 150
     assert auroc((-strength.mean).tolist(), flipped) > 0.95
     assert noise.low <= 0.2 <= noise.high
-    assert noise.flip_rate == pytest.approx(0.2, abs=0.07)
+    assert noise.flip_rate == pytest.approx(0.2, abs=0.13)  # 150 pairs: 4 standard errors
     # The same again reads the members from disk: nothing is trained, nothing differs.
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("member-*/differences.safetensors")}
     assert len(before) == 4
