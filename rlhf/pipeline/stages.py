@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from transformers import set_seed
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
@@ -391,4 +391,3 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 quiet_libraries()
-disable_progress_bars()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import datasets
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -41,6 +42,7 @@ FAILED_BATCH = "failed_batch"
 
 def quiet_libraries() -> None:
     """Silence what a recipe's reader can't act on: loading bars of each checkpoint, deprecations inside libraries."""
+    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -127,12 +127,16 @@ def calibrate_reward_model(
     card = {
         "mean": reward.mean,
         "std": reward.std,
-        "chat_template_sha256": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+        "chat_template_sha256": _template_digest(tokenizer),
         "probe": [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in probe],
         **facts,
     }
     (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
     return reward
+
+
+def _template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
 
 
 def _place(model: Any, facts: dict[str, Any], device: str | torch.device | None) -> Any:
@@ -156,6 +160,11 @@ def load_reward_model(path: str | Path, *, device: str | torch.device | None = N
     card = json.loads(card_file.read_text(encoding="utf-8"))
     conversational = any(not isinstance(row["prompt"], str) for row in card["probe"])
     tokenizer = load_tokenizer(folder, conversational=conversational)
+    if _template_digest(tokenizer) != card["chat_template_sha256"]:
+        raise UserError(
+            f"{folder}: the chat template is not the one that this reward model was trained with; it would score other texts. "
+            "Put the saved one back (chat_template.jinja)."
+        )
     model = _place(load_scorer(folder, load_in_4bit=bool(card.get("load_in_4bit"))), card, device)
     reward = RewardModel(model, tokenizer, mean=card["mean"], std=card["std"], conversational=conversational)
     found = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])

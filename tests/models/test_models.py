@@ -264,6 +264,11 @@ def test_a_reward_model_that_is_not_itself_is_refused(reward_folder: Path, tmp_p
     (folder / "reward_model.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match="does not give the scores it was saved with"):
         load_reward_model(folder)
+    shutil.copy(reward_folder / "reward_model.json", folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|assistant|>", "<|assistant |>"))
+    with pytest.raises(UserError, match="the chat template is not the one"):
+        load_reward_model(folder)
     with pytest.raises(UserError, match="holds no reward model"):
         load_reward_model(tmp_path)
 
