@@ -38,7 +38,9 @@ class Packed:
     ends: Tensor
 
 
-def pack(groups: Sequence[Sequence[Sequence[int]]], *, pad_token_id: int) -> Packed:
+def pack(
+    groups: Sequence[Sequence[Sequence[int]]], *, pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> Packed:
     """Put the K sequences of each group into one row.
 
     The shared part is their longest common prefix of token ids, but never all of one of them: each keeps a token of its
@@ -60,7 +62,8 @@ def pack(groups: Sequence[Sequence[Sequence[int]]], *, pad_token_id: int) -> Pac
         positions.append(places)
         segments.append(parts)
         ends.append(last)
-    width = max(map(len, ids))
+    multiple = pad_to_multiple_of or 1
+    width = -(-max(map(len, ids)) // multiple) * multiple
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
         return torch.tensor([row + [value] * (width - len(row)) for row in rows])

@@ -45,7 +45,8 @@ class PairCollator(DataCollatorForPreference):
         """Pad to `input_ids` [2b, t] (chosen above rejected) and `attention_mask`, or pack; and a float [b] per column."""
         ids = [{"chosen_ids": row["chosen_ids"], "rejected_ids": row["rejected_ids"]} for row in examples]
         if self.shared:
-            batch = vars(pack([list(row.values()) for row in ids], pad_token_id=self.pad_token_id))
+            groups = [list(row.values()) for row in ids]
+            batch = vars(pack(groups, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of))
         else:
             batch = super().torch_call(ids)
         for column in PAIR_COLUMNS:

@@ -217,3 +217,26 @@ def test_trl_with_the_wrong_task_type_is_why_we_force_it(base_folder: Path, toke
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds no trained score"):
         load_scorer(tmp_path)
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["plain", "shared"])
+def test_evaluation_during_training_counts_every_pair_once(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], share: bool
+) -> None:
+    """13 held-out pairs in batches of 4: the loss and accuracy that follow from scores of one pair at a time."""
+    from rlhf.reward.model import RewardModel
+
+    model = build(base_folder, tokenizer)
+    args = RewardConfig(**cpu_arguments, per_device_eval_batch_size=4, num_train_epochs=1)
+    held_out = pairs.select(range(13))
+    trainer = PairRewardTrainer(
+        model, args, share_prompts=share, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer
+    )
+    metrics = trainer.evaluate()
+    reward = RewardModel(model, tokenizer)
+    sides = [reward.score(held_out["prompt"], [x[0]["content"] for x in held_out[s]]) for s in ("chosen", "rejected")]
+    difference = sides[0] - sides[1]
+    assert metrics["eval_loss"] == pytest.approx(torch.nn.functional.softplus(-difference).mean().item(), abs=1e-5)
+    assert metrics["eval_accuracy"] == pytest.approx(
+        (difference > 0).float().mean().item(), abs=0.06
+    )  # mean over batches
