@@ -135,8 +135,8 @@ def evaluate_command(
     def say(line: str) -> None:
         errors.print(line, markup=False, soft_wrap=True)
 
-    if out.suffix not in ("", ".json"):
-        raise UserError(f"--out {out}: the report is JSON; name it .json (the page beside it is .html).")
+    if out.suffix == ".html":
+        raise UserError(f"--out {out}: the report is JSON; name it .json, and the page beside it is .html.")
     result = evaluate_reward_model(model, data, out, against=against, say=say)
     table = Table(title="95 % intervals over prompts; ties are wrong")
     for heading in ("data", "pairs", "accuracy", "95 %", "longer\nwins", "length-\ncontrolled", "ties", "ECE", "T"):
