@@ -215,8 +215,8 @@ def _training_figures(run: Path, folder: str) -> list[Figure]:
 
 
 def _read_facts(read: dict[str, Any]) -> dict[str, Any]:
-    said = [(f"left out, {reason}", count) for reason, count in read["dropped"].items()]
-    return {**read, "said": [*said, *read["noted"].items()]}
+    said = [f"{count} left out: {reason}" for reason, count in read["dropped"].items()]
+    return {**read, "said": said + [f"{count}: {what}" for what, count in read["noted"].items()]}
 
 
 def _lineage_row(folder: str, manifest: dict[str, Any]) -> dict[str, Any]:
