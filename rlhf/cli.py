@@ -23,7 +23,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-output, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+# A pipe has no width; at rich's 80 columns tables would lose their numbers.
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+errors = Console(stderr=True, highlight=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file.", show_default=False)]
 Overrides = Annotated[
