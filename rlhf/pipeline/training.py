@@ -1,6 +1,7 @@
 """What every training stage shares: arguments from a recipe's keys, metrics on disk, checkpoint marks, progress."""
 
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -85,6 +86,8 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     problems = []
     if recipe.backbone.model is not None and until not in ("data", "vote", "reward"):
         problems += _cannot_generate(recipe.backbone.model, recipe.backbone.revision)
+    if recipe.reward.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
     trackers = get_available_reporting_integrations()
     stages: list[tuple[str, type[TrainingArguments], dict[str, Any]]] = [
         ("sft", SFTConfig, recipe.sft.trl_settings()),
