@@ -35,6 +35,7 @@ from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint,
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import Recipe, trl_keys
+from rlhf.reward.shared import Packed, unpack
 
 Config = TypeVar("Config", bound=TrainingArguments)
 SAVES_PER_STAGE = 5
@@ -191,11 +192,18 @@ class FiniteGradients(TrainerCallback):
             batches = [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in self.batches]
             tensors = {f"{i}.{k}": v.detach().cpu().contiguous() for i, b in enumerate(batches) for k, v in b.items()}
             save_file(tensors, folder / f"{FAILED_BATCH}.safetensors")
-            texts = [ids for batch in batches for ids in batch.get("input_ids", torch.empty(0)).tolist()]
+            texts = [ids for batch in batches for ids in _token_rows(batch)]
             rows = [{"text": self.tokenizer.decode(ids, skip_special_tokens=True)} for ids in texts]
         file = folder / f"{FAILED_BATCH}.jsonl"
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return file
+
+
+def _token_rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The texts of a micro-batch, each by itself also where answers share a row."""
+    if "segments" in batch:
+        return unpack(Packed(*(batch[name].cpu() for name in ("input_ids", "position_ids", "segments", "ends"))))
+    return batch["input_ids"].tolist() if "input_ids" in batch else []
 
 
 class MetricsFile(TrainerCallback):
