@@ -84,6 +84,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     Raises:
         UserError: with TRL's own reason for every section it refuses; or a backbone that cannot generate.
     """
+    quiet_libraries()
     problems = []
     if recipe.backbone.model is not None and until not in ("data", "vote", "reward"):
         problems += _cannot_generate(recipe.backbone.model, recipe.backbone.revision)
