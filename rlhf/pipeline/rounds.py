@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,9 +115,17 @@ def run(
             write_summary(recipe, stages, store)
             write_report(out)
             write_cards(out)
+        _leave_process_group()
     finally:
         if lock is not None:
             lock.release()
+
+
+def _leave_process_group() -> None:
+    """Under a launcher, end the group's threads: a process that ends while they live is sometimes aborted."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say: Callable[[str], None]) -> None:

@@ -46,6 +46,9 @@ trainer.train()
 if trainer.accelerator.is_main_process:
     row = next(r for r in trainer.state.log_history if "episodes" in r)
     json.dump({k: v for k, v in row.items() if isinstance(v, float | int)}, open(out + ".json", "w"))
+if dist.is_initialized():  # a process that ends with the group's threads alive is sometimes aborted
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
