@@ -330,8 +330,7 @@ def _training_pairs(context: StageContext) -> tuple[Dataset, int | None]:
         manifest = json.loads((context.parents["vote"] / MANIFEST).read_text(encoding="utf-8"))
         noise = NoiseEstimate(**manifest["facts"]["noise"])
         rows, flipped = corrected(rows, strength, context.recipe.reward.objective, noise=noise)
-    names = ("prompt", "chosen", "rejected", *(name for name in reward_trainers.PAIR_COLUMNS if name in rows[0]))
-    return Dataset.from_list([{name: row[name] for name in names} for row in rows]), flipped
+    return Dataset.from_list(reward_trainers.training_columns(rows)), flipped
 
 
 def _held_out(context: StageContext, name: str) -> Dataset:

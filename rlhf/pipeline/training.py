@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -203,7 +204,9 @@ class FiniteGradients(TrainerCallback):
 def _token_rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
     """The texts of a micro-batch, each by itself also where answers share a row."""
     if "segments" in batch:
-        return unpack(Packed(*(batch[name].cpu() for name in ("input_ids", "position_ids", "segments", "ends"))))
+        packed = Packed(*(batch[field.name].cpu() for field in fields(Packed)))
+        ids, mask = unpack(packed, pad_token_id=0)
+        return [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
     return batch["input_ids"].tolist() if "input_ids" in batch else []
 
 

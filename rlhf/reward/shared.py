@@ -8,7 +8,7 @@
 The score is read at each answer's last token. Equal to encoding every answer by itself, for full causal attention.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,55 +29,61 @@ class Packed:
 
     Attributes:
         input_ids, position_ids, segments: [b, t], padded on the right; segment -1 is padding, 0 the prefix, k answer k.
-        ends: [b, K] index of each answer's last token.
+        rows, ends: [n] row and index of the last token of each of the n answers, group by group.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     segments: Tensor
+    rows: Tensor
     ends: Tensor
 
 
 def pack(
     groups: Sequence[Sequence[Sequence[int]]], *, pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> Packed:
-    """Put the K sequences of each group into one row.
+    """Put the sequences of each group, one or more, into one row.
 
     The shared part is their longest common prefix of token ids, but never all of one of them: each keeps a token of its
     own for its score.
     """
-    ids, positions, segments, ends = [], [], [], []
+    ids: list[list[int]] = []
+    positions, segments, rows, ends = [], [], [], []
     for group in groups:
         shared = 0
         while shared < min(map(len, group)) - 1 and len({sequence[shared] for sequence in group}) == 1:
             shared += 1
-        row, places, parts, last = list(group[0][:shared]), list(range(shared)), [0] * shared, []
+        row, places, parts = list(group[0][:shared]), list(range(shared)), [0] * shared
         for number, sequence in enumerate(group, start=1):
             own = sequence[shared:]
             row += own
             places += range(shared, len(sequence))
             parts += [number] * len(own)
-            last.append(len(row) - 1)
+            rows.append(len(ids))
+            ends.append(len(row) - 1)
         ids.append(row)
         positions.append(places)
         segments.append(parts)
-        ends.append(last)
     multiple = pad_to_multiple_of or 1
     width = -(-max(map(len, ids)) // multiple) * multiple
 
-    def padded(rows: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+    def padded(values: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (width - len(row)) for row in values])
 
-    return Packed(padded(ids, pad_token_id), padded(positions, 0), padded(segments, -1), torch.tensor(ends))
+    return Packed(
+        padded(ids, pad_token_id), padded(positions, 0), padded(segments, -1), torch.tensor(rows), torch.tensor(ends)
+    )
 
 
-def unpack(packed: Packed) -> list[list[int]]:
-    """The sequences that were packed, all first ones, then all second ones, …: the order of the plain forward."""
-    rows = []
-    for number in range(1, packed.ends.shape[1] + 1):
-        for ids, segments in zip(packed.input_ids, packed.segments, strict=True):
-            rows.append(ids[(segments == 0) | (segments == number)].tolist())
-    return rows
+def unpack(packed: Packed, *, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """The sequences that were packed, each by itself: `input_ids` and `attention_mask` [n, t], padded on the right."""
+    found = []
+    for row, end in zip(packed.rows.tolist(), packed.ends.tolist(), strict=True):
+        segments = packed.segments[row]
+        found.append(packed.input_ids[row][(segments == 0) | (segments == segments[end])])
+    ids = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=pad_token_id)
+    lengths = torch.tensor([len(sequence) for sequence in found], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
 def attention_bias(segments: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,7 +122,7 @@ def obstacle(model: Any) -> str | None:
 
 
 def shared_scores(model: nn.Module, inner: nn.Module, packed: Packed) -> Tensor:
-    """Scores [b, K].
+    """Scores of all answers, [n].
 
     Args:
         model: what is called, so that a wrapper (data parallelism) sees its forward.
@@ -125,8 +131,7 @@ def shared_scores(model: nn.Module, inner: nn.Module, packed: Packed) -> Tensor:
     bias = attention_bias(packed.segments, _dtype(inner))
     with _every_token(inner) as outputs:
         model(input_ids=packed.input_ids, attention_mask=bias, position_ids=packed.position_ids, use_cache=False)
-    scores = outputs[0].squeeze(-1)
-    return scores.gather(1, packed.ends.to(scores.device)).float()
+    return outputs[0].squeeze(-1)[packed.rows, packed.ends].float()
 
 
 @torch.no_grad()
@@ -134,13 +139,9 @@ def largest_difference(inner: nn.Module, packed: Packed, *, pad_token_id: int) -
     """Between shared and plain scores of one batch, relative to the scores where those are above 1; in evaluation mode."""
     was_training = inner.training
     inner.eval()
-    rows = unpack(packed)
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=packed.input_ids.device)
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    mask = (torch.arange(width, device=ids.device) < lengths[:, None]).long()
+    ids, mask = unpack(packed, pad_token_id=pad_token_id)
     plain = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1).float()
-    shared = shared_scores(inner, inner, packed).T.reshape(-1)
+    shared = shared_scores(inner, inner, packed)
     inner.train(was_training)
     return ((shared - plain).abs() / plain.abs().clamp(min=1)).max().item()
 
@@ -154,11 +155,18 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
     """Batches of rows of similar length, in a new order every epoch, drawn from (seed, epoch) and nothing else.
 
     Rows are shuffled, sorted within 50 batches at a time, cut into batches, and the batches shuffled; a ragged batch
-    stays last.
+    stays last. Rows of one group (the pairs of a ranking) stay beside each other, so most of them meet in one batch.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int):
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, *, seed: int, groups: Sequence[Hashable | None] | None = None
+    ):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        together: dict[Any, list[int]] = {}
+        for i in range(len(lengths)):
+            alone = groups is None or groups[i] is None
+            together.setdefault(("row", i) if alone else ("group", groups[i]), []).append(i)  # type: ignore[index]
+        self.units = list(together.values())
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch, also when a run is resumed within one."""
@@ -169,12 +177,13 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        units = [self.units[i] for i in torch.randperm(len(self.units), generator=generator).tolist()]
         size = self.batch_size
         batches = []
-        for start in range(0, len(order), MEGABATCH * size):
-            mega = sorted(order[start : start + MEGABATCH * size], key=lambda i: -self.lengths[i])
-            batches += [mega[i : i + size] for i in range(0, len(mega), size)]
+        for start in range(0, len(units), MEGABATCH * size):
+            mega = sorted(units[start : start + MEGABATCH * size], key=lambda unit: -max(self.lengths[i] for i in unit))
+            order = [i for unit in mega for i in unit]
+            batches += [order[i : i + size] for i in range(0, len(order), size)]
         whole = [batch for batch in batches if len(batch) == size]
         ragged = [batch for batch in batches if len(batch) < size]
         for place in torch.randperm(len(whole), generator=generator).tolist():

@@ -5,7 +5,8 @@ nothing else: TRL's own arguments pass through untouched.
 """
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -30,29 +31,62 @@ from rlhf.reward.shared import (
 )
 
 PAIR_COLUMNS = ("margin", "confidence", "weight")
+NEUTRAL = {"margin": 0.0, "confidence": 1.0, "weight": 1.0, "group": None}
+
+
+def training_columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Canonical pairs with the columns that the loss reads: those that any of them has, neutral where one has none."""
+    present = [name for name in NEUTRAL if any(row.get(name) is not None for row in rows)]
+    return [
+        {name: row[name] for name in ("prompt", "chosen", "rejected")}
+        | {name: NEUTRAL[name] if row.get(name) is None else row[name] for name in present}
+        for row in rows
+    ]
 
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
     """TRL's collator, carrying every column of the general pair loss and not only `margin`.
 
-    With `shared`, both answers of a pair lie in one row (`rlhf.reward.shared`).
+    With `shared`, both answers of a pair lie in one row, and so do all answers of the pairs of one `group`, each once
+    (`rlhf.reward.shared`).
     """
 
     shared: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pad to `input_ids` [2b, t] (chosen above rejected) and `attention_mask`, or pack; and a float [b] per column."""
-        ids = [{"chosen_ids": row["chosen_ids"], "rejected_ids": row["rejected_ids"]} for row in examples]
+        """Pad to `input_ids` [2b, t] (chosen above rejected) and `attention_mask`, or pack; and a float [b] per column.
+
+        Packed batches also hold `pairs` [b, 2]: which answers are the chosen and the rejected one of each pair.
+        """
         if self.shared:
-            groups = [list(row.values()) for row in ids]
-            batch = vars(pack(groups, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of))
+            groups, pairs = _answers(examples)
+            packed = pack(groups, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+            batch = {**vars(packed), "pairs": torch.tensor(pairs)}
         else:
-            batch = super().torch_call(ids)
+            names = ("chosen_ids", "rejected_ids")
+            batch = super().torch_call([{name: row[name] for name in names} for row in examples])
         for column in PAIR_COLUMNS:
             if column in examples[0]:
                 batch[column] = torch.tensor([row[column] for row in examples], dtype=torch.float)
         return batch
+
+
+def _answers(examples: list[dict[str, Any]]) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """The different answers of each group, and of each pair the places of its two among all answers."""
+    groups: dict[Any, dict[tuple[int, ...], int]] = {}
+    members = []
+    for number, row in enumerate(examples):
+        key = ("row", number) if row.get("group") is None else ("group", row["group"])
+        answers = groups.setdefault(key, {})
+        sides = [tuple(row["chosen_ids"]), tuple(row["rejected_ids"])]
+        members.append((key, [answers.setdefault(side, len(answers)) for side in sides]))
+    starts, count = {}, 0
+    for key, answers in groups.items():
+        starts[key] = count
+        count += len(answers)
+    pairs = [[starts[key] + place for place in places] for key, places in members]
+    return [[list(answer) for answer in answers] for answers in groups.values()], pairs
 
 
 class PairRewardTrainer(RewardTrainer):
@@ -62,10 +96,11 @@ class PairRewardTrainer(RewardTrainer):
     those that it cannot do without. The loss is divided once, by the number of pairs over micro-batches and ranks, so
     1x16, 4x4 and two ranks x 8 give the same gradient, a ragged last micro-batch included.
 
-    Both answers of a pair share one encoding of their prompt, and batches hold pairs of similar length, in an order
-    drawn from (seed, epoch). On the first batch shared and plain scores are compared; where they differ, or where
-    sharing would be wrong (encoders, sliding windows, other attention than sdpa), every answer is encoded by itself and
-    a warning says so. `share_prompts=False` does that from the start, in TRL's own order.
+    Both answers of a pair share one encoding of their prompt, as do all answers of pairs with the same `group` (a
+    ranking's) that meet in a batch; batches hold pairs of similar length, in an order drawn from (seed, epoch). On the
+    first batch shared and plain scores are compared; where they differ, or where sharing would be wrong (encoders,
+    sliding windows, other attention than sdpa), every answer is encoded by itself and a warning says so.
+    `share_prompts=False` does that from the start, in TRL's own order.
 
     Takes what `trl.RewardTrainer` takes; without `args` it trains for one epoch, and it warns above one.
     A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations) is turned into ids by the same function
@@ -139,6 +174,7 @@ class PairRewardTrainer(RewardTrainer):
         self._signature_columns: list[str] | None = self._signature_columns or [
             "chosen_ids",
             "rejected_ids",
+            "group",
             *self.uses,
         ]
 
@@ -147,10 +183,11 @@ class PairRewardTrainer(RewardTrainer):
         if not self._grouped or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
         lengths = [max(len(c), len(r)) for c, r in zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)]
-        return GroupedByLength(lengths, self.args.train_batch_size, seed=self.args.seed)
+        groups = dataset["group"] if "group" in dataset.column_names else None
+        return GroupedByLength(lengths, self.args.train_batch_size, seed=self.args.seed, groups=groups)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        counts = [len(batch["ends"]) if "ends" in batch else len(batch["input_ids"]) // 2 for batch in batch_samples]
+        counts = [len(batch["pairs"]) if "pairs" in batch else len(batch["input_ids"]) // 2 for batch in batch_samples]
         pairs = torch.tensor(sum(counts), device=device)
         return self.accelerator.gather(pairs).sum()
 
@@ -188,18 +225,18 @@ class PairRewardTrainer(RewardTrainer):
             rewards = model(**inputs, use_cache=False).logits.squeeze(-1).float()
             rewards_chosen, rewards_rejected = rewards.chunk(2)
             return rewards_chosen, rewards_rejected, inputs["attention_mask"].sum()
-        packed = Packed(*(inputs[name] for name in ("input_ids", "position_ids", "segments", "ends")))
+        packed = Packed(*(inputs[field.name] for field in fields(Packed)))
         inner = self.accelerator.unwrap_model(model)
         if not self._compared:
             self._compare(inner, packed)
         if self._shares:
-            rewards_chosen, rewards_rejected = shared_scores(model, inner, packed).unbind(dim=1)
-            return rewards_chosen, rewards_rejected, (packed.segments >= 0).sum()
-        rows = unpack(packed)  # a batch that was packed before sharing was turned off
-        sides = zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)
-        collator = PairCollator(self.data_collator.pad_token_id)
-        plain = collator.torch_call([{"chosen_ids": c, "rejected_ids": r} for c, r in sides])
-        return self._rewards(model, {name: value.to(packed.input_ids.device) for name, value in plain.items()})
+            rewards, tokens = shared_scores(model, inner, packed), (packed.segments >= 0).sum()
+        else:  # a batch that was packed before sharing was turned off
+            ids, mask = unpack(packed, pad_token_id=self.data_collator.pad_token_id)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            rewards, tokens = logits.squeeze(-1).float(), mask.sum()
+        rewards_chosen, rewards_rejected = rewards[inputs["pairs"]].unbind(dim=1)
+        return rewards_chosen, rewards_rejected, tokens
 
     def _compare(self, inner: nn.Module, packed: Packed) -> None:
         """On the first batch: does sharing change the scores of this model?"""

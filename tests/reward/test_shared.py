@@ -1,6 +1,7 @@
 """One encoding of the prompt equals one encoding per answer: scores, gradients, and where it must not be used."""
 
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,22 @@ GROUPS = [
     [[5, 6], [5, 6, 7, 8, 9, 10]],  # one answer is the beginning of the other: it keeps its last token
     [[20, 21], [30]],  # nothing in common
     [[5, 6, 7], [5, 6, 7]],  # the same twice
+    [[8]],  # an answer alone
+    [[5, 6], [5, 7], [5, 8, 9]],  # three
 ]
 
 
 def test_packing_is_undone_by_unpacking_and_shares_what_is_common() -> None:
     packed = pack(GROUPS, pad_token_id=0)
-    assert unpack(packed) == [group[0] for group in GROUPS] + [group[1] for group in GROUPS]
+    answers = [answer for group in GROUPS for answer in group]
+    ids, mask = unpack(packed, pad_token_id=0)
+    assert [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)] == answers
     shared_tokens = (packed.segments == 0).sum(dim=1).tolist()
-    assert shared_tokens == [2, 1, 0, 2], "never all of one answer"
-    for row, (first, second) in enumerate(packed.ends.tolist()):
-        assert packed.input_ids[row, first] == GROUPS[row][0][-1]
-        assert packed.input_ids[row, second] == GROUPS[row][1][-1]
-        assert packed.position_ids[row, second] == len(GROUPS[row][1]) - 1, "as if the other answer were not there"
+    assert shared_tokens == [2, 1, 0, 2, 0, 1], "never all of one answer, unless it is alone"
+    assert packed.rows.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 5]
+    for row, end, answer in zip(packed.rows, packed.ends, answers, strict=True):
+        assert packed.input_ids[row, end] == answer[-1]
+        assert packed.position_ids[row, end] == len(answer) - 1, "as if the other answers were not there"
 
 
 def test_answers_see_the_prefix_and_not_each_other() -> None:
@@ -85,7 +90,7 @@ def test_scores_are_those_of_the_plain_forward(
     with torch.no_grad():
         found = shared_scores(model, model, packed)
     flat = [row for group in groups for row in group]
-    expected = score_rows(model, flat, pad_token_id=tokenizer.pad_token_id).view(-1, k)
+    expected = score_rows(model, flat, pad_token_id=tokenizer.pad_token_id)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert largest_difference(model, packed, pad_token_id=tokenizer.pad_token_id) <= 1e-5
     assert found.std() > 0.1
@@ -104,9 +109,9 @@ def test_gradients_are_those_of_the_plain_forward(base_folder: Path, tokenizer: 
         if share:
             scores = shared_scores(model, model, packed)
         else:
-            batch = tokenizer.pad({"input_ids": unpack(packed)}, return_tensors="pt", padding_side="right")
-            scores = model(**batch).logits.view(2, -1).T
-        (scores[:, 0] - scores[:, 1]).square().sum().backward()
+            ids, mask = unpack(packed, pad_token_id=tokenizer.pad_token_id)
+            scores = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+        (scores[0::2] - scores[1::2]).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-3)
@@ -195,3 +200,44 @@ def test_batches_hold_similar_lengths_in_an_order_of_seed_and_epoch() -> None:
     longest = [max(lengths[i] for i in b) for b in batches]
     assert longest != sorted(longest, reverse=True), "batches themselves are shuffled"
     assert len(first[1000:]) == 3, "the ragged batch is last"
+
+
+# ---- Several pairs of one ranking ----
+
+
+def test_pairs_of_one_group_encode_each_answer_once_and_lose_what_exploded_pairs_lose(
+    base_folder: Path, tokenizer: Any, cpu_arguments: dict[str, Any]
+) -> None:
+    """Eight ranked answers make 28 pairs: their loss and gradient are those of 28 pairs encoded two by two."""
+    answers = [" ".join(WORDS[i % 5 : i % 5 + 1 + i % 4]) + f" {WORDS[i % 7]}" for i in range(8)]
+    rows = [
+        {"prompt": prompt, "chosen": answers[i], "rejected": answers[j], "group": f"{number}", "margin": 0.1 * (j - i)}
+        for number, prompt in enumerate(PROMPTS[:2])
+        for i, j in combinations(range(8), 2)
+    ]
+    found = {}
+    for name in ("grouped", "exploded"):
+        data = Dataset.from_list(rows if name == "grouped" else [{**row, "group": None} for row in rows])
+        args = RewardConfig(**{**cpu_arguments, "per_device_train_batch_size": 56, "max_steps": 1}, logging_steps=1)
+        trainer = PairRewardTrainer(
+            model_of(base_folder, tokenizer), args, train_dataset=data, processing_class=tokenizer
+        )
+        trainer.train()
+        row = trainer.state.log_history[0]
+        found[name] = (row["loss"], row["grad_norm"], row["num_tokens"])
+    assert found["grouped"][:2] == pytest.approx(found["exploded"][:2], rel=1e-4)
+    each = [encode_answers(tokenizer, [prompt] * 8, answers)[0] for prompt in PROMPTS[:2]]
+    packed = pack(each, pad_token_id=tokenizer.pad_token_id)
+    assert found["grouped"][2] == (packed.segments >= 0).sum(), "8 answers and one prompt a group"
+    assert found["exploded"][2] > 4 * found["grouped"][2]
+
+
+def test_pairs_of_one_group_stay_together_in_every_epoch() -> None:
+    groups = [f"g{i // 6}" for i in range(60)] + [None] * 12
+    sampler = GroupedByLength([10 + i % 7 for i in range(72)], 8, seed=0, groups=groups)
+    order = list(sampler)
+    assert Counter(order) == Counter(range(72))
+    batches = [order[i : i + 8] for i in range(0, 72, 8)]
+    halves = Counter(groups[i] for batch in batches for i in {groups[i]: i for i in batch}.values() if groups[i])
+    assert sum(halves.values()) < 20, "ten groups of six; at random each would lie in four or five batches"
+    assert max(halves.values()) == 2
