@@ -18,7 +18,7 @@ from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
-from rlhf.reward.trainer import PairRewardTrainer
+from rlhf.reward.trainer import PairRewardTrainer, training_columns
 from rlhf.reward.trunk import Features, Trunk
 from rlhf.reward.vote import collect_votes, plan_vote
 
@@ -124,7 +124,7 @@ def _independent(
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
     names = ("prompt", "chosen", "rejected")
-    pairs = Dataset.from_list([{name: rows[i][name] for name in names} for i in chosen])
+    pairs = Dataset.from_list(training_columns([rows[i] for i in chosen]))
     trainer = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
     train(trainer, folder, label=label, say=say)
     reward = RewardModel(trainer.model.eval(), tokenizer, conversational=True)
