@@ -123,7 +123,6 @@ def _independent(
     model = build_reward_model(base, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
-    names = ("prompt", "chosen", "rejected")
     pairs = Dataset.from_list(training_columns([rows[i] for i in chosen]))
     trainer = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
     train(trainer, folder, label=label, say=say)

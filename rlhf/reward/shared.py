@@ -146,9 +146,10 @@ def largest_difference(inner: nn.Module, packed: Packed, *, pad_token_id: int) -
     return ((shared - plain).abs() / plain.abs().clamp(min=1)).max().item()
 
 
-def tolerance(inner: nn.Module) -> float:
-    """By the precision of the model's activations."""
-    return TOLERANCE.get(_dtype(inner), 0.1)
+def tolerance(inner: nn.Module, mixed_precision: str) -> float:
+    """By the precision of the activations; `mixed_precision` is accelerate's: "no", "bf16", "fp16"."""
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return TOLERANCE.get(mixed or _dtype(inner), 0.1)
 
 
 class GroupedByLength(torch.utils.data.Sampler[int]):

@@ -243,7 +243,7 @@ class PairRewardTrainer(RewardTrainer):
         self._compared = True
         with self.accelerator.autocast():
             difference = largest_difference(inner, packed, pad_token_id=self.data_collator.pad_token_id)
-        if not difference <= tolerance(inner):
+        if not difference <= tolerance(inner, self.accelerator.mixed_precision):
             self._shares = self.data_collator.shared = False
             warnings.warn(
                 f"reward: scores with a shared prompt differ from plain ones by {difference:.2g} on this model, so every answer "

@@ -179,6 +179,21 @@ def test_sharing_turns_itself_off_where_scores_would_differ(
     assert found == pytest.approx(losses(False)[1], abs=1e-6)
 
 
+def test_sharing_survives_bf16_autocast(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    """Sums in another order differ by more than float32's tolerance there, and mean nothing."""
+    torch.manual_seed(0)
+    args = RewardConfig(**{**cpu_arguments, "bf16": True, "max_steps": 1})
+    model = model_of(base_folder, tokenizer)
+    torch.nn.init.normal_(model.score.weight, std=2.0)  # scores of several units: the difference is above 1e-4
+    trainer = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    assert trainer._compared
+    assert trainer._shares
+    assert shared.tolerance(model, "no") == 1e-4
+
+
 # ---- Order ----
 
 
