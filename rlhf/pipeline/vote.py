@@ -14,11 +14,12 @@ from trl import ModelConfig, RewardConfig
 
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import encode_answers, plain
+from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
-from rlhf.reward.trainer import PairRewardTrainer, training_columns
+from rlhf.reward.trainer import PAIR_COLUMNS, PairRewardTrainer, training_columns
 from rlhf.reward.trunk import Features, Trunk
 from rlhf.reward.vote import collect_votes, plan_vote
 
@@ -53,8 +54,13 @@ def vote(
     plan = plan_vote(rows, members=members, folds=folds, in_sample=in_sample, seed=seed)
 
     shared = None if trunk is None else _shared_trunk(base, rows, settings, folder, trunk)
+    trained = training_columns(rows)
+    columns = {name: torch.tensor([row[name] for row in trained]) for name in PAIR_COLUMNS if name in trained[0]}
 
-    def member_differences(member: int, chosen: list[int]) -> Tensor:
+    def objective(rewards_chosen: Tensor, rewards_rejected: Tensor, pairs: list[int]) -> Tensor:
+        return pair_loss(rewards_chosen, rewards_rejected, **{name: column[pairs] for name, column in columns.items()})
+
+    def member_differences(member: int, chosen: list[int], judged: list[int]) -> Tensor:
         where, label = folder / f"member-{member}", f"vote {member + 1}/{members}"
         file = where / DIFFERENCES
         if file.is_file():
@@ -63,13 +69,13 @@ def vote(
         # Members differ in the order of their pairs and in the first weights of head and adapter.
         member_seed = seed * 1000 + member + 1
         if shared is None:
-            found = _independent(base, rows, chosen, settings, where, label, member_seed, say)
+            found = _independent(base, rows, chosen, judged, settings, where, label, member_seed, say)
         else:
             args = _arguments(settings, where, member_seed)[1]
             set_seed(member_seed)
             own = shared[0].member()
-            own.train(shared[1], chosen, args, label=label)
-            found = own.differences(shared[1])
+            own.train(shared[1], chosen, args, objective=objective, label=label)
+            found = own.differences(shared[1], judged)
         if int(os.environ.get("RANK", "0")) == 0 and torch.isfinite(found).all():
             save_file({"differences": found}, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
@@ -98,11 +104,11 @@ def _shared_trunk(
     model = build_reward_model(base, model_config, pad_token_id=tokenizer.pad_token_id)
     shared = Trunk(model, top_layers=top_layers)
     longest = min(args.max_length or position_limit(model, tokenizer), position_limit(model, tokenizer))
-    prompts = [row["prompt"] for row in rows for _ in range(2)]
-    answers = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")]
-    ids, _ = encode_answers(tokenizer, prompts, answers, max_length=longest)
-    features = shared.features(ids, folder, pad_token_id=tokenizer.pad_token_id)
-    shared.check(features, ids, pad_token_id=tokenizer.pad_token_id)
+    prompts = [row["prompt"] for row in rows]
+    answers = ([row[side][0]["content"] for row in rows] for side in ("chosen", "rejected"))
+    sides = [encode_answers(tokenizer, prompts, texts, max_length=longest)[0] for texts in answers]
+    features = shared.features(list(zip(*sides, strict=True)), folder, pad_token_id=tokenizer.pad_token_id)
+    shared.check(features)
     return shared, features
 
 
@@ -110,13 +116,14 @@ def _independent(
     base: str | Path,
     rows: list[dict[str, Any]],
     chosen: list[int],
+    judged: list[int],
     settings: Mapping[str, Any],
     folder: Path,
     label: str,
     seed: int,
     say: Callable[[str], None],
 ) -> Tensor:
-    """Reward differences [n] on all pairs of a reward model of its own, trained on some of them."""
+    """Reward differences on some pairs of a reward model of its own that was trained on others."""
     model_config, args = _arguments(settings, folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(base, conversational=True, revision=settings.get("model_revision"))
@@ -127,6 +134,6 @@ def _independent(
     trainer = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
     train(trainer, folder, label=label, say=say)
     reward = RewardModel(trainer.model.eval(), tokenizer, conversational=True)
-    prompts = [row["prompt"] for row in rows]
-    sides = [reward.score(prompts, [row[side][0]["content"] for row in rows]) for side in ("chosen", "rejected")]
+    prompts = [rows[i]["prompt"] for i in judged]
+    sides = [reward.score(prompts, [rows[i][side][0]["content"] for i in judged]) for side in ("chosen", "rejected")]
     return sides[0] - sides[1]

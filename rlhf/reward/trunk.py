@@ -1,10 +1,10 @@
 """Members of a vote on a shared frozen trunk: the lower layers are run once, the upper layers and a head are each member's own."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import score_head
-from rlhf.objectives.pairwise import bradley_terry
+from rlhf.reward.shared import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
 
 FEATURES = "features.npy"
 TOLERANCE = 1e-4
@@ -32,27 +32,60 @@ class _PassThrough(nn.Module):
         return inputs_embeds
 
 
+class Batch(NamedTuple):
+    """Some pairs at the trunk's end.
+
+    Attributes:
+        hidden: [b, t, hidden], padded on the right.
+        packed: what lies where; its answers are chosen, rejected, chosen, rejected, …
+        attention: what `attention_mask` takes: additive [b, 1, t, t] where pairs share a row, else [b, t].
+    """
+
+    hidden: Tensor
+    packed: Packed
+    attention: Tensor
+
+
 @dataclass
 class Features:
-    """Hidden states at the trunk's end, of every text, on disk.
+    """Hidden states at the trunk's end, on disk: a row for each pair where its answers share a prompt, else one for each answer.
 
     Attributes:
         values: [tokens, hidden] memory-mapped.
-        starts: [texts + 1] where each text begins.
+        starts: [rows + 1] where each row begins.
+        rows: the token sequences of each row, two or one.
+        shares: whether pairs share a row.
     """
 
     values: Any
     starts: list[int]
+    rows: list[list[Sequence[int]]]
+    shares: bool
+    pad_token_id: int
 
-    def batch(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Padded on the right: hidden states [b, t, hidden] and attention mask [b, t]."""
-        lengths = [self.starts[i + 1] - self.starts[i] for i in index]
-        hidden = torch.zeros(len(index), max(lengths), self.values.shape[1])
-        mask = torch.zeros(len(index), max(lengths), dtype=torch.long)
-        for place, (i, length) in enumerate(zip(index, lengths, strict=True)):
-            hidden[place, :length] = torch.from_numpy(np.asarray(self.values[self.starts[i] : self.starts[i + 1]]))
-            mask[place, :length] = 1
-        return hidden, mask
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each pair."""
+        lengths = np.diff(self.starts)
+        found: list[int] = (lengths if self.shares else lengths.reshape(-1, 2).max(axis=1)).tolist()
+        return found
+
+    def batch(self, pairs: Sequence[int]) -> Batch:
+        """Read some pairs from disk."""
+        rows = pairs if self.shares else [row for pair in pairs for row in (2 * pair, 2 * pair + 1)]
+        packed, attention = self.inputs(rows)
+        hidden = torch.zeros(*packed.input_ids.shape, self.values.shape[1])
+        for place, i in enumerate(rows):
+            values = self.values[self.starts[i] : self.starts[i + 1]]
+            hidden[place, : len(values)] = torch.from_numpy(np.asarray(values))
+        return Batch(hidden, packed, attention)
+
+    def inputs(self, rows: Sequence[int]) -> tuple[Packed, Tensor]:
+        """Tokens of some rows and the attention that is theirs."""
+        packed = pack([self.rows[i] for i in rows], pad_token_id=self.pad_token_id)
+        if self.shares:
+            return packed, attention_bias(packed.segments, torch.float32)
+        return packed, (packed.segments >= 0).long()
 
 
 class Trunk:
@@ -95,11 +128,17 @@ class Trunk:
         return found[0]
 
     @torch.no_grad()
-    def features(self, rows: Sequence[Sequence[int]], folder: Path, *, pad_token_id: int) -> Features:
-        """Run the trunk over token rows once and keep its output on disk."""
-        starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).tolist()
+    def features(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], folder: Path, *, pad_token_id: int
+    ) -> Features:
+        """Run the trunk over the tokens of both answers of every pair once and keep its output on disk."""
+        shares = obstacle(self.model) is None
+        rows = [list(pair) for pair in pairs] if shares else [[answer] for pair in pairs for answer in pair]
+        lengths = [int((pack([row], pad_token_id=0).segments >= 0).sum()) for row in rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         width = self.model.config.get_text_config().hidden_size
         values = np.lib.format.open_memmap(folder / FEATURES, "w+", dtype=np.float32, shape=(starts[-1], width))
+        found = Features(values, starts, rows, shares, pad_token_id)
         first_own = self._layers(self.model)[2][-self.top_layers]
         reached: list[Tensor] = []
 
@@ -109,21 +148,22 @@ class Trunk:
 
         hook = first_own.register_forward_pre_hook(stop, with_kwargs=True)
         device = next(self.model.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
         try:
             for begin in tqdm(range(0, len(order), SCORING_BATCH), desc="vote: trunk", disable=None):
                 index = order[begin : begin + SCORING_BATCH]
-                ids, mask = _padded([rows[i] for i in index], pad_token_id)
+                packed, attention = found.inputs(index)
+                positions = {"position_ids": packed.position_ids.to(device)} if shares else {}
                 try:
-                    self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+                    self.model(input_ids=packed.input_ids.to(device), attention_mask=attention.to(device), **positions)
                 except _Reached:
                     hidden = reached.pop().float().cpu().numpy()
                 for place, i in enumerate(index):
-                    values[starts[i] : starts[i + 1]] = hidden[place, : len(rows[i])]
+                    values[starts[i] : starts[i + 1]] = hidden[place, : lengths[i]]
         finally:
             hook.remove()
         values.flush()
-        return Features(values, starts)
+        return found
 
     def member(self) -> "Member":
         """A fresh member: the upper layers as the base has them, and a head with new random weights."""
@@ -150,8 +190,8 @@ class Trunk:
         return Member(model.requires_grad_(True))
 
     @torch.no_grad()
-    def check(self, features: Features, rows: Sequence[Sequence[int]], *, pad_token_id: int) -> None:
-        """Compare a member that has not been trained with the whole model under the same head.
+    def check(self, features: Features) -> None:
+        """Compare a member that has not been trained with the whole model under the same head, on plain rows.
 
         Raises:
             UserError: they differ, so this architecture does something to its input that a member leaves out.
@@ -159,12 +199,11 @@ class Trunk:
         member = self.member()
         for mine, theirs in zip(_heads(member.model), _heads(self.model), strict=True):
             mine.load_state_dict(theirs.state_dict())
-        index = list(range(min(8, len(rows))))
-        ids, mask = _padded([rows[i] for i in index], pad_token_id)
+        batch = features.batch(range(min(4, len(features.lengths))))
+        ids, mask = unpack(batch.packed, pad_token_id=features.pad_token_id)
         device = next(self.model.parameters()).device
         expected = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.squeeze(-1).cpu()
-        found = member.scores(*features.batch(index))
-        difference = (found - expected).abs().max().item()
+        difference = (member.scores(batch) - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
             raise UserError(
                 f"vote.trunk: on a {type(self.model).__name__} a member's scores differ from the whole model's by "
@@ -179,22 +218,35 @@ class Member:
         self.model = model
         self.is_decoder = score_head(model) is not None
 
-    def scores(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Scores [b] from the trunk's hidden states [b, t, hidden] and their mask."""
+    def scores(self, batch: Batch) -> Tensor:
+        """Scores [2b]: chosen, rejected, chosen, rejected, …"""
+        hidden, packed, attention = batch
         if not self.is_decoder:
-            outputs: Tensor = self.model(inputs_embeds=hidden, attention_mask=mask).logits.squeeze(-1)
+            outputs: Tensor = self.model(inputs_embeds=hidden, attention_mask=attention).logits.squeeze(-1)
             return outputs
         backbone = getattr(self.model, self.model.base_model_prefix)
-        states = backbone(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
-        last = states[torch.arange(len(states)), mask.sum(dim=1) - 1]
-        scores: Tensor = self.model.score(last).squeeze(-1)
+        states = backbone(
+            inputs_embeds=hidden, attention_mask=attention, position_ids=packed.position_ids, use_cache=False
+        ).last_hidden_state
+        scores: Tensor = self.model.score(states[packed.rows, packed.ends]).squeeze(-1)
         return scores
 
-    def train(self, features: Features, pairs: Sequence[int], args: Any, *, label: str) -> None:
-        """Bradley-Terry on some pairs: text 2i is the chosen answer of pair i, text 2i + 1 the rejected one.
+    def train(
+        self,
+        features: Features,
+        pairs: Sequence[int],
+        args: Any,
+        *,
+        objective: Callable[[Tensor, Tensor, list[int]], Tensor],
+        label: str,
+    ) -> None:
+        """Train on some pairs, in batches of similar length.
 
         Of the arguments it reads learning rate and schedule, batch size times accumulation, epochs, weight decay,
         clipping and seed; the rest is a Trainer's.
+
+        Args:
+            objective: (rewards_chosen, rewards_rejected, which pairs) → loss of each, [b] nats.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -204,18 +256,18 @@ class Member:
         steps = max(1, round(args.num_train_epochs * batches_an_epoch))
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
         schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
+        lengths = features.lengths
+        sampler = GroupedByLength([lengths[i] for i in pairs], size, seed=args.seed)
         order: list[int] = []
         self.model.eval()  # dropout off, as in the reward trainers
-        bar = tqdm(range(steps), desc=label, disable=None)
-        for step in bar:
-            if step % batches_an_epoch == 0:
-                generator = torch.Generator().manual_seed(args.seed + 7919 * (step // batches_an_epoch))
-                order = torch.randperm(len(pairs), generator=generator).tolist()
-            start = step % batches_an_epoch * size
-            chosen = [pairs[i] for i in order[start : start + size]]
-            hidden, mask = features.batch([2 * i for i in chosen] + [2 * i + 1 for i in chosen])
-            scores = self.scores(hidden, mask)
-            loss = bradley_terry(*scores.chunk(2)).mean()
+        for step in tqdm(range(steps), desc=label, disable=None):
+            epoch, place = divmod(step, batches_an_epoch)
+            if place == 0:
+                sampler.set_epoch(epoch)
+                order = [pairs[i] for i in sampler]
+            chosen = order[place * size : (place + 1) * size]
+            scores = self.scores(features.batch(chosen))
+            loss = objective(scores[0::2], scores[1::2], chosen).mean()
             if not torch.isfinite(loss):
                 raise TrainingError(f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate.")
             loss.backward()
@@ -225,16 +277,16 @@ class Member:
             optimizer.zero_grad()
 
     @torch.no_grad()
-    def differences(self, features: Features) -> Tensor:
-        """Reward of the chosen answer minus that of the rejected one, of every pair [n]."""
-        count = len(features.starts) - 1
-        lengths = np.diff(features.starts)
-        order = np.argsort(lengths, kind="stable").tolist()
-        scores = torch.empty(count)
-        for begin in range(0, count, SCORING_BATCH):
-            index = order[begin : begin + SCORING_BATCH]
-            scores[index] = self.scores(*features.batch(index))
-        return scores[0::2] - scores[1::2]
+    def differences(self, features: Features, pairs: Sequence[int]) -> Tensor:
+        """Reward of the chosen answer minus that of the rejected one, of some pairs, in their order."""
+        lengths = features.lengths
+        order = sorted(range(len(pairs)), key=lambda place: lengths[pairs[place]])
+        found = torch.empty(len(pairs))
+        for begin in range(0, len(order), SCORING_BATCH):
+            places = order[begin : begin + SCORING_BATCH]
+            scores = self.scores(features.batch([pairs[place] for place in places]))
+            found[places] = scores[0::2] - scores[1::2]
+        return found
 
 
 def _heads(model: Any) -> list[nn.Linear]:
@@ -243,13 +295,3 @@ def _heads(model: Any) -> list[nn.Linear]:
     if head is not None:
         return [head]
     return [module for module in model.classifier.modules() if isinstance(module, nn.Linear)]
-
-
-def _padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_token_id)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = 1
-    return ids, mask

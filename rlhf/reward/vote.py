@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf.data.canonical import prompt_key
 from rlhf.errors import TrainingError, UserError
 
-Train = Callable[[int, list[int]], Tensor]
+Train = Callable[[int, list[int], list[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,18 @@ def collect_votes(plan: VotePlan, train: Train) -> Tensor:
     """Differences [M, n], not a number where a member has no vote.
 
     Args:
-        train: (member, pairs to train on) → differences [n] of that member on all pairs.
+        train: (member, pairs to train on, pairs to vote on) → differences of that member on the latter.
 
     Raises:
         TrainingError: a member diverged.
     """
     differences = torch.full((len(plan.left_out), len(plan.folds)), math.nan)
     for member in range(len(plan.left_out)):
-        found = train(member, plan.trains_on(member))
+        here = plan.votes_on(member)
+        found = train(member, plan.trains_on(member), here)
         if not torch.isfinite(found).all():
             raise TrainingError(
                 f"vote: member {member} diverged (a difference that is not finite); lower learning_rate."
             )
-        here = plan.votes_on(member)
-        differences[member, here] = found[here]
+        differences[member, here] = found
     return differences

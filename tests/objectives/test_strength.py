@@ -134,9 +134,9 @@ def test_out_of_fold_nobody_votes_on_what_it_saw() -> None:
         assert len(plan.trains_on(member)) == 48
     trained: list[int] = []
 
-    def train(member: int, chosen: list[int]) -> torch.Tensor:
+    def train(member: int, chosen: list[int], judged: list[int]) -> torch.Tensor:
         trained.append(len(chosen))
-        return torch.full((60,), float(member))
+        return torch.full((len(judged),), float(member))
 
     votes = vote_strength(collect_votes(plan, train))
     assert trained == [48] * 10
@@ -161,7 +161,7 @@ def test_impossible_votes_are_refused(count: int, members: int, folds: int, said
 def test_a_member_that_diverges_stops_the_vote() -> None:
     plan = plan_vote(rows(20), members=2, folds=2, in_sample=False, seed=0)
     with pytest.raises(TrainingError, match="member 1 diverged"):
-        collect_votes(plan, lambda member, _: torch.full((20,), math.nan if member == 1 else 0.0))
+        collect_votes(plan, lambda member, _, judged: torch.full((len(judged),), math.nan if member == 1 else 0.0))
 
 
 # ---- Noise, and what is done about it ----

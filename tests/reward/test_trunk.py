@@ -11,19 +11,24 @@ from rlhf.errors import UserError
 from rlhf.evaluation.statistics import auroc
 from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
 from rlhf.models.text import encode_answers
+from rlhf.objectives.pairwise import bradley_terry
 from rlhf.pipeline.vote import vote
-from rlhf.reward.trunk import Trunk
+from rlhf.reward.trunk import Features, Trunk
 from tests.conftest import PROMPTS, WORDS
 
-ANSWERS = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(len(PROMPTS))]
+ANSWERS = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(len(PROMPTS) + 1)]
 
 
-def shared(folder: Path, out: Path) -> tuple[Trunk, Any, list[list[int]], int]:
+def shared(folder: Path, out: Path) -> tuple[Trunk, Features]:
     tokenizer = load_tokenizer(folder, conversational=True)
     torch.manual_seed(0)
     trunk = Trunk(build_reward_model(folder, pad_token_id=tokenizer.pad_token_id), top_layers=1)
-    ids, _ = encode_answers(tokenizer, PROMPTS, ANSWERS)
-    return trunk, trunk.features(ids, out, pad_token_id=tokenizer.pad_token_id), ids, tokenizer.pad_token_id
+    sides = [encode_answers(tokenizer, PROMPTS, answers)[0] for answers in (ANSWERS[:-1], ANSWERS[1:])]
+    return trunk, trunk.features(list(zip(*sides, strict=True)), out, pad_token_id=tokenizer.pad_token_id)
+
+
+def plain_loss(rewards_chosen: torch.Tensor, rewards_rejected: torch.Tensor, _: list[int]) -> torch.Tensor:
+    return bradley_terry(rewards_chosen, rewards_rejected)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
@@ -31,23 +36,25 @@ def test_a_member_is_the_whole_model_from_its_layer_on(
     kind: str, base_folder: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
     folder = base_folder if kind == "decoder" else encoder_folder
-    trunk, features, ids, pad = shared(folder, tmp_path)
-    trunk.check(features, ids, pad_token_id=pad)  # raises where they differ
+    trunk, features = shared(folder, tmp_path)
+    assert features.shares == (kind == "decoder")
+    trunk.check(features)  # raises where they differ
     features.values[:] = features.values[::-1].copy()
     with pytest.raises(UserError, match="differ from the whole model's"):
-        trunk.check(features, ids, pad_token_id=pad)
+        trunk.check(features)
 
 
 def test_members_train_only_what_is_theirs(base_folder: Path, tmp_path: Path, cpu_arguments: dict[str, Any]) -> None:
-    trunk, features, _, _ = shared(base_folder, tmp_path)
+    trunk, features = shared(base_folder, tmp_path)
     before = {name: p.detach().clone() for name, p in trunk.model.named_parameters()}
     args = RewardConfig(**cpu_arguments, learning_rate=1e-2, per_device_train_batch_size=4, num_train_epochs=1)
     torch.manual_seed(1)
     first, second = trunk.member(), trunk.member()
     assert not torch.equal(first.model.score.weight, second.model.score.weight), "heads start apart"
-    untrained = first.differences(features)
-    first.train(features, range(18), args, label="x")
-    assert not torch.allclose(first.differences(features), untrained)
+    untrained = first.differences(features, range(18))
+    assert torch.allclose(first.differences(features, [7, 3]), untrained[[7, 3]], atol=1e-5)
+    first.train(features, range(18), args, objective=plain_loss, label="x")
+    assert not torch.allclose(first.differences(features, range(18)), untrained)
     assert all(torch.equal(p, before[name]) for name, p in trunk.model.named_parameters())
     small = sum(p.numel() for p in first.model.parameters())
     assert small < 0.6 * sum(p.numel() for p in trunk.model.parameters()), "no copy of the trunk or the embeddings"
