@@ -1,0 +1,110 @@
+"""What the lab's benchmarks share: a world with its SFT model and pairs in true order, planted flips, one training run."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import set_seed
+from trl import RewardConfig
+
+from rlhf import PairRewardTrainer
+from rlhf.lab.world import gold
+from rlhf.models.load import build_reward_model, load_tokenizer
+from rlhf.models.text import plain
+from rlhf.reward.model import RewardModel
+from rlhf.reward.noise import turned_round
+from rlhf.reward.trainer import training_columns
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+FLIP_RATE = 0.25
+Rows = list[dict[str, Any]]
+
+
+def world(out: Path, seed: int, **sizes: int) -> tuple[Path, Rows, Rows]:
+    """The SFT model, and training and held-out pairs as the crowd labelled them; pairs of equal true reward are left out.
+
+    Args:
+        sizes: the lab's settings, such as pairs=6000.
+    """
+    command = [sys.executable, "-m", "rlhf", "sft", str(RECIPE), "--out", str(out), f"seed={seed}"]
+    command += [f"lab.{name}={value}" for name, value in sizes.items()]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    files = [out / "round-0/data/data" / f"{name}.jsonl" for name in ("pairs", "test_pairs")]
+    pairs, test = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    return out / "round-0/sft/model", decided(pairs), decided(test)
+
+
+def true_differences(rows: Rows) -> list[float]:
+    """True reward of the chosen answer minus that of the rejected one."""
+    prompts = [plain(row["prompt"]) for row in rows]
+    sides = [gold(prompts, [row[side][0]["content"] for row in rows]) for side in ("chosen", "rejected")]
+    return [a - b for a, b in zip(*sides, strict=True)]
+
+
+def decided(rows: Rows) -> Rows:
+    """Pairs whose true rewards differ."""
+    return [row for row, d in zip(rows, true_differences(rows), strict=True) if d != 0]
+
+
+def in_true_order(rows: Rows) -> Rows:
+    """The same pairs without a wrong label."""
+    return [row if d > 0 else turned_round(row) for row, d in zip(rows, true_differences(rows), strict=True)]
+
+
+def planted(rows: Rows, seed: int, rate: float = FLIP_RATE) -> Rows:
+    """Pairs in true order, of which a share, drawn at random, is turned round."""
+    rng = random.Random(seed)
+    return [turned_round(row) if rng.random() < rate else row for row in in_true_order(rows)]
+
+
+def is_wrong(rows: Rows) -> list[bool]:
+    """Which labels contradict the true reward."""
+    return [d < 0 for d in true_differences(rows)]
+
+
+def reward_settings(learning_rate: float, epochs: float) -> dict[str, Any]:
+    """The quickstart's reward stage but for rate and epochs."""
+    return {
+        "learning_rate": learning_rate,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": 32,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+    }
+
+
+def fitted(
+    base: Path, rows: Rows, *, learning_rate: float, epochs: float, seed: int, trainer: Any = PairRewardTrainer
+) -> RewardModel:
+    """A reward model trained on some rows."""
+    set_seed(seed)
+    tokenizer = load_tokenizer(base, conversational=True)
+    model: Any = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
+    args = RewardConfig(
+        "unused",
+        **reward_settings(learning_rate, epochs),
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    data = Dataset.from_list(training_columns(rows))
+    trained = trainer(model, args, train_dataset=data, processing_class=tokenizer)
+    trained.train()
+    return RewardModel(trained.model.eval(), tokenizer, conversational=True)
+
+
+def differences(reward: RewardModel, rows: Rows) -> Tensor:
+    """Score of the chosen answer minus that of the rejected one."""
+    prompts = [row["prompt"] for row in rows]
+    sides = [reward.score(prompts, [row[side][0]["content"] for row in rows]) for side in ("chosen", "rejected")]
+    return sides[0] - sides[1]
