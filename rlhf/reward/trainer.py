@@ -123,7 +123,7 @@ class PairRewardTrainer(RewardTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = RewardConfig(f"{name.split('/')[-1]}-Reward", num_train_epochs=1)
-        if args.num_train_epochs > 1:
+        if args.num_train_epochs > 1 and args.max_steps <= 0:
             warnings.warn(
                 f"num_train_epochs={args.num_train_epochs}: reward models overfit after one epoch (arXiv:2203.02155, 2401.06080).",
                 stacklevel=2,
@@ -143,15 +143,12 @@ class PairRewardTrainer(RewardTrainer):
         self.data_collator: Any = PairCollator(collator.pad_token_id, collator.pad_to_multiple_of, shared=self._shares)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        columns = dataset.column_names or []
+        columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
+        is_stream = not isinstance(dataset, Dataset)
         if "prompt" in columns and "chosen_ids" not in columns:
-            dataset = dataset.map(
-                _tokenize_pairs,
-                batched=True,
-                fn_kwargs={"tokenizer": processing_class},
-                desc=f"Tokenizing {dataset_name} dataset",
-            )
-        before = len(dataset) if isinstance(dataset, Dataset) else None
+            shown = {} if is_stream else {"desc": f"Tokenizing {dataset_name} dataset"}
+            dataset = dataset.map(_tokenize_pairs, batched=True, fn_kwargs={"tokenizer": processing_class}, **shown)
+        before = None if is_stream else len(dataset)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if before is not None:
             dropped = before - len(dataset)

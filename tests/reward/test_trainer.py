@@ -240,3 +240,15 @@ def test_evaluation_during_training_counts_every_pair_once(
     assert metrics["eval_accuracy"] == pytest.approx(
         (difference > 0).float().mean().item(), abs=0.06
     )  # mean over batches
+
+
+def test_streamed_rows_train_like_rows_in_memory(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    """A stream has no length and may not know its columns; in the file's order its losses are the same."""
+    arguments = {**cpu_arguments, "train_sampling_strategy": "sequential", "max_steps": 4}
+    expected = losses(train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, pairs, arguments))
+    stream = pairs.to_iterable_dataset().map(lambda row: row)  # forgets the columns
+    assert stream.column_names is None
+    found = train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, stream, arguments)
+    assert losses(found) == pytest.approx(expected, abs=1e-6)
