@@ -7,6 +7,8 @@ _NAMES = {
     "PPOConfig": "rlhf.ppo.config",
     "PPOTrainer": "rlhf.ppo.trainer",
     "PairRewardTrainer": "rlhf.reward.trainer",
+    "AdaptiveMarginRewardTrainer": "rlhf.reward.trainer",
+    "LabelFlipRewardTrainer": "rlhf.reward.trainer",
     "MarginRewardTrainer": "rlhf.reward.trainer",
     "SoftLabelRewardTrainer": "rlhf.reward.trainer",
     "LabelSmoothingRewardTrainer": "rlhf.reward.trainer",

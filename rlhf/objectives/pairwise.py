@@ -1,5 +1,7 @@
 """Losses on a pair of rewards. One general form covers most of the literature; the rest are its special cases."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,11 +35,16 @@ def pair_loss(
     margin: Tensor | float = 0.0,
     confidence: Tensor | float = 1.0,
     weight: Tensor | float = 1.0,
+    flip_rate: float = 0.0,
 ) -> Tensor:
     """Weighted cross-entropy of a margin-shifted Bradley-Terry preference against a soft label.
 
-        loss = w · [ -p log σ(d - m) - (1 - p) log σ(-(d - m)) ],    d = chosen - rejected
-             = w · [ bradley_terry(d - m) + (1 - p) (d - m) ]
+        loss = w · [ -p log q(d - m) - (1 - p) log q(-(d - m)) ],    d = chosen - rejected
+        q(x) = (1 - ε) σ(x) + ε σ(-x)
+
+    With ε = 0, as in all that follows, it is w · [ bradley_terry(d - m) + (1 - p) (d - m) ]. ε > 0 is the likelihood of
+    labels of which a share ε is flipped at random ("forward correction"): bounded by -log ε, so a label that the model
+    is sure is wrong stops teaching, where Bradley-Terry pulls on it hardest and smoothing pulls on every sure pair.
 
     Special cases: Bradley-Terry (m=0, p=1, w=1); Llama-2 margin (m from ratings); adaptive margin (m = mean strength
     of a vote); label smoothing (p = 1 - α everywhere); soft labels (p per pair); flipped label (p = 0, m of the other
@@ -49,16 +56,36 @@ def pair_loss(
         margin: [b] or a number, nats, any sign; a constant (no gradient flows into it).
         confidence: [b] or a number, P(chosen is better), in [0, 1].
         weight: [b] or a number, ≥ 0. Weights are not renormalised.
+        flip_rate: ε in [0, 0.5).
 
     Returns:
         [b] nats per pair, unreduced.
 
     Reference: arXiv:2401.06080 eq. 5 and eq. 6 (eq. 6 prints the margin outside the logarithm, where it would have no
-    gradient; meant, and here, is inside, as in arXiv:2307.09288 eq. 2).
+    gradient; meant, and here, is inside, as in arXiv:2307.09288 eq. 2). ε: Patrini et al., arXiv:1609.03683, Theorem 2.
 
     >>> pair_loss(torch.zeros(1), torch.zeros(1), confidence=0.3)
     tensor([0.6931])
     """
     shifted = chosen - margin
     surplus = shifted - rejected
+    if flip_rate > 0:
+        agree = log_flipped(surplus, flip_rate)
+        return -weight * (confidence * agree + (1.0 - confidence) * log_flipped(-surplus, flip_rate))
     return weight * (bradley_terry(shifted, rejected) + (1.0 - confidence) * surplus)
+
+
+def log_flipped(difference: Tensor, flip_rate: float) -> Tensor:
+    """Log-probability of a label under Bradley-Terry when a share ε of labels is flipped, [b] nats.
+
+        log q(d) = log( (1 - ε) σ(d) + ε σ(-d) ),    from log ε at d = -∞ to log(1 - ε) at d = ∞
+
+    Reference: arXiv:1609.03683 (Theorem 2, two classes).
+
+    >>> log_flipped(torch.tensor([0.0, -100.0]), 0.25).exp()
+    tensor([0.5000, 0.2500])
+    """
+    assert 0 < flip_rate < 0.5, "a flip rate in (0, 0.5)"
+    kept = torch.nn.functional.logsigmoid(difference) + math.log1p(-flip_rate)
+    turned = torch.nn.functional.logsigmoid(-difference) + math.log(flip_rate)
+    return torch.logaddexp(kept, turned)

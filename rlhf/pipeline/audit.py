@@ -107,7 +107,7 @@ def audit(
 def _how(model: str, members: int | None, recipe: Recipe | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """TRL's keys of a member, and the shape of the vote."""
     if recipe is not None:
-        shape = recipe.vote.model_dump(include={"members", "folds", "in_sample", "trunk"})
+        shape = recipe.vote.model_dump(include={"members", "folds", "in_sample", "trunk", "flip_rate"})
         return recipe.vote_settings(), shape | ({} if members is None else {"members": members})
     try:
         depth = AutoConfig.from_pretrained(find_source(model).base).get_text_config().num_hidden_layers
@@ -115,7 +115,13 @@ def _how(model: str, members: int | None, recipe: Recipe | None) -> tuple[dict[s
         raise UserError(f"--model {model}: {str(error).strip().splitlines()[0]}") from error
     count = MEMBERS if members is None else members
     trunk = min(TOP_LAYERS, depth - 1) or None
-    return dict(DEFAULTS), {"members": count, "folds": min(FOLDS, count), "in_sample": False, "trunk": trunk}
+    return dict(DEFAULTS), {
+        "members": count,
+        "folds": min(FOLDS, count),
+        "in_sample": False,
+        "trunk": trunk,
+        "flip_rate": 0.0,
+    }
 
 
 def _finished(out: Path, key: str) -> dict[str, Any] | None:

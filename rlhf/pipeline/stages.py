@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
-import rlhf.reward.trainer as reward_trainers
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.sources import Source, pair_digest
 from rlhf.evaluation.gold import GoldFunction, load_gold
@@ -31,9 +30,10 @@ from rlhf.pipeline.vote import vote
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
-from rlhf.reward import OBJECTIVES
+from rlhf.reward.correct import Correction, attach_strength, corrected
 from rlhf.reward.model import calibrate_reward_model, load_reward_model, position_limit
-from rlhf.reward.noise import NoiseEstimate, attach_strength, corrected
+from rlhf.reward.noise import NoiseEstimate
+from rlhf.reward.trainer import PairRewardTrainer, training_columns
 
 SHOWN_SAMPLES = 64
 CALIBRATION_SAMPLES = 256
@@ -178,7 +178,7 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     """Preference strength of every training pair, and the share of wrong labels that the votes imply."""
     recipe = context.recipe
     rows = read_jsonl(context.data / "pairs.jsonl")
-    shape = recipe.vote.model_dump(include={"members", "folds", "in_sample", "trunk"})
+    shape = recipe.vote.model_dump(include={"members", "folds", "in_sample", "trunk", "flip_rate"})
     folder = context.folder / CHECKPOINTS
     strength, noise = vote(
         context.sft_model, rows, context.settings("vote"), folder, seed=recipe.seed, say=context.say, **shape
@@ -218,10 +218,16 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     is_decoder = score_head(model) is not None
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
-    trainer_class = getattr(reward_trainers, OBJECTIVES[recipe.reward.objective])
     pairs, flipped = _training_pairs(context)
     held_out = _held_out(context, "test_pairs") if args.eval_strategy != "no" else None
-    trainer = trainer_class(model, args, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer)
+    trainer = PairRewardTrainer(
+        model,
+        args,
+        train_dataset=pairs,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        flip_rate=recipe.reward.flip_rate,
+    )
     train(trainer, context.folder, label="reward", say=context.say)
     if not context.is_main:
         return {}
@@ -324,13 +330,13 @@ def _gold_differences(judged: JudgedPairs, gold: GoldFunction | None) -> list[fl
 def _training_pairs(context: StageContext) -> tuple[Dataset, int | None]:
     """The pairs with the columns that a loss may read, corrected by the vote where there is one, and how many were flipped."""
     rows = read_jsonl(context.data / "pairs.jsonl")
-    flipped = None
+    strength, noise = None, None
     if "vote" in context.parents:
         strength = attach_strength(rows, read_jsonl(context.parents["vote"] / STRENGTH))
         manifest = json.loads((context.parents["vote"] / MANIFEST).read_text(encoding="utf-8"))
         noise = NoiseEstimate(**manifest["facts"]["noise"])
-        rows, flipped = corrected(rows, strength, context.recipe.reward.objective, noise=noise)
-    return Dataset.from_list(reward_trainers.training_columns(rows)), flipped
+    rows, flipped = corrected(rows, Correction(**context.recipe.reward.correction()), strength, noise)
+    return Dataset.from_list(training_columns(rows)), flipped
 
 
 def _held_out(context: StageContext, name: str) -> Dataset:

@@ -36,6 +36,7 @@ def vote(
     folds: int,
     in_sample: bool,
     trunk: int | None,
+    flip_rate: float,
     seed: int,
     say: Callable[[str], None],
 ) -> tuple[VoteStrength, NoiseEstimate]:
@@ -45,6 +46,7 @@ def vote(
         base: what every member starts from.
         settings: TRL's flat keys of a reward model.
         folder: for the members' work.
+        flip_rate: share of wrong labels in the members' likelihood; 0 is Bradley-Terry.
         trunk: layers that each member has of its own above a shared frozen trunk; None for independent members.
 
     Raises:
@@ -58,7 +60,8 @@ def vote(
     columns = {name: torch.tensor([row[name] for row in trained]) for name in PAIR_COLUMNS if name in trained[0]}
 
     def objective(rewards_chosen: Tensor, rewards_rejected: Tensor, pairs: list[int]) -> Tensor:
-        return pair_loss(rewards_chosen, rewards_rejected, **{name: column[pairs] for name, column in columns.items()})
+        of_these = {name: column[pairs] for name, column in columns.items()}
+        return pair_loss(rewards_chosen, rewards_rejected, flip_rate=flip_rate, **of_these)
 
     def member_differences(member: int, chosen: list[int], judged: list[int]) -> Tensor:
         where, label = folder / f"member-{member}", f"vote {member + 1}/{members}"
@@ -69,7 +72,7 @@ def vote(
         # Members differ in the order of their pairs and in the first weights of head and adapter.
         member_seed = seed * 1000 + member + 1
         if shared is None:
-            found = _independent(base, rows, chosen, judged, settings, where, label, member_seed, say)
+            found = _independent(base, rows, chosen, judged, settings, flip_rate, where, label, member_seed, say)
         else:
             args = _arguments(settings, where, member_seed)[1]
             set_seed(member_seed)
@@ -118,6 +121,7 @@ def _independent(
     chosen: list[int],
     judged: list[int],
     settings: Mapping[str, Any],
+    flip_rate: float,
     folder: Path,
     label: str,
     seed: int,
@@ -131,7 +135,7 @@ def _independent(
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
     pairs = Dataset.from_list(training_columns([rows[i] for i in chosen]))
-    trainer = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+    trainer = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer, flip_rate=flip_rate)
     train(trainer, folder, label=label, say=say)
     reward = RewardModel(trainer.model.eval(), tokenizer, conversational=True)
     prompts = [rows[i]["prompt"] for i in judged]

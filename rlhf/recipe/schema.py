@@ -120,20 +120,33 @@ class VoteSection(StageSection):
     folds: int = Field(5, ge=2)
     in_sample: bool = False
     trunk: int | None = Field(None, ge=1)  # layers of each member's own above a shared frozen trunk
+    flip_rate: float = Field(0.0, ge=0, lt=0.5)  # share of wrong labels in the members' likelihood
 
 
 class RewardSection(StageSection):
-    """The reward model. The objectives of the second line are made of a vote."""
+    """The reward model. The objectives of the second line are made of a vote (`rlhf.reward.correct` says what each does)."""
 
     objective: Literal[
-        "bt", "margin", "smoothing", "soft",
-        "flip", "adaptive_margin", "flip_margin", "soft_margin", "vote_soft", "posterior", "drop",
+        "bt", "margin", "scaled", "smoothing", "soft",
+        "flip", "adaptive_margin", "flip_margin", "soft_margin",
+        "vote_soft", "vote_sigmoid", "posterior", "weight", "drop",
     ] = "bt"  # fmt: skip
+    flip_rate: float = Field(0.0, ge=0, lt=0.5)
+    flip_by: Literal["rank", "sign"] = "rank"
+    flip_fraction: float = Field(0.1, gt=0, le=1)
+    smoothing: float = Field(0.2, ge=0, le=1)
+    smoothing_mask: Literal["negative", "all", "negative+strong"] = "negative"
+    margin_scale: float = 1.0
+    margin_clip: float | None = Field(None, gt=0)
 
     @property
     def needs_vote(self) -> bool:
         """Whether a `vote` stage comes before."""
-        return self.objective not in ("bt", "margin", "smoothing", "soft")
+        return self.objective not in ("bt", "margin", "scaled", "smoothing", "soft")
+
+    def correction(self) -> dict[str, Any]:
+        """What `rlhf.reward.correct.Correction` takes."""
+        return self.model_dump(exclude={"flip_rate", *self.trl_settings()})
 
 
 class EvaluateSection(Section):

@@ -19,6 +19,9 @@ from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import score_head
 from rlhf.models.text import encode_answers
 from rlhf.objectives.pairwise import pair_loss
+from rlhf.objectives.strength import VoteStrength
+from rlhf.reward.correct import Correction, corrected
+from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.shared import (
     GroupedByLength,
     Packed,
@@ -102,6 +105,8 @@ class PairRewardTrainer(RewardTrainer):
     sliding windows, other attention than sdpa), every answer is encoded by itself and a warning says so.
     `share_prompts=False` does that from the start, in TRL's own order.
 
+    `flip_rate` is the share ε of labels that are wrong at random, for the likelihood of flipped labels.
+
     Takes what `trl.RewardTrainer` takes; without `args` it trains for one epoch, and it warns above one.
     A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations) is turned into ids by the same function
     that evaluation and PPO use.
@@ -116,7 +121,12 @@ class PairRewardTrainer(RewardTrainer):
     uses: ClassVar[tuple[str, ...]] = PAIR_COLUMNS
     _tag_names = ["trl", "rlhf", "reward-trainer"]
 
-    def __init__(self, model: Any, args: Any = None, *, share_prompts: bool = True, **arguments: Any):
+    def __init__(
+        self, model: Any, args: Any = None, *, share_prompts: bool = True, flip_rate: float = 0.0, **arguments: Any
+    ):
+        if not 0 <= flip_rate < 0.5:
+            raise UserError(f"reward: flip_rate is {flip_rate}; a share of wrong labels lies in [0, 0.5).")
+        self.flip_rate = flip_rate
         dataset = arguments.get("train_dataset")
         if dataset is not None and dataset.column_names:
             check_columns(dataset, self.columns)
@@ -190,7 +200,7 @@ class PairRewardTrainer(RewardTrainer):
 
     def pair_objective(self, rewards_chosen: Tensor, rewards_rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
         """Loss of each pair, [b] nats, unreduced. Declarations override this to fix a column."""
-        return pair_loss(rewards_chosen, rewards_rejected, **columns)
+        return pair_loss(rewards_chosen, rewards_rejected, flip_rate=self.flip_rate, **columns)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -281,7 +291,36 @@ class LabelSmoothingRewardTrainer(PairRewardTrainer):
 
     def pair_objective(self, rewards_chosen: Tensor, rewards_rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
         """The general loss with one confidence for all pairs."""
-        return pair_loss(rewards_chosen, rewards_rejected, confidence=1 - self.smoothing, **columns)
+        return super().pair_objective(
+            rewards_chosen, rewards_rejected, {**columns, "confidence": torch.tensor(1 - self.smoothing)}
+        )
+
+
+class _VotedRewardTrainer(PairRewardTrainer):
+    """Corrects the training pairs by their column `strength_mean` before training."""
+
+    columns = ("strength_mean",)
+    correction: ClassVar[Correction]
+
+    def __init__(self, model: Any, args: Any = None, *, train_dataset: Dataset, **arguments: Any):
+        check_columns(train_dataset, self.columns)
+        rows = train_dataset.to_list()
+        mean = torch.tensor([float(row["strength_mean"]) for row in rows])
+        votes = VoteStrength(mean, torch.zeros_like(mean), (mean > 0).to(mean), torch.ones_like(mean))
+        made, _ = corrected(rows, self.correction, votes, NoiseEstimate(0.0, 0.0, 0.0, 0.0, 1.0))
+        super().__init__(model, args, train_dataset=Dataset.from_list(made), **arguments)
+
+
+class AdaptiveMarginRewardTrainer(_VotedRewardTrainer):
+    """Mean strength of a vote (`strength_mean`, nats) as margin (arXiv:2401.06080 eq. 6)."""
+
+    correction = Correction("adaptive_margin")
+
+
+class LabelFlipRewardTrainer(_VotedRewardTrainer):
+    """The weakest tenth of the labels by `strength_mean` turned round (arXiv:2401.06080 section 2.4)."""
+
+    correction = Correction("flip")
 
 
 def _tokenize_pairs(batch: dict[str, list[Any]], tokenizer: Any) -> dict[str, list[list[int]]]:
@@ -303,7 +342,10 @@ def check_columns(dataset: Dataset, required: tuple[str, ...]) -> None:
         for name in required
         if name not in dataset.column_names
     ]
-    allowed = {"margin": (float("-inf"), float("inf")), "confidence": (0.0, 1.0), "weight": (0.0, float("inf"))}
+    anything = (float("-inf"), float("inf"))
+    allowed = {
+        "margin": anything, "strength_mean": anything, "confidence": (0.0, 1.0), "weight": (0.0, float("inf")),
+    }  # fmt: skip
     for name, (low, high) in allowed.items():
         if name not in dataset.column_names:
             continue

@@ -34,7 +34,12 @@ def measured(variant: str, base: Path, crowd: Rows, test: Rows, folder: Path, se
         return json.loads(file.read_text())
     rows = crowd if variant.startswith("crowd") else planted(crowd, seed)
     in_sample = variant.endswith("in_sample")
-    shape: dict[str, Any] = {"members": 4 if quick else 10, "folds": 2 if quick else 5, "in_sample": in_sample}
+    shape: dict[str, Any] = {
+        "members": 4 if quick else 10,
+        "folds": 2 if quick else 5,
+        "in_sample": in_sample,
+        "flip_rate": 0.0,
+    }
     where = file.with_suffix("")
     strength, _ = vote(
         base, rows, reward_settings(LEARNING_RATE, 1), where, seed=seed, say=lambda _: None, trunk=None, **shape

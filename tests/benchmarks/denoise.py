@@ -1,198 +1,167 @@
 """How much of the gap between noisy and clean labels each correction closes, in the lab, on the same pairs and seeds.
 
+python tests/benchmarks/denoise.py --json choose.json --seeds 0,1 --choose
 python tests/benchmarks/denoise.py --json denoise.json --seeds 5,6,7,8,9
 python tests/benchmarks/denoise.py --json quick.json --seeds 0 --variants bt,clean,posterior --quick
 
-Every variant gets the same grid (learning rate x epochs), chosen by accuracy on noisy validation pairs that no variant
-trains on, and is judged once, on clean test pairs: the lab's own, turned to the true order. `gap_closed` is
-(variant - bt) / (clean - bt) of the accuracies; intervals are bootstraps over seeds and test pairs of the paired difference.
-Seeds 0 to 4 are for choosing. Finished (seed, variant) pairs are kept beside FILE, so a killed run goes on.
+6,000 pairs in true order of which a quarter is turned round at random. All recipes see the same pairs and the same vote:
+five members, five folds, out of fold, two epochs, trained with the likelihood of labels of which a fifth is flipped. With
+`--choose`, every variant runs a grid (learning rate x epochs) and is scored on noisy validation pairs that no variant
+trains on, never on clean ones; what won over the choosing seeds stands in GRID_CHOICE, and the judged seeds run that once,
+on clean test pairs. `ensemble` is the mean of five models as `bt` is.
+
+`gap_closed` is (variant - bt) / (clean - bt) of accuracies over all seeds; intervals are bootstraps over seeds and test
+pairs of the paired differences. `no_noise_cost` is BT's accuracy less the default's where no label is wrong.
+`auroc_clean` is what a model trained on 6,000 *other* pairs with clean labels makes of the same labels. Finished (seed,
+variant) pairs are kept beside FILE, so a killed run goes on.
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from transformers import set_seed
-from trl import RewardConfig
+from worlds import Rows, differences, fitted, in_true_order, is_wrong, planted, reward_settings, world
 
-from rlhf import PairRewardTrainer
-from rlhf.evaluation.pairs import judge_pairs
 from rlhf.evaluation.statistics import auroc, expected_calibration_error
-from rlhf.lab.world import gold
-from rlhf.models.load import build_reward_model, load_tokenizer
-from rlhf.models.text import plain
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
-from rlhf.reward.model import RewardModel
-from rlhf.reward.noise import corrected, turned_round
-from rlhf.reward.trainer import PAIR_COLUMNS
+from rlhf.reward.correct import Correction, corrected
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-TRAIN, VALIDATE, TEST = 6000, 600, 10_500
-LEARNING_RATES, EPOCHS = (5e-4, 1.5e-3), (1, 2)
-ENSEMBLE = 5
-VOTED = ("flip", "adaptive_margin", "flip_margin", "soft_margin", "vote_soft", "drop", "posterior")
-VARIANTS = ("bt", "clean", "smoothing", "ensemble", *VOTED)
+TRAIN, VALIDATE, TEST = 6000, 600, 10_000
+GRID = ((5e-4, 1), (5e-4, 2), (1.5e-3, 1), (1.5e-3, 2))
+GRID_CHOICE = {"default": (5e-4, 2)}
+MEMBERS, FOLDS, MEMBER_FLIP_RATE = 5, 5, 0.2
 DEFAULT = "posterior"
-Rows = list[dict[str, Any]]
+VOTED = ("flip", "adaptive_margin", "flip_margin", "soft_margin", "likelihood", "posterior")
+VARIANTS = ("bt", "clean", "smoothing", "ensemble", *VOTED)
+DRAWS = 1000
 
 
-def world(folder: Path, seed: int, *, quick: bool) -> tuple[Path, Rows, Rows, Rows]:
-    """SFT model, noisy training and validation pairs, clean test pairs of one seed."""
-    out = folder / f"world-{seed}"
+def splits(folder: Path, seed: int, *, quick: bool) -> tuple[Path, dict[str, Rows]]:
+    """The SFT model of a seed, and its pairs: noisy to train and validate, clean to test, and others."""
     scale = 10 if quick else 1
-    sizes = [f"lab.pairs={(TRAIN + VALIDATE) // scale}", f"lab.test_pairs={TEST // scale}"]
+    sizes = {"pairs": 14_000 // scale, "test_pairs": 11_500 // scale}
     if quick:
-        sizes += ["lab.demonstrations=2000", "sft.num_train_epochs=1"]
-    command = [sys.executable, "-m", "rlhf", "sft", str(RECIPE), "--out", str(out), f"seed={seed}", *sizes]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    pairs, test = (read(out / "round-0/data/data" / f"{name}.jsonl") for name in ("pairs", "test_pairs"))
-    count = len(pairs) - VALIDATE // scale
-    right = [(row, d) for row, d in zip(test, true_differences(test), strict=True) if d != 0]
-    clean = [row if d > 0 else turned_round(row) for row, d in right]
-    return out / "round-0/sft/model", pairs[:count], pairs[count:], clean
+        sizes["demonstrations"] = 2000
+    base, pairs, test = world(folder / f"world-{seed}{'-quick' if quick else ''}", seed, **sizes)
+    train, validate = TRAIN // scale, VALIDATE // scale
+    rows = in_true_order(pairs)
+    found = {
+        "clean": rows[:train],
+        "noisy": planted(rows[:train], seed),
+        "validate": planted(rows[train : train + validate], seed + 1000),
+        "other": rows[train + validate : 2 * train + validate],
+        "test": in_true_order(test)[: TEST // scale],
+    }
+    assert len(found["other"]) == train, "not enough pairs of different true reward"
+    assert len(found["test"]) == TEST // scale
+    return base, found
 
 
-def read(file: Path) -> Rows:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def true_differences(rows: Rows) -> list[float]:
-    prompts = [plain(row["prompt"]) for row in rows]
-    sides = [gold(prompts, [row[side][0]["content"] for row in rows]) for side in ("chosen", "rejected")]
-    return [a - b for a, b in zip(*sides, strict=True)]
-
-
-def scores(base: Path, rows: Rows, judged: Rows, *, learning_rate: float, epochs: int, seed: int) -> Any:
-    """Train on some rows; reward differences on others."""
-    set_seed(seed)
-    tokenizer = load_tokenizer(base, conversational=True)
-    model: Any = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
-    names = ("prompt", "chosen", "rejected", *(name for name in PAIR_COLUMNS if name in rows[0]))
-    args = RewardConfig(
-        "unused",
-        seed=seed,
-        learning_rate=learning_rate,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=32,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=10_000,
-    )
-    data = Dataset.from_list([{name: row[name] for name in names} for row in rows])
-    trainer = PairRewardTrainer(model, args, train_dataset=data, processing_class=tokenizer)
-    trainer.train()
-    seen = judge_pairs(RewardModel(trainer.model, tokenizer, conversational=True), judged)
-    return seen.scores_chosen - seen.scores_rejected
-
-
-def training_rows(variant: str, rows: Rows, voted: Any) -> Rows:
-    """The pairs as a variant sees them."""
-    if variant == "clean":
-        return [row if d >= 0 else turned_round(row) for row, d in zip(rows, true_differences(rows), strict=True)]
+def training_rows(
+    variant: str, base: Path, rows: dict[str, Rows], folder: Path, seed: int
+) -> tuple[Rows, dict[str, Any]]:
+    """The pairs as a variant sees them, the trainer's options, and what the votes knew."""
+    if variant in ("clean", "no_noise_bt"):
+        return rows["clean"], {}
+    noisy = rows["clean"] if variant == "no_noise_default" else rows["noisy"]
+    wrong = is_wrong(noisy)
     if variant == "smoothing":  # at the known rate
-        wrong = sum(d < 0 for d in true_differences(rows)) / len(rows)
-        return [{**row, "confidence": 1 - wrong} for row in rows]
-    if variant in VOTED:
-        strength, noise = voted
-        return corrected(rows, strength, variant, noise=noise)[0]
-    return rows
+        return corrected(noisy, Correction("smoothing", smoothing=sum(wrong) / len(wrong)))[0], {}
+    if variant in ("bt", "ensemble"):
+        return noisy, {}
+    where = folder / f"vote-{seed}-{'clean' if variant == 'no_noise_default' else 'noisy'}"
+    shape: dict[str, Any] = {"members": MEMBERS, "folds": FOLDS, "in_sample": False, "trunk": None}
+    strength, noise = vote(
+        base, noisy, reward_settings(5e-4, 2), where, seed=seed, say=lambda _: None, flip_rate=MEMBER_FLIP_RATE, **shape
+    )
+    facts = {"estimated": [noise.low, noise.fitted, noise.high], "flip_rate": noise.fitted}
+    if any(wrong):
+        facts["auroc_vote"] = auroc((-strength.mean).tolist(), wrong)
+    if variant == "likelihood":
+        return noisy, facts
+    objective = DEFAULT if variant == "no_noise_default" else variant
+    return corrected(noisy, Correction(objective), strength, noise)[0], facts
 
 
-def judged(folder: Path, seed: int, variant: str, quick: bool) -> dict[str, Any]:
-    """One variant on one seed: the grid, the choice, and the test. Kept on disk."""
-    file = folder / f"seed-{seed}-{variant}.json"
+def judged(folder: Path, seed: int, variant: str, point: tuple[float, int], *, quick: bool) -> dict[str, Any]:
+    """One variant at one point of the grid on one seed, kept on disk."""
+    name = f"seed-{seed}-{variant}-{point[0]:g}-{point[1]}{'-quick' if quick else ''}"
+    file = folder / f"{name}.json"
     if file.is_file():
         result: dict[str, Any] = json.loads(file.read_text())
         return result
     begin = time.monotonic()
-    base, rows, validation, test = world(folder, seed, quick=quick)
-    voted, extra = None, {}
-    if variant in VOTED:
-        keys = {"learning_rate": LEARNING_RATES[0], "per_device_train_batch_size": 32, "num_train_epochs": 1}
-        shape: dict[str, Any] = {"members": 10, "folds": 5, "in_sample": False, "trunk": 2}
-        voted = vote(base, rows, keys, folder / f"vote-{seed}", seed=seed, say=lambda _: None, **shape)
-        wrong = [d < 0 for d in true_differences(rows)]
-        extra = {"auroc_vote": auroc((-voted[0].mean).tolist(), wrong), "flip_rate": sum(wrong) / len(wrong)}
-    data = training_rows(variant, rows, voted)
-    grid = [(rate, epochs) for rate in LEARNING_RATES for epochs in EPOCHS][: 1 if quick else None]
-    members = ENSEMBLE if variant == "ensemble" else 1
-    best: tuple[float, Any, Any] | None = None
-    for rate, epochs in grid:
-        runs = [
-            scores(base, data, validation + test, learning_rate=rate, epochs=epochs, seed=100 * seed + m)
-            for m in range(members)
-        ]
-        differences = np.mean(runs, axis=0)
-        accuracy = float((differences[: len(validation)] > 0).mean())
-        if best is None or accuracy > best[0]:
-            best = accuracy, differences[len(validation) :], (rate, epochs)
-    assert best is not None
-    right = (best[1] > 0).astype(float)
-    sure = 1 / (1 + np.exp(-np.abs(best[1])))
+    base, rows = splits(folder, seed, quick=quick)
+    keys: dict[str, Any] = {"learning_rate": point[0], "epochs": point[1]}
+    if variant == "auroc_clean":
+        reward = fitted(base, rows["other"], seed=seed, **keys)
+        facts = {"auroc": auroc((-differences(reward, rows["noisy"])).tolist(), is_wrong(rows["noisy"]))}
+        file.write_text(json.dumps(facts))
+        return facts
+    data, facts = training_rows(variant, base, rows, folder / f"votes{'-quick' if quick else ''}", seed)
+    if variant == "likelihood":
+        keys["flip_rate"] = facts["flip_rate"]
+    members = MEMBERS if variant == "ensemble" else 1
+    both = rows["validate"] + rows["test"]
+    runs = [differences(fitted(base, data, seed=100 * seed + m, **keys), both) for m in range(members)]
+    found = torch.stack(runs).mean(dim=0).numpy()
+    validation, test = found[: len(rows["validate"])], found[len(rows["validate"]) :]
+    right = test > 0
     result = {
-        "seed": seed,
-        "variant": variant,
         "accuracy": float(right.mean()),
-        "ece": expected_calibration_error(sure.tolist(), right.tolist()),
-        "validation": best[0],
-        "chosen": best[2],
-        "right": np.packbits(right.astype(bool)).tolist(),
+        "ece": expected_calibration_error((1 / (1 + np.exp(-np.abs(test)))).tolist(), right.astype(float).tolist()),
+        "validation": float((validation > 0).mean()),
+        "right": np.packbits(right).tolist(),
         "n": len(right),
         "seconds": time.monotonic() - begin,
-        **extra,
+        **facts,
     }
     file.write_text(json.dumps(result))
+    print(
+        f"seed {seed} {variant:16s} {point[0]:g} x {point[1]} accuracy {result['accuracy']:.4f} ece {result['ece']:.3f} "
+        f"{result['seconds']:.0f} s",
+        flush=True,
+    )
     return result
 
 
-def summary(results: list[dict[str, Any]], variants: list[str], seeds: list[int]) -> dict[str, Any]:
-    """Means over seeds, and the gap closed with intervals over seeds and test pairs."""
-    table = {
-        (r["seed"], r["variant"]): np.unpackbits(np.array(r["right"], np.uint8))[: r["n"]].astype(float)
-        for r in results
-    }
-    rng = np.random.default_rng(0)
-    draws: dict[str, list[float]] = {variant: [] for variant in variants}
-    for _ in range(1000):
-        drawn = []
-        for seed in rng.choice(seeds, len(seeds)):
-            pairs = rng.integers(0, len(table[seed, "bt"]), len(table[seed, "bt"]))
-            drawn.append({variant: table[seed, variant][pairs].mean() for variant in variants})
-        means = {variant: float(np.mean([d[variant] for d in drawn])) for variant in variants}
-        for variant in variants:
-            draws[variant].append((means[variant] - means["bt"]) / (means["clean"] - means["bt"]))
-    found: dict[str, Any] = {"default": DEFAULT, "accuracy": {}, "gap_closed": {}, "gap_closed_ci": {}, "ece": {}}
-    accuracy = {v: np.array([table[seed, v].mean() for seed in seeds]) for v in variants}
+def choose(folder: Path, seeds: list[int], variants: list[str], *, quick: bool) -> dict[str, tuple[float, int]]:
+    """The point of the grid with the best noisy validation accuracy over the seeds, for each variant."""
+    won = {}
     for variant in variants:
-        mine = [r for r in results if r["variant"] == variant]
-        found["accuracy"][variant] = [
-            float(accuracy[variant].mean()),
-            float(accuracy[variant].min()),
-            float(accuracy[variant].max()),
-        ]
-        gap = accuracy["clean"].mean() - accuracy["bt"].mean()
-        found["gap_closed"][variant] = float((accuracy[variant].mean() - accuracy["bt"].mean()) / gap)
-        found["gap_closed_ci"][variant] = np.percentile(draws[variant], [2.5, 97.5]).tolist()
-        found["ece"][variant] = float(np.mean([r["ece"] for r in mine]))
-    votes = [r["auroc_vote"] for r in results if "auroc_vote" in r]
-    found["auroc_vote"] = float(np.mean(votes)) if votes else None
-    return found
+        scores = {
+            point: statistics.mean(judged(folder, seed, variant, point, quick=quick)["validation"] for seed in seeds)
+            for point in GRID
+        }
+        won[variant] = max(scores, key=lambda point: scores[point])
+        print(variant, won[variant], {f"{p[0]:g} x {p[1]}": round(s, 4) for p, s in scores.items()}, flush=True)
+    return won
+
+
+def paired(table: dict[tuple[int, str], Any], seeds: list[int]) -> list[dict[str, float]]:
+    """Bootstrap means of every variant over seeds and test pairs, the same draws for all."""
+    rng, draws = np.random.default_rng(0), []
+    variants = sorted({variant for _, variant in table})
+    for _ in range(DRAWS):
+        means: dict[str, list[float]] = {variant: [] for variant in variants}
+        for seed in rng.choice(seeds, len(seeds)):
+            n = len(table[seed, "bt"])
+            index = rng.integers(0, n, n)
+            for variant in variants:
+                means[variant].append(table[seed, variant][index].mean())
+        draws.append({variant: float(np.mean(values)) for variant, values in means.items()})
+    return draws
+
+
+def interval(values: list[float]) -> list[float]:
+    return np.percentile(values, [2.5, 97.5]).tolist()
 
 
 def main() -> None:
@@ -200,31 +169,66 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="5,6,7,8,9")
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--quick", action="store_true", help="a tenth of the pairs, one point of the grid")
+    parser.add_argument(
+        "--choose", action="store_true", help="run the whole grid and say which point each variant takes"
+    )
+    parser.add_argument("--quick", action="store_true", help="a tenth of the pairs")
     arguments = parser.parse_args()
     quiet_libraries()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     variants = list(dict.fromkeys(["bt", "clean", *arguments.variants.split(",")]))
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
+    if arguments.choose:
+        arguments.json.write_text(json.dumps(choose(folder, seeds, variants, quick=arguments.quick), indent=1))
+        return
+
+    # 1. Every variant on every seed, and beside them what has no noise.
+    extra = [] if arguments.quick else ["no_noise_bt", "no_noise_default"]
+    results: dict[tuple[int, str], dict[str, Any]] = {}
+    clean = []
     for seed in seeds:
-        for variant in variants:
-            result = judged(folder, seed, variant, arguments.quick)
-            results.append(result)
-            print(
-                f"seed {seed} {variant:16s} accuracy {result['accuracy']:.4f} ece {result['ece']:.3f} {result['seconds']:.0f} s",
-                flush=True,
-            )
-    found = summary(results, variants, seeds)
+        for variant in [*variants, *extra]:
+            alike = {"no_noise_bt": "clean", "no_noise_default": DEFAULT, "ensemble": "bt"}.get(variant, variant)
+            point = GRID_CHOICE.get(alike, GRID_CHOICE["default"])
+            results[seed, variant] = judged(folder, seed, variant, point, quick=arguments.quick)
+        clean.append(judged(folder, seed, "auroc_clean", GRID_CHOICE["default"], quick=arguments.quick)["auroc"])
+    table = {key: np.unpackbits(np.array(r["right"], np.uint8))[: r["n"]].astype(float) for key, r in results.items()}
+
+    # 2. Means, and intervals of paired differences.
+    draws = paired(table, seeds)
+    mean = {v: float(np.mean([table[seed, v].mean() for seed in seeds])) for v in [*variants, *extra]}
+    gap = mean["clean"] - mean["bt"]
+    votes = [r for (_, v), r in results.items() if v == DEFAULT]
+    found: dict[str, Any] = {
+        "default": DEFAULT,
+        "accuracy": {v: [mean[v], *interval([d[v] for d in draws])] for v in variants},
+        "gap_closed": {v: (mean[v] - mean["bt"]) / gap for v in variants},
+        "gap_closed_ci": {v: interval([(d[v] - d["bt"]) / (d["clean"] - d["bt"]) for d in draws]) for v in variants},
+        "above": {
+            v: [mean[DEFAULT] - mean[v], *interval([d[DEFAULT] - d[v] for d in draws])]
+            for v in variants
+            if DEFAULT in variants and v not in (DEFAULT, "clean")
+        },
+        "ece": {v: statistics.mean(results[seed, v]["ece"] for seed in seeds) for v in variants},
+        "auroc_vote": statistics.mean(r["auroc_vote"] for r in votes) if votes else None,
+        "auroc_clean": statistics.mean(clean),
+        "estimated_noise": [r["estimated"] for r in votes],
+        "threads": torch.get_num_threads(),
+    }
+    if extra:
+        found["no_noise_cost"] = mean["no_noise_bt"] - mean["no_noise_default"]
+        found["no_noise_cost_ci"] = interval([d["no_noise_bt"] - d["no_noise_default"] for d in draws])
     arguments.json.write_text(json.dumps(found, indent=1))
+
+    # 3. The table.
     print("| variant | accuracy | gap closed | 95 % | ECE |\n|---|---|---|---|---|")
-    for variant in variants:
-        low, high = found["gap_closed_ci"][variant]
+    for v in variants:
+        low, high = found["gap_closed_ci"][v]
         print(
-            f"| {variant} | {found['accuracy'][variant][0]:.4f} | {found['gap_closed'][variant]:.2f} | {low:.2f} to {high:.2f} | "
-            f"{found['ece'][variant]:.3f} |"
+            f"| {v} | {mean[v]:.4f} | {found['gap_closed'][v]:.2f} | {low:.2f} to {high:.2f} | {found['ece'][v]:.3f} |"
         )
+    print({key: found.get(key) for key in ("auroc_vote", "auroc_clean", "no_noise_cost", "no_noise_cost_ci", "above")})
 
 
 if __name__ == "__main__":

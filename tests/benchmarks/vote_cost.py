@@ -35,7 +35,7 @@ def measured(variant: str, base: Path, rows: Rows, folder: Path, seed: int, *, q
             fitted(base, rows, learning_rate=LEARNING_RATE, epochs=1, seed=seed)
         else:
             members, folds = (4, 2) if quick else (MEMBERS, FOLDS)
-            shape: dict[str, Any] = {"members": members, "folds": folds, "in_sample": False}
+            shape: dict[str, Any] = {"members": members, "folds": folds, "in_sample": False, "flip_rate": 0.0}
             shape["trunk"] = TOP_LAYERS if variant == "trunk" else None
             keys = reward_settings(LEARNING_RATE, 1)
             strength, _ = vote(base, rows, keys, file.with_suffix(""), seed=seed, say=lambda _: None, **shape)

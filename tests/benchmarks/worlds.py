@@ -16,8 +16,8 @@ from rlhf import PairRewardTrainer
 from rlhf.lab.world import gold
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import plain
+from rlhf.reward.correct import turned_round
 from rlhf.reward.model import RewardModel
-from rlhf.reward.noise import turned_round
 from rlhf.reward.trainer import training_columns
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -79,7 +79,7 @@ def reward_settings(learning_rate: float, epochs: float) -> dict[str, Any]:
 
 
 def fitted(
-    base: Path, rows: Rows, *, learning_rate: float, epochs: float, seed: int, trainer: Any = PairRewardTrainer
+    base: Path, rows: Rows, *, learning_rate: float, epochs: float, seed: int, flip_rate: float = 0.0
 ) -> RewardModel:
     """A reward model trained on some rows."""
     set_seed(seed)
@@ -98,7 +98,7 @@ def fitted(
         logging_strategy="no",
     )
     data = Dataset.from_list(training_columns(rows))
-    trained = trainer(model, args, train_dataset=data, processing_class=tokenizer)
+    trained = PairRewardTrainer(model, args, train_dataset=data, processing_class=tokenizer, flip_rate=flip_rate)
     trained.train()
     return RewardModel(trained.model.eval(), tokenizer, conversational=True)
 

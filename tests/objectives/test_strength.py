@@ -18,7 +18,8 @@ from rlhf.objectives.strength import (
     smoothing_confidence,
     vote_strength,
 )
-from rlhf.reward.noise import NoiseEstimate, attach_strength, corrected, estimate_noise, turned_round
+from rlhf.reward.correct import Correction, attach_strength, corrected, turned_round
+from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.vote import collect_votes, plan_vote
 
 # A row of fnlp/hh-rlhf-strength-cleaned as published: ten models' scores of both sides.
@@ -194,10 +195,10 @@ def test_votes_that_know_nothing_change_nothing() -> None:
     differences = -torch.randn(2000, generator=torch.Generator().manual_seed(0)).abs() + 0.7
     with pytest.warns(UserWarning, match="no more than chance"):
         noise = estimate_noise(differences - differences.mean() - 0.01, range(2000))
-    assert (noise.flip_rate, noise.scale, noise.low) == (0.0, 0.0, 0.0)
+    assert (noise.flip_rate, noise.fitted, noise.scale, noise.low) == (0.0, 0.0, 0.0, 0.0)
     assert noise.high > 0.3
     votes = VoteStrength(torch.zeros(20), torch.ones(20), torch.ones(20), torch.full((20,), 2))
-    made, _ = corrected(rows(20), votes, "posterior", noise=noise)  # type: ignore[arg-type]
+    made, _ = corrected(rows(20), Correction("posterior"), votes, noise)  # type: ignore[arg-type]
     assert "confidence" not in made[0]
 
 
@@ -213,6 +214,7 @@ def test_repeated_prompts_prove_less() -> None:
 def test_the_posterior_finds_planted_flips() -> None:
     differences, wrong = simulated(6000, 0.25, sharpness=3.0)
     noise = estimate_noise(differences, range(6000))
+    assert noise.fitted == pytest.approx(0.25, abs=0.03)
     assert noise.scale == pytest.approx(0.5, rel=0.2), "what a vote is worth in this simulation"
     p = posterior_confidence(differences, flip_rate=0.25, scale=noise.scale)
     assert auroc((1 - p).tolist(), wrong.tolist()) > 0.85
@@ -224,7 +226,7 @@ def test_the_posterior_finds_planted_flips() -> None:
         assert (~wrong)[here].float().mean().item() == pytest.approx(p[here].mean().item(), abs=0.05)
 
 
-NOISE = NoiseEstimate(0.25, 1.0, 0.2, 0.3)
+NOISE = NoiseEstimate(flip_rate=0.25, fitted=0.2, scale=1.0, low=0.15, high=0.3)
 
 
 def test_corrections() -> None:
@@ -232,23 +234,76 @@ def test_corrections() -> None:
     mean = torch.arange(20.0) - 4.0
     votes = VoteStrength(mean, torch.ones(20), torch.linspace(0, 1, 20), torch.full((20,), 2))
 
-    made, flipped = corrected(data, votes, "flip", noise=NOISE)  # type: ignore[arg-type]
+    made, flipped = corrected(data, Correction("flip"), votes, NOISE)  # type: ignore[arg-type]
     assert flipped == 2
     assert [row["chosen"] == data[i]["rejected"] for i, row in enumerate(made)] == [True] * 2 + [False] * 18
     assert "margin" not in made[0]
 
-    made, flipped = corrected(data, votes, "flip_margin", noise=NOISE)  # type: ignore[arg-type]
+    made, flipped = corrected(data, Correction("flip_margin"), votes, NOISE)  # type: ignore[arg-type]
     assert [row["margin"] for row in made[:4]] == [4.0, 3.0, -2.0, -1.0], "a turned pair's margin turns with it"
-    made, _ = corrected(data, votes, "adaptive_margin", noise=NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("adaptive_margin"), votes, NOISE)  # type: ignore[arg-type]
     assert [row["margin"] for row in made] == mean.tolist()
-    made, _ = corrected(data, votes, "soft_margin", noise=NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("soft_margin"), votes, NOISE)  # type: ignore[arg-type]
     assert [row["confidence"] for row in made[:5]] == [pytest.approx(0.8)] * 4 + [1.0]
-    made, _ = corrected(data, votes, "vote_soft", noise=NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("vote_soft"), votes, NOISE)  # type: ignore[arg-type]
     assert made[-1]["confidence"] == 1.0
-    made, _ = corrected(data, votes, "posterior", noise=NOISE)  # type: ignore[arg-type]
-    assert made[4]["confidence"] == pytest.approx(0.75)
-    made, flipped = corrected(data, votes, "drop", noise=NOISE)  # type: ignore[arg-type]
-    assert (len(made), flipped) == (18, 0)
+    made, _ = corrected(data, Correction("posterior"), votes, NOISE)  # type: ignore[arg-type]
+    assert made[4]["confidence"] == pytest.approx(0.8), "no vote either way: 1 - ε"
+    made, flipped = corrected(data, Correction("drop"), votes, NOISE)  # type: ignore[arg-type]
+    assert (len(made), flipped) == (18, None)
+    made, _ = corrected(data, Correction("weight"), votes, NOISE)  # type: ignore[arg-type]
+    assert made[4]["weight"] == pytest.approx(0.8)
+    assert "confidence" not in made[4]
+    made, _ = corrected(data, Correction("vote_sigmoid"), votes, NOISE)  # type: ignore[arg-type]
+    assert made[5]["confidence"] == pytest.approx(1 / (1 + math.exp(-1)))
+
+
+def test_numbers_of_a_correction() -> None:
+    data = rows(20)
+    mean = torch.arange(20.0) - 4.0
+    votes = VoteStrength(mean, torch.ones(20), torch.linspace(0, 1, 20), torch.full((20,), 2))
+    _, flipped = corrected(data, Correction("flip", flip_by="sign"), votes, NOISE)  # type: ignore[arg-type]
+    assert flipped == 4
+    made, _ = corrected(data, Correction("adaptive_margin", margin_scale=0.5, margin_clip=3.0), votes, NOISE)  # type: ignore[arg-type]
+    assert [row["margin"] for row in made[:2]] == [-2.0, -1.5]
+    assert made[-1]["margin"] == 3.0
+    how = Correction("soft_margin", smoothing=0.3, smoothing_mask="negative+strong")
+    made, _ = corrected(data, how, votes, NOISE)  # type: ignore[arg-type]
+    assert [row["confidence"] < 1 for row in made] == [True] * 4 + [False] * 14 + [True] * 2
+    made, flipped = corrected(data, Correction("smoothing", smoothing=0.3))  # type: ignore[arg-type]
+    assert {row["confidence"] for row in made} == {0.7}
+    assert flipped is None
+
+
+def test_ratings_make_margins_and_weights() -> None:
+    data = [{**row, "rating_gap": float(i)} for i, row in enumerate(rows(3))]
+    made, _ = corrected(data, Correction("margin", margin_scale=0.5))  # type: ignore[arg-type]
+    assert [row["margin"] for row in made] == [0.0, 0.5, 1.0]
+    made, _ = corrected([{**data[2], "margin": 7.0}], Correction("margin", margin_scale=0.5))  # type: ignore[arg-type]
+    assert made[0]["margin"] == 7.0, "the file's own margin is in nats already"
+    made, _ = corrected(data, Correction("scaled"))  # type: ignore[arg-type]
+    assert [row["weight"] for row in made] == [0.0, 1.0, 2.0]
+    for objective, said in (("margin", "'margin' and no ratings"), ("soft", "no 'confidence'")):
+        with pytest.raises(UserError, match=said):
+            corrected(rows(2), Correction(objective))  # type: ignore[arg-type]
+
+
+def test_dropping_everything_is_refused() -> None:
+    votes = VoteStrength(-torch.ones(20), torch.ones(20), torch.zeros(20), torch.full((20,), 2))
+    with pytest.raises(UserError, match="drops all 20 pairs"):
+        corrected(rows(20), Correction("drop", flip_by="sign"), votes, NOISE)  # type: ignore[arg-type]
+
+
+def test_blunt_votes_correct_nothing() -> None:
+    """Votes that are right 56 % of the time: nothing is proven, and the posterior is Bradley-Terry."""
+    generator = torch.Generator().manual_seed(0)
+    differences = 0.3 * torch.randn(600, generator=generator) + 0.045
+    noise = estimate_noise(differences, range(600))
+    assert noise.low == noise.fitted == 0.0
+    assert noise.flip_rate > 0.3, "what confident learning would have made of it"
+    votes = VoteStrength(differences, torch.ones(600), torch.ones(600), torch.full((600,), 2))
+    made, _ = corrected(rows(600), Correction("posterior"), votes, noise)  # type: ignore[arg-type]
+    assert not any("confidence" in row for row in made)
 
 
 def test_a_label_turned_twice_is_itself() -> None:

@@ -84,7 +84,8 @@ def test_the_vote_finds_planted_flips(base_folder: Path, tmp_path: Path, trunk: 
         prompt = turn(f"{WORDS[i % 11]} {WORDS[i % 13]} {i}", "user")
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     settings = {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "num_train_epochs": 2, "save_strategy": "no"}
-    arguments: dict[str, Any] = {"members": 4, "folds": 2, "in_sample": False, "trunk": trunk, "seed": 0}
+    arguments: dict[str, Any] = {"members": 4, "folds": 2, "in_sample": False, "flip_rate": 0.1, "seed": 0}
+    arguments["trunk"] = trunk
     strength, noise = vote(base_folder, rows, settings, tmp_path, say=lambda _: None, **arguments)
     assert strength.votes.tolist() == [2] * 150
     assert auroc((-strength.mean).tolist(), flipped) > 0.95
