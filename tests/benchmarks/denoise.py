@@ -6,7 +6,7 @@ python tests/benchmarks/denoise.py --json quick.json --seeds 0 --variants bt,cle
 
 6,000 pairs in true order of which a quarter is turned round at random. All recipes see the same pairs and the same vote:
 five members, five folds, out of fold, two epochs, trained with the likelihood of labels of which a fifth is flipped. With
-`--choose`, every variant runs a grid (learning rate x epochs) and is scored on noisy validation pairs that no variant
+`--choose`, every variant runs a grid (learning rate x epochs) and is scored on 6,000 noisy validation pairs that no variant
 trains on, never on clean ones; what won over the choosing seeds stands in GRID_CHOICE, and the judged seeds run that once,
 on clean test pairs. `ensemble` is the mean of five models as `bt` is.
 
@@ -33,7 +33,7 @@ from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.reward.correct import Correction, corrected
 
-TRAIN, VALIDATE, TEST = 6000, 600, 10_000
+TRAIN, TEST = 6000, 10_000
 GRID = ((5e-4, 1), (5e-4, 2), (1.5e-3, 1), (1.5e-3, 2))
 GRID_CHOICE = {"default": (5e-4, 2)}
 MEMBERS, FOLDS, MEMBER_FLIP_RATE = 5, 5, 0.2
@@ -50,13 +50,13 @@ def splits(folder: Path, seed: int, *, quick: bool) -> tuple[Path, dict[str, Row
     if quick:
         sizes["demonstrations"] = 2000
     base, pairs, test = world(folder / f"world-{seed}{'-quick' if quick else ''}", seed, **sizes)
-    train, validate = TRAIN // scale, VALIDATE // scale
+    train = TRAIN // scale
     rows = in_true_order(pairs)
     found = {
         "clean": rows[:train],
         "noisy": planted(rows[:train], seed),
-        "validate": planted(rows[train : train + validate], seed + 1000),
-        "other": rows[train + validate : 2 * train + validate],
+        "other": rows[train : 2 * train],
+        "validate": planted(rows[train : 2 * train], seed + 1000),
         "test": in_true_order(test)[: TEST // scale],
     }
     assert len(found["other"]) == train, "not enough pairs of different true reward"
@@ -90,9 +90,11 @@ def training_rows(
     return corrected(noisy, Correction(objective), strength, noise)[0], facts
 
 
-def judged(folder: Path, seed: int, variant: str, point: tuple[float, int], *, quick: bool) -> dict[str, Any]:
-    """One variant at one point of the grid on one seed, kept on disk."""
-    name = f"seed-{seed}-{variant}-{point[0]:g}-{point[1]}{'-quick' if quick else ''}"
+def judged(
+    folder: Path, seed: int, variant: str, point: tuple[float, int], *, quick: bool, on: str = "test"
+) -> dict[str, Any]:
+    """One variant at one point of the grid on one seed, kept on disk; on clean test pairs or noisy validation pairs."""
+    name = f"{on}-{seed}-{variant}-{point[0]:g}-{point[1]}{'-quick' if quick else ''}"
     file = folder / f"{name}.json"
     if file.is_file():
         result: dict[str, Any] = json.loads(file.read_text())
@@ -109,15 +111,12 @@ def judged(folder: Path, seed: int, variant: str, point: tuple[float, int], *, q
     if variant == "likelihood":
         keys["flip_rate"] = facts["flip_rate"]
     members = MEMBERS if variant == "ensemble" else 1
-    both = rows["validate"] + rows["test"]
-    runs = [differences(fitted(base, data, seed=100 * seed + m, **keys), both) for m in range(members)]
+    runs = [differences(fitted(base, data, seed=100 * seed + m, **keys), rows[on]) for m in range(members)]
     found = torch.stack(runs).mean(dim=0).numpy()
-    validation, test = found[: len(rows["validate"])], found[len(rows["validate"]) :]
-    right = test > 0
+    right = found > 0
     result = {
         "accuracy": float(right.mean()),
-        "ece": expected_calibration_error((1 / (1 + np.exp(-np.abs(test)))).tolist(), right.astype(float).tolist()),
-        "validation": float((validation > 0).mean()),
+        "ece": expected_calibration_error((1 / (1 + np.exp(-np.abs(found)))).tolist(), right.astype(float).tolist()),
         "right": np.packbits(right).tolist(),
         "n": len(right),
         "seconds": time.monotonic() - begin,
@@ -125,7 +124,7 @@ def judged(folder: Path, seed: int, variant: str, point: tuple[float, int], *, q
     }
     file.write_text(json.dumps(result))
     print(
-        f"seed {seed} {variant:16s} {point[0]:g} x {point[1]} accuracy {result['accuracy']:.4f} ece {result['ece']:.3f} "
+        f"seed {seed} {variant:16s} on {on} {point[0]:g} x {point[1]} accuracy {result['accuracy']:.4f} ece {result['ece']:.3f} "
         f"{result['seconds']:.0f} s",
         flush=True,
     )
@@ -135,9 +134,11 @@ def judged(folder: Path, seed: int, variant: str, point: tuple[float, int], *, q
 def choose(folder: Path, seeds: list[int], variants: list[str], *, quick: bool) -> dict[str, tuple[float, int]]:
     """The point of the grid with the best noisy validation accuracy over the seeds, for each variant."""
     won = {}
-    for variant in variants:
+    for variant in (v for v in variants if v != "ensemble"):  # which is as `bt`
         scores = {
-            point: statistics.mean(judged(folder, seed, variant, point, quick=quick)["validation"] for seed in seeds)
+            point: statistics.mean(
+                judged(folder, seed, variant, point, quick=quick, on="validate")["accuracy"] for seed in seeds
+            )
             for point in GRID
         }
         won[variant] = max(scores, key=lambda point: scores[point])
