@@ -67,6 +67,37 @@ def test_flip_is_the_swapped_pair_with_the_margin_negated() -> None:
     torch.testing.assert_close(pair_loss(D, ZERO, margin=m, confidence=0.0), pair_loss(ZERO, D, margin=-m))
 
 
+@pytest.mark.parametrize("epsilon", [0.05, 0.25, 0.45])
+def test_the_likelihood_of_flipped_labels(epsilon: float) -> None:
+    """Against the definition; its bounds; its gradient, which lets go of labels that the model is sure are wrong."""
+    q = (1 - epsilon) * torch.sigmoid(D) + epsilon * torch.sigmoid(-D)
+    torch.testing.assert_close(pair_loss(D, ZERO, flip_rate=epsilon), -q.log())
+    torch.testing.assert_close(
+        pair_loss(D, ZERO, flip_rate=epsilon, confidence=0.3, weight=2.0, margin=0.5),
+        2 * pair_loss(D - 0.5, ZERO, flip_rate=epsilon) * 0.3 + 2 * pair_loss(0.5 - D, ZERO, flip_rate=epsilon) * 0.7,
+    )
+    far = torch.tensor([-1e4, 1e4], dtype=torch.float64)
+    assert pair_loss(far, torch.zeros(2), flip_rate=epsilon).tolist() == pytest.approx(
+        [-math.log(epsilon), -math.log(1 - epsilon)]
+    )
+    d = D.clone().requires_grad_()
+    pair_loss(d, ZERO, flip_rate=epsilon).sum().backward()
+    s = torch.sigmoid(D)
+    torch.testing.assert_close(d.grad, -(1 - 2 * epsilon) * s * (1 - s) / q)
+    assert d.grad[0].abs() < 1e-10, "Bradley-Terry has 1 here"
+
+
+def test_flipped_likelihood_has_its_minimum_at_the_truth() -> None:
+    """Labels drawn by σ(d) and then flipped with ε: the expected loss is least at d; Bradley-Terry's is not."""
+    truth, epsilon = 1.5, 0.2
+    p_label = (1 - epsilon) / (1 + math.exp(-truth)) + epsilon / (1 + math.exp(truth))
+    d = torch.linspace(-1, 4, 5001, dtype=torch.float64)
+    zero = torch.zeros_like(d)
+    expected = pair_loss(d, zero, confidence=p_label, flip_rate=epsilon)
+    assert d[expected.argmin()].item() == pytest.approx(truth, abs=2e-3)
+    assert d[pair_loss(d, zero, confidence=p_label).argmin()].item() < 1.0
+
+
 def test_margin_reaches_the_gradient() -> None:
     """Eq. 6 as printed in arXiv:2401.06080 puts the margin outside the logarithm, where it would do nothing."""
     d = D.clone().requires_grad_()

@@ -38,6 +38,14 @@ def flip_without_margin_sign(
     return weight * (-confidence * logsigmoid(d - margin) - (1 - confidence) * logsigmoid(-d - margin))
 
 
+def smoothing_for_flips(
+    chosen: Tensor, rejected: Tensor, *, flip_rate: float = 0.0, confidence: Any = 1.0, **_: Any
+) -> Tensor:
+    """The mean of the losses where the loss of the mean is meant: pulls on every label, however wrong."""
+    p = confidence * (1 - flip_rate) + (1 - confidence) * flip_rate
+    return -p * logsigmoid(chosen - rejected) - (1 - p) * logsigmoid(rejected - chosen)
+
+
 def kl_reversed(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
     return logprobs_reference - logprobs_policy
 
@@ -83,6 +91,8 @@ MUTANTS: list[tuple[str, Callable[..., Any], Callable[[], None]]] = [
     ("pair_loss", summed_before_the_sigmoid, lambda: tests.test_pair_loss_is_the_definition(1.0, 0.0)),
     ("pair_loss", margin_outside_the_log, tests.test_margin_reaches_the_gradient),
     ("pair_loss", flip_without_margin_sign, tests.test_flip_is_the_swapped_pair_with_the_margin_negated),
+    ("pair_loss", smoothing_for_flips, lambda: tests.test_the_likelihood_of_flipped_labels(0.25)),
+    ("pair_loss", smoothing_for_flips, tests.test_flipped_likelihood_has_its_minimum_at_the_truth),
     ("kl_k1", kl_reversed, tests.test_kl_estimators_are_unbiased_by_enumeration),
     ("kl_k3", k3_reversed, tests.test_kl_estimators_are_unbiased_by_enumeration),
     ("whiten", mean_added_back, tests.test_whitening_has_mean_0_and_variance_1_under_the_mask),

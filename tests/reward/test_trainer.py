@@ -12,7 +12,14 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-from rlhf import LabelSmoothingRewardTrainer, MarginRewardTrainer, PairRewardTrainer, SoftLabelRewardTrainer
+from rlhf import (
+    AdaptiveMarginRewardTrainer,
+    LabelFlipRewardTrainer,
+    LabelSmoothingRewardTrainer,
+    MarginRewardTrainer,
+    PairRewardTrainer,
+    SoftLabelRewardTrainer,
+)
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
 from rlhf.reward.trainer import check_columns
@@ -240,6 +247,33 @@ def test_evaluation_during_training_counts_every_pair_once(
     assert metrics["eval_accuracy"] == pytest.approx(
         (difference > 0).float().mean().item(), abs=0.06
     )  # mean over batches
+
+
+def test_declarations_of_the_paper_correct_by_strength(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    """Adaptive margin and label flip from `strength_mean` are the general loss with the columns written by hand."""
+    strength = [0.3 * (i % 11) - 1.0 for i in range(len(pairs))]
+    voted = pairs.add_column("strength_mean", strength)
+    arguments = {**cpu_arguments, "max_steps": 3}
+
+    def run(cls: Any, data: Dataset, **options: Any) -> list[float]:
+        cls = partial(cls, **options)
+        return losses(train(cls, build(base_folder, tokenizer), tokenizer, data, arguments))
+
+    plain = run(PairRewardTrainer, pairs)
+    margins = run(PairRewardTrainer, pairs.add_column("margin", strength))
+    assert run(AdaptiveMarginRewardTrainer, voted) == pytest.approx(margins, abs=1e-6)
+    assert margins != pytest.approx(plain, abs=1e-3)
+    weakest = sorted(range(len(pairs)), key=lambda i: (strength[i], i))[: len(pairs) // 10]
+    turned = pairs.add_column("confidence", [0.0 if i in weakest else 1.0 for i in range(len(pairs))])
+    assert run(LabelFlipRewardTrainer, voted) == pytest.approx(run(PairRewardTrainer, turned), abs=1e-5)
+    with pytest.raises(UserError, match="no column 'strength_mean'"):
+        run(LabelFlipRewardTrainer, pairs)
+    robust = run(PairRewardTrainer, pairs, flip_rate=0.2)
+    assert robust != pytest.approx(plain, abs=1e-3)
+    with pytest.raises(UserError, match=r"flip_rate is 0.7"):
+        run(PairRewardTrainer, pairs, flip_rate=0.7)
 
 
 def test_streamed_rows_train_like_rows_in_memory(
