@@ -5,7 +5,8 @@
     position   0 1 2 3  4 5 6  4 5        each answer goes on where the prefix ends
     attention  j ≤ i, and segment_j is 0 or segment_i
 
-The score is read at each answer's last token. Equal to encoding every answer by itself, for full causal attention.
+Several prompts may share a row too, so that short ones fill what a long one would leave to padding; they don't see each
+other. The score is read at each answer's last token. Equal to encoding every answer by itself, for full causal attention.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -25,81 +26,120 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 @dataclass
 class Packed:
-    """Rows of answers that share a prefix.
+    """Groups of answers that share a prefix, one or more groups to a row.
 
     Attributes:
-        input_ids, position_ids, segments: [b, t], padded on the right; segment -1 is padding, 0 the prefix, k answer k.
+        input_ids, position_ids: [b, t], padded on the right.
+        groups: [b, t] which group a token belongs to, -1 for padding.
+        segments: [b, t] 0 is the group's prefix, k its k-th answer, -1 padding.
         rows, ends: [n] row and index of the last token of each of the n answers, group by group.
     """
 
     input_ids: Tensor
     position_ids: Tensor
+    groups: Tensor
     segments: Tensor
     rows: Tensor
     ends: Tensor
 
 
 def pack(
-    groups: Sequence[Sequence[Sequence[int]]], *, pad_token_id: int, pad_to_multiple_of: int | None = None
+    groups: Sequence[Sequence[Sequence[int]]],
+    *,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+    fill: bool = False,
 ) -> Packed:
-    """Put the sequences of each group, one or more, into one row.
+    """Put the sequences of each group, one or more, behind their common prefix.
 
     The shared part is their longest common prefix of token ids, but never all of one of them: each keeps a token of its
     own for its score.
+
+    Args:
+        fill: put several groups into a row where they fit into the longest one's length (first fit, longest first);
+            without it group i is row i.
     """
-    ids: list[list[int]] = []
-    positions, segments, rows, ends = [], [], [], []
-    for group in groups:
-        shared = 0
-        while shared < min(map(len, group)) - 1 and len({sequence[shared] for sequence in group}) == 1:
-            shared += 1
-        row, places, parts = list(group[0][:shared]), list(range(shared)), [0] * shared
-        for number, sequence in enumerate(group, start=1):
-            own = sequence[shared:]
-            row += own
-            places += range(shared, len(sequence))
-            parts += [number] * len(own)
-            rows.append(len(ids))
-            ends.append(len(row) - 1)
-        ids.append(row)
-        positions.append(places)
-        segments.append(parts)
+    parts = [_one_group(group) for group in groups]
+    lengths = [len(ids) for ids, *_ in parts]
+    layout = _first_fit(lengths) if fill else [[number] for number in range(len(parts))]
     multiple = pad_to_multiple_of or 1
-    width = -(-max(map(len, ids)) // multiple) * multiple
+    width = -(-max(sum(lengths[number] for number in row) for row in layout) // multiple) * multiple
+    shape = (len(layout), width)
+    input_ids, positions = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
+    group_ids, segments = torch.full(shape, -1), torch.full(shape, -1)
+    places: list[list[tuple[int, int]]] = [[] for _ in parts]
+    for row, numbers in enumerate(layout):
+        begin = 0
+        for number in numbers:
+            ids, position, segment, ends = parts[number]
+            here = slice(begin, begin + len(ids))
+            input_ids[row, here], positions[row, here] = torch.tensor(ids), torch.tensor(position)
+            group_ids[row, here], segments[row, here] = number, torch.tensor(segment)
+            places[number] = [(row, begin + end) for end in ends]
+            begin += len(ids)
+    rows, ends_ = torch.tensor([place for group in places for place in group]).unbind(dim=1)
+    return Packed(input_ids, positions, group_ids, segments, rows, ends_)
 
-    def padded(values: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([row + [value] * (width - len(row)) for row in values])
 
-    return Packed(
-        padded(ids, pad_token_id), padded(positions, 0), padded(segments, -1), torch.tensor(rows), torch.tensor(ends)
-    )
+def _one_group(group: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Token ids, positions and segments of a group, and where its answers end."""
+    shared = 0
+    while shared < min(map(len, group)) - 1 and len({sequence[shared] for sequence in group}) == 1:
+        shared += 1
+    ids, positions, segments, ends = list(group[0][:shared]), list(range(shared)), [0] * shared, []
+    for number, sequence in enumerate(group, start=1):
+        own = sequence[shared:]
+        ids += own
+        positions += range(shared, len(sequence))
+        segments += [number] * len(own)
+        ends.append(len(ids) - 1)
+    return ids, positions, segments, ends
+
+
+def _first_fit(lengths: Sequence[int]) -> list[list[int]]:
+    """Which items share a row no longer than the longest item: longest first, each into the first row with room."""
+    capacity = max(lengths)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((i for i, left in enumerate(room) if left >= lengths[number]), None)
+        if place is None:
+            rows.append([])
+            room.append(capacity)
+            place = len(rows) - 1
+        rows[place].append(number)
+        room[place] -= lengths[number]
+    return rows
 
 
 def unpack(packed: Packed, *, pad_token_id: int) -> tuple[Tensor, Tensor]:
     """The sequences that were packed, each by itself: `input_ids` and `attention_mask` [n, t], padded on the right."""
     found = []
     for row, end in zip(packed.rows.tolist(), packed.ends.tolist(), strict=True):
-        segments = packed.segments[row]
-        found.append(packed.input_ids[row][(segments == 0) | (segments == segments[end])])
+        groups, segments = packed.groups[row], packed.segments[row]
+        mine = (groups == groups[end]) & ((segments == 0) | (segments == segments[end]))
+        found.append(packed.input_ids[row][mine])
     ids = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(sequence) for sequence in found], device=ids.device)
     return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
-def attention_bias(segments: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_bias(packed: Packed, dtype: torch.dtype) -> Tensor:
     """What is added to attention logits: 0 where a token may look, the lowest number where it may not, [b, 1, t, t].
 
     Padding looks at itself, so that no row is without any place to look. Floats and not booleans: under eager attention
     a boolean mask is added as 0 and 1.
 
-    >>> attention_bias(torch.tensor([[0, 1, 2]]), torch.float32)[0, 0] == 0
+    >>> attention_bias(pack([[[7, 8], [7, 9]]], pad_token_id=0), torch.float32)[0, 0] == 0
     tensor([[ True, False, False],
             [ True,  True, False],
             [ True, False,  True]])
     """
+    groups, segments = packed.groups, packed.segments
     t = segments.shape[1]
     earlier = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
     of_mine = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    of_mine = of_mine & (groups[:, None, :] == groups[:, :, None])
     looks = earlier & of_mine & (segments[:, None, :] >= 0)
     looks = looks | torch.eye(t, dtype=torch.bool, device=segments.device)
     bias = torch.zeros(looks.shape, dtype=dtype, device=segments.device)
@@ -128,7 +168,7 @@ def shared_scores(model: nn.Module, inner: nn.Module, packed: Packed) -> Tensor:
         model: what is called, so that a wrapper (data parallelism) sees its forward.
         inner: the same without wrappers, with a `score` head.
     """
-    bias = attention_bias(packed.segments, _dtype(inner))
+    bias = attention_bias(packed, _dtype(inner))
     with _every_token(inner) as outputs:
         model(input_ids=packed.input_ids, attention_mask=bias, position_ids=packed.position_ids, use_cache=False)
     return outputs[0].squeeze(-1)[packed.rows, packed.ends].float()

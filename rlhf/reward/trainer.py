@@ -64,7 +64,7 @@ class PairCollator(DataCollatorForPreference):
         """
         if self.shared:
             groups, pairs = _answers(examples)
-            packed = pack(groups, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+            packed = pack(groups, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of, fill=True)
             batch = {**vars(packed), "pairs": torch.tensor(pairs)}
         else:
             names = ("chosen_ids", "rejected_ids")

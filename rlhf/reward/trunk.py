@@ -84,7 +84,7 @@ class Features:
         """Tokens of some rows and the attention that is theirs."""
         packed = pack([self.rows[i] for i in rows], pad_token_id=self.pad_token_id)
         if self.shares:
-            return packed, attention_bias(packed.segments, torch.float32)
+            return packed, attention_bias(packed, torch.float32)
         return packed, (packed.segments >= 0).long()
 
 

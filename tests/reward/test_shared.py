@@ -1,6 +1,7 @@
 """One encoding of the prompt equals one encoding per answer: scores, gradients, and where it must not be used."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rlhf.models.text import encode_answers
 from rlhf.reward import shared
 from rlhf.reward.shared import (
     GroupedByLength,
+    Packed,
     attention_bias,
     largest_difference,
     obstacle,
@@ -37,23 +39,31 @@ GROUPS = [
 ]
 
 
-def test_packing_is_undone_by_unpacking_and_shares_what_is_common() -> None:
-    packed = pack(GROUPS, pad_token_id=0)
+@pytest.mark.parametrize("fill", [False, True])
+def test_packing_is_undone_by_unpacking_and_shares_what_is_common(fill: bool) -> None:
+    packed = pack(GROUPS, pad_token_id=0, fill=fill)
     answers = [answer for group in GROUPS for answer in group]
     ids, mask = unpack(packed, pad_token_id=0)
     assert [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)] == answers
-    shared_tokens = (packed.segments == 0).sum(dim=1).tolist()
+    shared_tokens = [int(((packed.segments == 0) & (packed.groups == i)).sum()) for i in range(len(GROUPS))]
     assert shared_tokens == [2, 1, 0, 2, 0, 1], "never all of one answer, unless it is alone"
-    assert packed.rows.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 5]
+    assert packed.groups[packed.rows, packed.ends].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 5]
+    if not fill:
+        assert packed.rows.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 5]
+    tokens = int((packed.segments >= 0).sum())
+    assert packed.input_ids.shape == ((4, 7) if fill else (6, 7))
+    assert tokens == 25, "whatever the layout"
     for row, end, answer in zip(packed.rows, packed.ends, answers, strict=True):
         assert packed.input_ids[row, end] == answer[-1]
         assert packed.position_ids[row, end] == len(answer) - 1, "as if the other answers were not there"
 
 
 def test_answers_see_the_prefix_and_not_each_other() -> None:
-    bias = attention_bias(torch.tensor([[0, 1, 1, 2, -1]]), torch.float32)[0, 0]
-    sees = [[j for j in range(5) if bias[i, j] == 0] for i in range(5)]
-    assert sees == [[0], [0, 1], [0, 1, 2], [0, 3], [0, 4]]
+    packed = pack([[[5, 6, 7], [5, 8]], [[5]], [[1] * 9]], pad_token_id=0, fill=True)
+    assert packed.input_ids[1].tolist() == [5, 6, 7, 8, 5, 0, 0, 0, 0], "two groups in a row"
+    bias = attention_bias(packed, torch.float32)[1, 0]
+    sees = [[j for j in range(9) if bias[i, j] == 0] for i in range(6)]
+    assert sees == [[0], [0, 1], [0, 1, 2], [0, 3], [4], [5]]
 
 
 def model_of(base: Path, tokenizer: Any, **settings: Any) -> Any:
@@ -81,12 +91,13 @@ LAYOUTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "lora", "4-bit"])
 @pytest.mark.parametrize("k", [2, 8])
+@pytest.mark.parametrize("fill", [False, True], ids=["a row each", "filled rows"])
 def test_scores_are_those_of_the_plain_forward(
-    base_folder: Path, tokenizer: Any, layout: dict[str, Any], k: int
+    base_folder: Path, tokenizer: Any, layout: dict[str, Any], k: int, fill: bool
 ) -> None:
     """1e-5 in float32 and on 4-bit weights (whose activations are float32), for pairs and for eight answers at once."""
     model, groups = model_of(base_folder, tokenizer, **layout), groups_of(tokenizer, k)
-    packed = pack(groups, pad_token_id=tokenizer.pad_token_id)
+    packed = pack(groups, pad_token_id=tokenizer.pad_token_id, fill=fill)
     with torch.no_grad():
         found = shared_scores(model, model, packed)
     flat = [row for group in groups for row in group]
@@ -120,9 +131,9 @@ def test_gradients_are_those_of_the_plain_forward(base_folder: Path, tokenizer: 
 def test_a_mask_that_lets_answers_see_each_other_would_be_noticed(
     base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def causal(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        t = segments.shape[1]
-        looks = torch.ones(t, t, dtype=torch.bool).tril()[None].expand(len(segments), t, t)
+    def causal(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+        b, t = packed.segments.shape
+        looks = torch.ones(t, t, dtype=torch.bool).tril()[None].expand(b, t, t)
         return torch.zeros(looks.shape, dtype=dtype).masked_fill(~looks, torch.finfo(dtype).min)[:, None]
 
     monkeypatch.setattr(shared, "attention_bias", causal)
@@ -163,7 +174,11 @@ def test_sharing_turns_itself_off_where_scores_would_differ(
 ) -> None:
     """An attention that ignores the mask (as a kernel might): the first batch shows it, and training is the plain one."""
     right = shared.attention_bias
-    monkeypatch.setattr(shared, "attention_bias", lambda segments, dtype: right(segments.clamp(max=1), dtype))
+    monkeypatch.setattr(
+        shared,
+        "attention_bias",
+        lambda packed, dtype: right(replace(packed, segments=packed.segments.clamp(max=1)), dtype),
+    )
     arguments = {**cpu_arguments, "num_train_epochs": 1, "logging_steps": 1}
 
     def losses(share: bool) -> tuple[Any, list[float]]:
