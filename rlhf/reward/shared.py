@@ -9,6 +9,7 @@ Several prompts may share a row too, so that short ones fill what a long one wou
 other. The score is read at each answer's last token. Equal to encoding every answer by itself, for full causal attention.
 """
 
+import heapq
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def pack(
     *,
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
-    fill: bool = False,
+    long_row: int | None = None,
 ) -> Packed:
     """Put the sequences of each group, one or more, behind their common prefix.
 
@@ -56,12 +57,12 @@ def pack(
     own for its score.
 
     Args:
-        fill: put several groups into a row where they fit into the longest one's length (first fit, longest first);
-            without it group i is row i.
+        long_row: put several groups into a row where that costs less; the row length at which attention costs as much
+            as all else in a layer, about six times the hidden size. None: group i is row i.
     """
     parts = [_one_group(group) for group in groups]
     lengths = [len(ids) for ids, *_ in parts]
-    layout = _first_fit(lengths) if fill else [[number] for number in range(len(parts))]
+    layout = _balanced(lengths, long_row) if long_row else [[number] for number in range(len(parts))]
     multiple = pad_to_multiple_of or 1
     width = -(-max(sum(lengths[number] for number in row) for row in layout) // multiple) * multiple
     shape = (len(layout), width)
@@ -96,20 +97,26 @@ def _one_group(group: Sequence[Sequence[int]]) -> tuple[list[int], list[int], li
     return ids, positions, segments, ends
 
 
-def _first_fit(lengths: Sequence[int]) -> list[list[int]]:
-    """Which items share a row no longer than the longest item: longest first, each into the first row with room."""
-    capacity = max(lengths)
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((i for i, left in enumerate(room) if left >= lengths[number]), None)
-        if place is None:
-            rows.append([])
-            room.append(capacity)
-            place = len(rows) - 1
-        rows[place].append(number)
-        room[place] -= lengths[number]
-    return rows
+def _balanced(lengths: Sequence[int], long_row: int) -> list[list[int]]:
+    """Which groups share a row: the number of rows that costs least, groups dealt longest first to the shortest row.
+
+    Costs are padded tokens, dearer the longer the rows are, since attention looks over a whole row.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    best: tuple[float, list[list[int]]] | None = None
+    for count in range(max(1, sum(lengths) // (3 * max(lengths))), len(lengths) + 1):
+        heap = [(0, row) for row in range(count)]
+        layout: list[list[int]] = [[] for _ in range(count)]
+        for number in longest_first:
+            load, row = heapq.heappop(heap)
+            layout[row].append(number)
+            heapq.heappush(heap, (load + lengths[number], row))
+        width = max(heap)[0]
+        cost = count * width * (1 + width / long_row)
+        if best is None or cost < best[0]:
+            best = cost, layout
+    assert best is not None, "there is at least one group"
+    return best[1]
 
 
 def unpack(packed: Packed, *, pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,7 @@ class PairCollator(DataCollatorForPreference):
     """
 
     shared: bool = False
+    long_row: int | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Pad to `input_ids` [2b, t] (chosen above rejected) and `attention_mask`, or pack; and a float [b] per column.
@@ -64,7 +65,12 @@ class PairCollator(DataCollatorForPreference):
         """
         if self.shared:
             groups, pairs = _answers(examples)
-            packed = pack(groups, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of, fill=True)
+            packed = pack(
+                groups,
+                pad_token_id=self.pad_token_id,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                long_row=self.long_row,
+            )
             batch = {**vars(packed), "pairs": torch.tensor(pairs)}
         else:
             names = ("chosen_ids", "rejected_ids")
@@ -150,7 +156,12 @@ class PairRewardTrainer(RewardTrainer):
             warnings.warn(f"reward: answers don't share their prompt, so training is slower: {reason}.", stacklevel=2)
         self._shares = share_prompts and reason is None
         self._compared = False
-        self.data_collator: Any = PairCollator(collator.pad_token_id, collator.pad_to_multiple_of, shared=self._shares)
+        self.data_collator: Any = PairCollator(
+            collator.pad_token_id,
+            collator.pad_to_multiple_of,
+            shared=self._shares,
+            long_row=6 * self.model.config.get_text_config().hidden_size,
+        )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns

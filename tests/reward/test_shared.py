@@ -41,7 +41,7 @@ GROUPS = [
 
 @pytest.mark.parametrize("fill", [False, True])
 def test_packing_is_undone_by_unpacking_and_shares_what_is_common(fill: bool) -> None:
-    packed = pack(GROUPS, pad_token_id=0, fill=fill)
+    packed = pack(GROUPS, pad_token_id=0, long_row=1000 if fill else None)
     answers = [answer for group in GROUPS for answer in group]
     ids, mask = unpack(packed, pad_token_id=0)
     assert [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)] == answers
@@ -51,7 +51,7 @@ def test_packing_is_undone_by_unpacking_and_shares_what_is_common(fill: bool) ->
     if not fill:
         assert packed.rows.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 5]
     tokens = int((packed.segments >= 0).sum())
-    assert packed.input_ids.shape == ((4, 7) if fill else (6, 7))
+    assert packed.input_ids.shape == ((1, 25) if fill else (6, 7)), "short ones fill a row without padding"
     assert tokens == 25, "whatever the layout"
     for row, end, answer in zip(packed.rows, packed.ends, answers, strict=True):
         assert packed.input_ids[row, end] == answer[-1]
@@ -59,11 +59,26 @@ def test_packing_is_undone_by_unpacking_and_shares_what_is_common(fill: bool) ->
 
 
 def test_answers_see_the_prefix_and_not_each_other() -> None:
-    packed = pack([[[5, 6, 7], [5, 8]], [[5]], [[1] * 9]], pad_token_id=0, fill=True)
-    assert packed.input_ids[1].tolist() == [5, 6, 7, 8, 5, 0, 0, 0, 0], "two groups in a row"
-    bias = attention_bias(packed, torch.float32)[1, 0]
-    sees = [[j for j in range(9) if bias[i, j] == 0] for i in range(6)]
-    assert sees == [[0], [0, 1], [0, 1, 2], [0, 3], [4], [5]]
+    packed = pack([[[5, 6, 7], [5, 8]], [[5]], [[1] * 9]], pad_token_id=0, long_row=1000)
+    assert packed.input_ids.tolist() == [[1] * 9 + [5, 6, 7, 8] + [5]], "three groups in a row, longest first"
+    bias = attention_bias(packed, torch.float32)[0, 0]
+    sees = [[j for j in range(14) if bias[i, j] == 0] for i in range(9, 14)]
+    assert sees == [[9], [9, 10], [9, 10, 11], [9, 12], [13]]
+    assert packed.position_ids[0, 9:].tolist() == [0, 1, 2, 1, 0]
+    padded = attention_bias(pack([[[1]], [[1, 2, 3]]], pad_token_id=0), torch.float32)[0, 0]
+    assert [[j for j in range(3) if padded[i, j] == 0] for i in range(3)] == [[0], [1], [2]], "padding sees itself"
+
+
+def test_rows_are_filled_where_that_makes_less_padding() -> None:
+    """Lengths 1 to 400: balanced rows leave less than a twentieth to padding, and don't grow past three of the longest."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [[list(range(1, n + 1))] for n in torch.randint(1, 400, (32,), generator=generator).tolist()]
+    one_each, filled = pack(groups, pad_token_id=0), pack(groups, pad_token_id=0, long_row=1000)
+    tokens = int((filled.segments >= 0).sum())
+    assert tokens == sum(len(group[0]) for group in groups)
+    assert tokens > 0.95 * filled.input_ids.numel()
+    assert tokens < 0.65 * one_each.input_ids.numel()
+    assert filled.input_ids.shape[1] <= 3 * 400
 
 
 def model_of(base: Path, tokenizer: Any, **settings: Any) -> Any:
@@ -97,7 +112,7 @@ def test_scores_are_those_of_the_plain_forward(
 ) -> None:
     """1e-5 in float32 and on 4-bit weights (whose activations are float32), for pairs and for eight answers at once."""
     model, groups = model_of(base_folder, tokenizer, **layout), groups_of(tokenizer, k)
-    packed = pack(groups, pad_token_id=tokenizer.pad_token_id, fill=fill)
+    packed = pack(groups, pad_token_id=tokenizer.pad_token_id, long_row=1000 if fill else None)
     with torch.no_grad():
         found = shared_scores(model, model, packed)
     flat = [row for group in groups for row in group]
