@@ -68,7 +68,8 @@ def main() -> None:
     tables: dict[str, list[Any]] = {}
     for seed in seeds:
         out = folder / f"world-{seed}{'-quick' if arguments.quick else ''}"
-        base, crowd, test = world(out, seed, pairs=PAIRS // scale, test_pairs=TEST // scale)
+        base, crowd, test = world(out, seed, pairs=14_000 // scale, test_pairs=11_500 // scale)  # denoise.py's worlds
+        crowd, test = crowd[: PAIRS // scale], test[: TEST // scale]
         for variant in arguments.variants.split(","):
             found = measured(variant, base, crowd, in_true_order(test), folder, seed, quick=arguments.quick)
             tables.setdefault(variant, []).append(found)
