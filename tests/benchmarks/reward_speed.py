@@ -187,7 +187,7 @@ def main() -> None:
         return
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    seeds, count = [int(seed) for seed in arguments.seeds.split(",")], (3 if arguments.quick else 8) * BATCH
+    seeds, count = [int(seed) for seed in arguments.seeds.split(",")], (3 if arguments.quick else 6) * BATCH
 
     # 1. Model and rows.
     source = canonical(arguments.pairs)
