@@ -30,6 +30,7 @@ from rlhf.report.audit import write_audit_page
 DEFAULTS: dict[str, Any] = {"learning_rate": 1e-4, "per_device_train_batch_size": 16, "num_train_epochs": 1}
 MEMBERS, FOLDS, TOP_LAYERS = 10, 5, 2
 DECILES = 10
+LENGTH_ALARM = 0.4
 WORK = "work"
 
 
@@ -76,6 +77,10 @@ def audit(
         right = posterior_confidence(strength.mean, flip_rate=noise.flip_rate, scale=noise.scale)
     wrong = 1 - right
     suspicious = [i for i in torch.argsort(right, stable=True).tolist() if right[i] < 0.5]
+    length = _length(values, strength)
+    alarm = length_alarm(length["correlation_with_strength"])
+    if alarm is not None:
+        say(alarm)
     result = {
         "pairs": pairs,
         "model": model,
@@ -87,7 +92,7 @@ def audit(
         "noise_rate": {"mean": noise.flip_rate, "low": noise.low, "high": noise.high},
         "buckets": _deciles(strength, wrong),
         "suspicious": list(dict.fromkeys(rows[i].number - 1 for i in suspicious)),
-        "length": _length(values, strength),
+        "length": length,
         "by": {name: _agreement(values, name, strength, wrong) for name in ("annotator", "source", "subset")},
         "vote": {**shape, **asdict(noise), "settings": settings},
         "key": key,
@@ -175,6 +180,17 @@ def _length(values: Sequence[dict[str, Any]], strength: VoteStrength) -> dict[st
         float(np.corrcoef(np.sign(differences), votes)[0, 1]) if varied and np.sign(differences).std() else None
     )
     return {"longer_is_chosen": mean, "longer_is_chosen_ci": interval, "correlation_with_strength": correlation}
+
+
+def length_alarm(correlation: float | None) -> str | None:
+    """What to say where the votes mostly follow length; the same votes then call wrong what is merely long, or short."""
+    if correlation is None or abs(correlation) < LENGTH_ALARM:
+        return None
+    liked = "longer" if correlation > 0 else "shorter"
+    return (
+        f"audit: the votes prefer the {liked} answer (correlation {correlation:.2f}), so many suspicious pairs may only be those "
+        f"whose chosen answer is not the {liked} one. Read them before dropping them; a stronger model looks at more than length."
+    )
 
 
 def _agreement(

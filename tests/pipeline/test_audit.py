@@ -8,7 +8,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.pipeline.audit import audit
+from rlhf.pipeline.audit import audit, length_alarm
 from rlhf.recipe import load_recipe
 from rlhf.report.audit import mark
 from tests.conftest import WORDS
@@ -99,3 +99,10 @@ def test_what_differs_is_marked_and_escaped() -> None:
     first, second = mark("apple, pear <b> and plum", "apple, fig <b> and plum")
     assert first == "apple, <mark>pear</mark> &lt;b&gt; and plum"
     assert second == "apple, <mark>fig</mark> &lt;b&gt; and plum"
+
+
+def test_votes_that_follow_length_are_said_to() -> None:
+    assert length_alarm(None) is None
+    assert length_alarm(0.2) is None
+    assert "prefer the shorter answer (correlation -0.52)" in str(length_alarm(-0.52))
+    assert "prefer the longer answer" in str(length_alarm(0.6))
