@@ -80,7 +80,7 @@ def audit(
     length = _length(values, strength)
     alarm = length_alarm(length["correlation_with_strength"])
     if alarm is not None:
-        say(alarm)
+        say(f"audit: {alarm}")
     result = {
         "pairs": pairs,
         "model": model,
@@ -92,7 +92,7 @@ def audit(
         "noise_rate": {"mean": noise.flip_rate, "low": noise.low, "high": noise.high},
         "buckets": _deciles(strength, wrong),
         "suspicious": list(dict.fromkeys(rows[i].number - 1 for i in suspicious)),
-        "length": length,
+        "length": {**length, "alarm": alarm},
         "by": {name: _agreement(values, name, strength, wrong) for name in ("annotator", "source", "subset")},
         "vote": {**shape, **asdict(noise), "settings": settings},
         "key": key,
@@ -188,7 +188,7 @@ def length_alarm(correlation: float | None) -> str | None:
         return None
     liked = "longer" if correlation > 0 else "shorter"
     return (
-        f"audit: the votes prefer the {liked} answer (correlation {correlation:.2f}), so many suspicious pairs may only be those "
+        f"The votes prefer the {liked} answer (correlation {correlation:.2f}), so many suspicious pairs may only be those "
         f"whose chosen answer is not the {liked} one. Read them before dropping them; a stronger model looks at more than length."
     )
 

@@ -85,4 +85,6 @@ def _verdict(result: dict[str, Any]) -> list[str]:
         f"{dropped} of {result['rows']} rows were left out before the vote; the longer answer is the chosen one in "
         f"{longer:.0%} of the pairs."
     )
+    if result["length"]["alarm"] is not None:
+        sentences.append(result["length"]["alarm"])
     return sentences
