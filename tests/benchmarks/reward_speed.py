@@ -23,7 +23,6 @@ import gc
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -71,6 +70,12 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.end = time.monotonic()
+
+
+def peak_kib() -> int:
+    """Largest resident size of this process since it began (`ru_maxrss` would begin at its parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def canonical(file: Path | None) -> Rows:
@@ -181,9 +186,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*num_train_epochs.*")
     if arguments.memory:
         side, base, file = arguments.memory
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_kib()
         trained(side, Path(base), json.loads(Path(file).read_text()), {})
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print((peak_kib() - before) / 1024)
         return
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -32,9 +31,15 @@ from rlhf.pipeline.training import quiet_libraries
 SIZES = (1000, 2000, 4000, 8000, 16_000)
 
 
+def peak_kib() -> int:
+    """Largest resident size of this process since it began (`ru_maxrss` would begin at its parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def trained(folder: Path, pairs: int) -> dict[str, float]:
     """Seconds of training on the first rows, and MiB above the imports."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kib()
     set_seed(0)
     tokenizer = load_tokenizer(folder / "model", conversational=True)
     model = build_reward_model(folder / "model", pad_token_id=tokenizer.pad_token_id)
@@ -58,7 +63,7 @@ def trained(folder: Path, pairs: int) -> dict[str, float]:
     begin = time.monotonic()
     trainer.train()
     assert trainer.state.global_step == pairs // 32
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_kib()
     return {"seconds": time.monotonic() - begin, "memory_mib": (peak - before) / 1024}
 
 
