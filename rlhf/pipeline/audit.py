@@ -112,7 +112,7 @@ def audit(
 def _how(model: str, members: int | None, recipe: Recipe | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """TRL's keys of a member, and the shape of the vote."""
     if recipe is not None:
-        shape = recipe.vote.model_dump(include={"members", "folds", "in_sample", "trunk", "flip_rate"})
+        shape = recipe.vote.shape()
         return recipe.vote_settings(), shape | ({} if members is None else {"members": members})
     try:
         depth = AutoConfig.from_pretrained(find_source(model).base).get_text_config().num_hidden_layers

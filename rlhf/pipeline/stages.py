@@ -178,7 +178,7 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     """Preference strength of every training pair, and the share of wrong labels that the votes imply."""
     recipe = context.recipe
     rows = read_jsonl(context.data / "pairs.jsonl")
-    shape = recipe.vote.model_dump(include={"members", "folds", "in_sample", "trunk", "flip_rate"})
+    shape = recipe.vote.shape()
     folder = context.folder / CHECKPOINTS
     strength, noise = vote(
         context.sft_model, rows, context.settings("vote"), folder, seed=recipe.seed, say=context.say, **shape

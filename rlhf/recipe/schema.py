@@ -122,6 +122,10 @@ class VoteSection(StageSection):
     trunk: int | None = Field(None, ge=1)  # layers of each member's own above a shared frozen trunk
     flip_rate: float = Field(0.0, ge=0, lt=0.5)  # share of wrong labels in the members' likelihood
 
+    def shape(self) -> dict[str, Any]:
+        """What `rlhf.pipeline.vote.vote` takes beside TRL's keys."""
+        return self.model_dump(exclude=set(self.trl_settings()))
+
 
 class RewardSection(StageSection):
     """The reward model. The objectives of the second line are made of a vote (`rlhf.reward.correct` says what each does)."""

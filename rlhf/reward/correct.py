@@ -60,7 +60,8 @@ def corrected(
 
     | objective | what it does |
     |---|---|
-    | `bt`, `soft` | nothing: Bradley-Terry; with the file's own `confidence` |
+    | `bt` | nothing: Bradley-Terry |
+    | `soft` | the file's own `confidence`, which every pair must have |
     | `margin` | the file's `margin`, or where it has ratings their gap times `margin_scale` (Llama 2) |
     | `scaled` | the ratings' gap as weight (scaled Bradley-Terry) |
     | `smoothing` | P(label) = 1 - α on all pairs |
@@ -78,7 +79,7 @@ def corrected(
     `vote_sigmoid` are plain Bradley-Terry.
 
     Args:
-        strength, noise: of a vote on these rows, in their order; the last seven need both.
+        strength, noise: of a vote on these rows, in their order; every objective from `flip` on needs both.
 
     Returns:
         the rows, and how many were turned round (None where the objective turns none).

@@ -211,9 +211,8 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
     ):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
         together: dict[Any, list[int]] = {}
-        for i in range(len(lengths)):
-            alone = groups is None or groups[i] is None
-            together.setdefault(("row", i) if alone else ("group", groups[i]), []).append(i)  # type: ignore[index]
+        for i, group in enumerate(groups or [None] * len(lengths)):
+            together.setdefault(("row", i) if group is None else ("group", group), []).append(i)
         self.units = list(together.values())
 
     def set_epoch(self, epoch: int) -> None:

@@ -98,6 +98,36 @@ def _answers(examples: list[dict[str, Any]]) -> tuple[list[list[list[int]]], lis
     return [[list(answer) for answer in answers] for answers in groups.values()], pairs
 
 
+@dataclass
+class Scored:
+    """A batch's answers with their scores.
+
+    Attributes:
+        rewards: [n] of every answer, float32.
+        pairs: [b, 2] which answers are the chosen and the rejected one of each pair.
+        tokens: how many were encoded.
+        rows, ends: [n] where each score was read.
+        views: how often each answer stands here, under other dropout; then [views · n], and [views · b, 2].
+        representations: [n, h] what the head read, where somebody asked for it.
+    """
+
+    rewards: Tensor
+    pairs: Tensor
+    tokens: Tensor
+    rows: Tensor
+    ends: Tensor
+    views: int = 1
+    representations: Tensor | None = None
+
+    @classmethod
+    def plain(cls, rewards: Tensor, attention_mask: Tensor, pairs: Tensor | None) -> "Scored":
+        """Of answers that were encoded each by itself; without `pairs`, chosen ones above rejected ones."""
+        n = torch.arange(len(rewards), device=rewards.device)
+        pairs = torch.stack(n.chunk(2), dim=1) if pairs is None else pairs
+        positions = torch.arange(attention_mask.shape[1], device=rewards.device)
+        return cls(rewards, pairs, attention_mask.sum(), n, (attention_mask * positions).argmax(dim=1))
+
+
 class PairRewardTrainer(RewardTrainer):
     """Reward model on preference pairs with the general pair loss (`rlhf.objectives.pairwise.pair_loss`).
 
@@ -216,45 +246,55 @@ class PairRewardTrainer(RewardTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The summed pair losses over the global number of pairs (their mean in evaluation)."""
+        """The summed pair losses over the global number of pairs (their mean in evaluation), and the extra term."""
         columns = {name: inputs.pop(name) for name in PAIR_COLUMNS if name in inputs}
-        rewards_chosen, rewards_rejected, tokens = self._rewards(model, inputs)
+        scored = self.scored(model, inputs)
+        rewards_chosen, rewards_rejected = scored.rewards[scored.pairs].unbind(dim=1)
         outputs = {"logits": torch.cat([rewards_chosen, rewards_rejected])}
 
+        columns = {name: column.repeat(scored.views) for name, column in columns.items()}
         losses = self.pair_objective(rewards_chosen, rewards_rejected, columns)
         if self.args.center_rewards_coefficient is not None:
             losses = losses + self.args.center_rewards_coefficient * (rewards_chosen + rewards_rejected) ** 2
-        # DDP averages gradients over ranks where their sum is meant; evaluation has no count and takes the mean.
-        scale = (
-            self.accelerator.num_processes / num_items_in_batch if num_items_in_batch is not None else 1 / len(losses)
-        )
-        loss = losses.sum() * scale
+        # This batch's share of all pairs. DDP averages gradients over ranks where their sum is meant; evaluation has
+        # no count and takes the mean.
+        share: Any = 1.0
+        if num_items_in_batch is not None:
+            share = self.accelerator.num_processes * len(losses) / (scored.views * num_items_in_batch)
+        loss = (losses.mean() + self.extra_term(scored)) * share
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"reward: the loss is {loss.item()} at step {self.state.global_step}; nothing was updated. "
                 "Lower learning_rate, or look for extreme margins in the data."
             )
-        self._record(rewards_chosen.detach(), rewards_rejected.detach(), tokens)
+        self._record(rewards_chosen.detach(), rewards_rejected.detach(), scored.tokens)
         return (loss, outputs) if return_outputs else loss
 
-    def _rewards(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of both sides [b], and how many tokens were encoded."""
-        if "segments" not in inputs:
-            rewards = model(**inputs, use_cache=False).logits.squeeze(-1).float()
-            rewards_chosen, rewards_rejected = rewards.chunk(2)
-            return rewards_chosen, rewards_rejected, inputs["attention_mask"].sum()
-        packed = Packed(*(inputs[field.name] for field in fields(Packed)))
+    def scored(self, model: nn.Module, inputs: dict[str, Any]) -> "Scored":
+        """Scores of a batch's answers."""
+        if "segments" in inputs:
+            packed = Packed(*(inputs[field.name] for field in fields(Packed)))
+            return self.score_packed(model, packed, inputs["pairs"])
+        rewards = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).logits.squeeze(-1)
+        return Scored.plain(rewards.float(), inputs["attention_mask"], inputs.get("pairs"))
+
+    def score_packed(self, model: nn.Module, packed: Packed, pairs: Tensor) -> "Scored":
+        """Scores of packed answers, by the shared forward or, where it would be wrong, each by itself."""
         inner = self.accelerator.unwrap_model(model)
-        if not self._compared:
+        if self._shares and not self._compared:
             self._compare(inner, packed)
         if self._shares:
             rewards, tokens = shared_scores(model, inner, packed), (packed.segments >= 0).sum()
-        else:  # a batch that was packed before sharing was turned off
-            ids, mask = unpack(packed, pad_token_id=self.data_collator.pad_token_id)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            rewards, tokens = logits.squeeze(-1).float(), mask.sum()
-        rewards_chosen, rewards_rejected = rewards[inputs["pairs"]].unbind(dim=1)
-        return rewards_chosen, rewards_rejected, tokens
+            return Scored(rewards, pairs, tokens, packed.rows, packed.ends)
+        ids, mask = unpack(packed, pad_token_id=self.data_collator.pad_token_id)
+        rewards = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1)
+        return Scored.plain(rewards.float(), mask, pairs)
+
+    def extra_term(self, scored: "Scored") -> Tensor | float:
+        """What a subclass adds to the mean loss of a batch's pairs, nats."""
+        return 0.0
 
     def _compare(self, inner: nn.Module, packed: Packed) -> None:
         """On the first batch: does sharing change the scores of this model?"""

@@ -1,6 +1,7 @@
 """Voting and corrections against the published row, closed forms and planted flips."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_one_over_m_minus_one_would_be_noticed(monkeypatch: pytest.MonkeyPatch) 
 # ---- Who trains on what ----
 
 
-def rows(count: int, per_prompt: int = 1) -> list[dict[str, object]]:
+def rows(count: int, per_prompt: int = 1) -> list[dict[str, Any]]:
     def turn(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
 
@@ -129,8 +130,8 @@ def test_out_of_fold_nobody_votes_on_what_it_saw() -> None:
     data = rows(60, per_prompt=3)
     plan = plan_vote(data, members=10, folds=5, in_sample=False, seed=0)
     for member in range(10):
-        seen = {data[i]["prompt"][0]["content"] for i in plan.trains_on(member)}  # type: ignore[index]
-        voted = {data[i]["prompt"][0]["content"] for i in plan.votes_on(member)}  # type: ignore[index]
+        seen = {data[i]["prompt"][0]["content"] for i in plan.trains_on(member)}
+        voted = {data[i]["prompt"][0]["content"] for i in plan.votes_on(member)}
         assert not seen & voted, "not even on another pair of the same prompt"
         assert len(plan.trains_on(member)) == 48
     trained: list[int] = []
@@ -198,7 +199,7 @@ def test_votes_that_know_nothing_change_nothing() -> None:
     assert (noise.flip_rate, noise.fitted, noise.scale, noise.low) == (0.0, 0.0, 0.0, 0.0)
     assert noise.high > 0.3
     votes = VoteStrength(torch.zeros(20), torch.ones(20), torch.ones(20), torch.full((20,), 2))
-    made, _ = corrected(rows(20), Correction("posterior"), votes, noise)  # type: ignore[arg-type]
+    made, _ = corrected(rows(20), Correction("posterior"), votes, noise)
     assert "confidence" not in made[0]
 
 
@@ -234,27 +235,27 @@ def test_corrections() -> None:
     mean = torch.arange(20.0) - 4.0
     votes = VoteStrength(mean, torch.ones(20), torch.linspace(0, 1, 20), torch.full((20,), 2))
 
-    made, flipped = corrected(data, Correction("flip"), votes, NOISE)  # type: ignore[arg-type]
+    made, flipped = corrected(data, Correction("flip"), votes, NOISE)
     assert flipped == 2
     assert [row["chosen"] == data[i]["rejected"] for i, row in enumerate(made)] == [True] * 2 + [False] * 18
     assert "margin" not in made[0]
 
-    made, flipped = corrected(data, Correction("flip_margin"), votes, NOISE)  # type: ignore[arg-type]
+    made, flipped = corrected(data, Correction("flip_margin"), votes, NOISE)
     assert [row["margin"] for row in made[:4]] == [4.0, 3.0, -2.0, -1.0], "a turned pair's margin turns with it"
-    made, _ = corrected(data, Correction("adaptive_margin"), votes, NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("adaptive_margin"), votes, NOISE)
     assert [row["margin"] for row in made] == mean.tolist()
-    made, _ = corrected(data, Correction("soft_margin"), votes, NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("soft_margin"), votes, NOISE)
     assert [row["confidence"] for row in made[:5]] == [pytest.approx(0.8)] * 4 + [1.0]
-    made, _ = corrected(data, Correction("vote_soft"), votes, NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("vote_soft"), votes, NOISE)
     assert made[-1]["confidence"] == 1.0
-    made, _ = corrected(data, Correction("posterior"), votes, NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("posterior"), votes, NOISE)
     assert made[4]["confidence"] == pytest.approx(0.8), "no vote either way: 1 - ε"
-    made, flipped = corrected(data, Correction("drop"), votes, NOISE)  # type: ignore[arg-type]
+    made, flipped = corrected(data, Correction("drop"), votes, NOISE)
     assert (len(made), flipped) == (18, None)
-    made, _ = corrected(data, Correction("weight"), votes, NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("weight"), votes, NOISE)
     assert made[4]["weight"] == pytest.approx(0.8)
     assert "confidence" not in made[4]
-    made, _ = corrected(data, Correction("vote_sigmoid"), votes, NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("vote_sigmoid"), votes, NOISE)
     assert made[5]["confidence"] == pytest.approx(1 / (1 + math.exp(-1)))
 
 
@@ -262,36 +263,36 @@ def test_numbers_of_a_correction() -> None:
     data = rows(20)
     mean = torch.arange(20.0) - 4.0
     votes = VoteStrength(mean, torch.ones(20), torch.linspace(0, 1, 20), torch.full((20,), 2))
-    _, flipped = corrected(data, Correction("flip", flip_by="sign"), votes, NOISE)  # type: ignore[arg-type]
+    _, flipped = corrected(data, Correction("flip", flip_by="sign"), votes, NOISE)
     assert flipped == 4
-    made, _ = corrected(data, Correction("adaptive_margin", margin_scale=0.5, margin_clip=3.0), votes, NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("adaptive_margin", margin_scale=0.5, margin_clip=3.0), votes, NOISE)
     assert [row["margin"] for row in made[:2]] == [-2.0, -1.5]
     assert made[-1]["margin"] == 3.0
     how = Correction("soft_margin", smoothing=0.3, smoothing_mask="negative+strong")
-    made, _ = corrected(data, how, votes, NOISE)  # type: ignore[arg-type]
+    made, _ = corrected(data, how, votes, NOISE)
     assert [row["confidence"] < 1 for row in made] == [True] * 4 + [False] * 14 + [True] * 2
-    made, flipped = corrected(data, Correction("smoothing", smoothing=0.3))  # type: ignore[arg-type]
+    made, flipped = corrected(data, Correction("smoothing", smoothing=0.3))
     assert {row["confidence"] for row in made} == {0.7}
     assert flipped is None
 
 
 def test_ratings_make_margins_and_weights() -> None:
     data = [{**row, "rating_gap": float(i)} for i, row in enumerate(rows(3))]
-    made, _ = corrected(data, Correction("margin", margin_scale=0.5))  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("margin", margin_scale=0.5))
     assert [row["margin"] for row in made] == [0.0, 0.5, 1.0]
-    made, _ = corrected([{**data[2], "margin": 7.0}], Correction("margin", margin_scale=0.5))  # type: ignore[arg-type]
+    made, _ = corrected([{**data[2], "margin": 7.0}], Correction("margin", margin_scale=0.5))
     assert made[0]["margin"] == 7.0, "the file's own margin is in nats already"
-    made, _ = corrected(data, Correction("scaled"))  # type: ignore[arg-type]
+    made, _ = corrected(data, Correction("scaled"))
     assert [row["weight"] for row in made] == [0.0, 1.0, 2.0]
     for objective, said in (("margin", "'margin' and no ratings"), ("soft", "no 'confidence'")):
         with pytest.raises(UserError, match=said):
-            corrected(rows(2), Correction(objective))  # type: ignore[arg-type]
+            corrected(rows(2), Correction(objective))
 
 
 def test_dropping_everything_is_refused() -> None:
     votes = VoteStrength(-torch.ones(20), torch.ones(20), torch.zeros(20), torch.full((20,), 2))
     with pytest.raises(UserError, match="drops all 20 pairs"):
-        corrected(rows(20), Correction("drop", flip_by="sign"), votes, NOISE)  # type: ignore[arg-type]
+        corrected(rows(20), Correction("drop", flip_by="sign"), votes, NOISE)
 
 
 def test_blunt_votes_correct_nothing() -> None:
@@ -302,7 +303,7 @@ def test_blunt_votes_correct_nothing() -> None:
     assert noise.low == noise.fitted == 0.0
     assert noise.flip_rate > 0.3, "what confident learning would have made of it"
     votes = VoteStrength(differences, torch.ones(600), torch.ones(600), torch.full((600,), 2))
-    made, _ = corrected(rows(600), Correction("posterior"), votes, noise)  # type: ignore[arg-type]
+    made, _ = corrected(rows(600), Correction("posterior"), votes, noise)
     assert not any("confidence" in row for row in made)
 
 
