@@ -12,6 +12,8 @@ _NAMES = {
     "MarginRewardTrainer": "rlhf.reward.trainer",
     "SoftLabelRewardTrainer": "rlhf.reward.trainer",
     "LabelSmoothingRewardTrainer": "rlhf.reward.trainer",
+    "ContrastiveRewardTrainer": "rlhf.reward.contrastive",
+    "MetaRewardTrainer": "rlhf.reward.meta",
     "RewardModel": "rlhf.reward.model",
     "build_reward_model": "rlhf.models.load",
     "generate": "rlhf.models.generate",
