@@ -68,6 +68,9 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
     held_out: set[str] = set()
     for source in sources.preferences:
         read = read_sources([source], to_pairs, reports, "pairs", seed)
+        if len(sources.preferences) > 1:
+            for row in read.train + read.test:
+                row.values.setdefault("source", source.source)
         if not sources.test and not read.test and not is_local(source.source):
             read.test = _hub_test_side(source, reports, seed)
         if not sources.test and not read.test:

@@ -13,6 +13,7 @@ from rlhf.lab.world import (
     HELD_OUT_DANGEROUS,
     HELD_OUT_HARMLESS,
     all_prompts,
+    parse_request,
     write_answer,
 )
 from rlhf.models.scratch import build_base
@@ -116,6 +117,7 @@ def _pair(label: Label) -> dict[str, Any]:
         "chosen": _assistant(label.chosen),
         "rejected": _assistant(label.rejected),
         "annotator": label.annotator,
+        "source": "harmless" if parse_request(label.prompt).is_dangerous else "helpful",
     }
 
 

@@ -16,6 +16,7 @@ from rlhf.models.save import save_model
 from rlhf.pipeline.store import write_text
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
+from rlhf.reward.experts import EXPERTS
 from rlhf.reward.lines import score_lines
 from rlhf.reward.model import CARD, load_reward_model, open_reward_model
 
@@ -75,7 +76,8 @@ def export_model(model: Path, out: Path) -> None:
     """Write a policy or reward model as one standard checkpoint; a reward model is checked on its probe afterwards.
 
     Raises:
-        UserError: the target is not empty; the model was trained on 4-bit weights, which can't be merged exactly.
+        UserError: the target is not empty; the model was trained on 4-bit weights, which can't be merged exactly; it is
+            several experts.
     """
     quiet_libraries()
     if out.exists() and any(out.iterdir()):
@@ -88,6 +90,11 @@ def export_model(model: Path, out: Path) -> None:
     if card.get("load_in_4bit"):
         raise UserError(
             f"{model}: trained on 4-bit weights; merging rounds them again and changes the scores. Serve base and adapter."
+        )
+    if (model / EXPERTS).is_file():
+        raise UserError(
+            f"{model}: several experts and how they are combined are no single checkpoint; train with reward.experts: merged, or "
+            "export one of expert-0, expert-1, …."
         )
     reward = load_reward_model(model, device="cpu")
     network: Any = reward.model

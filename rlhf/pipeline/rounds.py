@@ -55,12 +55,17 @@ def plan(recipe: Recipe) -> list[Stage]:
     else:  # the backbone can answer already, and takes SFT's place
         own = {"backbone": backbone}
 
-    # Round 1: vote, reward model, PPO, judgement.
+    # Round 1: vote and samples where the reward model asks for them, reward model, PPO, judgement.
     votes: dict[str, Stage] = {}
     if recipe.reward.needs_vote:
         shape = recipe.vote.model_dump() | recipe.vote_settings()
         votes = {"vote": add("vote", "round-1/vote", shape | own | gold, data=data, **start)}
     reward_settings = recipe.reward.model_dump() | own | sampling | gold
+    if recipe.reward.meta and recipe.reward.meta_samples is None:
+        size = {"prompts": recipe.reward.meta_pool, "responses": recipe.reward.meta_responses}
+        votes["sample"] = add("sample", "round-1/sample", size | own | sampling, data=data, **start)
+    elif recipe.reward.meta:
+        reward_settings["meta_sha256"] = file_digest(Path(str(recipe.reward.meta_samples)).expanduser())
     reward = add("reward", "round-1/reward", reward_settings, data=data, **start, **votes)
     ppo = add("ppo", "round-1/ppo", recipe.ppo.model_dump() | own | gold, data=data, **start, reward=reward)
     judged = {**start, "reward": reward, "policy": ppo}
@@ -129,7 +134,8 @@ def _leave_process_group() -> None:
 
 
 def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say: Callable[[str], None]) -> None:
-    from rlhf.pipeline.stages import STAGES, StageContext  # torch is loaded when the first stage runs
+    from rlhf.pipeline.context import StageContext
+    from rlhf.pipeline.stages import STAGES  # torch is loaded when the first stage runs
 
     if not is_main and stage.name not in TRAINED_TOGETHER:
         store.wait_until_done(stage)
@@ -196,6 +202,8 @@ def check_sources(recipe: Recipe) -> None:
         for entry in recipe.data.sources(name)
         if is_local(entry.source) and not Path(entry.source).expanduser().is_file()
     ]
+    if recipe.reward.meta_samples is not None and not Path(recipe.reward.meta_samples).expanduser().is_file():
+        problems.append(f"reward.meta_samples: {recipe.reward.meta_samples}: no such file.")
     if recipe.evaluate.gold is not None:
         file = recipe.evaluate.gold.rpartition(":")[0]
         if not Path(file).expanduser().is_file():

@@ -1,94 +1,43 @@
 """One function a stage: read the parents' folders, do the work, write the own folder, return facts for the manifest."""
 
-import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from datasets import Dataset
 from transformers import set_seed
-from trl import RewardConfig, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.sources import Source, pair_digest
-from rlhf.evaluation.gold import GoldFunction, load_gold
-from rlhf.evaluation.pairs import JudgedPairs, judge_pairs, pair_report
+from rlhf.evaluation.pairs import JudgedPairs
 from rlhf.evaluation.policy import judge_policies
 from rlhf.evaluation.statistics import auroc
 from rlhf.lab.build import LabSettings, build_lab
-from rlhf.lab.world import gold as lab_gold
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import build_reward_model, find_source, load_policy, load_tokenizer, score_head
+from rlhf.models.load import find_source, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
-from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
+from rlhf.pipeline.context import (
+    STRENGTH,
+    StageContext,
+    base_model,
+    gold_differences,
+    held_out,
+    read_jsonl,
+    write_jsonl,
+)
+from rlhf.pipeline.reward import run_reward, run_sample
+from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.training import quiet_libraries, split_settings, train, training_arguments
 from rlhf.pipeline.vote import vote
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.recipe.schema import DATA_SOURCES, Recipe
-from rlhf.reward.correct import Correction, attach_strength, corrected
-from rlhf.reward.model import calibrate_reward_model, load_reward_model, position_limit
-from rlhf.reward.noise import NoiseEstimate
-from rlhf.reward.trainer import PairRewardTrainer, training_columns
+from rlhf.recipe.schema import DATA_SOURCES
+from rlhf.reward.model import load_reward_model
 
 SHOWN_SAMPLES = 64
-CALIBRATION_SAMPLES = 256
-STRENGTH = "strength.jsonl"
-
-
-@dataclass
-class StageContext:
-    """What a stage function may look at.
-
-    Attributes:
-        folder: to write into.
-        parents: role → folder of a finished stage.
-        say: tell the person at the terminal.
-        is_main: whether this process writes files (with several processes, one does).
-    """
-
-    recipe: Recipe
-    folder: Path
-    parents: dict[str, Path]
-    say: Callable[[str], None]
-    is_main: bool = True
-
-    @property
-    def data(self) -> Path:
-        """Folder of the canonical data files."""
-        return self.parents["data"] / "data"
-
-    @property
-    def sft_model(self) -> str | Path:
-        """The policy that reward model and PPO start from: what SFT made, or the backbone where there is no SFT."""
-        return self.parents["sft"] / "model" if "sft" in self.parents else base_model(self)
-
-    def settings(self, section: str) -> dict[str, Any]:
-        """TRL's keys of a stage, and the revision of the backbone, which is a setting of its own here."""
-        recipe = self.recipe
-        keys = recipe.vote_settings() if section == "vote" else getattr(recipe, section).trl_settings()
-        revision = recipe.backbone.revision
-        return keys if revision is None else {**keys, "model_revision": revision}
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """How answers are sampled outside PPO: lengths as in PPO, and twice a rollout at once (no backward pass follows)."""
-        settings = self.recipe.ppo.trl_settings()
-        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
-        lengths = ("max_completion_length", "max_prompt_length")
-        batch_size = 2 * math.prod(settings.get(name, getattr(PPOConfig, name)) for name in sizes)
-        answer, prompt = (settings.get(name, getattr(PPOConfig, name)) for name in lengths)
-        return {"batch_size": batch_size, "max_new_tokens": answer, "max_prompt_length": prompt}
-
-    def gold(self) -> GoldFunction | None:
-        """The true reward, where there is one."""
-        if self.recipe.evaluate.gold is not None:
-            return load_gold(self.recipe.evaluate.gold)
-        return lab_gold if self.recipe.lab is not None else None
 
 
 def run_lab(context: StageContext) -> dict[str, Any]:
@@ -195,77 +144,12 @@ def run_vote(context: StageContext) -> dict[str, Any]:
         f"vote: {shape['members']} members; about {noise.flip_rate:.1%} [{noise.low:.1%}, {noise.high:.1%}] of the labels are "
         f"wrong; {(strength.mean < 0).float().mean():.1%} of the pairs have a strength below 0."
     )
-    gold = _gold_differences(JudgedPairs.unscored(rows), context.gold())
+    gold = gold_differences(JudgedPairs.unscored(rows), context.gold())
     found = None
     if gold is not None:
         wrong = [difference < 0 for difference in gold]
         found = auroc((-strength.mean).tolist(), wrong) if any(wrong) and not all(wrong) else None
     return {"pairs": len(rows), "noise": asdict(noise), "auroc_of_wrong_labels": found, **shape}
-
-
-def run_reward(context: StageContext) -> dict[str, Any]:
-    """A reward model on the pairs, its scale on SFT samples, and its accuracy on held-out pairs."""
-    recipe = context.recipe
-    sft = context.sft_model
-    model_config, settings = split_settings(context.settings("reward"))
-    settings.setdefault("num_train_epochs", 1)
-    args = training_arguments(RewardConfig, settings, context.folder, recipe.seed)
-
-    # 1. Train.
-    set_seed(recipe.seed)
-    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
-    model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
-    is_decoder = score_head(model) is not None
-    if args.max_length is not None:
-        args.max_length = min(args.max_length, position_limit(model, tokenizer))
-    pairs, flipped = _training_pairs(context)
-    held_out = _held_out(context, "test_pairs") if args.eval_strategy != "no" else None
-    trainer = PairRewardTrainer(
-        model,
-        args,
-        train_dataset=pairs,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        flip_rate=recipe.reward.flip_rate,
-    )
-    train(trainer, context.folder, label="reward", say=context.say)
-    if not context.is_main:
-        return {}
-    facts = {"pairs": len(trainer.train_dataset), "flipped": flipped, "dropped_too_long": trainer.dropped_too_long}
-    save_model(trainer.model, tokenizer, context.folder / "model")
-    device = trainer.args.device
-    del trainer, model
-
-    # 2. Its scale: mean and deviation of the scores of the model as saved, on answers of the SFT policy. An encoder has
-    #    no policy beside it; there it is the answers of the pairs.
-    set_seed(recipe.seed)
-    if is_decoder:
-        policy = load_policy(sft, model_config, trainable=False).to(device).eval()
-        prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
-        answers, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
-    else:
-        some = read_jsonl(context.data / "pairs.jsonl")[: CALIBRATION_SAMPLES // 2]
-        prompts = [row["prompt"] for row in some for _ in range(2)]
-        answers = [row[side][0]["content"] for row in some for side in ("chosen", "rejected")]
-        ended = [True] * len(answers)
-    reward = calibrate_reward_model(
-        context.folder / "model",
-        samples=list(zip(prompts, answers, strict=True)),
-        ended=ended,
-        facts={"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit},
-        device=device,
-    )
-
-    # 3. Held-out pairs.
-    rows = read_jsonl(context.data / "test_pairs.jsonl")
-    judged = judge_pairs(reward, rows, label="reward: held-out pairs")
-    report = pair_report(judged, gold_differences=_gold_differences(judged, context.gold()))
-    write_jsonl(context.folder / "samples.jsonl", judged.samples())
-    context.say(
-        f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
-        f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
-    )
-    return {**facts, "mean": reward.mean, "std": reward.std, **report}
 
 
 def run_ppo(context: StageContext) -> dict[str, Any]:
@@ -283,7 +167,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
         processing_class=tokenizer,
-        eval_dataset=_held_out(context, "test_prompts") if args.eval_strategy != "no" else None,
+        eval_dataset=held_out(context, "test_prompts") if args.eval_strategy != "no" else None,
         monitor_funcs={"gold": gold} if gold is not None else None,
         adapter_was_trained=find_source(sft).adapter is not None and model_config.use_peft,
     )
@@ -319,52 +203,17 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     return facts
 
 
-def _gold_differences(judged: JudgedPairs, gold: GoldFunction | None) -> list[float] | None:
-    """True reward of each chosen answer minus that of the rejected one."""
-    if gold is None:
-        return None
-    sides = [[row[side][0]["content"] for row in judged.rows] for side in ("chosen", "rejected")]
-    return [a - b for a, b in zip(*(gold(judged.prompts, texts) for texts in sides), strict=True)]
-
-
-def _training_pairs(context: StageContext) -> tuple[Dataset, int | None]:
-    """The pairs with the columns that a loss may read, corrected by the vote where there is one, and how many were flipped."""
-    rows = read_jsonl(context.data / "pairs.jsonl")
-    strength, noise = None, None
-    if "vote" in context.parents:
-        strength = attach_strength(rows, read_jsonl(context.parents["vote"] / STRENGTH))
-        manifest = json.loads((context.parents["vote"] / MANIFEST).read_text(encoding="utf-8"))
-        noise = NoiseEstimate(**manifest["facts"]["noise"])
-    rows, flipped = corrected(rows, Correction(**context.recipe.reward.correction()), strength, noise)
-    return Dataset.from_list(training_columns(rows)), flipped
-
-
-def _held_out(context: StageContext, name: str) -> Dataset:
-    """Rows for evaluation during training, as many as are judged at the end."""
-    rows = read_jsonl(context.data / f"{name}.jsonl")[: context.recipe.evaluate.prompts]
-    kept = [{key: row[key] for key in ("prompt", "chosen", "rejected") if key in row} for row in rows]
-    return Dataset.from_list(kept)
-
-
 STAGES: dict[str, Callable[[StageContext], dict[str, Any]]] = {
     "lab": run_lab,
     "data": run_data,
     "base": run_base,
     "sft": run_sft,
     "vote": run_vote,
+    "sample": run_sample,
     "reward": run_reward,
     "ppo": run_ppo,
     "evaluate": run_evaluate,
 }
-
-
-def base_model(context: StageContext) -> str | Path:
-    """The base model's folder if this run made it, else the recipe's hub id or folder."""
-    for role in ("base", "lab"):
-        if role in context.parents:
-            return context.parents[role] / "model"
-    assert context.recipe.backbone.model is not None, "the recipe's check wants a backbone, a lab or from_scratch"
-    return context.recipe.backbone.model
 
 
 def show_samples(context: StageContext, model: Any, tokenizer: Any) -> None:
@@ -382,17 +231,6 @@ def show_samples(context: StageContext, model: Any, tokenizer: Any) -> None:
         context.folder / "samples.jsonl",
         [{"prompt": p, "completion": text, "gold": value, "ended": ended} for p, text, value, ended in rows],
     )
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file of ours."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All rows at once; the stage's manifest is what says that the file is whole."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 quiet_libraries()

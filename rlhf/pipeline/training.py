@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig, RewardConfig, SFTConfig
 
+from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import find_source, model_settings
 from rlhf.pipeline import interrupt
@@ -36,6 +37,7 @@ from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint,
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import Recipe, trl_keys
+from rlhf.reward.meta import group_samples
 from rlhf.reward.shared import Packed, unpack
 
 Config = TypeVar("Config", bound=TrainingArguments)
@@ -91,6 +93,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
         problems += _cannot_generate(recipe.backbone.model, recipe.backbone.revision)
     if recipe.reward.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
+    problems += _reward_problems(recipe)
     trackers = get_available_reporting_integrations()
     stages: list[tuple[str, type[TrainingArguments], dict[str, Any]]] = [
         ("sft", SFTConfig, recipe.sft.trl_settings()),
@@ -113,6 +116,23 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
             problems.append(f"{section}: {str(error).strip().splitlines()[0]}")
     if problems:
         raise UserError(problems)
+
+
+def _reward_problems(recipe: Recipe) -> list[str]:
+    """What the reward section's own keys can't do together, and samples that MetaRM can't climb on."""
+    how, found = recipe.reward, []
+    if how.experts is not None and not how.trl_settings().get("use_peft"):
+        found.append("reward.experts: experts are LoRA adapters on one base; set reward.use_peft: true.")
+    if how.expert_weights is not None and how.experts in (None, "gate"):
+        found.append("reward.expert_weights: weights are for experts: weights or merged; a gate finds its own.")
+    if how.meta_samples is not None and not how.meta:
+        found.append("reward.meta_samples: nobody reads them without reward.meta: true.")
+    elif how.meta_samples is not None:
+        try:
+            group_samples([row for _, row in read_rows(how.meta_samples, ReadReport(how.meta_samples))])
+        except UserError as error:
+            found += [f"reward.meta_samples: {how.meta_samples}: {problem}" for problem in error.problems]
+    return found
 
 
 def _cannot_generate(model: str, revision: str | None) -> list[str]:

@@ -253,6 +253,9 @@ class PPOTrainer(BaseTrainer):
                     "pass `critic=`."
                 )
             critic = copy.deepcopy(model)
+            if isinstance(critic, PeftModel):
+                for name in set(critic.peft_config) - {POLICY_ADAPTER}:
+                    critic.delete_adapter(name)  # of experts, the critic starts from the first
             for name, parameter in critic.named_parameters():
                 adapter_part = "lora_" in name or "modules_to_save" in name
                 parameter.requires_grad_(adapter_part or not isinstance(critic, PeftModel))

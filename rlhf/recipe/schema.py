@@ -143,6 +143,26 @@ class RewardSection(StageSection):
     margin_scale: float = 1.0
     margin_clip: float | None = Field(None, gt=0)
 
+    # A contrastive term beside the loss (`rlhf.reward.contrastive`); the term's own numbers unless set here.
+    extra: Literal["simcse", "simcse_diff", "swav", "swav_diff"] | None = None
+    extra_weight: float | None = Field(None, ge=0)
+    extra_temperature: float | None = Field(None, gt=0)
+    prototypes: int | None = Field(None, ge=2)
+    dropout: float = Field(0.05, gt=0, lt=1)
+
+    # MetaRM (`rlhf.reward.meta`): on answers that the run samples, or on those of a file.
+    meta: bool = False
+    meta_samples: str | None = None
+    meta_pool: int = Field(512, ge=1)
+    meta_responses: int = Field(5, ge=2)
+    meta_prompts: int = Field(16, ge=1)
+    meta_step: float = Field(0.01, ge=0)
+    meta_normalized: bool = True
+
+    # One LoRA expert for each `source` of pairs (`rlhf.reward.experts`).
+    experts: Literal["gate", "weights", "merged"] | None = None
+    expert_weights: dict[str, float] | None = None
+
     @property
     def needs_vote(self) -> bool:
         """Whether a `vote` stage comes before."""
@@ -150,7 +170,16 @@ class RewardSection(StageSection):
 
     def correction(self) -> dict[str, Any]:
         """What `rlhf.reward.correct.Correction` takes."""
-        return self.model_dump(exclude={"flip_rate", *self.trl_settings()})
+        numbers = {"flip_by", "flip_fraction", "smoothing", "smoothing_mask", "margin_scale", "margin_clip"}
+        return self.model_dump(include={"objective", *numbers})
+
+    def contrast(self) -> dict[str, Any]:
+        """What `rlhf.ContrastiveRewardTrainer` takes."""
+        return self.model_dump(include={"extra", "extra_weight", "extra_temperature", "prototypes", "dropout"})
+
+    def ascent(self) -> dict[str, Any]:
+        """What `rlhf.MetaRewardTrainer` takes beside that."""
+        return self.model_dump(include={"meta_step", "meta_normalized", "meta_prompts"})
 
 
 class EvaluateSection(Section):

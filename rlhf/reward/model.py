@@ -63,15 +63,22 @@ class RewardModel:
             responses: texts without special tokens.
             ended: whether each answer came to its end (default: all did).
         """
-        if self.conversational:
-            prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
-        self.cut += cut
+        rows = self.encode(prompts, responses, ended)
         was_training = self.model.training
         self.model.eval()
         scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         self.model.train(was_training)
         return scores
+
+    def encode(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None
+    ) -> list[list[int]]:
+        """Token rows as the model reads them; what was cut off is counted."""
+        if self.conversational:
+            prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
+        self.cut += cut
+        return rows
 
 
 def position_limit(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -116,9 +123,7 @@ def calibrate_reward_model(
     """
     facts = facts or {}
     conversational = any(not isinstance(prompt, str) for prompt, _ in samples)
-    tokenizer = load_tokenizer(folder, conversational=conversational)
-    model = _place(load_scorer(folder, load_in_4bit=bool(facts.get("load_in_4bit"))), facts, device)
-    reward = RewardModel(model, tokenizer, conversational=conversational)
+    reward = _read(folder, facts, conversational, device)
     prompts, responses = [prompt for prompt, _ in samples], [response for _, response in samples]
     scores = reward.score(prompts, responses, ended=ended)
     reward.mean, reward.std = scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
@@ -127,7 +132,7 @@ def calibrate_reward_model(
     card = {
         "mean": reward.mean,
         "std": reward.std,
-        "chat_template_sha256": _template_digest(tokenizer),
+        "chat_template_sha256": _template_digest(reward.tokenizer),
         "probe": [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in probe],
         **facts,
     }
@@ -137,6 +142,20 @@ def calibrate_reward_model(
 
 def _template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
+
+
+def _read(folder: Path, facts: dict[str, Any], conversational: bool, device: str | torch.device | None) -> RewardModel:
+    """The network of a folder on its device: one model, or experts on one base."""
+    from rlhf.reward.experts import EXPERTS, open_experts  # which are reward models themselves
+
+    tokenizer = load_tokenizer(folder, conversational=conversational)
+    in_4_bit = bool(facts.get("load_in_4bit"))
+    if (folder / EXPERTS).is_file():
+        reward = open_experts(folder, tokenizer, conversational=conversational, load_in_4bit=in_4_bit)
+        reward.model = _place(reward.model, facts, device)
+        return reward
+    model = _place(load_scorer(folder, load_in_4bit=in_4_bit), facts, device)
+    return RewardModel(model, tokenizer, conversational=conversational)
 
 
 def _place(model: Any, facts: dict[str, Any], device: str | torch.device | None) -> Any:
@@ -159,16 +178,16 @@ def load_reward_model(path: str | Path, *, device: str | torch.device | None = N
         raise UserError(f"{folder}: no {CARD}; this folder holds no reward model of this pipeline.")
     card = json.loads(card_file.read_text(encoding="utf-8"))
     conversational = any(not isinstance(row["prompt"], str) for row in card["probe"])
-    tokenizer = load_tokenizer(folder, conversational=conversational)
-    if _template_digest(tokenizer) != card["chat_template_sha256"]:
+    reward = _read(folder, card, conversational, device)
+    reward.mean, reward.std = card["mean"], card["std"]
+    if _template_digest(reward.tokenizer) != card["chat_template_sha256"]:
         raise UserError(
             f"{folder}: the chat template is not the one that this reward model was trained with; it would score other texts. "
             "Put the saved one back (chat_template.jinja)."
         )
-    model = _place(load_scorer(folder, load_in_4bit=bool(card.get("load_in_4bit"))), card, device)
-    reward = RewardModel(model, tokenizer, mean=card["mean"], std=card["std"], conversational=conversational)
     found = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
     expected = torch.tensor([row["score"] for row in card["probe"]])
+    model: Any = reward.model
     tolerance = PROBE_TOLERANCE.get(model.dtype, 0.1)
     difference = (found - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, card["std"]):

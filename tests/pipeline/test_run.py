@@ -486,3 +486,69 @@ def test_export_merges_an_adapter_and_keeps_the_scores(tmp_path: Path, base_fold
     torch.testing.assert_close(merged.score(prompts, answers), saved.score(prompts, answers), atol=1e-5, rtol=0)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert plain.config.problem_type == "regression"
+
+
+META = """
+base: r.yaml
+name: meta
+reward: {meta: true, meta_pool: 20, meta_prompts: 4, extra: swav, prototypes: 8, flip_rate: 0.2}
+"""
+EXPERTS = """
+base: r.yaml
+name: experts
+reward: {experts: gate, use_peft: true, lora_r: 4}
+"""
+
+
+def test_any_loss_any_term_and_the_extra_step_in_one_run(tmp_path: Path) -> None:
+    """Flipped labels' likelihood, SwAV and MetaRM, on answers that the run samples from its own SFT policy."""
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "m.yaml").write_text(META)
+    result = rlhf("reward", "m.yaml", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    samples = [json.loads(line) for line in (tmp_path / "x/round-1/sample/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 20 * 5
+    assert len({row["prompt"][0]["content"] for row in samples}) == 20
+    rows = [json.loads(line) for line in (tmp_path / "x/round-1/reward/metrics.jsonl").read_text().splitlines()]
+    assert all(0.4 <= row["meta_spread"] < 0.8 for row in rows), "the bounds of J for five answers"
+    assert all(row["contrastive"] > 0 and row["view_similarity"] > 0.5 for row in rows)
+
+    meta_samples = "reward.meta_samples=x/round-1/sample/samples.jsonl"
+    again = rlhf("reward", "m.yaml", "--out", "y", meta_samples, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert not (tmp_path / "y/round-1/sample").exists(), "answers of an earlier run take its place"
+    weights = [load_file(tmp_path / run / "round-1/reward/model/model.safetensors") for run in "xy"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_experts_reach_ppo(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "e.yaml").write_text(EXPERTS)
+    result = rlhf("ppo", "e.yaml", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    facts = json.loads((tmp_path / "x/round-1/reward/manifest.json").read_text())["facts"]
+    assert facts["experts"] == ["harmless", "helpful"]
+    rows = [json.loads(line) for line in (tmp_path / "x/round-1/reward/metrics.jsonl").read_text().splitlines()]
+    assert {row["expert"] for row in rows} == {"harmless", "helpful"}
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    exported = rlhf("export", "x/round-1/reward/model", "e", cwd=tmp_path)
+    assert exported.returncode == 2
+    assert "no single checkpoint" in exported.stderr
+
+
+def test_what_meta_and_experts_cannot_do_is_said_before_anything_is_made(tmp_path: Path, finished: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "m.yaml").write_text(META)
+    (tmp_path / "e.yaml").write_text(EXPERTS)
+    single = finished / "x/round-1/ppo/samples.jsonl"
+    for arguments, said in (
+        (["e.yaml", "reward.use_peft=false"], "experts are LoRA adapters on one base; set reward.use_peft: true"),
+        (["e.yaml", "reward.expert_weights={a: 1, b: 2}"], "a gate finds its own"),
+        (["m.yaml", f"reward.meta_samples={single}"], "none has two different responses"),
+        (["m.yaml", "reward.meta_samples=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["r.yaml", f"reward.meta_samples={single}"], "nobody reads them without reward.meta: true"),
+    ):
+        result = rlhf("reward", *arguments, "--out", "x", cwd=tmp_path)
+        assert result.returncode == 2, (said, result.stderr[-2000:])
+        assert said in result.stderr
+        assert not (tmp_path / "x").exists(), said

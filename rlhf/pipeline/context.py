@@ -1,0 +1,104 @@
+"""What a stage function may look at, and the files that stages hand each other."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from rlhf.evaluation.gold import GoldFunction, load_gold
+from rlhf.evaluation.pairs import JudgedPairs
+from rlhf.lab.world import gold as lab_gold
+from rlhf.ppo.config import PPOConfig
+from rlhf.recipe.schema import Recipe
+
+STRENGTH = "strength.jsonl"
+
+
+@dataclass
+class StageContext:
+    """What a stage function may look at.
+
+    Attributes:
+        folder: to write into.
+        parents: role → folder of a finished stage.
+        say: tell the person at the terminal.
+        is_main: whether this process writes files (with several processes, one does).
+    """
+
+    recipe: Recipe
+    folder: Path
+    parents: dict[str, Path]
+    say: Callable[[str], None]
+    is_main: bool = True
+
+    @property
+    def data(self) -> Path:
+        """Folder of the canonical data files."""
+        return self.parents["data"] / "data"
+
+    @property
+    def sft_model(self) -> str | Path:
+        """The policy that reward model and PPO start from: what SFT made, or the backbone where there is no SFT."""
+        return self.parents["sft"] / "model" if "sft" in self.parents else base_model(self)
+
+    def settings(self, section: str) -> dict[str, Any]:
+        """TRL's keys of a stage, and the revision of the backbone, which is a setting of its own here."""
+        recipe = self.recipe
+        keys = recipe.vote_settings() if section == "vote" else getattr(recipe, section).trl_settings()
+        revision = recipe.backbone.revision
+        return keys if revision is None else {**keys, "model_revision": revision}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How answers are sampled outside PPO: lengths as in PPO, and twice a rollout at once (no backward pass follows)."""
+        settings = self.recipe.ppo.trl_settings()
+        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+        lengths = ("max_completion_length", "max_prompt_length")
+        batch_size = 2 * math.prod(settings.get(name, getattr(PPOConfig, name)) for name in sizes)
+        answer, prompt = (settings.get(name, getattr(PPOConfig, name)) for name in lengths)
+        return {"batch_size": batch_size, "max_new_tokens": answer, "max_prompt_length": prompt}
+
+    def gold(self) -> GoldFunction | None:
+        """The true reward, where there is one."""
+        if self.recipe.evaluate.gold is not None:
+            return load_gold(self.recipe.evaluate.gold)
+        return lab_gold if self.recipe.lab is not None else None
+
+
+def base_model(context: StageContext) -> str | Path:
+    """The base model's folder if this run made it, else the recipe's hub id or folder."""
+    for role in ("base", "lab"):
+        if role in context.parents:
+            return context.parents[role] / "model"
+    assert context.recipe.backbone.model is not None, "the recipe's check wants a backbone, a lab or from_scratch"
+    return context.recipe.backbone.model
+
+
+def gold_differences(judged: JudgedPairs, gold: GoldFunction | None) -> list[float] | None:
+    """True reward of each chosen answer minus that of the rejected one."""
+    if gold is None:
+        return None
+    sides = [[row[side][0]["content"] for row in judged.rows] for side in ("chosen", "rejected")]
+    return [a - b for a, b in zip(*(gold(judged.prompts, texts) for texts in sides), strict=True)]
+
+
+def held_out(context: StageContext, name: str) -> Dataset:
+    """Rows for evaluation during training, as many as are judged at the end."""
+    rows = read_jsonl(context.data / f"{name}.jsonl")[: context.recipe.evaluate.prompts]
+    kept = [{key: row[key] for key in ("prompt", "chosen", "rejected") if key in row} for row in rows]
+    return Dataset.from_list(kept)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file of ours."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """All rows at once; the stage's manifest is what says that the file is whole."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

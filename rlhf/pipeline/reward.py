@@ -1,0 +1,238 @@
+"""The reward stages: answers of the present policy for MetaRM, and the reward model or its experts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+from trl import ModelConfig, RewardConfig
+
+from rlhf.data.read import ReadReport, read_rows
+from rlhf.errors import UserError
+from rlhf.evaluation.pairs import judge_pairs, pair_report
+from rlhf.models.generate import sample_texts
+from rlhf.models.load import build_reward_model, load_policy, load_tokenizer, score_head
+from rlhf.models.save import save_model
+from rlhf.pipeline.context import STRENGTH, StageContext, gold_differences, held_out, read_jsonl, write_jsonl
+from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
+from rlhf.pipeline.training import split_settings, train, training_arguments
+from rlhf.reward.contrastive import ContrastiveRewardTrainer
+from rlhf.reward.correct import Correction, attach_strength, corrected
+from rlhf.reward.experts import fit_gate, merge_experts, open_experts, save_experts
+from rlhf.reward.meta import MetaRewardTrainer, group_samples
+from rlhf.reward.model import calibrate_reward_model, position_limit
+from rlhf.reward.noise import NoiseEstimate
+from rlhf.reward.trainer import PairRewardTrainer, training_columns
+
+CALIBRATION_SAMPLES = 256
+Rows = list[dict[str, Any]]
+Samples = tuple[list[tuple[Any, str]], list[bool]]  # (prompt, answer), and whether it ended
+
+
+def run_sample(context: StageContext) -> dict[str, Any]:
+    """Several answers of the present policy to each of some training prompts: what MetaRM climbs on. No labels."""
+    recipe = context.recipe
+    model_config, _ = split_settings(context.settings("ppo"))
+    set_seed(recipe.seed)
+    sft = context.sft_model
+    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
+    policy = load_policy(sft, model_config, trainable=False).to(_device(context)).eval()
+    some = read_jsonl(context.data / "prompts.jsonl")[: recipe.reward.meta_pool]
+    prompts = [row["prompt"] for row in some for _ in range(recipe.reward.meta_responses)]
+    texts, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
+    rows = zip(prompts, texts, ended, strict=True)
+    write_jsonl(context.folder / "samples.jsonl", [{"prompt": p, "completion": t, "ended": e} for p, t, e in rows])
+    return {"prompts": len(some), "samples": len(texts), "share_without_eos": 1 - sum(ended) / len(ended)}
+
+
+def run_reward(context: StageContext) -> dict[str, Any]:
+    """A reward model on the pairs, its scale on SFT samples, and its accuracy on held-out pairs."""
+    recipe, out = context.recipe, context.folder / "model"
+    model_config, _ = split_settings(context.settings("reward"))
+
+    # 1. The pairs, corrected by the vote where there is one; then one model, or one expert for each source of pairs.
+    rows, flipped = training_pairs(context)
+    domains = _domains(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None
+    is_decoder = True
+    if domains is None:
+        trainer = _fit(context, rows, context.folder, "reward")
+        is_decoder = score_head(trainer.model) is not None
+        facts: dict[str, Any] = {"pairs": len(trainer.train_dataset), "dropped_too_long": trainer.dropped_too_long}
+        if context.is_main:
+            save_model(trainer.model, trainer.processing_class, out)
+        del trainer
+    else:
+        facts = {"dropped_too_long": _fit_experts(context, domains, out), "experts": list(domains), "pairs": len(rows)}
+    if not context.is_main:
+        return {}
+
+    # 2. Its scale: mean and deviation of the scores of the model as saved, on answers of the SFT policy.
+    samples = _calibration_samples(context, model_config, is_decoder=is_decoder)
+    if domains is not None:
+        _combine(context, domains, samples, out)
+    card = {"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit}
+    reward = calibrate_reward_model(out, samples=samples[0], ended=samples[1], facts=card, device=_device(context))
+
+    # 3. Held-out pairs.
+    test = read_jsonl(context.data / "test_pairs.jsonl")
+    judged = judge_pairs(reward, test, label="reward: held-out pairs")
+    report = pair_report(judged, gold_differences=gold_differences(judged, context.gold()))
+    write_jsonl(context.folder / "samples.jsonl", judged.samples())
+    context.say(
+        f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
+        f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
+    )
+    return {**facts, "flipped": flipped, "mean": reward.mean, "std": reward.std, **report}
+
+
+def training_pairs(context: StageContext) -> tuple[Rows, int | None]:
+    """The pairs, corrected by the vote where there is one, and how many were flipped."""
+    rows = read_jsonl(context.data / "pairs.jsonl")
+    strength, noise = None, None
+    if "vote" in context.parents:
+        strength = attach_strength(rows, read_jsonl(context.parents["vote"] / STRENGTH))
+        manifest = json.loads((context.parents["vote"] / MANIFEST).read_text(encoding="utf-8"))
+        noise = NoiseEstimate(**manifest["facts"]["noise"])
+    return corrected(rows, Correction(**context.recipe.reward.correction()), strength, noise)
+
+
+def _fit(context: StageContext, rows: Rows, folder: Path, label: str) -> PairRewardTrainer:
+    """Train one reward model on some pairs."""
+    recipe, how, sft = context.recipe, context.recipe.reward, context.sft_model
+    model_config, settings = split_settings(context.settings("reward"))
+    settings.setdefault("num_train_epochs", 1)
+    args = training_arguments(RewardConfig, settings, folder, recipe.seed)
+    set_seed(recipe.seed)
+    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
+    model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
+    if args.max_length is not None:
+        args.max_length = min(args.max_length, position_limit(model, tokenizer))
+    arguments: dict[str, Any] = {
+        "train_dataset": Dataset.from_list(training_columns(rows)),
+        "eval_dataset": held_out(context, "test_pairs") if args.eval_strategy != "no" else None,
+        "processing_class": tokenizer,
+        "flip_rate": how.flip_rate,
+    }
+    if how.meta:
+        samples, dropped = group_samples(_meta_rows(context))
+        if dropped and context.is_main:
+            left_out = ", ".join(f"{count} with {reason}" for reason, count in dropped.items())
+            context.say(f"{label}: left out of {len(samples) + sum(dropped.values())} meta prompts: {left_out}.")
+        trainer: PairRewardTrainer = MetaRewardTrainer(
+            model, args, meta_samples=samples, **how.ascent(), **how.contrast(), **arguments
+        )
+    elif how.extra is not None:
+        trainer = ContrastiveRewardTrainer(model, args, **how.contrast(), **arguments)
+    else:
+        trainer = PairRewardTrainer(model, args, **arguments)
+    train(trainer, folder, label=label, say=context.say)
+    return trainer
+
+
+def _device(context: StageContext) -> str:
+    on_cpu = context.settings("reward").get("use_cpu", not torch.cuda.is_available())
+    return "cpu" if on_cpu else "cuda"
+
+
+def _meta_rows(context: StageContext) -> Rows:
+    """Answers of the present policy: sampled by this run, or those of an earlier one that the recipe names."""
+    file = context.recipe.reward.meta_samples
+    if file is not None:
+        return [row for _, row in read_rows(file, ReadReport(file))]
+    return read_jsonl(context.parents["sample"] / "samples.jsonl")
+
+
+def _domains(rows: Rows, weights: dict[str, float] | None) -> dict[str, Rows]:
+    """Pairs by their `source`, in alphabetical order.
+
+    Raises:
+        UserError: a pair has none, or all have the same; fixed weights are for other sources.
+    """
+    found: dict[str, Rows] = {}
+    for row in rows:
+        found.setdefault(str(row.get("source") or ""), []).append(row)
+    if "" in found or len(found) < 2:
+        raise UserError(
+            f"reward.experts: an expert is trained on the pairs of one `source`; here {len(found.get('', []))} of {len(rows)} "
+            f"pairs have none, the others {len(set(found) - {''})} different ones. Name several files under data.preferences, "
+            "or give the rows a column `source`."
+        )
+    if weights is not None and set(weights) != set(found):
+        raise UserError(f"reward.expert_weights: names {sorted(weights)}, but the pairs come from {sorted(found)}.")
+    return dict(sorted(found.items()))
+
+
+def _fit_experts(context: StageContext, domains: dict[str, Rows], out: Path) -> int:
+    """Train the experts one after the other, each kept when it is done; how many pairs were too long."""
+    dropped = steps = 0
+    for number, (name, rows) in enumerate(domains.items()):
+        kept, folder = out / f"expert-{number}", context.folder / CHECKPOINTS / f"expert-{number}"
+        if kept.is_dir():
+            context.say(f"reward: expert {name} was trained before")
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer = _fit(context, rows, folder, f"expert {name}")
+        dropped += trainer.dropped_too_long
+        if context.is_main:
+            beside = folder / "saved"
+            shutil.rmtree(beside, ignore_errors=True)
+            save_model(trainer.model, trainer.processing_class, beside)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            beside.replace(kept)
+            with (context.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                for row in read_jsonl(folder / "metrics.jsonl"):
+                    if "step" in row:
+                        file.write(json.dumps({**row, "step": row["step"] + steps, "expert": name}) + "\n")
+        steps += trainer.state.global_step
+    return dropped
+
+
+def _combine(context: StageContext, domains: dict[str, Rows], samples: Samples, out: Path) -> None:
+    """Put the experts on one scale, and find how they are combined."""
+    how, count = context.recipe.reward, len(domains)
+    wanted = how.expert_weights
+    weights = [1 / count] * count if wanted is None else [wanted[name] for name in domains]
+
+    # 1. Each expert's scale on SFT samples.
+    tokenizer = load_tokenizer(out / "expert-0", conversational=True)
+    tokenizer.save_pretrained(out)
+    save_experts(out, list(domains), torch.tensor([[0.0, 1.0]] * count), weights=weights, gate=None)
+    in_4_bit = split_settings(context.settings("reward"))[0].load_in_4bit
+    experts = open_experts(out, tokenizer, conversational=True, load_in_4bit=in_4_bit)
+    raw = experts.score_each([p for p, _ in samples[0]], [text for _, text in samples[0]], ended=samples[1])
+    scales = torch.stack([raw.mean(dim=0), raw.std(dim=0, correction=0).clamp(min=1e-6)], dim=1)
+
+    # 2. One adapter, fixed weights, or a gate fitted on all pairs without saying which domain they are from.
+    if how.experts == "merged":
+        scaled = [weight / std for weight, std in zip(weights, scales[:, 1].tolist(), strict=True)]
+        del experts
+        merge_experts([out / f"expert-{number}" for number in range(count)], weights, scaled, out)
+        (out / "experts.json").unlink()
+        return
+    gate = None
+    if how.experts == "gate":
+        rows = [row for domain in domains.values() for row in domain]
+        prompts = [row["prompt"] for row in rows]
+        sides = [experts.score_each(prompts, [r[side][0]["content"] for r in rows]) for side in ("chosen", "rejected")]
+        gate = fit_gate(experts.prompt_features(prompts), (sides[0] - sides[1]) / scales[:, 1])
+    save_experts(out, list(domains), scales, weights=None if gate else weights, gate=gate)
+
+
+def _calibration_samples(context: StageContext, model_config: ModelConfig, *, is_decoder: bool) -> Samples:
+    """Answers of the SFT policy. An encoder has no policy beside it; there it is the answers of the pairs."""
+    set_seed(context.recipe.seed)
+    sft = context.sft_model
+    if is_decoder:
+        policy = load_policy(sft, model_config, trainable=False).to(_device(context)).eval()
+        tokenizer = load_tokenizer(sft, conversational=True, revision=context.recipe.backbone.revision)
+        prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
+        answers, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
+    else:
+        some = read_jsonl(context.data / "pairs.jsonl")[: CALIBRATION_SAMPLES // 2]
+        prompts = [row["prompt"] for row in some for _ in range(2)]
+        answers = [row[side][0]["content"] for row in some for side in ("chosen", "rejected")]
+        ended = [True] * len(answers)
+    return list(zip(prompts, answers, strict=True)), ended

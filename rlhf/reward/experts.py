@@ -1,0 +1,241 @@
+"""Experts: one LoRA adapter and head per distribution of preferences on one base, combined into one reward.
+
+A new distribution is served without labels: the gate looks at the prompt alone and never sees which domain it is from.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.models.load import load_scorer
+from rlhf.models.save import ADAPTER_BASE, check_base
+from rlhf.models.score import score_rows
+from rlhf.models.text import Prompt
+from rlhf.reward.model import RewardModel
+
+EXPERTS, GATE = "experts.json", "gate.safetensors"
+Combination = Literal["gate", "weights", "merged"]
+
+
+@dataclass
+class Gate:
+    """Weights over experts by what a prompt is about: softmax(W z + b), z its standardised features.
+
+    Attributes:
+        mean, scale: [h] of the training prompts' features.
+        weight, bias: [E, h], [E].
+        radius: root mean square of z that 99.9 % of the training prompts stay within.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+    radius: Tensor
+
+    def __call__(self, features: Tensor) -> tuple[Tensor, int]:
+        """Weights [n, E] of prompts with features [n, h], and how many of these are unlike any seen in training."""
+        z = (features - self.mean) / self.scale
+        strange = int((z.pow(2).mean(dim=1).sqrt() > self.radius).sum())
+        return torch.softmax(z @ self.weight.T + self.bias, dim=1), strange
+
+
+def fit_gate(features: Tensor, differences: Tensor, *, decay: float = 0.01) -> Gate:
+    """The gate under which the experts' mixture explains the pairs best: Bradley-Terry on Σ_e w_e d_e, scaled.
+
+    Args:
+        features: [n, h] of each pair's prompt.
+        differences: [n, E] what each expert scores the chosen answer above the rejected one, on its own scale.
+        decay: of W, times its squared length; b and the scale are free.
+    """
+    mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    z = (features - mean) / scale
+    weight = torch.zeros(differences.shape[1], z.shape[1], requires_grad=True)
+    bias = torch.zeros(differences.shape[1], requires_grad=True)
+    log_sharpness = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias, log_sharpness], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        mixed = (torch.softmax(z @ weight.T + bias, dim=1) * differences).sum(dim=1)
+        value = softplus(-mixed * log_sharpness.exp()).mean() + decay * weight.pow(2).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    radius = z.pow(2).mean(dim=1).sqrt().quantile(0.999)
+    return Gate(mean, scale, weight.detach(), bias.detach(), radius)
+
+
+class ExpertRewards(RewardModel):
+    """Several experts behind the interface of one reward model; each score is standardised before they are combined.
+
+    Attributes:
+        names: of the experts, one a distribution.
+        scales: [E, 2] mean and deviation of each expert's scores on SFT samples.
+        weights: [E] fixed ones, or None where the gate decides.
+        unfamiliar: how many scored prompts so far were unlike any that the gate was made on.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        names: Sequence[str],
+        scales: Tensor,
+        weights: Tensor | None = None,
+        gate: Gate | None = None,
+        conversational: bool = False,
+    ):
+        super().__init__(model, tokenizer, conversational=conversational)
+        self.names, self.scales, self.weights, self.gate = list(names), scales, weights, gate
+        self.unfamiliar = 0
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Combined scores [n], float32 on the CPU, in the order given."""
+        return (self.weights_of(prompts) * self.score_each(prompts, responses, ended=ended)).sum(dim=1)
+
+    def score_each(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> Tensor:
+        """What each expert says, standardised, [n, E]."""
+        rows = self.encode(prompts, responses, ended)
+        columns = []
+        for number in range(len(self.names)):
+            self._activate(number)
+            columns.append(score_rows(self.model, rows, pad_token_id=self._pad, batch_size=self.batch_size))
+        self._activate(0)
+        return (torch.stack(columns, dim=1) - self.scales[:, 0]) / self.scales[:, 1]
+
+    def weights_of(self, prompts: Sequence[Prompt]) -> Tensor:
+        """How much each expert counts for each prompt, [n, E], rows summing to 1 (fixed weights: to what they sum to)."""
+        if self.gate is None:
+            assert self.weights is not None, "either a gate or fixed weights"
+            return self.weights.expand(len(prompts), -1)
+        weights, strange = self.gate(self.prompt_features(prompts))
+        if strange and not self.unfamiliar:
+            warnings.warn(
+                f"experts: {strange} of {len(prompts)} prompts are unlike any that the gate was made on; they are scored, with "
+                "weights that nothing vouches for.",
+                stacklevel=3,
+            )
+        self.unfamiliar += strange
+        return weights
+
+    @torch.no_grad()
+    def prompt_features(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Mean of the base model's last hidden states over a prompt's tokens, adapters off, [n, h]."""
+        rows = self.encode(prompts, [""] * len(prompts), [False] * len(prompts))
+        model: Any = self.model
+        inner = model.base_model.model
+        backbone = getattr(inner, inner.base_model_prefix)
+        device = next(model.parameters()).device
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found: dict[int, Tensor] = {}
+        with model.disable_adapter():
+            for start in range(0, len(order), self.batch_size):
+                index = order[start : start + self.batch_size]
+                ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True)
+                lengths = torch.tensor([len(rows[i]) for i in index])
+                mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+                hidden = backbone(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+                ).last_hidden_state.float()
+                pooled = (hidden.cpu() * mask[..., None]).sum(dim=1) / lengths[:, None]
+                found.update(zip(index, pooled, strict=True))
+        return torch.stack([found[i] for i in range(len(rows))])
+
+    def _activate(self, number: int) -> None:
+        model: Any = self.model
+        model.set_adapter(adapter_name(number), inference_mode=True)
+
+    @property
+    def _pad(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        assert isinstance(pad, int), "check_tokenizer wants one"
+        return pad
+
+
+def adapter_name(number: int) -> str:
+    """PEFT's name of an expert; the first has PEFT's own default name, as a single reward model's adapter has."""
+    return "default" if number == 0 else f"expert-{number}"
+
+
+def open_experts(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *, conversational: bool, load_in_4bit: bool = False
+) -> ExpertRewards:
+    """Read experts that `save_experts` wrote, all on one base.
+
+    Raises:
+        UserError: an expert's base is not the one it was trained on, or its head is missing.
+    """
+    facts = json.loads((folder / EXPERTS).read_text(encoding="utf-8"))
+    folders = [folder / f"expert-{number}" for number in range(len(facts["names"]))]
+    model: Any = load_scorer(folders[0], load_in_4bit=load_in_4bit)
+    base = model.peft_config["default"].base_model_name_or_path
+    for number, other in enumerate(folders[1:], start=1):
+        check_base(str(other), base, model.peft_config["default"].revision)
+        model.load_adapter(other, adapter_name(number))
+    model.eval().requires_grad_(False)
+    weights = None if facts["weights"] is None else torch.tensor(facts["weights"])
+    gate = Gate(**load_file(folder / GATE)) if facts["weights"] is None else None
+    scales = torch.tensor(facts["scales"])
+    return ExpertRewards(
+        model, tokenizer, names=facts["names"], scales=scales, weights=weights, gate=gate, conversational=conversational
+    )
+
+
+def save_experts(
+    folder: Path, names: Sequence[str], scales: Tensor, *, weights: Sequence[float] | None, gate: Gate | None
+) -> None:
+    """Write how the experts in `folder/expert-0`, `expert-1`, … are combined."""
+    facts = {"names": list(names), "scales": scales.tolist(), "weights": None if weights is None else list(weights)}
+    (folder / EXPERTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if gate is not None:
+        save_file({name: value.contiguous() for name, value in vars(gate).items()}, folder / GATE)
+
+
+def merge_experts(folders: Sequence[Path], weights: Sequence[float], head_weights: Sequence[float], out: Path) -> None:
+    """One adapter whose change of the base is the weighted sum of the experts' changes, and whose head that of their heads.
+
+    Heads have weights of their own, since each expert's scores have a scale of their own.
+
+    Exact: Σ_e w_e B_e A_e is the product of the stacked matrices [w_1 B_1, w_2 B_2, …] and [A_1; A_2; …].
+
+    Raises:
+        UserError: an expert holds weights that can't be added up like that, or has another shape.
+    """
+    parts = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    config = json.loads((folders[0] / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("use_rslora") or config.get("use_dora"):
+        raise UserError("reward.experts: merged adds up plain LoRA; rsLoRA and DoRA scale by their own norms.")
+    if any(set(part) != set(parts[0]) for part in parts):
+        raise UserError("reward.experts: merged needs experts of the same shape.")
+    merged = {}
+    for name in parts[0]:
+        if "lora_A" in name:
+            merged[name] = torch.cat([part[name] for part in parts])
+        elif "lora_B" in name:
+            merged[name] = torch.cat([w * part[name] for w, part in zip(weights, parts, strict=True)], dim=1)
+        else:
+            heads = [w * part[name] for w, part in zip(head_weights, parts, strict=True)]
+            merged[name] = torch.stack(heads).sum(dim=0)
+    out.mkdir(parents=True, exist_ok=True)
+    config |= {"r": config["r"] * len(parts), "lora_alpha": config["lora_alpha"] * len(parts)}  # the scale stays
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file({name: value.contiguous() for name, value in merged.items()}, out / "adapter_model.safetensors")
+    (out / ADAPTER_BASE).write_bytes((folders[0] / ADAPTER_BASE).read_bytes())
