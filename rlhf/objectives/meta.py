@@ -1,7 +1,5 @@
 """MetaRM's meta-objective (arXiv:2405.00438): how well rewards tell apart the answers that the present policy gives."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -28,7 +26,7 @@ def reward_spread(rewards: Tensor) -> Tensor:
     return 2 / k**2 * torch.sigmoid((rewards[:, first] - rewards[:, second]).abs()).sum(dim=1)
 
 
-def ascent(gradients: Sequence[Tensor], *, step: float, normalized: bool) -> list[Tensor]:
+def ascent(gradients: list[Tensor], *, step: float, normalized: bool) -> list[Tensor]:
     """What is added to each parameter to go uphill: η ∇J, or η ∇J / ‖∇J‖ over all parameters together.
 
     The paper's step is the plain one with η = 5e-6, which moves next to nothing; normalised, η is the length of the step
