@@ -62,8 +62,16 @@ def test_every_shipped_recipe_is_valid_and_can_be_executed() -> None:
         recipe = load_recipe(file)
         assert os.access(file, os.X_OK), file
         if file.parent.name == "lab":
-            named = "likelihood" if recipe.reward.flip_rate > 0 else recipe.reward.objective
-            assert named == file.stem
+            how = recipe.reward
+            parts = {
+                "likelihood": how.flip_rate > 0,
+                "meta": how.meta,
+                "experts": how.experts is not None,
+                str(how.extra): how.extra is not None,
+                how.objective: how.objective != "bt",
+            }
+            named = [part for part, is_set in parts.items() if is_set]
+            assert file.stem == (named[0] if len(named) == 1 else "combined")
 
 
 def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
