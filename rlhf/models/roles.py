@@ -1,13 +1,13 @@
 """The four roles of PPO. Policy and critic are trained in one container; the reference is frozen; the reward is text in, score out.
 
-Two layouts answer to the same interface: separate models (here), and one backbone with adapters, where the reference is
-the policy's own model under another adapter.
+Two layouts answer to the same interface: separate models, and one backbone whose adapters are the roles (`AdapterHead`,
+and a reference that is the policy's own model under another adapter; `rlhf.ppo.backbone` puts them there).
 """
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from rlhf._trl import entropy_from_logits, selective_log_softmax
 from rlhf.models.score import token_scores
 
-POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
+POLICY_ADAPTER, REFERENCE_ADAPTER, CRITIC_ADAPTER, REWARD_ADAPTER = "default", "reference", "critic", "reward"
+ROLES = ("policy", "critic")
 
 
 class TokenOutputs(NamedTuple):
@@ -28,11 +29,12 @@ class TokenOutputs(NamedTuple):
         logprobs: [b, r] log π(token), nats, at the sampling temperature.
         entropy: [b, r] nats, without gradient.
         values: [b, r] V before the token was chosen, in normalised score units.
+    A role that was not asked is None.
     """
 
-    logprobs: Tensor
-    entropy: Tensor
-    values: Tensor
+    logprobs: Any
+    entropy: Any
+    values: Any
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -72,12 +74,53 @@ def response_logprobs(
     return logprobs, entropy
 
 
+class AdapterHead(nn.Module):
+    """A scalar role on the policy's backbone: an adapter there, and a linear head of its own.
+
+    Attributes:
+        policy: holds the backbone; no submodule of this one, so that it is saved and counted once.
+        adapter: its name there.
+    """
+
+    def __init__(self, policy: PeftModel, adapter: str, head: nn.Linear):
+        super().__init__()
+        self.head, self.adapter = head, adapter
+        self._policy = [policy]
+
+    @property
+    def policy(self) -> Any:
+        """The PEFT model whose base this role lives on."""
+        return self._policy[0]
+
+    def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The adapter's weights, by their names in the policy."""
+        return [(name, p) for name, p in self.policy.named_parameters() if f".{self.adapter}." in name]
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Adapter and head."""
+        return [p for _, p in self.adapter_parameters()] + list(self.head.parameters())
+
+    def active(self) -> Any:
+        """The context in which the backbone acts for this role; its backward belongs inside too."""
+        return active_adapter(self.policy, self.adapter)
+
+    def token_scores(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """The head at every token, [b, t], under whichever adapter is active."""
+        inner = self.policy.base_model.model
+        hidden = getattr(inner, inner.base_model_prefix)(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        scores: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        return scores
+
+
 class PolicyAndCritic(nn.Module):
-    """The trainable roles in one module, so that one optimizer, one wrapper and one backward serve both.
+    """The trainable roles in one module, so that one optimizer and one wrapper serve both.
 
     Args:
         policy: a causal model.
-        critic: a decoder with a linear `score` head, usually a copy of the reward model.
+        critic: a decoder with a linear `score` head, usually a copy of the reward model; or a role on the policy's
+            backbone.
         value_mean, value_std: the scores' mean and deviation on SFT samples; values are given in these units, so that
             a critic that starts as the reward model predicts normalised rewards from its first step.
     """
@@ -92,18 +135,49 @@ class PolicyAndCritic(nn.Module):
         """The policy's configuration: what the Trainer asks of a model."""
         return self.policy.config
 
+    @property
+    def shares_backbone(self) -> bool:
+        """Whether both roles are adapters on one base; then only one of them may be between forward and backward."""
+        return isinstance(self.critic, AdapterHead)
+
+    def role_parameters(self, role: str) -> list[nn.Parameter]:
+        """What is trained for a role."""
+        critic = (
+            self.critic.own_parameters() if isinstance(self.critic, AdapterHead) else list(self.critic.parameters())
+        )
+        others = {id(p) for p in critic}
+        chosen = critic if role == "critic" else [p for p in self.policy.parameters() if id(p) not in others]
+        return [p for p in chosen if p.requires_grad]
+
+    def acting(self, role: str) -> Any:
+        """The context of a role's forward and backward."""
+        return self.critic.active() if role == "critic" and isinstance(self.critic, AdapterHead) else nullcontext()
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_length: int,
+        temperature: float,
+        roles: Sequence[str] = ROLES,
     ) -> TokenOutputs:
-        """Both roles on the same tokens: prompts padded on the left, answers of width `response_length` on the right."""
-        logprobs, entropy = response_logprobs(self.policy, input_ids, attention_mask, response_length, temperature)
-        scores = token_scores(self.critic, input_ids, attention_mask, position_ids(attention_mask)).float()
-        values = (scores[:, -response_length - 1 : -1] - self.value_mean) / self.value_std
+        """Both roles, or one, on the same tokens: prompts padded on the left, answers of width `response_length` on the right."""
+        logprobs = entropy = values = None
+        if "policy" in roles:
+            logprobs, entropy = response_logprobs(self.policy, input_ids, attention_mask, response_length, temperature)
+        if "critic" in roles:
+            positions = position_ids(attention_mask)
+            with self.acting("critic"):
+                if isinstance(self.critic, AdapterHead):
+                    scores = self.critic.token_scores(input_ids, attention_mask, positions).float()
+                else:
+                    scores = token_scores(self.critic, input_ids, attention_mask, positions).float()
+            values = (scores[:, -response_length - 1 : -1] - self.value_mean) / self.value_std
         return TokenOutputs(logprobs, entropy, values)
 
     def gradient_checkpointing_enable(self, **arguments: Any) -> None:
         """Switch on checkpointing in both roles."""
-        models: list[Any] = [self.policy, self.critic]
+        models: list[Any] = [self.policy] if self.shares_backbone else [self.policy, self.critic]
         for model in models:
             model.gradient_checkpointing_enable(**arguments)
             if isinstance(model, PeftModel):

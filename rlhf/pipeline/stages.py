@@ -163,7 +163,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     gold = context.gold()
     trainer = PPOTrainer(
         load_policy(sft, model_config),
-        load_reward_model(context.parents["reward"] / "model", device=args.device),
+        str(context.parents["reward"] / "model"),
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
         processing_class=tokenizer,

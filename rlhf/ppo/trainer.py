@@ -8,7 +8,8 @@ resumed run restores the random state exactly where the next rollout begins.
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
-    TrainerState,
     set_seed,
 )
 
@@ -33,6 +33,8 @@ from rlhf.models.generate import Completions, generate
 from rlhf.models.load import score_head
 from rlhf.models.roles import (
     POLICY_ADAPTER,
+    ROLES,
+    AdapterHead,
     PolicyAndCritic,
     Reference,
     TokenOutputs,
@@ -44,59 +46,13 @@ from rlhf.objectives.advantage import generalized_advantage, token_rewards
 from rlhf.objectives.kl import kl_k1, kl_k3
 from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
 from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, explained_variance
+from rlhf.ppo.backbone import on_backbone, restore_role, save_role, sharing_obstacle
+from rlhf.ppo.batches import EndOfRollout, RolloutBatches
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.rewards import RewardFunction, RewardSource
-from rlhf.ppo.rollout import Experience, Rollout, Sample, hash_seed, prompt_indices, shuffled_minibatches
+from rlhf.ppo.rollout import Experience, Rollout, Sample, hash_seed, prompt_indices
 
 STATE_FILE = "ppo_state.json"
-
-
-class RolloutBatches:
-    """The training dataloader: iterating it samples one rollout and yields `steps_per_rollout x accumulation` micro-batches."""
-
-    def __init__(self, trainer: "PPOTrainer", dataset: Dataset):
-        self.trainer, self.dataset = trainer, dataset
-        self.batch_size = trainer.args.per_device_train_batch_size
-        self.rollout_index = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch, that is, before each rollout."""
-        self.rollout_index = epoch
-
-    def __len__(self) -> int:
-        return self.trainer.args.steps_per_rollout * self.trainer.args.gradient_accumulation_steps
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        args = self.trainer.args
-        rollout = self.trainer.rollout(self.trainer.prompts_of(self.rollout_index))
-        for epoch in range(args.num_ppo_epochs):
-            for minibatch in shuffled_minibatches(
-                args.local_rollout_size, args.num_mini_batches, seed=args.seed, rollout=self.rollout_index, epoch=epoch
-            ):
-                for index in minibatch.split(args.per_device_train_batch_size):
-                    yield rollout.rows(index)
-
-
-class EndOfRollout(TrainerCallback):
-    """Move what the Trainer wants to do after a step (log, evaluate, save) to the end of the rollout.
-
-    In the middle of a rollout a checkpoint could not be resumed: the experience is not part of it.
-    """
-
-    def __init__(self) -> None:
-        self.wanted = {"should_log": False, "should_evaluate": False, "should_save": False}
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Remember and postpone."""
-        for name in self.wanted:
-            self.wanted[name] |= getattr(control, name)
-            setattr(control, name, False)
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Do it now."""
-        for name, wanted in self.wanted.items():
-            setattr(control, name, getattr(control, name) or wanted)
-            self.wanted[name] = False
 
 
 class PPOTrainer(BaseTrainer):
@@ -182,20 +138,10 @@ class PPOTrainer(BaseTrainer):
         self.reference: Reference = make_reference(model, adapter_was_trained=adapter_was_trained)
 
         # 3. Rewards and critic.
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        tokenizers = (
-            reward_processing_classes
-            if isinstance(reward_processing_classes, list)
-            else [reward_processing_classes] * len(functions)
-        )
-        self.reward_sources = [RewardSource(f, t) for f, t in zip(functions, tokenizers, strict=True)]
-        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(functions))
-        if len(self.reward_weights) != len(functions):
-            raise UserError(
-                f"ppo: reward_weights has {len(self.reward_weights)} entries for {len(functions)} reward functions."
-            )
         self.monitors = dict(monitor_funcs or {})
-        critic = self._check_critic(critic, processing_class)
+        critic = self._rewards_and_critic(
+            model, reward_funcs, reward_processing_classes, critic, processing_class, args.reward_weights
+        )
         mean, std = self.reward_sources[0].scale if args.normalize_reward else (0.0, 1.0)
         container = PolicyAndCritic(model, critic, value_mean=mean, value_std=std)
         if args.disable_dropout:
@@ -236,6 +182,36 @@ class PPOTrainer(BaseTrainer):
         self._sums: dict[str, list[float]] = {}
         self.latest_samples: list[Sample] = []
         set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)
+
+    def _rewards_and_critic(
+        self,
+        policy: nn.Module,
+        reward_funcs: Any,
+        reward_processing_classes: Any,
+        critic: nn.Module | None,
+        processing_class: PreTrainedTokenizerBase,
+        weights: list[float] | None,
+    ) -> nn.Module:
+        """Set up the reward sources, and give back the critic; both on the policy's base where that is possible."""
+        functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+        tokenizers = reward_processing_classes
+        if not isinstance(tokenizers, list):
+            tokenizers = [reward_processing_classes] * len(functions)
+        self.reward_weights = torch.tensor(weights or [1.0] * len(functions))
+        if len(self.reward_weights) != len(functions):
+            raise UserError(
+                f"ppo: reward_weights has {len(self.reward_weights)} entries for {len(functions)} reward functions."
+            )
+        if isinstance(policy, PeftModel) and isinstance(functions[0], str) and critic is None:
+            reason = sharing_obstacle(policy, functions[0], processing_class)
+            if reason is None:
+                functions[0], critic = on_backbone(policy, functions[0])
+            else:
+                warnings.warn(
+                    f"ppo: the policy's base is not shared with critic and reward model: {reason}.", stacklevel=3
+                )
+        self.reward_sources = [RewardSource(f, t) for f, t in zip(functions, tokenizers, strict=True)]
+        return critic if isinstance(critic, AdapterHead) else self._check_critic(critic, processing_class)
 
     def _check_critic(self, critic: nn.Module | None, processing_class: PreTrainedTokenizerBase) -> nn.Module:
         """The critic given, or a trainable copy of the first reward model, if it can read the policy's token ids."""
@@ -400,43 +376,69 @@ class PPOTrainer(BaseTrainer):
         tokens = torch.stack([batch["response_mask"].sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(tokens).sum()
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch: of both roles at once, or, on one backbone, of one after the other.
+
+        There each role's backward runs before the next adapter is switched on: with gradient checkpointing the
+        recomputation would otherwise use the last one, silently.
+        """
+        container = self.accelerator.unwrap_model(self.model)
+        if not container.shares_backbone:
+            return super().training_step(model, inputs, num_items_in_batch)
+        total = torch.zeros((), device=self.accelerator.device)
+        for role in ROLES:
+            with container.acting(role):
+                total += super().training_step(container, {**inputs, "roles": (role,)}, num_items_in_batch)
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            # The wrapper for several processes reduces after one backward; here there are two, so it is left out.
+            for parameter in container.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return total
+
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Clipped policy and value losses: a mean over the answer tokens of the whole optimizer step, on all processes."""
-        args, mask = self.args, inputs["response_mask"]
-        outputs = model(inputs["input_ids"], inputs["attention_mask"], mask.shape[1], args.temperature)
-        policy_losses = clipped_policy(
-            outputs.logprobs, inputs["logprobs_old"], inputs["advantages"], cliprange=args.cliprange
-        )
-        value_losses = clipped_value(
-            outputs.values, inputs["values_old"], inputs["returns"], cliprange=args.cliprange_value
-        )
-        keep = mask.to(policy_losses.dtype)
-        losses = torch.where(mask.bool(), policy_losses + value_losses, torch.zeros_like(policy_losses))
+        args, mask, roles = self.args, inputs["response_mask"], inputs.get("roles", ROLES)
+        outputs = model(inputs["input_ids"], inputs["attention_mask"], mask.shape[1], args.temperature, roles)
+        losses = torch.zeros(mask.shape, device=mask.device)
+        if "policy" in roles:
+            losses = losses + self._policy_losses(outputs.logprobs, inputs)
+        if "critic" in roles:
+            value_losses = clipped_value(
+                outputs.values, inputs["values_old"], inputs["returns"], cliprange=args.cliprange_value
+            )
+            losses = losses + value_losses
+            self._count("value_loss", torch.where(mask.bool(), value_losses.detach(), 0.0).sum(), mask.sum())
+        losses = torch.where(mask.bool(), losses, torch.zeros_like(losses))
         loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"ppo: the loss is {loss.item()} at step {self.state.global_step}; nothing was updated."
             )
+        return loss
 
+    def _policy_losses(self, logprobs: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Unreduced [b, r], and the numbers that describe the step."""
+        args, mask, logprobs_old = self.args, inputs["response_mask"], inputs["logprobs_old"]
+        losses = clipped_policy(logprobs, logprobs_old, inputs["advantages"], cliprange=args.cliprange)
         with torch.no_grad():
-            log_ratio = (outputs.logprobs - inputs["logprobs_old"]) * keep
-            tokens = keep.sum()
-            self._count("policy_loss", (policy_losses * keep).sum(), tokens)
-            self._count("value_loss", (value_losses * keep).sum(), tokens)
+            keep = mask.to(losses.dtype)
+            log_ratio, tokens = (logprobs - logprobs_old) * keep, keep.sum()
+            self._count("policy_loss", (losses * keep).sum(), tokens)
             self._count("approx_kl", 0.5 * (log_ratio**2).sum(), tokens)
-            clipped = clipped_share(outputs.logprobs, inputs["logprobs_old"], cliprange=args.cliprange)
+            clipped = clipped_share(logprobs, logprobs_old, cliprange=args.cliprange)
             self._count("clip_fraction", (clipped * keep).sum(), tokens)
             if self.state.global_step % args.steps_per_rollout == 0:
                 self._count("ratio_first", (log_ratio.exp() * keep).sum(), tokens)
-        return loss
+        return losses
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW with one learning rate for the policy and another for the critic."""
         if self.optimizer is None:
             optimizer: Any = super().create_optimizer(model)
-            critic = {id(p) for p in self.model.critic.parameters()}
+            critic = {id(p) for p in self.accelerator.unwrap_model(self.model).role_parameters("critic")}
             groups = []
             for group in optimizer.param_groups:
                 for is_critic, rate in ((False, self.args.learning_rate), (True, self.args.critic_learning_rate)):
@@ -451,10 +453,11 @@ class PPOTrainer(BaseTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip policy and critic apart: one norm over both would let the critic's gradient decide the policy's step."""
         container = self.accelerator.unwrap_model(model)
-        norm = self.accelerator.clip_grad_norm_(container.policy.parameters(), self.args.max_grad_norm)
-        critic = self.accelerator.clip_grad_norm_(container.critic.parameters(), self.args.max_grad_norm)
-        self._count("grad_norm_critic", critic, 1)
-        return norm
+        norms = [
+            self.accelerator.clip_grad_norm_(container.role_parameters(role), self.args.max_grad_norm) for role in ROLES
+        ]
+        self._count("grad_norm_critic", norms[1], 1)
+        return norms[0]
 
     # ---- Logging and evaluation ----
 
@@ -527,7 +530,10 @@ class PPOTrainer(BaseTrainer):
         container = self.accelerator.unwrap_model(self.model)
         selected = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(container.policy, PeftModel) else {}
         container.policy.save_pretrained(folder, **selected)
-        container.critic.save_pretrained(folder / "critic")
+        if isinstance(container.critic, AdapterHead):
+            save_role(container.critic, folder / "critic")
+        else:
+            container.critic.save_pretrained(folder / "critic")
         self.processing_class.save_pretrained(folder)
         (folder / STATE_FILE).write_text(json.dumps({"episodes": self.episodes}), encoding="utf-8")
 
@@ -535,5 +541,8 @@ class PPOTrainer(BaseTrainer):
         folder = Path(resume_from_checkpoint)
         container = self.accelerator.unwrap_model(self.model if model is None else model)
         load_weights(container.policy, folder)
-        load_weights(container.critic, folder / "critic")
+        if isinstance(container.critic, AdapterHead):
+            restore_role(container.critic, folder / "critic")
+        else:
+            load_weights(container.critic, folder / "critic")
         self.episodes = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["episodes"]

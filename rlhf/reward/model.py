@@ -144,11 +144,19 @@ def _template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
 
 
-def _read(folder: Path, facts: dict[str, Any], conversational: bool, device: str | torch.device | None) -> RewardModel:
+def _read(
+    folder: Path,
+    facts: dict[str, Any],
+    conversational: bool,
+    device: str | torch.device | None,
+    network: nn.Module | None = None,
+) -> RewardModel:
     """The network of a folder on its device: one model, or experts on one base."""
     from rlhf.reward.experts import EXPERTS, open_experts  # which are reward models themselves
 
     tokenizer = load_tokenizer(folder, conversational=conversational)
+    if network is not None:
+        return RewardModel(network, tokenizer, conversational=conversational)
     in_4_bit = bool(facts.get("load_in_4bit"))
     if (folder / EXPERTS).is_file():
         reward = open_experts(folder, tokenizer, conversational=conversational, load_in_4bit=in_4_bit)
@@ -165,20 +173,35 @@ def _place(model: Any, facts: dict[str, Any], device: str | torch.device | None)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def load_reward_model(path: str | Path, *, device: str | torch.device | None = None) -> RewardModel:
+def reward_card(path: str | Path) -> dict[str, Any]:
+    """What a saved reward model's folder says of it.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    file = Path(path) / CARD
+    if not file.is_file():
+        raise UserError(f"{path}: no {CARD}; this folder holds no reward model of this pipeline.")
+    card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return card
+
+
+def load_reward_model(
+    path: str | Path, *, device: str | torch.device | None = None, network: nn.Module | None = None
+) -> RewardModel:
     """Load a reward model that this pipeline saved, and check it on its stored probe.
+
+    Args:
+        network: the folder's network where somebody has loaded it already, such as onto the policy's base.
 
     Raises:
         UserError: the folder holds no reward model, its head is missing, or the probe scores come out differently
             (another base, a changed template, weights of another run).
     """
     folder = Path(path)
-    card_file = folder / CARD
-    if not card_file.is_file():
-        raise UserError(f"{folder}: no {CARD}; this folder holds no reward model of this pipeline.")
-    card = json.loads(card_file.read_text(encoding="utf-8"))
+    card = reward_card(folder)
     conversational = any(not isinstance(row["prompt"], str) for row in card["probe"])
-    reward = _read(folder, card, conversational, device)
+    reward = _read(folder, card, conversational, device, network)
     reward.mean, reward.std = card["mean"], card["std"]
     if _template_digest(reward.tokenizer) != card["chat_template_sha256"]:
         raise UserError(

@@ -5,16 +5,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from rlhf.models.load import build_reward_model, model_settings
+from rlhf.reward.model import save_reward_model
+from tests.conftest import PROMPTS
 
 SCRIPT = """
 import json, os, sys, torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 from rlhf import PPOConfig, PPOTrainer
-from rlhf.models.load import load_tokenizer
+from rlhf.models.load import load_policy, load_tokenizer, model_settings
 from rlhf.ppo.rollout import Rollout
 
 torch.set_num_threads(1)
@@ -24,8 +29,11 @@ prompts = [[{"role": "user", "content": f"list {i}"}] for i in range(16)]
 args = PPOConfig(out, total_episodes=16, per_device_train_batch_size=batch, num_ppo_epochs=1, learning_rate=1e-3,
     max_completion_length=6, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
     disable_tqdm=True, max_grad_norm=1e9)
-trainer = PPOTrainer(AutoModelForCausalLM.from_pretrained(base), reward, args,
+lora = {"use_peft": True, "lora_r": 4} if os.path.exists(reward + "/adapter_config.json") else {}
+torch.manual_seed(0)
+trainer = PPOTrainer(load_policy(base, model_settings(lora)), reward, args,
     Dataset.from_list([{"prompt": p} for p in prompts]), processing_class=load_tokenizer(base, conversational=True))
+assert trainer.accelerator.unwrap_model(trainer.model).shares_backbone == bool(lora)
 assert trainer.accelerator.num_processes == expected_world, trainer.accelerator.num_processes
 
 # The same answers for the same prompts whatever the number of processes: sampling itself is random per process.
@@ -53,8 +61,20 @@ if dist.is_initialized():  # a process that ends with the group's threads alive 
 
 
 @pytest.mark.timeout(240)
-def test_two_processes_make_the_step_of_one(base_folder: Path, reward_folder: Path, tmp_path: Path) -> None:
-    """Whitening, token counts and gradients are global: 1 x 16 and 2 x 8 agree on every metric of the update."""
+@pytest.mark.parametrize("layout", ["separate", "shared"])
+def test_two_processes_make_the_step_of_one(
+    layout: str, base_folder: Path, reward_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Whitening, token counts and gradients are global: 1 x 16 and 2 x 8 agree on every metric of the update.
+
+    With four roles on one base the gradients are reduced by us, after both backward passes.
+    """
+    if layout == "shared":
+        torch.manual_seed(1)
+        lora = model_settings({"use_peft": True, "lora_r": 4})
+        model = build_reward_model(base_folder, lora, pad_token_id=tokenizer.pad_token_id)
+        reward_folder = tmp_path / "reward"
+        save_reward_model(reward_folder, model, tokenizer, samples=[(prompt, "yes") for prompt in PROMPTS[:9]])
     (tmp_path / "s.py").write_text(SCRIPT)
     environment = {
         **os.environ,

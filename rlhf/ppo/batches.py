@@ -1,0 +1,58 @@
+"""How rollouts meet the Trainer: its dataloader, and the end of a rollout as the only place to log, evaluate and save."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from rlhf.ppo.rollout import shuffled_minibatches
+
+
+class RolloutBatches:
+    """The training dataloader: iterating it samples one rollout and yields `steps_per_rollout x accumulation` micro-batches."""
+
+    def __init__(self, trainer: Any, dataset: Dataset):
+        self.trainer, self.dataset = trainer, dataset
+        self.batch_size = trainer.args.per_device_train_batch_size
+        self.rollout_index = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch, that is, before each rollout."""
+        self.rollout_index = epoch
+
+    def __len__(self) -> int:
+        return self.trainer.args.steps_per_rollout * self.trainer.args.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        args = self.trainer.args
+        rollout = self.trainer.rollout(self.trainer.prompts_of(self.rollout_index))
+        for epoch in range(args.num_ppo_epochs):
+            for minibatch in shuffled_minibatches(
+                args.local_rollout_size, args.num_mini_batches, seed=args.seed, rollout=self.rollout_index, epoch=epoch
+            ):
+                for index in minibatch.split(args.per_device_train_batch_size):
+                    yield rollout.rows(index)
+
+
+class EndOfRollout(TrainerCallback):
+    """Move what the Trainer wants to do after a step (log, evaluate, save) to the end of the rollout.
+
+    In the middle of a rollout a checkpoint could not be resumed: the experience is not part of it.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = {"should_log": False, "should_evaluate": False, "should_save": False}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember and postpone."""
+        for name in self.wanted:
+            self.wanted[name] |= getattr(control, name)
+            setattr(control, name, False)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Do it now."""
+        for name, wanted in self.wanted.items():
+            setattr(control, name, getattr(control, name) or wanted)
+            self.wanted[name] = False
