@@ -22,6 +22,17 @@ def kl_k1(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
     return logprobs_policy - logprobs_reference
 
 
+def kl_k2(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
+    """Half the squared log-ratio: k2 = ½ (log π(a) - log π_ref(a))², a ~ π. Biased as a value, right as a loss.
+
+    Its gradient, (log π - log π_ref) ∇ log π, has the gradient of KL(π || π_ref) as its mean; k3's has not.
+
+    >>> kl_k2(torch.tensor([-1.0]), torch.tensor([-2.0]))
+    tensor([0.5000])
+    """
+    return 0.5 * (logprobs_policy - logprobs_reference) ** 2
+
+
 def kl_k3(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
     """Unbiased estimator that is never negative: k3 = r - 1 - log r, r = π_ref(a) / π(a), a ~ π.
 
@@ -33,3 +44,22 @@ def kl_k3(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
     """
     log_ratio = logprobs_reference - logprobs_policy
     return torch.expm1(log_ratio) - log_ratio
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int) -> float:
+    """The proportional controller of the KL's weight.
+
+        β ← β (1 + clip(KL / target - 1, ±0.2) · episodes / horizon)
+
+    (arXiv:1909.08593 section 2.2.) KL on target: β stays. KL at twice the target or more, and as many episodes as the
+    horizon: β grows by a fifth.
+
+    Args:
+        kl, target: nats an answer.
+        episodes: answers since the last call.
+
+    >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, horizon=10_000, episodes=1_000), 4)
+    0.102
+    """
+    error = min(0.2, max(-0.2, kl / target - 1))
+    return kl_coef * (1 + error * episodes / horizon)

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 
-def clipped_policy(logprobs: Tensor, logprobs_old: Tensor, advantages: Tensor, *, cliprange: float) -> Tensor:
+def clipped_policy(
+    logprobs: Tensor,
+    logprobs_old: Tensor,
+    advantages: Tensor,
+    *,
+    cliprange: float,
+    cliprange_dual: float | None = None,
+) -> Tensor:
     """Pessimistic surrogate: the worse of the plain and the clipped importance-weighted advantage.
 
         loss = max( -A ρ,  -A clip(ρ, 1 - ε, 1 + ε) ),    ρ = exp(log π - log π_old)
@@ -13,9 +20,13 @@ def clipped_policy(logprobs: Tensor, logprobs_old: Tensor, advantages: Tensor, *
     on the other side it is not, so a token that went wrong is pulled back. Never below the unclipped loss. The
     log-ratio is clamped to ±20 (e^20 ≈ 5e8), which keeps a single mad token finite.
 
+    With a dual clip c > 1 the loss of a bad token (A < 0) is at most -A c: however probable it has become, one token
+    can't rule the step.
+
     Args:
         logprobs, logprobs_old, advantages: [b, t].
         cliprange: ε in (0, 1).
+        cliprange_dual: c, or None for none (arXiv:1912.09729 eq. 5: 3).
 
     Returns:
         [b, t] unreduced.
@@ -27,7 +38,10 @@ def clipped_policy(logprobs: Tensor, logprobs_old: Tensor, advantages: Tensor, *
     """
     ratio = torch.exp((logprobs - logprobs_old).clamp(-20.0, 20.0))
     clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    return torch.maximum(-advantages * ratio, -advantages * clipped)
+    losses = torch.maximum(-advantages * ratio, -advantages * clipped)
+    if cliprange_dual is None:
+        return losses
+    return torch.where(advantages < 0, torch.minimum(losses, -advantages * cliprange_dual), losses)
 
 
 def clipped_value(values: Tensor, values_old: Tensor, returns: Tensor, *, cliprange: float | None) -> Tensor:

@@ -204,10 +204,15 @@ def check_sources(recipe: Recipe) -> None:
     ]
     if recipe.reward.meta_samples is not None and not Path(recipe.reward.meta_samples).expanduser().is_file():
         problems.append(f"reward.meta_samples: {recipe.reward.meta_samples}: no such file.")
-    if recipe.evaluate.gold is not None:
-        file = recipe.evaluate.gold.rpartition(":")[0]
-        if not Path(file).expanduser().is_file():
-            problems.append(f"evaluate.gold: {file}: no such file.")
+    for key, name in [
+        ("evaluate.gold", recipe.evaluate.gold),
+        *(("ppo.extra_rewards", x) for x in recipe.ppo.extra_rewards),
+    ]:
+        if name is None or name.startswith(("http://", "https://")):
+            continue
+        file = Path(name.rpartition(":")[0] if ".py:" in name else name).expanduser()
+        if not file.exists():
+            problems.append(f"{key}: {file}: no such {'file' if '.py:' in name else 'folder'}.")
     if problems:
         raise UserError(problems)
 

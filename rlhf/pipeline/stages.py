@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.sources import Source, pair_digest
+from rlhf.evaluation.gold import load_gold
 from rlhf.evaluation.pairs import JudgedPairs
 from rlhf.evaluation.policy import judge_policies
 from rlhf.evaluation.statistics import auroc
@@ -163,7 +164,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     gold = context.gold()
     trainer = PPOTrainer(
         load_policy(sft, model_config),
-        str(context.parents["reward"] / "model"),
+        [str(context.parents["reward"] / "model"), *(_reward_function(name) for name in recipe.ppo.extra_rewards)],
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
         processing_class=tokenizer,
@@ -176,7 +177,24 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         policy = trainer.accelerator.unwrap_model(trainer.model).policy
         save_model(policy, tokenizer, context.folder / "model")
         write_jsonl(context.folder / "samples.jsonl", [sample.as_row() for sample in trainer.latest_samples])
-    return {"episodes": trainer.episodes, "rollouts": int(args.num_train_epochs)}
+    if trainer.stopped is not None:
+        context.say(trainer.stopped)
+    rollouts = trainer.state.global_step // args.steps_per_rollout
+    return {"episodes": trainer.episodes, "rollouts": rollouts, "stopped": trainer.stopped}
+
+
+def _reward_function(name: str) -> Any:
+    """A folder or an address as it is; a function of texts in TRL's form."""
+    if ".py:" not in name:
+        return name
+    function = load_gold(name)
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        texts = [answer if isinstance(answer, str) else answer[-1]["content"] for answer in completions]
+        return function([plain(prompt) for prompt in prompts], texts)
+
+    reward.__name__ = name
+    return reward
 
 
 def run_evaluate(context: StageContext) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class EndOfRollout(TrainerCallback):
     In the middle of a rollout a checkpoint could not be resumed: the experience is not part of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
         self.wanted = {"should_log": False, "should_evaluate": False, "should_save": False}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -56,3 +57,5 @@ class EndOfRollout(TrainerCallback):
         for name, wanted in self.wanted.items():
             setattr(control, name, getattr(control, name) or wanted)
             self.wanted[name] = False
+        if self.trainer.stopped is not None:
+            control.should_save = control.should_training_stop = True

@@ -43,16 +43,37 @@ class PPOConfig(BaseConfig):
     cliprange_value: float | None = field(
         default=0.2, metadata={"help": "Value clip, normalised score units; None: off."}
     )
+    cliprange_dual: float | None = field(
+        default=None,
+        metadata={"help": "Bound on the loss of a bad token, in advantages; 3 where it is used; None: off."},
+    )
+    critic_warmup: int = field(default=0, metadata={"help": "First rollouts that train the critic alone."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Over the rollout, over all processes."})
 
     # The reward
-    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the per-token KL (k1) inside the reward."})
+    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference."})
+    kl_estimator: str = field(default="k1", metadata={"help": "k1: inside the reward, per token. k2, k3: in the loss."})
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Nats an answer that kl_coef adapts towards; None: kl_coef stays."}
+    )
+    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes in which kl_coef may change by a fifth."})
+    kl_limit: float | None = field(
+        default=None, metadata={"help": "Stop, with a checkpoint, where a rollout's KL is above this; nats an answer."}
+    )
     missing_eos_penalty: float | None = field(
         default=1.0, metadata={"help": "Taken from the normalised score of an answer that did not end."}
     )
     normalize_reward: bool = field(
         default=True, metadata={"help": "By the reward model's mean and deviation on SFT samples, where it has them."}
     )
+    running_reward_norm: bool = field(
+        default=False, metadata={"help": "Also by mean and deviation of all rewards so far (PPO-max)."}
+    )
+    reward_ensemble: str | None = field(
+        default=None,
+        metadata={"help": "mean, worst, uncertainty, soft_min over the sources; None: their weighted sum."},
+    )
+    reward_ensemble_strength: float = field(default=0.5, metadata={"help": "λ of uncertainty, b of soft_min."})
     reward_clip: float | None = field(default=5.0, metadata={"help": "Bound on the normalised score; None: off."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward function; None: all 1."})
 
@@ -80,6 +101,21 @@ class PPOConfig(BaseConfig):
             raise ValueError(f"cliprange={self.cliprange} must lie in (0, 1).")
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef={self.kl_coef} must not be negative.")
+        for name, allowed in (
+            ("kl_estimator", ("k1", "k2", "k3")),
+            ("reward_ensemble", (None, "mean", "worst", "uncertainty", "soft_min")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}.")
+        for name in ("kl_target", "kl_limit", "reward_ensemble_strength", "kl_horizon"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.cliprange_dual is not None and self.cliprange_dual <= 1:
+            raise ValueError(f"cliprange_dual={self.cliprange_dual} must be above 1.")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target adapts kl_coef, which must start above 0.")
+        if self.reward_ensemble is not None and self.reward_weights is not None:
+            raise ValueError("reward_weights are for a weighted sum; with reward_ensemble leave them out.")
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
         if self.auto_find_batch_size or self.load_best_model_at_end:

@@ -1,5 +1,7 @@
-"""Where rewards come from: reward models and Python functions, behind one call, text in and scores out."""
+"""Where rewards come from: reward models, Python functions and servers, behind one call, text in and scores out."""
 
+import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -10,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from rlhf.errors import TrainingError
 from rlhf.models.generate import Completions
 from rlhf.models.text import Prompt
+from rlhf.objectives.ensemble import combined
+from rlhf.ppo.remote import RemoteReward
 from rlhf.reward.model import RewardModel, load_reward_model
 
 RewardFunction: TypeAlias = str | RewardModel | PreTrainedModel | Callable[..., Sequence[float | None]]
@@ -19,14 +23,16 @@ class RewardSource:
     """One reward function under one interface.
 
     Args:
-        function: a folder of `rlhf.load_reward_model`; a loaded `RewardModel`; a one-label classifier (with its
-            tokenizer as `processing_class`); or a function called as TRL calls its own, `f(prompts=..., completions=...,
-            completion_ids=..., **columns)`, returning one number an answer.
+        function: a folder of `rlhf.load_reward_model`; the http address of a reward server (`RemoteReward`); a loaded
+            `RewardModel`; a one-label classifier (with its tokenizer as `processing_class`); or a function, `async` or
+            not, called as TRL calls its own, `f(prompts=..., completions=..., completion_ids=..., **columns)`, returning
+            one number an answer, or a list of one number a token.
     """
 
     def __init__(self, function: RewardFunction, processing_class: Any = None):
         if isinstance(function, str):
-            function = load_reward_model(function)
+            is_server = function.startswith(("http://", "https://"))
+            function = RemoteReward(function) if is_server else load_reward_model(function)
         elif isinstance(function, nn.Module):
             network: Any = function
             tokenizer = processing_class or AutoTokenizer.from_pretrained(network.config._name_or_path)
@@ -39,12 +45,15 @@ class RewardSource:
         """Mean and deviation on SFT samples; (0, 1) where nobody measured them."""
         return (self.function.mean, self.function.std) if isinstance(self.function, RewardModel) else (0.0, 1.0)
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Completions, columns: dict[str, list[Any]]) -> Tensor:
-        """Raw scores [b], float32 on the CPU.
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Completions, columns: dict[str, list[Any]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Raw scores [b], float32 on the CPU, and what was said of single tokens [b, r], whose sums those are, or None.
 
         Raises:
-            TrainingError: another number of scores than answers, or one that is not finite.
+            TrainingError: another number of scores than answers or tokens, or one that is not finite.
         """
+        dense = None
         if isinstance(self.function, RewardModel):
             scores = self.function.score(prompts, completions.texts, ended=completions.ended.tolist())
         else:
@@ -56,6 +65,12 @@ class RewardSource:
                 completion_ids=ids,
                 **columns,
             )
+            if inspect.isawaitable(answers):
+                answers = asyncio.run(_result(answers))
+            answers = list(answers)
+            if answers and isinstance(answers[0], Sequence | Tensor):
+                dense = self._per_token(answers, ids, completions)
+                answers = dense.sum(dim=1).tolist()
             scores = torch.tensor([float("nan") if x is None else float(x) for x in answers])
         if len(scores) != len(prompts):
             raise TrainingError(
@@ -71,7 +86,38 @@ class RewardSource:
                     for prompt, text, score in zip(prompts, completions.texts, scores.tolist(), strict=True)
                 ],
             )
-        return scores
+        return scores, dense
+
+    def _per_token(self, answers: Sequence[Any], ids: Sequence[Sequence[int]], completions: Completions) -> Tensor:
+        """Rewards of single tokens in the places of their answers, [b, r], 0 elsewhere."""
+        dense = torch.zeros(completions.response_mask.shape)
+        lengths = [len(row) for row in answers]
+        if lengths != [len(row) for row in ids]:
+            raise TrainingError(
+                f"The reward function {self.name!r} returned {lengths[:3]}… rewards for answers of {[len(x) for x in ids][:3]}… "
+                "tokens; one a token, the end included."
+            )
+        for row, values in enumerate(answers):
+            dense[row, : len(values)] = torch.as_tensor(values, dtype=torch.float)
+        return dense
+
+
+async def _result(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def total_reward(
+    columns: Sequence[Tensor], weights: Tensor, *, ensemble: str | None = None, strength: float = 0.5
+) -> Tensor:
+    """What is optimised, of what the sources say, [b]: the weighted sum, or the members of an ensemble as one.
+
+    Args:
+        columns: of each source, [b], normalised by its own scale, so that members of an ensemble are on one.
+    """
+    scores = torch.stack(list(columns))
+    if ensemble is not None:
+        return combined(scores, ensemble, strength=strength)
+    return (weights[:, None].to(scores) * scores).sum(dim=0)
 
 
 def as_completions(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Any]:

@@ -16,7 +16,9 @@ class Experience(NamedTuple):
     Attributes:
         input_ids, attention_mask: [b, p + r] prompt (left-padded) and answer (right-padded).
         response_mask: [b, r] 1 on the answer's tokens, its end token included.
-        scores: [b] what is optimised, before the KL.
+        scores: [b] all sources as one, before shaping and KL.
+        dense: [b, r] what sources said of single tokens; 0 elsewhere.
+        ended: [b] bool, whether the answer stopped by itself.
         kl: [b, r] k1 of each token, nats.
         outputs: policy and critic.
         logprobs_reference: [b, r] nats.
@@ -26,6 +28,8 @@ class Experience(NamedTuple):
     attention_mask: Tensor
     response_mask: Tensor
     scores: Tensor
+    dense: Tensor
+    ended: Tensor
     kl: Tensor
     outputs: TokenOutputs
     logprobs_reference: Tensor

@@ -7,7 +7,6 @@ resumed run restores the random state exactly where the next rollout begins.
 """
 
 import copy
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,16 +42,15 @@ from rlhf.models.roles import (
 from rlhf.models.save import load_weights
 from rlhf.models.text import Prompt, check_tokenizer, plain
 from rlhf.objectives.advantage import generalized_advantage, token_rewards
-from rlhf.objectives.kl import kl_k1, kl_k3
+from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
 from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
 from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, explained_variance
 from rlhf.ppo.backbone import on_backbone, restore_role, save_role, sharing_obstacle
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.rewards import RewardFunction, RewardSource
+from rlhf.ppo.rewards import RewardFunction, RewardSource, total_reward
 from rlhf.ppo.rollout import Experience, Rollout, Sample, hash_seed, prompt_indices
-
-STATE_FILE = "ppo_state.json"
+from rlhf.ppo.state import PPOState
 
 
 class PPOTrainer(BaseTrainer):
@@ -87,7 +85,7 @@ class PPOTrainer(BaseTrainer):
     Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`,
     the raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer, and
     `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `entropy`, nats a token;
-    `policy_loss`, `value_loss`; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean
+    `kl_coef`; `policy_loss`, `value_loss`; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean
     ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic before its update;
     `length`, tokens an answer; `share_without_eos`; `grad_norm` of the policy, `grad_norm_critic`.
     """
@@ -171,16 +169,17 @@ class PPOTrainer(BaseTrainer):
             raise UserError(
                 "ppo: FSDP and DeepSpeed are not supported; use data parallelism (`torchrun`), LoRA and 4-bit weights."
             )
-        self.add_callback(EndOfRollout())
+        self.add_callback(EndOfRollout(self))
         self.reference.model.to(self.accelerator.device)
         for source in self.reward_sources:
             if hasattr(source.function, "model"):
                 source.function.model.to(self.accelerator.device)
 
         # 5. What is counted between two logs, and every process's own random numbers.
-        self.episodes = 0
+        self.progress = PPOState(kl_coef=args.kl_coef)
         self._sums: dict[str, list[float]] = {}
         self.latest_samples: list[Sample] = []
+        self.stopped: str | None = None  # why training ended before its time
         set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)
 
     def _rewards_and_critic(
@@ -241,6 +240,11 @@ class PPOTrainer(BaseTrainer):
             )
         return critic
 
+    @property
+    def episodes(self) -> int:
+        """Answers sampled so far, over all processes."""
+        return self.progress.episodes
+
     # ---- Rollout ----
 
     def prompts_of(self, rollout: int) -> list[dict[str, Any]]:
@@ -273,7 +277,7 @@ class PPOTrainer(BaseTrainer):
         # 1. Sample answers and score them; text crosses to the reward functions, never ids.
         prompts = [row["prompt"] for row in rows]
         completions = self.sample(rows)
-        raw, scores = self.score(rows, completions)
+        raw, scores, dense = self.score(rows, completions)
 
         # 2. Log-probabilities and values by a full forward of the trained roles (not from the decoding pass: the
         #    ratio of the first minibatch must be 1), and of the reference.
@@ -292,7 +296,7 @@ class PPOTrainer(BaseTrainer):
         monitored = self.monitor(prompts, completions.texts)
         kl_sequence = torch.where(mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
         self._count("reward_proxy", raw.sum(), len(rows))
-        self._count("reward", scores.sum(), len(rows))
+        self._count("reward", self.shaped(scores, completions.ended).sum(), len(rows))
         self._count("kl", kl_sequence.sum(), len(rows))
         k3 = kl_k3(outputs.logprobs, logprobs_reference)
         self._count("kl_k3", torch.where(mask.bool(), k3, torch.zeros_like(k3)).sum(), len(rows))
@@ -304,14 +308,26 @@ class PPOTrainer(BaseTrainer):
         gold: Sequence[float | None] = monitored.get("gold", [None] * len(rows))
         columns = (prompts, completions.texts, raw.tolist(), gold, kl_sequence.tolist(), completions.ended.tolist())
         self.latest_samples = [Sample(*values) for values in zip(*columns, strict=True)]
-        return Experience(input_ids, attention_mask, mask, scores, kl, outputs, logprobs_reference)
+        return Experience(
+            input_ids, attention_mask, mask, scores, dense, completions.ended, kl, outputs, logprobs_reference
+        )
 
     @torch.no_grad()
     def rollout(self, rows: Sequence[dict[str, Any]]) -> Rollout:
         """One batch of experience with an advantage for every token, whitened over all processes."""
+        # 1. Experience; the history of rewards grows by it before it is used.
         seen = self.experience(rows)
         mask, values = seen.response_mask, seen.outputs.values
-        rewards = token_rewards(seen.scores, seen.kl, mask, kl_coef=self.args.kl_coef)
+        if self.args.running_reward_norm:
+            count, center, spread = self._moments(seen.scores)
+            self.progress.see_rewards(count, center, spread * count)
+
+        # 2. A reward for every token: the score at the answer's last one, what sources said of single tokens, the KL.
+        scores = self.shaped(seen.scores, seen.ended)
+        kl_coef = self.progress.kl_coef if self.args.kl_estimator == "k1" else 0.0
+        rewards = token_rewards(scores, seen.kl, mask, kl_coef=kl_coef) + seen.dense
+
+        # 3. Advantages, whitened over all processes.
         advantages, returns = generalized_advantage(rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
         returns_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns, mask)))[1]
         residual_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns - values, mask)))[1]
@@ -319,7 +335,7 @@ class PPOTrainer(BaseTrainer):
         if self.args.whiten_advantages:
             mean, variance = mean_and_variance(self._sum_over_processes(masked_sums(advantages, mask)))
             advantages = whiten(advantages, mask, mean=mean, variance=variance)
-        self.episodes += len(rows) * self.accelerator.num_processes
+        self._end_of_sampling(seen)
         return Rollout(
             seen.input_ids,
             seen.attention_mask,
@@ -331,24 +347,67 @@ class PPOTrainer(BaseTrainer):
             returns,
         )
 
-    def score(self, rows: Sequence[dict[str, Any]], completions: Completions) -> tuple[Tensor, Tensor]:
-        """Raw score of the first source [b], and what is optimised [b]: normalised, clipped, weighted, end penalty applied."""
+    def score(self, rows: Sequence[dict[str, Any]], completions: Completions) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw score of the first source [b]; all sources as one [b], each normalised by its own scale; and [b, r], what sources
+        said of single tokens, which is not in the second."""
         prompts = [row["prompt"] for row in rows]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
         device = completions.response_ids.device
-        total = torch.zeros(len(rows), device=device)
-        raw_first = None
+        per_source, raw_first = [], None
+        per_token = torch.zeros(completions.response_mask.shape, device=device)
         for source, weight in zip(self.reward_sources, self.reward_weights.tolist(), strict=True):
-            raw = source(prompts, completions, columns).to(device)
+            raw, dense = source(prompts, completions, columns)
+            raw = raw.to(device)
             raw_first = raw if raw_first is None else raw_first
             mean, std = source.scale if self.args.normalize_reward else (0.0, 1.0)
-            total += weight * (raw - mean) / std
-        if self.args.reward_clip is not None:
-            total = total.clamp(-self.args.reward_clip, self.args.reward_clip)
-        if self.args.missing_eos_penalty is not None:
-            total = total - self.args.missing_eos_penalty * (~completions.ended).to(total.dtype)
+            if dense is not None and self.args.reward_ensemble is not None:
+                raise TrainingError(
+                    f"ppo: {source.name!r} rewards single tokens, which can't be a member of an ensemble."
+                )
+            if dense is not None:
+                per_token += weight * dense.to(device)
+                raw = torch.zeros_like(raw)
+            per_source.append((raw - mean) / std)
         assert raw_first is not None
-        return raw_first, total
+        args = self.args
+        total = total_reward(
+            per_source, self.reward_weights, ensemble=args.reward_ensemble, strength=args.reward_ensemble_strength
+        )
+        return raw_first, total, per_token
+
+    def shaped(self, scores: Tensor, ended: Tensor) -> Tensor:
+        """Scores as they are optimised, [b]: normalised by their history where asked for, clipped, end penalty applied."""
+        if self.args.running_reward_norm:
+            mean, std = self.progress.reward_scale
+            scores = (scores - mean) / std
+        if self.args.reward_clip is not None:
+            scores = scores.clamp(-self.args.reward_clip, self.args.reward_clip)
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * (~ended).to(scores.dtype)
+        return scores
+
+    def _moments(self, values: Tensor) -> tuple[float, float, float]:
+        """Number, mean and variance (1/n) of a vector over all processes."""
+        ones = torch.ones_like(values)
+        sums = self._sum_over_processes(masked_sums(values, ones))
+        mean, variance = mean_and_variance(sums)
+        count = self._sum_over_processes(ones.sum())
+        return count.item(), mean.item(), variance.item()
+
+    def _end_of_sampling(self, seen: Experience) -> None:
+        """Count the episodes, and let the KL of this rollout decide the coefficient of the next, or the end."""
+        args, mask = self.args, seen.response_mask
+        count, kl, _ = self._moments(torch.where(mask.bool(), seen.kl, torch.zeros_like(seen.kl)).sum(dim=1))
+        self.progress.episodes += int(count)
+        self._count("kl_coef", self.progress.kl_coef, 1)
+        if args.kl_target is not None:
+            self.progress.adapt(kl, target=args.kl_target, horizon=args.kl_horizon, episodes=int(count))
+        if args.kl_limit is not None and kl > args.kl_limit:
+            self.stopped = (
+                f"ppo: stopped after {self.episodes} episodes: the KL, {kl:.1f} nats an answer, is over "
+                f"kl_limit={args.kl_limit:g}."
+            )
+            warnings.warn(self.stopped, stacklevel=2)
 
     def monitor(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
         """What the monitoring functions say of these answers."""
@@ -422,7 +481,9 @@ class PPOTrainer(BaseTrainer):
     def _policy_losses(self, logprobs: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Unreduced [b, r], and the numbers that describe the step."""
         args, mask, logprobs_old = self.args, inputs["response_mask"], inputs["logprobs_old"]
-        losses = clipped_policy(logprobs, logprobs_old, inputs["advantages"], cliprange=args.cliprange)
+        losses = clipped_policy(
+            logprobs, logprobs_old, inputs["advantages"], cliprange=args.cliprange, cliprange_dual=args.cliprange_dual
+        )
         with torch.no_grad():
             keep = mask.to(losses.dtype)
             log_ratio, tokens = (logprobs - logprobs_old) * keep, keep.sum()
@@ -432,6 +493,11 @@ class PPOTrainer(BaseTrainer):
             self._count("clip_fraction", (clipped * keep).sum(), tokens)
             if self.state.global_step % args.steps_per_rollout == 0:
                 self._count("ratio_first", (log_ratio.exp() * keep).sum(), tokens)
+        if args.kl_estimator != "k1":
+            penalty = (kl_k2 if args.kl_estimator == "k2" else kl_k3)(logprobs, inputs["logprobs_reference"])
+            losses = losses + self.progress.kl_coef * penalty
+        if self.state.global_step // args.steps_per_rollout < args.critic_warmup:
+            losses = 0.0 * losses  # the critic learns first what the policy is worth
         return losses
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -535,7 +601,7 @@ class PPOTrainer(BaseTrainer):
         else:
             container.critic.save_pretrained(folder / "critic")
         self.processing_class.save_pretrained(folder)
-        (folder / STATE_FILE).write_text(json.dumps({"episodes": self.episodes}), encoding="utf-8")
+        self.progress.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -545,4 +611,4 @@ class PPOTrainer(BaseTrainer):
             restore_role(container.critic, folder / "critic")
         else:
             load_weights(container.critic, folder / "critic")
-        self.episodes = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["episodes"]
+        self.progress = PPOState.load(folder)

@@ -182,6 +182,12 @@ class RewardSection(StageSection):
         return self.model_dump(include={"meta_step", "meta_normalized", "meta_prompts"})
 
 
+class PPOSection(StageSection):
+    """PPO; rewards beside the run's own reward model: folders of others, http addresses, FILE.py:function as `evaluate.gold`."""
+
+    extra_rewards: list[str] = Field(default_factory=list)
+
+
 class EvaluateSection(Section):
     """What a run is judged on."""
 
@@ -200,7 +206,7 @@ class Recipe(Section):
     sft: StageSection = Field(default_factory=StageSection)
     vote: VoteSection = Field(default_factory=VoteSection)
     reward: RewardSection = Field(default_factory=RewardSection)
-    ppo: StageSection = Field(default_factory=StageSection)
+    ppo: PPOSection = Field(default_factory=PPOSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     # Where it was read: `file`, `base`, `overrides`, and `differences` from the base (or, without one, from the file).
     _origin: dict[str, Any] = PrivateAttr(default_factory=dict)

@@ -552,3 +552,25 @@ def test_what_meta_and_experts_cannot_do_is_said_before_anything_is_made(tmp_pat
         assert result.returncode == 2, (said, result.stderr[-2000:])
         assert said in result.stderr
         assert not (tmp_path / "x").exists(), said
+
+
+def test_a_run_may_have_more_rewards_than_its_own(tmp_path: Path) -> None:
+    """A function of a file beside the reward model, weighted; a KL limit that ends PPO says so and is in the facts."""
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "rules.py").write_text(
+        "def brief(prompts, completions):\n    return [-len(c.split()) for c in completions]\n"
+    )
+    arguments = ["ppo.extra_rewards=[rules.py:brief]", "ppo.reward_weights=[0.0, 1.0]", "ppo.reward_clip=null"]
+    result = rlhf("ppo", "r.yaml", "--out", "x", *arguments, "ppo.kl_limit=0.0001", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "x/round-1/ppo/metrics.jsonl").read_text().splitlines()]
+    assert all(row["reward"] < -1 for row in rows), "a word costs 1, a missing end 1 more"
+    facts = json.loads((tmp_path / "x/round-1/ppo/manifest.json").read_text())["facts"]
+    assert facts["rollouts"] == len(rows) < 4
+    assert "is over kl_limit=0.0001" in facts["stopped"]
+    assert facts["stopped"] in result.stdout
+    missing = rlhf("ppo", "r.yaml", "--out", "y", "ppo.extra_rewards=[nowhere.py:f, absent/model]", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "nowhere.py: no such file" in missing.stderr
+    assert "absent/model: no such folder" in missing.stderr
+    assert not (tmp_path / "y").exists()

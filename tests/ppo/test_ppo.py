@@ -123,8 +123,12 @@ def bandit_tokenizer(size: int, pad_token: str = "<pad>") -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=pad_token, eos_token="<eos>", unk_token="<unk>")
 
 
-def test_bandit_reaches_the_known_optimum(cpu_arguments: dict[str, Any]) -> None:
-    """One token, one prompt: the KL-regularised optimum is π* ∝ π_ref exp(r / β), and PPO must reach it."""
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+def test_bandit_reaches_the_known_optimum(estimator: str, cpu_arguments: dict[str, Any]) -> None:
+    """One token, one prompt: the KL-regularised optimum is π* ∝ π_ref exp(r / β), and PPO must reach it.
+
+    With the KL inside the reward (k1), and with k2 in the loss, whose gradient is the same in the mean.
+    """
     size, beta = 12, 0.5
     torch.manual_seed(1)
     tokenizer = bandit_tokenizer(size)
@@ -158,6 +162,7 @@ def test_bandit_reaches_the_known_optimum(cpu_arguments: dict[str, Any]) -> None
         critic_learning_rate=1e-2,
         max_completion_length=1,
         kl_coef=beta,
+        kl_estimator=estimator,
         whiten_advantages=False,
         missing_eos_penalty=None,
         reward_clip=None,
@@ -333,9 +338,10 @@ def test_missing_end_is_penalised_exactly_there(
     completions = Completions(
         ids, torch.ones_like(ids), ids, torch.ones_like(ids), torch.tensor([True, False]), ["yes", "yes"]
     )
-    raw, total = trainer.score([{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0]}], completions)
+    raw, total, dense = trainer.score([{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0]}], completions)
     expected = (raw - reward.mean) / reward.std - torch.tensor([0.0, 2.0])
-    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(trainer.shaped(total, completions.ended), expected)
+    assert dense.abs().max() == 0
     assert raw[0] != raw[1], "the reward model sees that one answer did not end"
 
 

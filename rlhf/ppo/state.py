@@ -1,0 +1,54 @@
+"""What PPO remembers between rollouts beside its weights: the KL's coefficient, the history of rewards. Checkpointed."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rlhf.objectives.kl import adapted_kl_coef
+
+STATE_FILE = "ppo_state.json"
+
+
+@dataclass
+class PPOState:
+    """Counters and controllers, the same on every process.
+
+    Attributes:
+        episodes: answers sampled so far.
+        kl_coef: β of this rollout.
+        reward_count, reward_mean, reward_square: number, mean and summed squared deviation of all scores so far.
+    """
+
+    episodes: int = 0
+    kl_coef: float = 0.0
+    reward_count: float = 0.0
+    reward_mean: float = 0.0
+    reward_square: float = 0.0
+
+    def see_rewards(self, count: float, mean: float, square: float) -> None:
+        """Add a rollout's scores to the history (Chan et al.: exact, in whatever portions they come)."""
+        total = self.reward_count + count
+        delta = mean - self.reward_mean
+        self.reward_square += square + delta**2 * self.reward_count * count / total
+        self.reward_mean += delta * count / total
+        self.reward_count = total
+
+    @property
+    def reward_scale(self) -> tuple[float, float]:
+        """Mean and deviation of all scores so far; (0, 1) before the first."""
+        if self.reward_count == 0:
+            return 0.0, 1.0
+        return self.reward_mean, max(1e-6, (self.reward_square / self.reward_count) ** 0.5)
+
+    def adapt(self, kl: float, *, target: float, horizon: int, episodes: int) -> None:
+        """Move β towards a KL of `target` nats an answer."""
+        self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=target, horizon=horizon, episodes=episodes)
+
+    def save(self, folder: Path) -> None:
+        """Into a checkpoint."""
+        (folder / STATE_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PPOState":
+        """From a checkpoint."""
+        return cls(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))

@@ -1,0 +1,280 @@
+"""Reward sources, KL controllers and the details of PPO-max: closed forms, planted rewards, what happens when something is down."""
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from rlhf import PPOConfig, load_reward_model
+from rlhf.errors import TrainingError, UserError
+from rlhf.models.generate import Completions
+from rlhf.objectives.ensemble import combined
+from rlhf.objectives.kl import adapted_kl_coef, kl_k2
+from rlhf.objectives.ppo import clipped_policy
+from rlhf.ppo import remote
+from rlhf.ppo.rewards import RewardSource, total_reward
+from rlhf.ppo.state import PPOState
+from tests.conftest import PROMPTS
+from tests.ppo.test_ppo import make
+
+# ---- Formulas ----
+
+
+def test_ensembles_agree_where_members_do_and_know_their_limits() -> None:
+    same = torch.full((4, 3), 1.7)
+    for how in ("mean", "worst", "uncertainty", "soft_min"):
+        torch.testing.assert_close(combined(same, how), torch.full((3,), 1.7))
+    scores = torch.tensor([[1.0, 1.0], [1.2, 1.1], [2.6, 1.2]])
+    torch.testing.assert_close(combined(scores, "mean"), torch.tensor([1.6, 1.1]))
+    torch.testing.assert_close(combined(scores, "worst"), torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(combined(scores, "uncertainty"), torch.tensor([1.3467, 1.0967]), atol=1e-4, rtol=0)
+    wide, narrow = (combined(scores.double(), "soft_min", strength=b) for b in (1e5, 1e-3))
+    torch.testing.assert_close(wide, combined(scores.double(), "mean"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(narrow, combined(scores.double(), "worst"), atol=2e-3, rtol=0)
+    b = 20.0  # second order: mean - Var / (2b)
+    expected = combined(scores.double(), "uncertainty", strength=1 / (2 * b))
+    torch.testing.assert_close(combined(scores.double(), "soft_min", strength=b), expected, atol=1e-3, rtol=0)
+
+
+def test_one_member_that_goes_astray_moves_each_ensemble_as_it_should() -> None:
+    """Raised by t: mean +t/k, worst 0, uncertainty t/k - λ t² (k - 1) / k²."""
+    k, t, strength = 5, 3.0, 0.5
+    scores = torch.zeros(k, 1)
+    scores[0] = t
+    assert combined(scores, "mean").item() == pytest.approx(t / k)
+    assert combined(scores, "worst").item() == 0.0
+    expected = t / k - strength * t**2 * (k - 1) / k**2
+    assert combined(scores, "uncertainty", strength=strength).item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="none of mean, worst"):
+        combined(scores, "median")
+
+
+def test_the_controller_stays_on_target_and_moves_by_a_fifth_at_most() -> None:
+    assert adapted_kl_coef(0.1, 6.0, target=6.0, horizon=100, episodes=100) == 0.1
+    assert adapted_kl_coef(0.1, 6.6, target=6.0, horizon=100, episodes=100) == pytest.approx(0.11)
+    assert adapted_kl_coef(0.1, 60.0, target=6.0, horizon=100, episodes=100) == pytest.approx(0.12)
+    assert adapted_kl_coef(0.1, 0.0, target=6.0, horizon=100, episodes=50) == pytest.approx(0.09)
+
+
+def test_k2_has_the_gradient_of_the_kl_by_enumeration() -> None:
+    """E_π[∇ k2] = ∇ KL(π || π_ref), the sampling distribution held fixed."""
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.double, requires_grad=True)
+    reference = torch.randn(7, generator=torch.Generator().manual_seed(1), dtype=torch.double).log_softmax(0)
+    policy = logits.log_softmax(0)
+    kl = (policy.exp() * (policy - reference)).sum()
+    (expected,) = torch.autograd.grad(kl, [logits], retain_graph=True)
+    (found,) = torch.autograd.grad((policy.detach().exp() * kl_k2(policy, reference)).sum(), [logits])
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_dual_clip_bounds_bad_tokens_alone() -> None:
+    far, zero = torch.full((2,), math.log(100.0)), torch.zeros(2)
+    advantages = torch.tensor([-1.0, 1.0])
+    plain = clipped_policy(far, zero, advantages, cliprange=0.2)
+    torch.testing.assert_close(plain, torch.tensor([100.0, -1.2]))
+    dual = clipped_policy(far, zero, advantages, cliprange=0.2, cliprange_dual=3.0)
+    torch.testing.assert_close(dual, torch.tensor([3.0, -1.2]))
+
+
+def test_the_history_of_rewards_is_exact_in_any_portions() -> None:
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.double) * 3 + 5
+    state = PPOState()
+    assert state.reward_scale == (0.0, 1.0)
+    for part in values.split([1, 30, 7, 62]):
+        state.see_rewards(len(part), part.mean().item(), part.var(correction=0).item() * len(part))
+    assert state.reward_scale == pytest.approx((values.mean().item(), values.std(correction=0).item()))
+
+
+# ---- Sources ----
+
+
+def completions(texts: list[str], lengths: list[int]) -> Completions:
+    width = max(lengths)
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.arange(5, 5 + width).repeat(len(texts), 1)
+    return Completions(ids, mask, ids, mask, torch.ones(len(texts), dtype=torch.bool), texts)
+
+
+TWO = completions(["yes", "no no"], [2, 3])
+
+
+def test_async_functions_and_functions_of_tokens() -> None:
+    async def later(completions: list[Any], **_: Any) -> list[float]:
+        return [float(len(x[0]["content"])) for x in completions]
+
+    scores, dense = RewardSource(later)(PROMPTS[:2], TWO, {})
+    assert scores.tolist() == [3.0, 5.0]
+    assert dense is None
+
+    def each_token(completion_ids: list[list[int]], **_: Any) -> list[list[float]]:
+        return [[0.5 * i for i in range(len(ids))] for ids in completion_ids]
+
+    scores, dense = RewardSource(each_token)(PROMPTS[:2], TWO, {})
+    assert scores.tolist() == [0.5, 1.5]
+    assert dense is not None
+    assert dense.tolist() == [[0.0, 0.5, 0.0], [0.0, 0.5, 1.0]], "padding has none"
+    with pytest.raises(TrainingError, match="rewards for answers of"):
+        RewardSource(lambda **_: [[1.0], [1.0]])(PROMPTS[:2], TWO, {})
+
+
+def test_rewards_of_tokens_lie_on_their_tokens(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    def first_token(completion_ids: list[list[int]], **_: Any) -> list[list[float]]:
+        return [[2.0, *[0.0] * (len(ids) - 1)] for ids in completion_ids]
+
+    trainer, _ = make(
+        base_folder, [load_reward_model(reward_folder), first_token], cpu_arguments, reward_weights=[0.0, 3.0],
+        gamma=1.0, lam=1.0, kl_coef=0.0, whiten_advantages=False, missing_eos_penalty=None,
+    )  # fmt: skip
+    rollout = trainer.rollout(trainer.prompts_of(0))
+    returns = rollout.returns * rollout.response_mask
+    torch.testing.assert_close(returns[:, 0], torch.full((16,), 6.0), atol=1e-5, rtol=0)
+    assert returns[:, 1:].abs().max() < 1e-5, "what comes later is worth nothing"
+
+
+def test_an_ensemble_in_ppo_is_on_one_scale(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    first, second = load_reward_model(reward_folder), load_reward_model(reward_folder)
+    second.mean, second.std = first.mean + 1.0, first.std * 2
+    trainer, _ = make(base_folder, [first, second], cpu_arguments, reward_ensemble="worst", reward_clip=None)
+    rows = [{"prompt": prompt} for prompt in PROMPTS[:2]]
+    raw, total, _ = trainer.score(rows, TWO)
+    members = torch.stack([(raw - first.mean) / first.std, (raw - second.mean) / second.std])
+    torch.testing.assert_close(total, members.amin(dim=0))
+    weights = torch.tensor([2.0, 0.5])
+    torch.testing.assert_close(total_reward(list(members), weights), 2 * members[0] + 0.5 * members[1])
+
+
+class Server(BaseHTTPRequestHandler):
+    failures: ClassVar[int] = 0
+    short: ClassVar[bool] = False
+    seen: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).seen.append(body)
+        if type(self).failures > 0:
+            type(self).failures -= 1
+            self.send_response(503)
+            self.end_headers()
+            return
+        rewards = [float(len(text)) for text in body["query"]][: 1 if self.short else None]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"rewards": rewards}).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.01)
+    Server.failures, Server.short, Server.seen = 0, False, []
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/get_reward"
+    server.shutdown()
+    thread.join()
+
+
+def test_a_reward_server_gets_whole_batches_and_second_chances(url: str) -> None:
+    Server.failures = 2
+    scores, _ = RewardSource(url)(PROMPTS[:2], TWO, {})
+    query = [f"{prompt[0]['content']}\n{text}" for prompt, text in zip(PROMPTS[:2], TWO.texts, strict=True)]
+    assert scores.tolist() == [float(len(text)) for text in query]
+    assert [body["query"] for body in Server.seen] == [query] * 3, "the whole batch each time"
+    assert Server.seen[0]["prompts"] == [prompt[0]["content"] for prompt in PROMPTS[:2]]
+
+
+def test_a_reward_server_that_is_down_or_counts_wrong_stops_before_the_update(
+    url: str, base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    Server.short = True
+    with pytest.raises(TrainingError, match="returned 1 rewards for 2 answers; nothing was updated"):
+        RewardSource(url)(PROMPTS[:2], TWO, {})
+    Server.short, Server.failures = False, 99
+    trainer, _ = make(base_folder, [load_reward_model(reward_folder), url], cpu_arguments)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"did not answer 4 times .*503.*goes on from the last checkpoint"):
+        trainer.train()
+    assert len(Server.seen) == 1 + 4
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+# ---- PPO-max and KL ----
+
+
+def test_the_kl_coefficient_adapts_and_comes_back_with_a_resume(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = {**cpu_arguments, "save_strategy": "epoch", "output_dir": str(tmp_path)}
+    settings = {"kl_target": 0.01, "kl_horizon": 16, "kl_coef": 0.1, "running_reward_norm": True}
+    trainer, rows = make(base_folder, str(reward_folder), arguments, **settings)
+    trainer.train()
+    found = [row["kl_coef"] for row in rows.rows]
+    assert found[0] == pytest.approx(0.1)
+    assert found[1] == pytest.approx(0.08), "the first rollout has no KL: down by a fifth, the horizon being its size"
+    assert found[2] == pytest.approx(0.08 * 1.2), "after two epochs of updates it is far over the target"
+    resumed, again = make(base_folder, str(reward_folder), arguments, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for key in ("kl_coef", "reward", "loss", "kl"):
+        assert again.rows[-1][key] == rows.rows[-1][key], key
+    assert resumed.progress == trainer.progress
+    assert trainer.progress.reward_count == 48
+
+
+def test_a_kl_over_its_limit_ends_training_with_a_checkpoint(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = {**cpu_arguments, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1000}
+    trainer, rows = make(base_folder, str(reward_folder), arguments, kl_limit=1e-4, total_episodes=480)
+    with pytest.warns(
+        UserWarning, match="stopped after 32 episodes: the KL, .* nats an answer, is over kl_limit=0.0001"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 8, "the first rollout is at KL 0, the second is not"
+    assert (tmp_path / "checkpoint-8" / "ppo_state.json").is_file()
+    assert rows.rows[-1]["kl"] > 1e-4
+
+
+def test_a_warm_up_trains_the_critic_alone(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, critic_warmup=2)
+    policy = {name: value.clone() for name, value in trainer.model.policy.state_dict().items()}
+    critic = {name: value.clone() for name, value in trainer.model.critic.state_dict().items()}
+    trainer.args.num_train_epochs = 2
+    trainer.train()
+    assert all(torch.equal(value, policy[name]) for name, value in trainer.model.policy.state_dict().items())
+    assert any(not torch.equal(value, critic[name]) for name, value in trainer.model.critic.state_dict().items())
+    assert [row["kl"] for row in rows.rows] == [0.0, 0.0]
+
+    longer, rows = make(base_folder, str(reward_folder), cpu_arguments, critic_warmup=1)
+    longer.train()
+    assert [row["kl"] > 0 for row in rows.rows] == [False, False, True], (
+        "the second rollout's update is the first of both"
+    )
+
+
+def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    for settings, said in (
+        ({"kl_estimator": "k4"}, "kl_estimator='k4' is none of k1, k2, k3"),
+        ({"reward_ensemble": "median"}, "none of None, mean, worst, uncertainty, soft_min"),
+        ({"reward_ensemble": "worst", "reward_weights": [1.0, 2.0]}, "leave them out"),
+        ({"kl_limit": -1.0}, "kl_limit=-1.0 must be above 0"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "must start above 0"),
+        ({"cliprange_dual": 0.5}, "cliprange_dual=0.5 must be above 1"),
+    ):
+        with pytest.raises((ValueError, UserError), match=said.replace("[", r"\[")):
+            PPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)  # type: ignore[arg-type]
