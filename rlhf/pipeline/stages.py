@@ -180,7 +180,12 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     if trainer.stopped is not None:
         context.say(trainer.stopped)
     rollouts = trainer.state.global_step // args.steps_per_rollout
-    return {"episodes": trainer.episodes, "rollouts": rollouts, "stopped": trainer.stopped}
+    return {
+        "episodes": trainer.episodes,
+        "rollouts": rollouts,
+        "stopped": trainer.stopped,
+        "warnings": trainer.health.said,
+    }
 
 
 def _reward_function(name: str) -> Any:

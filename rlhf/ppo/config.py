@@ -84,6 +84,10 @@ class PPOConfig(BaseConfig):
     disable_dropout: bool = field(default=True, metadata={"help": "Ratios and rewards are noise with it on."})
 
     # What a person sees
+    stop_when_unhealthy: bool = field(
+        default=False,
+        metadata={"help": "End training, with a checkpoint, at the first thing the monitor worries about."},
+    )
     num_completions_to_print: int | None = field(default=0, metadata={"help": "Samples shown at each log; 0: none."})
 
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]

@@ -77,6 +77,17 @@ class Sample:
         return dict(self.__dict__)
 
 
+def distinct_pairs(response_ids: Tensor, response_mask: Tensor) -> tuple[int, int]:
+    """How many different pairs of neighbouring tokens there are in some answers, and how many in all.
+
+    >>> distinct_pairs(torch.tensor([[7, 7, 7], [7, 8, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    (2, 3)
+    """
+    both = response_mask[:, 1:].bool() & response_mask[:, :-1].bool()
+    pairs = torch.stack([response_ids[:, :-1][both], response_ids[:, 1:][both]], dim=1)
+    return len(torch.unique(pairs, dim=0)), len(pairs)
+
+
 def shuffled_minibatches(size: int, minibatches: int, *, seed: int, rollout: int, epoch: int) -> list[Tensor]:
     """A fresh permutation of a rollout's rows, cut into equal minibatches; the same numbers give the same order.
 

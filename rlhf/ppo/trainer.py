@@ -48,8 +48,9 @@ from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, ex
 from rlhf.ppo.backbone import on_backbone, restore_role, save_role, sharing_obstacle
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.health import Health
 from rlhf.ppo.rewards import RewardFunction, RewardSource, total_reward
-from rlhf.ppo.rollout import Experience, Rollout, Sample, hash_seed, prompt_indices
+from rlhf.ppo.rollout import Experience, Rollout, Sample, distinct_pairs, hash_seed, prompt_indices
 from rlhf.ppo.state import PPOState
 
 
@@ -87,6 +88,7 @@ class PPOTrainer(BaseTrainer):
     `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `entropy`, nats a token;
     `kl_coef`; `policy_loss`, `value_loss`; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean
     ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic before its update;
+    `distinct_2`, different pairs of neighbouring tokens among all; `clipped_rewards`, the share at `reward_clip`;
     `length`, tokens an answer; `share_without_eos`; `grad_norm` of the policy, `grad_norm_critic`.
     """
 
@@ -179,6 +181,7 @@ class PPOTrainer(BaseTrainer):
         self.progress = PPOState(kl_coef=args.kl_coef)
         self._sums: dict[str, list[float]] = {}
         self.latest_samples: list[Sample] = []
+        self.health = Health()
         self.stopped: str | None = None  # why training ended before its time
         set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)
 
@@ -302,6 +305,10 @@ class PPOTrainer(BaseTrainer):
         self._count("kl_k3", torch.where(mask.bool(), k3, torch.zeros_like(k3)).sum(), len(rows))
         self._count("length", mask.sum(), len(rows))
         self._count("share_without_eos", (~completions.ended).sum(), len(rows))
+        self._count("distinct_2", *distinct_pairs(completions.response_ids, mask))
+        if self.args.reward_clip is not None:
+            at_clip = self.shaped(scores, torch.ones_like(completions.ended)).abs() >= self.args.reward_clip
+            self._count("clipped_rewards", at_clip.sum(), len(rows))
         self._count("entropy", (outputs.entropy * mask).sum(), mask.sum())
         for name, values in monitored.items():
             self._count(f"reward_{name}", sum(values), len(values))
@@ -549,6 +556,12 @@ class PPOTrainer(BaseTrainer):
         """Add what was counted since the last log."""
         if "loss" in logs:
             logs = {**logs, "episodes": self.episodes, **self._take_metrics()}
+            for sentence in self.health.look(logs):  # the same on every process
+                if self.args.stop_when_unhealthy:
+                    self.stopped = self.stopped or sentence
+                    self.control.should_save = self.control.should_training_stop = True
+                if self.accelerator.is_main_process:
+                    warnings.warn(sentence, stacklevel=2)
             if self.args.num_completions_to_print and self.accelerator.is_main_process:
                 shown = self.latest_samples[: self.args.num_completions_to_print]
                 print_prompt_completions_sample(

@@ -1,0 +1,104 @@
+"""What goes wrong in PPO before anybody notices: looked for after every rollout, said once in plain words.
+
+Reward and losses do not show a collapse (arXiv:2307.04964 section 5.3); KL, length, repetition and entropy do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Row = dict[str, float]
+SETTLED = 10  # rollouts after which a critic should know something
+
+
+@dataclass(frozen=True)
+class Concern:
+    """One thing to look for.
+
+    Attributes:
+        needs: metrics without which nothing is looked for.
+        found: of the first rollout's metrics, the latest, and how many rollouts there were.
+        sentence: what to say, with the latest metrics as fields and those of the first as `first_…`.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    found: Callable[[Row, Row, int], bool]
+    sentence: str
+
+
+CONCERNS = (
+    Concern(
+        "ratio", ("ratio_first",), lambda first, now, n: abs(now["ratio_first"] - 1) > 0.05,
+        "the ratio of a rollout's first minibatch is {ratio_first:.3f}, not 1: sampling and training see different models.",
+    ),
+    Concern(
+        "negative KL", ("kl", "kl_k3"), lambda first, now, n: now["kl"] < -0.5 and now["kl_k3"] > 0.5,
+        "the KL is {kl:.2f} nats an answer by k1 and {kl_k3:.2f} by k3: answers are not sampled from the policy's whole "
+        "distribution.",
+    ),
+    Concern(
+        "length", ("length", "share_without_eos"),
+        lambda first, now, n: now["length"] > 2 * first["length"] and now["share_without_eos"] > first["share_without_eos"] + 0.1,
+        "answers have grown from {first_length:.0f} to {length:.0f} tokens, and {share_without_eos:.0%} do not end: the reward may "
+        "pay for length.",
+    ),
+    Concern(
+        "no end", ("share_without_eos",), lambda first, now, n: now["share_without_eos"] > 0.5 and n > 1,
+        "{share_without_eos:.0%} of the answers do not end: raise max_completion_length or missing_eos_penalty.",
+    ),
+    Concern(
+        "short", ("length",), lambda first, now, n: now["length"] < 0.25 * first["length"],
+        "answers have shrunk from {first_length:.0f} to {length:.0f} tokens.",
+    ),
+    Concern(
+        "repetition", ("distinct_2",), lambda first, now, n: now["distinct_2"] < 0.5 * first["distinct_2"],
+        "of all pairs of neighbouring tokens {distinct_2:.0%} are different ones, {first_distinct_2:.0%} at the start: answers "
+        "become the same.",
+    ),
+    Concern(
+        "entropy", ("entropy",), lambda first, now, n: now["entropy"] < 0.2 * first["entropy"],
+        "entropy has fallen from {first_entropy:.2f} to {entropy:.2f} nats a token: little is explored; raise kl_coef.",
+    ),
+    Concern(
+        "critic", ("explained_variance",), lambda first, now, n: n >= SETTLED and now["explained_variance"] < 0,
+        "the critic explains nothing (explained variance {explained_variance:.2f}): raise critic_learning_rate, or critic_warmup.",
+    ),
+    Concern(
+        "reward tail", ("clipped_rewards",), lambda first, now, n: now["clipped_rewards"] > 0.2,
+        "{clipped_rewards:.0%} of the rewards are at reward_clip: their scale is not that of the reward model's card.",
+    ),
+    Concern(
+        "hacking", ("reward_proxy", "reward_gold"),
+        lambda first, now, n: now["reward_proxy"] > first["reward_proxy"] and now["reward_gold"] < first["reward_gold"] - 0.05,
+        "the reward model's score has risen from {first_reward_proxy:.2f} to {reward_proxy:.2f} and the true reward has fallen "
+        "from {first_reward_gold:.2f} to {reward_gold:.2f}: the reward model is being exploited; raise kl_coef.",
+    ),
+)  # fmt: skip
+
+
+@dataclass
+class Health:
+    """Watches the metrics of a run; every concern is raised once.
+
+    Attributes:
+        said: the sentences so far.
+    """
+
+    said: list[str] = field(default_factory=list)
+    raised: set[str] = field(default_factory=set)
+    first: Row = field(default_factory=dict)
+    rollouts: int = 0
+
+    def look(self, row: Row) -> list[str]:
+        """What is new to worry about after a rollout with these metrics."""
+        self.rollouts += 1
+        self.first = self.first or dict(row)
+        new = []
+        for concern in CONCERNS:
+            known = all(name in row and name in self.first for name in concern.needs)
+            if concern.name not in self.raised and known and concern.found(self.first, row, self.rollouts):
+                self.raised.add(concern.name)
+                values = {**row, **{f"first_{name}": value for name, value in self.first.items()}}
+                new.append(f"ppo, rollout {self.rollouts}: " + concern.sentence.format(**values))
+        self.said += new
+        return new

@@ -1,0 +1,60 @@
+"""The monitor speaks of what is planted, once, and of nothing in a run that is well."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.ppo.health import CONCERNS, Health
+from tests.ppo.test_ppo import make
+
+WELL = {
+    "ratio_first": 1.0, "kl": 1.0, "kl_k3": 1.0, "length": 20.0, "share_without_eos": 0.02, "distinct_2": 0.4, "entropy": 2.0,
+    "explained_variance": 0.5, "clipped_rewards": 0.01, "reward_proxy": 0.0, "reward_gold": 0.2,
+}  # fmt: skip
+ILL = {
+    "ratio": {"ratio_first": 1.2},
+    "negative KL": {"kl": -2.0},
+    "length": {"length": 50.0, "share_without_eos": 0.3},
+    "no end": {"share_without_eos": 0.8},
+    "short": {"length": 3.0},
+    "repetition": {"distinct_2": 0.1},
+    "entropy": {"entropy": 0.1},
+    "critic": {"explained_variance": -0.3},
+    "reward tail": {"clipped_rewards": 0.5},
+    "hacking": {"reward_proxy": 3.0, "reward_gold": -0.2},
+}
+
+
+def test_every_concern_is_planted_here() -> None:
+    assert set(ILL) == {concern.name for concern in CONCERNS}
+
+
+@pytest.mark.parametrize("name", sorted(ILL))
+def test_each_trouble_is_said_once_and_alone(name: str) -> None:
+    health = Health()
+    for _ in range(11):
+        assert health.look(dict(WELL)) == []
+    new = health.look({**WELL, **ILL[name]})
+    assert [sentence.split(":")[0] for sentence in new] == ["ppo, rollout 12"]
+    assert health.raised == {name}
+    assert health.look({**WELL, **ILL[name]}) == []
+    assert health.said == new
+
+
+def test_what_is_unknown_worries_nobody() -> None:
+    health = Health()
+    health.look({"kl": 1.0})
+    assert health.look({"kl": -5.0}) == []
+
+
+def test_a_run_stops_where_it_is_asked_to(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    """Answers of eight random tokens do not end; that is said after the second rollout."""
+    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, stop_when_unhealthy=True, total_episodes=160)
+    with pytest.warns(UserWarning, match="rollout 2: .* of the answers do not end"):
+        trainer.train()
+    assert len(rows.rows) == 2
+    assert trainer.stopped is not None
+    assert 0 < rows.rows[0]["distinct_2"] <= 1
