@@ -34,7 +34,7 @@ def write_report(run: Path) -> Path:
         "page.html.jinja",
         title=f"{summary['recipe']}, seed {summary['seed']}",
         summary=summary,
-        verdict=verdict(summary, ppo),
+        verdict=verdict(summary, ppo) + facts.get(f"{folder}/ppo", {}).get("warnings", []),
         tiles=_tiles(summary),
         policy_figures=_policy_figures(ppo, judged, facts.get(f"{folder}/evaluate", {})),
         samples=judged[:SAMPLES_SHOWN],

@@ -1,0 +1,293 @@
+"""Episodes a second and memory of `rlhf.PPOTrainer` beside TRL's last PPO (1.12), on the same models.
+
+pip install --no-deps --target TRL112 trl==1.12.0
+python tests/benchmarks/ppo_speed.py --trl TRL112 --json ppo_speed.json
+
+Speed: full fine-tuning in fp32 of a causal model of 13M parameters with a vocabulary of 30k, answers of exactly 32 tokens to
+prompts of 16, batches of 16, two minibatches and two PPO epochs on both sides, no gradient checkpointing. TRL makes one
+optimizer step an epoch whatever `num_mini_batches` says (its gradient accumulation is ours to set), so both sides make as
+many passes over as many tokens, not as many steps. Each side runs in a process of its own, A B A B; a rollout is the
+warm-up, the next ones are timed. `lora` is the same with LoRA policies.
+
+Memory: a base of 110M parameters; ours with four roles on one base (LoRA), TRL's as lean as it goes (`peft_config`,
+`ref_model=None`, its critic and reward model whole). Peak resident size less that after the imports.
+
+Finished parts are kept beside FILE. `gpu` is a row for a CUDA machine: a 7B-shaped model with random weights, four roles.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SPEED = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 30_000,
+}
+MEMORY = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 12,
+    "vocab_size": 30_000,
+}
+SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000}  # fmt: skip
+BATCH, MINIBATCHES, EPOCHS, PROMPT, ANSWER = 16, 2, 2, 16, 32
+ROLLOUTS = 3  # the first is the warm-up
+
+
+def build(folder: Path, sizes: dict[str, int]) -> None:
+    """A causal model, a scalar-headed one, and adapters on the first; a word-level tokenizer of the same vocabulary."""
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    if (folder / "policy/config.json").is_file():
+        return
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, sizes["vocab_size"])}}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    config.num_labels, config.problem_type = 1, "regression"
+    scorer = LlamaForSequenceClassification.from_pretrained(folder / "policy", num_labels=1)
+    scorer.config.pad_token_id = 0
+    scorer.save_pretrained(folder / "reward")
+    tokenizer.save_pretrained(folder / "reward")
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type=TaskType.SEQ_CLS)
+    samples = [("w5 w6", f"w{i}") for i in range(8, 24)]
+    from rlhf.reward.model import save_reward_model
+
+    adapted: Any = get_peft_model(
+        LlamaForSequenceClassification.from_pretrained(folder / "policy", num_labels=1, pad_token_id=0), lora
+    )
+    save_reward_model(folder / "reward-adapter", adapted, tokenizer, samples=samples)
+
+
+def prompts(count: int) -> list[str]:
+    import random
+
+    rng = random.Random(0)
+    return [" ".join(f"w{rng.randrange(3, 30_000)}" for _ in range(PROMPT)) for _ in range(count)]
+
+
+def no_end(model: Any) -> None:
+    """Answers of a fixed length on both sides: the end token is never sampled."""
+    import torch
+
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([1], device=out.device), -1e9))
+
+
+def resident(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def run_ours(folder: Path, *, lora: bool, rollouts: int) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import rlhf.ppo.trainer  # noqa: F401
+    from rlhf import PPOConfig, PPOTrainer
+    from rlhf.models.load import load_policy, model_settings
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    before = resident("VmRSS")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    args = PPOConfig(
+        str(folder / "out-ours"), total_episodes=BATCH * MINIBATCHES * rollouts, per_device_train_batch_size=BATCH,
+        num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, learning_rate=1e-6, max_completion_length=ANSWER,
+        missing_eos_penalty=None, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(),
+        gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    settings = {"use_peft": True, "lora_r": 16, "lora_target_modules": ["all-linear"]} if lora else {}
+    policy: Any = load_policy(folder / "policy", model_settings(settings))
+    no_end(policy)
+    if lora:
+        source: Any = str(folder / "reward-adapter")
+    else:
+        from transformers import AutoModelForSequenceClassification
+
+        source = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    trainer = PPOTrainer(
+        policy, source, args, Dataset.from_list([{"prompt": p} for p in prompts(256)]), processing_class=tokenizer
+    )
+    assert AutoModelForCausalLM is not None
+    clock: list[float] = []
+    parts = {"generation": 0.0, "forwards and reward": 0.0}
+    sample, experience = trainer.sample, trainer.experience
+
+    def timed_sample(rows: Any) -> Any:
+        begin = time.monotonic()
+        found = sample(rows)
+        parts["generation"] += time.monotonic() - begin
+        assert (found.response_mask.sum(dim=1) == ANSWER).all()
+        return found
+
+    def timed_experience(rows: Any) -> Any:
+        clock.append(time.monotonic())
+        if len(clock) == 2:
+            parts.update({name: 0.0 for name in parts})
+        begin, before_sampling = time.monotonic(), parts["generation"]
+        found = experience(rows)
+        parts["forwards and reward"] += time.monotonic() - begin - (parts["generation"] - before_sampling)
+        return found
+
+    trainer.sample, trainer.experience = timed_sample, timed_experience  # type: ignore[method-assign]
+    trainer.train()
+    seconds = time.monotonic() - clock[1]
+    parts["update"] = seconds - sum(parts.values())
+    found: dict[str, Any] = {
+        "episodes_per_second": BATCH * MINIBATCHES * (rollouts - 1) / seconds,
+        "mib": resident("VmHWM") - before,
+        "parts": {name: value / seconds for name, value in parts.items()},
+        "parameters": sum(p.numel() for n, p in policy.named_parameters() if "lora_" not in n),
+    }
+    if torch.cuda.is_available():
+        found["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found["tokens_per_second"] = found["episodes_per_second"] * (PROMPT + ANSWER)
+    return found
+
+
+def run_trl(folder: Path, *, lora: bool, lean: bool, rollouts: int) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    before = resident("VmRSS")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
+    args = PPOConfig(
+        str(folder / "out-trl"), total_episodes=BATCH * MINIBATCHES * rollouts, per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=MINIBATCHES, num_mini_batches=1, num_ppo_epochs=EPOCHS, learning_rate=1e-6,
+        response_length=ANSWER, local_rollout_forward_batch_size=BATCH, num_sample_generations=0, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    ids = [{"input_ids": tokenizer(p).input_ids} for p in prompts(256)]
+    load = {"dtype": torch.float32}
+    policy: Any = AutoModelForCausalLM.from_pretrained(folder / "policy", **load)
+    no_end(policy)
+    reference = None if lora or lean else AutoModelForCausalLM.from_pretrained(folder / "policy", **load)
+    reward, value = (AutoModelForSequenceClassification.from_pretrained(folder / "reward", **load) for _ in range(2))
+
+    class Clock(TrainerCallback):
+        ends: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.monotonic())
+
+    trainer = PPOTrainer(
+        args=args, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
+        train_dataset=Dataset.from_list(ids), eval_dataset=Dataset.from_list(ids[:16]), callbacks=[Clock()],
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora or lean else None,
+    )  # fmt: skip
+    begin = time.monotonic()
+    trainer.train()
+    ends = Clock.ends
+    assert len(ends) == rollouts, (len(ends), "TRL counts a batch as a step")
+    assert begin < ends[0]
+    return {
+        "episodes_per_second": BATCH * MINIBATCHES * (rollouts - 1) / (ends[-1] - ends[0]),
+        "mib": resident("VmHWM") - before,
+    }
+
+
+def in_a_process(side: str, kind: str, folder: Path, trl: Path | None) -> dict[str, Any]:
+    """One side in a process of its own."""
+    path = [str(Path(__file__).parents[2])] if side == "ours" else [str(trl)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, __file__, "--json", "unused", "--side", side, kind, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--trl", type=Path, help="folder of trl==1.12.0")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="one repetition of both sides each")
+    parser.add_argument("--variants", default="full,lora,memory")
+    parser.add_argument("--quick", action="store_true", help="one layer: whether it runs, not how fast")
+    parser.add_argument("--side", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        side, kind, name = arguments.side
+        rollouts = 2 if kind == "memory" else ROLLOUTS
+        if side == "ours":
+            found = run_ours(Path(name), lora=kind != "full", rollouts=rollouts)
+        else:
+            found = run_trl(Path(name), lora=kind == "lora", lean=kind == "memory", rollouts=rollouts)
+        print(json.dumps(found))
+        return
+    folder = arguments.json.with_suffix("")
+    result: dict[str, Any] = {"threads": int(os.environ.get("OMP_NUM_THREADS", "2"))}
+    for kind in arguments.variants.split(","):
+        sizes = {"memory": MEMORY, "gpu": SEVEN_B}.get(kind, SPEED)
+        if arguments.quick:
+            sizes = {**sizes, "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2}
+        models = folder / (
+            ("large" if kind == "memory" else kind if kind == "gpu" else "small") + ("-quick" * arguments.quick)
+        )
+        build(models, sizes)
+        if kind == "gpu":
+            result["gpu"] = in_a_process("ours", "gpu", models, None)
+            continue
+        pairs = []
+        for seed in arguments.seeds.split(",")[: 1 if kind == "memory" else None]:
+            file = folder / f"{kind}-{seed}{'-quick' if arguments.quick else ''}.json"
+            if not file.is_file():
+                file.write_text(
+                    json.dumps([in_a_process(side, kind, models, arguments.trl) for side in ("trl", "ours")])
+                )
+            theirs, ours = json.loads(file.read_text())
+            pairs.append((theirs, ours))
+            print(
+                f"{kind} {seed}: {theirs['episodes_per_second']:.2f} {ours['episodes_per_second']:.2f} episodes/s, "
+                f"{theirs['mib']:.0f} {ours['mib']:.0f} MiB",
+                flush=True,
+            )
+        ratios = [ours["episodes_per_second"] / theirs["episodes_per_second"] for theirs, ours in pairs]
+        if kind == "memory":
+            theirs, ours = pairs[0]
+            result |= {"memory_ratio": ours["mib"] / theirs["mib"], "memory_mib": [theirs["mib"], ours["mib"]]}
+            result["memory_parameters"] = ours["parameters"]
+        else:
+            key = "episodes_ratio" if kind == "full" else "episodes_ratio_lora"
+            result |= {key: statistics.median(ratios), f"{key}_range": [min(ratios), max(ratios)]}
+            result[f"parts_{kind}"] = pairs[0][1]["parts"]
+            result[f"parameters_{kind}"] = pairs[0][1]["parameters"]
+    arguments.json.write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
