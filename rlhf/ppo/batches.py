@@ -1,13 +1,15 @@
 """How rollouts meet the Trainer: its dataloader, and the end of a rollout as the only place to log, evaluate and save."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from rlhf.ppo.rollout import shuffled_minibatches
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.rollout import Rollout, shuffled_minibatches
 
 
 class RolloutBatches:
@@ -26,14 +28,40 @@ class RolloutBatches:
         return self.trainer.args.steps_per_rollout * self.trainer.args.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        args = self.trainer.args
         rollout = self.trainer.rollout(self.trainer.prompts_of(self.rollout_index))
-        for epoch in range(args.num_ppo_epochs):
-            for minibatch in shuffled_minibatches(
-                args.local_rollout_size, args.num_mini_batches, seed=args.seed, rollout=self.rollout_index, epoch=epoch
-            ):
-                for index in minibatch.split(args.per_device_train_batch_size):
-                    yield rollout.rows(index)
+        for step in steps_of(rollout, self.trainer.args, self.rollout_index):
+            yield from step
+
+
+def steps_of(rollout: Rollout, args: PPOConfig, rollout_index: int) -> Iterator[list[dict[str, Tensor]]]:
+    """The micro-batches of every optimizer step made with a rollout, reshuffled for every PPO epoch."""
+    for epoch in range(args.num_ppo_epochs):
+        for minibatch in shuffled_minibatches(
+            args.local_rollout_size, args.num_mini_batches, seed=args.seed, rollout=rollout_index, epoch=epoch
+        ):
+            yield [rollout.rows(index) for index in minibatch.split(args.per_device_train_batch_size)]
+
+
+def update(trainer: Any, rollout: Rollout) -> dict[str, float]:
+    """All optimizer steps of one rollout outside of the Trainer's own loop; the metrics of sampling and update."""
+    if trainer.optimizer is None:
+        trainer.create_optimizer()
+        trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    index = trainer.state.global_step // trainer.args.steps_per_rollout
+    for micro_batches in steps_of(rollout, trainer.args, index):
+        tokens = trainer._get_num_items_in_batch(micro_batches, trainer.accelerator.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            is_last = number == len(micro_batches)
+            trainer.accelerator.gradient_state._set_sync_gradients(is_last)
+            waits = nullcontext() if is_last else trainer.accelerator.no_sync(trainer.model_wrapped)
+            with waits:
+                trainer.training_step(trainer.model_wrapped, batch, tokens)
+        trainer._count("grad_norm", trainer._clip_grad_norm(trainer.model_wrapped), 1)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+        trainer.state.global_step += 1
+    metrics: dict[str, float] = trainer._take_metrics()
+    return {**metrics, "episodes": trainer.episodes}
 
 
 class EndOfRollout(TrainerCallback):

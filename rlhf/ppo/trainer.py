@@ -46,7 +46,7 @@ from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
 from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
 from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, explained_variance
 from rlhf.ppo.backbone import on_backbone, restore_role, save_role, sharing_obstacle
-from rlhf.ppo.batches import EndOfRollout, RolloutBatches
+from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.health import Health
 from rlhf.ppo.rewards import RewardFunction, RewardSource, total_reward
@@ -433,6 +433,17 @@ class PPOTrainer(BaseTrainer):
         return TokenOutputs(*(torch.cat(column) for column in zip(*parts, strict=True))), torch.cat(references)
 
     # ---- Update ----
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Learn from one rollout: every optimizer step of its PPO epochs, at a constant learning rate.
+
+        For loops of one's own: `for i in range(n): trainer.update(trainer.rollout(trainer.prompts_of(i)))` does what `train()`
+        does with `lr_scheduler_type="constant"`, and nothing is logged, evaluated or saved on the way.
+
+        Returns:
+            the metrics of this rollout, means as in the log.
+        """
+        return update(self, rollout)
 
     def get_train_dataloader(self) -> Any:
         """Rollouts in place of a dataset."""

@@ -214,6 +214,24 @@ def test_accumulation_does_not_change_the_update(
     assert different / sum(value.numel() for value in one.values()) < 0.01
 
 
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2)])
+def test_a_loop_of_ones_own_is_the_trainers(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], batch: int, accumulation: int
+) -> None:
+    """rollout() and update(), one after the other: the same weights and metrics as train() at a constant learning rate."""
+    arguments = {**cpu_arguments, "lr_scheduler_type": "constant", "gradient_accumulation_steps": accumulation}
+    trained, rows = make(base_folder, str(reward_folder), arguments, per_device_train_batch_size=batch)
+    trained.train()
+    trainer, _ = make(base_folder, str(reward_folder), arguments, per_device_train_batch_size=batch)
+    for i in range(3):
+        metrics = trainer.update(trainer.rollout(trainer.prompts_of(i)))
+        for key in ("policy_loss", "value_loss", "kl", "reward_proxy", "episodes", "clip_fraction"):
+            assert metrics[key] == rows.rows[i][key], key
+    assert trainer.state.global_step == trained.state.global_step
+    for name, value in weights_after(trained).items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
