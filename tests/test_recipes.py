@@ -78,12 +78,16 @@ def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
     from rlhf.recipe import load_recipe
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    whole, mixture, voting = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    whole, mixture, voting, *parts = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "mine.yaml").write_text(whole, encoding="utf-8")
     assert load_recipe(tmp_path / "mine.yaml").evaluate.gold == "rules.py:score"
     (tmp_path / "mixture.yaml").write_text(f"base: mine.yaml\n{mixture}", encoding="utf-8")
     (tmp_path / "voting.yaml").write_text(f"base: mine.yaml\n{voting}", encoding="utf-8")
     assert load_recipe(tmp_path / "voting.yaml").reward.needs_vote
+    assert len(parts) == 3
+    for part in parts:
+        (tmp_path / "part.yaml").write_text(f"base: mine.yaml\n{part}", encoding="utf-8")
+        load_recipe(tmp_path / "part.yaml")
     assert [entry.fraction for entry in load_recipe(tmp_path / "mixture.yaml").data.sources("preferences")] == [
         0.5,
         1.0,
