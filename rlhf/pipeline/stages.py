@@ -170,6 +170,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
         eval_dataset=held_out(context, "test_prompts") if args.eval_strategy != "no" else None,
         monitor_funcs={"gold": gold} if gold is not None else None,
+        ptx_dataset=Dataset.from_list(read_jsonl(context.data / "sft.jsonl")) if args.ptx_coef > 0 else None,
         adapter_was_trained=find_source(sft).adapter is not None and model_config.use_peft,
     )
     train(trainer, context.folder, label="ppo", say=context.say)

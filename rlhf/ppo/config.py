@@ -48,6 +48,7 @@ class PPOConfig(BaseConfig):
         metadata={"help": "Bound on the loss of a bad token, in advantages; 3 where it is used; None: off."},
     )
     critic_warmup: int = field(default=0, metadata={"help": "First rollouts that train the critic alone."})
+    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of demonstrations' loss (PPO-ptx); 0: none."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Over the rollout, over all processes."})
 
     # The reward
@@ -94,26 +95,31 @@ class PPOConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = ("max_completion_length", "temperature", "num_ppo_epochs", "num_mini_batches")
-        for name in positive:
-            if getattr(self, name) <= 0:
+        positive = (
+            "max_completion_length",
+            "temperature",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "kl_target",
+            "kl_limit",
+        )
+        for name in (*positive, "kl_horizon", "reward_ensemble_strength"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
         if not 0 < self.cliprange < 1:
             raise ValueError(f"cliprange={self.cliprange} must lie in (0, 1).")
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef={self.kl_coef} must not be negative.")
+        for name in ("kl_coef", "ptx_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for name, allowed in (
             ("kl_estimator", ("k1", "k2", "k3")),
             ("reward_ensemble", (None, "mean", "worst", "uncertainty", "soft_min")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}.")
-        for name in ("kl_target", "kl_limit", "reward_ensemble_strength", "kl_horizon"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.cliprange_dual is not None and self.cliprange_dual <= 1:
             raise ValueError(f"cliprange_dual={self.cliprange_dual} must be above 1.")
         if self.kl_target is not None and self.kl_coef == 0:

@@ -49,6 +49,7 @@ from rlhf.ppo.backbone import on_backbone, restore_role, save_role, sharing_obst
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.health import Health
+from rlhf.ppo.ptx import Demonstrations, demonstration_loss
 from rlhf.ppo.rewards import RewardFunction, RewardSource, total_reward
 from rlhf.ppo.rollout import Experience, Rollout, Sample, distinct_pairs, hash_seed, prompt_indices
 from rlhf.ppo.state import PPOState
@@ -82,6 +83,7 @@ class PPOTrainer(BaseTrainer):
         callbacks, optimizers, peft_config: as in `trl.RLOOTrainer`.
         adapter_was_trained: of a PEFT model, whether its adapter holds what SFT learnt (then a frozen copy of it is the
             reference) or is fresh (then the base is). Default: a PEFT model's was, one made from `peft_config` was not.
+        ptx_dataset: demonstrations (`prompt`, `completion`) that are mixed in by `args.ptx_coef`.
 
     Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`,
     the raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer, and
@@ -112,6 +114,7 @@ class PPOTrainer(BaseTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         adapter_was_trained: bool | None = None,
+        ptx_dataset: Dataset | None = None,
     ):
         # 1. Settings and data.
         if args is None:
@@ -172,6 +175,9 @@ class PPOTrainer(BaseTrainer):
                 "ppo: FSDP and DeepSpeed are not supported; use data parallelism (`torchrun`), LoRA and 4-bit weights."
             )
         self.add_callback(EndOfRollout(self))
+        self.demonstrations: Demonstrations | None = None
+        if args.ptx_coef > 0:
+            self.demonstrations = self._read_demonstrations(ptx_dataset)
         self.reference.model.to(self.accelerator.device)
         for source in self.reward_sources:
             if hasattr(source.function, "model"):
@@ -184,6 +190,19 @@ class PPOTrainer(BaseTrainer):
         self.health = Health()
         self.stopped: str | None = None  # why training ended before its time
         set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)
+
+    def _read_demonstrations(self, dataset: Dataset | None) -> Demonstrations:
+        if dataset is None or not {"prompt", "completion"} <= set(dataset.column_names):
+            raise UserError("ppo: ptx_coef is above 0, so ptx_dataset must have the columns `prompt` and `completion`.")
+        if self.accelerator.num_processes > 1 and not self.model.shares_backbone:
+            raise UserError(
+                "ppo: ptx_coef with several processes needs the four roles on one base (LoRA); the wrapper of separate models "
+                "sees one forward a step."
+            )
+        longest = (self.args.max_prompt_length or 0) + self.args.max_completion_length
+        return Demonstrations(
+            self.processing_class, dataset.to_list(), max_length=longest if self.args.max_prompt_length else None
+        )
 
     def _rewards_and_critic(
         self,
@@ -489,7 +508,15 @@ class PPOTrainer(BaseTrainer):
             losses = losses + value_losses
             self._count("value_loss", torch.where(mask.bool(), value_losses.detach(), 0.0).sum(), mask.sum())
         losses = torch.where(mask.bool(), losses, torch.zeros_like(losses))
-        loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        share = self.accelerator.num_processes / num_items_in_batch
+        loss = losses.sum() * share
+        if self.demonstrations is not None and "policy" in roles:
+            # Mixed in by this micro-batch's share of the step's tokens, so that accumulation changes nothing in the mean.
+            ids, is_completion = self.demonstrations.draw(len(mask), mask.device)
+            policy = self.accelerator.unwrap_model(model).policy
+            demonstrated = demonstration_loss(policy, ids, is_completion)
+            self._count("ptx_loss", demonstrated.detach(), 1)
+            loss = loss + args.ptx_coef * demonstrated * mask.sum() * share
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"ppo: the loss is {loss.item()} at step {self.state.global_step}; nothing was updated."

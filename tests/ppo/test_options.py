@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from datasets import Dataset
 
 from rlhf import PPOConfig, load_reward_model
 from rlhf.errors import TrainingError, UserError
@@ -278,3 +279,55 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
     ):
         with pytest.raises((ValueError, UserError), match=said.replace("[", r"\[")):
             PPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)  # type: ignore[arg-type]
+
+
+def test_demonstrations_are_mixed_in_by_their_weight(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    """Loss(coef) - Loss(0) = coef times -log π of the completions, computed here token by token."""
+    rows = [
+        {"prompt": prompt, "completion": [{"role": "assistant", "content": "yes please"}]} for prompt in PROMPTS[:4]
+    ]
+    found = {}
+    for coefficient in (0.0, 0.5):
+        trainer, _ = make(
+            base_folder, str(reward_folder), cpu_arguments, ptx_coef=coefficient, ptx_dataset=Dataset.from_list(rows)
+        )
+        batch = trainer.rollout(trainer.prompts_of(0)).rows(torch.arange(8))
+        torch.manual_seed(7)
+        found[coefficient] = trainer.compute_loss(
+            trainer.model, batch, num_items_in_batch=batch["response_mask"].sum()
+        ).item()
+    torch.manual_seed(7)
+    chosen = torch.randint(4, (8,)).tolist()
+    tokenizer, policy = trainer.processing_class, trainer.model.policy
+    nll = []
+    for i in chosen:
+        ids = tokenizer.apply_chat_template(rows[i]["prompt"] + rows[i]["completion"], tokenize=True, return_dict=False)
+        asked = tokenizer.apply_chat_template(
+            rows[i]["prompt"], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        assert ids[: len(asked)] == asked
+        logprobs = policy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        end = ids.index(tokenizer.eos_token_id, len(asked)) + 1
+        nll += [-logprobs[t - 1, ids[t]].item() for t in range(len(asked), end)]
+    assert found[0.5] - found[0.0] == pytest.approx(0.5 * sum(nll) / len(nll), rel=1e-4)
+
+    with pytest.raises(UserError, match="ptx_dataset must have the columns `prompt` and `completion`"):
+        make(base_folder, str(reward_folder), cpu_arguments, ptx_coef=0.5)
+
+
+def test_demonstrations_keep_the_policy_at_them(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    rows = [
+        {"prompt": prompt, "completion": [{"role": "assistant", "content": "yes please"}]} for prompt in PROMPTS[:4]
+    ]
+    losses = {}
+    for coefficient in (1e-9, 1.0):
+        trainer, seen = make(
+            base_folder, str(reward_folder), cpu_arguments, ptx_coef=coefficient, ptx_dataset=Dataset.from_list(rows)
+        )
+        trainer.train()
+        losses[coefficient] = seen.rows[-1]["ptx_loss"]
+    assert losses[1.0] < losses[1e-9] - 0.5

@@ -47,7 +47,7 @@ def make(base: Path, reward: Any, arguments: dict[str, Any], **extra: Any) -> tu
     keywords = {
         name: extra.pop(name)
         for name in list(extra)
-        if name in ("critic", "monitor_funcs", "processing_class", "peft_config", "eval_dataset")
+        if name in ("critic", "monitor_funcs", "processing_class", "peft_config", "eval_dataset", "ptx_dataset")
     }
     settings.update(extra)
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -1,0 +1,57 @@
+"""The ptx mixture: demonstrations beside PPO's own loss, so that the policy forgets less (InstructGPT, arXiv:2203.02155 eq. 2)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf._trl import selective_log_softmax
+from rlhf.models.text import encode_answers
+
+
+class Demonstrations:
+    """Tokenised demonstrations, drawn at random; the draw is from the global generator, which checkpoints hold.
+
+    Args:
+        rows: `prompt` (a string or a conversation) and `completion` (a string, or an assistant's turn in a list).
+        max_length: longer ones lose the beginning of their prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], *, max_length: int | None):
+        prompts = [row["prompt"] for row in rows]
+        answers = [x if isinstance(x, str) else x[-1]["content"] for x in (row["completion"] for row in rows)]
+        whole, _ = encode_answers(tokenizer, prompts, answers, max_length=max_length)
+        asked, _ = encode_answers(tokenizer, prompts, [""] * len(rows), ended=[False] * len(rows))
+        self.rows = whole
+        # What was cut off a row's beginning is missing from its prompt.
+        uncut, _ = encode_answers(tokenizer, prompts, answers)
+        self.prompts = [len(p) - (len(u) - len(w)) for p, u, w in zip(asked, uncut, whole, strict=True)]
+        assert isinstance(tokenizer.pad_token_id, int)
+        self.pad_token_id = tokenizer.pad_token_id
+
+    def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ids [n, t], padded on the right, and a mask [n, t] of the completions' tokens."""
+        chosen = torch.randint(len(self.rows), (count,)).tolist()
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(self.rows[i]) for i in chosen], batch_first=True, padding_value=self.pad_token_id
+        )
+        places = torch.arange(ids.shape[1])
+        first = torch.tensor([self.prompts[i] for i in chosen])[:, None]
+        last = torch.tensor([len(self.rows[i]) for i in chosen])[:, None]
+        return ids.to(device), ((places >= first) & (places < last)).to(device)
+
+
+def demonstration_loss(policy: Any, ids: Tensor, is_completion: Tensor) -> Tensor:
+    """Mean of -log π over the completions' tokens, nats a token; rows are padded on the right.
+
+    Causal attention never looks at padding on the right, so no attention mask is needed.
+    """
+    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    logprobs = selective_log_softmax(logits, ids[:, 1:])
+    keep = is_completion[:, 1:]
+    loss: Tensor = -(logprobs * keep).sum() / keep.sum().clamp(min=1)
+    return loss
