@@ -230,6 +230,24 @@ def export_command(
     output.print(f"{out}", markup=False, soft_wrap=True)
 
 
+@app.command("serve")
+def serve_command(
+    model: RewardModelName,
+    host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 is everybody.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where.")] = 5000,
+) -> None:
+    """Serve a reward model: POST /get_reward, as OpenRLHF's clients and `ppo.extra_rewards` ask."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise UserError("rlhf serve: install the server first (pip install '.[serve]').") from error
+    from rlhf.serve.reward import open_app
+
+    served = open_app(model)
+    output.print(f"http://{host}:{port}/get_reward", markup=False)
+    uvicorn.run(served, host=host, port=port, log_level="warning")
+
+
 def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
     from rlhf.pipeline.rounds import check_arguments, check_recipe_file, check_sources, plan, run
 

@@ -20,7 +20,8 @@ ALLOWED = {
     "lab": {"objectives", "data", "models"},
     "report": set(),
     "pipeline": {"recipe", "data", "objectives", "models", "reward", "ppo", "evaluation", "report", "lab"},
-    "cli": {"recipe", "pipeline", "evaluation", "report"},
+    "serve": {"objectives", "data", "models", "reward"},
+    "cli": {"recipe", "pipeline", "evaluation", "report", "serve"},
 }
 TORCH_FREE = [
     "rlhf",

@@ -15,8 +15,8 @@ ATTEMPTS, FIRST_WAIT, LONGEST_WAIT = 4, 0.5, 8.0
 class RemoteReward:
     """A reward server as a reward function: a whole batch a request, a bounded number of tries, then an error.
 
-    `query` holds prompt and answer in one text, `prompts` the prompts alone. The answer may be `{"rewards": [...]}` or,
-    as older servers say, `{"scores": [...]}`.
+    `query` holds prompt and answer in one text, `prompts` and `responses` (ours) each alone. The reply may be
+    `{"rewards": [...]}` or, as older servers say, `{"scores": [...]}`.
 
     Args:
         url: of the endpoint, e.g. http://host:5000/get_reward.
@@ -35,7 +35,11 @@ class RemoteReward:
         """
         answers = [x if isinstance(x, str) else x[-1]["content"] for x in completions]
         readable = [plain(prompt) for prompt in prompts]
-        body = {"query": [f"{p}\n{a}" for p, a in zip(readable, answers, strict=True)], "prompts": readable}
+        body: dict[str, Any] = {
+            "query": [f"{p}\n{a}" for p, a in zip(readable, answers, strict=True)],
+            "prompts": readable,
+        }
+        body["responses"] = answers
         tries = Retrying(
             retry=retry_if_exception_type((requests.ConnectionError, requests.Timeout, _ServerBusy)),
             stop=stop_after_attempt(ATTEMPTS),

@@ -195,6 +195,7 @@ def test_a_reward_server_gets_whole_batches_and_second_chances(url: str) -> None
     query = [f"{prompt[0]['content']}\n{text}" for prompt, text in zip(PROMPTS[:2], TWO.texts, strict=True)]
     assert scores.tolist() == [float(len(text)) for text in query]
     assert [body["query"] for body in Server.seen] == [query] * 3, "the whole batch each time"
+    assert Server.seen[0]["responses"] == TWO.texts
     assert Server.seen[0]["prompts"] == [prompt[0]["content"] for prompt in PROMPTS[:2]]
 
 

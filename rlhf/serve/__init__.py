@@ -1,0 +1,1 @@
+"""Servers: a reward model behind HTTP."""
