@@ -166,10 +166,11 @@ def _domains(rows: Rows, weights: dict[str, float] | None) -> dict[str, Rows]:
 
 
 def _fit_experts(context: StageContext, domains: dict[str, Rows], out: Path) -> int:
-    """Train the experts one after the other, each kept when it is done; how many pairs were too long."""
-    dropped = steps = 0
+    """Train the experts one after the other, each kept when it is done; how many pairs were too long, as far as this run saw."""
+    dropped, metrics = 0, context.folder / "metrics.jsonl"
     for number, (name, rows) in enumerate(domains.items()):
-        kept, folder = out / f"expert-{number}", context.folder / CHECKPOINTS / f"expert-{number}"
+        folder = context.folder / CHECKPOINTS / f"expert-{number}"
+        kept = folder / "model"
         if kept.is_dir():
             context.say(f"reward: expert {name} was trained before")
             continue
@@ -177,16 +178,19 @@ def _fit_experts(context: StageContext, domains: dict[str, Rows], out: Path) -> 
         trainer = _fit(context, rows, folder, f"expert {name}")
         dropped += trainer.dropped_too_long
         if context.is_main:
-            beside = folder / "saved"
+            before = read_jsonl(metrics)[-1]["step"] if metrics.is_file() else 0
+            found = [row for row in read_jsonl(folder / "metrics.jsonl") if "step" in row]
+            with metrics.open("a", encoding="utf-8") as file:
+                file.writelines(
+                    json.dumps({**row, "step": row["step"] + before, "expert": name}) + "\n" for row in found
+                )
+            beside = folder / "unfinished"
             shutil.rmtree(beside, ignore_errors=True)
             save_model(trainer.model, trainer.processing_class, beside)
-            kept.parent.mkdir(parents=True, exist_ok=True)
             beside.replace(kept)
-            with (context.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                for row in read_jsonl(folder / "metrics.jsonl"):
-                    if "step" in row:
-                        file.write(json.dumps({**row, "step": row["step"] + steps, "expert": name}) + "\n")
-        steps += trainer.state.global_step
+    if context.is_main:
+        for number in range(len(domains)):
+            shutil.copytree(context.folder / CHECKPOINTS / f"expert-{number}" / "model", out / f"expert-{number}")
     return dropped
 
 

@@ -574,3 +574,35 @@ def test_a_run_may_have_more_rewards_than_its_own(tmp_path: Path) -> None:
     assert "nowhere.py: no such file" in missing.stderr
     assert "absent/model: no such folder" in missing.stderr
     assert not (tmp_path / "y").exists()
+
+
+def test_experts_that_were_trained_are_not_trained_again(tmp_path: Path) -> None:
+    """Killed within the second expert: the first is kept, the second goes on, and the scores are those of an undisturbed run."""
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "e.yaml").write_text(EXPERTS)
+    assert rlhf("reward", "e.yaml", "--out", "whole", cwd=tmp_path).returncode == 0
+    command = [sys.executable, "-m", "rlhf", "reward", "e.yaml", "--out", "cut"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    second = tmp_path / "cut/round-1/reward/checkpoints/expert-1"
+    deadline = time.monotonic() + 120
+    while not list(second.glob("checkpoints/checkpoint-*/*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    again = rlhf("reward", "e.yaml", "--out", "cut", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "expert harmless was trained before" in again.stdout
+    for number in range(2):
+        weights = [
+            load_file(tmp_path / f"{run}/round-1/reward/model/expert-{number}/adapter_model.safetensors")
+            for run in ("whole", "cut")
+        ]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    probes = [
+        json.loads((tmp_path / f"{run}/round-1/reward/model/reward_model.json").read_text())["probe"]
+        for run in ("whole", "cut")
+    ]
+    assert probes[0] == probes[1]
