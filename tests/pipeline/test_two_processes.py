@@ -111,7 +111,8 @@ RECIPE = """
 name: small
 lab: {demonstrations: 300, pairs: 200, test_pairs: 60, hidden_size: 32, num_hidden_layers: 1}
 sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 16, num_train_epochs: 1, logging_steps: 2}
-reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, logging_steps: 2}
+vote: {members: 2, folds: 2}
+reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, logging_steps: 2, objective: posterior, meta: true, meta_pool: 12}
 ppo: {total_episodes: 64, per_device_train_batch_size: 8, num_ppo_epochs: 1, learning_rate: 1.0e-3, max_completion_length: 12}
 evaluate: {prompts: 24}
 """
@@ -132,3 +133,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "x/round-1/ppo/metrics.jsonl").read_text().splitlines()]
     assert [row["episodes"] for row in rows] == [16, 32, 48, 64], "two processes sample sixteen answers a rollout"
     assert (tmp_path / "x/round-1/ppo/manifest.json").is_file()
+    votes = [json.loads(line) for line in (tmp_path / "x/round-1/vote/strength.jsonl").read_text().splitlines()]
+    assert {vote["strength_votes"] for vote in votes} == {1.0}, "two members, each voting on the half it did not see"
+    spread = [json.loads(line) for line in (tmp_path / "x/round-1/reward/metrics.jsonl").read_text().splitlines()]
+    assert all(0.4 <= row["meta_spread"] < 0.8 for row in spread)
