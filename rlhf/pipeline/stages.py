@@ -185,7 +185,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         "episodes": trainer.episodes,
         "rollouts": rollouts,
         "stopped": trainer.stopped,
-        "warnings": trainer.health.said,
+        "warnings": trainer.progress.health.said,
     }
 
 

@@ -78,26 +78,28 @@ CONCERNS = (
 
 @dataclass
 class Health:
-    """Watches the metrics of a run; every concern is raised once.
+    """Watches the metrics of a run; every concern is raised once, also where the run is resumed in between.
 
     Attributes:
         said: the sentences so far.
+        raised: the names of their concerns.
+        first: metrics of the first rollout.
     """
 
     said: list[str] = field(default_factory=list)
-    raised: set[str] = field(default_factory=set)
+    raised: list[str] = field(default_factory=list)
     first: Row = field(default_factory=dict)
     rollouts: int = 0
 
     def look(self, row: Row) -> list[str]:
         """What is new to worry about after a rollout with these metrics."""
         self.rollouts += 1
-        self.first = self.first or dict(row)
+        self.first = self.first or {name: float(value) for name, value in row.items()}
         new = []
         for concern in CONCERNS:
             known = all(name in row and name in self.first for name in concern.needs)
             if concern.name not in self.raised and known and concern.found(self.first, row, self.rollouts):
-                self.raised.add(concern.name)
+                self.raised.append(concern.name)
                 values = {**row, **{f"first_{name}": value for name, value in self.first.items()}}
                 new.append(f"ppo, rollout {self.rollouts}: " + concern.sentence.format(**values))
         self.said += new

@@ -1,10 +1,11 @@
 """What PPO remembers between rollouts beside its weights: the KL's coefficient, the history of rewards. Checkpointed."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rlhf.objectives.kl import adapted_kl_coef
+from rlhf.ppo.health import Health
 
 STATE_FILE = "ppo_state.json"
 
@@ -17,6 +18,7 @@ class PPOState:
         episodes: answers sampled so far.
         kl_coef: β of this rollout.
         reward_count, reward_mean, reward_square: number, mean and summed squared deviation of all scores so far.
+        health: what the monitor compares with, and has said.
     """
 
     episodes: int = 0
@@ -24,6 +26,7 @@ class PPOState:
     reward_count: float = 0.0
     reward_mean: float = 0.0
     reward_square: float = 0.0
+    health: Health = field(default_factory=Health)
 
     def see_rewards(self, count: float, mean: float, square: float) -> None:
         """Add a rollout's scores to the history (Chan et al.: exact, in whatever portions they come)."""
@@ -51,4 +54,5 @@ class PPOState:
     @classmethod
     def load(cls, folder: Path) -> "PPOState":
         """From a checkpoint."""
-        return cls(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return cls(**{**saved, "health": Health(**saved["health"])})

@@ -48,7 +48,6 @@ from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, ex
 from rlhf.ppo.backbone import on_backbone, restore_role, save_role, sharing_obstacle
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.health import Health
 from rlhf.ppo.ptx import Demonstrations, demonstration_loss
 from rlhf.ppo.rewards import RewardFunction, RewardSource, total_reward
 from rlhf.ppo.rollout import Experience, Rollout, Sample, distinct_pairs, hash_seed, prompt_indices
@@ -187,7 +186,6 @@ class PPOTrainer(BaseTrainer):
         self.progress = PPOState(kl_coef=args.kl_coef)
         self._sums: dict[str, list[float]] = {}
         self.latest_samples: list[Sample] = []
-        self.health = Health()
         self.stopped: str | None = None  # why training ended before its time
         set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)
 
@@ -433,7 +431,8 @@ class PPOTrainer(BaseTrainer):
                 f"ppo: stopped after {self.episodes} episodes: the KL, {kl:.1f} nats an answer, is over "
                 f"kl_limit={args.kl_limit:g}."
             )
-            warnings.warn(self.stopped, stacklevel=2)
+            if self.accelerator.is_main_process:
+                warnings.warn(self.stopped, stacklevel=2)
 
     def monitor(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
         """What the monitoring functions say of these answers."""
@@ -594,7 +593,7 @@ class PPOTrainer(BaseTrainer):
         """Add what was counted since the last log."""
         if "loss" in logs:
             logs = {**logs, "episodes": self.episodes, **self._take_metrics()}
-            for sentence in self.health.look(logs):  # the same on every process
+            for sentence in self.progress.health.look(logs):  # the same on every process
                 if self.args.stop_when_unhealthy:
                     self.stopped = self.stopped or sentence
                     self.control.should_save = self.control.should_training_stop = True

@@ -37,7 +37,7 @@ def test_each_trouble_is_said_once_and_alone(name: str) -> None:
         assert health.look(dict(WELL)) == []
     new = health.look({**WELL, **ILL[name]})
     assert [sentence.split(":")[0] for sentence in new] == ["ppo, rollout 12"]
-    assert health.raised == {name}
+    assert health.raised == [name]
     assert health.look({**WELL, **ILL[name]}) == []
     assert health.said == new
 
