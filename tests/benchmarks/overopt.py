@@ -14,26 +14,22 @@ Finished runs are kept beside FILE.
 """
 
 import argparse
-import copy
 import json
 import math
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from scipy.optimize import least_squares
 from shift import interval, lived_in, read
 from transformers import AutoModelForCausalLM, set_seed
-from worlds import RECIPE, fitted
+from worlds import fitted, ppo_curve
 
-from rlhf import PPOConfig, PPOTrainer, RewardModel, load_reward_model
+from rlhf import RewardModel, load_reward_model
 from rlhf.evaluation.statistics import best_of_n_kl, best_of_n_values
 from rlhf.lab.world import gold
 from rlhf.models.generate import sample_texts
@@ -67,34 +63,6 @@ def members(world: Path, seed: int, work: Path) -> list[RewardModel]:
         reward.mean, reward.std = scores.mean().item(), scores.std(correction=0).item()
         found.append(reward)
     return found
-
-
-def ppo_curve(
-    world: Path, seed: int, sources: list[RewardModel], ensemble: str | None, kl_coef: float, *, quick: bool
-) -> Any:
-    """KL, true reward, raw score of the first member, after every rollout."""
-    base = world / "round-0/sft/model"
-    settings = yaml.safe_load(RECIPE.read_text())["ppo"] | {"kl_coef": kl_coef}
-    if quick:
-        settings["total_episodes"] = 1024
-    critic: Any = copy.deepcopy(sources[0].model).requires_grad_(True)
-    with tempfile.TemporaryDirectory() as work:
-        args = PPOConfig(
-            work, **settings, seed=seed, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-            save_strategy="no", disable_tqdm=True, reward_ensemble=ensemble,
-        )  # fmt: skip
-        trainer = PPOTrainer(
-            AutoModelForCausalLM.from_pretrained(base),
-            list(sources) if ensemble else sources[0],
-            args,
-            Dataset.from_list(read(world / "round-0/data/data/prompts.jsonl")),
-            processing_class=load_tokenizer(base, conversational=True),
-            critic=critic,
-            monitor_funcs={"gold": gold},
-        )
-        trainer.train()
-    rows = [row for row in trainer.state.log_history if "reward_gold" in row]
-    return [(row["kl"], row["reward_gold"], row["reward_proxy"]) for row in rows]
 
 
 def best_of_n(world: Path, seed: int, sources: list[RewardModel]) -> dict[str, list[tuple[float, float, float]]]:
@@ -162,6 +130,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     seeds, variants = [int(x) for x in arguments.seeds.split(",")], arguments.variants.split(",")
     quick = "-quick" if arguments.quick else ""
+    short = {"total_episodes": 1024} if arguments.quick else {}
     curves: dict[tuple[str, float], list[Any]] = {}
     sampled: dict[str, list[Any]] = {}
     for seed in seeds:
@@ -172,8 +141,9 @@ def main() -> None:
                 file = folder / f"ppo-{name}-{kl_coef:g}-{seed}{quick}.json"
                 if not file.is_file():
                     sources = sources or members(world, seed, folder)
+                    settings = {"kl_coef": kl_coef, "reward_ensemble": ENSEMBLES[name]} | short
                     file.write_text(
-                        json.dumps(ppo_curve(world, seed, sources, ENSEMBLES[name], kl_coef, quick=arguments.quick))
+                        json.dumps(ppo_curve(world, seed, sources if ENSEMBLES[name] else sources[0], **settings))
                     )
                 curves.setdefault((name, kl_coef), []).append(json.loads(file.read_text()))
                 found = summary(curves[name, kl_coef][-1])

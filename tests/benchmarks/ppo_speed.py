@@ -99,7 +99,7 @@ def resident(key: str) -> float:
 def run_ours(folder: Path, *, lora: bool, rollouts: int) -> dict[str, Any]:
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     import rlhf.ppo.trainer  # noqa: F401
     from rlhf import PPOConfig, PPOTrainer
@@ -126,7 +126,6 @@ def run_ours(folder: Path, *, lora: bool, rollouts: int) -> dict[str, Any]:
     trainer = PPOTrainer(
         policy, source, args, Dataset.from_list([{"prompt": p} for p in prompts(256)]), processing_class=tokenizer
     )
-    assert AutoModelForCausalLM is not None
     clock: list[float] = []
     parts = {"generation": 0.0, "forwards and reward": 0.0}
     sample, experience = trainer.sample, trainer.experience

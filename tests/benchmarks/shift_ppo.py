@@ -9,7 +9,6 @@ Finished runs are kept beside FILE.
 """
 
 import argparse
-import copy
 import json
 import os
 import tempfile
@@ -18,15 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from datasets import Dataset
 from shift import METHODS, experts, interval, prepared, read, trained
-from transformers import AutoModelForCausalLM
-from worlds import RECIPE
+from worlds import ppo_curve
 
-from rlhf import PPOConfig, PPOTrainer, load_reward_model
-from rlhf.lab.world import gold
-from rlhf.models.load import load_tokenizer
+from rlhf import load_reward_model
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.model import RewardModel
 
@@ -49,30 +43,6 @@ def reward_model(method: str, world: Path, seed: int, work: Path) -> RewardModel
     scores = reward.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
     reward.mean, reward.std = scores.mean().item(), scores.std(correction=0).item()
     return reward
-
-
-def curve(method: str, world: Path, seed: int) -> list[tuple[float, float, float]]:
-    """KL, true reward and raw score of every rollout."""
-    base = world / "round-0/sft/model"
-    settings = yaml.safe_load(RECIPE.read_text())["ppo"]
-    critic: Any = copy.deepcopy(load_reward_model(world / "round-1/reward/model").model).requires_grad_(True)
-    with tempfile.TemporaryDirectory() as work:
-        args = PPOConfig(
-            work, **settings, seed=seed, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-            save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        trainer = PPOTrainer(
-            AutoModelForCausalLM.from_pretrained(base),
-            reward_model(method, world, seed, Path(work)),
-            args,
-            Dataset.from_list(read(world / "round-0/data/data/prompts.jsonl")),
-            processing_class=load_tokenizer(base, conversational=True),
-            critic=critic,
-            monitor_funcs={"gold": gold},
-        )
-        trainer.train()
-    rows = [row for row in trainer.state.log_history if "reward_gold" in row]
-    return [(row["kl"], row["reward_gold"], row["reward_proxy"]) for row in rows]
 
 
 def at_equal_kl(one: Any, other: Any) -> dict[str, float]:
@@ -110,7 +80,10 @@ def main() -> None:
         for method in ("plain", arguments.method):
             file = folder / f"{method}-{seed}.json"
             if not file.is_file():
-                file.write_text(json.dumps(curve(method, arguments.worlds / f"world-{seed}", seed)))
+                world = arguments.worlds / f"world-{seed}"
+                with tempfile.TemporaryDirectory() as work:
+                    reward = reward_model(method, world, seed, Path(work))
+                    file.write_text(json.dumps(ppo_curve(world, seed, reward)))
             curves[method] = json.loads(file.read_text())
         row = at_equal_kl(curves["plain"], curves[arguments.method])
         for method, rows in curves.items():

@@ -4,15 +4,17 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from torch import Tensor
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from trl import RewardConfig
 
-from rlhf import PairRewardTrainer
+from rlhf import PairRewardTrainer, PPOConfig, PPOTrainer, load_reward_model
 from rlhf.lab.world import gold
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import plain
@@ -101,6 +103,36 @@ def fitted(
     trained = PairRewardTrainer(model, args, train_dataset=data, processing_class=tokenizer, flip_rate=flip_rate)
     trained.train()
     return RewardModel(trained.model.eval(), tokenizer, conversational=True)
+
+
+def ppo_curve(world: Path, seed: int, rewards: Any, **settings: Any) -> list[tuple[float, float, float]]:
+    """KL, true reward and raw score of every rollout of PPO from a world's SFT model, with the quickstart's settings.
+
+    The critic starts as a copy of the world's own reward model whatever the rewards are, so that only those differ.
+
+    Args:
+        settings: in place of the quickstart's.
+    """
+    base = world / "round-0/sft/model"
+    prompts = [json.loads(line) for line in (world / "round-0/data/data/prompts.jsonl").read_text().splitlines()]
+    critic: Any = load_reward_model(world / "round-1/reward/model").model.requires_grad_(True)
+    with tempfile.TemporaryDirectory() as work:
+        args = PPOConfig(
+            work, **{**yaml.safe_load(RECIPE.read_text())["ppo"], **settings}, seed=seed, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = PPOTrainer(
+            AutoModelForCausalLM.from_pretrained(base),
+            rewards,
+            args,
+            Dataset.from_list(prompts),
+            processing_class=load_tokenizer(base, conversational=True),
+            critic=critic,
+            monitor_funcs={"gold": gold},
+        )
+        trainer.train()
+    rows = [row for row in trainer.state.log_history if "reward_gold" in row]
+    return [(row["kl"], row["reward_gold"], row["reward_proxy"]) for row in rows]
 
 
 def differences(reward: RewardModel, rows: Rows) -> Tensor:
