@@ -124,6 +124,14 @@ def test_async_functions_and_functions_of_tokens() -> None:
         RewardSource(lambda **_: [[1.0], [1.0]])(PROMPTS[:2], TWO, {})
 
 
+def test_trls_own_rewards_are_sources() -> None:
+    """TRL's penalty on answers that come near the limit, as it is: 0 up to 1 token of 3, -1 at 3."""
+    from trl.rewards import get_soft_overlong_punishment
+
+    scores, _ = RewardSource(get_soft_overlong_punishment(3, 2))(PROMPTS[:2], TWO, {})
+    assert scores.tolist() == [-0.5, -1.0]
+
+
 def test_rewards_of_tokens_lie_on_their_tokens(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
 ) -> None:
