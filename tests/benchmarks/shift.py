@@ -238,7 +238,7 @@ def interval(values: list[float]) -> list[float]:
     mean = statistics.mean(values)
     if len(values) < 2:
         return [mean, float("nan"), float("nan")]
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return [mean, mean - half, mean + half]
 
 

@@ -71,7 +71,7 @@ def test_every_path_gives_the_same_score(saved: Path, base_folder: Path, tmp_pat
     found["rlhf score, messages"] = torch.tensor([row["score"] for row in score_lines(reward, messages)])
     ones = torch.ones(len(prompts), 1, dtype=torch.long)
     completions = Completions(ones, ones, ones, ones, torch.ones(len(prompts), dtype=torch.bool), answers)
-    found["PPO's reward source"] = RewardSource(str(saved))(prompts, completions, {})
+    found["PPO's reward source"], _ = RewardSource(str(saved))(prompts, completions, {})
 
     export_model(saved, tmp_path / "merged")
     found["exported"] = load_reward_model(tmp_path / "merged").score(prompts, answers)
