@@ -1,7 +1,7 @@
 """Every private name of TRL that we use, in one place. Checked against TRL 1.16.0; a new minor version starts here.
 
-`_BaseTrainer` and `_BaseConfig` are the bases of TRL's own trainers (no public equivalent); the functions are the
-memory-saving kernels those trainers use, with fused versions on CUDA.
+`_BaseTrainer` and `_BaseConfig` are the bases of TRL's own trainers (no public equivalent); the functions are those that these
+trainers use.
 """
 
 from trl.trainer.base_config import _BaseConfig as BaseConfig
@@ -9,10 +9,8 @@ from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import (
     disable_dropout_in_model,
-    entropy_from_logits,
     pad,
     print_prompt_completions_sample,
-    selective_log_softmax,
 )
 
 __all__ = [
@@ -20,8 +18,6 @@ __all__ = [
     "BaseTrainer",
     "DataCollatorForPreference",
     "disable_dropout_in_model",
-    "entropy_from_logits",
     "pad",
     "print_prompt_completions_sample",
-    "selective_log_softmax",
 ]

@@ -127,8 +127,8 @@ def sequence_kl(policy: Any, reference: Any, completions: Completions) -> Tensor
     input_ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
     attention_mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
     width = completions.response_ids.shape[1]
-    logprobs, _ = response_logprobs(policy, input_ids, attention_mask, width, 1.0)
-    logprobs_reference, _ = response_logprobs(reference, input_ids, attention_mask, width, 1.0)
+    logprobs = response_logprobs(policy, input_ids, attention_mask, width, 1.0)
+    logprobs_reference = response_logprobs(reference, input_ids, attention_mask, width, 1.0)
     kl = kl_k1(logprobs, logprobs_reference)
     return torch.where(completions.response_mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
 

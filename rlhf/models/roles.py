@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rlhf._trl import entropy_from_logits, selective_log_softmax
+from rlhf.models.logprobs import token_entropy, token_logprobs
 from rlhf.models.score import token_scores
 
 POLICY_ADAPTER, REFERENCE_ADAPTER, CRITIC_ADAPTER, REWARD_ADAPTER = "default", "reference", "critic", "reward"
@@ -27,9 +27,9 @@ class TokenOutputs(NamedTuple):
 
     Attributes:
         logprobs: [b, r] log π(token), nats, at the sampling temperature.
-        entropy: [b, r] nats, without gradient.
+        entropy: [b, r] nats; None while gradients are recorded, since nothing is made of it then.
         values: [b, r] V before the token was chosen, in normalised score units.
-    A role that was not asked is None.
+    What was not asked for is None.
     """
 
     logprobs: Any
@@ -47,31 +47,28 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def response_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
-    """Logits [b, r, vocabulary] from which each of the last `response_length` tokens was sampled."""
+    """Logits [b, r + 1, vocabulary] from which each of the last r = `response_length` tokens was sampled, and one beyond."""
     arguments: dict[str, Any] = {}
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     keeps_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
     if keeps_last:
         arguments["logits_to_keep"] = response_length + 1
-    logits = model(
+    logits: Tensor = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids(attention_mask),
         use_cache=False,
         **arguments,
     ).logits
-    return logits[:, -response_length - 1 : -1]
+    return logits if keeps_last else logits[:, -response_length - 1 :]
 
 
 def response_logprobs(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [b, r] of the last `response_length` tokens, nats, at the sampling temperature."""
-    logits = response_logits(model, input_ids, attention_mask, response_length).float() / temperature
-    logprobs = selective_log_softmax(logits, input_ids[:, -response_length:])
-    with torch.no_grad():
-        entropy = entropy_from_logits(logits)
-    return logprobs, entropy
+) -> Tensor:
+    """Log-probability [b, r] of the last r = `response_length` tokens, nats, at the sampling temperature."""
+    logits = response_logits(model, input_ids, attention_mask, response_length)
+    return token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)
 
 
 class AdapterHead(nn.Module):
@@ -164,7 +161,11 @@ class PolicyAndCritic(nn.Module):
         """Both roles, or one, on the same tokens: prompts padded on the left, answers of width `response_length` on the right."""
         logprobs = entropy = values = None
         if "policy" in roles:
-            logprobs, entropy = response_logprobs(self.policy, input_ids, attention_mask, response_length, temperature)
+            logits = response_logits(self.policy, input_ids, attention_mask, response_length)
+            logprobs = token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)
+            if not torch.is_grad_enabled():
+                entropy = token_entropy(logits, response_length, temperature=temperature)
+            del logits
         if "critic" in roles:
             positions = position_ids(attention_mask)
             with self.acting("critic"):
@@ -200,10 +201,10 @@ class Reference:
     def logprobs(self, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float) -> Tensor:
         """Log π_ref of the answers' tokens [b, r], nats."""
         if not self.shared:
-            return response_logprobs(self.model, input_ids, attention_mask, response_length, temperature)[0]
+            return response_logprobs(self.model, input_ids, attention_mask, response_length, temperature)
         assert isinstance(self.model, PeftModel)
         with active_adapter(self.model, self.adapter):
-            return response_logprobs(self.model, input_ids, attention_mask, response_length, temperature)[0]
+            return response_logprobs(self.model, input_ids, attention_mask, response_length, temperature)
 
 
 def make_reference(policy: nn.Module, *, adapter_was_trained: bool) -> Reference:

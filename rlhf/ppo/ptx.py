@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf._trl import selective_log_softmax
+from rlhf.models.logprobs import token_logprobs
 from rlhf.models.text import encode_answers
 
 
@@ -50,8 +50,7 @@ def demonstration_loss(policy: Any, ids: Tensor, is_completion: Tensor) -> Tenso
     Causal attention never looks at padding on the right, so no attention mask is needed.
     """
     model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    logprobs = selective_log_softmax(logits, ids[:, 1:])
+    logprobs = token_logprobs(model(input_ids=ids, use_cache=False).logits, ids[:, 1:])
     keep = is_completion[:, 1:]
     loss: Tensor = -(logprobs * keep).sum() / keep.sum().clamp(min=1)
     return loss

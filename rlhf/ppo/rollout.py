@@ -57,8 +57,24 @@ class Rollout:
     returns: Tensor
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """The named rows as a dictionary, which is what a Trainer's batch is."""
-        return {field.name: getattr(self, field.name)[index] for field in fields(self)}
+        """The named rows as a dictionary, which is what a Trainer's batch is, without the columns that are padding in all."""
+        chosen = {field.name: getattr(self, field.name)[index] for field in fields(self)}
+        prompt, answer = used_columns(chosen["attention_mask"], chosen["response_mask"])
+        whole = {name: chosen.pop(name)[:, prompt.start : answer.stop] for name in ("input_ids", "attention_mask")}
+        width = answer.stop - prompt.stop
+        return whole | {name: column[:, :width] for name, column in chosen.items()}
+
+
+def used_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:
+    """Columns of prompt and answer that are not padding in every row.
+
+    >>> used_columns(torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]), torch.tensor([[1, 0, 0], [1, 1, 0]]))
+    (slice(1, 3, None), slice(3, 5, None))
+    """
+    prompt_length = attention_mask.shape[1] - response_mask.shape[1]
+    begin = int(attention_mask[:, :prompt_length].amax(dim=0).argmax())
+    longest = int(response_mask.sum(dim=1).amax())
+    return slice(begin, prompt_length), slice(prompt_length, prompt_length + longest)
 
 
 @dataclass

@@ -50,7 +50,15 @@ from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.ptx import Demonstrations, demonstration_loss
 from rlhf.ppo.rewards import RewardFunction, RewardSource, total_reward
-from rlhf.ppo.rollout import Experience, Rollout, Sample, distinct_pairs, hash_seed, prompt_indices
+from rlhf.ppo.rollout import (
+    Experience,
+    Rollout,
+    Sample,
+    distinct_pairs,
+    hash_seed,
+    prompt_indices,
+    used_columns,
+)
 from rlhf.ppo.state import PPOState
 
 
@@ -304,7 +312,7 @@ class PPOTrainer(BaseTrainer):
         input_ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
         attention_mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
         mask = completions.response_mask
-        outputs, logprobs_reference = self._forward_in_parts(input_ids, attention_mask, mask.shape[1])
+        outputs, logprobs_reference = self._forward_in_parts(input_ids, attention_mask, mask)
         kl = kl_k1(outputs.logprobs, logprobs_reference)
         if not torch.isfinite(kl[mask.bool()]).all():
             raise TrainingError(
@@ -439,16 +447,22 @@ class PPOTrainer(BaseTrainer):
         readable = [plain(prompt) for prompt in prompts]
         return {name: [float(x) for x in function(readable, list(texts))] for name, function in self.monitors.items()}
 
-    def _forward_in_parts(self, input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[TokenOutputs, Tensor]:
+    def _forward_in_parts(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[TokenOutputs, Tensor]:
+        """What policy, critic and reference say, [b, r] each; rows of like length together, so that little is padding."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        parts, references = [], []
-        size = self.args.per_device_train_batch_size
-        for ids, attention in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+        order = attention_mask.sum(dim=1).argsort()
+        parts = []
+        for rows in order.split(self.args.per_device_train_batch_size):
+            prompt, answer = used_columns(attention_mask[rows], mask[rows])
+            ids, attention = (x[rows, prompt.start : answer.stop] for x in (input_ids, attention_mask))
+            width = answer.stop - prompt.stop
             with self.accelerator.autocast():
-                parts.append(model(ids, attention, width, self.args.temperature))
-                references.append(self.reference.logprobs(ids, attention, width, self.args.temperature))
-        return TokenOutputs(*(torch.cat(column) for column in zip(*parts, strict=True))), torch.cat(references)
+                outputs = model(ids, attention, width, self.args.temperature)
+                reference = self.reference.logprobs(ids, attention, width, self.args.temperature)
+            parts.append([nn.functional.pad(x, (0, mask.shape[1] - width)) for x in (*outputs, reference)])
+        *outputs, reference = (torch.cat(column)[order.argsort()] for column in zip(*parts, strict=True))
+        return TokenOutputs(*outputs), reference
 
     # ---- Update ----
 

@@ -3,11 +3,11 @@
 pip install --no-deps --target TRL112 trl==1.12.0
 python tests/benchmarks/ppo_speed.py --trl TRL112 --json ppo_speed.json
 
-Speed: full fine-tuning in fp32 of a causal model of 13M parameters with a vocabulary of 30k, answers of exactly 32 tokens to
-prompts of 16, batches of 16, two minibatches and two PPO epochs on both sides, no gradient checkpointing. TRL makes one
-optimizer step an epoch whatever `num_mini_batches` says (its gradient accumulation is ours to set), so both sides make as
-many passes over as many tokens, not as many steps. Each side runs in a process of its own, A B A B; a rollout is the
-warm-up, the next ones are timed. `lora` is the same with LoRA policies.
+Speed: full fine-tuning in fp32 of a causal model of 20M parameters with a vocabulary of 30k; rollouts of 32 answers of
+exactly 32 tokens, two minibatches of 16 and two PPO epochs, so four optimizer steps, on both sides; no gradient
+checkpointing. Prompts have 128 tokens (`full`, and `lora` with LoRA policies): four times the answer, where the summaries on
+which these trainers were tuned have about seven times; `full_short` has prompts of 16, where there is least to save. Each
+side runs in a process of its own, A B A B; a rollout is the warm-up, the next two are timed.
 
 Memory: a base of 110M parameters; ours with four roles on one base (LoRA), TRL's as lean as it goes (`peft_config`,
 `ref_model=None`, its critic and reward model whole). Peak resident size less that after the imports.
@@ -40,7 +40,8 @@ MEMORY = {
     "vocab_size": 30_000,
 }
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000}  # fmt: skip
-BATCH, MINIBATCHES, EPOCHS, PROMPT, ANSWER = 16, 2, 2, 16, 32
+BATCH, MINIBATCHES, EPOCHS, ANSWER = 16, 2, 2, 32
+PROMPT = {"full": 128, "lora": 128, "full_short": 16, "memory": 16, "gpu": 512}
 ROLLOUTS = 3  # the first is the warm-up
 
 
@@ -58,7 +59,7 @@ def build(folder: Path, sizes: dict[str, int]) -> None:
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = LlamaConfig(**sizes, max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     config.num_labels, config.problem_type = 1, "regression"
@@ -76,11 +77,11 @@ def build(folder: Path, sizes: dict[str, int]) -> None:
     save_reward_model(folder / "reward-adapter", adapted, tokenizer, samples=samples)
 
 
-def prompts(count: int) -> list[str]:
+def prompts(length: int, count: int) -> list[str]:
     import random
 
     rng = random.Random(0)
-    return [" ".join(f"w{rng.randrange(3, 30_000)}" for _ in range(PROMPT)) for _ in range(count)]
+    return [" ".join(f"w{rng.randrange(3, 30_000)}" for _ in range(length)) for _ in range(count)]
 
 
 def no_end(model: Any) -> None:
@@ -96,7 +97,7 @@ def resident(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def run_ours(folder: Path, *, lora: bool, rollouts: int) -> dict[str, Any]:
+def run_ours(folder: Path, *, lora: bool, prompt_length: int, rollouts: int) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -124,7 +125,11 @@ def run_ours(folder: Path, *, lora: bool, rollouts: int) -> dict[str, Any]:
 
         source = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
     trainer = PPOTrainer(
-        policy, source, args, Dataset.from_list([{"prompt": p} for p in prompts(256)]), processing_class=tokenizer
+        policy,
+        source,
+        args,
+        Dataset.from_list([{"prompt": p} for p in prompts(prompt_length, 256)]),
+        processing_class=tokenizer,
     )
     clock: list[float] = []
     parts = {"generation": 0.0, "forwards and reward": 0.0}
@@ -158,11 +163,11 @@ def run_ours(folder: Path, *, lora: bool, rollouts: int) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         found["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        found["tokens_per_second"] = found["episodes_per_second"] * (PROMPT + ANSWER)
+        found["tokens_per_second"] = found["episodes_per_second"] * (prompt_length + ANSWER)
     return found
 
 
-def run_trl(folder: Path, *, lora: bool, lean: bool, rollouts: int) -> dict[str, Any]:
+def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int, rollouts: int) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -178,12 +183,12 @@ def run_trl(folder: Path, *, lora: bool, lean: bool, rollouts: int) -> dict[str,
     before = resident("VmRSS")
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     args = PPOConfig(
-        str(folder / "out-trl"), total_episodes=BATCH * MINIBATCHES * rollouts, per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=MINIBATCHES, num_mini_batches=1, num_ppo_epochs=EPOCHS, learning_rate=1e-6,
-        response_length=ANSWER, local_rollout_forward_batch_size=BATCH, num_sample_generations=0, use_cpu=True, bf16=False,
+        str(folder / "out-trl"), total_episodes=BATCH * MINIBATCHES * rollouts, per_device_train_batch_size=BATCH * MINIBATCHES,
+        num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, learning_rate=1e-6,
+        response_length=ANSWER, local_rollout_forward_batch_size=BATCH * MINIBATCHES, num_sample_generations=0, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
-    ids = [{"input_ids": tokenizer(p).input_ids} for p in prompts(256)]
+    ids = [{"input_ids": tokenizer(p).input_ids} for p in prompts(prompt_length, 256)]
     load = {"dtype": torch.float32}
     policy: Any = AutoModelForCausalLM.from_pretrained(folder / "policy", **load)
     no_end(policy)
@@ -234,7 +239,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--trl", type=Path, help="folder of trl==1.12.0")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="one repetition of both sides each")
-    parser.add_argument("--variants", default="full,lora,memory")
+    parser.add_argument("--variants", default="full,lora,full_short,memory")
     parser.add_argument("--quick", action="store_true", help="one layer: whether it runs, not how fast")
     parser.add_argument("--side", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -242,9 +247,12 @@ def main() -> None:
         side, kind, name = arguments.side
         rollouts = 2 if kind == "memory" else ROLLOUTS
         if side == "ours":
-            found = run_ours(Path(name), lora=kind != "full", rollouts=rollouts)
+            lora = not kind.startswith("full")
+            found = run_ours(Path(name), lora=lora, prompt_length=PROMPT[kind], rollouts=rollouts)
         else:
-            found = run_trl(Path(name), lora=kind == "lora", lean=kind == "memory", rollouts=rollouts)
+            found = run_trl(
+                Path(name), lora=kind == "lora", lean=kind == "memory", prompt_length=PROMPT[kind], rollouts=rollouts
+            )
         print(json.dumps(found))
         return
     folder = arguments.json.with_suffix("")
@@ -280,7 +288,7 @@ def main() -> None:
             result |= {"memory_ratio": ours["mib"] / theirs["mib"], "memory_mib": [theirs["mib"], ours["mib"]]}
             result["memory_parameters"] = ours["parameters"]
         else:
-            key = "episodes_ratio" if kind == "full" else "episodes_ratio_lora"
+            key = "episodes_ratio" + kind.removeprefix("full").replace("lora", "_lora")
             result |= {key: statistics.median(ratios), f"{key}_range": [min(ratios), max(ratios)]}
             result[f"parts_{kind}"] = pairs[0][1]["parts"]
             result[f"parameters_{kind}"] = pairs[0][1]["parameters"]

@@ -142,11 +142,10 @@ def test_the_reference_stays_where_sft_was(base_folder: Path) -> None:
         model = lora(base_folder)
         reference = make_reference(model, adapter_was_trained=trained)
         if trained:
-            expected = response_logprobs(model, ids, mask, 4, 1.0)[0].detach()
+            expected = response_logprobs(model, ids, mask, 4, 1.0).detach()
         else:
-            expected = response_logprobs(AutoModelForCausalLM.from_pretrained(base_folder), ids, mask, 4, 1.0)[
-                0
-            ].detach()
+            base = AutoModelForCausalLM.from_pretrained(base_folder)
+            expected = response_logprobs(base, ids, mask, 4, 1.0).detach()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name and ".default." in name:
