@@ -200,11 +200,32 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float) -> Tensor:
         """Log π_ref of the answers' tokens [b, r], nats."""
+        with self.acting() as model:
+            return response_logprobs(model, input_ids, attention_mask, response_length, temperature)
+
+    @contextmanager
+    def acting(self) -> Iterator[Any]:
+        """The reference as an ordinary model."""
         if not self.shared:
-            return response_logprobs(self.model, input_ids, attention_mask, response_length, temperature)
+            yield self.model
+            return
         assert isinstance(self.model, PeftModel)
         with active_adapter(self.model, self.adapter):
-            return response_logprobs(self.model, input_ids, attention_mask, response_length, temperature)
+            yield self.model
+
+    def weights(self) -> dict[str, Tensor]:
+        """What makes this reference another model than its base, by the policy's names of it; empty where it is the base."""
+        if not self.shared:
+            return dict(self.model.named_parameters())
+        mark = f".{self.adapter}."
+        named = self.model.named_parameters()
+        return {name.replace(mark, f".{POLICY_ADAPTER}."): p for name, p in named if mark in name}
+
+    @torch.no_grad()
+    def approach(self, policy: nn.Module, rate: float) -> None:
+        """w_ref ← (1 - rate) w_ref + rate w_policy, weight by weight; of LoRA, factor by factor, so exact at rate 1 alone."""
+        for name, weight in self.weights().items():
+            weight.lerp_(policy.get_parameter(name).to(weight), rate)
 
 
 def make_reference(policy: nn.Module, *, adapter_was_trained: bool) -> Reference:

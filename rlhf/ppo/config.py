@@ -61,6 +61,9 @@ class PPOConfig(BaseConfig):
     kl_limit: float | None = field(
         default=None, metadata={"help": "Stop, with a checkpoint, where a rollout's KL is above this; nats an answer."}
     )
+    reference_mixup: float = field(
+        default=0.0, metadata={"help": "Share of the policy mixed into the reference before each rollout; 0: it stays."}
+    )
     missing_eos_penalty: float | None = field(
         default=1.0, metadata={"help": "Taken from the normalised score of an answer that did not end."}
     )
@@ -75,6 +78,10 @@ class PPOConfig(BaseConfig):
         metadata={"help": "mean, worst, uncertainty, soft_min over the sources; None: their weighted sum."},
     )
     reward_ensemble_strength: float = field(default=0.5, metadata={"help": "λ of uncertainty, b of soft_min."})
+    baseline_samples: int = field(
+        default=0,
+        metadata={"help": "Answers of the reference a prompt, whose mean score is subtracted (contrastive reward)."},
+    )
     reward_clip: float | None = field(default=5.0, metadata={"help": "Bound on the normalised score; None: off."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward function; None: all 1."})
 
@@ -106,12 +113,12 @@ class PPOConfig(BaseConfig):
         for name in (*positive, "kl_horizon", "reward_ensemble_strength"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        for name in ("gamma", "lam"):
+        for name in ("gamma", "lam", "reference_mixup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
         if not 0 < self.cliprange < 1:
             raise ValueError(f"cliprange={self.cliprange} must lie in (0, 1).")
-        for name in ("kl_coef", "ptx_coef"):
+        for name in ("kl_coef", "ptx_coef", "baseline_samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for name, allowed in (

@@ -60,6 +60,11 @@ CONCERNS = (
         "entropy has fallen from {first_entropy:.2f} to {entropy:.2f} nats a token: little is explored; raise kl_coef.",
     ),
     Concern(
+        "perplexity", ("nll_reference",), lambda first, now, n: now["nll_reference"] > first["nll_reference"] + 1,
+        "answers cost the reference {nll_reference:.2f} nats a token, {first_nll_reference:.2f} at the start: they leave the "
+        "language that it knows; raise kl_coef.",
+    ),
+    Concern(
         "critic", ("explained_variance",), lambda first, now, n: n >= SETTLED and now["explained_variance"] < 0,
         "the critic explains nothing (explained variance {explained_variance:.2f}): raise critic_learning_rate, or critic_warmup.",
     ),

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import torch
@@ -31,14 +32,18 @@ class RewardSource:
 
     def __init__(self, function: RewardFunction, processing_class: Any = None):
         if isinstance(function, str):
-            is_server = function.startswith(("http://", "https://"))
-            function = RemoteReward(function) if is_server else load_reward_model(function)
+            function = RemoteReward(function) if is_server(function) else load_reward_model(function)
         elif isinstance(function, nn.Module):
             network: Any = function
             tokenizer = processing_class or AutoTokenizer.from_pretrained(network.config._name_or_path)
             function = RewardModel(network.eval().requires_grad_(False), tokenizer)
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the scores' mean and deviation on SFT samples were measured."""
+        return isinstance(self.function, RewardModel) and (self.function.mean, self.function.std) != (0.0, 1.0)
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -66,7 +71,7 @@ class RewardSource:
                 **columns,
             )
             if inspect.isawaitable(answers):
-                answers = asyncio.run(_result(answers))
+                answers = _wait_for(answers)
             answers = list(answers)
             if answers and isinstance(answers[0], Sequence | Tensor):
                 dense = self._per_token(answers, ids, completions)
@@ -102,12 +107,23 @@ class RewardSource:
         return dense
 
 
-async def _result(awaitable: Any) -> Any:
-    return await awaitable
+def is_server(name: str) -> bool:
+    """Whether a reward source is an address and not a folder."""
+    return name.startswith(("http://", "https://"))
+
+
+def _wait_for(awaitable: Any) -> Any:
+    """The result of a coroutine; in a thread of its own, since a notebook already runs an event loop in this one."""
+
+    async def result() -> Any:
+        return await awaitable
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, result()).result()
 
 
 def total_reward(
-    columns: Sequence[Tensor], weights: Tensor, *, ensemble: str | None = None, strength: float = 0.5
+    columns: Sequence[Tensor], weights: Sequence[float], *, ensemble: str | None = None, strength: float = 0.5
 ) -> Tensor:
     """What is optimised, of what the sources say, [b]: the weighted sum, or the members of an ensemble as one.
 
@@ -117,7 +133,7 @@ def total_reward(
     scores = torch.stack(list(columns))
     if ensemble is not None:
         return combined(scores, ensemble, strength=strength)
-    return (weights[:, None].to(scores) * scores).sum(dim=0)
+    return (torch.tensor(weights)[:, None].to(scores) * scores).sum(dim=0)
 
 
 def as_completions(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Any]:

@@ -6,7 +6,6 @@ scheduling, logging, evaluation, saving and resuming stay the Trainer's; because
 resumed run restores the random state exactly where the next rollout begins.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +29,6 @@ from transformers import (
 from rlhf._trl import BaseTrainer, disable_dropout_in_model, print_prompt_completions_sample
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import Completions, generate
-from rlhf.models.load import score_head
 from rlhf.models.roles import (
     POLICY_ADAPTER,
     ROLES,
@@ -45,11 +44,11 @@ from rlhf.objectives.advantage import generalized_advantage, token_rewards
 from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
 from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
 from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, explained_variance
-from rlhf.ppo.backbone import on_backbone, restore_role, save_role, sharing_obstacle
+from rlhf.ppo.backbone import restore_role, save_role
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.ptx import Demonstrations, demonstration_loss
-from rlhf.ppo.rewards import RewardFunction, RewardSource, total_reward
+from rlhf.ppo.rewards import RewardFunction, total_reward
 from rlhf.ppo.rollout import (
     Experience,
     Rollout,
@@ -59,7 +58,10 @@ from rlhf.ppo.rollout import (
     prompt_indices,
     used_columns,
 )
+from rlhf.ppo.setup import read_demonstrations, rewards_and_critic
 from rlhf.ppo.state import PPOState
+
+REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, of a reference that moves
 
 
 class PPOTrainer(BaseTrainer):
@@ -95,6 +97,7 @@ class PPOTrainer(BaseTrainer):
     Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`,
     the raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer, and
     `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `entropy`, nats a token;
+    `nll_reference`, nats a token, of which the reference's perplexity is the exponential;
     `kl_coef`; `policy_loss`, `value_loss`; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean
     ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic before its update;
     `distinct_2`, different pairs of neighbouring tokens among all; `clipped_rewards`, the share at `reward_clip`;
@@ -146,12 +149,17 @@ class PPOTrainer(BaseTrainer):
         check_tokenizer(processing_class, conversational=conversational, where="ppo")
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         self.reference: Reference = make_reference(model, adapter_was_trained=adapter_was_trained)
+        if args.reference_mixup > 0 and not self.reference.weights():
+            raise UserError(
+                "ppo: reference_mixup moves the reference, which is the base without an adapter here; start from an SFT adapter."
+            )
 
         # 3. Rewards and critic.
         self.monitors = dict(monitor_funcs or {})
-        critic = self._rewards_and_critic(
-            model, reward_funcs, reward_processing_classes, critic, processing_class, args.reward_weights
+        self.reward_sources, critic = rewards_and_critic(
+            model, reward_funcs, reward_processing_classes, critic, processing_class, args
         )
+        self.reward_weights = args.reward_weights or [1.0] * len(self.reward_sources)
         mean, std = self.reward_sources[0].scale if args.normalize_reward else (0.0, 1.0)
         container = PolicyAndCritic(model, critic, value_mean=mean, value_std=std)
         if args.disable_dropout:
@@ -184,7 +192,13 @@ class PPOTrainer(BaseTrainer):
         self.add_callback(EndOfRollout(self))
         self.demonstrations: Demonstrations | None = None
         if args.ptx_coef > 0:
-            self.demonstrations = self._read_demonstrations(ptx_dataset)
+            self.demonstrations = read_demonstrations(
+                ptx_dataset,
+                args,
+                processing_class,
+                processes=self.accelerator.num_processes,
+                shares_backbone=container.shares_backbone,
+            )
         self.reference.model.to(self.accelerator.device)
         for source in self.reward_sources:
             if hasattr(source.function, "model"):
@@ -196,77 +210,6 @@ class PPOTrainer(BaseTrainer):
         self.latest_samples: list[Sample] = []
         self.stopped: str | None = None  # why training ended before its time
         set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)
-
-    def _read_demonstrations(self, dataset: Dataset | None) -> Demonstrations:
-        if dataset is None or not {"prompt", "completion"} <= set(dataset.column_names):
-            raise UserError("ppo: ptx_coef is above 0, so ptx_dataset must have the columns `prompt` and `completion`.")
-        if self.accelerator.num_processes > 1 and not self.model.shares_backbone:
-            raise UserError(
-                "ppo: ptx_coef with several processes needs the four roles on one base (LoRA); the wrapper of separate models "
-                "sees one forward a step."
-            )
-        longest = (self.args.max_prompt_length or 0) + self.args.max_completion_length
-        return Demonstrations(
-            self.processing_class, dataset.to_list(), max_length=longest if self.args.max_prompt_length else None
-        )
-
-    def _rewards_and_critic(
-        self,
-        policy: nn.Module,
-        reward_funcs: Any,
-        reward_processing_classes: Any,
-        critic: nn.Module | None,
-        processing_class: PreTrainedTokenizerBase,
-        weights: list[float] | None,
-    ) -> nn.Module:
-        """Set up the reward sources, and give back the critic; both on the policy's base where that is possible."""
-        functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-        tokenizers = reward_processing_classes
-        if not isinstance(tokenizers, list):
-            tokenizers = [reward_processing_classes] * len(functions)
-        self.reward_weights = torch.tensor(weights or [1.0] * len(functions))
-        if len(self.reward_weights) != len(functions):
-            raise UserError(
-                f"ppo: reward_weights has {len(self.reward_weights)} entries for {len(functions)} reward functions."
-            )
-        if isinstance(policy, PeftModel) and isinstance(functions[0], str) and critic is None:
-            reason = sharing_obstacle(policy, functions[0], processing_class)
-            if reason is None:
-                functions[0], critic = on_backbone(policy, functions[0])
-            else:
-                warnings.warn(
-                    f"ppo: the policy's base is not shared with critic and reward model: {reason}.", stacklevel=3
-                )
-        self.reward_sources = [RewardSource(f, t) for f, t in zip(functions, tokenizers, strict=True)]
-        return critic if isinstance(critic, AdapterHead) else self._check_critic(critic, processing_class)
-
-    def _check_critic(self, critic: nn.Module | None, processing_class: PreTrainedTokenizerBase) -> nn.Module:
-        """The critic given, or a trainable copy of the first reward model, if it can read the policy's token ids."""
-        if critic is None:
-            first: Any = self.reward_sources[0].function
-            model = getattr(first, "model", None)
-            if model is None:
-                raise UserError(
-                    "ppo: the first reward function is no model to copy the critic from; pass `critic=` "
-                    "(any decoder with one label on the policy's tokenizer)."
-                )
-            if first.tokenizer.get_vocab() != processing_class.get_vocab():
-                raise UserError(
-                    "ppo: the reward model has another vocabulary than the policy, so the critic can't start from it; "
-                    "pass `critic=`."
-                )
-            critic = copy.deepcopy(model)
-            if isinstance(critic, PeftModel):
-                for name in set(critic.peft_config) - {POLICY_ADAPTER}:
-                    critic.delete_adapter(name)  # of experts, the critic starts from the first
-            for name, parameter in critic.named_parameters():
-                adapter_part = "lora_" in name or "modules_to_save" in name
-                parameter.requires_grad_(adapter_part or not isinstance(critic, PeftModel))
-        if score_head(critic) is None:
-            raise UserError(
-                "ppo: the critic has no linear head named `score`; use a decoder loaded for sequence classification."
-            )
-        return critic
 
     @property
     def episodes(self) -> int:
@@ -284,16 +227,29 @@ class PPOTrainer(BaseTrainer):
 
     def sample(self, rows: Sequence[dict[str, Any]]) -> Completions:
         """One answer to each row's prompt from the current policy."""
-        policy = self.accelerator.unwrap_model(self.model).policy
-        policy.eval()
+        return self._generate(self.accelerator.unwrap_model(self.model).policy, rows)
+
+    def _generate(self, model: Any, rows: Sequence[dict[str, Any]]) -> Completions:
+        model.eval()
         return generate(
-            policy,
+            model,
             self.processing_class,
             [row["prompt"] for row in rows],
             max_new_tokens=self.args.max_completion_length,
             temperature=self.args.temperature,
             max_prompt_length=self.args.max_prompt_length,
         )
+
+    def baseline(self, rows: Sequence[dict[str, Any]]) -> Tensor:
+        """What the reference's own answers to these prompts score, [b]: the mean of `baseline_samples` fresh ones each.
+
+        Subtracted from the reward (contrastive reward, arXiv:2403.07708): a prompt whose answers all score high teaches no
+        more than another.
+        """
+        repeated = [row for row in rows for _ in range(self.args.baseline_samples)]
+        with self.reference.acting() as model:
+            completions = self._generate(model, repeated)
+        return self.score(repeated, completions)[1].view(len(rows), -1).mean(dim=1)
 
     @torch.no_grad()
     def experience(self, rows: Sequence[dict[str, Any]]) -> Experience:
@@ -306,6 +262,8 @@ class PPOTrainer(BaseTrainer):
         prompts = [row["prompt"] for row in rows]
         completions = self.sample(rows)
         raw, scores, dense = self.score(rows, completions)
+        if self.args.baseline_samples > 0:
+            scores = scores - self.baseline(rows)
 
         # 2. Log-probabilities and values by a full forward of the trained roles (not from the decoding pass: the
         #    ratio of the first minibatch must be 1), and of the reference.
@@ -328,6 +286,7 @@ class PPOTrainer(BaseTrainer):
         self._count("kl", kl_sequence.sum(), len(rows))
         k3 = kl_k3(outputs.logprobs, logprobs_reference)
         self._count("kl_k3", torch.where(mask.bool(), k3, torch.zeros_like(k3)).sum(), len(rows))
+        self._count("nll_reference", -torch.where(mask.bool(), logprobs_reference, 0.0).sum(), mask.sum())
         self._count("length", mask.sum(), len(rows))
         self._count("share_without_eos", (~completions.ended).sum(), len(rows))
         self._count("distinct_2", *distinct_pairs(completions.response_ids, mask))
@@ -344,11 +303,30 @@ class PPOTrainer(BaseTrainer):
             input_ids, attention_mask, mask, scores, dense, completions.ended, kl, outputs, logprobs_reference
         )
 
+    def _or_all_stop(self, procedure: Callable[..., Any], *arguments: Any) -> Any:
+        """What a procedure returns; where it fails on one process, all of them stop here instead of waiting for that one."""
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = procedure(*arguments)
+        except Exception as error:  # raised again, below
+            failure = error
+        failed = self.accelerator.reduce(
+            torch.tensor(float(failure is not None), device=self.accelerator.device), reduction="sum"
+        )
+        if failure is not None:
+            raise failure
+        if failed > 0:
+            raise TrainingError("ppo: another process stopped (its error says why); nothing was updated.")
+        return result
+
     @torch.no_grad()
     def rollout(self, rows: Sequence[dict[str, Any]]) -> Rollout:
         """One batch of experience with an advantage for every token, whitened over all processes."""
-        # 1. Experience; the history of rewards grows by it before it is used.
-        seen = self.experience(rows)
+        # 1. Experience, with a reference that has followed so far; the history of rewards grows by it before it is used.
+        if self.args.reference_mixup > 0 and self.episodes > 0:
+            self.reference.approach(self.accelerator.unwrap_model(self.model).policy, self.args.reference_mixup)
+        seen = self._or_all_stop(self.experience, rows)
         mask, values = seen.response_mask, seen.outputs.values
         if self.args.running_reward_norm:
             count, center, spread = self._moments(seen.scores)
@@ -387,7 +365,7 @@ class PPOTrainer(BaseTrainer):
         device = completions.response_ids.device
         per_source, raw_first = [], None
         per_token = torch.zeros(completions.response_mask.shape, device=device)
-        for source, weight in zip(self.reward_sources, self.reward_weights.tolist(), strict=True):
+        for source, weight in zip(self.reward_sources, self.reward_weights, strict=True):
             raw, dense = source(prompts, completions, columns)
             raw = raw.to(device)
             raw_first = raw if raw_first is None else raw_first
@@ -664,6 +642,9 @@ class PPOTrainer(BaseTrainer):
             save_role(container.critic, folder / "critic")
         else:
             container.critic.save_pretrained(folder / "critic")
+        if self.args.reference_mixup > 0:
+            weights = {name: w.detach().cpu().clone() for name, w in self.reference.weights().items()}
+            save_file(weights, folder / REFERENCE_FILE)
         self.processing_class.save_pretrained(folder)
         self.progress.save(folder)
 
@@ -675,4 +656,8 @@ class PPOTrainer(BaseTrainer):
             restore_role(container.critic, folder / "critic")
         else:
             load_weights(container.critic, folder / "critic")
+        if self.args.reference_mixup > 0:
+            saved = load_file(folder / REFERENCE_FILE)
+            for name, weight in self.reference.weights().items():
+                weight.data.copy_(saved[name])
         self.progress = PPOState.load(folder)

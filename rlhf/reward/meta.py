@@ -82,7 +82,7 @@ class MetaRewardTrainer(ContrastiveRewardTrainer):
         args: Any = None,
         *,
         meta_samples: Rows,
-        meta_step: float = 0.05,
+        meta_step: float = 0.01,
         meta_normalized: bool = True,
         meta_prompts: int = 16,
         extra: str | None = None,

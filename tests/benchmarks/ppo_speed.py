@@ -32,6 +32,7 @@ SPEED = {
     "num_attention_heads": 4,
     "vocab_size": 30_000,
 }
+SMALL = {**SPEED, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 3}
 MEMORY = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -41,7 +42,7 @@ MEMORY = {
 }
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000}  # fmt: skip
 BATCH, MINIBATCHES, EPOCHS, ANSWER = 16, 2, 2, 32
-PROMPT = {"full": 128, "lora": 128, "full_short": 16, "memory": 16, "gpu": 512}
+PROMPT = {"full": 128, "lora": 128, "full_short": 16, "full_14m": 128, "memory": 16, "gpu": 512}
 ROLLOUTS = 3  # the first is the warm-up
 
 
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--trl", type=Path, help="folder of trl==1.12.0")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="one repetition of both sides each")
-    parser.add_argument("--variants", default="full,lora,full_short,memory")
+    parser.add_argument("--variants", default="full,full_14m,full_short,lora,memory")
     parser.add_argument("--quick", action="store_true", help="one layer: whether it runs, not how fast")
     parser.add_argument("--side", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -258,12 +259,10 @@ def main() -> None:
     folder = arguments.json.with_suffix("")
     result: dict[str, Any] = {"threads": int(os.environ.get("OMP_NUM_THREADS", "2"))}
     for kind in arguments.variants.split(","):
-        sizes = {"memory": MEMORY, "gpu": SEVEN_B}.get(kind, SPEED)
+        sizes = {"memory": MEMORY, "gpu": SEVEN_B, "full_14m": SMALL}.get(kind, SPEED)
         if arguments.quick:
             sizes = {**sizes, "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2}
-        models = folder / (
-            ("large" if kind == "memory" else kind if kind == "gpu" else "small") + ("-quick" * arguments.quick)
-        )
+        models = folder / (f"hidden-{sizes['hidden_size']}" + "-quick" * arguments.quick)
         build(models, sizes)
         if kind == "gpu":
             result["gpu"] = in_a_process("ours", "gpu", models, None)

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from datasets import Dataset
 from rlhf import PPOConfig, PPOTrainer
 from rlhf.models.load import load_policy, load_tokenizer, model_settings
-from rlhf.ppo.rollout import Rollout
+from rlhf.errors import TrainingError
+from rlhf.ppo.rewards import RewardSource
 
 torch.set_num_threads(1)
 base, reward, out, batch = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -54,6 +55,17 @@ trainer.train()
 if trainer.accelerator.is_main_process:
     row = next(r for r in trainer.state.log_history if "episodes" in r)
     json.dump({k: v for k, v in row.items() if isinstance(v, float | int)}, open(out + ".json", "w"))
+
+# A reward that is no number on one process stops both, before any of them updates.
+if expected_world == 2:
+    rank, before = trainer.accelerator.process_index, [p.clone() for p in trainer.model.parameters()]
+    bad = lambda prompts, **_: [float("nan") if rank == 1 else 0.0] * len(prompts)
+    trainer.reward_sources = [RewardSource(bad)]
+    try:
+        trainer.update(trainer.rollout(trainer.prompts_of(1)))
+    except TrainingError as error:
+        assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before))
+        open(f"{out}-{rank}.error", "w").write(str(error))
 if dist.is_initialized():  # a process that ends with the group's threads alive is sometimes aborted
     dist.barrier()
     dist.destroy_process_group()
@@ -105,6 +117,8 @@ def test_two_processes_make_the_step_of_one(
     ):
         assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
     assert two["episodes"] == one["episodes"] == 16
+    assert "another process stopped" in (tmp_path / "two-0.error").read_text()
+    assert "returned nan for 8 of 8 answers" in (tmp_path / "two-1.error").read_text()
 
 
 RECIPE = """

@@ -10,6 +10,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from rlhf import PPOConfig, PPOTrainer, load_reward_model
+from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, load_policy, load_scorer, model_settings
 from rlhf.models.roles import AdapterHead
 from rlhf.models.save import save_model
@@ -188,3 +189,25 @@ def test_what_cannot_share_says_why_and_runs_apart(
     save_reward_model(tmp_path / "rm", copy.deepcopy(scorer), tokenizer, samples=[(p, "yes") for p in PROMPTS[:9]])
     with pytest.warns(UserWarning, match="trained on another base than the policy's"):
         make(load_policy(base_folder, model_settings(LORA)), str(tmp_path / "rm"), tokenizer, cpu_arguments)
+
+
+def test_a_reference_adapter_follows_and_a_bare_base_cannot(
+    base_folder: Path, sft_adapter: Path, reward_adapter: Path, tokenizer: Any, cpu_arguments: dict[str, Any]
+) -> None:
+    policy = load_policy(sft_adapter, model_settings(LORA))
+    trainer = make(policy, str(reward_adapter), tokenizer, cpu_arguments, reference_mixup=1.0)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "episodes" in row]
+    assert [row["kl_k3"] for row in rows] == [0.0, 0.0]
+    fresh = load_policy(base_folder, model_settings(LORA))
+    args = PPOConfig(**cpu_arguments, reference_mixup=0.1)
+    with pytest.raises(UserError, match="start from an SFT adapter"):
+        PPOTrainer(fresh, str(reward_adapter), args, DATA, processing_class=tokenizer, adapter_was_trained=False)
+
+
+def test_a_server_is_not_looked_for_on_the_disk(
+    sft_adapter: Path, tokenizer: Any, cpu_arguments: dict[str, Any]
+) -> None:
+    policy = load_policy(sft_adapter, model_settings(LORA))
+    with pytest.raises(UserError, match="is no model to copy the critic from; pass `critic=`"):
+        make(policy, "http://127.0.0.1:9/get_reward", tokenizer, cpu_arguments)

@@ -1,5 +1,6 @@
 """Reward sources, KL controllers and the details of PPO-max: closed forms, planted rewards, what happens when something is down."""
 
+import asyncio
 import json
 import math
 import threading
@@ -158,8 +159,68 @@ def test_an_ensemble_in_ppo_is_on_one_scale(
     raw, total, _ = trainer.score(rows, TWO)
     members = torch.stack([(raw - first.mean) / first.std, (raw - second.mean) / second.std])
     torch.testing.assert_close(total, members.amin(dim=0))
-    weights = torch.tensor([2.0, 0.5])
-    torch.testing.assert_close(total_reward(list(members), weights), 2 * members[0] + 0.5 * members[1])
+    torch.testing.assert_close(total_reward(list(members), [2.0, 0.5]), 2 * members[0] + 0.5 * members[1])
+
+
+def test_an_ensemble_on_unknown_scales_is_refused(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    def brief(completions: list[Any], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    model = load_reward_model(reward_folder)
+    for sources, settings, said in (
+        ([model, brief], {}, "nobody knows the scale of 'brief'"),
+        ([model], {}, "needs two reward models or more"),
+        ([model, model], {"normalize_reward": False}, "leave normalize_reward on"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make(base_folder, sources, cpu_arguments, reward_ensemble="worst", **settings)
+
+
+def test_a_baseline_takes_away_what_depends_on_the_prompt_alone(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    def of_the_prompt(prompts: list[Any], **_: Any) -> list[float]:
+        return [float(sum(map(ord, prompt[0]["content"]))) for prompt in prompts]
+
+    sources = [load_reward_model(reward_folder), of_the_prompt]
+    settings = {"reward_weights": [0.0, 1.0], "reward_clip": None, "kl_coef": 0.0}
+    for samples in (0, 3):
+        trainer, _ = make(base_folder, sources, cpu_arguments, baseline_samples=samples, **settings)
+        scores = trainer.experience(trainer.prompts_of(0)).scores
+        assert (scores.abs() < 1e-3).all() == (samples == 3), samples
+
+
+def test_a_reference_that_follows_and_one_that_stays(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """At rate 1 every rollout is sampled from its own reference: KL 0. At 1/2 the run resumes bit for bit."""
+    found = {}
+    for rate in (0.0, 0.5, 1.0):
+        arguments = {**cpu_arguments, "save_strategy": "epoch", "output_dir": str(tmp_path / str(rate))}
+        trainer, rows = make(base_folder, str(reward_folder), arguments, reference_mixup=rate)
+        trainer.train()
+        found[rate] = [row["kl_k3"] for row in rows.rows]
+    assert found[1.0] == [0.0, 0.0, 0.0]
+    assert found[0.0][1] > found[0.5][1] > 0
+    arguments = {**cpu_arguments, "output_dir": str(tmp_path / "0.5")}
+    resumed, again = make(base_folder, str(reward_folder), arguments, reference_mixup=0.5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "0.5/checkpoint-8"))
+    assert again.rows[-1]["kl_k3"] == found[0.5][-1]
+
+
+def test_async_functions_in_a_notebook() -> None:
+    """Where an event loop is running already."""
+
+    async def later(completions: list[Any], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    async def cell() -> list[float]:
+        scores: list[float] = RewardSource(later)(PROMPTS[:2], TWO, {})[0].tolist()
+        return scores
+
+    assert asyncio.run(cell()) == [1.0, 1.0]
 
 
 class Server(BaseHTTPRequestHandler):
@@ -290,17 +351,23 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
             PPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)  # type: ignore[arg-type]
 
 
+DEMONSTRATIONS = [
+    {"prompt": prompt, "completion": [{"role": "assistant", "content": "yes please"}]} for prompt in PROMPTS[:4]
+]
+
+
 def test_demonstrations_are_mixed_in_by_their_weight(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
 ) -> None:
     """Loss(coef) - Loss(0) = coef times -log π of the completions, computed here token by token."""
-    rows = [
-        {"prompt": prompt, "completion": [{"role": "assistant", "content": "yes please"}]} for prompt in PROMPTS[:4]
-    ]
     found = {}
     for coefficient in (0.0, 0.5):
         trainer, _ = make(
-            base_folder, str(reward_folder), cpu_arguments, ptx_coef=coefficient, ptx_dataset=Dataset.from_list(rows)
+            base_folder,
+            str(reward_folder),
+            cpu_arguments,
+            ptx_coef=coefficient,
+            ptx_dataset=Dataset.from_list(DEMONSTRATIONS),
         )
         batch = trainer.rollout(trainer.prompts_of(0)).rows(torch.arange(8))
         torch.manual_seed(7)
@@ -312,9 +379,11 @@ def test_demonstrations_are_mixed_in_by_their_weight(
     tokenizer, policy = trainer.processing_class, trainer.model.policy
     nll = []
     for i in chosen:
-        ids = tokenizer.apply_chat_template(rows[i]["prompt"] + rows[i]["completion"], tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            DEMONSTRATIONS[i]["prompt"] + DEMONSTRATIONS[i]["completion"], tokenize=True, return_dict=False
+        )
         asked = tokenizer.apply_chat_template(
-            rows[i]["prompt"], tokenize=True, add_generation_prompt=True, return_dict=False
+            DEMONSTRATIONS[i]["prompt"], tokenize=True, add_generation_prompt=True, return_dict=False
         )
         assert ids[: len(asked)] == asked
         logprobs = policy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -329,13 +398,14 @@ def test_demonstrations_are_mixed_in_by_their_weight(
 def test_demonstrations_keep_the_policy_at_them(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
 ) -> None:
-    rows = [
-        {"prompt": prompt, "completion": [{"role": "assistant", "content": "yes please"}]} for prompt in PROMPTS[:4]
-    ]
     losses = {}
     for coefficient in (1e-9, 1.0):
         trainer, seen = make(
-            base_folder, str(reward_folder), cpu_arguments, ptx_coef=coefficient, ptx_dataset=Dataset.from_list(rows)
+            base_folder,
+            str(reward_folder),
+            cpu_arguments,
+            ptx_coef=coefficient,
+            ptx_dataset=Dataset.from_list(DEMONSTRATIONS),
         )
         trainer.train()
         losses[coefficient] = seen.rows[-1]["ptx_loss"]
