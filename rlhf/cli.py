@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 130/143 interrupted."""
+"""The command line: parse, call, print.
+
+Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 3 waiting for people's labels, 130/143 interrupted.
+"""
 
 import logging
 import os
@@ -12,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.errors import TrainingError, UserError
+from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.pipeline import interrupt
 from rlhf.recipe import Recipe, load_recipe
 
@@ -22,6 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+WAITING = 3
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # A pipe has no width; at rich's 80 columns tables would lose their numbers.
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -249,7 +253,8 @@ def serve_command(
 
 
 def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
-    from rlhf.pipeline.rounds import check_arguments, check_recipe_file, check_sources, plan, run
+    from rlhf.pipeline.plan import plan
+    from rlhf.pipeline.rounds import check_arguments, check_recipe_file, check_sources, run
 
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)
@@ -337,6 +342,9 @@ def main() -> None:
     except TrainingError as error:
         errors.print(str(error), style="red", markup=False, soft_wrap=True)
         sys.exit(1)
+    except Waiting as state:
+        errors.print(str(state), style="yellow", markup=False, soft_wrap=True)
+        sys.exit(WAITING)
     except interrupt.Interrupted as interruption:
         errors.print(f"{interruption}: stopped. The same command goes on from the last checkpoint.", markup=False)
         sys.exit(128 + interruption.signum)

@@ -27,3 +27,7 @@ class TrainingError(Exception):
     def __init__(self, message: str, *, rows: Sequence[dict[str, Any]] = ()):
         self.rows = list(rows)
         super().__init__(message)
+
+
+class Waiting(Exception):
+    """A run that can't go on before people have done something; its state is saved. The command line exits with 3."""

@@ -75,6 +75,28 @@ def label_pair(prompt: str, first: str, second: str, rng: random.Random, crowd: 
     return Label(prompt, chosen, rejected, annotator.name, agrees)
 
 
+def judge_pair(
+    prompt: str, first: str, second: str, rng: random.Random, annotators: str, flip_rate: float
+) -> tuple[str, str]:
+    """Which answer is better, `first`, `second` or `tie`, and who says so: one of the crowd, or the true reward itself.
+
+    Args:
+        annotators: `crowd`, or `exact` for the true reward.
+        flip_rate: share of the verdicts that are turned round, whoever gave them.
+    """
+    if annotators == "exact":
+        name, difference = "exact", true_reward(prompt, first) - true_reward(prompt, second)
+        if difference == 0:
+            return "tie", name
+        prefers_first = difference > 0
+    else:
+        annotator = rng.choice(list(CROWD))
+        name, prefers_first = annotator.name, annotator.prefers_first(prompt, first, second, rng)
+    if flip_rate > 0 and rng.random() < flip_rate:
+        prefers_first = not prefers_first
+    return "first" if prefers_first else "second", name
+
+
 def flip_rate(labels: Sequence[Label]) -> float:
     """Share of labels that contradict the true reward; pairs of equal true reward cannot be wrong and do not count."""
     differences = [true_reward(x.prompt, x.chosen) - true_reward(x.prompt, x.rejected) for x in labels]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.lab.annotators import Label, flip_rate, label_pair
+from rlhf.lab.annotators import Label, flip_rate, judge_pair, label_pair
 from rlhf.lab.world import (
     DANGEROUS,
     HARMLESS,
@@ -23,13 +23,15 @@ HELD_OUT_PROMPTS = 640
 
 @dataclass(frozen=True)
 class LabSettings:
-    """Sizes of a lab; the world itself has no options."""
+    """Sizes of a lab, and who labels its training pairs (`judge_pair`); the world itself has no options."""
 
     demonstrations: int = 8000
     pairs: int = 6000
     test_pairs: int = 1000
     hidden_size: int = 128
     num_hidden_layers: int = 3
+    annotators: str = "crowd"
+    flip_rate: float = 0.0
     seed: int = 0
 
 
@@ -62,6 +64,8 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, Any]:
 
     # 3. Pairs of answers by the same writers, labelled by the crowd.
     labels = _labelled(settings.pairs, train, rng)
+    if settings.annotators == "exact" or settings.flip_rate > 0:
+        labels = _labelled_again(labels, settings)
     test_labels = _labelled(settings.test_pairs, test_pair_prompts, rng)
     shift_labels = _labelled(settings.test_pairs, shift_test, rng)
 
@@ -101,6 +105,20 @@ def _labelled(count: int, prompts: list[str], rng: random.Random) -> list[Label]
         if first != second:
             labels.append(label_pair(prompt, first, second, rng))
     return labels
+
+
+def _labelled_again(labels: list[Label], settings: LabSettings) -> list[Label]:
+    """The same pairs with other annotators' labels; those that the true reward calls equal are left as the crowd had them."""
+    rng = random.Random(settings.seed + 1)
+    again = []
+    for label in labels:
+        verdict, name = judge_pair(
+            label.prompt, label.chosen, label.rejected, rng, settings.annotators, settings.flip_rate
+        )
+        turned = verdict == "second"
+        chosen, rejected = (label.rejected, label.chosen) if turned else (label.chosen, label.rejected)
+        again.append(Label(label.prompt, chosen, rejected, name, label.second_opinion_agrees != turned))
+    return again
 
 
 def _user(content: str) -> list[dict[str, str]]:

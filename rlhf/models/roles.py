@@ -8,14 +8,17 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from rlhf.models.logprobs import token_entropy, token_logprobs
+from rlhf.models.save import load_weights
 from rlhf.models.score import token_scores
 
 POLICY_ADAPTER, REFERENCE_ADAPTER, CRITIC_ADAPTER, REWARD_ADAPTER = "default", "reference", "critic", "reward"
@@ -220,6 +223,21 @@ class Reference:
         mark = f".{self.adapter}."
         named = self.model.named_parameters()
         return {name.replace(mark, f".{POLICY_ADAPTER}."): p for name, p in named if mark in name}
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a saved policy: of an adapter on the same base, or of a whole model.
+
+        A reference that is the base itself stays what it is.
+        """
+        weights = self.weights()
+        if not weights:
+            return
+        if not self.shared:
+            load_weights(self.model, folder)
+            return
+        saved = load_peft_weights(str(folder), device="cpu")
+        for name, weight in weights.items():
+            weight.data.copy_(saved[name.replace(f".{POLICY_ADAPTER}.", ".")])
 
     @torch.no_grad()
     def approach(self, policy: nn.Module, rate: float) -> None:

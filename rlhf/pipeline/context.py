@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from rlhf.evaluation.gold import GoldFunction, load_gold
@@ -15,7 +16,7 @@ from rlhf.lab.world import gold as lab_gold
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
 
-STRENGTH = "strength.jsonl"
+STRENGTH, PAIRS = "strength.jsonl", "pairs.jsonl"
 
 
 @dataclass
@@ -25,6 +26,7 @@ class StageContext:
     Attributes:
         folder: to write into.
         parents: role → folder of a finished stage.
+        own: the stage's settings as they stand in its key.
         say: tell the person at the terminal.
         is_main: whether this process writes files (with several processes, one does).
     """
@@ -34,6 +36,28 @@ class StageContext:
     parents: dict[str, Path]
     say: Callable[[str], None]
     is_main: bool = True
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.folder.parents[1]
+
+    @property
+    def round(self) -> int:
+        """In which round this stage is."""
+        return int(self.folder.parent.name.rpartition("-")[2])
+
+    @property
+    def device(self) -> str:
+        """Where models outside of trainers live."""
+        on_cpu = self.settings("reward").get("use_cpu", not torch.cuda.is_available())
+        return "cpu" if on_cpu else "cuda"
+
+    @property
+    def pairs(self) -> Path:
+        """The preferences that this round trains on: those of all labels so far, or of the data."""
+        return self.parents["label"] / PAIRS if "label" in self.parents else self.data / PAIRS
 
     @property
     def data(self) -> Path:

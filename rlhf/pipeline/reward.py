@@ -1,4 +1,4 @@
-"""The reward stages: answers of the present policy for MetaRM, and the reward model or its experts."""
+"""The reward stage: a reward model, or its experts, on the pairs as the vote corrected them."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ from rlhf.models.generate import sample_texts
 from rlhf.models.load import build_reward_model, load_policy, load_tokenizer, score_head
 from rlhf.models.save import save_model
 from rlhf.pipeline.context import STRENGTH, StageContext, gold_differences, held_out, read_jsonl, write_jsonl
+from rlhf.pipeline.sampling import SAMPLES
 from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
@@ -30,22 +31,6 @@ from rlhf.reward.trainer import PairRewardTrainer, training_columns
 CALIBRATION_SAMPLES = 256
 Rows = list[dict[str, Any]]
 Samples = tuple[list[tuple[Any, str]], list[bool]]  # (prompt, answer), and whether it ended
-
-
-def run_sample(context: StageContext) -> dict[str, Any]:
-    """Several answers of the present policy to each of some training prompts: what MetaRM climbs on. No labels."""
-    recipe = context.recipe
-    model_config, _ = split_settings(context.settings("ppo"))
-    set_seed(recipe.seed)
-    sft = context.sft_model
-    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
-    policy = load_policy(sft, model_config, trainable=False).to(_device(context)).eval()
-    some = read_jsonl(context.data / "prompts.jsonl")[: recipe.reward.meta_pool]
-    prompts = [row["prompt"] for row in some for _ in range(recipe.reward.meta_responses)]
-    texts, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
-    rows = zip(prompts, texts, ended, strict=True)
-    write_jsonl(context.folder / "samples.jsonl", [{"prompt": p, "completion": t, "ended": e} for p, t, e in rows])
-    return {"prompts": len(some), "samples": len(texts), "share_without_eos": 1 - sum(ended) / len(ended)}
 
 
 def run_reward(context: StageContext) -> dict[str, Any]:
@@ -74,7 +59,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     if domains is not None:
         _combine(context, domains, samples, out)
     card = {"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit}
-    reward = calibrate_reward_model(out, samples=samples[0], ended=samples[1], facts=card, device=_device(context))
+    reward = calibrate_reward_model(out, samples=samples[0], ended=samples[1], facts=card, device=context.device)
 
     # 3. Held-out pairs.
     test = read_jsonl(context.data / "test_pairs.jsonl")
@@ -90,7 +75,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
 
 def training_pairs(context: StageContext) -> tuple[Rows, int | None]:
     """The pairs, corrected by the vote where there is one, and how many were flipped."""
-    rows = read_jsonl(context.data / "pairs.jsonl")
+    rows = read_jsonl(context.pairs)
     strength, noise = None, None
     if "vote" in context.parents:
         strength = attach_strength(rows, read_jsonl(context.parents["vote"] / STRENGTH))
@@ -132,17 +117,12 @@ def _fit(context: StageContext, rows: Rows, folder: Path, label: str) -> PairRew
     return trainer
 
 
-def _device(context: StageContext) -> str:
-    on_cpu = context.settings("reward").get("use_cpu", not torch.cuda.is_available())
-    return "cpu" if on_cpu else "cuda"
-
-
 def _meta_rows(context: StageContext) -> Rows:
     """Answers of the present policy: sampled by this run, or those of an earlier one that the recipe names."""
     file = context.recipe.reward.meta_samples
     if file is not None:
         return [row for _, row in read_rows(file, ReadReport(file))]
-    return read_jsonl(context.parents["sample"] / "samples.jsonl")
+    return read_jsonl(context.parents["sample"] / SAMPLES)
 
 
 def _domains(rows: Rows, weights: dict[str, float] | None) -> dict[str, Rows]:
@@ -230,12 +210,12 @@ def _calibration_samples(context: StageContext, model_config: ModelConfig, *, is
     set_seed(context.recipe.seed)
     sft = context.sft_model
     if is_decoder:
-        policy = load_policy(sft, model_config, trainable=False).to(_device(context)).eval()
+        policy = load_policy(sft, model_config, trainable=False).to(context.device).eval()
         tokenizer = load_tokenizer(sft, conversational=True, revision=context.recipe.backbone.revision)
         prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
         answers, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
     else:
-        some = read_jsonl(context.data / "pairs.jsonl")[: CALIBRATION_SAMPLES // 2]
+        some = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
         prompts = [row["prompt"] for row in some for _ in range(2)]
         answers = [row[side][0]["content"] for row in some for side in ("chosen", "rejected")]
         ended = [True] * len(answers)

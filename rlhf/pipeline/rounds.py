@@ -1,4 +1,4 @@
-"""The whole pipeline on one page: which stages, in which round, from which parents; run what is not done yet."""
+"""Run what is not done yet of a plan, round after round, and know when to stop."""
 
 import json
 import os
@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from rlhf.data.read import is_local
-from rlhf.errors import TrainingError, UserError
-from rlhf.pipeline.store import Stage, Store, file_digest, is_disk_full, write_text
+from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.pipeline.plan import plan
+from rlhf.pipeline.stopping import reason_to_stop
+from rlhf.pipeline.store import Stage, Store, is_disk_full, write_text
 from rlhf.pipeline.summary import write_summary
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
@@ -22,55 +24,6 @@ from rlhf.report.page import write_report
 ORIGIN = "origin.json"  # which file and overrides the recipe came from; for the report
 # With several processes these stages are run by all of them; the others by the first, while the rest wait.
 TRAINED_TOGETHER = ("sft", "vote", "reward", "ppo")
-
-
-def plan(recipe: Recipe) -> list[Stage]:
-    """Every stage of a recipe in order. Keys follow from settings alone, so nothing has to run to know what is done."""
-    seed = recipe.seed
-    stages: list[Stage] = []
-
-    def add(name: str, folder: str, settings: dict[str, Any], **parents: Stage) -> Stage:
-        stage = Stage(name, folder, settings, seed, parents)
-        stages.append(stage)
-        return stage
-
-    # Round 0: data, base model, SFT.
-    origins: dict[str, Stage] = {}
-    if recipe.lab is not None:
-        origins["lab"] = add("lab", "round-0/lab", recipe.lab.model_dump())
-    data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
-    data = add("data", "round-0/data", data_settings, **origins)
-    backbone = recipe.backbone.model_dump(exclude_none=True)
-    if recipe.backbone.from_scratch is not None:
-        origins = {"base": add("base", "round-0/base", backbone, data=data)}
-    elif recipe.backbone.model is not None:
-        origins = {}
-    sampling = {"max_completion_length": recipe.ppo.trl_settings().get("max_completion_length")}
-    gold = {"gold": recipe.evaluate.gold}
-    start: dict[str, Stage] = {}
-    own: dict[str, Any] = {}
-    if recipe.lab is not None or recipe.data.sft is not None:
-        sft_settings = recipe.sft.model_dump() | {"backbone": backbone} | sampling | gold
-        start = {"sft": add("sft", "round-0/sft", sft_settings, data=data, **origins)}
-    else:  # the backbone can answer already, and takes SFT's place
-        own = {"backbone": backbone}
-
-    # Round 1: vote and samples where the reward model asks for them, reward model, PPO, judgement.
-    votes: dict[str, Stage] = {}
-    if recipe.reward.needs_vote:
-        shape = recipe.vote.model_dump() | recipe.vote_settings()
-        votes = {"vote": add("vote", "round-1/vote", shape | own | gold, data=data, **start)}
-    reward_settings = recipe.reward.model_dump() | own | sampling | gold
-    if recipe.reward.meta and recipe.reward.meta_samples is None:
-        size = {"prompts": recipe.reward.meta_pool, "responses": recipe.reward.meta_responses}
-        votes["sample"] = add("sample", "round-1/sample", size | own | sampling, data=data, **start)
-    elif recipe.reward.meta:
-        reward_settings["meta_sha256"] = file_digest(Path(str(recipe.reward.meta_samples)).expanduser())
-    reward = add("reward", "round-1/reward", reward_settings, data=data, **start, **votes)
-    ppo = add("ppo", "round-1/ppo", recipe.ppo.model_dump() | own | gold, data=data, **start, reward=reward)
-    judged = {**start, "reward": reward, "policy": ppo}
-    add("evaluate", "round-1/evaluate", recipe.evaluate.model_dump() | own | sampling, data=data, **judged)
-    return stages
 
 
 def run(
@@ -106,13 +59,22 @@ def run(
             write_text(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
             write_text(out / ORIGIN, json.dumps(recipe.origin, indent=1) + "\n")
 
-        # 2. The stages, one after the other.
+        # 2. The stages, one after the other, until the last round or until there is a reason to stop.
+        waiting: Waiting | None = None
         for stage in stages:
             if store.is_done(stage):
                 say(f"{stage.folder}: done before")
             else:
-                _run_stage(stage, recipe, store, is_main=is_main, say=say)
+                try:
+                    _run_stage(stage, recipe, store, is_main=is_main, say=say)
+                except Waiting as state:
+                    waiting = state
+                    break
             if stage.name == until:
+                break
+            reason = reason_to_stop(recipe.rounds, stage, stages, store)
+            if reason is not None:
+                say(reason)
                 break
 
         # 3. The run in numbers and as a page.
@@ -121,6 +83,8 @@ def run(
             write_report(out)
             write_cards(out)
         _leave_process_group()
+        if waiting is not None:
+            raise waiting
     finally:
         if lock is not None:
             lock.release()
@@ -145,7 +109,7 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
     begin = time.monotonic()
     say(f"{stage.folder}: begins")
     try:
-        facts = STAGES[stage.name](StageContext(recipe, folder, parents, say, is_main))
+        facts = STAGES[stage.name](StageContext(recipe, folder, parents, say, is_main, stage.settings))
         seconds = time.monotonic() - begin
         if is_main:
             store.finish(stage, facts, seconds)
@@ -215,9 +179,3 @@ def check_sources(recipe: Recipe) -> None:
             problems.append(f"{key}: {file}: no such {'file' if '.py:' in name else 'folder'}.")
     if problems:
         raise UserError(problems)
-
-
-def _local_digests(recipe: Recipe) -> dict[str, str]:
-    """sha256 of every local data file: a changed file is another data stage."""
-    files = {entry.source for name in DATA_SOURCES for entry in recipe.data.sources(name) if is_local(entry.source)}
-    return {file: file_digest(Path(file).expanduser()) for file in sorted(files) if Path(file).expanduser().is_file()}

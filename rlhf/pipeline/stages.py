@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -29,7 +30,9 @@ from rlhf.pipeline.context import (
     read_jsonl,
     write_jsonl,
 )
-from rlhf.pipeline.reward import run_reward, run_sample
+from rlhf.pipeline.label import run_label
+from rlhf.pipeline.reward import run_reward
+from rlhf.pipeline.sampling import run_sample, run_select
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.training import quiet_libraries, split_settings, train, training_arguments
 from rlhf.pipeline.vote import vote
@@ -127,7 +130,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
 def run_vote(context: StageContext) -> dict[str, Any]:
     """Preference strength of every training pair, and the share of wrong labels that the votes imply."""
     recipe = context.recipe
-    rows = read_jsonl(context.data / "pairs.jsonl")
+    rows = read_jsonl(context.pairs)
     shape = recipe.vote.shape()
     folder = context.folder / CHECKPOINTS
     strength, noise = vote(
@@ -154,16 +157,21 @@ def run_vote(context: StageContext) -> dict[str, Any]:
 
 
 def run_ppo(context: StageContext) -> dict[str, Any]:
-    """PPO from the SFT policy against the reward model."""
+    """PPO from the SFT policy, or from that of the round before, against the reward model."""
+    # 1. Where it starts, and what its KL is measured to: the policy at the start, or SFT.
     recipe = context.recipe
     model_config, settings = split_settings(context.settings("ppo"))
     args = training_arguments(PPOConfig, settings, context.folder, recipe.seed)
     set_seed(recipe.seed)
     sft = context.sft_model
+    start = context.parents["policy"] / "model" if "policy" in context.parents else sft
+    reference = sft if context.own.get("reference") == "sft" else start
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
     gold = context.gold()
+
+    # 2. Train.
     trainer = PPOTrainer(
-        load_policy(sft, model_config),
+        load_policy(start, model_config),
         [str(context.parents["reward"] / "model"), *(_reward_function(name) for name in recipe.ppo.extra_rewards)],
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
@@ -171,9 +179,13 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         eval_dataset=held_out(context, "test_prompts") if args.eval_strategy != "no" else None,
         monitor_funcs={"gold": gold} if gold is not None else None,
         ptx_dataset=Dataset.from_list(read_jsonl(context.data / "sft.jsonl")) if args.ptx_coef > 0 else None,
-        adapter_was_trained=find_source(sft).adapter is not None and model_config.use_peft,
+        adapter_was_trained=find_source(reference).adapter is not None and model_config.use_peft,
     )
+    if reference != start:
+        trainer.reference.load(Path(reference))
     train(trainer, context.folder, label="ppo", say=context.say)
+
+    # 3. Save, and say what happened.
     if context.is_main:
         policy = trainer.accelerator.unwrap_model(trainer.model).policy
         save_model(policy, tokenizer, context.folder / "model")
@@ -234,6 +246,8 @@ STAGES: dict[str, Callable[[StageContext], dict[str, Any]]] = {
     "sft": run_sft,
     "vote": run_vote,
     "sample": run_sample,
+    "select": run_select,
+    "label": run_label,
     "reward": run_reward,
     "ppo": run_ppo,
     "evaluate": run_evaluate,

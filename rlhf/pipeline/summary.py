@@ -1,8 +1,11 @@
 """`summary.json`: the run in numbers. What a run does not know is null, never invented."""
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
+from rlhf.pipeline.stopping import change_since_last_round
 from rlhf.pipeline.store import Stage, Store, write_text
 from rlhf.recipe.schema import Recipe
 
@@ -12,17 +15,23 @@ REWARD_KEYS = ("accuracy", "accuracy_ci", "accuracy_true", "accuracy_true_ci", "
 
 def write_summary(recipe: Recipe, stages: list[Stage], store: Store) -> dict[str, Any]:
     """Collect the manifests of all stages done so far into `RUN/summary.json` (contract: design §6)."""
+    # 1. Facts of all stages done so far, by folder; the rounds that have a reward model at least.
     facts: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
     for stage in stages:
         manifest = store.manifest(stage)
         if manifest is not None:
-            facts[stage.name], seconds[stage.name] = manifest["facts"], manifest["seconds"]
-    judged = facts.get("evaluate", {})
-    sft, policy, best = (judged.get(name, {}) for name in ("sft", "policy", "best_of_16"))
+            facts[stage.folder] = manifest["facts"]
+            seconds[stage.name] = round(seconds.get(stage.name, 0.0) + manifest["seconds"], 3)
+    numbers = sorted({int(folder.split("/")[0].removeprefix("round-")) for folder in facts} - {0}) or [1]
+    rounds = [_round(number, facts, stages, store) for number in numbers]
+    judged = [number for number in numbers if f"round-{number}/evaluate" in facts]
+
+    # 2. The last judged policy, and SFT beside it.
+    last = facts.get(f"round-{judged[-1]}/evaluate", {}) if judged else {}
+    sft, best = last.get("sft", {}), last.get("best_of_16", {})
     by_gold, by_reward = best.get("by_gold", {}), best.get("by_reward", {})
-    reward = facts.get("reward", {})
-    lab = facts.get("lab", {})
+    lab = facts.get("round-0/lab", {})
     summary = {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -35,24 +44,71 @@ def write_summary(recipe: Recipe, stages: list[Stage], store: Store) -> dict[str
             "gold_max": GOLD_MAX_OF_LAB if lab else None,
         },
         "sft": _with_intervals(sft, ("gold", "proxy")),
-        "rounds": [
-            {
-                "round": 1,
-                "pairs": reward.get("pairs"),
-                "flipped": reward.get("flipped"),
-                "reward": {key: reward.get(key) for key in REWARD_KEYS},
-                "policy": _with_intervals(policy, ("proxy", "gold", "kl", "win_rate")),
-            }
-        ],
+        "rounds": rounds,
+        "best_round": _best(rounds),
         "best_of_16": {
             "by_reward": {**_with_intervals(by_reward, ("gold",)), "kl": by_reward.get("kl")},
             "by_gold": _with_intervals(by_gold, ("gold",)),
         },
-        "gold_gap_closed": judged.get("gold_gap_closed"),
-        "evaluated_prompts": judged.get("n"),
+        "gold_gap_closed": last.get("gold_gap_closed"),
+        "evaluated_prompts": last.get("n"),
     }
     write_text(store.root / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _link_best(store.root, summary["best_round"])
     return summary
+
+
+def _round(number: int, facts: dict[str, dict[str, Any]], stages: list[Stage], store: Store) -> dict[str, Any]:
+    """One round in numbers."""
+    folder = f"round-{number}"
+    reward, judged, label, ppo = (facts.get(f"{folder}/{name}", {}) for name in ("reward", "evaluate", "label", "ppo"))
+    stage = next((s for s in stages if s.folder == f"{folder}/evaluate"), None)
+    change = change_since_last_round(stage, stages, store) if stage is not None and judged else None
+    samples = store.root / folder / "evaluate" / "samples.jsonl"
+    texts = [json.loads(line)["policy"] for line in samples.read_text(encoding="utf-8").splitlines()] if judged else []
+    lengths = [len(text.split()) for text in texts]
+    return {
+        "round": number,
+        "pairs": reward.get("pairs"),
+        "flipped": reward.get("flipped"),
+        "labels": {
+            "fresh": label.get("fresh"),
+            "flip_rate": label.get("flip_rate"),
+            **_with_intervals(label, ("fresh_accuracy",)),
+        },
+        "reward": {key: reward.get(key) for key in REWARD_KEYS},
+        "policy": {
+            **_with_intervals(judged.get("policy", {}), ("proxy", "gold", "kl", "win_rate")),
+            "gold_gap_closed": judged.get("gold_gap_closed"),
+            "words": sum(lengths) / len(lengths) if lengths else None,
+            "different_answers": len(set(texts)) / len(texts) if texts else None,
+            "warnings": ppo.get("warnings"),
+        },
+        "change_in_gold": change,
+    }
+
+
+def _best(rounds: list[dict[str, Any]]) -> int | None:
+    """The round whose policy has the highest true reward; where none is known, the last one that was judged."""
+    judged = [entry for entry in rounds if entry["policy"]["proxy"] is not None]
+    if not judged:
+        return None
+    known = [entry for entry in judged if entry["policy"]["gold"] is not None]
+    best = max(known, key=lambda entry: entry["policy"]["gold"]) if known else judged[-1]
+    return int(best["round"])
+
+
+def _link_best(root: Path, number: int | None) -> None:
+    """`RUN/best` points to the best round's policy; a file system without links goes without."""
+    link = root / "best"
+    beside = root / f"best.tmp-{os.getpid()}"
+    if number is None:
+        return
+    try:
+        beside.symlink_to(Path(f"round-{number}") / "ppo" / "model", target_is_directory=True)
+        os.replace(beside, link)
+    except OSError:
+        beside.unlink(missing_ok=True)
 
 
 def _with_intervals(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

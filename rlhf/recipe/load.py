@@ -165,6 +165,7 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
     if backbone.model is not None and backbone.from_scratch is not None:
         where = document.place(("backbone", "from_scratch"))
         yield f"{where}: backbone.model and backbone.from_scratch exclude each other; keep one."
+    yield from _check_rounds(recipe, document)
     if recipe.lab is None:
         if data.preferences is None:
             yield f"{document.place(('data',))}: data.preferences is missing (a hub id or a local file)."
@@ -183,6 +184,26 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         if settings.get("load_in_4bit") and not settings.get("use_peft"):
             where = document.place((stage, "load_in_4bit"))
             yield f"{where}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
+
+
+def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:
+    """What a round's labels need."""
+    rounds = recipe.rounds
+    asks = rounds.count > 1 or rounds.first == "sampled"
+    if asks and rounds.labels_from == "lab" and recipe.lab is None:
+        yield (
+            f"{document.place(('rounds', 'labels_from'))}: rounds.labels_from is lab, but there is no `lab:`; use people, judge "
+            "or dataset."
+        )
+    if rounds.labels_from == "judge" and (rounds.judge_url is None or rounds.judge_model is None):
+        yield f"{document.place(('rounds',))}: rounds.labels_from is judge; set rounds.judge_url and rounds.judge_model."
+    if rounds.labels_from == "dataset" and rounds.first == "sampled":
+        yield f"{document.place(('rounds', 'first'))}: rounds.first is sampled, but labels_from: dataset samples nothing."
+    if rounds.start == "sft" and rounds.reference == "previous":
+        yield (
+            f"{document.place(('rounds', 'reference'))}: rounds.reference is previous, but PPO starts from sft, far from it; set "
+            "rounds.start: previous."
+        )
 
 
 def _section_class(name: str) -> type[Section] | type[StageSection] | None:

@@ -64,6 +64,8 @@ class LabSection(Section):
     test_pairs: int = Field(1000, ge=50)
     hidden_size: int = Field(128, ge=16, multiple_of=8)
     num_hidden_layers: int = Field(3, ge=1)
+    annotators: Literal["crowd", "exact"] = "crowd"  # exact: the true reward decides every label
+    flip_rate: float = Field(0.0, ge=0, lt=0.5)  # of the annotators' labels, turned round at random
 
 
 class BackboneSection(Section):
@@ -195,6 +197,49 @@ class EvaluateSection(Section):
     prompts: int = Field(512, ge=1)
 
 
+class RoundsSection(Section):
+    """Iterative RLHF: from the second round on, the policy's own answers are labelled and pooled with what was there."""
+
+    count: int = Field(1, ge=1)
+    first: Literal["offline", "sampled"] = "offline"  # round 1: the recipe's preferences, or SFT's own answers
+
+    # What is labelled, by whom.
+    labels_from: Literal["lab", "people", "judge", "dataset"] = "lab"
+    prompts: int = Field(512, ge=1)
+    responses: int = Field(4, ge=2)
+    labels: int = Field(500, ge=1)
+    select: Literal["random", "deviation", "information", "diversity"] = "random"
+    annotators_per_pair: int = Field(1, ge=1)
+    judge_url: str | None = None
+    judge_model: str | None = None
+    judge_key: str | None = None  # an environment variable's name
+    judge_budget: int | None = Field(None, ge=2)
+    age_weight: float = Field(1.0, gt=0, le=1)  # weight of a pair, for every round since it was labelled
+
+    # Where PPO starts, and what its KL is measured to.
+    start: Literal["sft", "previous"] = "sft"
+    reference: Literal["sft", "previous"] = "sft"
+
+    # When to stop before `count`.
+    stop_when_worse: bool = True
+    min_fresh_accuracy: float | None = Field(None, gt=0, lt=1)
+    kl_limit: float | None = Field(None, gt=0)
+    max_noise: float | None = Field(None, gt=0, lt=0.5)
+
+    def sampling(self) -> dict[str, Any]:
+        """What the `sample` stage of a round depends on."""
+        return self.model_dump(include={"prompts", "responses"})
+
+    def selection(self) -> dict[str, Any]:
+        """What the `select` stage of a round depends on."""
+        return self.model_dump(include={"labels", "select"})
+
+    def labelling(self) -> dict[str, Any]:
+        """What the `label` stage of a round depends on, or `data`'s share of it."""
+        names = {"labels_from", "annotators_per_pair", "age_weight", "judge_url", "judge_model", "judge_budget"}
+        return self.model_dump(include=names, exclude_none=True)
+
+
 class Recipe(Section):
     """A whole pipeline, resolved and checked."""
 
@@ -207,6 +252,7 @@ class Recipe(Section):
     vote: VoteSection = Field(default_factory=VoteSection)
     reward: RewardSection = Field(default_factory=RewardSection)
     ppo: PPOSection = Field(default_factory=PPOSection)
+    rounds: RoundsSection = Field(default_factory=RoundsSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     # Where it was read: `file`, `base`, `overrides`, and `differences` from the base (or, without one, from the file).
     _origin: dict[str, Any] = PrivateAttr(default_factory=dict)

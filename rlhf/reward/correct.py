@@ -19,6 +19,7 @@ from rlhf.objectives.strength import (
 from rlhf.reward.noise import NoiseEstimate
 
 Rows = list[dict[str, Any]]
+TIE = 0.5  # the confidence of a pair that annotators called equal: no vote makes one of its answers the better one
 # Which column an objective reads from the file itself.
 OWN_COLUMN = {"margin": "margin", "scaled": "weight", "soft": "confidence"}
 
@@ -123,7 +124,8 @@ def corrected(
     made = []
     for i, row in enumerate(rows):
         base = turned_round(row) if flips[i] else row
-        made.append({**base, **{name: float(values[i]) for name, values in columns.items()}})
+        own = {} if row.get("confidence") == TIE else {name: float(values[i]) for name, values in columns.items()}
+        made.append({**base, **own})
     return made, int(flips.sum()) if turns else None
 
 

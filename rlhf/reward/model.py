@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.models.load import load_scorer, load_tokenizer
+from rlhf.models.load import load_scorer, load_tokenizer, score_head
 from rlhf.models.save import save_model
 from rlhf.models.score import score_rows
 from rlhf.models.text import Prompt, encode_answers
@@ -69,6 +69,34 @@ class RewardModel:
         scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         self.model.train(was_training)
         return scores
+
+    @torch.no_grad()
+    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        """What the linear head reads at each answer's last token, [n, h], float32 on the CPU.
+
+        Raises:
+            UserError: there is no single linear head (an encoder, or experts).
+        """
+        head = None if hasattr(self, "score_each") else score_head(self.model)
+        if head is None:
+            raise UserError("reward model: no single linear head, so its features are not known; take pairs at random.")
+        rows = self.encode(prompts, responses, None)
+        read: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].detach()))
+        found = torch.empty(len(rows), head.in_features)
+        device = next(self.model.parameters()).device
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        try:
+            for start in range(0, len(order), self.batch_size):
+                index = order[start : start + self.batch_size]
+                lengths = torch.tensor([len(rows[i]) for i in index])
+                ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True)
+                mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+                self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+                found[index] = read.pop()[torch.arange(len(index)), lengths - 1].float().cpu()
+        finally:
+            handle.remove()
+        return found
 
     def encode(
         self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None

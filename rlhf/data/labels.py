@@ -1,0 +1,169 @@
+"""Questions for annotators and their verdicts: asked, collected, checked and turned into pairs."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+VERDICTS = ("first", "second", "tie", "skip")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two answers to one prompt, in a random order, of which an annotator says which is better.
+
+    Attributes:
+        id: names the question, whoever answers it and whenever.
+        round: for which round it is asked.
+        prompt: as messages.
+        first, second: the answers' texts.
+        source: what the pair is made of, where that is known.
+        difference: what the round's reward model so far thinks: reward(first) - reward(second), where there is one.
+    """
+
+    id: str
+    round: int
+    prompt: list[dict[str, str]]
+    first: str
+    second: str
+    source: str | None = None
+    difference: float | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """A row of `questions.jsonl`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one annotator said of one question.
+
+    Attributes:
+        label: first, second, tie, or skip (cannot say).
+        seconds: how long it took, where that was measured.
+    """
+
+    id: str
+    label: str
+    annotator: str
+    seconds: float | None = None
+
+
+@dataclass
+class Tally:
+    """What became of a round's questions.
+
+    Attributes:
+        rows: canonical pairs, with `confidence` below 1 where annotators disagree and 1/2 for a tie.
+        counts: questions labelled, unlabelled, skipped, tied, contested; verdicts counted, quarantined by reason.
+        quarantine: the verdicts that were not counted, each with its reason.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+
+
+def question_id(round_number: int, prompt: Sequence[dict[str, str]], answers: Sequence[str]) -> str:
+    """The same for the same pair in the same round, whatever the order of its answers.
+
+    >>> question_id(2, [{"role": "user", "content": "a"}], ["x", "y"])[:2]
+    'r2'
+    """
+    text = json.dumps([list(prompt), sorted(answers)], ensure_ascii=False)
+    return f"r{round_number}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a round, as this pipeline wrote them."""
+    return [Question(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def tally(questions: Sequence[Question], verdicts: Iterable[Verdict]) -> Tally:
+    """Pairs from verdicts: the last word of each annotator counts, once; what can't count is put aside with its reason.
+
+    P(chosen is better) is the share of annotators that say so, a tie being half a vote for each; it is written down as
+    `confidence` only where it is not 1, so that unanimous pairs stay ordinary ones.
+    """
+    asked = {question.id: question for question in questions}
+    this_round = {question.round for question in questions}
+    result, said = Tally(), defaultdict[str, dict[str, str]](dict)
+    reasons: Counter[str] = Counter()
+    for verdict in verdicts:
+        if verdict.id in asked:
+            if verdict.annotator in said[verdict.id]:
+                reasons["superseded"] += 1
+            said[verdict.id][verdict.annotator] = verdict.label
+            continue
+        number = verdict.id.partition("-")[0].removeprefix("r")
+        reason = "of another round" if number.isdigit() and int(number) not in this_round else "unknown id"
+        reasons[reason] += 1
+        result.quarantine.append({**asdict(verdict), "reason": reason})
+    kinds: Counter[str] = Counter()
+    for question in questions:
+        labels = said.get(question.id, {})
+        votes = {name: label for name, label in labels.items() if label != "skip"}
+        if not votes:
+            kinds["skipped" if labels else "unlabelled"] += 1
+            continue
+        share = sum({"first": 1.0, "tie": 0.5, "second": 0.0}[label] for label in votes.values()) / len(votes)
+        kinds["labelled"] += 1
+        kinds["tied"] += share == 0.5
+        kinds["contested"] += len(set(votes.values())) > 1
+        result.rows.append(_pair(question, share, sorted(votes)))
+    names = ("labelled", "unlabelled", "skipped", "tied", "contested")
+    result.counts = {name: kinds[name] for name in names} | {
+        "verdicts": sum(map(len, said.values())),
+        **{f"quarantined: {reason}": count for reason, count in sorted(reasons.items()) if reason != "superseded"},
+        "superseded": reasons["superseded"],
+    }
+    return result
+
+
+def _pair(question: Question, share: float, annotators: Sequence[str]) -> dict[str, Any]:
+    best, other = (question.first, question.second) if share >= 0.5 else (question.second, question.first)
+    row: dict[str, Any] = {
+        "prompt": question.prompt,
+        "chosen": [{"role": "assistant", "content": best}],
+        "rejected": [{"role": "assistant", "content": other}],
+        "annotator": ", ".join(annotators),
+        "round": question.round,
+    }
+    confidence = max(share, 1 - share)
+    if confidence < 1:
+        row["confidence"] = confidence
+    if question.source is not None:
+        row["source"] = question.source
+    return row
+
+
+def agreement(verdicts: Iterable[Verdict]) -> dict[str, Any]:
+    """Cohen's κ of every two annotators on the questions that both answered (skips left out).
+
+        κ = (p_observed - p_chance) / (1 - p_chance)
+
+    1 is perfect, 0 what chance would give; None where chance alone explains everything, or nothing is shared.
+
+    >>> agreement([Verdict("a", "first", "x"), Verdict("a", "first", "y"), Verdict("b", "second", "x"),
+    ...            Verdict("b", "second", "y")])["pairs"]
+    [{'annotators': ['x', 'y'], 'questions': 2, 'agree': 1.0, 'kappa': 1.0}]
+    """
+    by_annotator: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for verdict in verdicts:
+        if verdict.label != "skip":
+            by_annotator[verdict.annotator][verdict.id] = verdict.label
+    names, pairs = sorted(by_annotator), []
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            shared = sorted(by_annotator[one].keys() & by_annotator[other].keys())
+            if not shared:
+                continue
+            mine, theirs = ([by_annotator[name][key] for key in shared] for name in (one, other))
+            observed = sum(a == b for a, b in zip(mine, theirs, strict=True)) / len(shared)
+            chance = sum(mine.count(label) * theirs.count(label) for label in VERDICTS) / len(shared) ** 2
+            kappa = None if chance == 1 else (observed - chance) / (1 - chance)
+            pairs.append({"annotators": [one, other], "questions": len(shared), "agree": observed, "kappa": kappa})
+    return {"annotators": {name: len(by_annotator[name]) for name in names}, "pairs": pairs}

@@ -1,0 +1,107 @@
+"""A language model as annotator, behind any endpoint that speaks OpenAI's chat completions."""
+
+import os
+import re
+from typing import Any
+
+import requests
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from rlhf.data.labels import Question
+from rlhf.errors import TrainingError, UserError
+
+ATTEMPTS, FIRST_WAIT, LONGEST_WAIT, TIMEOUT = 5, 1.0, 30.0, 120.0
+ASK = """Two assistants answered the same request. Judge which answer is better: correct, complete, safe, and no longer than \
+it needs to be. The order of the answers says nothing about them.
+
+[Request]
+{prompt}
+
+[Answer A]
+{first}
+[End of A]
+
+[Answer B]
+{second}
+[End of B]
+
+Think briefly, then end with exactly one of [[A]], [[B]], or [[C]] for a tie."""
+ANSWERS = {"A": "first", "B": "second", "C": "tie"}
+
+
+class LanguageModelJudge:
+    """Asks in both orders; verdicts that turn with the order are ties.
+
+    Args:
+        url: of the API, e.g. http://localhost:8000/v1.
+        model: its name there, and the annotator's in our files.
+        key_variable: environment variable that holds the key; None for servers that want none.
+        budget: requests that may be sent in all; two a question.
+
+    Attributes:
+        sent, unreadable, order_decided: requests so far; answers without a verdict; questions whose verdict turned with the order.
+    """
+
+    def __init__(self, url: str, model: str, *, key_variable: str | None = None, budget: int | None = None):
+        self.url, self.model, self.budget = url.rstrip("/") + "/chat/completions", model, budget
+        key = os.environ.get(key_variable) if key_variable else None
+        if key_variable and not key:
+            raise UserError(f"rounds.judge_key: the environment variable {key_variable} is empty; put the key there.")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.sent = self.unreadable = self.order_decided = 0
+
+    def can_ask(self) -> bool:
+        """Whether the budget has room for another question."""
+        return self.budget is None or self.sent + 2 <= self.budget
+
+    def label(self, question: Question) -> str:
+        """first, second, tie, or skip where neither order gave a verdict.
+
+        Raises:
+            TrainingError: nobody answers, or the endpoint refuses.
+        """
+        forward = self._ask(question, question.first, question.second)
+        backward = self._ask(question, question.second, question.first)
+        turned = {"first": "second", "second": "first", "tie": "tie", None: None}[backward]
+        if forward is None or turned is None:
+            return forward or turned or "skip"
+        if forward != turned:
+            self.order_decided += 1
+            return "tie"
+        return forward
+
+    def _ask(self, question: Question, first: str, second: str) -> str | None:
+        prompt = "\n\n".join(message["content"] for message in question.prompt)
+        content = ASK.format(prompt=prompt, first=first, second=second)
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        tries = Retrying(
+            retry=retry_if_exception_type((requests.ConnectionError, requests.Timeout, _Busy)),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential(FIRST_WAIT, max=LONGEST_WAIT),
+            reraise=True,
+        )
+        try:
+            reply = tries(self._post, body)
+            text = str(reply["choices"][0]["message"]["content"])
+        except (requests.RequestException, _Busy, KeyError, IndexError, TypeError) as error:
+            raise TrainingError(
+                f"The judge at {self.url} gave no answer ({type(error).__name__}: {error}); what it said so far is kept, and "
+                "the same command goes on."
+            ) from error
+        self.sent += 1
+        found = re.findall(r"\[\[([ABC])\]\]", text)
+        if not found:
+            self.unreadable += 1
+            return None
+        return ANSWERS[found[-1]]
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        response = requests.post(self.url, json=body, headers=self._headers, timeout=TIMEOUT)
+        if response.status_code >= 500 or response.status_code == 429:
+            raise _Busy(f"status {response.status_code}")
+        response.raise_for_status()
+        return response.json()
+
+
+class _Busy(Exception):
+    """A status that may be another one in a moment."""

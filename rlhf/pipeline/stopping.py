@@ -1,0 +1,69 @@
+"""When rounds should end before their number is up: rules on what the manifests say, so that a resumed run decides alike."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf.evaluation.statistics import paired_difference
+from rlhf.pipeline.store import Stage, Store
+from rlhf.recipe.schema import RoundsSection
+
+
+def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage], store: Store) -> str | None:
+    """Why nothing after this stage should run, or None. The same files give the same answer whenever it is asked.
+
+    | after | stops where |
+    |---|---|
+    | label | the reward model so far orders the policy's new answers worse than `min_fresh_accuracy`, by the interval's upper end |
+    | vote | more labels are wrong than `max_noise`, by the interval's lower end |
+    | evaluate | the true reward fell from the round before (paired on the same prompts, interval below 0); KL above `kl_limit` |
+    """
+    manifest = store.manifest(stage)
+    if manifest is None or stage is stages[-1]:
+        return None
+    facts: dict[str, Any] = manifest["facts"]
+    where = stage.folder.partition("/")[0]
+    match stage.name:
+        case "label" if rounds.min_fresh_accuracy is not None and facts.get("fresh_accuracy") is not None:
+            high = facts["fresh_accuracy_ci"][1]
+            if high < rounds.min_fresh_accuracy:
+                return (
+                    f"{where}: stopped. The reward model so far orders {facts['fresh_accuracy']:.1%} of its own policy's new pairs "
+                    f"as labelled, at most {high:.1%}: below rounds.min_fresh_accuracy={rounds.min_fresh_accuracy:g}."
+                )
+        case "vote" if rounds.max_noise is not None and facts["noise"]["low"] > rounds.max_noise:
+            return (
+                f"{where}: stopped. The votes disagree with {facts['noise']['flip_rate']:.1%} of the labels (at least "
+                f"{facts['noise']['low']:.1%}), above rounds.max_noise={rounds.max_noise:g}: look at the labels (`rlhf audit`)."
+            )
+        case "evaluate":
+            kl = facts["policy"]["kl"]
+            if rounds.kl_limit is not None and kl > rounds.kl_limit:
+                return (
+                    f"{where}: stopped. The policy is {kl:.1f} nats from SFT, over rounds.kl_limit={rounds.kl_limit:g}."
+                )
+            change = change_since_last_round(stage, stages, store)
+            if rounds.stop_when_worse and change is not None and change["difference_ci"][1] < 0:
+                low, high = change["difference_ci"]
+                return (
+                    f"{where}: stopped. On the same prompts the true reward fell by {-change['difference']:.3f} "
+                    f"[{-high:.3f}, {-low:.3f}] from the round before."
+                )
+    return None
+
+
+def change_since_last_round(stage: Stage, stages: Sequence[Stage], store: Store) -> dict[str, Any] | None:
+    """Paired difference in true reward between two rounds' policies on the same prompts; None without either."""
+    judged = [other for other in stages if other.name == "evaluate"]
+    place = judged.index(stage)
+    if place == 0:
+        return None
+    columns = []
+    for one in (stage, judged[place - 1]):
+        file = store.path(one) / "samples.jsonl"
+        if store.manifest(one) is None or not file.is_file():
+            return None
+        columns.append([json.loads(line)["gold_policy"] for line in file.read_text(encoding="utf-8").splitlines()])
+    if any(value is None for column in columns for value in column):
+        return None
+    return paired_difference(columns[0], columns[1])
