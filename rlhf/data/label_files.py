@@ -27,7 +27,7 @@ def export_questions(questions: Sequence[Question], form: Format) -> list[dict[s
     | label-studio | a task whose `data` has id, prompt, first, second | its `annotations` (pairwise or choices) |
     | argilla | a record with `fields` prompt, first, second | its `responses` to the question `preference` |
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for question in questions:
         prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in question.prompt)
         texts = {"prompt": prompt, "first": question.first, "second": question.second}

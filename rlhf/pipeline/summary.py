@@ -54,7 +54,7 @@ def write_summary(recipe: Recipe, stages: list[Stage], store: Store) -> dict[str
         "evaluated_prompts": last.get("n"),
     }
     write_text(store.root / "summary.json", json.dumps(summary, indent=1) + "\n")
-    _link_best(store.root, summary["best_round"])
+    _link_best(store.root, _best(rounds))
     return summary
 
 
