@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.evaluation.statistics import best_of_n_kl, best_of_n_values, clustered_mean, win_rate
-from rlhf.models.generate import Completions, generate
+from rlhf.models.generate import Completions, generate, sample_texts
 from rlhf.models.roles import response_logprobs
 from rlhf.models.text import Prompt, plain
 from rlhf.objectives.kl import kl_k1
@@ -31,7 +31,8 @@ def judge_policies(
     batch_size: int,
     max_new_tokens: int,
     max_prompt_length: int | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    sft_answers: Sequence[tuple[str, bool]] | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, bool]]]:
     """Sample both policies at temperature 1 and compare them.
 
     One answer a prompt from the policy, 16 from SFT (one without a true reward), the first being SFT's own. KL is
@@ -41,10 +42,12 @@ def judge_policies(
         policy, sft: causal models in evaluation mode on one device, with one tokenizer.
         score: the reward model: (prompts, texts, ended=...) → raw scores.
         gold: the true reward, or None.
+        sft_answers: what an earlier call gave back for these prompts and this SFT; sampled here where absent.
 
     Returns:
         `sft`, `policy`, `best_of_16` and `gold_gap_closed` as in `summary.json`; `best_of_n`, the true reward of the best
-        of n of SFT's answers and its KL (unbiased over all subsets of the 16); and samples side by side.
+        of n of SFT's answers and its KL (unbiased over all subsets of the 16); samples side by side; and all of SFT's answers, each
+        with whether it ended.
     """
     per_prompt = BEST_OF if gold is not None else 1  # without a true reward there is no best of 16 to speak of
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
@@ -52,12 +55,13 @@ def judge_policies(
 
     # 1. SFT's answers to each prompt; first, so that they are the same whatever the policy became.
     repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(per_prompt)]
-    sft_answers, sft_proxies = [], []
-    for start in tqdm(range(0, len(repeated), batch_size), desc="evaluate: SFT", disable=None):
-        part = repeated[start : start + batch_size]
-        completions = generate(sft, tokenizer, part, **arguments)
-        sft_answers += completions.texts
-        sft_proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
+    if sft_answers is None:
+        sampled, ended = sample_texts(
+            sft, tokenizer, repeated, batch_size=batch_size, label="evaluate: SFT", **arguments
+        )
+        sft_answers = list(zip(sampled, ended, strict=True))
+    sft_texts = [text for text, _ in sft_answers]
+    sft_proxies = score(repeated, sft_texts, ended=[ended for _, ended in sft_answers]).tolist()
     sft_scores = torch.tensor(sft_proxies).view(-1, per_prompt)
 
     # 2. The policy's answers, their scores and their distance from SFT.
@@ -82,7 +86,7 @@ def judge_policies(
     gold_sft: list[float | None] = [None] * len(prompts)
     if gold is not None:
         ours = gold(texts, answers)
-        theirs = torch.tensor(gold([text for text in texts for _ in range(BEST_OF)], sft_answers)).view(-1, BEST_OF)
+        theirs = torch.tensor(gold([text for text in texts for _ in range(BEST_OF)], sft_texts)).view(-1, BEST_OF)
         first = theirs[:, 0].tolist()
         best = theirs.max(dim=1).values.tolist()
         picked = theirs.gather(1, sft_scores.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
@@ -109,7 +113,7 @@ def judge_policies(
     samples = [
         {
             "prompt": texts[i],
-            "sft": sft_answers[i * per_prompt],
+            "sft": sft_texts[i * per_prompt],
             "policy": answers[i],
             "proxy_sft": sft_proxies[i * per_prompt],
             "proxy_policy": proxies[i],
@@ -119,7 +123,7 @@ def judge_policies(
         }
         for i in range(len(prompts))
     ]
-    return facts, samples
+    return facts, samples, list(sft_answers)
 
 
 def sequence_kl(policy: Any, reference: Any, completions: Completions) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models.text import Prompt, prompt_text
@@ -105,11 +106,12 @@ def sample_texts(
     batch_size: int,
     max_new_tokens: int,
     max_prompt_length: int | None = None,
+    label: str | None = None,
 ) -> tuple[list[str], list[bool]]:
-    """One answer a prompt at temperature 1, in batches: the texts, and whether each ended by itself."""
+    """One answer a prompt at temperature 1, in batches: the texts, and whether each ended by itself. `label` shows progress."""
     texts: list[str] = []
     ended: list[bool] = []
-    for start in range(0, len(prompts), batch_size):
+    for start in tqdm(range(0, len(prompts), batch_size), desc=label, disable=True if label is None else None):
         part = prompts[start : start + batch_size]
         completions = generate(
             model, tokenizer, part, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length

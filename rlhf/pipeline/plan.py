@@ -48,7 +48,11 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
 def _round(
     recipe: Recipe, number: int, start: dict[str, Stage], before: dict[str, Stage], add: Add
 ) -> dict[str, Stage]:
-    """One round: labels, vote, reward model, PPO, judgement. Returns what the next round reads: label, reward, policy."""
+    """One round: labels, vote, reward model, PPO, judgement.
+
+    Returns:
+        what the next round reads: `label`, `reward`, `policy`, and `judged`, the first round's judgement.
+    """
     folder, how, rounds = f"round-{number}", recipe.reward, recipe.rounds
     own = {} if "sft" in start else {"backbone": recipe.backbone.model_dump(exclude_none=True)}
     sampling, gold = _sampling(recipe), _gold(recipe)
@@ -93,8 +97,9 @@ def _round(
     goes_on = present if rounds.start == "previous" else {}
     ppo = add("ppo", f"{folder}/ppo", settings, **start, reward=reward, **goes_on)
     settings = recipe.evaluate.model_dump() | own | sampling
-    add("evaluate", f"{folder}/evaluate", settings, **start, reward=reward, policy=ppo)
-    return {"reward": reward, "policy": ppo, **pool}
+    first = {"judged": before["judged"]} if before else {}  # whose answers of SFT are not sampled again
+    judged = add("evaluate", f"{folder}/evaluate", settings, **start, reward=reward, policy=ppo, **first)
+    return {"reward": reward, "policy": ppo, "judged": first.get("judged", judged), **pool}
 
 
 def _sampling(recipe: Recipe) -> dict[str, Any]:

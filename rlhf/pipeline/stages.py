@@ -41,7 +41,7 @@ from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import DATA_SOURCES
 from rlhf.reward.model import load_reward_model
 
-SHOWN_SAMPLES = 64
+SHOWN_SAMPLES, SFT_ANSWERS = 64, "sft_answers.jsonl"
 
 
 def run_lab(context: StageContext) -> dict[str, Any]:
@@ -226,16 +226,20 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     sft = context.sft_model
     reward = load_reward_model(context.parents["reward"] / "model")
     device = next(reward.model.parameters()).device
-    facts, samples = judge_policies(
+    known = context.parents["judged"] / SFT_ANSWERS if "judged" in context.parents else None
+    facts, samples, sft_answers = judge_policies(
         policy=load_policy(context.parents["policy"] / "model", model_config, trainable=False).to(device).eval(),
         sft=load_policy(sft, model_config, trainable=False).to(device).eval(),
         tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
         score=reward.score,
         gold=context.gold(),
         prompts=[row["prompt"] for row in rows],
+        sft_answers=None if known is None else [(row["completion"], row["ended"]) for row in read_jsonl(known)],
         **context.sampling,
     )
     write_jsonl(context.folder / "samples.jsonl", samples)
+    if known is None:
+        write_jsonl(context.folder / SFT_ANSWERS, [{"completion": text, "ended": ended} for text, ended in sft_answers])
     return facts
 
 

@@ -15,7 +15,7 @@ from tests.conftest import PROMPTS
 def judge(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    return judge_policies(
+    facts, samples, _ = judge_policies(
         policy=model,
         sft=model,
         tokenizer=tokenizer,
@@ -25,6 +25,7 @@ def judge(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], list[d
         batch_size=7,
         max_new_tokens=6,
     )
+    return facts, samples
 
 
 def test_without_a_true_reward_nothing_is_invented(base_folder: Path, tokenizer: Any) -> None:

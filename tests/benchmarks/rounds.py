@@ -1,0 +1,157 @@
+"""Four rounds of RLHF in the lab at one budget of labels: what each part is worth, and how far the true reward itself would get.
+
+python tests/benchmarks/rounds.py --json rounds.json --seeds 5,6,7,8,9
+
+Every variant spends `4 x LABELS` labels and as many episodes of PPO, from the same SFT policy. Round 1 has the lab's offline
+pairs; the others the policy's own answers. `best` has the labels of the true reward, `best_noisy` the same with a quarter of
+them turned round, in every round; the variants after it change one thing of `best_noisy`. `oracle` is `best` with PPO on the true
+reward itself. `bt_once` has all labels at once, offline, and one round. Figures are of the last round that ran; a run that a rule
+stopped keeps its last round.
+
+Runs lie beside FILE, so a killed benchmark goes on, and a finished one only reads summaries.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+LABELS, ROUNDS, EPISODES = 1500, 4, 3072
+BASE = [
+    f"lab.pairs={LABELS}",
+    f"rounds.count={ROUNDS}",
+    f"rounds.labels={LABELS}",
+    "rounds.prompts=1000",
+    "rounds.responses=4",
+    f"ppo.total_episodes={EPISODES}",
+    "lab.annotators=exact",
+    "rounds.stop_when_worse=false",
+]
+BEST = ["rounds.start=previous", "rounds.reference=sft", "rounds.select=random"]
+META = ["reward.meta=true"]
+NOISY = ["lab.flip_rate=0.25"]
+DENOISE = ["reward.flip_rate=0.2"]
+VARIANTS: dict[str, list[str]] = {
+    "best": [*BEST, *META],
+    "best_noisy": [*BEST, *META, *NOISY, *DENOISE],
+    "no_meta": [*BEST, *NOISY, *DENOISE],
+    "no_denoise": [*BEST, *META, *NOISY],
+    "information": [*BEST, *META, *NOISY, *DENOISE, "rounds.select=information"],
+    "oracle": [*BEST, "ppo.extra_rewards=[rlhf/lab/world.py:gold]", "ppo.reward_weights=[0.0, 3.0]"],
+    "bt_once": [f"lab.pairs={LABELS * ROUNDS}", "rounds.count=1", f"ppo.total_episodes={EPISODES * ROUNDS}"],
+    # For choosing, on seeds 0 to 4.
+    "from_sft": [*META, "rounds.start=sft", "rounds.select=random"],
+    "moving": [*META, "rounds.start=previous", "rounds.reference=previous"],
+    "diversity": [*BEST, *META, *NOISY, *DENOISE, "rounds.select=diversity"],
+    "plain": [*BEST],
+}
+REPORTED = ["best", "best_noisy", "no_meta", "no_denoise", "information", "oracle", "bt_once"]
+
+
+def run(variant: str, seed: int, folder: Path, *, quick: bool) -> dict[str, Any]:
+    """A run's summary; what the variants of one seed have in common before round 1 is made once."""
+    out = folder / f"{variant}-{seed}"
+    summary = out / "summary.json"
+    settings = [*BASE, *VARIANTS[variant], f"seed={seed}"]
+    if quick:
+        settings += [
+            "ppo.total_episodes=256",
+            "lab.pairs=200",
+            "rounds.labels=60",
+            "rounds.prompts=40",
+            "rounds.count=2",
+        ]
+        settings += ["lab.demonstrations=600", "evaluate.prompts=32", "sft.num_train_epochs=1"]
+    kept = {s.partition("=")[0]: s for s in settings}  # the last word on each key
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf",
+        "run",
+        str(ROOT / "recipes/quickstart.yaml"),
+        "--out",
+        str(out),
+        *kept.values(),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    begin = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{variant} {seed}: {done.stdout[-500:]} {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(summary.read_text())
+    for heavy in out.glob("round-*/*/model"):
+        if heavy.parent.name not in ("ppo", "sft"):
+            shutil.rmtree(heavy)
+    gaps = " ".join(f"{entry['policy']['gold_gap_closed']:.2f}" for entry in found["rounds"])
+    print(f"{variant} {seed}: gap closed by round {gaps} ({time.monotonic() - begin:.0f} s)", flush=True)
+    return found
+
+
+def interval(values: list[float]) -> list[float]:
+    """Mean and its 95 % t-interval over seeds."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return [mean, float("nan"), float("nan")]
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return [mean, mean - half, mean + half]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seeds", default="5,6,7,8,9")
+    parser.add_argument("--variants", default=",".join(REPORTED))
+    parser.add_argument("--quick", action="store_true", help="two rounds of nothing much: whether it runs")
+    arguments = parser.parse_args()
+    folder = arguments.json.with_suffix("")
+    if arguments.quick:
+        folder = folder.with_name(folder.name + "-quick")
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds, variants = [int(s) for s in arguments.seeds.split(",")], arguments.variants.split(",")
+    found = {(v, s): run(v, s, folder, quick=arguments.quick) for s in seeds for v in variants}
+
+    gap = {v: [found[v, s]["rounds"][-1]["policy"]["gold_gap_closed"] for s in seeds] for v in variants}
+    result: dict[str, Any] = {
+        "seeds": seeds,
+        "labels": LABELS * ROUNDS,
+        "gold_gap_closed": {v: interval(values) for v, values in gap.items()},
+        "win_rate_vs_sft": {
+            v: interval([found[v, s]["rounds"][-1]["policy"]["win_rate"] for s in seeds]) for v in variants
+        },
+        "by_round": {
+            v: [
+                [entry["policy"][key] for entry in found[v, s]["rounds"]]
+                for s in seeds
+                for key in ("gold_gap_closed", "kl")
+            ]
+            for v in variants
+        },
+        "falls": [
+            {"variant": v, "seed": s, "round": entry["round"], **entry["change_in_gold"]}
+            for (v, s), summary in found.items()
+            for entry in summary["rounds"]
+            if entry["change_in_gold"] is not None and entry["change_in_gold"]["difference_ci"][1] < 0
+        ],
+    }
+    if {"best", "oracle"} <= set(variants):
+        shares = [a / b for a, b in zip(gap["best"], gap["oracle"], strict=True)]
+        result["best_of_oracle"] = interval(shares)
+    for other in set(variants) - {"best_noisy"}:
+        if "best_noisy" in variants:
+            paired = [a - b for a, b in zip(gap[other], gap["best_noisy"], strict=True)]
+            result.setdefault("minus_best_noisy", {})[other] = interval(paired)
+    arguments.json.write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
