@@ -252,6 +252,40 @@ def serve_command(
     uvicorn.run(served, host=host, port=port, log_level="warning")
 
 
+@app.command("label")
+def label_command(
+    run: Annotated[Path, typer.Argument(help="A run that waits for labels.", show_default=False)],
+    annotator: Annotated[
+        list[str] | None, typer.Option(help="Who labels; once for each person. [default: you]", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 is everybody.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where.")] = 8765,
+    status: Annotated[bool, typer.Option(help="Say how far people are, and stop.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Write the open pairs to this file.", show_default=False)] = None,
+    form: Annotated[str, typer.Option(help="Of the exported file: plain, label-studio or argilla.")] = "plain",
+    import_: Annotated[
+        Path | None,
+        typer.Option("--import", help="Take labels from this file, of any of the three forms.", show_default=False),
+    ] = None,
+) -> None:
+    """Label pairs for a run: a page with one link a person; or as files, out and in."""
+    from rlhf.serve.desk import export_to, import_from, progress_lines, serve_page
+
+    def say(line: str) -> None:
+        output.print(line, markup=False, soft_wrap=True)
+
+    if export is not None:
+        say(f"{export}: {export_to(run, export, form)} pairs")
+    if import_ is not None:
+        counts = import_from(run, import_)
+        say(f"{import_}: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
+    if export is not None or import_ is not None or status:
+        for line in progress_lines(run):
+            say(line)
+        return
+    serve_page(run, annotator, host=host, port=port, say=say)
+
+
 def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
     from rlhf.pipeline.plan import plan
     from rlhf.pipeline.rounds import check_arguments, check_recipe_file, check_sources, run

@@ -8,8 +8,6 @@ approximation at the trained head gives every pair's reward difference d a mean 
 over the pairs that were labelled so far. With few labels in a direction, s is large there.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -38,20 +36,22 @@ def difference_std(features: Tensor, covariance: Tensor) -> Tensor:
 
 
 def expected_information(mean: Tensor, std: Tensor) -> Tensor:
-    """What a label says about the reward model, [n], nats: H(E σ(d)) - E H(σ(d)) (BALD, arXiv:1112.5745 eq. 2).
+    """What a label says about the reward model, [n], nats: H(E σ(d)) - E H(σ(d)) with d ~ N(μ, s²) (BALD, arXiv:1112.5745 eq. 1).
 
-    The first term by MacKay's σ(μ / √(1 + π s² / 8)), the second by the paper's Gaussian with C = √(π log 2 / 2):
-    log 2 · C / √(s'² + C²) · exp(-μ'² / (2 (s'² + C²))), the logistic turned into a probit by the same factor √(π / 8).
-    At most log 2; 0 where s = 0, up to the approximations' 0.02.
+    The expectations are sums over a grid of ±6 s, exact to 1e-4 for s up to 10. At most log 2; 0 where s = 0.
+
+    >>> expected_information(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 0.0937])
     """
-    to_probit = math.sqrt(math.pi / 8)
-    m, s = mean * to_probit, std * to_probit
-    p = torch.sigmoid(mean / torch.sqrt(1 + s**2))
-    entropy_of_mean = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
-    c = math.sqrt(math.pi * math.log(2) / 2)
-    mean_of_entropy = math.log(2) * c / torch.sqrt(s**2 + c**2) * torch.exp(-(m**2) / (2 * (s**2 + c**2)))
-    information: Tensor = entropy_of_mean - mean_of_entropy
+    grid = torch.linspace(-6, 6, 241, dtype=mean.dtype)
+    mass = torch.softmax(-(grid**2) / 2, dim=0)
+    p = torch.sigmoid(mean[:, None] + std[:, None] * grid)
+    information: Tensor = _entropy(p @ mass) - _entropy(p) @ mass
     return information.clamp(min=0)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
 
 
 def most_diverse(features: Tensor, differences: Tensor, covariance: Tensor, count: int) -> list[int]:

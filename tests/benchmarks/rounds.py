@@ -72,6 +72,10 @@ def run(variant: str, seed: int, folder: Path, *, quick: bool) -> dict[str, Any]
         ]
         settings += ["lab.demonstrations=600", "evaluate.prompts=32", "sft.num_train_epochs=1"]
     kept = {s.partition("=")[0]: s for s in settings}  # the last word on each key
+    world = [s for s in sorted(kept.values()) if s.startswith("lab.")]
+    same = folder / f"world-{'-'.join(s.partition('=')[2] for s in world)}-{seed}"
+    if (same / "sft").is_dir() and not out.exists():
+        shutil.copytree(same, out / "round-0")
     command = [
         sys.executable,
         "-m",
@@ -88,6 +92,8 @@ def run(variant: str, seed: int, folder: Path, *, quick: bool) -> dict[str, Any]
     if done.returncode != 0:
         raise SystemExit(f"{variant} {seed}: {done.stdout[-500:]} {done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(summary.read_text())
+    if not same.exists():
+        shutil.copytree(out / "round-0", same)
     for heavy in out.glob("round-*/*/model"):
         if heavy.parent.name not in ("ppo", "sft"):
             shutil.rmtree(heavy)

@@ -1,0 +1,115 @@
+"""What `rlhf label` does around the page: which round is asked, files out, files in, how far people are."""
+
+import getpass
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import yaml
+
+from rlhf.data.label_files import Format, export_questions, read_verdicts
+from rlhf.data.labelbook import BOOK, LabelBook
+from rlhf.data.labels import agreement, tally
+from rlhf.errors import UserError
+
+
+def open_book(run: Path) -> tuple[LabelBook, int, int]:
+    """The run's book, the round that is asked about, and how many verdicts each question should have.
+
+    Raises:
+        UserError: the folder is no run, or has no questions (yet).
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run}: no recipe.yaml; this folder holds no run.")
+    book = LabelBook(run / BOOK) if (run / BOOK).is_file() else None
+    if book is None or not book.rounds():
+        raise UserError(
+            f"{run}: no questions yet; `rlhf run` asks them where the recipe says `rounds: {{labels_from: people}}`."
+        )
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    return book, book.rounds()[-1], int(recipe["rounds"]["annotators_per_pair"])
+
+
+def export_to(run: Path, file: Path, form: str) -> int:
+    """Write the questions that still want a verdict; how many there are.
+
+    Raises:
+        UserError: as `open_book`; no such form.
+    """
+    if form not in get_args(Format):
+        raise UserError(f"--form {form}: choose {', '.join(get_args(Format))}.")
+    book, number, wanted = open_book(run)
+    said: dict[str, int] = {}
+    for verdict in book.verdicts(number):
+        said[verdict.id] = said.get(verdict.id, 0) + 1
+    left = [question for question in book.questions(number) if said.get(question.id, 0) < wanted]
+    rows = export_questions(left, cast(Format, form))
+    if form == "plain":
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        file.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    return len(rows)
+
+
+def import_from(run: Path, file: Path) -> dict[str, int]:
+    """Take a file's verdicts into the book; what can't count is written beside it and counted by reason.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    book, number, _ = open_book(run)
+    verdicts, refused = read_verdicts(str(file))
+    questions = book.questions(number)
+    asked = {question.id for question in questions}
+    book.record([verdict for verdict in verdicts if verdict.id in asked])
+    found = tally(questions, verdicts)
+    aside = [*refused, *found.quarantine]
+    if aside:
+        quarantine = run / f"quarantine-{file.stem}.jsonl"
+        quarantine.write_text(
+            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in aside), encoding="utf-8"
+        )
+    counts = {"taken": sum(verdict.id in asked for verdict in verdicts)}
+    for row in aside:
+        counts[row["reason"]] = counts.get(row["reason"], 0) + 1
+    return counts
+
+
+def progress_lines(run: Path) -> Sequence[str]:
+    """How far people are, in sentences."""
+    book, number, wanted = open_book(run)
+    done, total = book.progress(number, wanted=wanted)
+    verdicts = book.verdicts(number)
+    lines = [f"round {number}: {done} of {total} pairs have the {wanted} verdict{'s' * (wanted > 1)} asked for."]
+    said: dict[str, Any] = agreement(verdicts)
+    for name, count in said["annotators"].items():
+        times = sorted(v.seconds for v in verdicts if v.annotator == name and v.seconds is not None)
+        lines.append(f"{name}: {count}" + (f", {times[len(times) // 2]:.0f} s each (median)." if times else "."))
+    for pair in said["pairs"]:
+        kappa = "-" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+        lines.append(
+            f"{' and '.join(pair['annotators'])}: {pair['agree']:.0%} alike on {pair['questions']}, kappa {kappa}."
+        )
+    return lines
+
+
+def serve_page(run: Path, names: list[str] | None, *, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve the labelling page until somebody ends it; every annotator is told a link of their own.
+
+    Raises:
+        UserError: as `open_book`; the server is not installed.
+    """
+    book, number, wanted = open_book(run)
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise UserError("rlhf label: install the server first (pip install '.[serve]').") from error
+    from rlhf.serve.label import annotator_tokens, label_app
+
+    names = names or [getpass.getuser()]
+    tokens = annotator_tokens(book.path, names)
+    for name in names:
+        say(f"{name}: http://{host}:{port}/?token={tokens[name]}")
+    app = label_app(book, number, tokens, wanted=wanted, title=f"{run.name}, round {number}")
+    uvicorn.run(app, host=host, port=port, log_level="warning")

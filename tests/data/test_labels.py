@@ -1,0 +1,134 @@
+"""Verdicts become pairs: every way in which a label file can be wrong is counted, and nothing counts twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sklearn.metrics import cohen_kappa_score
+
+from rlhf.data.label_files import export_questions, read_verdicts
+from rlhf.data.labelbook import LabelBook
+from rlhf.data.labels import Question, Verdict, agreement, question_id, tally
+from rlhf.errors import UserError
+
+
+def question(number: int, round_number: int = 2) -> Question:
+    prompt = [{"role": "user", "content": f"list {number}"}]
+    first, second = f"yes {number}", f"no {number}"
+    return Question(question_id(round_number, prompt, [first, second]), round_number, prompt, first, second)
+
+
+FIVE = [question(i) for i in range(5)]
+
+
+def test_pairs_say_what_annotators_said() -> None:
+    a, b, c, d, e = (q.id for q in FIVE)
+    verdicts = [
+        Verdict(a, "first", "ann"), Verdict(a, "first", "bob"),
+        Verdict(b, "second", "ann"),
+        Verdict(c, "tie", "ann"),
+        Verdict(d, "first", "ann"), Verdict(d, "second", "bob"), Verdict(d, "second", "cy"),
+        Verdict(e, "skip", "ann"),
+    ]  # fmt: skip
+    found = tally(FIVE, verdicts)
+    assert [(row["chosen"][0]["content"], row.get("confidence")) for row in found.rows] == [
+        ("yes 0", None), ("no 1", None), ("yes 2", 0.5), ("no 3", pytest.approx(2 / 3)),
+    ]  # fmt: skip
+    assert found.rows[3]["annotator"] == "ann, bob, cy"
+    expected = {"labelled": 4, "skipped": 1, "unlabelled": 0, "tied": 1, "contested": 1, "verdicts": 8, "superseded": 0}
+    assert found.counts == expected
+
+
+def test_what_cannot_count_is_put_aside_with_its_reason() -> None:
+    old = question(0, round_number=1)
+    verdicts = [
+        Verdict(FIVE[0].id, "first", "ann"),
+        Verdict(FIVE[0].id, "second", "ann"),  # changed her mind: the last word counts
+        Verdict(old.id, "first", "ann"),
+        Verdict("r2-0000000000000000", "first", "ann"),
+        Verdict("nonsense", "first", "bob"),
+    ]
+    found = tally(FIVE, verdicts)
+    assert [row["chosen"][0]["content"] for row in found.rows] == ["no 0"]
+    assert found.counts["quarantined: of another round"] == 1
+    assert found.counts["quarantined: unknown id"] == 2
+    assert found.counts["superseded"] == 1
+    assert found.counts["unlabelled"] == 4
+    assert [row["reason"] for row in found.quarantine] == ["of another round", "unknown id", "unknown id"]
+    assert tally(FIVE, []).rows == []
+
+
+def test_kappa_is_scikit_learns() -> None:
+    mine = ["first", "first", "second", "tie", "second", "first", "tie", "second"]
+    theirs = ["first", "second", "second", "tie", "first", "first", "first", "second"]
+    verdicts = [Verdict(str(i), label, "a") for i, label in enumerate(mine)]
+    verdicts += [Verdict(str(i), label, "b") for i, label in enumerate(theirs)]
+    verdicts += [Verdict("x", "skip", "a"), Verdict("x", "first", "b")]
+    (pair,) = agreement(verdicts)["pairs"]
+    assert pair["kappa"] == pytest.approx(cohen_kappa_score(mine, theirs))
+    assert pair["questions"] == 8
+    same = [Verdict("1", "first", name) for name in "ab"]
+    assert agreement(same)["pairs"][0]["kappa"] is None, "chance explains everything"
+
+
+def test_a_book_survives_undo_repeats_and_two_annotators(tmp_path: Path) -> None:
+    book = LabelBook(tmp_path / "labels.sqlite")
+    book.ask(FIVE)
+    book.ask(FIVE)
+    assert book.questions(2) == FIVE
+    first = book.next_for("ann", 2, wanted=1)
+    assert first == FIVE[0]
+    book.record([Verdict(FIVE[0].id, "first", "ann", 3.5)])
+    assert book.next_for("ann", 2, wanted=1) == FIVE[1]
+    assert book.next_for("bob", 2, wanted=1) == FIVE[1], "one verdict is enough"
+    assert book.next_for("bob", 2, wanted=2) == FIVE[0], "two are wanted"
+    book.record([Verdict(FIVE[0].id, "tie", "ann")])
+    assert [v.label for v in book.verdicts(2)] == ["tie"]
+    assert book.undo("bob", 2) is None
+    assert book.undo("ann", 2) == FIVE[0].id
+    assert book.progress(2, wanted=1) == (0, 5)
+    assert LabelBook(tmp_path / "labels.sqlite").questions(2) == FIVE
+
+
+def test_files_of_three_forms_come_back(tmp_path: Path) -> None:
+    file = tmp_path / "labels.jsonl"
+    plain: list[dict[str, Any]] = export_questions(FIVE, "plain")
+    assert set(plain[0]) == {"id", "prompt", "first", "second", "label", "annotator"}, "blind: no score, no source"
+    plain[0] |= {"label": "A", "annotator": "ann"}
+    plain[1] |= {"label": "right"}
+    plain[2] |= {"label": "both"}
+    file.write_text("".join(json.dumps(row) + "\n" for row in plain) + '{"label": "A"}\n')
+    verdicts, refused = read_verdicts(str(file))
+    assert [(v.id, v.label, v.annotator) for v in verdicts] == [
+        (FIVE[0].id, "first", "ann"),
+        (FIVE[1].id, "second", "unnamed"),
+    ]
+    assert [row["reason"] for row in refused] == ["unknown label", "no label yet", "no label yet", "no id"]
+
+    tasks = export_questions(FIVE[:2], "label-studio")
+    tasks[0]["annotations"] = [
+        {"completed_by": 7, "lead_time": 4.2, "result": [{"type": "pairwise", "value": {"selected": "right"}}]},
+        {"completed_by": {"email": "b@x.org"}, "result": [{"type": "choices", "value": {"choices": ["tie"]}}]},
+    ]
+    tasks[1]["annotations"] = [{"completed_by": 7, "was_cancelled": True, "result": []}]
+    studio = tmp_path / "studio.json"
+    studio.write_text(json.dumps(tasks))
+    verdicts, refused = read_verdicts(str(studio))
+    assert verdicts == [
+        Verdict(FIVE[0].id, "second", "7", 4.2),
+        Verdict(FIVE[0].id, "tie", "b@x.org"),
+        Verdict(FIVE[1].id, "skip", "7"),
+    ]
+    assert refused == []
+
+    records = export_questions(FIVE[:1], "argilla")
+    records[0]["responses"] = {"preference": [{"value": "first", "user_id": "u1"}, {"value": "?", "user_id": "u2"}]}
+    argilla = tmp_path / "argilla.json"
+    argilla.write_text(json.dumps(records))
+    verdicts, refused = read_verdicts(str(argilla))
+    assert verdicts == [Verdict(FIVE[0].id, "first", "u1")]
+    assert [row["reason"] for row in refused] == ["unknown label"]
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="no rows"):
+        read_verdicts(str(tmp_path / "empty.jsonl"))
