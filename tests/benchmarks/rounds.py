@@ -74,8 +74,6 @@ def run(variant: str, seed: int, folder: Path, *, quick: bool) -> dict[str, Any]
     kept = {s.partition("=")[0]: s for s in settings}  # the last word on each key
     world = [s for s in sorted(kept.values()) if s.startswith("lab.")]
     same = folder / f"world-{'-'.join(s.partition('=')[2] for s in world)}-{seed}"
-    if (same / "sft").is_dir() and not out.exists():
-        shutil.copytree(same, out / "round-0")
     command = [
         sys.executable,
         "-m",
@@ -87,6 +85,9 @@ def run(variant: str, seed: int, folder: Path, *, quick: bool) -> dict[str, Any]
         *kept.values(),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    if (same / "sft").is_dir() and not (out / "round-0/sft").exists():
+        subprocess.run([*command, "--until", "lab"], cwd=ROOT, env=environment, capture_output=True, check=True)
+        shutil.copytree(same, out / "round-0", dirs_exist_ok=True)
     begin = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
