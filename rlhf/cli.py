@@ -306,7 +306,9 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
 
     run(recipe, out, until=until, say=say)
     if is_main:
-        _show_summary(out)
+        from rlhf.report.terminal import show_summary
+
+        show_summary(out, output)
 
 
 def _show_plan(recipe: Recipe, stages: list[Any], out: Path) -> None:
@@ -320,40 +322,6 @@ def _show_plan(recipe: Recipe, stages: list[Any], out: Path) -> None:
         state = "done" if store.is_done(stage) else "to do"
         table.add_row(stage.folder, ", ".join(parent.folder for parent in stage.parents.values()) or "-", state)
     output.print(table)
-
-
-def _show_summary(out: Path) -> None:
-    import json
-
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    last = summary["rounds"][-1]
-    table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
-    table.add_column("")
-    for heading in ("SFT", "policy", "best of 16\nby reward", "best of 16\nby gold"):
-        table.add_column(heading, justify="right")
-
-    def cell(section: dict[str, Any], name: str) -> str:
-        value, interval = section.get(name), section.get(f"{name}_ci")
-        if value is None:
-            return "-"
-        return f"{value:.2f}" + (f" ±{(interval[1] - interval[0]) / 2:.2f}" if interval else "")
-
-    sections = (summary["sft"], last["policy"], summary["best_of_16"]["by_reward"], summary["best_of_16"]["by_gold"])
-    for name, label in (
-        ("gold", "true reward"),
-        ("proxy", "reward model"),
-        ("kl", "KL to SFT, nats"),
-        ("win_rate", "win rate vs SFT"),
-    ):
-        cells = [cell(section, name) for section in sections]
-        if any(text != "-" for text in cells):
-            table.add_row(label, *cells)
-    if table.row_count:
-        output.print(table)
-    if summary["gold_gap_closed"] is not None:
-        output.print(f"gold gap closed: {summary['gold_gap_closed']:.3f}", markup=False)
-    total = sum(summary["seconds"].values())
-    output.print(f"{out / 'report.html'}   {out / 'summary.json'}   {total:.0f} s", markup=False, soft_wrap=True)
 
 
 def _say_warning(

@@ -51,7 +51,8 @@ def expected_information(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
+    entropy: Tensor = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
+    return entropy
 
 
 def most_diverse(features: Tensor, differences: Tensor, covariance: Tensor, count: int) -> list[int]:

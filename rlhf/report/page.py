@@ -10,6 +10,7 @@ from markupsafe import Markup
 from rlhf.errors import UserError
 from rlhf.report.figures import curves, histogram
 from rlhf.report.render import Figure, read_rows, render, reward_facts, reward_figures, worst, write_page
+from rlhf.report.rounds import rounds_section, rounds_verdict
 
 SAMPLES_SHOWN = 12
 
@@ -34,8 +35,9 @@ def write_report(run: Path) -> Path:
         "page.html.jinja",
         title=f"{summary['recipe']}, seed {summary['seed']}",
         summary=summary,
-        verdict=verdict(summary, ppo) + facts.get(f"{folder}/ppo", {}).get("warnings", []),
+        verdict=verdict(summary, ppo) + rounds_verdict(summary) + facts.get(f"{folder}/ppo", {}).get("warnings", []),
         tiles=_tiles(summary),
+        rounds=rounds_section(run, summary),
         policy_figures=_policy_figures(ppo, judged, facts.get(f"{folder}/evaluate", {})),
         samples=judged[:SAMPLES_SHOWN],
         reward_facts=reward_facts(reward) if reward else [],

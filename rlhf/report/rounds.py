@@ -1,0 +1,110 @@
+"""The part of a run's page that is about its rounds: a table, two figures, the same prompts through all rounds."""
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from rlhf.report.figures import curves
+from rlhf.report.render import Figure, read_rows
+
+SHOWN = 6
+
+
+def rounds_section(run: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
+    """What the template shows where there was more than one round; None otherwise."""
+    rounds = summary["rounds"]
+    if len(rounds) < 2:
+        return None
+    return {"table": _table(rounds), "figures": _figures(rounds, summary), "samples": _samples(run, rounds)}
+
+
+def rounds_verdict(summary: dict[str, Any]) -> list[str]:
+    """Which round is best, and what the last one changed, from paired intervals."""
+    rounds = summary["rounds"]
+    if len(rounds) < 2 or summary["best_round"] is None:
+        return []
+    best = summary["best_round"]
+    sentences = [f"Of {len(rounds)} rounds, round {best} is the best by the true reward; `best` links to its policy."]
+    if rounds[-1]["policy"]["gold"] is None:
+        sentences = [
+            f"{len(rounds)} rounds; `best` links to round {best}, the last that was judged: no true reward is known."
+        ]
+    falls = [
+        entry["round"]
+        for entry in rounds
+        if entry["change_in_gold"] and entry["change_in_gold"]["difference_ci"][1] < 0
+    ]
+    if falls:
+        sentences.append(f"The true reward fell in round {', '.join(map(str, falls))} (paired, 95 % interval below 0).")
+    return sentences
+
+
+def _number(section: dict[str, Any], name: str, form: str = ".2f") -> str:
+    value, interval = section.get(name), section.get(f"{name}_ci")
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + (f" ±{(interval[1] - interval[0]) / 2:{form}}" if interval else "")
+
+
+def _table(rounds: list[dict[str, Any]]) -> list[dict[str, str]]:
+    rows = []
+    for entry in rounds:
+        policy, labels, change = entry["policy"], entry["labels"], entry["change_in_gold"]
+        low, high = change["difference_ci"] if change else (0.0, 0.0)
+        rows.append(
+            {
+                "round": str(entry["round"]),
+                "true reward": _number(policy, "gold"),
+                "change": f"{change['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if change else "-",
+                "wins against SFT": _number(policy, "win_rate"),
+                "KL": _number(policy, "kl", ".1f"),
+                "words": _number(policy, "words", ".1f"),
+                "different answers": _number(policy, "different_answers"),
+                "new labels": "-" if labels["fresh"] is None else str(labels["fresh"]),
+                "wrong": "-" if labels["flip_rate"] is None else f"{labels['flip_rate']:.0%}",
+                "reward model so far, on them": _number(labels, "fresh_accuracy", ".3f"),
+                "new reward model, held out": _number(entry["reward"], "accuracy", ".3f"),
+            }
+        )
+    return rows
+
+
+def _figures(rounds: list[dict[str, Any]], summary: dict[str, Any]) -> list[Figure]:
+    judged = [entry for entry in rounds if entry["policy"]["proxy"] is not None]
+    numbers = [float(entry["round"]) for entry in judged]
+    figures: list[Figure] = []
+    if judged and judged[0]["policy"]["gold"] is not None:
+        gold = [entry["policy"]["gold"] for entry in judged]
+        best = summary["best_of_16"]["by_gold"]["gold"]
+        series = {
+            "policy": ([0.0, *numbers], [summary["sft"]["gold"], *gold]),
+            "best of 16 by true reward, from SFT": ([0.0, *numbers], [best] * (len(numbers) + 1)),
+        }
+        svg = curves(series, x="round (0 is SFT)", y="true reward")
+        figures.append(("True reward by round", "On the same held-out prompts.", Markup(svg)))
+    labels = [
+        (float(e["round"]), e["labels"]["fresh_accuracy"]) for e in rounds if e["labels"]["fresh_accuracy"] is not None
+    ]
+    if labels:
+        points = {"reward model of the round before": ([x for x, _ in labels], [y for _, y in labels])}
+        note = "Its accuracy on pairs of its own policy that it has not seen."
+        svg = curves({}, x="round", y="accuracy on the new labels", points=points)
+        figures.append(("Does the reward model keep up?", note, Markup(svg)))
+    return figures
+
+
+def _samples(run: Path, rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A few prompts with SFT's answer and each round's."""
+    by_round = [(e["round"], read_rows(run / f"round-{e['round']}" / "evaluate" / "samples.jsonl")) for e in rounds]
+    by_round = [(number, rows) for number, rows in by_round if rows]
+    if not by_round:
+        return []
+    return [
+        {
+            "prompt": by_round[0][1][i]["prompt"],
+            "answers": [("SFT", by_round[0][1][i]["sft"], by_round[0][1][i]["gold_sft"])]
+            + [(f"round {number}", rows[i]["policy"], rows[i]["gold_policy"]) for number, rows in by_round],
+        }
+        for i in range(min(SHOWN, len(by_round[0][1])))
+    ]

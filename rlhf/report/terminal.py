@@ -1,0 +1,62 @@
+"""What a finished run says at the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_summary(out: Path, output: Console) -> None:
+    """Print the run in numbers."""
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    last = summary["rounds"][-1]
+    table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
+    table.add_column("")
+    for heading in ("SFT", "policy", "best of 16\nby reward", "best of 16\nby gold"):
+        table.add_column(heading, justify="right")
+
+    sections = (summary["sft"], last["policy"], summary["best_of_16"]["by_reward"], summary["best_of_16"]["by_gold"])
+    for name, label in (
+        ("gold", "true reward"),
+        ("proxy", "reward model"),
+        ("kl", "KL to SFT, nats"),
+        ("win_rate", "win rate vs SFT"),
+    ):
+        cells = [_cell(section, name) for section in sections]
+        if any(text != "-" for text in cells):
+            table.add_row(label, *cells)
+    if table.row_count:
+        output.print(table)
+    if len(summary["rounds"]) > 1:
+        output.print(_rounds_table(summary))
+    if summary["gold_gap_closed"] is not None:
+        output.print(f"gold gap closed: {summary['gold_gap_closed']:.3f}", markup=False)
+    total = sum(summary["seconds"].values())
+    output.print(f"{out / 'report.html'}   {out / 'summary.json'}   {total:.0f} s", markup=False, soft_wrap=True)
+
+
+def _rounds_table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"{len(summary['rounds'])} rounds, the best is {summary['best_round']}")
+    headings = ("round", "labels", "reward accuracy", "true reward", "change", "KL", "win rate")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for entry in summary["rounds"]:
+        change, policy = entry["change_in_gold"], entry["policy"]
+        said = f"{change['difference']:+.3f}" if change else "-"
+        fresh = entry["labels"]["fresh"]
+        table.add_row(
+            str(entry["round"]),
+            "-" if fresh is None else str(fresh),
+            _cell(entry["reward"], "accuracy"),
+            *(_cell(policy, "gold"), said, _cell(policy, "kl"), _cell(policy, "win_rate")),
+        )
+    return table
+
+
+def _cell(section: dict[str, Any], name: str) -> str:
+    value, interval = section.get(name), section.get(f"{name}_ci")
+    if value is None:
+        return "-"
+    return f"{value:.2f}" + (f" ±{(interval[1] - interval[0]) / 2:.2f}" if interval else "")
