@@ -1,0 +1,165 @@
+"""The labelling page over a real socket, and in a real browser where one is at hand."""
+
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import uvicorn
+
+from rlhf.data.labelbook import LabelBook
+from rlhf.data.labels import Question, agreement, question_id
+from rlhf.serve.label import annotator_tokens, label_app, shows_second_on_the_left
+
+EVIL = "<script>document.title='taken'</script><b>bold</b>"
+
+
+def question(number: int) -> Question:
+    prompt = [{"role": "user", "content": f"List {number} fruits."}]
+    first, second = f"good {number}", EVIL if number == 0 else f"bad {number}"
+    return Question(question_id(2, prompt, [first, second]), 2, prompt, first, second, "fruit", 1.5)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[tuple[str, LabelBook, dict[str, str]]]:
+    book = LabelBook(tmp_path / "labels.sqlite")
+    book.ask([question(i) for i in range(20)])
+    tokens = annotator_tokens(book.path, ["ann", "bob"])
+    assert annotator_tokens(book.path, ["ann"]) == tokens, "a token is made once"
+    app = label_app(book, 2, tokens, wanted=2, title="x, round 2")
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/", book, tokens
+    server.should_exit = True
+    thread.join()
+
+
+def test_a_wrong_token_sees_nothing(desk: tuple[str, LabelBook, dict[str, str]]) -> None:
+    url, book, _ = desk
+    for reply in (
+        requests.get(url, timeout=10),
+        requests.get(url, params={"token": "guess"}, timeout=10),
+        requests.post(url, data={"id": question(0).id, "choice": "left"}, timeout=10),
+        requests.get(url, cookies={"rlhf_annotator": "guess"}, timeout=10),
+    ):
+        assert reply.status_code == 403
+        assert "This link is not yours" in reply.text
+        assert "good" not in reply.text
+    assert book.verdicts() == []
+
+
+def test_the_page_is_blind_escaped_and_drawn_anew_for_everybody(
+    desk: tuple[str, LabelBook, dict[str, str]],
+) -> None:
+    url, _, tokens = desk
+    session = requests.Session()
+    reply = session.get(url, params={"token": tokens["ann"]}, timeout=10)
+    assert reply.url == url, "the token leaves the address"
+    assert "<script>document" not in reply.text
+    assert "&lt;script&gt;document" in reply.text
+    assert "fruit<" not in reply.text
+    assert "1.5" not in reply.text.split("</style>")[1].split("<script")[0], "no score is shown"
+    policy = reply.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    sides = [[shows_second_on_the_left(name, question(i)) for i in range(200)] for name in ("ann", "bob")]
+    assert 70 < sum(sides[0]) < 130, "a fair coin: ±4 deviations"
+    assert 70 < sum(a == b for a, b in zip(*sides, strict=True)) < 130, "one for each annotator"
+
+
+def test_choices_undo_and_the_end(desk: tuple[str, LabelBook, dict[str, str]]) -> None:
+    url, book, tokens = desk
+    for name in ("ann", "bob"):
+        session = requests.Session()
+        page = session.get(url, params={"token": tokens[name]}, timeout=10).text
+        for i in range(20):
+            asked = re.search(r'name="id" value="([^"]+)"', page)
+            assert asked is not None
+            assert asked[1] == question(i).id, "in the order of the round"
+            good = "right" if shows_second_on_the_left(name, question(i)) else "left"
+            choice = {3: "tie", 4: "skip"}.get(i, good) if name == "ann" else good
+            page = session.post(
+                url, data={"id": asked[1], "choice": choice, "shown": str(time.time() - 2)}, timeout=10
+            ).text
+            if i == 5 and name == "ann":
+                page = session.post(url, data={"choice": "undo"}, timeout=10).text
+                assert question(5).id in page
+                session.post(url, data={"id": question(5).id, "choice": good, "shown": "x"}, timeout=10)
+                page = session.get(url, timeout=10).text
+        assert "Nothing left for you to label" in page
+    assert book.progress(2, wanted=2) == (20, 20)
+    said = {(v.annotator, v.id): v for v in book.verdicts(2)}
+    for i in range(20):
+        expected = {3: "tie", 4: "skip"}.get(i, "first")
+        assert said["ann", question(i).id].label == expected, "whatever side it stood on"
+        assert said["bob", question(i).id].label == "first"
+    assert said["ann", question(0).id].seconds == pytest.approx(2, abs=1)
+    assert said["ann", question(5).id].seconds is None
+    assert "κ" in page
+    reply = session.post(url, data={"id": "r2-0000000000000000", "choice": "left"}, timeout=10)
+    assert reply.status_code == 400
+    assert session.post(url, data={"id": question(0).id, "choice": "best"}, timeout=10).status_code == 400
+
+
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs a browser and its driver"
+)
+@pytest.mark.timeout(180)
+def test_two_people_label_twenty_pairs_by_keyboard(desk: tuple[str, LabelBook, dict[str, str]], tmp_path: Path) -> None:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    url, book, tokens = desk
+
+    def browser(name: str) -> Any:
+        options = webdriver.ChromeOptions()
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--window-size=1280,900")
+        for flag in (*flags, f"--user-data-dir={tmp_path / name}"):
+            options.add_argument(flag)
+        options.binary_location = shutil.which("chromium")
+        return webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+
+    def press(driver: Any, key: str) -> None:
+        before = driver.find_element(By.TAG_NAME, "html")
+        driver.find_element(By.TAG_NAME, "body").send_keys(key)
+        deadline = time.monotonic() + 20
+        while driver.find_element(By.TAG_NAME, "html") == before:
+            assert time.monotonic() < deadline, "the page did not change"
+            time.sleep(0.02)
+
+    for name in ("ann", "bob"):
+        driver = browser(name)
+        try:
+            driver.get(f"{url}?token=wrong")
+            assert "This link is not yours" in driver.page_source
+            driver.get(f"{url}?token={tokens[name]}")
+            assert driver.title == "x, round 2", "the script in an answer did not run"
+            texts = {driver.find_element(By.ID, side).text for side in ("left", "right")}
+            assert EVIL in texts, "it is shown as text"
+            driver.save_screenshot(str(tmp_path / f"{name}-ask.png"))
+            for i in range(20):
+                assert f"{i} by you" in driver.find_element(By.ID, "progress").text
+                left = driver.find_element(By.ID, "left").text
+                good = Keys.ARROW_LEFT if left.startswith("good") else Keys.ARROW_RIGHT
+                press(driver, Keys.ARROW_DOWN if i == 7 and name == "ann" else good)
+                if i == 9 and name == "ann":
+                    press(driver, "u")
+                    press(driver, "s")
+            assert "Nothing left for you to label" in driver.page_source
+            driver.save_screenshot(str(tmp_path / f"{name}-done.png"))
+        finally:
+            driver.quit()
+    labels = {(v.annotator, v.id): v.label for v in book.verdicts(2)}
+    assert labels["ann", question(7).id] == "tie"
+    assert labels["ann", question(9).id] == "skip"
+    assert sum(label == "first" for label in labels.values()) == 38
+    assert agreement(book.verdicts(2))["pairs"][0]["agree"] == pytest.approx(18 / 19)
