@@ -84,7 +84,7 @@ def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
     (tmp_path / "mixture.yaml").write_text(f"base: mine.yaml\n{mixture}", encoding="utf-8")
     (tmp_path / "voting.yaml").write_text(f"base: mine.yaml\n{voting}", encoding="utf-8")
     assert load_recipe(tmp_path / "voting.yaml").reward.needs_vote
-    assert len(parts) == 3
+    assert len(parts) == 4
     for part in parts:
         (tmp_path / "part.yaml").write_text(f"base: mine.yaml\n{part}", encoding="utf-8")
         load_recipe(tmp_path / "part.yaml")
