@@ -6,6 +6,7 @@ scheduling, logging, evaluation, saving and resuming stay the Trainer's; because
 resumed run restores the random state exactly where the next rollout begins.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ from rlhf.ppo.rollout import (
 from rlhf.ppo.setup import read_demonstrations, rewards_and_critic
 from rlhf.ppo.state import PPOState
 
-REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, of a reference that moves
+# In a checkpoint: the weights of a reference that moves, and the latest answers, for a run that ends right after a resume.
+REFERENCE_FILE, SAMPLES_FILE = "reference.safetensors", "latest_samples.jsonl"
 
 
 class PPOTrainer(BaseTrainer):
@@ -645,6 +647,8 @@ class PPOTrainer(BaseTrainer):
         if self.args.reference_mixup > 0:
             weights = {name: w.detach().cpu().clone() for name, w in self.reference.weights().items()}
             save_file(weights, folder / REFERENCE_FILE)
+        rows = [json.dumps(sample.as_row(), ensure_ascii=False) + "\n" for sample in self.latest_samples]
+        (folder / SAMPLES_FILE).write_text("".join(rows), encoding="utf-8")
         self.processing_class.save_pretrained(folder)
         self.progress.save(folder)
 
@@ -660,4 +664,6 @@ class PPOTrainer(BaseTrainer):
             saved = load_file(folder / REFERENCE_FILE)
             for name, weight in self.reference.weights().items():
                 weight.data.copy_(saved[name])
+        rows = (folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+        self.latest_samples = [Sample(**json.loads(row)) for row in rows]
         self.progress = PPOState.load(folder)
