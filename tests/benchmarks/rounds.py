@@ -53,6 +53,8 @@ VARIANTS: dict[str, list[str]] = {
     "moving": [*META, "rounds.start=previous", "rounds.reference=previous"],
     "diversity": [*BEST, *META, *NOISY, *DENOISE, "rounds.select=diversity"],
     "plain": [*BEST],
+    "two_epochs": [*BEST, "reward.num_train_epochs=2"],
+    "less_kl": [*BEST, "reward.num_train_epochs=2", "ppo.kl_coef=0.08"],
 }
 REPORTED = ["best", "best_noisy", "no_meta", "no_denoise", "information", "oracle", "bt_once"]
 
