@@ -4,6 +4,8 @@
 trainers use.
 """
 
+from typing import Any
+
 from trl.trainer.base_config import _BaseConfig as BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -13,6 +15,14 @@ from trl.trainer.utils import (
     print_prompt_completions_sample,
 )
 
+
+def vllm_generation() -> Any:
+    """TRL's wrapper around a vLLM engine or server, imported when it is asked for."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    return VLLMGeneration
+
+
 __all__ = [
     "BaseConfig",
     "BaseTrainer",
@@ -20,4 +30,5 @@ __all__ = [
     "disable_dropout_in_model",
     "pad",
     "print_prompt_completions_sample",
+    "vllm_generation",
 ]

@@ -20,6 +20,7 @@ class Completions:
         response_ids, response_mask: [b, r] right-padded; the end token, where one was sampled, is the last under the mask.
         ended: [b] bool, whether the answer stopped by itself.
         texts: the answers without special tokens.
+        logprobs_sampler: [b, r] what another engine says it sampled with, nats; None where this model sampled itself.
     """
 
     prompt_ids: Tensor
@@ -28,6 +29,7 @@ class Completions:
     response_mask: Tensor
     ended: Tensor
     texts: list[str]
+    logprobs_sampler: Tensor | None = None
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -67,11 +69,7 @@ def generate(
         temperature: of the sampling, > 0.
         max_prompt_length: longer prompts lose their beginning.
     """
-    conversational = not isinstance(prompts[0], str)
-    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
-    rows = tokenizer(texts, add_special_tokens=not conversational)["input_ids"]
-    if max_prompt_length is not None:
-        rows = [row[-max_prompt_length:] for row in rows]
+    rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
     prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, tokenizer.pad_token_id))
     end_ids = end_token_ids(model, tokenizer)
     config = GenerationConfig(
@@ -87,15 +85,19 @@ def generate(
     output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config)
     response_ids = output[:, prompt_ids.shape[1] :]
     response_mask, ended = mask_after_end(response_ids, end_ids)
-    kept = response_mask.bool().tolist()
-    texts = tokenizer.batch_decode(
-        [
-            [token for token, keep in zip(row, mask, strict=True) if keep]
-            for row, mask in zip(response_ids.tolist(), kept, strict=True)
-        ],
-        skip_special_tokens=True,
-    )
+    kept = [row[mask].tolist() for row, mask in zip(response_ids, response_mask.bool(), strict=True)]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_prompt_length: int | None
+) -> list[list[int]]:
+    """Token rows of prompts, through the chat template where they are conversations; too long ones lose their beginning."""
+    conversational = not isinstance(prompts[0], str)
+    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
+    rows: list[list[int]] = tokenizer(texts, add_special_tokens=not conversational)["input_ids"]
+    return rows if max_prompt_length is None else [row[-max_prompt_length:] for row in rows]
 
 
 def sample_texts(

@@ -44,6 +44,25 @@ def clipped_policy(
     return torch.where(advantages < 0, torch.minimum(losses, -advantages * cliprange_dual), losses)
 
 
+def truncated_importance(logprobs: Tensor, logprobs_sampler: Tensor, *, limit: float) -> Tensor:
+    """How much a token counts that another engine sampled: min(π / μ, C), without gradient.
+
+    1 where the engine is the policy. Truncated from above alone, which bounds the variance and leaves a small bias.
+
+    Args:
+        logprobs: [b, t] of the policy that the engine should have been, nats.
+        logprobs_sampler: [b, t] of the engine, μ.
+        limit: C ≥ 1.
+
+    Reference: truncated importance sampling (Ionides 2008), as verl's and TRL's correction for vLLM.
+
+    >>> truncated_importance(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -5.0]), limit=2.0)
+    tensor([1., 2.])
+    """
+    weight: Tensor = (logprobs - logprobs_sampler).detach().exp().clamp(max=limit)
+    return weight
+
+
 def clipped_value(values: Tensor, values_old: Tensor, returns: Tensor, *, cliprange: float | None) -> Tensor:
     """Squared error of the value, where a step of more than `cliprange` away from the old value earns nothing.
 

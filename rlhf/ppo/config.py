@@ -33,6 +33,19 @@ class PPOConfig(BaseConfig):
     max_completion_length: int = field(default=256, metadata={"help": "Answers are cut after this many tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of every log-probability."})
 
+    use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM (pip install '.[vllm]')."})
+    vllm_mode: str = field(
+        default="colocate", metadata={"help": "colocate: in this process; server: `trl vllm-serve`."}
+    )
+    vllm_server_base_url: str | None = field(default=None, metadata={"help": "Where the server is."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU for a colocated engine."}
+    )
+    vllm_max_model_length: int | None = field(default=None, metadata={"help": "Its context; None: the model's."})
+    vllm_importance_sampling_clip_max: float = field(
+        default=2.0, metadata={"help": "Bound on a token's weight π / π_vLLM."}
+    )
+
     # The algorithm
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout, reshuffled every time."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in each pass."})
@@ -123,10 +136,15 @@ class PPOConfig(BaseConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for name, allowed in (
             ("kl_estimator", ("k1", "k2", "k3")),
+            ("vllm_mode", ("colocate", "server")),
             ("reward_ensemble", (None, "mean", "worst", "uncertainty", "soft_min")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, allowed))}.")
+        if self.vllm_importance_sampling_clip_max < 1:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_max={self.vllm_importance_sampling_clip_max} must be 1 or more."
+            )
         if self.cliprange_dual is not None and self.cliprange_dual <= 1:
             raise ValueError(f"cliprange_dual={self.cliprange_dual} must be above 1.")
         if self.kl_target is not None and self.kl_coef == 0:

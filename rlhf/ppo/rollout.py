@@ -22,6 +22,7 @@ class Experience(NamedTuple):
         kl: [b, r] k1 of each token, nats.
         outputs: policy and critic.
         logprobs_reference: [b, r] nats.
+        sampler_weights: [b, r] how much each token counts; 1 unless another engine sampled it.
     """
 
     input_ids: Tensor
@@ -33,6 +34,7 @@ class Experience(NamedTuple):
     kl: Tensor
     outputs: TokenOutputs
     logprobs_reference: Tensor
+    sampler_weights: Tensor
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Rollout:
         logprobs_old, logprobs_reference: [b, r] nats, at the sampling temperature.
         values_old: [b, r] V before each token, normalised score units.
         advantages, returns: [b, r] normalised score units (advantages whitened, where asked for).
+        sampler_weights: [b, r] how much each token counts in the policy's loss.
     """
 
     input_ids: Tensor
@@ -55,6 +58,7 @@ class Rollout:
     values_old: Tensor
     advantages: Tensor
     returns: Tensor
+    sampler_weights: Tensor
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
         """The named rows as a dictionary, which is what a Trainer's batch is, without the columns that are padding in all."""

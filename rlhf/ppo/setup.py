@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.models.load import score_head
-from rlhf.models.roles import POLICY_ADAPTER, AdapterHead
+from rlhf.models.roles import POLICY_ADAPTER, AdapterHead, Reference
 from rlhf.ppo.backbone import on_backbone, sharing_obstacle
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.ptx import Demonstrations
@@ -56,6 +56,18 @@ def rewards_and_critic(
     if not isinstance(critic, AdapterHead):
         critic = _check_critic(critic or _copy_of_reward_model(sources[0], processing_class))
     return sources, critic
+
+
+def check_reference(reference: Reference, args: PPOConfig) -> None:
+    """Refuse to move a reference that is the shared base itself.
+
+    Raises:
+        UserError: it is.
+    """
+    if args.reference_mixup > 0 and not reference.weights():
+        raise UserError(
+            "ppo: reference_mixup moves the reference, which is the base without an adapter here; start from an SFT adapter."
+        )
 
 
 def _check_one_scale(sources: Sequence[RewardSource], args: PPOConfig) -> None:

@@ -6,7 +6,6 @@ scheduling, logging, evaluation, saving and resuming stay the Trainer's; because
 resumed run restores the random state exactly where the next rollout begins.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,22 +29,25 @@ from rlhf._trl import BaseTrainer, disable_dropout_in_model, print_prompt_comple
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import Completions, generate
 from rlhf.models.roles import (
-    POLICY_ADAPTER,
     ROLES,
-    AdapterHead,
     PolicyAndCritic,
     Reference,
     TokenOutputs,
     make_reference,
 )
-from rlhf.models.save import load_weights
 from rlhf.models.text import Prompt, check_tokenizer, plain
 from rlhf.objectives.advantage import generalized_advantage, token_rewards
 from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
 from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
-from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, explained_variance
-from rlhf.ppo.backbone import restore_role, save_role
+from rlhf.objectives.ppo import (
+    clipped_policy,
+    clipped_share,
+    clipped_value,
+    explained_variance,
+    truncated_importance,
+)
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
+from rlhf.ppo.checkpoint import read_checkpoint, write_checkpoint
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.ptx import Demonstrations, demonstration_loss
 from rlhf.ppo.rewards import RewardFunction, total_reward
@@ -59,11 +60,9 @@ from rlhf.ppo.rollout import (
     prompt_indices,
     used_columns,
 )
-from rlhf.ppo.setup import read_demonstrations, rewards_and_critic
+from rlhf.ppo.setup import check_reference, read_demonstrations, rewards_and_critic
 from rlhf.ppo.state import PPOState
-
-# In a checkpoint: the weights of a reference that moves, and the latest answers, for a run that ends right after a resume.
-REFERENCE_FILE, SAMPLES_FILE = "reference.safetensors", "latest_samples.jsonl"
+from rlhf.ppo.vllm import VllmSampler
 
 
 class PPOTrainer(BaseTrainer):
@@ -99,8 +98,9 @@ class PPOTrainer(BaseTrainer):
     Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`,
     the raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer, and
     `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `entropy`, nats a token;
-    `nll_reference`, nats a token, of which the reference's perplexity is the exponential;
-    `kl_coef`; `policy_loss`, `value_loss`; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean
+    `nll_reference`, nats a token, of which the reference's perplexity is the exponential; `sampler_difference`,
+    |log π − log π_vLLM|, nats a token, where vLLM samples; `kl_coef`; `policy_loss`, `value_loss`; `clip_fraction`;
+    `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean
     ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic before its update;
     `distinct_2`, different pairs of neighbouring tokens among all; `clipped_rewards`, the share at `reward_clip`;
     `length`, tokens an answer; `share_without_eos`; `grad_norm` of the policy, `grad_norm_critic`.
@@ -151,10 +151,7 @@ class PPOTrainer(BaseTrainer):
         check_tokenizer(processing_class, conversational=conversational, where="ppo")
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         self.reference: Reference = make_reference(model, adapter_was_trained=adapter_was_trained)
-        if args.reference_mixup > 0 and not self.reference.weights():
-            raise UserError(
-                "ppo: reference_mixup moves the reference, which is the base without an adapter here; start from an SFT adapter."
-            )
+        check_reference(self.reference, args)
 
         # 3. Rewards and critic.
         self.monitors = dict(monitor_funcs or {})
@@ -201,6 +198,9 @@ class PPOTrainer(BaseTrainer):
                 processes=self.accelerator.num_processes,
                 shares_backbone=container.shares_backbone,
             )
+        self.vllm = None
+        if args.use_vllm:
+            self.vllm = VllmSampler(container.policy, self.accelerator, processing_class, args)
         self.reference.model.to(self.accelerator.device)
         for source in self.reward_sources:
             if hasattr(source.function, "model"):
@@ -228,7 +228,9 @@ class PPOTrainer(BaseTrainer):
         return self.train_dataset.select(mine).to_list()
 
     def sample(self, rows: Sequence[dict[str, Any]]) -> Completions:
-        """One answer to each row's prompt from the current policy."""
+        """One answer to each row's prompt from the current policy, by transformers or by vLLM."""
+        if self.vllm is not None:
+            return self.vllm([row["prompt"] for row in rows], version=self.state.global_step)
         return self._generate(self.accelerator.unwrap_model(self.model).policy, rows)
 
     def _generate(self, model: Any, rows: Sequence[dict[str, Any]]) -> Completions:
@@ -280,6 +282,13 @@ class PPOTrainer(BaseTrainer):
                 rows=[{"prompt": p, "completion": text} for p, text in zip(prompts, completions.texts, strict=True)],
             )
 
+        weights = torch.ones_like(kl)
+        if completions.logprobs_sampler is not None:
+            limit = self.args.vllm_importance_sampling_clip_max
+            weights = truncated_importance(outputs.logprobs, completions.logprobs_sampler, limit=limit)
+            apart = (outputs.logprobs - completions.logprobs_sampler).abs()
+            self._count("sampler_difference", torch.where(mask.bool(), apart, 0.0).sum(), mask.sum())
+
         # 3. Numbers and samples for people.
         monitored = self.monitor(prompts, completions.texts)
         kl_sequence = torch.where(mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
@@ -302,7 +311,7 @@ class PPOTrainer(BaseTrainer):
         columns = (prompts, completions.texts, raw.tolist(), gold, kl_sequence.tolist(), completions.ended.tolist())
         self.latest_samples = [Sample(*values) for values in zip(*columns, strict=True)]
         return Experience(
-            input_ids, attention_mask, mask, scores, dense, completions.ended, kl, outputs, logprobs_reference
+            input_ids, attention_mask, mask, scores, dense, completions.ended, kl, outputs, logprobs_reference, weights
         )
 
     def _or_all_stop(self, procedure: Callable[..., Any], *arguments: Any) -> Any:
@@ -357,6 +366,7 @@ class PPOTrainer(BaseTrainer):
             values,
             advantages,
             returns,
+            seen.sampler_weights,
         )
 
     def score(self, rows: Sequence[dict[str, Any]], completions: Completions) -> tuple[Tensor, Tensor, Tensor]:
@@ -522,6 +532,7 @@ class PPOTrainer(BaseTrainer):
         losses = clipped_policy(
             logprobs, logprobs_old, inputs["advantages"], cliprange=args.cliprange, cliprange_dual=args.cliprange_dual
         )
+        losses = losses * inputs["sampler_weights"]
         with torch.no_grad():
             keep = mask.to(losses.dtype)
             log_ratio, tokens = (logprobs - logprobs_old) * keep, keep.sum()
@@ -634,36 +645,8 @@ class PPOTrainer(BaseTrainer):
     # ---- Saving and resuming ----
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The policy at the root as an ordinary model, the critic under `critic/`, counters in `ppo_state.json`."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        container = self.accelerator.unwrap_model(self.model)
-        selected = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(container.policy, PeftModel) else {}
-        container.policy.save_pretrained(folder, **selected)
-        if isinstance(container.critic, AdapterHead):
-            save_role(container.critic, folder / "critic")
-        else:
-            container.critic.save_pretrained(folder / "critic")
-        if self.args.reference_mixup > 0:
-            weights = {name: w.detach().cpu().clone() for name, w in self.reference.weights().items()}
-            save_file(weights, folder / REFERENCE_FILE)
-        rows = [json.dumps(sample.as_row(), ensure_ascii=False) + "\n" for sample in self.latest_samples]
-        (folder / SAMPLES_FILE).write_text("".join(rows), encoding="utf-8")
-        self.processing_class.save_pretrained(folder)
-        self.progress.save(folder)
+        """The policy at the root as an ordinary model, the critic under `critic/`, what PPO remembers beside them."""
+        write_checkpoint(self, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        container = self.accelerator.unwrap_model(self.model if model is None else model)
-        load_weights(container.policy, folder)
-        if isinstance(container.critic, AdapterHead):
-            restore_role(container.critic, folder / "critic")
-        else:
-            load_weights(container.critic, folder / "critic")
-        if self.args.reference_mixup > 0:
-            saved = load_file(folder / REFERENCE_FILE)
-            for name, weight in self.reference.weights().items():
-                weight.data.copy_(saved[name])
-        rows = (folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
-        self.latest_samples = [Sample(**json.loads(row)) for row in rows]
-        self.progress = PPOState.load(folder)
+        read_checkpoint(self, Path(resume_from_checkpoint), self.model if model is None else model)

@@ -32,12 +32,13 @@ DEFECTS = {
     "D15 rewards must be modules": "ppo.test_options:test_async_functions_and_functions_of_tokens",
     "D16 no conversations": "ppo.test_ppo:test_reward_columns_reach_the_function",
     "D17 evaluation ignored": "ppo.test_ppo:test_evaluation_during_training_runs_between_rollouts",
+    "D18 no vLLM": "ppo.test_vllm:test_an_engine_that_is_the_policy_changes_nothing",
     "D19 FSDP half works": "ppo.test_defects:test_sharded_parameters_are_refused_in_a_sentence",
     "D20 diagnostics over padding": "ppo.test_defects:test_padding_is_in_no_diagnostic",
     "D21 k3 inside the reward": "ppo.test_options:test_k2_has_the_gradient_of_the_kl_by_enumeration",
     "D22 ratio is not 1 at step 0": "ppo.test_ppo:test_at_step_0_the_policy_is_the_reference",
     "D23 no critic warm-up, adaptive KL, clipping": "ppo.test_options:test_a_warm_up_trains_the_critic_alone",
-}  # D18, no vLLM: not here either (README, what runs where)
+}
 
 
 @pytest.mark.parametrize("defect", DEFECTS)

@@ -1,0 +1,53 @@
+"""What a checkpoint of PPO holds beside the Trainer's own files, between two rollouts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlhf.models.roles import POLICY_ADAPTER, AdapterHead
+from rlhf.models.save import load_weights
+from rlhf.ppo.backbone import restore_role, save_role
+from rlhf.ppo.rollout import Sample
+from rlhf.ppo.state import PPOState
+
+# The weights of a reference that moves, and the latest answers, for a run that ends right after a resume.
+REFERENCE, SAMPLES, CRITIC = "reference.safetensors", "latest_samples.jsonl", "critic"
+
+
+def write_checkpoint(trainer: Any, folder: Path) -> None:
+    """The policy at the root as an ordinary model, the critic under `critic/`, counters in `ppo_state.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    container = trainer.accelerator.unwrap_model(trainer.model)
+    selected = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(container.policy, PeftModel) else {}
+    container.policy.save_pretrained(folder, **selected)
+    if isinstance(container.critic, AdapterHead):
+        save_role(container.critic, folder / CRITIC)
+    else:
+        container.critic.save_pretrained(folder / CRITIC)
+    if trainer.args.reference_mixup > 0:
+        save_file({n: w.detach().cpu().clone() for n, w in trainer.reference.weights().items()}, folder / REFERENCE)
+    rows = [json.dumps(sample.as_row(), ensure_ascii=False) + "\n" for sample in trainer.latest_samples]
+    (folder / SAMPLES).write_text("".join(rows), encoding="utf-8")
+    trainer.processing_class.save_pretrained(folder)
+    trainer.progress.save(folder)
+
+
+def read_checkpoint(trainer: Any, folder: Path, model: nn.Module) -> None:
+    """Put everything back that `write_checkpoint` wrote."""
+    container = trainer.accelerator.unwrap_model(model)
+    load_weights(container.policy, folder)
+    if isinstance(container.critic, AdapterHead):
+        restore_role(container.critic, folder / CRITIC)
+    else:
+        load_weights(container.critic, folder / CRITIC)
+    if trainer.args.reference_mixup > 0:
+        saved = load_file(folder / REFERENCE)
+        for name, weight in trainer.reference.weights().items():
+            weight.data.copy_(saved[name])
+    rows = (folder / SAMPLES).read_text(encoding="utf-8").splitlines()
+    trainer.latest_samples = [Sample(**json.loads(row)) for row in rows]
+    trainer.progress = PPOState.load(folder)

@@ -1,0 +1,92 @@
+"""Rollouts by vLLM, in this process or on a server, through TRL's `VLLMGeneration`: faster, and not quite the same policy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf._trl import vllm_generation
+from rlhf.errors import TrainingError, UserError
+from rlhf.models.generate import Completions, encode_prompts, end_token_ids, pad_left
+from rlhf.models.text import Prompt
+from rlhf.ppo.config import PPOConfig
+
+
+class VllmSampler:
+    """Answers from an engine that holds a copy of the policy.
+
+    Its kernels round otherwise than ours, so its log-probabilities come with the answers, and PPO weights every token by how
+    far the two are apart (`truncated_importance`).
+
+    Raises:
+        UserError: vLLM is not installed, or the base is quantised.
+    """
+
+    def __init__(self, policy: Any, accelerator: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig):
+        if getattr(policy, "is_loaded_in_4bit", False):
+            raise UserError("ppo.use_vllm: the engine wants whole weights, not 4-bit ones; leave load_in_4bit out.")
+        self.policy, self.tokenizer, self.args = policy, tokenizer, args
+        try:
+            self.engine = vllm_generation()(
+                model=policy,
+                accelerator=accelerator,
+                processing_class=tokenizer,
+                mode=args.vllm_mode,
+                server_base_url=args.vllm_server_base_url,
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                max_model_length=args.vllm_max_model_length,
+                temperature=args.temperature,
+                top_p=1.0,
+                top_k=0,
+                max_completion_length=args.max_completion_length,
+                logprobs=0,
+            )
+        except ImportError as error:
+            raise UserError(f"ppo.use_vllm: {error} (pip install '.[vllm]')") from error
+        self.version: int | None = None
+
+    def __call__(self, prompts: Sequence[Prompt], *, version: int) -> Completions:
+        """One answer to each prompt.
+
+        Args:
+            version: of the policy's weights; where it is another than at the last call, the engine gets them first.
+
+        Raises:
+            TrainingError: an answer without any token, or without log-probabilities.
+        """
+        # 1. The engine's copy of the policy.
+        if version != self.version:
+            self.engine.sync_weights()
+            self.version = version
+
+        # 2. Its answers, and the log-probability it gave to every token.
+        rows = encode_prompts(self.tokenizer, prompts, max_prompt_length=self.args.max_prompt_length)
+        _, answers, logprobs, _ = self.engine.generate(rows, None, 1)
+        if len(answers) != len(rows) or any(len(answer) == 0 for answer in answers):
+            raise TrainingError(
+                f"vLLM returned {len(answers)} answers to {len(rows)} prompts, or an empty one; nothing was updated."
+            )
+        if logprobs is None or [len(row) for row in logprobs] != [len(answer) for answer in answers]:
+            raise TrainingError("vLLM returned answers without the log-probability of each token; nothing was updated.")
+
+        # 3. As tensors: prompts padded on the left, answers on the right.
+        pad, device = self.tokenizer.pad_token_id, self.policy.device
+        assert isinstance(pad, int), "check_tokenizer wants one"
+        prompt_ids, prompt_mask = (x.to(device) for x in pad_left(rows, pad))
+        lengths = torch.tensor([len(answer) for answer in answers])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        ends = torch.tensor(end_token_ids(self.policy, self.tokenizer))
+        ended = torch.isin(torch.tensor([answer[-1] for answer in answers]), ends)
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        sampled = _padded([[token[0] for token in row] for row in logprobs], 0.0).float()
+        ids = _padded(answers, pad)
+        return Completions(
+            prompt_ids, prompt_mask, ids.to(device), mask.to(device), ended.to(device), texts, sampled.to(device)
+        )
+
+
+def _padded(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
