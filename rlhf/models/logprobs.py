@@ -1,17 +1,20 @@
 """Log-probabilities of sampled tokens from logits, in passes that stay in the cache and without a copy of the logits."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+ELEMENTS_AT_ONCE = 2**20  # 4 MB of float32: what a core's cache holds
+
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / T) at the tokens that were sampled, [b, r], float32, nats.
 
-    Row by row: the largest tensors of PPO are its logits [b, r, vocabulary], and softmax over them is bound by memory. A row
-    at a time stays in the cache of a CPU, nothing of that size is kept beside the logits themselves, and the gradient
+    A few rows at a time: the largest tensors of PPO are its logits [b, r, vocabulary], and softmax over them is bound by memory.
+    What is worked on stays in the cache of a CPU, nothing of that size is kept beside the logits themselves, and the gradient
     d log p_i / d z_j = (1[i = j] - softmax(z)_j) / T is written once instead of being added up from four operations.
     Log-sum-exp is taken in float32 for 16-bit logits too.
 
@@ -27,11 +30,11 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.
 @torch.no_grad()
 def token_entropy(logits: Tensor, length: int, *, temperature: float = 1.0) -> Tensor:
     """Entropy of softmax(logits / T) at the first `length` positions, [b, length], float32, nats; without gradient."""
-    rows = []
-    for row in logits[:, :length]:
-        log_softmax = torch.log_softmax(row.float() / temperature, dim=-1)
-        rows.append(-(log_softmax.exp() * log_softmax).sum(dim=-1))
-    return torch.stack(rows)
+    parts = []
+    for rows in _few_rows(logits):
+        log_softmax = torch.log_softmax(logits[rows, :length].float() / temperature, dim=-1)
+        parts.append(-(log_softmax.exp() * log_softmax).sum(dim=-1))
+    return torch.cat(parts)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -40,10 +43,10 @@ class _TokenLogprobs(torch.autograd.Function):
         length = token_ids.shape[1]
         found = torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device)
         normalizer = torch.empty_like(found)
-        for index, (row, ids) in enumerate(zip(logits[:, :length], token_ids, strict=True)):
-            scaled = _scaled(row, temperature)
-            normalizer[index] = torch.logsumexp(scaled, dim=-1)
-            found[index] = scaled.gather(-1, ids[:, None]).squeeze(-1) - normalizer[index]
+        for rows in _few_rows(logits):
+            scaled = _scaled(logits[rows, :length], temperature)
+            normalizer[rows] = torch.logsumexp(scaled, dim=-1)
+            found[rows] = scaled.gather(-1, token_ids[rows, :, None]).squeeze(-1) - normalizer[rows]
         ctx.save_for_backward(logits, token_ids, normalizer)
         ctx.temperature = temperature
         return found
@@ -56,16 +59,22 @@ class _TokenLogprobs(torch.autograd.Function):
         scale = grad / ctx.temperature
         result = torch.empty_like(logits)
         result[:, length:] = 0
-        for index, row in enumerate(logits[:, :length]):
-            in_place = result[index, :length] if result.dtype == torch.float32 else None
-            softmax = torch.sub(_scaled(row, ctx.temperature), normalizer[index][:, None], out=in_place).exp_()
-            softmax.mul_(-scale[index][:, None])
-            softmax.scatter_add_(-1, token_ids[index][:, None], scale[index][:, None])
+        for rows in _few_rows(logits):
+            in_place = result[rows, :length] if result.dtype == torch.float32 else None
+            scaled = _scaled(logits[rows, :length], ctx.temperature)
+            softmax = torch.sub(scaled, normalizer[rows, :, None], out=in_place).exp_()
+            softmax.mul_(-scale[rows, :, None])
+            softmax.scatter_add_(-1, token_ids[rows, :, None], scale[rows, :, None])
             if in_place is None:
-                result[index, :length] = softmax
+                result[rows, :length] = softmax
         return result, None, None
 
 
-def _scaled(row: Tensor, temperature: float) -> Tensor:
-    row = row.float()
-    return row if temperature == 1.0 else row / temperature
+def _few_rows(logits: Tensor) -> Iterator[slice]:
+    step = max(1, ELEMENTS_AT_ONCE // max(1, logits[0].numel()))
+    return (slice(start, start + step) for start in range(0, len(logits), step))
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature

@@ -4,11 +4,16 @@ import pytest
 import torch
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
+from rlhf.models import logprobs
 from rlhf.models.logprobs import token_entropy, token_logprobs
 
 
+@pytest.mark.parametrize("at_once", [1, 700, 2**20])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_gradient_are_those_of_autograd(temperature: float) -> None:
+def test_logprobs_and_gradient_are_those_of_autograd(
+    temperature: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "ELEMENTS_AT_ONCE", at_once)  # a row, two rows and a rest, all
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(3, 6, 50, generator=generator)).requires_grad_()
     ids = torch.randint(0, 50, (3, 5), generator=generator)
