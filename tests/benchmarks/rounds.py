@@ -37,7 +37,13 @@ BASE = [
     "lab.annotators=exact",
     "rounds.stop_when_worse=false",
 ]
-BEST = ["rounds.start=previous", "rounds.reference=sft", "rounds.select=random", "reward.num_train_epochs=2"]
+BEST = [
+    "rounds.start=previous",
+    "rounds.reference=sft",
+    "rounds.select=random",
+    "reward.num_train_epochs=2",
+    "ppo.kl_coef=0.08",
+]
 META = ["reward.meta=true"]
 NOISY = ["lab.flip_rate=0.25"]
 DENOISE = ["reward.flip_rate=0.2"]
@@ -49,9 +55,14 @@ VARIANTS: dict[str, list[str]] = {
     "information": [*BEST, *NOISY, *DENOISE, "rounds.select=information"],
     "crowd": [*BEST, *DENOISE, "lab.annotators=crowd"],
     "oracle": [*BEST, "ppo.extra_rewards=[rlhf/lab/world.py:gold]", "ppo.reward_weights=[0.0, 3.0]"],
-    "bt_once": [f"lab.pairs={LABELS * ROUNDS}", "rounds.count=1", f"ppo.total_episodes={EPISODES * ROUNDS}"],
+    "bt_once": [
+        "ppo.kl_coef=0.08",
+        f"lab.pairs={LABELS * ROUNDS}",
+        "rounds.count=1",
+        f"ppo.total_episodes={EPISODES * ROUNDS}",
+    ],
     # Only for choosing, on seed 0.
-    "less_kl": [*BEST, "ppo.kl_coef=0.08"],
+    "more_kl": [*BEST, "ppo.kl_coef=0.15"],
     "from_sft": [*BEST, "rounds.start=sft"],
     "moving": [*BEST, "rounds.reference=previous"],
     "diversity": [*BEST, *NOISY, *DENOISE, "rounds.select=diversity"],
