@@ -37,15 +37,15 @@ def run(
 
     Args:
         out: the run's folder.
-        until: stop after the stage of this name.
+        until: stop after the first stage of this name, or after that of this folder ("round-2/label").
         say: tell the person at the terminal.
 
     Raises:
         UserError: the folder belongs to another recipe, another run is at work in it, or a stage finds bad input.
     """
     stages = plan(recipe)
-    if until is not None and until not in [stage.name for stage in stages]:
-        raise UserError(f"--until {until}: this recipe has the stages {', '.join(stage.name for stage in stages)}.")
+    if until is not None and until not in [name for stage in stages for name in (stage.name, stage.folder)]:
+        raise UserError(f"--until {until}: this recipe has the stages {', '.join(stage.folder for stage in stages)}.")
     store = Store(out)
     is_main = int(os.environ.get("RANK", "0")) == 0
 
@@ -61,6 +61,7 @@ def run(
 
         # 2. The stages, one after the other, until the last round or until there is a reason to stop.
         waiting: Waiting | None = None
+        reason: str | None = None
         for stage in stages:
             if store.is_done(stage):
                 say(f"{stage.folder}: done before")
@@ -70,7 +71,7 @@ def run(
                 except Waiting as state:
                     waiting = state
                     break
-            if stage.name == until:
+            if until in (stage.name, stage.folder):
                 break
             reason = reason_to_stop(recipe.rounds, stage, stages, store)
             if reason is not None:
@@ -79,7 +80,7 @@ def run(
 
         # 3. The run in numbers and as a page.
         if is_main:
-            write_summary(recipe, stages, store)
+            write_summary(recipe, stages, store, stopped=str(waiting) if waiting else reason)
             write_report(out)
             write_cards(out)
         _leave_process_group()

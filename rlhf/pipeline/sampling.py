@@ -83,14 +83,13 @@ def run_select(context: StageContext) -> dict[str, Any]:
         context.say(f"select: {len(pairs)} different pairs for {how.labels} labels; all of them are asked.")
 
     # 3. As questions, in a random order that says nothing about what was found.
-    sources = context.recipe.lab is not None
     questions = []
     for i in rng.sample(chosen, len(chosen)):
         prompt, one, other = pairs[i]
         difference = differences[i]
         if rng.random() < 0.5:
             one, other, difference = other, one, None if difference is None else -difference
-        source = lab_source(prompt) if sources else None
+        source = lab_source(prompt) if how.labels_from == "lab" else None
         name = question_id(context.round, prompt, [one, other])
         questions.append(Question(name, context.round, prompt, one, other, source, difference))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in questions])

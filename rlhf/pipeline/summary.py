@@ -13,8 +13,12 @@ GOLD_MAX_OF_LAB = 1.0
 REWARD_KEYS = ("accuracy", "accuracy_ci", "accuracy_true", "accuracy_true_ci", "ece", "length_baseline")
 
 
-def write_summary(recipe: Recipe, stages: list[Stage], store: Store) -> dict[str, Any]:
-    """Collect the manifests of all stages done so far into `RUN/summary.json` (contract: design §6)."""
+def write_summary(recipe: Recipe, stages: list[Stage], store: Store, *, stopped: str | None = None) -> dict[str, Any]:
+    """Collect the manifests of all stages done so far into `RUN/summary.json` (contract: design §6).
+
+    Args:
+        stopped: why the run ended before its last stage, where a rule or missing labels ended it.
+    """
     # 1. Facts of all stages done so far, by folder; the rounds that have a reward model at least.
     facts: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
@@ -52,6 +56,7 @@ def write_summary(recipe: Recipe, stages: list[Stage], store: Store) -> dict[str
         },
         "gold_gap_closed": last.get("gold_gap_closed"),
         "evaluated_prompts": last.get("n"),
+        "stopped": stopped,
     }
     write_text(store.root / "summary.json", json.dumps(summary, indent=1) + "\n")
     _link_best(store.root, _best(rounds))

@@ -32,13 +32,15 @@ def write_cards(run: Path) -> list[Path]:
         UserError: the folder holds no run.
     """
     summary, manifests = read_summary(run), read_manifests(run)
-    last = summary["rounds"][-1]
-    folder = f"round-{last['round']}"
     written = []
-    if f"{folder}/reward" in manifests:
-        written.append(_reward_card(run, summary, manifests, f"{folder}/reward"))
-    if f"{folder}/ppo" in manifests and f"{folder}/evaluate" in manifests:
-        written.append(_policy_card(run, summary, manifests, folder))
+    for entry in summary["rounds"]:
+        folder = f"round-{entry['round']}"
+        judged = manifests.get(f"{folder}/evaluate", {"facts": {}})["facts"]
+        of_round = {**summary, "rounds": [entry], **{k: judged[k] for k in ("sft", "best_of_16") if k in judged}}
+        if f"{folder}/reward" in manifests:
+            written.append(_reward_card(run, of_round, manifests, f"{folder}/reward"))
+        if f"{folder}/ppo" in manifests and judged:
+            written.append(_policy_card(run, of_round, manifests, folder))
     return written
 
 

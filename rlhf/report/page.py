@@ -10,7 +10,7 @@ from markupsafe import Markup
 from rlhf.errors import UserError
 from rlhf.report.figures import curves, histogram
 from rlhf.report.render import Figure, read_rows, render, reward_facts, reward_figures, worst, write_page
-from rlhf.report.rounds import rounds_section, rounds_verdict
+from rlhf.report.rounds import last_judged, rounds_section, rounds_verdict
 
 SAMPLES_SHOWN = 12
 
@@ -22,7 +22,7 @@ def write_report(run: Path) -> Path:
         UserError: the folder holds no run.
     """
     summary = read_summary(run)
-    last = summary["rounds"][-1]
+    last = last_judged(summary)
     folder = f"round-{last['round']}"
     ppo = read_rows(run / folder / "ppo" / "metrics.jsonl")
     judged = read_rows(run / folder / "evaluate" / "samples.jsonl")
@@ -77,7 +77,7 @@ def read_manifests(run: Path) -> dict[str, dict[str, Any]]:
 
 def verdict(summary: dict[str, Any], ppo: list[dict[str, Any]]) -> list[str]:
     """What a colleague should know after three sentences, from intervals and not from hopes."""
-    last = summary["rounds"][-1]
+    last = last_judged(summary)
     policy, reward, sft = last["policy"], last["reward"], summary["sft"]
     sentences = []
     if policy["proxy"] is None:
@@ -130,7 +130,7 @@ def _overoptimised(ppo: list[dict[str, Any]]) -> str:
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The five numbers on top: label, value, what beside it."""
-    last = summary["rounds"][-1]
+    last = last_judged(summary)
     policy, reward = last["policy"], last["reward"]
 
     def number(section: dict[str, Any], name: str, form: str = ".2f") -> tuple[str, str]:

@@ -11,6 +11,12 @@ from rlhf.report.render import Figure, read_rows
 SHOWN = 6
 
 
+def last_judged(summary: dict[str, Any]) -> dict[str, Any]:
+    """The last round whose policy was judged; the last one at all where none was."""
+    rounds: list[dict[str, Any]] = summary["rounds"]
+    return next((entry for entry in reversed(rounds) if entry["policy"]["proxy"] is not None), rounds[-1])
+
+
 def rounds_section(run: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
     """What the template shows where there was more than one round; None otherwise."""
     rounds = summary["rounds"]
@@ -22,11 +28,12 @@ def rounds_section(run: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
 def rounds_verdict(summary: dict[str, Any]) -> list[str]:
     """Which round is best, and what the last one changed, from paired intervals."""
     rounds = summary["rounds"]
+    stopped = [summary["stopped"]] if summary["stopped"] else []
     if len(rounds) < 2 or summary["best_round"] is None:
-        return []
+        return stopped
     best = summary["best_round"]
     sentences = [f"Of {len(rounds)} rounds, round {best} is the best by the true reward; `best` links to its policy."]
-    if rounds[-1]["policy"]["gold"] is None:
+    if last_judged(summary)["policy"]["gold"] is None:
         sentences = [
             f"{len(rounds)} rounds; `best` links to round {best}, the last that was judged: no true reward is known."
         ]
@@ -37,7 +44,7 @@ def rounds_verdict(summary: dict[str, Any]) -> list[str]:
     ]
     if falls:
         sentences.append(f"The true reward fell in round {', '.join(map(str, falls))} (paired, 95 % interval below 0).")
-    return sentences
+    return sentences + stopped
 
 
 def _number(section: dict[str, Any], name: str, form: str = ".2f") -> str:

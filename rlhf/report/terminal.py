@@ -7,11 +7,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.report.rounds import last_judged
+
 
 def show_summary(out: Path, output: Console) -> None:
     """Print the run in numbers."""
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    last = summary["rounds"][-1]
+    last = last_judged(summary)
     table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
     table.add_column("")
     for heading in ("SFT", "policy", "best of 16\nby reward", "best of 16\nby gold"):

@@ -117,6 +117,9 @@ def test_two_rounds_are_as_the_recipe_says(finished: Path) -> None:
     sft = [[row["sft"] for row in rows(run / f"round-{n}/evaluate/samples.jsonl")] for n in (1, 2)]
     assert sft[0] == sft[1]
     assert "Round by round" in (run / "report.html").read_text()
+    for number, entry in enumerate(summary["rounds"], start=1):
+        card = (run / f"round-{number}/ppo/model/README.md").read_text()
+        assert f"{entry['policy']['gold']:.3f}" in card, "each round's card has that round's numbers"
 
 
 def test_killed_at_every_boundary_it_does_the_rest_and_nothing_twice(
@@ -342,7 +345,9 @@ def test_a_run_that_a_rule_stops_is_finished_and_says_why(finished: Path, tmp_pa
     said = start(recipe(tmp_path, "rounds.min_fresh_accuracy=0.99"), run)
     assert said[-1].startswith("round-2: stopped. The reward model so far orders")
     assert not (run / "round-2/vote").exists()
-    last = json.loads((run / "summary.json").read_text())["rounds"][-1]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["stopped"] == said[-1]
+    last = summary["rounds"][-1]
     assert last["labels"]["fresh"] == 24
     assert last["policy"]["gold"] is None
     assert (run / "best").resolve() == (run / "round-1/ppo/model").resolve()
