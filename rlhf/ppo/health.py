@@ -5,9 +5,11 @@ Reward and losses do not show a collapse (arXiv:2307.04964 section 5.3); KL, len
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import fmean, pvariance
 
 Row = dict[str, float]
 SETTLED = 10  # rollouts after which a critic should know something
+WINDOW, SURE = 5, 3.0  # rollouts whose mean reward is compared, and by how many standard errors it must have moved
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ CONCERNS = (
         "{clipped_rewards:.0%} of the rewards are at reward_clip: their scale is not that of the reward model's card.",
     ),
     Concern(
-        "hacking", ("reward_proxy", "reward_gold"),
-        lambda first, now, n: now["reward_proxy"] > first["reward_proxy"] and now["reward_gold"] < first["reward_gold"] - 0.05,
+        "hacking", ("reward_proxy", "reward_gold", "rise_of_proxy", "fall_of_gold"),
+        lambda first, now, n: n >= SETTLED and now["rise_of_proxy"] > SURE and now["fall_of_gold"] > SURE,
         "the reward model's score has risen from {first_reward_proxy:.2f} to {reward_proxy:.2f} and the true reward has fallen "
         "from {first_reward_gold:.2f} to {reward_gold:.2f}: the reward model is being exploited; raise kl_coef.",
     ),
@@ -89,16 +91,19 @@ class Health:
         said: the sentences so far.
         raised: the names of their concerns.
         first: metrics of the first rollout.
+        rewards: raw score and true reward of every rollout, where both are known.
     """
 
     said: list[str] = field(default_factory=list)
     raised: list[str] = field(default_factory=list)
     first: Row = field(default_factory=dict)
     rollouts: int = 0
+    rewards: list[list[float]] = field(default_factory=list)
 
     def look(self, row: Row) -> list[str]:
         """What is new to worry about after a rollout with these metrics."""
         self.rollouts += 1
+        row = {**row, **self._moves(row)}
         self.first = self.first or {name: float(value) for name, value in row.items()}
         new = []
         for concern in CONCERNS:
@@ -109,3 +114,17 @@ class Health:
                 new.append(f"ppo, rollout {self.rollouts}: " + concern.sentence.format(**values))
         self.said += new
         return new
+
+    def _moves(self, row: Row) -> Row:
+        """By how many standard errors the last rollouts' scores lie above, and true rewards below, those of the first."""
+        if "reward_proxy" not in row or "reward_gold" not in row:
+            return {}
+        self.rewards.append([float(row["reward_proxy"]), float(row["reward_gold"])])
+        if len(self.rewards) < 2 * WINDOW:
+            return {"rise_of_proxy": 0.0, "fall_of_gold": 0.0}
+        moved = []
+        for column in (0, 1):
+            early, late = ([pair[column] for pair in part] for part in (self.rewards[:WINDOW], self.rewards[-WINDOW:]))
+            error = ((pvariance(early) + pvariance(late)) / WINDOW) ** 0.5
+            moved.append((fmean(late) - fmean(early)) / max(error, 1e-9))
+        return {"rise_of_proxy": moved[0], "fall_of_gold": -moved[1]}

@@ -10,6 +10,7 @@ matplotlib.use("svg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#3b82c4", "#d9822b", "#3f9b6c"
 STYLE: Any = {
@@ -28,12 +29,13 @@ STYLE: Any = {
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
-def curves(series: Series, *, x: str, y: str, points: Series | None = None) -> str:
+def curves(series: Series, *, x: str, y: str, points: Series | None = None, whole_x: bool = False) -> str:
     """Lines over a common axis, and marked points on top.
 
     Args:
         series: name → (x values, y values); empty ones are left out.
         points: the same, drawn as marks that are joined by a thin line.
+        whole_x: x counts things, so that ticks between whole numbers mean nothing.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(x, y)
@@ -42,6 +44,8 @@ def curves(series: Series, *, x: str, y: str, points: Series | None = None) -> s
                 axes.plot(xs, ys, color=color, linewidth=1.6, label=name)
         for (name, (xs, ys)), color in zip((points or {}).items(), (GREEN, GREY), strict=False):
             axes.plot(xs, ys, color=color, linewidth=0.8, marker="o", markersize=4, label=name)
+        if whole_x:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) + len(points or {}) > 1:
             axes.legend(frameon=False, loc="best")
         return _svg(figure)

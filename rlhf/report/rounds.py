@@ -32,10 +32,10 @@ def rounds_verdict(summary: dict[str, Any]) -> list[str]:
     if len(rounds) < 2 or summary["best_round"] is None:
         return stopped
     best = summary["best_round"]
-    sentences = [f"Of {len(rounds)} rounds, round {best} is the best by the true reward; `best` links to its policy."]
+    sentences = [f"Of {len(rounds)} rounds, round {best} is the best by the true reward; RUN/best links to its policy."]
     if last_judged(summary)["policy"]["gold"] is None:
         sentences = [
-            f"{len(rounds)} rounds; `best` links to round {best}, the last that was judged: no true reward is known."
+            f"{len(rounds)} rounds; RUN/best links to round {best}, the last that was judged: no true reward is known."
         ]
     falls = [
         entry["round"]
@@ -64,14 +64,14 @@ def _table(rounds: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "round": str(entry["round"]),
                 "true reward": _number(policy, "gold"),
                 "change": f"{change['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if change else "-",
-                "wins against SFT": _number(policy, "win_rate"),
+                "wins vs SFT": _number(policy, "win_rate"),
                 "KL": _number(policy, "kl", ".1f"),
                 "words": _number(policy, "words", ".1f"),
-                "different answers": _number(policy, "different_answers"),
+                "different": _number(policy, "different_answers"),
                 "new labels": "-" if labels["fresh"] is None else str(labels["fresh"]),
                 "wrong": "-" if labels["flip_rate"] is None else f"{labels['flip_rate']:.0%}",
-                "reward model so far, on them": _number(labels, "fresh_accuracy", ".3f"),
-                "new reward model, held out": _number(entry["reward"], "accuracy", ".3f"),
+                "old reward model on them": _number(labels, "fresh_accuracy", ".3f"),
+                "new one, held out": _number(entry["reward"], "accuracy", ".3f"),
             }
         )
     return rows
@@ -88,7 +88,7 @@ def _figures(rounds: list[dict[str, Any]], summary: dict[str, Any]) -> list[Figu
             "policy": ([0.0, *numbers], [summary["sft"]["gold"], *gold]),
             "best of 16 by true reward, from SFT": ([0.0, *numbers], [best] * (len(numbers) + 1)),
         }
-        svg = curves(series, x="round (0 is SFT)", y="true reward")
+        svg = curves(series, x="round (0 is SFT)", y="true reward", whole_x=True)
         figures.append(("True reward by round", "On the same held-out prompts.", Markup(svg)))
     labels = [
         (float(e["round"]), e["labels"]["fresh_accuracy"]) for e in rounds if e["labels"]["fresh_accuracy"] is not None
@@ -96,7 +96,7 @@ def _figures(rounds: list[dict[str, Any]], summary: dict[str, Any]) -> list[Figu
     if labels:
         points = {"reward model of the round before": ([x for x, _ in labels], [y for _, y in labels])}
         note = "Its accuracy on pairs of its own policy that it has not seen."
-        svg = curves({}, x="round", y="accuracy on the new labels", points=points)
+        svg = curves({}, x="round", y="accuracy on the new labels", points=points, whole_x=True)
         figures.append(("Does the reward model keep up?", note, Markup(svg)))
     return figures
 

@@ -37,8 +37,11 @@ def test_each_trouble_is_said_once_and_alone(name: str) -> None:
     health = Health()
     for _ in range(11):
         assert health.look(dict(WELL)) == []
+    if name == "hacking":  # a trend, which a single rollout is not
+        for _ in range(3):
+            assert health.look({**WELL, **ILL[name]}) == []
     new = health.look({**WELL, **ILL[name]})
-    assert [sentence.split(":")[0] for sentence in new] == ["ppo, rollout 12"]
+    assert [sentence.split(":")[0] for sentence in new] == [f"ppo, rollout {15 if name == 'hacking' else 12}"]
     assert health.raised == [name]
     assert health.look({**WELL, **ILL[name]}) == []
     assert health.said == new
@@ -60,3 +63,12 @@ def test_a_run_stops_where_it_is_asked_to(
     assert len(rows.rows) == 2
     assert trainer.stopped is not None
     assert 0 < rows.rows[0]["distinct_2"] <= 1
+
+
+def test_one_rollout_of_bad_luck_is_no_hacking() -> None:
+    """Scores and true rewards that only scatter, the true one by its own standard error of 0.03."""
+    import random
+
+    rng, health = random.Random(0), Health()
+    for _ in range(60):
+        assert health.look({**WELL, "reward_proxy": rng.gauss(4.7, 0.1), "reward_gold": rng.gauss(0.7, 0.03)}) == []
