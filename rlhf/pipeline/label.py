@@ -112,13 +112,13 @@ def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verd
     book.ask(questions)
     if how.labels_from == "judge":
         _ask_a_model(context, book, questions)
-        return book.verdicts()
+        return book.verdicts(context.round)
     done, total = book.progress(context.round, wanted=how.annotators_per_pair)
     if done < total:
         raise Waiting(
             f"round {context.round}: {done} of {total} pairs labelled: `rlhf label {context.run}`; then run the same command again."
         )
-    return book.verdicts()
+    return book.verdicts(context.round)
 
 
 def _ask_a_model(context: StageContext, book: LabelBook, questions: Sequence[Question]) -> None:

@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.command import Process, rlhf, wait_for
 
 RECIPE = """
 name: small
@@ -28,19 +29,6 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 STAGES = ["round-0/lab", "round-0/data", "round-0/sft", "round-1/reward", "round-1/ppo", "round-1/evaluate"]
 
 
-def rlhf(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rlhf", *arguments]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def digests(run: Path, until: str = STAGES[-1]) -> dict[str, str]:
     """sha256 of every weight file of the stages up to this one."""
     files = {}
@@ -53,9 +41,14 @@ def digests(run: Path, until: str = STAGES[-1]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run from a cold start, as a user starts it."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "r.yaml").write_text(RECIPE)
-    result = rlhf("run", "r.yaml", "--out", "x", cwd=folder)
+    command = [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x"]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
@@ -157,20 +150,13 @@ def test_a_run_of_another_recipe_is_refused(finished: Path) -> None:
     assert "ppo.kl_coef was None, is 0.2" in result.stderr
 
 
-def begin_again_at(stage: str, finished: Path, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+def begin_again_at(stage: str, finished: Path, folder: Path, *arguments: str) -> Process:
     """Copy a finished run without this stage and all after it, and start the command."""
     (folder / "r.yaml").write_text(RECIPE)
-    shutil.copytree(finished / "x", folder / "x")
+    shutil.copytree(finished / "x", folder / "x", symlinks=True)
     for later in STAGES[STAGES.index(stage) :]:
         shutil.rmtree(folder / "x" / later)
-    return subprocess.Popen(
-        [sys.executable, "-m", "rlhf", "run", "r.yaml", "--out", "x", *arguments],
-        cwd=folder,
-        env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Process(("run", "r.yaml", "--out", "x", *arguments), folder)
 
 
 def a_checkpoint(run: Path, stage: str) -> bool:
@@ -202,11 +188,9 @@ def test_kill_9_and_the_same_command_again(
     until = STAGES[-1] if after == KILLS[1][-1] else stage  # one of them to the end: what follows is the same too
     process = begin_again_at(stage, finished, tmp_path, "--until", until.split("/")[1])
     mark = tmp_path / "x" / stage / f"checkpoints/checkpoint-{after}/complete.json"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not mark.is_file():
-        time.sleep(0.002)
+    wait_for(mark.is_file, process)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert process.wait().returncode == -signal.SIGKILL
     assert mark.is_file()
     assert not (tmp_path / "x" / stage / "manifest.json").exists(), "the kill came too late to mean anything"
     result = rlhf("run", "r.yaml", "--out", "x", "--until", until.split("/")[1], cwd=tmp_path)
@@ -224,12 +208,9 @@ def test_kill_9_and_the_same_command_again(
 
 def test_kill_9_in_the_evaluation(finished: Path, tmp_path: Path) -> None:
     process = begin_again_at("round-1/evaluate", finished, tmp_path)
-    deadline = time.monotonic() + 120
-    started = tmp_path / "x/round-1/evaluate/started.json"
-    while time.monotonic() < deadline and process.poll() is None and not started.is_file():
-        time.sleep(0.005)
+    wait_for((tmp_path / "x/round-1/evaluate/started.json").is_file, process)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (tmp_path / "x/round-1/evaluate/manifest.json").exists(), "the kill came too late to mean anything"
     assert rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path).returncode == 0
     before, after = (json.loads((run / "x/summary.json").read_text()) for run in (finished, tmp_path))
@@ -254,7 +235,7 @@ main()
 def test_a_full_disk_leaves_the_old_checkpoint(finished: Path, tmp_path: Path) -> None:
     """The third checkpoint of the reward model cannot be written: one sentence, exit 1, and the second is resumed from."""
     (tmp_path / "r.yaml").write_text(RECIPE)
-    shutil.copytree(finished / "x", tmp_path / "x")
+    shutil.copytree(finished / "x", tmp_path / "x", symlinks=True)
     for later in STAGES[STAGES.index("round-1/reward") :]:
         shutil.rmtree(tmp_path / "x" / later)
     environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -277,13 +258,11 @@ def test_a_signal_saves_and_exits(finished: Path, tmp_path: Path, stage: str, se
     """The checkpoint is of the step that the signal found, and going on from it gives the uninterrupted weights."""
     until = stage.split("/")[1]
     process = begin_again_at(stage, finished, tmp_path, "--until", until)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "x" / stage / "metrics.jsonl").is_file():
-        time.sleep(0.005)
+    wait_for((tmp_path / "x" / stage / "metrics.jsonl").is_file, process)
     process.send_signal(sent)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr[-2000:]
-    assert f"{sent.name}: stopped. The same command goes on" in stderr
+    stopped = process.wait(60)
+    assert stopped.returncode == code, stopped.stderr[-2000:]
+    assert f"{sent.name}: stopped. The same command goes on" in stopped.stderr
     assert a_checkpoint(tmp_path / "x", stage)
     assert rlhf("run", "r.yaml", "--out", "x", "--until", until, cwd=tmp_path).returncode == 0
     assert digests(tmp_path / "x", stage) == digests(finished / "x", stage)
@@ -586,16 +565,10 @@ def test_experts_that_were_trained_are_not_trained_again(tmp_path: Path) -> None
     (tmp_path / "r.yaml").write_text(RECIPE)
     (tmp_path / "e.yaml").write_text(EXPERTS)
     assert rlhf("reward", "e.yaml", "--out", "whole", cwd=tmp_path).returncode == 0
-    command = [sys.executable, "-m", "rlhf", "reward", "e.yaml", "--out", "cut"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = Process(("reward", "e.yaml", "--out", "cut"), tmp_path)
     second = tmp_path / "cut/round-1/reward/checkpoints/expert-1"
-    deadline = time.monotonic() + 120
-    while not list(second.glob("checkpoints/checkpoint-*/*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
+    wait_for(lambda: list(second.glob("checkpoints/checkpoint-*/*")), process)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     again = rlhf("reward", "e.yaml", "--out", "cut", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]

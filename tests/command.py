@@ -1,0 +1,88 @@
+"""The `rlhf` command in processes of its own that start warm: forked from a server that has imported everything.
+
+A cold start loads torch and TRL for several seconds, which the suite would pay for some sixty times. What a process does
+is the same: its own memory, its own signals, killed by SIGKILL like any other. Some tests start cold all the same.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.warm"])
+
+
+class Result(NamedTuple):
+    """As of `subprocess.run`."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Process:
+    """As of `subprocess.Popen`, as far as the tests ask."""
+
+    def __init__(self, arguments: tuple[str, ...], cwd: Path):
+        _start_server()
+        self._streams = [tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") for _ in range(2)]  # noqa: SIM115
+        names = [stream.name for stream in self._streams]
+        self._process: Any = _context.Process(target=_command, args=(arguments, str(cwd), *names))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        code: int | None = self._process.exitcode
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """To this process, if it is still there."""
+        if self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    def wait(self, timeout: float = 240) -> Result:
+        """Its exit code and what it wrote."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"still running after {timeout} s"
+        stdout, stderr = (stream.read() for stream in self._streams)
+        return Result(self._process.exitcode, stdout, stderr)
+
+
+def rlhf(*arguments: str, cwd: Path) -> Result:
+    """The command, run to its end."""
+    return Process(arguments, cwd).wait()
+
+
+def wait_for(condition: Any, process: Process | None = None, *, seconds: float = 120) -> None:
+    """Look every two milliseconds until a condition holds, the process has ended, or the time is up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and (process is None or process.poll() is None) and not condition():
+        time.sleep(0.002)
+
+
+def _start_server() -> None:
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    forkserver.ensure_running()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def _command(arguments: tuple[str, ...], cwd: str, stdout: str, stderr: str) -> None:
+    for number, name in ((1, stdout), (2, stderr)):
+        descriptor = os.open(name, os.O_WRONLY)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(cwd)
+    os.environ.update(ENVIRONMENT)
+    sys.argv = ["rlhf", *arguments]
+    from rlhf.cli import main
+
+    main()
