@@ -87,14 +87,10 @@ def _share_of_the_data(context: StageContext) -> Rows:
     rows = read_jsonl(context.data / PAIRS)
     prompts = sorted({repr(row["prompt"]) for row in rows})
     random.Random(context.recipe.seed).shuffle(prompts)
-    end = round(len(prompts) * context.round / int(context.own["of"]))
-    place = {prompt: number for number, prompt in enumerate(prompts)}
     count = int(context.own["of"])
-    return [
-        {"round": place[repr(row["prompt"])] * count // len(prompts) + 1, **row}
-        for row in rows
-        if place[repr(row["prompt"])] < end
-    ]
+    rounds = {prompt: place * count // len(prompts) + 1 for place, prompt in enumerate(prompts)}
+    dealt = ({"round": rounds[repr(row["prompt"])], **row} for row in rows)
+    return [row for row in dealt if row["round"] <= context.round]
 
 
 def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verdict]:

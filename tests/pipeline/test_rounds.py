@@ -284,7 +284,7 @@ def test_a_dataset_is_dealt_out_over_the_rounds(finished: Path, tmp_path: Path) 
     half = rows(run / "round-1/label/pairs.jsonl")
     everything = rows(run / "round-0/data/data/pairs.jsonl")
     prompts = {json.dumps(row["prompt"]) for row in everything}
-    assert len({json.dumps(row["prompt"]) for row in half}) == round(len(prompts) / 2)
+    assert len({json.dumps(row["prompt"]) for row in half}) == -(-len(prompts) // 2)
     assert [stage.folder for stage in plan(made) if stage.name == "label"] == ["round-1/label", "round-2/label"]
 
 
