@@ -53,7 +53,8 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
 
 
 def change_since_last_round(stage: Stage, stages: Sequence[Stage], store: Store) -> dict[str, Any] | None:
-    """Paired difference in true reward between two rounds' policies on the same prompts; None without either."""
+    """Paired difference in true reward between two rounds' policies on the same prompts, and how often the later one's answer
+    is better, as good, or worse (`win_tie_lose`); None without either."""
     judged = [other for other in stages if other.name == "evaluate"]
     place = judged.index(stage)
     if place == 0:
@@ -66,4 +67,14 @@ def change_since_last_round(stage: Stage, stages: Sequence[Stage], store: Store)
         columns.append([json.loads(line)["gold_policy"] for line in file.read_text(encoding="utf-8").splitlines()])
     if any(value is None for column in columns for value in column):
         return None
-    return paired_difference(columns[0], columns[1])
+    return paired_difference(columns[0], columns[1]) | {"win_tie_lose": win_tie_lose(columns[0], columns[1])}
+
+
+def win_tie_lose(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Shares of prompts on which the first is above, equal to and below the second.
+
+    >>> win_tie_lose([1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.5, 1.0])
+    [0.5, 0.25, 0.25]
+    """
+    signs = [(a > b) - (a < b) for a, b in zip(first, second, strict=True)]
+    return [signs.count(sign) / len(signs) for sign in (1, 0, -1)]

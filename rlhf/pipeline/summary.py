@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rlhf.pipeline.stopping import change_since_last_round
+from rlhf.pipeline.stopping import change_since_last_round, win_tie_lose
 from rlhf.pipeline.store import Stage, Store, write_text
 from rlhf.recipe.schema import Recipe
 
@@ -70,7 +70,9 @@ def _round(number: int, facts: dict[str, dict[str, Any]], stages: list[Stage], s
     stage = next((s for s in stages if s.folder == f"{folder}/evaluate"), None)
     change = change_since_last_round(stage, stages, store) if stage is not None and judged else None
     samples = store.root / folder / "evaluate" / "samples.jsonl"
-    texts = [json.loads(line)["policy"] for line in samples.read_text(encoding="utf-8").splitlines()] if judged else []
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()] if judged else []
+    texts = [row["policy"] for row in rows]
+    known = bool(rows) and rows[0]["gold_policy"] is not None
     lengths = [len(text.split()) for text in texts]
     return {
         "round": number,
@@ -84,6 +86,9 @@ def _round(number: int, facts: dict[str, dict[str, Any]], stages: list[Stage], s
         "reward": {key: reward.get(key) for key in REWARD_KEYS},
         "policy": {
             **_with_intervals(judged.get("policy", {}), ("proxy", "gold", "kl", "win_rate")),
+            "win_tie_lose": win_tie_lose(*([row[f"gold_{who}"] for row in rows] for who in ("policy", "sft")))
+            if known
+            else None,
             "gold_gap_closed": judged.get("gold_gap_closed"),
             "words": sum(lengths) / len(lengths) if lengths else None,
             "different_answers": len(set(texts)) / len(texts) if texts else None,

@@ -54,6 +54,11 @@ def _number(section: dict[str, Any], name: str, form: str = ".2f") -> str:
     return f"{value:{form}}" + (f" ±{(interval[1] - interval[0]) / 2:{form}}" if interval else "")
 
 
+def _shares(section: dict[str, Any]) -> str:
+    shares = section["win_tie_lose"]
+    return "-" if shares is None else " / ".join(f"{100 * share:.0f}" for share in shares) + " %"
+
+
 def _table(rounds: list[dict[str, Any]]) -> list[dict[str, str]]:
     rows = []
     for entry in rounds:
@@ -63,8 +68,9 @@ def _table(rounds: list[dict[str, Any]]) -> list[dict[str, str]]:
             {
                 "round": str(entry["round"]),
                 "true reward": _number(policy, "gold"),
-                "change": f"{change['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if change else "-",
-                "wins vs SFT": _number(policy, "win_rate"),
+                "from the round before": f"{change['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if change else "-",
+                "win / tie / lose": _shares(change) if change else "-",
+                "against SFT": _shares(policy),
                 "KL": _number(policy, "kl", ".1f"),
                 "words": _number(policy, "words", ".1f"),
                 "different": _number(policy, "different_answers"),

@@ -110,6 +110,11 @@ def test_two_rounds_are_as_the_recipe_says(finished: Path) -> None:
     gold = [[row["gold_policy"] for row in rows(run / f"round-{n}/evaluate/samples.jsonl")] for n in (1, 2)]
     difference = sum(b - a for a, b in zip(*gold, strict=True)) / len(gold[0])
     assert second["change_in_gold"]["difference"] == pytest.approx(difference)
+    wins = sum(b > a for a, b in zip(*gold, strict=True)) / len(gold[0])
+    assert second["change_in_gold"]["win_tie_lose"][0] == pytest.approx(wins)
+    win, tie, lose = second["policy"]["win_tie_lose"]
+    assert second["policy"]["win_rate"] == pytest.approx(win + tie / 2)
+    assert win + tie + lose == pytest.approx(1)
     best = max(summary["rounds"], key=lambda entry: entry["policy"]["gold"])["round"]
     assert summary["best_round"] == best
     assert (run / "best").resolve() == (run / f"round-{best}/ppo/model").resolve()
