@@ -217,7 +217,7 @@ class RoundsSection(Section):
     age_weight: float = Field(1.0, gt=0, le=1)  # weight of a pair, for every round since it was labelled
 
     # Where PPO starts, and what its KL is measured to.
-    start: Literal["sft", "previous"] = "sft"
+    start: Literal["sft", "previous"] = "previous"
     reference: Literal["sft", "previous"] = "sft"
 
     # When to stop before `count`.

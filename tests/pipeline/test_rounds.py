@@ -193,6 +193,22 @@ def test_people_label_through_files_and_the_run_goes_on(finished: Path, tmp_path
     assert (run / "round-2/evaluate/manifest.json").is_file()
 
 
+def test_where_ppo_starts_and_what_its_kl_is_to(finished: Path, tmp_path: Path) -> None:
+    """On from the round before it is away from SFT at once; from itself, or starting at SFT, it is not."""
+    first = rows(finished / "x/round-2/ppo/metrics.jsonl")[0]
+    assert first["kl_k3"] > 0
+    for name, overrides in (
+        ("moving", ["rounds.reference=previous"]),
+        ("sft", ["rounds.start=sft"]),
+    ):
+        (tmp_path / name).mkdir()
+        run = again(finished, tmp_path / name)
+        for stage in ("sample", "select", "label", "vote", "reward"):
+            shutil.copytree(finished / "x/round-2" / stage, run / "round-2" / stage)
+        start(recipe(tmp_path / name, *overrides), run, until="round-2/ppo")
+        assert rows(run / "round-2/ppo/metrics.jsonl")[0]["kl_k3"] == 0.0, name
+
+
 def test_an_empty_round_is_said_and_trains_on_what_was_there(finished: Path, tmp_path: Path) -> None:
     run = again(finished, tmp_path)
     made = recipe(tmp_path, LABELS)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rlhf import PPOConfig, PPOTrainer, load_reward_model
 from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, load_policy, load_scorer, model_settings
-from rlhf.models.roles import AdapterHead
+from rlhf.models.roles import AdapterHead, response_logprobs
 from rlhf.models.save import save_model
 from rlhf.reward.model import RewardModel, save_reward_model
 from tests.conftest import PROMPTS, WORDS
@@ -211,3 +211,19 @@ def test_a_server_is_not_looked_for_on_the_disk(
     policy = load_policy(sft_adapter, model_settings(LORA))
     with pytest.raises(UserError, match="is no model to copy the critic from; pass `critic=`"):
         make(policy, "http://127.0.0.1:9/get_reward", tokenizer, cpu_arguments)
+
+
+def test_a_reference_may_be_another_adapter_than_the_start(
+    sft_adapter: Path, reward_adapter: Path, tokenizer: Any, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """A round goes on from the last policy while its KL is to SFT."""
+    save_model(moved(load_policy(sft_adapter, model_settings(LORA)), seed=5), tokenizer, tmp_path)
+    trainer = make(load_policy(tmp_path, model_settings(LORA)), str(reward_adapter), tokenizer, cpu_arguments)
+    ids, mask = torch.arange(5, 25).view(2, 10), torch.ones(2, 10, dtype=torch.long)
+    of_start = trainer.reference.logprobs(ids, mask, 4, 1.0)
+    trainer.reference.load(sft_adapter)
+    sft = load_policy(sft_adapter, model_settings(LORA)).eval()
+    with torch.no_grad():
+        expected = response_logprobs(sft, ids, mask, 4, 1.0)
+    torch.testing.assert_close(trainer.reference.logprobs(ids, mask, 4, 1.0), expected, atol=1e-5, rtol=1e-5)
+    assert (of_start - expected).abs().max() > 1e-3
