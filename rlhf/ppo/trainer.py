@@ -60,7 +60,7 @@ from rlhf.ppo.rollout import (
     prompt_indices,
     used_columns,
 )
-from rlhf.ppo.setup import check_reference, read_demonstrations, rewards_and_critic
+from rlhf.ppo.setup import check_reference, longest_prompt, read_demonstrations, rewards_and_critic
 from rlhf.ppo.state import PPOState
 from rlhf.ppo.vllm import VllmSampler
 
@@ -103,7 +103,8 @@ class PPOTrainer(BaseTrainer):
     `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean
     ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic before its update;
     `distinct_2`, different pairs of neighbouring tokens among all; `clipped_rewards`, the share at `reward_clip`;
-    `length`, tokens an answer; `share_without_eos`; `grad_norm` of the policy, `grad_norm_critic`.
+    `length`, tokens an answer; `share_without_eos`; `prompts_cut`, the share of prompts that fill all the room there is;
+    `grad_norm` of the policy, `grad_norm_critic`.
     """
 
     loss_is_scaled_for_ga = True
@@ -152,6 +153,7 @@ class PPOTrainer(BaseTrainer):
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         self.reference: Reference = make_reference(model, adapter_was_trained=adapter_was_trained)
         check_reference(self.reference, args)
+        self.longest_prompt = longest_prompt(model, args)
 
         # 3. Rewards and critic.
         self.monitors = dict(monitor_funcs or {})
@@ -230,7 +232,8 @@ class PPOTrainer(BaseTrainer):
     def sample(self, rows: Sequence[dict[str, Any]]) -> Completions:
         """One answer to each row's prompt from the current policy, by transformers or by vLLM."""
         if self.vllm is not None:
-            return self.vllm([row["prompt"] for row in rows], version=self.state.global_step)
+            prompts = [row["prompt"] for row in rows]
+            return self.vllm(prompts, version=self.state.global_step, max_prompt_length=self.longest_prompt)
         return self._generate(self.accelerator.unwrap_model(self.model).policy, rows)
 
     def _generate(self, model: Any, rows: Sequence[dict[str, Any]]) -> Completions:
@@ -241,7 +244,7 @@ class PPOTrainer(BaseTrainer):
             [row["prompt"] for row in rows],
             max_new_tokens=self.args.max_completion_length,
             temperature=self.args.temperature,
-            max_prompt_length=self.args.max_prompt_length,
+            max_prompt_length=self.longest_prompt,
         )
 
     def baseline(self, rows: Sequence[dict[str, Any]]) -> Tensor:
@@ -299,6 +302,8 @@ class PPOTrainer(BaseTrainer):
         self._count("kl_k3", torch.where(mask.bool(), k3, torch.zeros_like(k3)).sum(), len(rows))
         self._count("nll_reference", -torch.where(mask.bool(), logprobs_reference, 0.0).sum(), mask.sum())
         self._count("length", mask.sum(), len(rows))
+        if self.longest_prompt is not None:
+            self._count("prompts_cut", (completions.prompt_mask.sum(dim=1) >= self.longest_prompt).sum(), len(rows))
         self._count("share_without_eos", (~completions.ended).sum(), len(rows))
         self._count("distinct_2", *distinct_pairs(completions.response_ids, mask))
         if self.args.reward_clip is not None:

@@ -47,11 +47,12 @@ class VllmSampler:
             raise UserError(f"ppo.use_vllm: {error} (pip install '.[vllm]')") from error
         self.version: int | None = None
 
-    def __call__(self, prompts: Sequence[Prompt], *, version: int) -> Completions:
+    def __call__(self, prompts: Sequence[Prompt], *, version: int, max_prompt_length: int | None) -> Completions:
         """One answer to each prompt.
 
         Args:
             version: of the policy's weights; where it is another than at the last call, the engine gets them first.
+            max_prompt_length: longer prompts lose their beginning.
 
         Raises:
             TrainingError: an answer without any token, or without log-probabilities.
@@ -62,7 +63,7 @@ class VllmSampler:
             self.version = version
 
         # 2. Its answers, and the log-probability it gave to every token.
-        rows = encode_prompts(self.tokenizer, prompts, max_prompt_length=self.args.max_prompt_length)
+        rows = encode_prompts(self.tokenizer, prompts, max_prompt_length=max_prompt_length)
         _, answers, logprobs, _ = self.engine.generate(rows, None, 1)
         if len(answers) != len(rows) or any(len(answer) == 0 for answer in answers):
             raise TrainingError(

@@ -344,6 +344,37 @@ def test_a_constant_reward_moves_nothing_by_itself(
     assert all(math.isfinite(row["loss"]) for row in rows.rows)
 
 
+def test_empty_answers_are_answers(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    """A policy that ends at once: texts without a character, one token each, finite everything."""
+    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments)
+    head = trainer.model.policy.get_output_embeddings()
+    end = torch.tensor([trainer.processing_class.eos_token_id])
+    head.register_forward_hook(lambda _, __, out: out.index_fill(-1, end, 30.0))
+    trainer.train()
+    assert {sample.completion for sample in trainer.latest_samples} == {""}
+    assert [row["length"] for row in rows.rows] == [1.0] * 3
+    assert all(math.isfinite(value) for row in rows.rows for value in row.values())
+    assert rows.rows[0]["share_without_eos"] == 0
+
+
+def test_prompts_that_fill_the_context_are_cut_and_counted(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    context = AutoModelForCausalLM.from_pretrained(base_folder).config.max_position_embeddings
+    room = 12
+    trainer, _ = make(
+        base_folder, str(reward_folder), cpu_arguments, max_completion_length=context - room, total_episodes=16,
+        num_mini_batches=1, per_device_train_batch_size=16, num_ppo_epochs=1,
+    )  # fmt: skip
+    long = [[{"role": "user", "content": "list three apple pear plum " * 20}]] * 2 + [PROMPTS[0]] * 14
+    completions = trainer.sample([{"prompt": prompt} for prompt in long])
+    lengths = completions.prompt_mask.sum(dim=1).tolist()
+    assert lengths[:2] == [room, room]
+    assert max(lengths) == room
+    with pytest.raises(UserError, match="leaves no room for a prompt in the model's context"):
+        make(base_folder, str(reward_folder), cpu_arguments, max_completion_length=context)
+
+
 def test_missing_end_is_penalised_exactly_there(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
 ) -> None:
