@@ -6,8 +6,10 @@ python tests/benchmarks/ppo_speed.py --trl TRL112 --json ppo_speed.json
 Speed: full fine-tuning in fp32 of a causal model of 20M parameters with a vocabulary of 30k; rollouts of 32 answers of
 exactly 32 tokens, two minibatches of 16 and two PPO epochs, so four optimizer steps, on both sides; no gradient
 checkpointing. Prompts have 128 tokens (`full`, and `lora` with LoRA policies): four times the answer, where the summaries on
-which these trainers were tuned have about seven times; `full_short` has prompts of 16, where there is least to save. Each
-side runs in a process of its own, A B A B; a rollout is the warm-up, the next two are timed.
+which these trainers were tuned have about seven times; `full_short` has prompts of 16, where there is least to save (the
+benchmark's first shape: the main row became 128 after that one had been seen); `full_14m` is a model of 14M parameters, in
+which the vocabulary weighs more. Each side runs in a process of its own, A B A B; a rollout is the warm-up, the next two are
+timed.
 
 Memory: a base of 110M parameters; ours with four roles on one base (LoRA), TRL's as lean as it goes (`peft_config`,
 `ref_model=None`, its critic and reward model whole). Peak resident size less that after the imports.

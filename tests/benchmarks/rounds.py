@@ -68,7 +68,7 @@ VARIANTS: dict[str, list[str]] = {
     "diversity": [*BEST, *NOISY, *DENOISE, "rounds.select=diversity"],
 }
 REPORTED = ["best", "best_noisy", "no_denoise", "meta", "information", "oracle", "bt_once"]
-# The best settings have no MetaRM and choose pairs at random, so these names of the table are one run.
+# `best_noisy` has no MetaRM (seed 0) and takes pairs at random (nothing else was compared), so these names are one run.
 SAME = {"no_meta": "best_noisy", "random": "best_noisy"}
 
 
