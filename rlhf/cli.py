@@ -75,6 +75,28 @@ def check_command(
         raise UserError(problems)
 
 
+@app.command("plan")
+def plan_command(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Estimate rows, tokens, steps, memory and time of every stage, before any weights are loaded; writes nothing."""
+    from rlhf.pipeline.rounds import check_arguments, check_sources
+    from rlhf.report.terminal import estimates_table
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    check_sources(recipe)
+    with errors.status("counting the data, timing one and two layers of the model …"):
+        check_arguments(recipe, until=until)
+        from rlhf.pipeline.estimate import estimate
+
+        found, notes = estimate(recipe, until=until)
+    output.print(estimates_table(recipe.name, found))
+    for note in notes:
+        output.print(note, markup=False, soft_wrap=True)
+
+
 def _stage_command(stage: str) -> None:
     def command(recipe_file: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
         _run(recipe_file, overrides, out, dry_run=False, until=stage)

@@ -122,7 +122,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
             return model.merge_and_unload()
         return model
     if config.use_peft and trainable:
-        return get_peft_model(model, _adapter_config(config))
+        return get_peft_model(model, adapter_settings(config))
     return model
 
 
@@ -161,14 +161,14 @@ def build_reward_model(
         copy_adapter(source.adapter, model)
         return model if config.use_peft else model.merge_and_unload()
     if config.use_peft:
-        adapter = _adapter_config(config)
+        adapter = adapter_settings(config)
         adapter.task_type = TaskType.SEQ_CLS
         adapter.modules_to_save = sorted({*_modules_of(missing), *(adapter.modules_to_save or [])})
         return get_peft_model(model, adapter)
     return model
 
 
-def _adapter_config(config: ModelConfig) -> Any:
+def adapter_settings(config: ModelConfig) -> Any:
     """TRL's LoRA settings, with the revision of the base that they are for."""
     adapter: Any = get_peft_config(config)
     adapter.revision = None if config.model_revision in (None, "main") else config.model_revision

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
 
 from rlhf.errors import UserError
 
@@ -46,10 +46,27 @@ def build_base(folder: Path, texts: Iterable[str], *, architecture: str, setting
 
     Args:
         folder: where to write.
+        texts, architecture, settings: as in `design_base`, which refuses what it refuses.
+        seed: of the weights.
+    """
+    tokenizer, config = design_base(texts, architecture=architecture, settings=settings)
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def design_base(
+    texts: Iterable[str], *, architecture: str, settings: dict[str, Any]
+) -> tuple[PreTrainedTokenizerFast, PretrainedConfig]:
+    """The tokenizer and the configuration of a model from nothing.
+
+    Args:
         texts: what the tokenizer is trained on.
         architecture: "llama" or "qwen3".
         settings: the Hugging Face configuration's own names (`hidden_size`, …) and `vocab_size`.
-        seed: of the weights.
 
     Raises:
         UserError: an unknown architecture or setting.
@@ -84,9 +101,4 @@ def build_base(folder: Path, texts: Iterable[str], *, architecture: str, setting
         bos_token_id=None,
         **settings,
     )
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return tokenizer, config

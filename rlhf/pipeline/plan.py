@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.read import is_local
+from rlhf.errors import UserError
 from rlhf.pipeline.store import Stage, file_digest
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 
@@ -25,6 +26,20 @@ def plan(recipe: Recipe) -> list[Stage]:
     for number in range(1, recipe.rounds.count + 1):
         before = _round(recipe, number, start, before, add)
     return stages
+
+
+def stages_until(stages: list[Stage], until: str | None) -> list[Stage]:
+    """The stages up to the first of a name, or that of a folder ("round-2/label").
+
+    Raises:
+        UserError: there is none.
+    """
+    if until is None:
+        return stages
+    for number, stage in enumerate(stages, start=1):
+        if until in (stage.name, stage.folder):
+            return stages[:number]
+    raise UserError(f"--until {until}: this recipe has the stages {', '.join(stage.folder for stage in stages)}.")
 
 
 def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:

@@ -12,7 +12,7 @@ import yaml
 
 from rlhf.data.read import is_local
 from rlhf.errors import TrainingError, UserError, Waiting
-from rlhf.pipeline.plan import plan
+from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.stopping import reason_to_stop
 from rlhf.pipeline.store import Stage, Store, is_disk_full, write_text
 from rlhf.pipeline.summary import write_summary
@@ -44,8 +44,7 @@ def run(
         UserError: the folder belongs to another recipe, another run is at work in it, or a stage finds bad input.
     """
     stages = plan(recipe)
-    if until is not None and until not in [name for stage in stages for name in (stage.name, stage.folder)]:
-        raise UserError(f"--until {until}: this recipe has the stages {', '.join(stage.folder for stage in stages)}.")
+    wanted = stages_until(stages, until)
     store = Store(out)
     is_main = int(os.environ.get("RANK", "0")) == 0
 
@@ -62,7 +61,7 @@ def run(
         # 2. The stages, one after the other, until the last round or until there is a reason to stop.
         waiting: Waiting | None = None
         reason: str | None = None
-        for stage in stages:
+        for stage in wanted:
             if store.is_done(stage):
                 say(f"{stage.folder}: done before")
             else:
@@ -71,8 +70,6 @@ def run(
                 except Waiting as state:
                     waiting = state
                     break
-            if until in (stage.name, stage.folder):
-                break
             reason = reason_to_stop(recipe.rounds, stage, stages, store)
             if reason is not None:
                 say(reason)

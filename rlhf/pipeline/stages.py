@@ -73,14 +73,7 @@ def run_data(context: StageContext) -> dict[str, Any]:
 def run_base(context: StageContext) -> dict[str, Any]:
     """A small model from nothing, its tokenizer trained on the demonstrations and the pairs."""
     settings = dict(context.recipe.backbone.from_scratch or {})
-    texts = [
-        message["content"]
-        for name in ("sft", "pairs")
-        for row in read_jsonl(context.data / f"{name}.jsonl")
-        for part in row.values()
-        if isinstance(part, list)
-        for message in part
-    ]
+    texts = base_texts(context.data)
     build_base(
         context.folder / "model",
         texts,
@@ -89,6 +82,18 @@ def run_base(context: StageContext) -> dict[str, Any]:
         seed=context.recipe.seed,
     )
     return {"texts": len(texts)}
+
+
+def base_texts(data: Path) -> list[str]:
+    """What the tokenizer of a model from nothing is trained on."""
+    return [
+        message["content"]
+        for name in ("sft", "pairs")
+        for row in read_jsonl(data / f"{name}.jsonl")
+        for part in row.values()
+        if isinstance(part, list)
+        for message in part
+    ]
 
 
 def run_sft(context: StageContext) -> dict[str, Any]:

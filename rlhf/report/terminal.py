@@ -1,6 +1,7 @@
 """What a finished run says at the terminal."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,33 @@ def _rounds_table(summary: dict[str, Any]) -> Table:
             *(_cell(policy, "gold"), said, _cell(policy, "kl"), _cell(policy, "win_rate")),
         )
     return table
+
+
+def estimates_table(name: str, stages: Sequence[Any]) -> Table:
+    """What a recipe's stages will cost (`rlhf.pipeline.estimate.Estimate`), and all of them together."""
+    table = Table(title=f"{name}: estimates")
+    table.add_column("stage")
+    for heading in ("rows", "tokens", "steps", "memory, GiB", "time"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        numbers = (f"{stage.rows:,}", f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.bytes / 2**30:.1f}")
+        table.add_row(stage.folder, *numbers, _duration(stage.seconds))
+    table.add_section()
+    peak = max(stage.bytes for stage in stages) / 2**30
+    total = sum(stage.seconds for stage in stages)
+    table.add_row("all", "", "", "", f"{peak:.1f}", _duration(total))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as a person says it.
+
+    >>> _duration(41.6), _duration(200), _duration(9000)
+    ('42 s', '3.3 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _cell(section: dict[str, Any], name: str) -> str:

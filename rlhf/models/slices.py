@@ -1,0 +1,243 @@
+"""What a batch costs on this machine, before any weights are loaded: one and two layers of the model, random, are timed.
+
+A transformer is embeddings, n like layers and a head, so its weights, its seconds and what it keeps between forward and
+backward are straight lines in n. Two points of each line are measured; the rest is arithmetic.
+"""
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+FLOPS_ON_CPU = 1e11  # of one timed pass; larger batches are timed in part and scaled
+REPETITIONS = 3
+SHORT, LONG = 4, 12  # tokens of two generations, whose difference is the cost of a step
+
+
+@dataclass(frozen=True)
+class Line:
+    """A quantity of models with one and two layers, and so of any depth; nothing falls with depth, whatever a noisy clock says.
+
+    >>> Line(10.0, 12.0).at(5), Line(10.0, 9.9).at(5)
+    (18.0, 10.0)
+    """
+
+    one: float
+    two: float
+
+    def at(self, layers: int) -> float:
+        """Its value for a model of so many layers."""
+        return self.one + (layers - 1) * max(0.0, self.two - self.one)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One forward of training.
+
+    Attributes:
+        rows, length: tokens that are read, padding included.
+        answer: of those, how many at the end of each row have logits; 0 for a scalar head.
+    """
+
+    rows: int
+    length: int
+    answer: int
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether it is a policy's."""
+        return self.answer > 0
+
+
+@dataclass(frozen=True)
+class Slices:
+    """A model of one layer and one of two, with random weights of the shape that a stage trains.
+
+    Attributes:
+        models: the two.
+        layers: of the whole model.
+    """
+
+    models: tuple[Any, Any]
+    layers: int
+    device: torch.device
+    autocast: bool
+
+    def _of_both(self, measure: Callable[[Any], float]) -> float:
+        return Line(*(measure(model) for model in self.models)).at(self.layers)
+
+    def weights(self, *, trainable: bool = False) -> float:
+        """Bytes of all parameters, or of those that are trained."""
+        return self._of_both(
+            lambda m: sum(p.numel() * p.element_size() for p in m.parameters() if p.requires_grad or not trainable)
+        )
+
+    def layer_weights(self) -> float:
+        """Bytes of all layers' frozen weights: what 4-bit quantisation makes smaller."""
+        one, two = (
+            sum(p.numel() * p.element_size() for p in m.parameters() if not p.requires_grad) for m in self.models
+        )
+        return float(self.layers * (two - one))
+
+    def saved(self, shape: Shape) -> float:
+        """Bytes that a forward keeps for its backward, and the gradient of its logits."""
+        part, share = self._part(shape)
+        kept = self._of_both(lambda model: self._saved(model, part))
+        if self.models[0].is_activation_checkpointing:  # one layer's are there again while it is recomputed
+            plain = [copy.deepcopy(model) for model in self.models]
+            for model in plain:
+                model.gradient_checkpointing_disable()
+            line = Line(*(self._saved(model, part) for model in plain))
+            kept += line.two - line.one
+        return kept * share
+
+    def seconds(self, shape: Shape, *, training: bool) -> float:
+        """Of a forward, with its backward where it trains."""
+        part, share = self._part(shape)
+
+        def once(model: Any) -> None:
+            with nullcontext() if training else torch.no_grad():
+                loss = self._loss(model, part)
+            if training:
+                loss.backward()
+                model.zero_grad()
+
+        return share * self._of_both(lambda model: self._timed(lambda: once(model)))
+
+    def seconds_of_update(self) -> float:
+        """Of one AdamW step."""
+
+        def measure(model: Any) -> float:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+            for p in trained:
+                p.grad = torch.zeros_like(p)
+            found = self._timed(optimizer.step)
+            model.zero_grad()
+            return found
+
+        return self._of_both(measure)
+
+    def seconds_of_sampling(self, rows: int, prompt: int, answer: int) -> float:
+        """Of sampling an answer of full length to each of so many prompts at once."""
+        part, share = self._part(Shape(rows, prompt + answer, 1))
+
+        def measure(model: Any) -> float:
+            ids = torch.randint(0, model.config.vocab_size, (part.rows, prompt), device=self.device)
+
+            def sample(tokens: int) -> None:
+                model.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
+                    min_new_tokens=tokens, max_new_tokens=tokens,
+                )  # fmt: skip
+
+            with torch.no_grad(), self._precision():
+                short, long = (self._timed(partial(sample, tokens)) for tokens in (SHORT, LONG))
+            return short + (answer - SHORT) * max(0.0, long - short) / (LONG - SHORT)
+
+        return share * self._of_both(measure)
+
+    def _part(self, shape: Shape) -> tuple[Shape, float]:
+        """As many rows as a slow machine can time, and what their cost is to be multiplied with."""
+        if self.device.type != "cpu":
+            return shape, 1.0
+        weights = sum(p.numel() for p in self.models[1].parameters())
+        rows = min(shape.rows, max(1, int(FLOPS_ON_CPU / (6 * weights * shape.length))))
+        return Shape(rows, shape.length, shape.answer), shape.rows / rows
+
+    def _precision(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+    def _loss(self, model: Any, shape: Shape) -> Tensor:
+        ids = torch.randint(0, model.config.vocab_size, (shape.rows, shape.length), device=self.device)
+        keep = {"logits_to_keep": shape.answer} if shape.has_logits else {}
+        with self._precision():
+            found = model(input_ids=ids, attention_mask=torch.ones_like(ids), **keep)
+            if not shape.has_logits:
+                return found.last_hidden_state.float().sum()
+            return nn.functional.cross_entropy(found.logits.flatten(0, 1).float(), ids[:, -shape.answer :].flatten())
+
+    def _saved(self, model: Any, shape: Shape) -> float:
+        """Bytes of the distinct tensors kept by the graph, parameters left out."""
+        ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        seen: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in ours:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self._loss(model, shape)
+        del loss
+        return sum(seen.values()) + (4.0 * shape.rows * shape.answer * model.config.vocab_size)
+
+    def _timed(self, work: Callable[[], Any]) -> float:
+        work()
+        found = []
+        for _ in range(REPETITIONS):
+            self._wait()
+            begin = time.perf_counter()
+            work()
+            self._wait()
+            found.append(time.perf_counter() - begin)
+        return statistics.median(found)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def slices(
+    config: PretrainedConfig,
+    *,
+    has_logits: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+    adapter: LoraConfig | None = None,
+    checkpointing: bool = False,
+) -> Slices:
+    """Build the two models of a configuration.
+
+    Args:
+        config: of the whole model; nothing is loaded.
+        has_logits: a policy; otherwise the decoder or encoder below a scalar head.
+        adapter: LoRA settings, where only an adapter is trained.
+        checkpointing: gradient checkpointing.
+    """
+    text = config.get_text_config()
+    made = []
+    for layers in (1, 2):
+        shallow = copy.deepcopy(text)
+        shallow.num_hidden_layers = layers
+        if getattr(shallow, "layer_types", None):
+            shallow.layer_types = shallow.layer_types[:layers]
+        auto: Any = AutoModelForCausalLM if has_logits else AutoModel
+        model: PreTrainedModel | PeftModel = auto.from_config(shallow, dtype=dtype).to(device)
+        if adapter is not None:
+            model = get_peft_model(model, _for(adapter, has_logits=has_logits))
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        made.append(model)
+    gc.collect()
+    return Slices((made[0], made[1]), text.num_hidden_layers, device, autocast)
+
+
+def _for(adapter: LoraConfig, *, has_logits: bool) -> LoraConfig:
+    """LoRA settings of a whole model, or of the part below a head."""
+    found = copy.deepcopy(adapter)
+    found.task_type = TaskType.CAUSAL_LM if has_logits else None
+    return found

@@ -1,0 +1,87 @@
+"""Straight lines through one and two layers: what they say of deeper models is what those are."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from rlhf.models.slices import Shape, Slices, slices
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 120,
+    "max_position_embeddings": 64,
+}
+SHAPE = Shape(rows=3, length=20, answer=8)
+LORA = LoraConfig(r=4, target_modules="all-linear")
+
+
+def whole(config: Any) -> Slices:
+    """The same measurements on the model itself, in place of both slices."""
+    model: Any = AutoModelForCausalLM.from_config(config).train()
+    return Slices((model, model), 1, CPU, autocast=False)
+
+
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(num_hidden_layers=5, **SIZES), Qwen3Config(num_hidden_layers=5, **SIZES)]
+)
+def test_weights_and_activations_are_those_of_the_whole_model(config: Any) -> None:
+    found, true = slices(config, has_logits=True, device=CPU), whole(config)
+    assert found.weights() == true.weights() == 4 * sum(p.numel() for p in true.models[0].parameters())
+    assert found.weights(trainable=True) == found.weights()
+    assert found.saved(SHAPE) == true.saved(SHAPE)
+
+
+def test_with_lora_only_the_adapter_is_trained() -> None:
+    found = slices(LlamaConfig(num_hidden_layers=6, **SIZES), has_logits=True, device=CPU, adapter=LORA)
+    # Of each layer: q, k, v, o (32 + 32), gate, up (32 + 64) and down (64 + 32), times the rank.
+    assert found.weights(trainable=True) == 4 * 6 * 4 * (4 * 64 + 3 * 96)
+    assert found.layer_weights() == 4 * 6 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
+
+
+def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
+    shape = Shape(rows=3, length=20, answer=0)  # without logits, so that layers are all there is
+    config = LlamaConfig(num_hidden_layers=8, **SIZES)
+    plain = slices(config, has_logits=False, device=CPU)
+    saving = slices(config, has_logits=False, device=CPU, checkpointing=True)
+    layer = plain._saved(plain.models[1], shape) - plain._saved(plain.models[0], shape)
+    inputs = 4 * 3 * 20 * 32
+    assert plain.saved(shape) - saving.saved(shape) == pytest.approx(7 * layer - 8 * inputs, rel=0.1)
+
+
+def test_a_slow_machine_times_a_part_of_the_batch_and_counts_the_rest() -> None:
+    found = slices(LlamaConfig(num_hidden_layers=2, **SIZES), has_logits=True, device=CPU)
+    part, share = found._part(Shape(rows=10**6, length=20, answer=8))
+    assert part.rows * share == pytest.approx(10**6)
+    assert part.rows < 10**6
+    assert found._part(SHAPE) == (SHAPE, 1.0)
+
+
+def test_sampling_takes_a_forward_a_token_and_training_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With forwards for seconds, in place of a clock."""
+    found = slices(LlamaConfig(num_hidden_layers=4, **SIZES), has_logits=True, device=CPU)
+    calls: list[int] = []
+    for model in found.models:
+        model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def count(work: Any) -> float:
+        calls.clear()
+        work()
+        return float(len(calls))
+
+    monkeypatch.setattr(Slices, "_timed", lambda _, work: count(work))
+    assert found.seconds_of_sampling(2, prompt=5, answer=40) == 40
+    assert found.seconds(SHAPE, training=True) == found.seconds(SHAPE, training=False) == 1
+    assert found.seconds_of_update() == 0
+
+
+def test_a_clock_measures_both() -> None:
+    found = slices(LlamaConfig(num_hidden_layers=4, **SIZES), has_logits=True, device=CPU)
+    assert found.seconds(SHAPE, training=False) > 0
+    assert found.seconds_of_update() > 0
