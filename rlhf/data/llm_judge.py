@@ -2,15 +2,14 @@
 
 import os
 import re
-from typing import Any
 
 import requests
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from rlhf.data.http import post_json
 from rlhf.data.labels import Question
 from rlhf.errors import TrainingError, UserError
 
-ATTEMPTS, FIRST_WAIT, LONGEST_WAIT, TIMEOUT = 5, 1.0, 30.0, 120.0
+TIMEOUT = 120.0  # seconds a try: a judge thinks
 ASK = """Two assistants answered the same request. Judge which answer is better: correct, complete, safe, and no longer than \
 it needs to be. The order of the answers says nothing about them.
 
@@ -74,16 +73,10 @@ class LanguageModelJudge:
         prompt = "\n\n".join(message["content"] for message in question.prompt)
         content = ASK.format(prompt=prompt, first=first, second=second)
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        tries = Retrying(
-            retry=retry_if_exception_type((requests.ConnectionError, requests.Timeout, _Busy)),
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential(FIRST_WAIT, max=LONGEST_WAIT),
-            reraise=True,
-        )
         try:
-            reply = tries(self._post, body)
+            reply = post_json(self.url, body, timeout=TIMEOUT, headers=self._headers)
             text = str(reply["choices"][0]["message"]["content"])
-        except (requests.RequestException, _Busy, KeyError, IndexError, TypeError) as error:
+        except (requests.RequestException, KeyError, IndexError, TypeError) as error:
             raise TrainingError(
                 f"The judge at {self.url} gave no answer ({type(error).__name__}: {error}); what it said so far is kept, and "
                 "the same command goes on."
@@ -94,14 +87,3 @@ class LanguageModelJudge:
             self.unreadable += 1
             return None
         return ANSWERS[found[-1]]
-
-    def _post(self, body: dict[str, Any]) -> Any:
-        response = requests.post(self.url, json=body, headers=self._headers, timeout=TIMEOUT)
-        if response.status_code >= 500 or response.status_code == 429:
-            raise _Busy(f"status {response.status_code}")
-        response.raise_for_status()
-        return response.json()
-
-
-class _Busy(Exception):
-    """A status that may be another one in a moment."""

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import requests
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from rlhf.data.http import ATTEMPTS, post_json
 from rlhf.errors import TrainingError
 from rlhf.models.text import Prompt, plain
-
-ATTEMPTS, FIRST_WAIT, LONGEST_WAIT = 4, 0.5, 8.0
 
 
 class RemoteReward:
@@ -40,15 +38,9 @@ class RemoteReward:
             "prompts": readable,
         }
         body["responses"] = answers
-        tries = Retrying(
-            retry=retry_if_exception_type((requests.ConnectionError, requests.Timeout, _ServerBusy)),
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential(FIRST_WAIT, max=LONGEST_WAIT),
-            reraise=True,
-        )
         try:
-            reply = tries(self._post, body)
-        except (requests.RequestException, _ServerBusy) as error:
+            reply = post_json(self.url, body, timeout=self.timeout)
+        except requests.RequestException as error:
             raise TrainingError(
                 f"The reward server {self.url} did not answer {ATTEMPTS} times ({type(error).__name__}: {error}); nothing was "
                 "updated. Start it, and the same command goes on from the last checkpoint."
@@ -60,14 +52,3 @@ class RemoteReward:
                 f"{len(answers)} answers; nothing was updated."
             )
         return [float("nan") if x is None else float(x) for x in rewards]
-
-    def _post(self, body: dict[str, Any]) -> Any:
-        response = requests.post(self.url, json=body, timeout=self.timeout)
-        if response.status_code >= 500 or response.status_code == 429:
-            raise _ServerBusy(f"status {response.status_code}")
-        response.raise_for_status()
-        return response.json()
-
-
-class _ServerBusy(Exception):
-    """A status that may be another one in a moment."""

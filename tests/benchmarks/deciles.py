@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t
-from worlds import Rows, differences, fitted, in_true_order, is_wrong, planted, reward_settings, world
+from worlds import Rows, differences, fitted, in_true_order, interval, is_wrong, planted, reward_settings, world
 
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
@@ -77,11 +76,9 @@ def main() -> None:
     result: dict[str, Any] = {"paper": PAPER}
     for variant, values in tables.items():
         array = np.array(values)  # [seeds, deciles, 3]
-        spread = array[:, :, 0].std(axis=0, ddof=1) if len(seeds) > 1 else np.zeros(10)
-        half = spread * (t.ppf(0.975, len(seeds) - 1) if len(seeds) > 1 else 0) / len(seeds) ** 0.5
         mean = array.mean(axis=0)
         result[variant] = {
-            "accuracy": [[m, m - h, m + h] for m, h in zip(mean[:, 0].tolist(), half.tolist(), strict=True)],
+            "accuracy": [interval(column) for column in array[:, :, 0].T.tolist()],
             "wrong": mean[:, 1].tolist(),
             "strength": mean[:, 2].tolist(),
         }

@@ -172,7 +172,8 @@ def paired(table: dict[tuple[int, str], Any], seeds: list[int]) -> list[dict[str
     return draws
 
 
-def interval(values: list[float]) -> list[float]:
+def percentiles(values: list[float]) -> list[float]:
+    """The middle 95 % of bootstrap draws."""
     return np.percentile(values, [2.5, 97.5]).tolist()
 
 
@@ -214,11 +215,11 @@ def main() -> None:
     votes = [r for (_, v), r in results.items() if v == DEFAULT]
     found: dict[str, Any] = {
         "default": DEFAULT,
-        "accuracy": {v: [mean[v], *interval([d[v] for d in draws])] for v in variants},
+        "accuracy": {v: [mean[v], *percentiles([d[v] for d in draws])] for v in variants},
         "gap_closed": {v: (mean[v] - mean["bt"]) / gap for v in variants},
-        "gap_closed_ci": {v: interval([(d[v] - d["bt"]) / (d["clean"] - d["bt"]) for d in draws]) for v in variants},
+        "gap_closed_ci": {v: percentiles([(d[v] - d["bt"]) / (d["clean"] - d["bt"]) for d in draws]) for v in variants},
         "above": {
-            v: [mean[DEFAULT] - mean[v], *interval([d[DEFAULT] - d[v] for d in draws])]
+            v: [mean[DEFAULT] - mean[v], *percentiles([d[DEFAULT] - d[v] for d in draws])]
             for v in variants
             if DEFAULT in variants and v not in (DEFAULT, "clean")
         },
@@ -231,7 +232,7 @@ def main() -> None:
     if extra:
         # Bradley-Terry where no label is wrong is `clean`.
         found["no_noise_cost"] = mean["clean"] - mean["no_noise_default"]
-        found["no_noise_cost_ci"] = interval([d["clean"] - d["no_noise_default"] for d in draws])
+        found["no_noise_cost_ci"] = percentiles([d["clean"] - d["no_noise_default"] for d in draws])
     arguments.json.write_text(json.dumps(found, indent=1))
 
     # 3. The table.

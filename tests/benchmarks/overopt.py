@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.optimize import least_squares
-from shift import interval, lived_in, read
+from shift import lived_in, read
 from transformers import AutoModelForCausalLM, set_seed
-from worlds import fitted, ppo_curve
+from worlds import fitted, interval, ppo_curve
 
 from rlhf import RewardModel, load_reward_model
 from rlhf.evaluation.statistics import best_of_n_kl, best_of_n_values

@@ -16,14 +16,13 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from worlds import interval
 
 ROOT = Path(__file__).parents[2]
 LABELS, ROUNDS, EPISODES = 1500, 4, 3072
@@ -116,15 +115,6 @@ def run(variant: str, seed: int, folder: Path, *, quick: bool) -> dict[str, Any]
     gaps = " ".join(f"{entry['policy']['gold_gap_closed']:.2f}" for entry in found["rounds"])
     print(f"{variant} {seed}: gap closed by round {gaps} ({time.monotonic() - begin:.0f} s)", flush=True)
     return found
-
-
-def interval(values: list[float]) -> list[float]:
-    """Mean and its 95 % t-interval over seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return [mean, float("nan"), float("nan")]
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return [mean, mean - half, mean + half]
 
 
 def main() -> None:

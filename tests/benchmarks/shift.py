@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from scipy.stats import t, ttest_1samp
+from scipy.stats import ttest_1samp
 from transformers import AutoModelForCausalLM, set_seed
 from trl import RewardConfig
-from worlds import RECIPE, Rows, decided, differences, in_true_order, reward_settings
+from worlds import RECIPE, Rows, decided, differences, in_true_order, interval, reward_settings
 
 from rlhf import ContrastiveRewardTrainer, MetaRewardTrainer, PairRewardTrainer
 from rlhf.lab.world import HELD_OUT_DANGEROUS, HELD_OUT_HARMLESS, all_prompts, gold, parse_request
@@ -231,15 +231,6 @@ def measured(folder: Path, seed: int, method: str, *, quick: bool) -> dict[str, 
         print(f"seed {seed} {name:22s} " + " ".join(f"{k} {v:.3f}" for k, v in result.items()), flush=True)
     file.write_text(json.dumps(found))
     return found
-
-
-def interval(values: list[float]) -> list[float]:
-    """Mean and 95 % by t over seeds."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return [mean, float("nan"), float("nan")]
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return [mean, mean - half, mean + half]
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from shift import METHODS, experts, interval, prepared, read, trained
-from worlds import ppo_curve
+from shift import METHODS, experts, prepared, read, trained
+from worlds import interval, ppo_curve
 
 from rlhf import load_reward_model
 from rlhf.pipeline.training import quiet_libraries

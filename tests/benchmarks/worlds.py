@@ -2,6 +2,7 @@
 
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
+from scipy.stats import t
 from torch import Tensor
 from transformers import AutoModelForCausalLM, set_seed
 from trl import RewardConfig
@@ -140,3 +142,12 @@ def differences(reward: RewardModel, rows: Rows) -> Tensor:
     prompts = [row["prompt"] for row in rows]
     sides = [reward.score(prompts, [row[side][0]["content"] for row in rows]) for side in ("chosen", "rejected")]
     return sides[0] - sides[1]
+
+
+def interval(values: list[float]) -> list[float]:
+    """Mean and its 95 % interval by t over seeds."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return [mean, float("nan"), float("nan")]
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return [mean, mean - half, mean + half]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from rlhf.data import llm_judge
+from rlhf.data import http
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import read_questions
 from rlhf.errors import TrainingError, UserError, Waiting
@@ -253,7 +253,7 @@ class Judge(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def judge_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(llm_judge, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(http, "FIRST_WAIT", 0.0)
     Judge.seen, Judge.dies_after = 0, None
     server = HTTPServer(("127.0.0.1", 0), Judge)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

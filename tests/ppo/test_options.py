@@ -14,12 +14,12 @@ import torch
 from datasets import Dataset
 
 from rlhf import PPOConfig, load_reward_model
+from rlhf.data import http
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import Completions
 from rlhf.objectives.ensemble import combined
 from rlhf.objectives.kl import adapted_kl_coef, kl_k2
 from rlhf.objectives.ppo import clipped_policy
-from rlhf.ppo import remote
 from rlhf.ppo.rewards import RewardSource, total_reward
 from rlhf.ppo.state import PPOState
 from tests.conftest import PROMPTS
@@ -247,8 +247,8 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
-    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(http, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(http, "LONGEST_WAIT", 0.01)
     Server.failures, Server.short, Server.seen = 0, False, []
     server = HTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
