@@ -56,11 +56,11 @@ def update(trainer: Any, rollout: Rollout) -> dict[str, float]:
             waits = nullcontext() if is_last else trainer.accelerator.no_sync(trainer.model_wrapped)
             with waits:
                 trainer.training_step(trainer.model_wrapped, batch, tokens)
-        trainer._count("grad_norm", trainer._clip_grad_norm(trainer.model_wrapped), 1)
+        trainer.meter.count("grad_norm", trainer._clip_grad_norm(trainer.model_wrapped), 1)
         trainer.optimizer.step()
         trainer.model.zero_grad()
         trainer.state.global_step += 1
-    metrics: dict[str, float] = trainer._take_metrics()
+    metrics: dict[str, float] = trainer.meter.take()
     return {**metrics, "episodes": trainer.episodes}
 
 

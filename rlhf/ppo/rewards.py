@@ -4,7 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from rlhf.errors import TrainingError
 from rlhf.models.generate import Completions
 from rlhf.models.text import Prompt
 from rlhf.objectives.ensemble import combined
+from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.remote import RemoteReward
 from rlhf.reward.model import RewardModel, load_reward_model
 
@@ -105,6 +106,75 @@ class RewardSource:
         for row, values in enumerate(answers):
             dense[row, : len(values)] = torch.as_tensor(values, dtype=torch.float)
         return dense
+
+
+class Scores(NamedTuple):
+    """What all sources say of some answers.
+
+    Attributes:
+        raw: [b] of the first source, in its own units.
+        total: [b] all sources as one, each normalised by its own scale.
+        per_token: [b, r] what sources said of single tokens, which is not in `total`; 0 elsewhere.
+    """
+
+    raw: Tensor
+    total: Tensor
+    per_token: Tensor
+
+
+class Rewards:
+    """All sources of rewards as one.
+
+    Args:
+        sources: one or more.
+        args: `normalize_reward`, `reward_weights`, `reward_ensemble` and its strength are read.
+    """
+
+    def __init__(self, sources: list[RewardSource], args: PPOConfig):
+        self.sources, self.args = sources, args
+        self.weights = args.reward_weights or [1.0] * len(sources)
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Mean and deviation of the first source, where scores are normalised."""
+        return self._scale(self.sources[0])
+
+    def _scale(self, source: RewardSource) -> tuple[float, float]:
+        return source.scale if self.args.normalize_reward else (0.0, 1.0)
+
+    def to(self, device: torch.device) -> None:
+        """Move what has weights."""
+        for source in self.sources:
+            if hasattr(source.function, "model"):
+                source.function.model.to(device)
+
+    def __call__(self, rows: Sequence[dict[str, Any]], completions: Completions) -> Scores:
+        """Score the answers to rows with a `prompt` and any other columns.
+
+        Raises:
+            TrainingError: a source fails, or rewards single tokens as the member of an ensemble.
+        """
+        prompts = [row["prompt"] for row in rows]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        device = completions.response_ids.device
+        per_token = torch.zeros(completions.response_mask.shape, device=device)
+        raws, normalized = [], []
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            raw, dense = source(prompts, completions, columns)
+            raws.append(raw.to(device))
+            if dense is not None and self.args.reward_ensemble is not None:
+                raise TrainingError(
+                    f"ppo: {source.name!r} rewards single tokens, which can't be a member of an ensemble."
+                )
+            mean, std = self._scale(source)
+            whole = raws[-1] if dense is None else torch.zeros_like(raws[-1])
+            normalized.append((whole - mean) / std)
+            if dense is not None:
+                per_token += weight * dense.to(device)
+        total = total_reward(
+            normalized, self.weights, ensemble=self.args.reward_ensemble, strength=self.args.reward_ensemble_strength
+        )
+        return Scores(raws[0], total, per_token)
 
 
 def is_server(name: str) -> bool:

@@ -49,13 +49,13 @@ from rlhf.objectives.ppo import (
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
 from rlhf.ppo.checkpoint import read_checkpoint, write_checkpoint
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.meter import Meter
 from rlhf.ppo.ptx import Demonstrations, demonstration_loss
-from rlhf.ppo.rewards import RewardFunction, total_reward
+from rlhf.ppo.rewards import RewardFunction, Rewards
 from rlhf.ppo.rollout import (
     Experience,
     Rollout,
     Sample,
-    distinct_pairs,
     hash_seed,
     prompt_indices,
     used_columns,
@@ -157,11 +157,11 @@ class PPOTrainer(BaseTrainer):
 
         # 3. Rewards and critic.
         self.monitors = dict(monitor_funcs or {})
-        self.reward_sources, critic = rewards_and_critic(
+        sources, critic = rewards_and_critic(
             model, reward_funcs, reward_processing_classes, critic, processing_class, args
         )
-        self.reward_weights = args.reward_weights or [1.0] * len(self.reward_sources)
-        mean, std = self.reward_sources[0].scale if args.normalize_reward else (0.0, 1.0)
+        self.rewards = Rewards(sources, args)
+        mean, std = self.rewards.scale
         container = PolicyAndCritic(model, critic, value_mean=mean, value_std=std)
         if args.disable_dropout:
             for part in (container, self.reference.model):
@@ -204,13 +204,11 @@ class PPOTrainer(BaseTrainer):
         if args.use_vllm:
             self.vllm = VllmSampler(container.policy, self.accelerator, processing_class, args)
         self.reference.model.to(self.accelerator.device)
-        for source in self.reward_sources:
-            if hasattr(source.function, "model"):
-                source.function.model.to(self.accelerator.device)
+        self.rewards.to(self.accelerator.device)
 
         # 5. What is counted between two logs, and every process's own random numbers.
         self.progress = PPOState(kl_coef=args.kl_coef)
-        self._sums: dict[str, list[float]] = {}
+        self.meter = Meter(self.accelerator)
         self.latest_samples: list[Sample] = []
         self.stopped: str | None = None  # why training ended before its time
         set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)
@@ -256,7 +254,7 @@ class PPOTrainer(BaseTrainer):
         repeated = [row for row in rows for _ in range(self.args.baseline_samples)]
         with self.reference.acting() as model:
             completions = self._generate(model, repeated)
-        return self.score(repeated, completions)[1].view(len(rows), -1).mean(dim=1)
+        return self.rewards(repeated, completions).total.view(len(rows), -1).mean(dim=1)
 
     @torch.no_grad()
     def experience(self, rows: Sequence[dict[str, Any]]) -> Experience:
@@ -268,7 +266,7 @@ class PPOTrainer(BaseTrainer):
         # 1. Sample answers and score them; text crosses to the reward functions, never ids.
         prompts = [row["prompt"] for row in rows]
         completions = self.sample(rows)
-        raw, scores, dense = self.score(rows, completions)
+        raw, scores, dense = self.rewards(rows, completions)
         if self.args.baseline_samples > 0:
             scores = scores - self.baseline(rows)
 
@@ -289,35 +287,27 @@ class PPOTrainer(BaseTrainer):
         if completions.logprobs_sampler is not None:
             limit = self.args.vllm_importance_sampling_clip_max
             weights = truncated_importance(outputs.logprobs, completions.logprobs_sampler, limit=limit)
-            apart = (outputs.logprobs - completions.logprobs_sampler).abs()
-            self._count("sampler_difference", torch.where(mask.bool(), apart, 0.0).sum(), mask.sum())
+        seen = Experience(
+            input_ids, attention_mask, mask, scores, dense, completions.ended, kl, outputs, logprobs_reference, weights
+        )
 
         # 3. Numbers and samples for people.
         monitored = self.monitor(prompts, completions.texts)
+        clip, everywhere = self.args.reward_clip, torch.ones_like(completions.ended)
+        self.meter.count_experience(
+            seen,
+            completions,
+            raw=raw,
+            shaped=self.shaped(scores, completions.ended),
+            at_clip=None if clip is None else self.shaped(scores, everywhere).abs() >= clip,
+            longest_prompt=self.longest_prompt,
+            monitored=monitored,
+        )
         kl_sequence = torch.where(mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
-        self._count("reward_proxy", raw.sum(), len(rows))
-        self._count("reward", self.shaped(scores, completions.ended).sum(), len(rows))
-        self._count("kl", kl_sequence.sum(), len(rows))
-        k3 = kl_k3(outputs.logprobs, logprobs_reference)
-        self._count("kl_k3", torch.where(mask.bool(), k3, torch.zeros_like(k3)).sum(), len(rows))
-        self._count("nll_reference", -torch.where(mask.bool(), logprobs_reference, 0.0).sum(), mask.sum())
-        self._count("length", mask.sum(), len(rows))
-        if self.longest_prompt is not None:
-            self._count("prompts_cut", (completions.prompt_mask.sum(dim=1) >= self.longest_prompt).sum(), len(rows))
-        self._count("share_without_eos", (~completions.ended).sum(), len(rows))
-        self._count("distinct_2", *distinct_pairs(completions.response_ids, mask))
-        if self.args.reward_clip is not None:
-            at_clip = self.shaped(scores, torch.ones_like(completions.ended)).abs() >= self.args.reward_clip
-            self._count("clipped_rewards", at_clip.sum(), len(rows))
-        self._count("entropy", (outputs.entropy * mask).sum(), mask.sum())
-        for name, values in monitored.items():
-            self._count(f"reward_{name}", sum(values), len(values))
         gold: Sequence[float | None] = monitored.get("gold", [None] * len(rows))
         columns = (prompts, completions.texts, raw.tolist(), gold, kl_sequence.tolist(), completions.ended.tolist())
         self.latest_samples = [Sample(*values) for values in zip(*columns, strict=True)]
-        return Experience(
-            input_ids, attention_mask, mask, scores, dense, completions.ended, kl, outputs, logprobs_reference, weights
-        )
+        return seen
 
     def _or_all_stop(self, procedure: Callable[..., Any], *arguments: Any) -> Any:
         """What a procedure returns; where it fails on one process, all of them stop here instead of waiting for that one."""
@@ -357,7 +347,7 @@ class PPOTrainer(BaseTrainer):
         advantages, returns = generalized_advantage(rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
         returns_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns, mask)))[1]
         residual_variance = mean_and_variance(self._sum_over_processes(masked_sums(returns - values, mask)))[1]
-        self._count("explained_variance", explained_variance(returns_variance, residual_variance), 1)
+        self.meter.count("explained_variance", explained_variance(returns_variance, residual_variance), 1)
         if self.args.whiten_advantages:
             mean, variance = mean_and_variance(self._sum_over_processes(masked_sums(advantages, mask)))
             advantages = whiten(advantages, mask, mean=mean, variance=variance)
@@ -373,34 +363,6 @@ class PPOTrainer(BaseTrainer):
             returns,
             seen.sampler_weights,
         )
-
-    def score(self, rows: Sequence[dict[str, Any]], completions: Completions) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw score of the first source [b]; all sources as one [b], each normalised by its own scale; and [b, r], what sources
-        said of single tokens, which is not in the second."""
-        prompts = [row["prompt"] for row in rows]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-        device = completions.response_ids.device
-        per_source, raw_first = [], None
-        per_token = torch.zeros(completions.response_mask.shape, device=device)
-        for source, weight in zip(self.reward_sources, self.reward_weights, strict=True):
-            raw, dense = source(prompts, completions, columns)
-            raw = raw.to(device)
-            raw_first = raw if raw_first is None else raw_first
-            mean, std = source.scale if self.args.normalize_reward else (0.0, 1.0)
-            if dense is not None and self.args.reward_ensemble is not None:
-                raise TrainingError(
-                    f"ppo: {source.name!r} rewards single tokens, which can't be a member of an ensemble."
-                )
-            if dense is not None:
-                per_token += weight * dense.to(device)
-                raw = torch.zeros_like(raw)
-            per_source.append((raw - mean) / std)
-        assert raw_first is not None
-        args = self.args
-        total = total_reward(
-            per_source, self.reward_weights, ensemble=args.reward_ensemble, strength=args.reward_ensemble_strength
-        )
-        return raw_first, total, per_token
 
     def shaped(self, scores: Tensor, ended: Tensor) -> Tensor:
         """Scores as they are optimised, [b]: normalised by their history where asked for, clipped, end penalty applied."""
@@ -426,7 +388,7 @@ class PPOTrainer(BaseTrainer):
         args, mask = self.args, seen.response_mask
         count, kl, _ = self._moments(torch.where(mask.bool(), seen.kl, torch.zeros_like(seen.kl)).sum(dim=1))
         self.progress.episodes += int(count)
-        self._count("kl_coef", self.progress.kl_coef, 1)
+        self.meter.count("kl_coef", self.progress.kl_coef, 1)
         if args.kl_target is not None:
             self.progress.adapt(kl, target=args.kl_target, horizon=args.kl_horizon, episodes=int(count))
         if args.kl_limit is not None and kl > args.kl_limit:
@@ -514,7 +476,7 @@ class PPOTrainer(BaseTrainer):
                 outputs.values, inputs["values_old"], inputs["returns"], cliprange=args.cliprange_value
             )
             losses = losses + value_losses
-            self._count("value_loss", torch.where(mask.bool(), value_losses.detach(), 0.0).sum(), mask.sum())
+            self.meter.count("value_loss", torch.where(mask.bool(), value_losses.detach(), 0.0).sum(), mask.sum())
         losses = torch.where(mask.bool(), losses, torch.zeros_like(losses))
         share = self.accelerator.num_processes / num_items_in_batch
         loss = losses.sum() * share
@@ -523,7 +485,7 @@ class PPOTrainer(BaseTrainer):
             ids, is_completion = self.demonstrations.draw(len(mask), mask.device)
             policy = self.accelerator.unwrap_model(model).policy
             demonstrated = demonstration_loss(policy, ids, is_completion)
-            self._count("ptx_loss", demonstrated.detach(), 1)
+            self.meter.count("ptx_loss", demonstrated.detach(), 1)
             loss = loss + args.ptx_coef * demonstrated * mask.sum() * share
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -541,12 +503,12 @@ class PPOTrainer(BaseTrainer):
         with torch.no_grad():
             keep = mask.to(losses.dtype)
             log_ratio, tokens = (logprobs - logprobs_old) * keep, keep.sum()
-            self._count("policy_loss", (losses * keep).sum(), tokens)
-            self._count("approx_kl", 0.5 * (log_ratio**2).sum(), tokens)
+            self.meter.count("policy_loss", (losses * keep).sum(), tokens)
+            self.meter.count("approx_kl", 0.5 * (log_ratio**2).sum(), tokens)
             clipped = clipped_share(logprobs, logprobs_old, cliprange=args.cliprange)
-            self._count("clip_fraction", (clipped * keep).sum(), tokens)
+            self.meter.count("clip_fraction", (clipped * keep).sum(), tokens)
             if self.state.global_step % args.steps_per_rollout == 0:
-                self._count("ratio_first", (log_ratio.exp() * keep).sum(), tokens)
+                self.meter.count("ratio_first", (log_ratio.exp() * keep).sum(), tokens)
         if args.kl_estimator != "k1":
             penalty = (kl_k2 if args.kl_estimator == "k2" else kl_k3)(logprobs, inputs["logprobs_reference"])
             losses = losses + self.progress.kl_coef * penalty
@@ -576,7 +538,7 @@ class PPOTrainer(BaseTrainer):
         norms = [
             self.accelerator.clip_grad_norm_(container.role_parameters(role), self.args.max_grad_norm) for role in ROLES
         ]
-        self._count("grad_norm_critic", norms[1], 1)
+        self.meter.count("grad_norm_critic", norms[1], 1)
         return norms[0]
 
     # ---- Logging and evaluation ----
@@ -584,25 +546,10 @@ class PPOTrainer(BaseTrainer):
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
-    def _count(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] += float(total)
-        entry[1] += float(count)
-
-    def _take_metrics(self) -> dict[str, float]:
-        """Means of everything counted since the last log, over all processes."""
-        names = sorted(self._sums)
-        table = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.accelerator.device)
-        self._sums.clear()
-        if not names:
-            return {}
-        table = self._sum_over_processes(table)
-        return {name: (row[0] / row[1]).item() for name, row in zip(names, table, strict=True) if row[1] > 0}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was counted since the last log."""
         if "loss" in logs:
-            logs = {**logs, "episodes": self.episodes, **self._take_metrics()}
+            logs = {**logs, "episodes": self.episodes, **self.meter.take()}
             for sentence in self.progress.health.look(logs):  # the same on every process
                 if self.args.stop_when_unhealthy:
                     self.stopped = self.stopped or sentence
@@ -631,8 +578,8 @@ class PPOTrainer(BaseTrainer):
             raise UserError(
                 f"ppo: {len(dataset)} evaluation prompts for {self.accelerator.num_processes} processes; give one to each."
             )
-        kept_sums, kept_samples = self._sums, self.latest_samples
-        self._sums = {}
+        kept_meter, kept_samples = self.meter, self.latest_samples
+        self.meter = Meter(self.accelerator)
         rank, world, size = (
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -641,8 +588,8 @@ class PPOTrainer(BaseTrainer):
         mine = list(range(len(dataset)))[rank::world]
         for start in range(0, len(mine), size):
             self.experience(dataset.select(mine[start : start + size]).to_list())
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take_metrics().items()}
-        self._sums, self.latest_samples = kept_sums, kept_samples
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.meter.take().items()}
+        self.meter, self.latest_samples = kept_meter, kept_samples
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -60,7 +60,7 @@ if trainer.accelerator.is_main_process:
 if expected_world == 2:
     rank, before = trainer.accelerator.process_index, [p.clone() for p in trainer.model.parameters()]
     bad = lambda prompts, **_: [float("nan") if rank == 1 else 0.0] * len(prompts)
-    trainer.reward_sources = [RewardSource(bad)]
+    trainer.rewards.sources = [RewardSource(bad)]
     try:
         trainer.update(trainer.rollout(trainer.prompts_of(1)))
     except TrainingError as error:

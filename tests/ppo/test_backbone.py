@@ -94,7 +94,7 @@ def test_shared_and_separate_roles_make_the_same_run(
             torch.testing.assert_close(parameter, weights[name], atol=2e-4, rtol=1e-3)
 
     def base_parameters(trainer: PPOTrainer) -> int:
-        modules = [container(trainer).policy, container(trainer).critic, trainer.reward_sources[0].function.model]  # type: ignore[union-attr]
+        modules = [container(trainer).policy, container(trainer).critic, trainer.rewards.sources[0].function.model]  # type: ignore[union-attr]
         return len({id(p) for m in modules for n, p in m.named_parameters() if "embed_tokens" in n})
 
     assert base_parameters(shared) == 1
@@ -133,7 +133,7 @@ def test_reward_on_the_backbone_scores_as_the_saved_model_does(
     sft_adapter: Path, reward_adapter: Path, tokenizer: Any, cpu_arguments: dict[str, Any]
 ) -> None:
     trainer = make(load_policy(sft_adapter, model_settings(LORA)), str(reward_adapter), tokenizer, cpu_arguments)
-    source: Any = trainer.reward_sources[0].function
+    source: Any = trainer.rewards.sources[0].function
     answers = ["yes", "no no", "apple pear plum", "please", "dog"]
     expected = load_reward_model(reward_adapter).score(PROMPTS[:5], answers)
     before = container(trainer).policy.training
