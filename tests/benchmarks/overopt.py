@@ -122,13 +122,14 @@ def main() -> None:
     parser.add_argument("--worlds", type=Path, help="shift.py's folder; default: beside FILE")
     parser.add_argument("--seeds", default="5,6,7,8,9")
     parser.add_argument("--variants", default=",".join(ENSEMBLES))
-    parser.add_argument("--quick", action="store_true", help="small worlds")
+    parser.add_argument("--quick", action="store_true", help="small worlds, short runs, the first seed")
     arguments = parser.parse_args()
     quiet_libraries()
     warnings.filterwarnings("ignore", message="ppo, rollout")  # what is worried about here is what is measured
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    seeds, variants = [int(x) for x in arguments.seeds.split(",")], arguments.variants.split(",")
+    seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
+    variants = arguments.variants.split(",")
     quick = "-quick" if arguments.quick else ""
     short = {"total_episodes": 1024} if arguments.quick else {}
     curves: dict[tuple[str, float], list[Any]] = {}

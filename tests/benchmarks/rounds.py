@@ -122,13 +122,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="5,6,7,8,9")
     parser.add_argument("--variants", default=",".join(REPORTED))
-    parser.add_argument("--quick", action="store_true", help="two rounds of nothing much: whether it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds of nothing much, the first seed: whether it runs"
+    )
     arguments = parser.parse_args()
     folder = arguments.json.with_suffix("")
     if arguments.quick:
         folder = folder.with_name(folder.name + "-quick")
     folder.mkdir(parents=True, exist_ok=True)
-    seeds, variants = [int(s) for s in arguments.seeds.split(",")], arguments.variants.split(",")
+    seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
+    variants = arguments.variants.split(",")
     found = {(v, s): run(v, s, folder, quick=arguments.quick) for s in seeds for v in variants}
 
     gap = {v: [found[v, s]["rounds"][-1]["policy"]["gold_gap_closed"] for s in seeds] for v in variants}

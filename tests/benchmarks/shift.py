@@ -90,7 +90,7 @@ def lived_in(out: Path, seed: int, *, quick: bool) -> Path:
     return out
 
 
-def prepared(out: Path, seed: int) -> dict[str, Any]:
+def prepared(out: Path, seed: int, *, quick: bool = False) -> dict[str, Any]:
     """Training pairs, the three test sets in true order, and unlabelled answers of the policy for MetaRM; kept on disk."""
     file = out / "shift.json"
     if file.is_file():
@@ -106,7 +106,8 @@ def prepared(out: Path, seed: int) -> dict[str, Any]:
         texts, ended = sample_texts(policy, tokenizer, repeated, batch_size=256, max_new_tokens=40)
         return [{"prompt": p, "completion": x, "ended": e} for p, x, e in zip(repeated, texts, ended, strict=True)]
 
-    sampled = answers([row["prompt"] for row in read(data / "test_prompts.jsonl")], 4)
+    count = META_PROMPTS // 10 if quick else META_PROMPTS
+    sampled = answers([row["prompt"] for row in read(data / "test_prompts.jsonl")[: count if quick else None]], 4)
     pairs = [
         {"prompt": a["prompt"]} | {side: [{"role": "assistant", "content": x["completion"]}] for side, x in sides}
         for start in range(0, len(sampled), 4)
@@ -121,8 +122,8 @@ def prepared(out: Path, seed: int) -> dict[str, Any]:
         "a": in_true_order(decided(read(data / "test_pairs.jsonl"))),
         "b": in_true_order(decided(pairs)),
         "c": in_true_order(decided(read(lab / "shift_test.jsonl"))),
-        "meta_b": answers([row["prompt"] for row in read(data / "prompts.jsonl")[:META_PROMPTS]], K),
-        "meta_c": answers([user(prompt) for prompt in unseen[:META_PROMPTS]], K),
+        "meta_b": answers([row["prompt"] for row in read(data / "prompts.jsonl")[:count]], K),
+        "meta_c": answers([user(prompt) for prompt in unseen[:count]], K),
         "gold": statistics.mean(gold([plain(r["prompt"]) for r in sampled], [r["completion"] for r in sampled])),
     }
     file.write_text(json.dumps(found))
@@ -212,7 +213,7 @@ def measured(folder: Path, seed: int, method: str, *, quick: bool) -> dict[str, 
     if file.is_file():
         return json.loads(file.read_text())
     out = lived_in(folder / f"world-{seed}{'-quick' if quick else ''}", seed, quick=quick)
-    sets, base = prepared(out, seed), out / "round-0/sft/model"
+    sets, base = prepared(out, seed, quick=quick), out / "round-0/sft/model"
     begin = time.monotonic()
     how = dict(METHODS[method])
     if how.pop("experts", False):
@@ -250,12 +251,12 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="say which method is best on b and on c")
     parser.add_argument("--method-b", help="the one chosen for b")
     parser.add_argument("--method-c", help="the one chosen for c")
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything, the first seed")
     arguments = parser.parse_args()
     quiet_libraries()
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
     variants = arguments.variants.split(",")
     table: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:
