@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf.models.text import Prompt, prompt_text
+
+STRETCH = 16  # tokens after which rows that have ended leave the batch
 
 
 @dataclass
@@ -73,7 +77,6 @@ def generate(
     prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, tokenizer.pad_token_id))
     end_ids = end_token_ids(model, tokenizer)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
         do_sample=True,
         temperature=temperature,
         top_k=0,
@@ -81,13 +84,41 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_ids,
         use_cache=True,
+        return_dict_in_generate=True,
     )
-    output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config)
-    response_ids = output[:, prompt_ids.shape[1] :]
+    response_ids = _sampled(model, prompt_ids, prompt_mask, config, max_new_tokens)
     response_mask, ended = mask_after_end(response_ids, end_ids)
     kept = [row[mask].tolist() for row, mask in zip(response_ids, response_mask.bool(), strict=True)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
+
+
+def _sampled(
+    model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, config: GenerationConfig, max_new_tokens: int
+) -> Tensor:
+    """Answers [b, r] of at most so many tokens, in stretches: between two, rows that have ended leave the batch and the cache."""
+    end_ids = torch.tensor(config.eos_token_id, device=prompt_ids.device)
+    found = torch.full((len(prompt_ids), max_new_tokens), config.pad_token_id, device=prompt_ids.device)
+    rows, ids, mask, cache = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask, None
+    done = 0
+    while done < max_new_tokens and len(rows) > 0:
+        config.max_new_tokens = min(STRETCH, max_new_tokens - done)
+        output: Any = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config
+        )
+        new = output.sequences[:, ids.shape[1] :]
+        found[rows, done : done + new.shape[1]] = new
+        done += new.shape[1]
+        runs = (~torch.isin(new, end_ids).any(dim=1)).nonzero().flatten()
+        cache = output.past_key_values
+        if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+            # Of fixed size, quantised, or with a linear state: nobody can leave, so all stay until the last has ended.
+            runs = torch.arange(len(rows) if len(runs) > 0 else 0, device=runs.device)
+        elif len(runs) < len(rows):
+            cache.batch_select_indices(runs)
+        rows, ids = rows[runs], output.sequences[runs]
+        mask = torch.cat([mask[runs], mask.new_ones(len(runs), new.shape[1])], dim=1)
+    return found[:, :done]
 
 
 def encode_prompts(

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MistralConfig,
+)
 
 from rlhf import load_reward_model
 from rlhf.errors import UserError
@@ -94,6 +100,41 @@ def test_generation_samples_the_whole_distribution_whatever_the_model_declares(
     entropy = torch.distributions.Categorical(logits=logits).entropy().item()
     distinct = len(set(completions.response_ids[:, 0].tolist()))
     assert distinct > 20, f"{distinct} tokens at an entropy of {entropy:.1f} nats"
+
+
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize("window", [None, 8])
+def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, window: int | None, stays: bool
+) -> None:
+    """At temperature 1e-4 sampling is greedy, so stretches must give what transformers gives in one go."""
+    config = AutoConfig.from_pretrained(base_folder)
+    if window is not None:
+        values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+        config = MistralConfig(**values, sliding_window=window)
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # a bias that makes answers end after different numbers of tokens
+        model.lm_head.weight[tokenizer.eos_token_id] *= 2.5
+    monkeypatch.setattr("rlhf.models.generate.STRETCH", 3)
+    if stays:
+        monkeypatch.setattr("rlhf.models.generate.DynamicLayer", None)
+        monkeypatch.setattr("rlhf.models.generate.DynamicSlidingWindowLayer", None)
+    sizes: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, named: sizes.append(named["input_ids"].shape[0]), with_kwargs=True
+    )
+    found = generate(model, tokenizer, PROMPTS[:24], max_new_tokens=20, temperature=1e-4)
+    lengths = found.response_mask.sum(dim=1)
+    assert len(set(lengths.tolist())) > 4, f"answers of lengths {lengths.tolist()} test nothing"
+    assert (sizes[-1] == 24) if stays else (sizes[-1] < 24)
+    expected = model.generate(
+        input_ids=found.prompt_ids, attention_mask=found.prompt_mask, do_sample=False, max_new_tokens=20,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )[:, found.prompt_ids.shape[1] :]  # fmt: skip
+    for ours, theirs, length in zip(found.response_ids, expected, lengths.tolist(), strict=True):
+        assert ours[:length].tolist() == theirs[:length].tolist()
+        assert length == 20 or theirs[length - 1] == tokenizer.eos_token_id
 
 
 def test_plain_prompts() -> None:
