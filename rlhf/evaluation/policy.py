@@ -65,11 +65,12 @@ def judge_policies(
     sft_scores = torch.tensor(sft_proxies).view(-1, per_prompt)
 
     # 2. The policy's answers, their scores and their distance from SFT.
-    answers, proxies, kls = [], [], []
+    answers, finished, proxies, kls = [], [], [], []
     for start in tqdm(range(0, len(prompts), batch_size), desc="evaluate: policy", disable=None):
         part = prompts[start : start + batch_size]
         completions = generate(policy, tokenizer, part, **arguments)
         answers += completions.texts
+        finished += completions.ended.tolist()
         proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
         kls += sequence_kl(policy, sft, completions).tolist()
 
@@ -115,6 +116,8 @@ def judge_policies(
             "prompt": texts[i],
             "sft": sft_texts[i * per_prompt],
             "policy": answers[i],
+            "ended_sft": sft_answers[i * per_prompt][1],
+            "ended_policy": finished[i],
             "proxy_sft": sft_proxies[i * per_prompt],
             "proxy_policy": proxies[i],
             "gold_sft": gold_sft[i],

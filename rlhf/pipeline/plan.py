@@ -66,7 +66,8 @@ def _round(
     """One round: labels, vote, reward model, PPO, judgement.
 
     Returns:
-        what the next round reads: `label`, `reward`, `policy`, and `judged`, the first round's judgement.
+        what the next round reads: `label`, `reward`, `policy`, and three judgements: `judged`, the first round's; `latest`, this
+        one's; `older`, that of the round before.
     """
     folder, how, rounds = f"round-{number}", recipe.reward, recipe.rounds
     own = {} if "sft" in start else {"backbone": recipe.backbone.model_dump(exclude_none=True)}
@@ -104,7 +105,8 @@ def _round(
     settings = how.model_dump() | own | sampling | gold
     if how.meta and not climbs:
         settings["meta_sha256"] = file_digest(Path(str(how.meta_samples)).expanduser())
-    read = {**pool, **votes, **(sample if climbs else {})}
+    looks_back: dict[str, Stage] = {role: before[role] for role in ("latest", "older") if role in before}
+    read = {**pool, **votes, **(sample if climbs else {}), **looks_back}
     reward = add("reward", f"{folder}/reward", settings, **start, **read)
     settings = recipe.ppo.model_dump() | own | gold
     if before and rounds.start == "previous":
@@ -114,7 +116,16 @@ def _round(
     settings = recipe.evaluate.model_dump() | own | sampling
     first = {"judged": before["judged"]} if before else {}  # whose answers of SFT are not sampled again
     judged = add("evaluate", f"{folder}/evaluate", settings, **start, reward=reward, policy=ppo, **first)
-    return {"reward": reward, "policy": ppo, "judged": first.get("judged", judged), **pool}
+    found: dict[str, Stage] = {
+        "reward": reward,
+        "policy": ppo,
+        "judged": first.get("judged", judged),
+        "latest": judged,
+        **pool,
+    }
+    if before:
+        found["older"] = before["latest"]
+    return found
 
 
 def _sampling(recipe: Recipe) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from trl import ModelConfig, RewardConfig
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import judge_pairs, pair_report
+from rlhf.evaluation.statistics import win_rate
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import build_reward_model, load_policy, load_tokenizer, score_head
 from rlhf.models.save import save_model
@@ -24,7 +25,7 @@ from rlhf.reward.contrastive import ContrastiveRewardTrainer
 from rlhf.reward.correct import Correction, attach_strength, corrected
 from rlhf.reward.experts import fit_gate, merge_experts, open_experts, save_experts
 from rlhf.reward.meta import MetaRewardTrainer, group_samples
-from rlhf.reward.model import calibrate_reward_model, position_limit
+from rlhf.reward.model import RewardModel, calibrate_reward_model, position_limit
 from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.trainer import PairRewardTrainer, training_columns
 
@@ -70,7 +71,26 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
         f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
     )
-    return {**facts, "flipped": flipped, "mean": reward.mean, "std": reward.std, **report}
+    facts |= {"flipped": flipped, "mean": reward.mean, "std": reward.std, **report}
+
+    # 4. What it says of the policy of the round before, which was made against another reward model.
+    return {**facts, "hindsight": _hindsight(context, reward) if "latest" in context.parents else None}
+
+
+def _hindsight(context: StageContext, reward: RewardModel) -> dict[str, Any]:
+    """How often the last policy's answer beats that of the policy before (SFT's, in round 2), by a reward model that has since seen
+    labels of such answers and that neither was optimised against."""
+    last = read_jsonl(context.parents["latest"] / "samples.jsonl")
+    prompts = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")[: len(last)]]
+    sides = [(last, "policy"), (last, "sft")]
+    if "older" in context.parents:
+        sides[1] = (read_jsonl(context.parents["older"] / "samples.jsonl"), "policy")
+    scores = [
+        reward.score(prompts, [row[who] for row in rows], ended=[row[f"ended_{who}"] for row in rows]).tolist()
+        for rows, who in sides
+    ]
+    rate, interval = win_rate(*scores)
+    return {"round": context.round - 1, "win_rate": rate, "win_rate_ci": interval}
 
 
 def training_pairs(context: StageContext) -> tuple[Rows, int | None]:

@@ -16,6 +16,7 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
     |---|---|
     | label | the reward model so far orders the policy's new answers worse than `min_fresh_accuracy`, by the interval's upper end |
     | vote | more labels are wrong than `max_noise`, by the interval's lower end |
+    | reward | no true reward is known, and this reward model finds the last policy worse than the one before (`hindsight`) |
     | evaluate | the true reward fell from the round before (paired on the same prompts, interval below 0); KL above `kl_limit` |
     """
     manifest = store.manifest(stage)
@@ -36,6 +37,14 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
                 f"{where}: stopped. The votes disagree with {facts['noise']['flip_rate']:.1%} of the labels (at least "
                 f"{facts['noise']['low']:.1%}), above rounds.max_noise={rounds.max_noise:g}: look at the labels (`rlhf audit`)."
             )
+        case "reward" if rounds.stop_when_worse and facts.get("hindsight") is not None:
+            found = facts["hindsight"]
+            if is_worse(found) and not _knows_gold(found["round"], stages, store):
+                return (
+                    f"{where}: stopped. By this round's reward model, which has seen labels of such answers, the policy of round "
+                    f"{found['round']} beats the one before it on {found['win_rate']:.1%} of the prompts only, at most "
+                    f"{found['win_rate_ci'][1]:.1%}; no true reward is known that says otherwise."
+                )
         case "evaluate":
             kl = facts["policy"]["kl"]
             if rounds.kl_limit is not None and kl > rounds.kl_limit:
@@ -50,6 +59,17 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
                     f"[{-high:.3f}, {-low:.3f}] from the round before."
                 )
     return None
+
+
+def is_worse(hindsight: dict[str, Any]) -> bool:
+    """Whether a later reward model finds a policy worse than the one before it, beyond chance."""
+    return bool(hindsight["win_rate_ci"][1] < 0.5)
+
+
+def _knows_gold(number: int, stages: Sequence[Stage], store: Store) -> bool:
+    judged = next(stage for stage in stages if stage.folder == f"round-{number}/evaluate")
+    manifest = store.manifest(judged)
+    return manifest is not None and manifest["facts"]["policy"]["gold"] is not None
 
 
 def change_since_last_round(stage: Stage, stages: Sequence[Stage], store: Store) -> dict[str, Any] | None:

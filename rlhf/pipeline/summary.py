@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rlhf.pipeline.stopping import change_since_last_round, win_tie_lose
+from rlhf.pipeline.stopping import change_since_last_round, is_worse, win_tie_lose
 from rlhf.pipeline.store import Stage, Store, write_text
 from rlhf.recipe.schema import Recipe
 
@@ -95,16 +95,19 @@ def _round(number: int, facts: dict[str, dict[str, Any]], stages: list[Stage], s
             "warnings": ppo.get("warnings"),
         },
         "change_in_gold": change,
+        "hindsight": facts.get(f"round-{number + 1}/reward", {}).get("hindsight"),
     }
 
 
 def _best(rounds: list[dict[str, Any]]) -> int | None:
-    """The round whose policy has the highest true reward; where none is known, the last one that was judged."""
+    """The round whose policy has the highest true reward; where none is known, the last one that the reward model after it does
+    not find worse than the one before."""
     judged = [entry for entry in rounds if entry["policy"]["proxy"] is not None]
     if not judged:
         return None
     known = [entry for entry in judged if entry["policy"]["gold"] is not None]
-    best = max(known, key=lambda entry: entry["policy"]["gold"]) if known else judged[-1]
+    not_worse = [entry for entry in judged if entry["hindsight"] is None or not is_worse(entry["hindsight"])]
+    best = max(known, key=lambda entry: entry["policy"]["gold"]) if known else (not_worse or judged)[-1]
     return int(best["round"])
 
 

@@ -35,7 +35,8 @@ def rounds_verdict(summary: dict[str, Any]) -> list[str]:
     sentences = [f"Of {len(rounds)} rounds, round {best} is the best by the true reward; RUN/best links to its policy."]
     if last_judged(summary)["policy"]["gold"] is None:
         sentences = [
-            f"{len(rounds)} rounds; RUN/best links to round {best}, the last that was judged: no true reward is known."
+            f"{len(rounds)} rounds; no true reward is known. RUN/best links to round {best}, the last whose policy no later reward "
+            "model finds worse than the one before."
         ]
     falls = [
         entry["round"]
@@ -71,6 +72,7 @@ def _table(rounds: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "from the round before": f"{change['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if change else "-",
                 "win / tie / lose": _shares(change) if change else "-",
                 "against SFT": _shares(policy),
+                "in hindsight": _number(entry.get("hindsight") or {}, "win_rate"),
                 "KL": _number(policy, "kl", ".1f"),
                 "words": _number(policy, "words", ".1f"),
                 "different": _number(policy, "different_answers"),

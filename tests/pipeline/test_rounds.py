@@ -18,8 +18,10 @@ from rlhf.pipeline import rounds
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stopping import change_since_last_round, reason_to_stop
 from rlhf.pipeline.store import Store
+from rlhf.pipeline.summary import _best
 from rlhf.recipe import Recipe, load_recipe
 from rlhf.recipe.schema import RoundsSection
+from rlhf.reward.model import load_reward_model
 from rlhf.serve.desk import export_to, import_from, open_book, progress_lines
 
 RECIPE = """
@@ -115,6 +117,17 @@ def test_two_rounds_are_as_the_recipe_says(finished: Path) -> None:
     win, tie, lose = second["policy"]["win_tie_lose"]
     assert second["policy"]["win_rate"] == pytest.approx(win + tie / 2)
     assert win + tie + lose == pytest.approx(1)
+    judge = load_reward_model(run / "round-2/reward/model")
+    answers = rows(run / "round-1/evaluate/samples.jsonl")
+    prompts = [row["prompt"] for row in rows(run / "round-0/data/data/test_prompts.jsonl")[: len(answers)]]
+    ours, theirs = (
+        judge.score(prompts, [row[who] for row in answers], ended=[row[f"ended_{who}"] for row in answers])
+        for who in ("policy", "sft")
+    )
+    expected = ((ours > theirs).float() + 0.5 * (ours == theirs).float()).mean().item()
+    assert first["hindsight"]["win_rate"] == pytest.approx(expected)
+    assert first["hindsight"]["round"] == 1
+    assert second["hindsight"] is None, "nobody has looked back at the last round"
     best = max(summary["rounds"], key=lambda entry: entry["policy"]["gold"])["round"]
     assert summary["best_round"] == best
     assert (run / "best").resolve() == (run / f"round-{best}/ppo/model").resolve()
@@ -349,6 +362,19 @@ def test_rules_stop_a_run_for_what_the_manifests_say(finished: Path, tmp_path: P
     known["facts"]["noise"] |= {"low": 0.3, "flip_rate": 0.35}
     manifest.write_text(json.dumps(known))
     assert "disagree with 35.0% of the labels (at least 30.0%)" in str(reason("round-2/vote", max_noise=0.2))
+    manifest = run / "round-2/reward/manifest.json"
+    known = json.loads(manifest.read_text())
+    known["facts"]["hindsight"] |= {"win_rate": 0.3, "win_rate_ci": [0.2, 0.4]}
+    manifest.write_text(json.dumps(known))
+    assert reason("round-2/reward") is None, "the true reward is known, and decides"
+    judged = run / "round-1/evaluate/manifest.json"
+    unknown = json.loads(judged.read_text())
+    gold = unknown["facts"]["policy"].pop("gold")
+    judged.write_text(json.dumps({**unknown, "facts": unknown["facts"] | {"policy": {"gold": None}}}))
+    assert "beats the one before it on 30.0% of the prompts only, at most 40.0%" in str(reason("round-2/reward"))
+    assert reason("round-2/reward", stop_when_worse=False) is None
+    unknown["facts"]["policy"]["gold"] = gold
+    judged.write_text(json.dumps(unknown))
     file = run / "round-2/evaluate/samples.jsonl"
     before = [row["gold_policy"] for row in rows(run / "round-1/evaluate/samples.jsonl")]
     worse = [{**row, "gold_policy": gold - 0.5} for row, gold in zip(rows(file), before, strict=True)]
@@ -357,6 +383,17 @@ def test_rules_stop_a_run_for_what_the_manifests_say(finished: Path, tmp_path: P
     change = change_since_last_round(by_folder["round-2/evaluate"], stages, store)
     assert change is not None
     assert change["difference"] == pytest.approx(-0.5)
+
+
+def test_without_a_true_reward_the_best_round_is_the_last_that_nobody_found_worse() -> None:
+    def entry(number: int, win_rate: float | None, proxy: float | None = 1.0) -> dict[str, Any]:
+        found = None if win_rate is None else {"win_rate_ci": [win_rate - 0.05, win_rate + 0.05]}
+        return {"round": number, "hindsight": found, "policy": {"proxy": proxy, "gold": None}}
+
+    assert _best([entry(1, 0.7), entry(2, 0.6), entry(3, None)]) == 3
+    assert _best([entry(1, 0.7), entry(2, 0.3), entry(3, None, proxy=None)]) == 1
+    assert _best([entry(1, 0.7), entry(2, 0.47), entry(3, None, proxy=None)]) == 2
+    assert _best([entry(1, 0.2), entry(2, None, proxy=None)]) == 1, "there is no other"
 
 
 def test_a_run_that_a_rule_stops_is_finished_and_says_why(finished: Path, tmp_path: Path) -> None:
