@@ -110,11 +110,13 @@ def _sampled(
         found[rows, done : done + new.shape[1]] = new
         done += new.shape[1]
         runs = (~torch.isin(new, end_ids).any(dim=1)).nonzero().flatten()
-        cache = output.past_key_values
-        if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        cache = output.past_key_values  # None where a model keeps its state elsewhere; it reads its rows again then
+        if cache is not None and not all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+        ):
             # Of fixed size, quantised, or with a linear state: nobody can leave, so all stay until the last has ended.
             runs = torch.arange(len(rows) if len(runs) > 0 else 0, device=runs.device)
-        elif len(runs) < len(rows):
+        elif cache is not None and len(runs) < len(rows):
             cache.batch_select_indices(runs)
         rows, ids = rows[runs], output.sequences[runs]
         mask = torch.cat([mask[runs], mask.new_ones(len(runs), new.shape[1])], dim=1)
