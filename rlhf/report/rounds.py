@@ -61,6 +61,7 @@ def _shares(section: dict[str, Any]) -> str:
 
 
 def _table(rounds: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row a round; a column of which nothing is known is left out. Hindsight is for runs without a true reward."""
     rows = []
     for entry in rounds:
         policy, labels, change = entry["policy"], entry["labels"], entry["change_in_gold"]
@@ -72,17 +73,29 @@ def _table(rounds: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "from the round before": f"{change['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if change else "-",
                 "win / tie / lose": _shares(change) if change else "-",
                 "against SFT": _shares(policy),
-                "in hindsight": _number(entry.get("hindsight") or {}, "win_rate"),
+                "in hindsight": "-"
+                if policy["gold"] is not None
+                else _number(entry.get("hindsight") or {}, "win_rate"),
                 "KL": _number(policy, "kl", ".1f"),
                 "words": _number(policy, "words", ".1f"),
                 "different": _number(policy, "different_answers"),
                 "new labels": "-" if labels["fresh"] is None else str(labels["fresh"]),
                 "wrong": "-" if labels["flip_rate"] is None else f"{labels['flip_rate']:.0%}",
-                "old reward model on them": _number(labels, "fresh_accuracy", ".3f"),
-                "new one, held out": _number(entry["reward"], "accuracy", ".3f"),
+                "reward model before, on them": _number(labels, "fresh_accuracy", ".3f"),
+                "reward model, held out": _number(entry["reward"], "accuracy", ".3f"),
             }
         )
-    return rows
+    return known_columns(rows)
+
+
+def known_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows without columns that are "-" in all of them.
+
+    >>> known_columns([{"a": "1", "b": "-", "c": "-"}, {"a": "2", "b": "3", "c": "-"}])
+    [{'a': '1', 'b': '-'}, {'a': '2', 'b': '3'}]
+    """
+    known = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    return [{name: row[name] for name in known} for row in rows]
 
 
 def _figures(rounds: list[dict[str, Any]], summary: dict[str, Any]) -> list[Figure]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.report.rounds import last_judged
+from rlhf.report.rounds import known_columns, last_judged
 
 
 def show_summary(out: Path, output: Console) -> None:
@@ -41,20 +41,27 @@ def show_summary(out: Path, output: Console) -> None:
 
 
 def _rounds_table(summary: dict[str, Any]) -> Table:
-    table = Table(title=f"{len(summary['rounds'])} rounds, the best is {summary['best_round']}")
-    headings = ("round", "labels", "reward accuracy", "true reward", "change", "KL", "win rate")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    rows = []
     for entry in summary["rounds"]:
-        change, policy = entry["change_in_gold"], entry["policy"]
-        said = f"{change['difference']:+.3f}" if change else "-"
-        fresh = entry["labels"]["fresh"]
-        table.add_row(
-            str(entry["round"]),
-            "-" if fresh is None else str(fresh),
-            _cell(entry["reward"], "accuracy"),
-            *(_cell(policy, "gold"), said, _cell(policy, "kl"), _cell(policy, "win_rate")),
+        change, policy, fresh = entry["change_in_gold"], entry["policy"], entry["labels"]["fresh"]
+        rows.append(
+            {
+                "round": str(entry["round"]),
+                "labels": "-" if fresh is None else str(fresh),
+                "reward accuracy": _cell(entry["reward"], "accuracy"),
+                "true reward": _cell(policy, "gold"),
+                "change": f"{change['difference']:+.3f}" if change else "-",
+                "in hindsight": "-" if policy["gold"] is not None else _cell(entry["hindsight"] or {}, "win_rate"),
+                "KL": _cell(policy, "kl"),
+                "win rate": _cell(policy, "win_rate"),
+            }
         )
+    rows = known_columns(rows)
+    table = Table(title=f"{len(summary['rounds'])} rounds, the best is {summary['best_round']}")
+    for heading in rows[0]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row.values())
     return table
 
 
