@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-FLOPS_ON_CPU = 1e11  # of one timed pass; larger batches are timed in part and scaled
+FLOPS_ON_CPU = 2e10  # of one timed pass of training; larger batches are timed in part and scaled
 REPETITIONS = 3
 SHORT, LONG = 4, 12  # tokens of two generations, whose difference is the cost of a step
 
@@ -130,7 +130,7 @@ class Slices:
 
     def seconds_of_sampling(self, rows: int, prompt: int, answer: int) -> float:
         """Of sampling an answer of full length to each of so many prompts at once."""
-        part, share = self._part(Shape(rows, prompt + answer, 1))
+        part, share = self._part(Shape(rows, prompt + answer, 1), flops=3 * FLOPS_ON_CPU)  # no backward
 
         def measure(model: Any) -> float:
             ids = torch.randint(0, model.config.vocab_size, (part.rows, prompt), device=self.device)
@@ -138,21 +138,23 @@ class Slices:
             def sample(tokens: int) -> None:
                 model.generate(
                     ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
-                    min_new_tokens=tokens, max_new_tokens=tokens,
+                    min_new_tokens=tokens, max_new_tokens=tokens, use_cache=True,  # a trained checkpoint may say otherwise
                 )  # fmt: skip
 
+            model.eval()
             with torch.no_grad(), self._precision():
                 short, long = (self._timed(partial(sample, tokens)) for tokens in (SHORT, LONG))
+            model.train()
             return short + (answer - SHORT) * max(0.0, long - short) / (LONG - SHORT)
 
         return share * self._of_both(measure)
 
-    def _part(self, shape: Shape) -> tuple[Shape, float]:
+    def _part(self, shape: Shape, *, flops: float = FLOPS_ON_CPU) -> tuple[Shape, float]:
         """As many rows as a slow machine can time, and what their cost is to be multiplied with."""
         if self.device.type != "cpu":
             return shape, 1.0
         weights = sum(p.numel() for p in self.models[1].parameters())
-        rows = min(shape.rows, max(1, int(FLOPS_ON_CPU / (6 * weights * shape.length))))
+        rows = min(shape.rows, max(1, int(flops / (6 * weights * shape.length))))
         return Shape(rows, shape.length, shape.answer), shape.rows / rows
 
     def _precision(self) -> Any:
