@@ -143,17 +143,26 @@ def sample_texts(
     max_prompt_length: int | None = None,
     label: str | None = None,
 ) -> tuple[list[str], list[bool]]:
-    """One answer a prompt at temperature 1, in batches: the texts, and whether each ended by itself. `label` shows progress."""
-    texts: list[str] = []
-    ended: list[bool] = []
+    """One answer a prompt at temperature 1: the texts, and whether each ended by itself, in the order of the prompts.
+
+    Batches hold prompts of like length, so that little is padding; the longest come first, so that what does not fit in memory
+    fails at once. `label` shows progress.
+    """
+    lengths = [len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)]
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
     for start in tqdm(range(0, len(prompts), batch_size), desc=label, disable=True if label is None else None):
-        part = prompts[start : start + batch_size]
+        part = order[start : start + batch_size]
         completions = generate(
-            model, tokenizer, part, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length
+            model,
+            tokenizer,
+            [prompts[i] for i in part],
+            max_new_tokens=max_new_tokens,
+            max_prompt_length=max_prompt_length,
         )
-        texts += completions.texts
-        ended += completions.ended.tolist()
-    return texts, ended
+        for i, text, ended in zip(part, completions.texts, completions.ended.tolist(), strict=True):
+            answers[i] = (text, ended)
+    return [text for text, _ in answers], [ended for _, ended in answers]
 
 
 def mask_after_end(response_ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from transformers import (
 
 from rlhf import load_reward_model
 from rlhf.errors import UserError
-from rlhf.models.generate import generate, mask_after_end
+from rlhf.models.generate import Completions, encode_prompts, generate, mask_after_end, sample_texts
 from rlhf.models.load import (
     build_reward_model,
     find_source,
@@ -135,6 +135,28 @@ def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(
     for ours, theirs, length in zip(found.response_ids, expected, lengths.tolist(), strict=True):
         assert ours[:length].tolist() == theirs[:length].tolist()
         assert length == 20 or theirs[length - 1] == tokenizer.eos_token_id
+
+
+def test_answers_come_back_in_the_order_of_their_prompts_from_batches_of_like_length(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    prompts = [[{"role": "user", "content": " ".join(WORDS[: 1 + (7 * i) % 12])}] for i in range(10)]
+    batches: list[list[int]] = []
+
+    def echo(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> Completions:
+        batches.append([len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=None)])
+        none, words = torch.zeros(len(prompts), 0), [plain(prompt) for prompt in prompts]
+        return Completions(none, none, none, none, torch.tensor([len(x.split()) % 2 == 0 for x in words]), words)
+
+    monkeypatch.setattr("rlhf.models.generate.generate", echo)
+    texts, ended = sample_texts(model, tokenizer, prompts, batch_size=3, max_new_tokens=5)
+    assert texts == [plain(prompt) for prompt in prompts]
+    assert ended == [len(text.split()) % 2 == 0 for text in texts]
+    lengths = [n for batch in batches for n in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+    assert len(set(lengths)) > 5
 
 
 def test_plain_prompts() -> None:
