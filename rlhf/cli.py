@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 3 waiting for people's labels, 130/143 interrupted.
 """
 
+import atexit
 import logging
 import os
 import sys
@@ -357,27 +358,39 @@ def main() -> None:
     """Run the command line and turn what happened into an exit code."""
     interrupt.install()
     warnings.showwarning = _say_warning
+    code = [1]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Gloo's threads sometimes abort a process in its last moment, after all is written. What is registered first runs last.
+        atexit.register(lambda: os._exit(code[0]))
+    code[0] = _exit_code()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code[0])
+
+
+def _exit_code() -> int:
     try:
         app(standalone_mode=False)
     except UserError as error:
         for problem in error.problems:
             errors.print(problem, style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+        return 2
     except TrainingError as error:
         errors.print(str(error), style="red", markup=False, soft_wrap=True)
-        sys.exit(1)
+        return 1
     except Waiting as state:
         errors.print(str(state), style="yellow", markup=False, soft_wrap=True)
-        sys.exit(WAITING)
+        return WAITING
     except interrupt.Interrupted as interruption:
         errors.print(f"{interruption}: stopped. The same command goes on from the last checkpoint.", markup=False)
-        sys.exit(128 + interruption.signum)
+        return 128 + interruption.signum
     except Exception as error:
         usage = getattr(error, "exit_code", None)
         if usage is None:
             raise
         getattr(error, "show", lambda: None)()
-        sys.exit(usage)
+        return int(usage)
+    return 0
 
 
 if __name__ == "__main__":

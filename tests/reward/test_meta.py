@@ -192,7 +192,7 @@ def test_reentrant_checkpointing_is_refused(
 
 
 SCRIPT = """
-import json, sys, torch
+import json, os, sys, torch
 import torch.distributed as dist
 from datasets import Dataset
 from trl import RewardConfig
@@ -217,6 +217,7 @@ if trainer.accelerator.is_main_process:
 if dist.is_initialized():
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # and sometimes even then, as its libraries are taken down
 """
 
 
