@@ -124,7 +124,9 @@ def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(
     model.model.register_forward_pre_hook(
         lambda _, __, named: sizes.append(named["input_ids"].shape[0]), with_kwargs=True
     )
-    found = generate(model, tokenizer, PROMPTS[:24], max_new_tokens=20, temperature=1e-4)
+    prompts = [[{"role": "user", "content": " ".join(WORDS[i % 5 : i % 5 + 1 + i % 7])}] for i in range(24)]
+    found = generate(model, tokenizer, prompts, max_new_tokens=20, temperature=1e-4)
+    assert (found.prompt_mask == 0).any(), "some are padded"
     lengths = found.response_mask.sum(dim=1)
     assert len(set(lengths.tolist())) > 4, f"answers of lengths {lengths.tolist()} test nothing"
     assert (sizes[-1] == 24) if stays else (sizes[-1] < 24)
