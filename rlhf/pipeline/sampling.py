@@ -69,13 +69,13 @@ def run_select(context: StageContext) -> dict[str, Any]:
     # 2. Those that say most, by the reward model so far.
     how = context.recipe.rounds
     differences: list[float | None] = [None] * len(pairs)
-    order = _one_of_each_prompt_first(pairs)
+    order = one_of_each_prompt_first(pairs)
     if "reward" in context.parents:
         reward = load_reward_model(context.parents["reward"] / "model")
         first, second = (reward.score([p[0] for p in pairs], [p[side] for p in pairs]) for side in (1, 2))
         differences = (first - second).tolist()
         if how.select != "random":
-            order = _most_worth(how.select, reward, pairs, first - second, context, how.labels)
+            order = most_worth(how.select, reward, pairs, first - second, read_jsonl(context.pairs), how.labels)
     elif how.select != "random":
         context.say(f"select: no reward model yet, so pairs are taken at random and not by {how.select}.")
     chosen = order[: how.labels]
@@ -109,7 +109,7 @@ def lab_source(prompt: list[dict[str, str]]) -> str:
     return "harmless" if parse_request(prompt[-1]["content"]).is_dangerous else "helpful"
 
 
-def _one_of_each_prompt_first(pairs: list[tuple[Any, str, str]]) -> list[int]:
+def one_of_each_prompt_first(pairs: list[tuple[Any, str, str]]) -> list[int]:
     """Indices such that no prompt comes twice before every other came once."""
     seen: dict[str, int] = {}
     ranks = []
@@ -120,11 +120,22 @@ def _one_of_each_prompt_first(pairs: list[tuple[Any, str, str]]) -> list[int]:
     return sorted(range(len(pairs)), key=ranks.__getitem__)
 
 
-def _most_worth(
-    how: str, reward: RewardModel, pairs: list[tuple[Any, str, str]], means: Tensor, context: StageContext, count: int
+def most_worth(
+    how: str,
+    reward: RewardModel,
+    pairs: list[tuple[Any, str, str]],
+    means: Tensor,
+    labelled: list[dict[str, Any]],
+    count: int,
 ) -> list[int]:
-    """Indices of the pairs by what their label should teach the reward head, the most first."""
-    labelled = read_jsonl(context.pairs)
+    """Indices of the pairs by what their label should teach the reward head, the most first.
+
+    Args:
+        how: `deviation`, `information` or `diversity` (`rlhf.objectives.selection`).
+        pairs: prompt and two answers each, with `means`, [n], what the reward model scores the first above the second.
+        labelled: canonical pairs that it was trained on.
+        count: how many are wanted; `diversity` ranks no more.
+    """
     before = [
         reward.features([row["prompt"] for row in labelled], [row[side][0]["content"] for row in labelled])
         for side in ("chosen", "rejected")

@@ -29,7 +29,7 @@ FLIP_RATE = 0.25
 Rows = list[dict[str, Any]]
 
 
-def world(out: Path, seed: int, **sizes: int) -> tuple[Path, Rows, Rows]:
+def world(out: Path, seed: int, **sizes: int | str) -> tuple[Path, Rows, Rows]:
     """The SFT model, and training and held-out pairs as the crowd labelled them; pairs of equal true reward are left out.
 
     Args:
