@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -205,6 +206,12 @@ def _modules_of(parameters: Iterable[str]) -> set[str]:
     """Modules that were not in the checkpoint and start random: with LoRA they must be trained and saved as a whole."""
     paths = {name.rpartition(".")[0] for name in parameters}
     return {first if (first := path.split(".")[0]) in ("score", "classifier") else path for path in paths}
+
+
+def is_encoder(model: str | Path, revision: str | None = None) -> bool:
+    """Whether a model reads in both directions: it can score answers but not write them."""
+    config = AutoConfig.from_pretrained(find_source(model).base, revision=revision)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def score_head(model: torch.nn.Module) -> torch.nn.Linear | None:

@@ -231,9 +231,10 @@ class _Costs:
         steps, seconds = self._training("sft", shape, self.sizes.rows["sft"])
         return self._estimate(stage, self.sizes.rows["sft"], tokens, steps, self._memory("sft", shape), seconds)
 
-    def reward(self, stage: Stage, section: str = "reward", share: float = 1.0, models: int = 1) -> Estimate:
-        """One model, or the members of a vote; the prompt of a pair is read once."""
+    def reward(self, stage: Stage, section: str = "reward", share: float = 1.0) -> Estimate:
+        """One model, or the members of an ensemble or a vote; the prompt of a pair is read once."""
         how, args = self.recipe.reward, self.args[section][1]
+        models = how.members if section == "reward" else self.recipe.vote.members
         rows = self._pairs(stage)
         trained = round(rows * share)
         prompt, answer = (statistics.mean(lengths) for lengths in (self.sizes.prompts, self.sizes.answers))
@@ -254,7 +255,7 @@ class _Costs:
         """So many reward models, each on the pairs of all folds but one."""
         how = self.recipe.vote
         share = 1.0 if how.in_sample else 1 - 1 / how.folds
-        return self.reward(stage, "vote", share, how.members)
+        return self.reward(stage, "vote", share)
 
     def sample(self, stage: Stage) -> Estimate:
         """Answers of the present policy."""
@@ -269,7 +270,9 @@ class _Costs:
         episodes = args.total_episodes or round(args.num_train_epochs * self.sizes.rows["prompts"])
         rollouts = max(1, round(episodes / size))
         micro_batches = size // rows
-        forwards = 2 * self._time("ppo", policy) + 2 * self._time("ppo", critic)  # policy, reference; critic, reward
+        members = self.recipe.reward.members
+        # Policy and reference; critic and reward models.
+        forwards = 2 * self._time("ppo", policy) + (1 + members) * self._time("ppo", critic)
         updates = self._time("ppo", policy, training=True) + self._time("ppo", critic, training=True)
         optimizer = sum(self._of("ppo", logits).seconds_of_update() for logits in (True, False))
         seconds = rollouts * (
@@ -357,6 +360,8 @@ class _Costs:
         if section == "ppo":
             head = self._of("ppo", False)
             beside = Shape(shape.rows, shape.length, 0)
+            others = self.recipe.reward.members - 1  # of an ensemble, each with a base of its own
+            total += others * head.weights()
             if self.args["ppo"][0].use_peft:  # critic; reference and reward adapters
                 total += (1 + GRADIENT_AND_MOMENTS + 2) * head.weights(trainable=True)
             else:  # critic, reward, reference

@@ -1,4 +1,4 @@
-"""The reward stage: a reward model, or its experts, on the pairs as the vote corrected them."""
+"""The reward stage: a reward model, an ensemble, or experts, on the pairs as the vote corrected them."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.pairs import judge_pairs, pair_report
 from rlhf.evaluation.statistics import win_rate
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import build_reward_model, load_policy, load_tokenizer, score_head
+from rlhf.models.load import build_reward_model, is_encoder, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.pipeline.context import STRENGTH, StageContext, gold_differences, held_out, read_jsonl, write_jsonl
 from rlhf.pipeline.sampling import SAMPLES
@@ -23,6 +23,7 @@ from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
 from rlhf.reward.correct import Correction, attach_strength, corrected
+from rlhf.reward.ensemble import RewardEnsemble, member_name
 from rlhf.reward.experts import fit_gate, merge_experts, open_experts, save_experts
 from rlhf.reward.meta import MetaRewardTrainer, group_samples
 from rlhf.reward.model import RewardModel, calibrate_reward_model, position_limit
@@ -30,6 +31,7 @@ from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.trainer import PairRewardTrainer, training_columns
 
 CALIBRATION_SAMPLES = 256
+SEEDS_APART = 1000  # between the members of an ensemble
 Rows = list[dict[str, Any]]
 Samples = tuple[list[tuple[Any, str]], list[bool]]  # (prompt, answer), and whether it ended
 
@@ -39,28 +41,39 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     recipe, out = context.recipe, context.folder / "model"
     model_config, _ = split_settings(context.settings("reward"))
 
-    # 1. The pairs, corrected by the vote where there is one; then one model, or one expert for each source of pairs.
+    # 1. The pairs, corrected by the vote where there is one; then one model, one expert for each source of pairs, or members of
+    #    an ensemble, which differ in head, order and dropout.
     rows, flipped = training_pairs(context)
     domains = _domains(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None
-    is_decoder = True
-    if domains is None:
-        trainer = _fit(context, rows, context.folder, "reward")
-        is_decoder = score_head(trainer.model) is not None
-        facts: dict[str, Any] = {"pairs": len(trainer.train_dataset), "dropped_too_long": trainer.dropped_too_long}
+    members = [context.folder / member_name(number) for number in range(recipe.reward.members)]
+    facts: dict[str, Any]
+    if domains is not None:
+        experts = [out / f"expert-{number}" for number in range(len(domains))]
+        facts = {"dropped_too_long": _fit_each(context, domains, experts, "expert"), "experts": list(domains)}
+        facts["pairs"] = len(rows)
+    elif len(members) > 1:
+        same = {str(number): rows for number in range(len(members))}
+        dropped = _fit_each(context, same, members, "member") // len(members)
+        facts = {"dropped_too_long": dropped, "members": len(members), "pairs": len(rows) - dropped}
+    else:
+        trainer = _fit(context, rows, context.folder, "reward", recipe.seed)
+        facts = {"pairs": len(trainer.train_dataset), "dropped_too_long": trainer.dropped_too_long}
         if context.is_main:
             save_model(trainer.model, trainer.processing_class, out)
         del trainer
-    else:
-        facts = {"dropped_too_long": _fit_experts(context, domains, out), "experts": list(domains), "pairs": len(rows)}
     if not context.is_main:
         return {}
 
     # 2. Its scale: mean and deviation of the scores of the model as saved, on answers of the SFT policy.
-    samples = _calibration_samples(context, model_config, is_decoder=is_decoder)
+    samples = _calibration_samples(context, model_config)
     if domains is not None:
         _combine(context, domains, samples, out)
     card = {"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit}
-    reward = calibrate_reward_model(out, samples=samples[0], ended=samples[1], facts=card, device=context.device)
+    scored = [
+        calibrate_reward_model(folder, samples=samples[0], ended=samples[1], facts=card, device=context.device)
+        for folder in members
+    ]
+    reward = scored[0] if len(scored) == 1 else RewardEnsemble(scored)
 
     # 3. Held-out pairs.
     test = read_jsonl(context.data / "test_pairs.jsonl")
@@ -71,13 +84,13 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
         f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
     )
-    facts |= {"flipped": flipped, "mean": reward.mean, "std": reward.std, **report}
+    facts |= {"flipped": flipped, "mean": scored[0].mean, "std": scored[0].std, **report}
 
     # 4. What it says of the policy of the round before, which was made against another reward model.
     return {**facts, "hindsight": _hindsight(context, reward) if "latest" in context.parents else None}
 
 
-def _hindsight(context: StageContext, reward: RewardModel) -> dict[str, Any]:
+def _hindsight(context: StageContext, reward: RewardModel | RewardEnsemble) -> dict[str, Any]:
     """How often the last policy's answer beats that of the policy before (SFT's, in round 2), by a reward model that has since seen
     labels of such answers and that neither was optimised against."""
     last = read_jsonl(context.parents["latest"] / "samples.jsonl")
@@ -104,13 +117,13 @@ def training_pairs(context: StageContext) -> tuple[Rows, int | None]:
     return corrected(rows, Correction(**context.recipe.reward.correction()), strength, noise)
 
 
-def _fit(context: StageContext, rows: Rows, folder: Path, label: str) -> PairRewardTrainer:
-    """Train one reward model on some pairs."""
+def _fit(context: StageContext, rows: Rows, folder: Path, label: str, seed: int) -> PairRewardTrainer:
+    """Train one reward model on some pairs; head, order and dropout follow the seed."""
     recipe, how, sft = context.recipe, context.recipe.reward, context.sft_model
     model_config, settings = split_settings(context.settings("reward"))
     settings.setdefault("num_train_epochs", 1)
-    args = training_arguments(RewardConfig, settings, folder, recipe.seed)
-    set_seed(recipe.seed)
+    args = training_arguments(RewardConfig, settings, folder, seed)
+    set_seed(seed)
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
     model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
@@ -165,32 +178,35 @@ def _domains(rows: Rows, weights: dict[str, float] | None) -> dict[str, Rows]:
     return dict(sorted(found.items()))
 
 
-def _fit_experts(context: StageContext, domains: dict[str, Rows], out: Path) -> int:
-    """Train the experts one after the other, each kept when it is done; how many pairs were too long, as far as this run saw."""
+def _fit_each(context: StageContext, parts: dict[str, Rows], places: list[Path], kind: str) -> int:
+    """Train experts or members one after the other, each kept when it is done; then put them in their places.
+
+    Returns:
+        how many pairs were too long for each, added up, as far as this run saw.
+    """
     dropped, metrics = 0, context.folder / "metrics.jsonl"
-    for number, (name, rows) in enumerate(domains.items()):
-        folder = context.folder / CHECKPOINTS / f"expert-{number}"
+    for number, (name, rows) in enumerate(parts.items()):
+        folder = context.folder / CHECKPOINTS / f"{kind}-{number}"
         kept = folder / "model"
         if kept.is_dir():
-            context.say(f"reward: expert {name} was trained before")
+            context.say(f"reward: {kind} {name} was trained before")
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        trainer = _fit(context, rows, folder, f"expert {name}")
+        seed = context.recipe.seed + (SEEDS_APART * number if kind == "member" else 0)
+        trainer = _fit(context, rows, folder, f"{kind} {name}", seed)
         dropped += trainer.dropped_too_long
         if context.is_main:
             before = read_jsonl(metrics)[-1]["step"] if metrics.is_file() else 0
             found = [row for row in read_jsonl(folder / "metrics.jsonl") if "step" in row]
             with metrics.open("a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({**row, "step": row["step"] + before, "expert": name}) + "\n" for row in found
-                )
+                file.writelines(json.dumps({**row, "step": row["step"] + before, kind: name}) + "\n" for row in found)
             beside = folder / "unfinished"
             shutil.rmtree(beside, ignore_errors=True)
             save_model(trainer.model, trainer.processing_class, beside)
             beside.replace(kept)
     if context.is_main:
-        for number in range(len(domains)):
-            shutil.copytree(context.folder / CHECKPOINTS / f"expert-{number}" / "model", out / f"expert-{number}")
+        for number, place in enumerate(places):
+            shutil.copytree(context.folder / CHECKPOINTS / f"{kind}-{number}" / "model", place)
     return dropped
 
 
@@ -225,11 +241,11 @@ def _combine(context: StageContext, domains: dict[str, Rows], samples: Samples, 
     save_experts(out, list(domains), scales, weights=None if gate else weights, gate=gate)
 
 
-def _calibration_samples(context: StageContext, model_config: ModelConfig, *, is_decoder: bool) -> Samples:
+def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Samples:
     """Answers of the SFT policy. An encoder has no policy beside it; there it is the answers of the pairs."""
     set_seed(context.recipe.seed)
     sft = context.sft_model
-    if is_decoder:
+    if not is_encoder(sft, context.recipe.backbone.revision):
         policy = load_policy(sft, model_config, trainable=False).to(context.device).eval()
         tokenizer = load_tokenizer(sft, conversational=True, revision=context.recipe.backbone.revision)
         prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]

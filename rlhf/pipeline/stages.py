@@ -39,7 +39,7 @@ from rlhf.pipeline.vote import vote
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import DATA_SOURCES
-from rlhf.reward.model import load_reward_model
+from rlhf.reward.ensemble import load_scorer_of, member_folders
 
 SHOWN_SAMPLES, SFT_ANSWERS = 64, "sft_answers.jsonl"
 
@@ -173,11 +173,14 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     reference = sft if context.own.get("reference") == "sft" else start
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
     gold = context.gold()
+    members = [str(folder) for folder in member_folders(context.parents["reward"])]
+    if len(members) > 1 and args.reward_ensemble is None:
+        args.reward_ensemble = "mean"
 
     # 2. Train.
     trainer = PPOTrainer(
         load_policy(start, model_config),
-        [str(context.parents["reward"] / "model"), *(_reward_function(name) for name in recipe.ppo.extra_rewards)],
+        [*members, *(_reward_function(name) for name in recipe.ppo.extra_rewards)],
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
         processing_class=tokenizer,
@@ -229,12 +232,13 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     if len(rows) < recipe.evaluate.prompts:
         context.say(f"evaluate: only {len(rows)} held-out prompts, of {recipe.evaluate.prompts} asked for.")
     sft = context.sft_model
-    reward = load_reward_model(context.parents["reward"] / "model")
-    device = next(reward.model.parameters()).device
+    reward = load_scorer_of(context.parents["reward"])
     known = context.parents["judged"] / SFT_ANSWERS if "judged" in context.parents else None
     facts, samples, sft_answers = judge_policies(
-        policy=load_policy(context.parents["policy"] / "model", model_config, trainable=False).to(device).eval(),
-        sft=load_policy(sft, model_config, trainable=False).to(device).eval(),
+        policy=load_policy(context.parents["policy"] / "model", model_config, trainable=False)
+        .to(context.device)
+        .eval(),
+        sft=load_policy(sft, model_config, trainable=False).to(context.device).eval(),
         tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
         score=reward.score,
         gold=context.gold(),

@@ -16,7 +16,6 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import (
-    AutoConfig,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -25,13 +24,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig, RewardConfig, SFTConfig
 
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import TrainingError, UserError
-from rlhf.models.load import find_source, model_settings
+from rlhf.models.load import is_encoder, model_settings
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint, write_text
 from rlhf.ppo.config import PPOConfig
@@ -123,6 +121,13 @@ def _reward_problems(recipe: Recipe) -> list[str]:
     how, found = recipe.reward, []
     if how.experts is not None and not how.trl_settings().get("use_peft"):
         found.append("reward.experts: experts are LoRA adapters on one base; set reward.use_peft: true.")
+    if how.experts is not None and how.members > 1:
+        found.append("reward.members: experts are combined in their own way; leave members out, or experts.")
+    if how.members > 1 and recipe.ppo.extra_rewards:
+        found.append("reward.members: PPO combines an ensemble as a whole, so ppo.extra_rewards can't be added to it.")
+    for key in ("reward_weights", "normalize_reward"):
+        if how.members > 1 and recipe.ppo.trl_settings().get(key) not in (None, True):
+            found.append(f"reward.members: members are compared on one scale and weigh the same; leave ppo.{key} out.")
     if how.expert_weights is not None and how.experts in (None, "gate"):
         found.append("reward.expert_weights: weights are for experts: weights or merged; a gate finds its own.")
     if how.meta_samples is not None and not how.meta:
@@ -138,14 +143,13 @@ def _reward_problems(recipe: Recipe) -> list[str]:
 def _cannot_generate(model: str, revision: str | None) -> list[str]:
     """Encoders make reward models, not policies."""
     try:
-        config = AutoConfig.from_pretrained(find_source(model).base, revision=revision)
+        if not is_encoder(model, revision):
+            return []
     except (OSError, ValueError) as error:
         return [f"backbone.model: {model}: {str(error).strip().splitlines()[0]}"]
-    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return []
     return [
-        f"backbone.model: {model} is an encoder ({config.model_type}), which cannot generate: a reward model can be made of it "
-        "(`rlhf reward`, without data.sft), a policy cannot."
+        f"backbone.model: {model} is an encoder, which cannot generate: a reward model can be made of it (`rlhf reward`, without "
+        "data.sft), a policy cannot."
     ]
 
 

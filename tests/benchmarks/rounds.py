@@ -4,8 +4,8 @@ python tests/benchmarks/rounds.py --json rounds.json --seeds 5,6,7,8,9
 
 Every variant spends `4 x LABELS` labels and as many episodes of PPO, from the same SFT policy. Round 1 has the lab's offline
 pairs; the others the policy's own answers. `best` has the labels of the true reward, `best_noisy` the same with a quarter of
-them turned round, in every round (and the likelihood that knows of it); `no_denoise`, `meta` and `information` change one thing of
-`best_noisy`. `crowd` has the lab's own annotators. `oracle` is `best` with PPO on the true
+them turned round, in every round (and the likelihood that knows of it); `no_denoise`, `meta`, `information` and `members` change one thing
+of `best_noisy`. `crowd` has the lab's own annotators. `oracle` is `best` with PPO on the true
 reward itself. `bt_once` has all labels at once, offline, and one round. Figures are of the last round that ran; a run that a rule
 stopped keeps its last round.
 
@@ -52,6 +52,7 @@ VARIANTS: dict[str, list[str]] = {
     "no_denoise": [*BEST, *NOISY],
     "meta": [*BEST, *NOISY, *DENOISE, *META],
     "information": [*BEST, *NOISY, *DENOISE, "rounds.select=information"],
+    "members": [*BEST, *NOISY, *DENOISE, "reward.members=3"],
     "crowd": [*BEST, *DENOISE, "lab.annotators=crowd"],
     "oracle": [*BEST, "ppo.extra_rewards=[rlhf/lab/world.py:gold]", "ppo.reward_weights=[0.0, 3.0]"],
     "bt_once": [

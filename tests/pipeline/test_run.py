@@ -515,6 +515,43 @@ def test_experts_reach_ppo(tmp_path: Path) -> None:
     assert "no single checkpoint" in exported.stderr
 
 
+def test_members_of_an_ensemble_reach_ppo_and_the_judgement(tmp_path: Path) -> None:
+    """What PPO saw and what the run is judged by is the members' mean, each on the scale of its own card."""
+    from rlhf import load_reward_model
+
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    result = rlhf("run", "r.yaml", "--out", "x", "reward.members=3", "ppo.reward_clip=null", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    stage = tmp_path / "x/round-1/reward"
+    facts = json.loads((stage / "manifest.json").read_text())["facts"]
+    assert facts["members"] == 3
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    members = [load_reward_model(stage / name) for name in ("model", "member-1", "member-2")]
+    samples = [json.loads(line) for line in (tmp_path / "x/round-1/evaluate/samples.jsonl").read_text().splitlines()]
+    prompts, answers = [row["prompt"] for row in samples], [row["policy"] for row in samples]
+    ended = [row["ended_policy"] for row in samples]
+    each = torch.stack([member.score(prompts, answers, ended=ended) for member in members])
+    assert not torch.allclose(each[0], each[1], atol=0.01), "members differ"
+    means = torch.tensor([member.mean for member in members])[:, None]
+    proxy = torch.tensor([row["proxy_policy"] for row in samples])
+    torch.testing.assert_close((each - means).mean(dim=0), proxy, atol=1e-4, rtol=0)
+
+    last = [json.loads(line) for line in (tmp_path / "x/round-1/ppo/samples.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "x/round-1/ppo/metrics.jsonl").read_text().splitlines()]
+    texts = [row["prompt"] for row in last], [row["completion"] for row in last]
+    seen = [(m.score(*texts, ended=[row["ended"] for row in last]) - m.mean) / m.std for m in members]
+    penalty = sum(not row["ended"] for row in last) / len(last)  # 1 for an answer without an end
+    assert log[-1]["reward"] == pytest.approx(torch.stack(seen).mean().item() - penalty, abs=1e-4)
+
+    refused = rlhf(
+        "run", "r.yaml", "--out", "y", "reward.members=2", "ppo.extra_rewards=[x/round-1/reward/model]", cwd=tmp_path
+    )
+    assert refused.returncode == 2
+    assert "reward.members: PPO combines an ensemble as a whole" in refused.stderr
+    assert not (tmp_path / "y").exists()
+
+
 def test_what_meta_and_experts_cannot_do_is_said_before_anything_is_made(tmp_path: Path, finished: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE)
     (tmp_path / "m.yaml").write_text(META)
