@@ -69,6 +69,7 @@ def test_every_shipped_recipe_is_valid_and_can_be_executed() -> None:
                 "likelihood": how.flip_rate > 0,
                 "meta": how.meta,
                 "experts": how.experts is not None,
+                "ensemble": how.members > 1,
                 str(how.extra): how.extra is not None,
                 how.objective: how.objective != "bt",
             }
@@ -86,7 +87,7 @@ def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
     (tmp_path / "mixture.yaml").write_text(f"base: mine.yaml\n{mixture}", encoding="utf-8")
     (tmp_path / "voting.yaml").write_text(f"base: mine.yaml\n{voting}", encoding="utf-8")
     assert load_recipe(tmp_path / "voting.yaml").reward.needs_vote
-    assert len(parts) == 4
+    assert len(parts) == 5
     for part in parts:
         (tmp_path / "part.yaml").write_text(f"base: mine.yaml\n{part}", encoding="utf-8")
         load_recipe(tmp_path / "part.yaml")
