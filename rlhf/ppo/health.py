@@ -75,6 +75,11 @@ CONCERNS = (
         "{clipped_rewards:.0%} of the rewards are at reward_clip: their scale is not that of the reward model's card.",
     ),
     Concern(
+        "disagreement", ("disagreement",), lambda first, now, n: now["disagreement"] > 2 * first["disagreement"],
+        "the reward models of the ensemble lie {disagreement:.2f} deviations apart, {first_disagreement:.2f} at the start: the "
+        "answers have left what they were trained on; raise kl_coef, or label some of them.",
+    ),
+    Concern(
         "hacking", ("reward_proxy", "reward_gold", "rise_of_proxy", "fall_of_gold"),
         lambda first, now, n: n >= SETTLED and now["rise_of_proxy"] > SURE and now["fall_of_gold"] > SURE,
         "the reward model's score has risen from {first_reward_proxy:.2f} to {reward_proxy:.2f} and the true reward has fallen "

@@ -42,6 +42,7 @@ class Meter:
         raw: Tensor,
         shaped: Tensor,
         at_clip: Tensor | None,
+        disagreement: Tensor | None,
         longest_prompt: int | None,
         monitored: Mapping[str, Sequence[float]],
     ) -> None:
@@ -50,6 +51,7 @@ class Meter:
         Args:
             raw, shaped: [b] score of the first source, and what is optimised.
             at_clip: [b] which scores were cut to the bound, if there is one.
+            disagreement: [b] between the members of an ensemble, if there is one.
             longest_prompt: tokens a prompt may have.
             monitored: what the monitoring functions say, by name.
         """
@@ -69,6 +71,8 @@ class Meter:
             self.count("prompts_cut", (completions.prompt_mask.sum(dim=1) >= longest_prompt).sum(), rows)
         if at_clip is not None:
             self.count("clipped_rewards", at_clip.sum(), rows)
+        if disagreement is not None:
+            self.count("disagreement", disagreement.sum(), rows)
         for name, values in monitored.items():
             self.count(f"reward_{name}", sum(values), len(values))
 

@@ -115,11 +115,13 @@ class Scores(NamedTuple):
         raw: [b] of the first source, in its own units.
         total: [b] all sources as one, each normalised by its own scale.
         per_token: [b, r] what sources said of single tokens, which is not in `total`; 0 elsewhere.
+        disagreement: [b] deviation (1/k) of the normalised scores of an ensemble's members; None without one.
     """
 
     raw: Tensor
     total: Tensor
     per_token: Tensor
+    disagreement: Tensor | None
 
 
 class Rewards:
@@ -174,7 +176,10 @@ class Rewards:
         total = total_reward(
             normalized, self.weights, ensemble=self.args.reward_ensemble, strength=self.args.reward_ensemble_strength
         )
-        return Scores(raws[0], total, per_token)
+        disagreement = None
+        if self.args.reward_ensemble is not None:
+            disagreement = torch.stack(normalized).std(dim=0, correction=0)
+        return Scores(raws[0], total, per_token, disagreement)
 
 
 def is_server(name: str) -> bool:

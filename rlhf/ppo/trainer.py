@@ -100,11 +100,11 @@ class PPOTrainer(BaseTrainer):
     `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `entropy`, nats a token;
     `nll_reference`, nats a token, of which the reference's perplexity is the exponential; `sampler_difference`,
     |log π − log π_vLLM|, nats a token, where vLLM samples; `kl_coef`; `policy_loss`, `value_loss`; `clip_fraction`;
-    `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean
-    ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic before its update;
-    `distinct_2`, different pairs of neighbouring tokens among all; `clipped_rewards`, the share at `reward_clip`;
-    `length`, tokens an answer; `share_without_eos`; `prompts_cut`, the share of prompts that fill all the room there is;
-    `grad_norm` of the policy, `grad_norm_critic`.
+    `approx_kl`, ½ (log ratio)², nats a token; `ratio_first`, the mean ratio of the first minibatch (1 if nothing is
+    wrong); `explained_variance` of the critic before its update; `distinct_2`, different pairs of neighbouring tokens
+    among all; `clipped_rewards`, the share at `reward_clip`; `disagreement` of an ensemble's members, deviations of a
+    score; `length`, tokens an answer; `share_without_eos`; `prompts_cut`, the share of prompts that fill all the room
+    there is; `grad_norm` of the policy, `grad_norm_critic`.
     """
 
     loss_is_scaled_for_ga = True
@@ -266,7 +266,7 @@ class PPOTrainer(BaseTrainer):
         # 1. Sample answers and score them; text crosses to the reward functions, never ids.
         prompts = [row["prompt"] for row in rows]
         completions = self.sample(rows)
-        raw, scores, dense = self.rewards(rows, completions)
+        raw, scores, dense, disagreement = self.rewards(rows, completions)
         if self.args.baseline_samples > 0:
             scores = scores - self.baseline(rows)
 
@@ -300,6 +300,7 @@ class PPOTrainer(BaseTrainer):
             raw=raw,
             shaped=self.shaped(scores, completions.ended),
             at_clip=None if clip is None else self.shaped(scores, everywhere).abs() >= clip,
+            disagreement=disagreement,
             longest_prompt=self.longest_prompt,
             monitored=monitored,
         )

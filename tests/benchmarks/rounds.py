@@ -110,9 +110,8 @@ def run(variant: str, seed: int, folder: Path, *, quick: bool) -> dict[str, Any]
     found: dict[str, Any] = json.loads(summary.read_text())
     if not same.exists():
         shutil.copytree(out / "round-0", same)
-    for heavy in out.glob("round-*/*/model"):
-        if heavy.parent.name not in ("ppo", "sft"):
-            shutil.rmtree(heavy)
+    for heavy in [*out.glob("round-*/reward/model"), *out.glob("round-*/reward/member-*")]:
+        shutil.rmtree(heavy)
     gaps = " ".join(f"{entry['policy']['gold_gap_closed']:.2f}" for entry in found["rounds"])
     print(f"{variant} {seed}: gap closed by round {gaps} ({time.monotonic() - begin:.0f} s)", flush=True)
     return found

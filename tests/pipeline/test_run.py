@@ -543,6 +543,8 @@ def test_members_of_an_ensemble_reach_ppo_and_the_judgement(tmp_path: Path) -> N
     seen = [(m.score(*texts, ended=[row["ended"] for row in last]) - m.mean) / m.std for m in members]
     penalty = sum(not row["ended"] for row in last) / len(last)  # 1 for an answer without an end
     assert log[-1]["reward"] == pytest.approx(torch.stack(seen).mean().item() - penalty, abs=1e-4)
+    apart = torch.stack(seen).std(dim=0, correction=0).mean().item()
+    assert log[-1]["disagreement"] == pytest.approx(apart, abs=1e-4)
 
     refused = rlhf(
         "run", "r.yaml", "--out", "y", "reward.members=2", "ppo.extra_rewards=[x/round-1/reward/model]", cwd=tmp_path

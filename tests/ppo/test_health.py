@@ -11,7 +11,7 @@ from tests.ppo.test_ppo import make
 WELL = {
     "ratio_first": 1.0, "kl": 1.0, "kl_k3": 1.0, "length": 20.0, "share_without_eos": 0.02, "distinct_2": 0.4, "entropy": 2.0,
     "explained_variance": 0.5, "clipped_rewards": 0.01, "reward_proxy": 0.0, "reward_gold": 0.2,
-    "nll_reference": 1.5,
+    "nll_reference": 1.5, "disagreement": 0.3,
 }  # fmt: skip
 ILL = {
     "ratio": {"ratio_first": 1.2},
@@ -24,6 +24,7 @@ ILL = {
     "perplexity": {"nll_reference": 3.0},
     "critic": {"explained_variance": -0.3},
     "reward tail": {"clipped_rewards": 0.5},
+    "disagreement": {"disagreement": 0.7},
     "hacking": {"reward_proxy": 3.0, "reward_gold": -0.2},
 }
 

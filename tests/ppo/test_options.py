@@ -156,9 +156,10 @@ def test_an_ensemble_in_ppo_is_on_one_scale(
     second.mean, second.std = first.mean + 1.0, first.std * 2
     trainer, _ = make(base_folder, [first, second], cpu_arguments, reward_ensemble="worst", reward_clip=None)
     rows = [{"prompt": prompt} for prompt in PROMPTS[:2]]
-    raw, total, _ = trainer.rewards(rows, TWO)
+    raw, total, _, disagreement = trainer.rewards(rows, TWO)
     members = torch.stack([(raw - first.mean) / first.std, (raw - second.mean) / second.std])
     torch.testing.assert_close(total, members.amin(dim=0))
+    torch.testing.assert_close(disagreement, (members[0] - members[1]).abs() / 2)
     torch.testing.assert_close(total_reward(list(members), [2.0, 0.5]), 2 * members[0] + 0.5 * members[1])
 
 
