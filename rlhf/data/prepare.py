@@ -31,9 +31,9 @@ LEAK = "its prompt is on the test side that was given"
 
 @dataclass(frozen=True)
 class DataSources:
-    """What to read; all but `preferences` may be absent."""
+    """What to read. Without `preferences` there must be `prompts`; their answers are sampled and labelled later."""
 
-    preferences: Sequence[Source]
+    preferences: Sequence[Source] = ()
     sft: Sequence[Source] = ()
     prompts: Sequence[Source] = ()
     test: Sequence[Source] = ()
@@ -123,14 +123,15 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
         "prompts": capped(_unique(parts["prompts"]), sources.max_prompts, rng, "over data.max_prompts"),
         "test_prompts": prompts.test,
     }
-    if not sources.sft:
-        del written["sft"]
+    absent = {"sft": not sources.sft, "pairs": not sources.preferences}
+    absent["test_pairs"] = absent["pairs"] and not sources.test
+    written = {name: rows for name, rows in written.items() if not absent.get(name)}
     count_kept(reports, written.values())
     empty = [name for name, rows in written.items() if not rows]
     if empty:
         details = [sentence for report in reports for sentence in report.sentences()]
         raise UserError([f"data: nothing is left for {', '.join(empty)}.", *details])
-    _same_columns([row.values for row in written["pairs"]])
+    _same_columns([row.values for row in written.get("pairs", [])])
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in written.items():
         lines = (json.dumps(row.values, ensure_ascii=False) + "\n" for row in rows)

@@ -191,7 +191,12 @@ def _pairs_of_rated(rated: list[tuple[int, bool, Any]], report: ReadReport) -> R
 
 def share_of(row: Row, salt: str) -> float:
     """A number in [0, 1) that is the same for all rows of a prompt."""
-    digest = hashlib.sha256(f"{salt}:{row.key}".encode()).digest()
+    return share_of_text(row.key, salt)
+
+
+def share_of_text(text: str, salt: str) -> float:
+    """A number in [0, 1) that follows from a text."""
+    digest = hashlib.sha256(f"{salt}:{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

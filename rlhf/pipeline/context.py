@@ -16,7 +16,7 @@ from rlhf.lab.world import gold as lab_gold
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
 
-STRENGTH, PAIRS = "strength.jsonl", "pairs.jsonl"
+STRENGTH, PAIRS, TEST_PAIRS = "strength.jsonl", "pairs.jsonl", "test_pairs.jsonl"
 
 
 @dataclass
@@ -58,6 +58,12 @@ class StageContext:
     def pairs(self) -> Path:
         """The preferences that this round trains on: those of all labels so far, or of the data."""
         return self.parents["label"] / PAIRS if "label" in self.parents else self.data / PAIRS
+
+    @property
+    def test_pairs(self) -> Path:
+        """The preferences that this round is judged on: the data's, or, where it has none, labels that were held out."""
+        given = self.data / TEST_PAIRS
+        return given if given.is_file() else self.parents["label"] / TEST_PAIRS
 
     @property
     def data(self) -> Path:
@@ -110,9 +116,9 @@ def gold_differences(judged: JudgedPairs, gold: GoldFunction | None) -> list[flo
     return [a - b for a, b in zip(*(gold(judged.prompts, texts) for texts in sides), strict=True)]
 
 
-def held_out(context: StageContext, name: str) -> Dataset:
+def held_out(context: StageContext, file: Path) -> Dataset:
     """Rows for evaluation during training, as many as are judged at the end."""
-    rows = read_jsonl(context.data / f"{name}.jsonl")[: context.recipe.evaluate.prompts]
+    rows = read_jsonl(file)[: context.recipe.evaluate.prompts]
     kept = [{key: row[key] for key in ("prompt", "chosen", "rejected") if key in row} for row in rows]
     return Dataset.from_list(kept)
 

@@ -11,31 +11,25 @@ import resource
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl import RewardConfig, SFTConfig
 
-from rlhf.data.read import is_local
-from rlhf.errors import UserError
 from rlhf.evaluation.policy import BEST_OF
-from rlhf.models.load import adapter_settings, find_source, load_tokenizer
-from rlhf.models.scratch import design_base
+from rlhf.models.load import adapter_settings
 from rlhf.models.slices import Shape, Slices, slices
-from rlhf.models.text import answer_text, encode, prompt_text
-from rlhf.pipeline.context import StageContext, read_jsonl
 from rlhf.pipeline.plan import plan, stages_until
-from rlhf.pipeline.stages import base_texts, run_data, run_lab
+from rlhf.pipeline.sizes import Sizes, model_and_data
 from rlhf.pipeline.store import Stage
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
 from rlhf.ppo.config import PPOConfig
-from rlhf.recipe.schema import DATA_SOURCES, Recipe
+from rlhf.recipe.schema import Recipe
 
-COUNTED = 512  # rows whose tokens are counted, of each kind
 BITS = 4.5  # of a 4-bit weight, with its scales
 GRADIENT_AND_MOMENTS = 3  # what AdamW's training keeps beside each weight, each as large
 BATCHES = 200  # drawn to find out how long the longest row of a batch is
@@ -61,23 +55,6 @@ class Estimate:
     seconds: float
 
 
-@dataclass
-class Sizes:
-    """Rows and token lengths of the data.
-
-    Attributes:
-        rows: by file: sft, pairs, test_pairs, prompts, test_prompts.
-        prompts, answers, demonstrations: lengths of some.
-        notes: what is not known, in sentences.
-    """
-
-    rows: dict[str, int]
-    prompts: list[int]
-    answers: list[int]
-    demonstrations: list[int]
-    notes: list[str] = field(default_factory=list)
-
-
 def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate], list[str]]:
     """Every stage of a recipe that trains or samples, and what there is to know about these figures.
 
@@ -89,7 +66,7 @@ def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate
     """
     quiet_libraries()
     with tempfile.TemporaryDirectory() as work:
-        config, sizes = _model_and_data(recipe, Path(work))
+        config, sizes = model_and_data(recipe, Path(work))
     costs = _Costs(recipe, config, sizes)
     estimators: dict[str, Callable[[Stage], Estimate]] = {
         "sft": costs.sft,
@@ -103,91 +80,14 @@ def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate
     return [estimators[stage.name](stage) for stage in stages if stage.name in estimators], sizes.notes
 
 
-# ---- What there is ----
-
-
-def _model_and_data(recipe: Recipe, work: Path) -> tuple[PretrainedConfig, Sizes]:
-    """The configuration, and the data as the run's own stages make them, in a folder that is thrown away."""
-    # 1. The data: the lab's, or local files.
-    parents, folder = {}, work / "round-0/data"
-    hub = [f"data.{name}" for name in DATA_SOURCES for s in recipe.data.sources(name) if not is_local(s.source)]
-    if recipe.lab is not None:
-        parents = {"lab": work / "round-0/lab"}
-        run_lab(StageContext(recipe, parents["lab"], {}, lambda _: None))
-    if not hub:
-        run_data(StageContext(recipe, folder, parents, lambda _: None))
-
-    # 2. The model's shape and its tokenizer.
-    name: str | Path | None = parents["lab"] / "model" if parents else recipe.backbone.model
-    if recipe.backbone.from_scratch is not None:
-        if hub:
-            raise UserError(
-                f"rlhf plan: {', '.join(hub)}: from_scratch needs the texts, and these are not local files."
-            )
-        settings = dict(recipe.backbone.from_scratch)
-        texts = base_texts(folder / "data")
-        tokenizer, config = design_base(texts, architecture=settings.pop("architecture"), settings=settings)
-        return config, _counted(folder / "data", tokenizer)
-    assert name is not None
-    try:
-        config = AutoConfig.from_pretrained(find_source(name).base, revision=recipe.backbone.revision)
-        tokenizer = load_tokenizer(name, conversational=True, revision=recipe.backbone.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"backbone.model: {name}: {str(error).strip().splitlines()[0]}") from error
-    return config, _from_caps(recipe, hub) if hub else _counted(folder / "data", tokenizer)
-
-
-def _counted(data: Path, tokenizer: PreTrainedTokenizerBase) -> Sizes:
-    """Rows of every file, and the tokens of some."""
-    files = {name: data / f"{name}.jsonl" for name in ("sft", "pairs", "test_pairs", "prompts", "test_prompts")}
-    rows = {name: read_jsonl(file) if file.is_file() else [] for name, file in files.items()}
-    rng = random.Random(0)
-    some = {name: rng.sample(found, min(COUNTED, len(found))) for name, found in rows.items()}
-
-    def read(prompts: list[Any], answers: list[str]) -> list[int]:
-        texts = [answer_text(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
-        return [len(ids) for ids in encode(tokenizer, texts, conversational=True)] if texts else []
-
-    asked = [row["prompt"] for row in some["pairs"]]
-    begins = [len(ids) for ids in encode(tokenizer, [prompt_text(tokenizer, p) for p in asked], conversational=True)]
-    whole = [read(asked, [row[side][0]["content"] for row in some["pairs"]]) for side in ("chosen", "rejected")]
-    return Sizes(
-        rows={name: len(found) for name, found in rows.items()},
-        prompts=begins,
-        answers=[max(1, n - p) for side in whole for n, p in zip(side, begins, strict=True)],
-        demonstrations=read([r["prompt"] for r in some["sft"]], [r["completion"][0]["content"] for r in some["sft"]]),
-    )
-
-
-def _from_caps(recipe: Recipe, hub: list[str]) -> Sizes:
-    """What a recipe says of hub data: as many rows as its caps allow, each as long as may be."""
-    data, ppo = recipe.data, recipe.ppo.trl_settings()
-    caps = {"sft": data.max_sft, "pairs": data.max_pairs, "prompts": data.max_prompts or data.max_pairs}
-    missing = [f"data.max_{name}" for name, cap in caps.items() if cap is None and (name != "sft" or data.sft)]
-    if missing:
-        raise UserError(
-            f"rlhf plan: {', '.join(hub)} lie on a hub and are not downloaded to be counted; set {', '.join(missing)}."
-        )
-    prompt, answer = (ppo.get(n, getattr(PPOConfig, n)) for n in ("max_prompt_length", "max_completion_length"))
-    longest = recipe.sft.trl_settings().get("max_length", SFTConfig.max_length)
-    rows = {name: cap or 0 for name, cap in caps.items()}
-    held_out = max(1, round(data.test_fraction * rows["pairs"]))
-    return Sizes(
-        rows=rows | {"test_pairs": held_out, "test_prompts": recipe.evaluate.prompts},
-        prompts=[prompt],
-        answers=[answer],
-        demonstrations=[longest],
-        notes=[
-            f"{', '.join(hub)}: on a hub, not downloaded; as many rows as the caps allow, each as long as the settings allow, so "
-            "these are upper bounds."
-        ],
-    )
-
-
 def _longest_of(lengths: Sequence[int], rows: int) -> int:
     """Mean length of the longest of so many rows: what a padded batch is as long as."""
     rng = random.Random(0)
     return round(statistics.mean(max(rng.choices(lengths, k=rows)) for _ in range(BATCHES)))
+
+
+def _round_of(stage: Stage) -> int:
+    return int(stage.folder.partition("/")[0].rpartition("-")[2])
 
 
 # ---- What it costs ----
@@ -247,15 +147,15 @@ class _Costs:
         if how.meta and section == "reward":
             climb = Shape(how.meta_prompts, self.prompt + how.meta_responses * self.answer, 0)
             seconds += steps * self._time(section, climb, training=True)
-        judged = self.sizes.rows["test_pairs"] if section == "reward" else rows * (1 - share or 1)
+        judged = (
+            (self.sizes.rows["test_pairs"] or self._held_out(stage)) if section == "reward" else rows * (1 - share or 1)
+        )
         seconds += self._scoring(section, 2 * judged)
         return self._estimate(stage, rows, tokens, models * steps, self._memory(section, shape), models * seconds)
 
     def vote(self, stage: Stage) -> Estimate:
         """So many reward models, each on the pairs of all folds but one."""
-        how = self.recipe.vote
-        share = 1.0 if how.in_sample else 1 - 1 / how.folds
-        return self.reward(stage, "vote", share)
+        return self.reward(stage, "vote", 1.0 if self.recipe.vote.in_sample else 1 - 1 / self.recipe.vote.folds)
 
     def sample(self, stage: Stage) -> Estimate:
         """Answers of the present policy."""
@@ -296,11 +196,21 @@ class _Costs:
 
     def _pairs(self, stage: Stage) -> int:
         """Training pairs of a round: those of the data, and the labels of the rounds so far."""
-        number = int(stage.folder.partition("/")[0].rpartition("-")[2])
-        rounds, rows = self.recipe.rounds, self.sizes.rows["pairs"]
+        number, rounds, rows = _round_of(stage), self.recipe.rounds, self.sizes.rows["pairs"]
         if rounds.labels_from == "dataset" and rounds.count > 1:
             return rows * number // rounds.count
-        return rows + rounds.labels * (number - 1) if rounds.first == "offline" else rounds.labels * number
+        if rounds.first == "offline":
+            return rows + rounds.labels * (number - 1)
+        return rounds.labels * number - self._held_out(stage)
+
+    def _held_out(self, stage: Stage) -> int:
+        """Labels so far that the reward model is judged on, where the data has no pairs for that."""
+        number = int(stage.folder.partition("/")[0].rpartition("-")[2])
+        return (
+            0
+            if self.sizes.rows["test_pairs"]
+            else round(self.recipe.data.test_fraction * self.recipe.rounds.labels * number)
+        )
 
     def _training(self, section: str, shape: Shape, rows: int) -> tuple[int, float]:
         """Steps and seconds of a supervised stage."""

@@ -6,16 +6,19 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from rlhf.data.canonical import prompt_key
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, read_questions, tally
 from rlhf.data.llm_judge import LanguageModelJudge
+from rlhf.data.sources import share_of_text
 from rlhf.errors import UserError, Waiting
 from rlhf.evaluation.pairs import JudgedPairs
 from rlhf.evaluation.statistics import clustered_mean
 from rlhf.lab.annotators import judge_pair
 from rlhf.models.text import plain
-from rlhf.pipeline.context import PAIRS, StageContext, gold_differences, read_jsonl, write_jsonl
+from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext, gold_differences, read_jsonl, write_jsonl
 from rlhf.pipeline.sampling import QUESTIONS
+from rlhf.reward.correct import TIE
 
 Rows = list[dict[str, Any]]
 FRESH, QUARANTINE = "fresh.jsonl", "quarantine.jsonl"
@@ -51,7 +54,16 @@ def run_label(context: StageContext) -> dict[str, Any]:
     if not fresh:
         context.say("label: no new pair in this round; the reward model is trained on those of the rounds before.")
 
-    # 2. Pooled, older labels with less weight where the recipe says so.
+    # 2. Where no pairs were given to be judged on, some of the labels are, by prompt.
+    if not (context.data / TEST_PAIRS).is_file():
+        fresh, split = _hold_out(context, fresh)
+        if not fresh and not earlier:
+            raise UserError(
+                f"{context.folder}: all labelled pairs are held out; label more, or lower data.test_fraction."
+            )
+        facts |= split
+
+    # 3. Pooled, older labels with less weight where the recipe says so.
     pooled = [*earlier, *fresh]
     if how.age_weight < 1:
         ages = [context.round - int(row["round"]) for row in pooled]
@@ -60,11 +72,37 @@ def run_label(context: StageContext) -> dict[str, Any]:
     write_jsonl(context.folder / FRESH, fresh)
     write_jsonl(context.folder / PAIRS, pooled)
 
-    # 3. How many of the new labels are wrong, where that can be known.
+    # 4. How many of the new labels are wrong, where that can be known.
     wrong = gold_differences(JudgedPairs.unscored(fresh), context.gold()) if fresh else None
     decided = [difference for difference in wrong or [] if difference != 0]
     flip_rate = sum(difference < 0 for difference in decided) / len(decided) if decided else None
     return {**facts, "fresh": len(fresh), "pairs": len(pooled), "flip_rate": flip_rate}
+
+
+def _hold_out(context: StageContext, fresh: Rows) -> tuple[Rows, dict[str, int]]:
+    """New pairs to train on; those of held-out prompts join the earlier rounds' in `test_pairs.jsonl`, ties apart, which judge
+    nobody.
+
+    Raises:
+        UserError: there is none to judge on.
+    """
+    share, salt = context.recipe.data.test_fraction, f"labels of {context.recipe.seed}"
+    is_held = [share_of_text(prompt_key(row["prompt"]), salt) < share for row in fresh]
+    held = [row for row, is_out in zip(fresh, is_held, strict=True) if is_out]
+    decided = [row for row in held if row.get("confidence") != TIE]
+    before = read_jsonl(context.parents["earlier"] / TEST_PAIRS) if "earlier" in context.parents else []
+    if not before and not decided:
+        raise UserError(
+            f"{context.folder}: none of {len(fresh)} labelled pairs is of a held-out prompt (data.test_fraction={share:g}), so the "
+            "reward model could not be judged; label more, raise data.test_fraction, or name pairs under data.test."
+        )
+    write_jsonl(context.folder / TEST_PAIRS, [*before, *decided])
+    facts = {"held_out": len(decided), "held_out_ties": len(held) - len(decided)}
+    context.say(
+        f"label: {len(decided)} of the new pairs are held out to judge the reward model on, {len(before) + len(decided)} so far; "
+        f"{facts['held_out_ties']} ties beside them are left out."
+    )
+    return [row for row, is_out in zip(fresh, is_held, strict=True) if not is_out], facts
 
 
 def _pairs_before(context: StageContext) -> Rows:

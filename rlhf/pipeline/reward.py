@@ -76,7 +76,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     reward = scored[0] if len(scored) == 1 else RewardEnsemble(scored)
 
     # 3. Held-out pairs.
-    test = read_jsonl(context.data / "test_pairs.jsonl")
+    test = read_jsonl(context.test_pairs)
     judged = judge_pairs(reward, test, label="reward: held-out pairs")
     report = pair_report(judged, gold_differences=gold_differences(judged, context.gold()))
     write_jsonl(context.folder / "samples.jsonl", judged.samples())
@@ -130,7 +130,7 @@ def _fit(context: StageContext, rows: Rows, folder: Path, label: str, seed: int)
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
     arguments: dict[str, Any] = {
         "train_dataset": Dataset.from_list(training_columns(rows)),
-        "eval_dataset": held_out(context, "test_pairs") if args.eval_strategy != "no" else None,
+        "eval_dataset": held_out(context, context.test_pairs) if args.eval_strategy != "no" else None,
         "processing_class": tokenizer,
         "flip_rate": how.flip_rate,
     }

@@ -88,8 +88,8 @@ def base_texts(data: Path) -> list[str]:
     """What the tokenizer of a model from nothing is trained on."""
     return [
         message["content"]
-        for name in ("sft", "pairs")
-        for row in read_jsonl(data / f"{name}.jsonl")
+        for file in (data / "sft.jsonl", data / "pairs.jsonl")
+        for row in (read_jsonl(file) if file.is_file() else [])
         for part in row.values()
         if isinstance(part, list)
         for message in part
@@ -184,7 +184,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
         processing_class=tokenizer,
-        eval_dataset=held_out(context, "test_prompts") if args.eval_strategy != "no" else None,
+        eval_dataset=held_out(context, context.data / "test_prompts.jsonl") if args.eval_strategy != "no" else None,
         monitor_funcs={"gold": gold} if gold is not None else None,
         ptx_dataset=Dataset.from_list(read_jsonl(context.data / "sft.jsonl")) if args.ptx_coef > 0 else None,
         adapter_was_trained=find_source(reference).adapter is not None and model_config.use_peft,

@@ -167,8 +167,11 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         yield f"{where}: backbone.model and backbone.from_scratch exclude each other; keep one."
     yield from _check_rounds(recipe, document)
     if recipe.lab is None:
-        if data.preferences is None:
+        starts_cold = recipe.rounds.first == "sampled" and recipe.rounds.labels_from in ("people", "judge")
+        if data.preferences is None and not starts_cold:
             yield f"{document.place(('data',))}: data.preferences is missing (a hub id or a local file)."
+        if data.preferences is None and starts_cold and data.prompts is None:
+            yield f"{document.place(('data',))}: data.prompts is missing: without data.preferences nobody knows what to answer."
         if data.sft is None and backbone.model is None:
             yield (
                 f"{document.place(('data',))}: data.sft is missing (a hub id or a local file); only a backbone.model that "

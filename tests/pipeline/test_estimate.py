@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.pipeline.estimate import GRADIENT_AND_MOMENTS, Sizes, _Costs, estimate
+from rlhf.pipeline.estimate import GRADIENT_AND_MOMENTS, _Costs, estimate
+from rlhf.pipeline.sizes import Sizes
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
 from tests.pipeline.test_run import RECIPE

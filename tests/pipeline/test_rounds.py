@@ -15,6 +15,7 @@ from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import read_questions
 from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.pipeline import rounds
+from rlhf.pipeline.estimate import estimate
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stopping import change_since_last_round, reason_to_stop
 from rlhf.pipeline.store import Store
@@ -330,6 +331,53 @@ def test_round_1_may_begin_with_the_policys_own_answers(finished: Path, tmp_path
     pairs = rows(run / "round-1/label/pairs.jsonl")
     assert len(pairs) == 24
     assert {row["round"] for row in pairs} == {1}
+
+
+COLD = """
+name: cold
+data: {test_fraction: 0.25}
+reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, logging_steps: 2}
+ppo: {total_episodes: 16, per_device_train_batch_size: 8, num_ppo_epochs: 1, learning_rate: 1.0e-3, max_completion_length: 12}
+rounds: {count: 2, first: sampled, labels_from: judge, judge_model: j, prompts: 16, labels: 24}
+evaluate: {prompts: 16}
+"""
+
+
+def test_a_model_and_prompts_are_enough_to_begin_with(finished: Path, tmp_path: Path, judge_url: str) -> None:
+    """No pair and no demonstration: all that the reward model learns from, and is judged on, is labelled on the way."""
+    (tmp_path / "cold.yaml").write_text(COLD)
+    begin, prompts = finished / "x/round-0/sft/model", finished / "x/round-0/data/data/prompts.jsonl"
+    named = [f"backbone.model={begin}", f"data.prompts={prompts}", f"rounds.judge_url={judge_url}"]
+    made = load_recipe(tmp_path / "cold.yaml", named)
+    run = tmp_path / "x"
+    rounds.run(made, run, say=lambda _: None)
+    assert {file.name for file in (run / "round-0/data/data").iterdir()} == {"prompts.jsonl", "test_prompts.jsonl"}
+    judged: list[dict[str, Any]] = []
+    for number in (1, 2):
+        label = run / f"round-{number}/label"
+        facts = json.loads((label / "manifest.json").read_text())["facts"]
+        trained, held = rows(label / "pairs.jsonl"), rows(label / "test_pairs.jsonl")
+        assert facts["fresh"] + facts["held_out"] + facts["held_out_ties"] == facts["labelled"] == 24
+        assert held[: len(judged)] == judged, "what was held out stays so"
+        judged = held
+        sides = [{json.dumps(row["prompt"]) for row in side} for side in (trained, held)]
+        assert sides[0].isdisjoint(sides[1])
+        assert all(row.get("confidence") != 0.5 for row in held)
+        reward = json.loads((run / f"round-{number}/reward/manifest.json").read_text())["facts"]
+        assert reward["n"] == len(held)
+        assert reward["pairs"] == len(trained)
+    planned = {stage.folder: stage for stage in estimate(made)[0]}
+    assert planned["round-2/reward"].rows == 48 - 12
+    (note,) = estimate(made)[1]
+    assert "No pairs yet: answers are taken to be 12 tokens long" in note
+
+    with pytest.raises(UserError, match=r"data\.prompts is missing: without data\.preferences nobody"):
+        load_recipe(tmp_path / "cold.yaml", [named[0], named[2]])
+    with pytest.raises(UserError, match=r"data\.preferences is missing"):
+        load_recipe(tmp_path / "cold.yaml", [*named, "rounds.first=offline"])
+    few = load_recipe(tmp_path / "cold.yaml", [*named, "rounds.labels=2", "data.test_fraction=0.01"])
+    with pytest.raises(UserError, match="none of 2 labelled pairs is of a held-out prompt"):
+        rounds.run(few, tmp_path / "few", say=lambda _: None)
 
 
 @pytest.mark.parametrize("how", ["random", "deviation", "diversity"])
