@@ -8,6 +8,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.pipeline.estimate import GRADIENT_AND_MOMENTS, _Costs, estimate
+from rlhf.pipeline.plan import plan
 from rlhf.pipeline.sizes import Sizes
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
@@ -74,6 +75,11 @@ def test_memory_is_weights_gradients_and_moments_of_four_roles(recipe_file: Path
     shape = _policy_shape(whole)
     expected = (1 + GRADIENT_AND_MOMENTS) * (policy + below_head) + policy + below_head
     assert whole._memory("ppo", shape, activations=False) == expected
+    three = costs(recipe_file, "reward.members=3")
+    assert three._memory("ppo", shape, activations=False) == expected + 2 * below_head
+    stages = {stage.folder: stage for stage in plan(three.recipe)}
+    one, all_three = whole.reward(stages["round-1/reward"]), three.reward(stages["round-1/reward"])
+    assert all_three.steps == 3 * one.steps
     lora = ["ppo.use_peft=true", "ppo.lora_r=4", "ppo.lora_target_modules=[q_proj,v_proj]"]
     adapter = 4 * 3 * 2 * 4 * (64 + 64)
     adapted = costs(recipe_file, *lora)
