@@ -147,9 +147,9 @@ class _Costs:
         if how.meta and section == "reward":
             climb = Shape(how.meta_prompts, self.prompt + how.meta_responses * self.answer, 0)
             seconds += steps * self._time(section, climb, training=True)
-        judged = (
-            (self.sizes.rows["test_pairs"] or self._held_out(stage)) if section == "reward" else rows * (1 - share or 1)
-        )
+        judged = rows * (1 - share or 1)
+        if section == "reward":
+            judged = self.sizes.rows["test_pairs"] or self._held_out(stage)
         seconds += self._scoring(section, 2 * judged)
         return self._estimate(stage, rows, tokens, models * steps, self._memory(section, shape), models * seconds)
 
@@ -205,12 +205,8 @@ class _Costs:
 
     def _held_out(self, stage: Stage) -> int:
         """Labels so far that the reward model is judged on, where the data has no pairs for that."""
-        number = int(stage.folder.partition("/")[0].rpartition("-")[2])
-        return (
-            0
-            if self.sizes.rows["test_pairs"]
-            else round(self.recipe.data.test_fraction * self.recipe.rounds.labels * number)
-        )
+        labels = self.recipe.rounds.labels * _round_of(stage)
+        return 0 if self.sizes.rows["test_pairs"] else round(self.recipe.data.test_fraction * labels)
 
     def _training(self, section: str, shape: Shape, rows: int) -> tuple[int, float]:
         """Steps and seconds of a supervised stage."""

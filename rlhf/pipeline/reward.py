@@ -49,11 +49,11 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     facts: dict[str, Any]
     if domains is not None:
         experts = [out / f"expert-{number}" for number in range(len(domains))]
-        facts = {"dropped_too_long": _fit_each(context, domains, experts, "expert"), "experts": list(domains)}
-        facts["pairs"] = len(rows)
+        dropped = sum(_fit_each(context, domains, experts, "expert"))
+        facts = {"dropped_too_long": dropped, "experts": list(domains), "pairs": len(rows)}
     elif len(members) > 1:
         same = {str(number): rows for number in range(len(members))}
-        dropped = _fit_each(context, same, members, "member") // len(members)
+        dropped = max(_fit_each(context, same, members, "member"))
         facts = {"dropped_too_long": dropped, "members": len(members), "pairs": len(rows) - dropped}
     else:
         trainer = _fit(context, rows, context.folder, "reward", recipe.seed)
@@ -178,13 +178,13 @@ def _domains(rows: Rows, weights: dict[str, float] | None) -> dict[str, Rows]:
     return dict(sorted(found.items()))
 
 
-def _fit_each(context: StageContext, parts: dict[str, Rows], places: list[Path], kind: str) -> int:
+def _fit_each(context: StageContext, parts: dict[str, Rows], places: list[Path], kind: str) -> list[int]:
     """Train experts or members one after the other, each kept when it is done; then put them in their places.
 
     Returns:
-        how many pairs were too long for each, added up, as far as this run saw.
+        how many pairs were too long for each; 0 where it was trained before this process began.
     """
-    dropped, metrics = 0, context.folder / "metrics.jsonl"
+    dropped, metrics = [0] * len(parts), context.folder / "metrics.jsonl"
     for number, (name, rows) in enumerate(parts.items()):
         folder = context.folder / CHECKPOINTS / f"{kind}-{number}"
         kept = folder / "model"
@@ -194,7 +194,7 @@ def _fit_each(context: StageContext, parts: dict[str, Rows], places: list[Path],
         folder.mkdir(parents=True, exist_ok=True)
         seed = context.recipe.seed + (SEEDS_APART * number if kind == "member" else 0)
         trainer = _fit(context, rows, folder, f"{kind} {name}", seed)
-        dropped += trainer.dropped_too_long
+        dropped[number] = trainer.dropped_too_long
         if context.is_main:
             before = read_jsonl(metrics)[-1]["step"] if metrics.is_file() else 0
             found = [row for row in read_jsonl(folder / "metrics.jsonl") if "step" in row]
