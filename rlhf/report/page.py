@@ -1,8 +1,10 @@
 """`report.html`: verdict, policy, reward model, data, lineage, how to reproduce. One file that can be sent to a colleague."""
 
 import json
+import math
 import shlex
 from pathlib import Path
+from statistics import fmean, variance
 from typing import Any
 
 from markupsafe import Markup
@@ -13,6 +15,7 @@ from rlhf.report.render import Figure, read_rows, render, reward_facts, reward_f
 from rlhf.report.rounds import last_judged, rounds_section, rounds_verdict
 
 SAMPLES_SHOWN = 12
+SURE = 3.0  # standard errors that the true reward must have fallen by before the page calls it a fall
 
 
 def write_report(run: Path) -> Path:
@@ -110,7 +113,7 @@ def verdict(summary: dict[str, Any], ppo: list[dict[str, Any]]) -> list[str]:
 
 
 def _overoptimised(ppo: list[dict[str, Any]]) -> str:
-    """Thirds of training: does gold fall below its best while the proxy still rises?"""
+    """Thirds of training: does gold end below its best third while the proxy still rises, by more than rollouts scatter?"""
     rows = [row for row in ppo if row.get("reward_gold") is not None]
     if not rows:
         return "Whether the reward was over-optimised can't be said without a true reward over training."
@@ -118,14 +121,17 @@ def _overoptimised(ppo: list[dict[str, Any]]) -> str:
         return f"{len(rows)} logged rollouts are too few to say whether the reward was over-optimised."
     third = len(rows) // 3
     thirds = [rows[:third], rows[third : 2 * third], rows[2 * third :]]
-    proxy = [sum(r["reward_proxy"] for r in part) / len(part) for part in thirds]
-    gold = [sum(r["reward_gold"] for r in part) / len(part) for part in thirds]
-    if proxy[2] > proxy[1] and gold[2] < max(gold[:2]):
+    proxy = [[row["reward_proxy"] for row in part] for part in thirds]
+    gold = [[row["reward_gold"] for row in part] for part in thirds]
+    best = max(gold[:2], key=fmean)
+    said = f"{fmean(gold[0]):.2f}, {fmean(gold[1]):.2f}, {fmean(gold[2]):.2f}"
+    error = math.sqrt(sum(variance(part) / len(part) for part in (best, gold[2])))
+    if fmean(proxy[2]) > fmean(proxy[1]) and fmean(gold[2]) < fmean(best) - SURE * error:
         return (
-            f"The reward was over-optimised: in the last third of PPO the proxy rose from {proxy[1]:.2f} to {proxy[2]:.2f} "
-            f"while the true reward fell to {gold[2]:.2f} from {max(gold[:2]):.2f}."
+            f"The reward was over-optimised: in the last third of PPO the proxy rose from {fmean(proxy[1]):.2f} to "
+            f"{fmean(proxy[2]):.2f} while the true reward fell to {fmean(gold[2]):.2f} from {fmean(best):.2f}."
         )
-    return f"No over-optimisation over training: true reward by thirds {gold[0]:.2f}, {gold[1]:.2f}, {gold[2]:.2f}."
+    return f"No over-optimisation is seen over training: true reward by thirds {said}."
 
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
