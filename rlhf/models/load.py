@@ -208,10 +208,10 @@ def _modules_of(parameters: Iterable[str]) -> set[str]:
     return {first if (first := path.split(".")[0]) in ("score", "classifier") else path for path in paths}
 
 
-def is_encoder(model: str | Path, revision: str | None = None) -> bool:
-    """Whether a model reads in both directions: it can score answers but not write them."""
-    config = AutoConfig.from_pretrained(find_source(model).base, revision=revision)
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+def encoder_type(model: str | Path, revision: str | None = None) -> str | None:
+    """The type of a model that reads in both directions, so that it can score answers but not write them; None of another."""
+    kind: str = AutoConfig.from_pretrained(find_source(model).base, revision=revision).model_type
+    return kind if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else None
 
 
 def score_head(model: torch.nn.Module) -> torch.nn.Linear | None:

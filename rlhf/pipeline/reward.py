@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.pairs import judge_pairs, pair_report
 from rlhf.evaluation.statistics import win_rate
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import build_reward_model, is_encoder, load_policy, load_tokenizer
+from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.pipeline.context import STRENGTH, StageContext, gold_differences, held_out, read_jsonl, write_jsonl
 from rlhf.pipeline.sampling import SAMPLES
@@ -245,7 +245,7 @@ def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Sa
     """Answers of the SFT policy. An encoder has no policy beside it; there it is the answers of the pairs."""
     set_seed(context.recipe.seed)
     sft = context.sft_model
-    if not is_encoder(sft, context.recipe.backbone.revision):
+    if encoder_type(sft, context.recipe.backbone.revision) is None:
         policy = load_policy(sft, model_config, trainable=False).to(context.device).eval()
         tokenizer = load_tokenizer(sft, conversational=True, revision=context.recipe.backbone.revision)
         prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]

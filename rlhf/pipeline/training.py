@@ -29,7 +29,7 @@ from trl import ModelConfig, RewardConfig, SFTConfig
 
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import TrainingError, UserError
-from rlhf.models.load import is_encoder, model_settings
+from rlhf.models.load import encoder_type, model_settings
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint, write_text
 from rlhf.ppo.config import PPOConfig
@@ -143,13 +143,14 @@ def _reward_problems(recipe: Recipe) -> list[str]:
 def _cannot_generate(model: str, revision: str | None) -> list[str]:
     """Encoders make reward models, not policies."""
     try:
-        if not is_encoder(model, revision):
-            return []
+        kind = encoder_type(model, revision)
     except (OSError, ValueError) as error:
         return [f"backbone.model: {model}: {str(error).strip().splitlines()[0]}"]
+    if kind is None:
+        return []
     return [
-        f"backbone.model: {model} is an encoder, which cannot generate: a reward model can be made of it (`rlhf reward`, without "
-        "data.sft), a policy cannot."
+        f"backbone.model: {model} is an encoder ({kind}), which cannot generate: a reward model can be made of it (`rlhf reward`, "
+        "without data.sft), a policy cannot."
     ]
 
 
