@@ -386,7 +386,7 @@ def test_missing_end_is_penalised_exactly_there(
     completions = Completions(
         ids, torch.ones_like(ids), ids, torch.ones_like(ids), torch.tensor([True, False]), ["yes", "yes"]
     )
-    raw, total, dense = trainer.rewards([{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0]}], completions)
+    raw, total, dense, _ = trainer.rewards([{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0]}], completions)
     expected = (raw - reward.mean) / reward.std - torch.tensor([0.0, 2.0])
     torch.testing.assert_close(trainer.shaped(total, completions.ended), expected)
     assert dense.abs().max() == 0
