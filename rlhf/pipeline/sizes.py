@@ -60,7 +60,7 @@ def model_and_data(recipe: Recipe, work: Path) -> tuple[PretrainedConfig, Sizes]
         texts = base_texts(folder / "data")
         tokenizer, config = design_base(texts, architecture=settings.pop("architecture"), settings=settings)
         return config, _counted(recipe, folder / "data", tokenizer)
-    assert name is not None
+    assert name is not None, "the recipe's check wants a backbone, a lab or from_scratch"
     try:
         config = AutoConfig.from_pretrained(find_source(name).base, revision=recipe.backbone.revision)
         tokenizer = load_tokenizer(name, conversational=True, revision=recipe.backbone.revision)

@@ -4,9 +4,9 @@ python tests/benchmarks/rounds.py --json rounds.json --seeds 5,6,7,8,9
 
 Every variant spends `4 x LABELS` labels and as many episodes of PPO, from the same SFT policy. Round 1 has the lab's offline
 pairs; the others the policy's own answers. `best` has the labels of the true reward, `best_noisy` the same with a quarter of
-them turned round, in every round (and the likelihood that knows of it); `no_denoise`, `meta`, `information` and `members` change one thing
-of `best_noisy`. `crowd` has the lab's own annotators. `oracle` is `best` with PPO on the true
-reward itself. `bt_once` has all labels at once, offline, and one round. Figures are of the last round that ran; a run that a rule
+them turned round, in every round (and the likelihood that knows of it); `no_denoise`, `meta`, `information` and `members`
+change one thing of `best_noisy`. `crowd` has the lab's own annotators. `oracle` is `best` with PPO on the true reward itself.
+`bt_once` has all labels at once, offline, and one round. Figures are of the last round that ran; a run that a rule
 stopped keeps its last round.
 
 Runs lie beside FILE, so a killed benchmark goes on, and a finished one only reads summaries.

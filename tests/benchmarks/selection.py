@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, set_seed
-from worlds import Rows, fitted, interval, world
+from worlds import Rows, fitted, interval, planted, world
 
 from rlhf.data.labels import Question, Verdict, question_id, tally
 from rlhf.lab.annotators import judge_pair
@@ -74,19 +74,12 @@ def scene(folder: Path, seed: int, *, quick: bool) -> Scene:
     return Scene(folder, seed, quick=quick)
 
 
-def turned(rows: Rows, rng: random.Random, rate: float) -> Rows:
-    """Rows of which a share is turned round."""
-    return [
-        {**r, "chosen": r["rejected"], "rejected": r["chosen"]} if rate and rng.random() < rate else r for r in rows
-    ]
-
-
 @cache
 def first_model(folder: Path, seed: int, noise: str, *, quick: bool) -> tuple[RewardModel, Rows]:
     """The reward model before any choice, and the pairs it was trained on."""
     rate, told = NOISE[noise]
     here = scene(folder, seed, quick=quick)
-    rows = turned(here.offline, random.Random(seed), rate)
+    rows = planted(here.offline, seed, rate)
     return fitted(here.base, rows, seed=seed, flip_rate=told, **TRAINING), rows
 
 
