@@ -60,7 +60,7 @@ def vote(
     columns = {name: torch.tensor([row[name] for row in trained]) for name in PAIR_COLUMNS if name in trained[0]}
 
     def objective(rewards_chosen: Tensor, rewards_rejected: Tensor, pairs: list[int]) -> Tensor:
-        of_these = {name: column[pairs] for name, column in columns.items()}
+        of_these = {name: column[pairs].to(rewards_chosen.device) for name, column in columns.items()}
         return pair_loss(rewards_chosen, rewards_rejected, flip_rate=flip_rate, **of_these)
 
     def member_differences(member: int, chosen: list[int], judged: list[int]) -> Tensor:
@@ -105,7 +105,7 @@ def _shared_trunk(
     assert isinstance(tokenizer.pad_token_id, int)
     model_config, _ = _arguments({"model_revision": settings.get("model_revision", "main")}, folder, 0)
     model = build_reward_model(base, model_config, pad_token_id=tokenizer.pad_token_id)
-    shared = Trunk(model, top_layers=top_layers)
+    shared = Trunk(model.to(args.device), top_layers=top_layers)
     longest = min(args.max_length or position_limit(model, tokenizer), position_limit(model, tokenizer))
     prompts = [row["prompt"] for row in rows]
     answers = ([row[side][0]["content"] for row in rows] for side in ("chosen", "rejected"))

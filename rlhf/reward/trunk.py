@@ -92,7 +92,7 @@ class Trunk:
     """The lower layers of a one-label classifier, frozen, and a pattern for its members.
 
     Args:
-        model: as `build_reward_model` makes it, without an adapter, in float32.
+        model: as `build_reward_model` makes it, without an adapter, in float32; members live on its device.
         top_layers: how many layers are each member's own, at least 1.
 
     Raises:
@@ -202,7 +202,7 @@ class Trunk:
         batch = features.batch(range(min(4, len(features.lengths))))
         ids, mask = unpack(batch.packed, pad_token_id=features.pad_token_id)
         device = next(self.model.parameters()).device
-        expected = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.squeeze(-1).cpu()
+        expected = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.squeeze(-1)
         difference = (member.scores(batch) - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
             raise UserError(
@@ -219,14 +219,16 @@ class Member:
         self.is_decoder = score_head(model) is not None
 
     def scores(self, batch: Batch) -> Tensor:
-        """Scores [2b]: chosen, rejected, chosen, rejected, …"""
-        hidden, packed, attention = batch
+        """Scores [2b] on the member's device: chosen, rejected, chosen, rejected, …"""
+        packed = batch.packed
+        device = next(self.model.parameters()).device
+        hidden, attention, positions = (x.to(device) for x in (batch.hidden, batch.attention, packed.position_ids))
         if not self.is_decoder:
             outputs: Tensor = self.model(inputs_embeds=hidden, attention_mask=attention).logits.squeeze(-1)
             return outputs
         backbone = getattr(self.model, self.model.base_model_prefix)
         states = backbone(
-            inputs_embeds=hidden, attention_mask=attention, position_ids=packed.position_ids, use_cache=False
+            inputs_embeds=hidden, attention_mask=attention, position_ids=positions, use_cache=False
         ).last_hidden_state
         scores: Tensor = self.model.score(states[packed.rows, packed.ends]).squeeze(-1)
         return scores
@@ -278,14 +280,14 @@ class Member:
 
     @torch.no_grad()
     def differences(self, features: Features, pairs: Sequence[int]) -> Tensor:
-        """Reward of the chosen answer minus that of the rejected one, of some pairs, in their order."""
+        """Reward of the chosen answer minus that of the rejected one, of some pairs, in their order, on the CPU."""
         lengths = features.lengths
         order = sorted(range(len(pairs)), key=lambda place: lengths[pairs[place]])
         found = torch.empty(len(pairs))
         for begin in range(0, len(order), SCORING_BATCH):
             places = order[begin : begin + SCORING_BATCH]
             scores = self.scores(features.batch([pairs[place] for place in places]))
-            found[places] = scores[0::2] - scores[1::2]
+            found[places] = (scores[0::2] - scores[1::2]).cpu()
         return found
 
 
