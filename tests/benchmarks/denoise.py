@@ -1,17 +1,17 @@
 """How much of the gap between noisy and clean labels each correction closes, in the lab, on the same pairs and seeds.
 
-python tests/benchmarks/denoise.py --json choose.json --seeds 0,1 --choose
+python tests/benchmarks/denoise.py --json choose.json --seeds 0,1,2,3,4 --choose
 python tests/benchmarks/denoise.py --json denoise.json --seeds 5,6,7,8,9
 python tests/benchmarks/denoise.py --json quick.json --seeds 0 --variants bt,clean,posterior --quick
 
 6,000 pairs in true order of which a quarter is turned round at random. All recipes see the same pairs and the same vote:
 five members, five folds, out of fold, two epochs, trained with the likelihood of labels of which a fifth is flipped. With
 `--choose`, every variant runs a grid (learning rate x epochs) and is scored on 6,000 noisy validation pairs that no variant
-trains on, never on clean ones; what won over the choosing seeds stands in GRID_CHOICE, and the judged seeds run that once,
-on clean test pairs. `ensemble` is the mean of five models as `bt` is.
+trains on, never on clean ones; what won over the choosing seeds stands in GRID_CHOICE and DEFAULT, and the judged seeds run
+that once, on clean test pairs. `ensemble` is the mean of five models as `bt` is, `no_noise_X` is X where no label is wrong.
 
 `gap_closed` is (variant - bt) / (clean - bt) of accuracies over all seeds; intervals are bootstraps over seeds and test
-pairs of the paired differences. `no_noise_cost` is BT's accuracy less the default's where no label is wrong.
+pairs of the paired differences. `no_noise_cost` is `clean` (BT where no label is wrong) less `no_noise_` and the default.
 `auroc_clean` is what a model trained on 6,000 *other* pairs with clean labels makes of the same labels. Finished (seed,
 variant) pairs are kept beside FILE, so a killed run goes on.
 """
@@ -36,11 +36,12 @@ from rlhf.reward.correct import Correction, corrected
 
 TRAIN, TEST = 6000, 10_000
 GRID = ((5e-4, 1), (5e-4, 2), (1.5e-3, 1), (1.5e-3, 2))
-GRID_CHOICE = {"default": (5e-4, 2)}
+GRID_CHOICE = (5e-4, 2)  # of every variant: the best of the four points for each of them
 MEMBERS, FOLDS, MEMBER_FLIP_RATE = 5, 5, 0.2
-DEFAULT = "posterior"
+DEFAULT = "adaptive_margin"
 VOTED = ("flip", "adaptive_margin", "flip_margin", "soft_margin", "likelihood", "posterior")
 VARIANTS = ("bt", "clean", "smoothing", "ensemble", *VOTED)
+NO_NOISE = "no_noise_"
 DRAWS = 1000
 
 
@@ -72,13 +73,14 @@ def training_rows(
     """The pairs as a variant sees them, the trainer's options, and what the votes knew."""
     if variant == "clean":
         return rows["clean"], {}
-    noisy = rows["clean"] if variant == "no_noise_default" else rows["noisy"]
+    without = variant.startswith(NO_NOISE)
+    noisy = rows["clean"] if without else rows["noisy"]
     wrong = is_wrong(noisy)
     if variant == "smoothing":  # at the known rate
         return corrected(noisy, Correction("smoothing", smoothing=sum(wrong) / len(wrong)))[0], {}
     if variant in ("bt", "ensemble"):
         return noisy, {}
-    where = folder / f"vote-{seed}-{'clean' if variant == 'no_noise_default' else 'noisy'}"
+    where = folder / f"vote-{seed}-{'clean' if without else 'noisy'}"
     shape: dict[str, Any] = {"members": MEMBERS, "folds": FOLDS, "in_sample": False, "trunk": None}
     strength, noise = vote(
         base, noisy, reward_settings(5e-4, 2), where, seed=seed, say=lambda _: None, flip_rate=MEMBER_FLIP_RATE, **shape
@@ -88,8 +90,7 @@ def training_rows(
         facts["auroc_vote"] = auroc((-strength.mean).tolist(), wrong)
     if variant == "likelihood":
         return noisy, facts
-    objective = DEFAULT if variant == "no_noise_default" else variant
-    return corrected(noisy, Correction(objective), strength, noise)[0], facts
+    return corrected(noisy, Correction(variant.removeprefix(NO_NOISE)), strength, noise)[0], facts
 
 
 def judged(
@@ -197,15 +198,14 @@ def main() -> None:
         return
 
     # 1. Every variant on every seed, and beside them what has no noise.
-    extra = [] if arguments.quick or DEFAULT not in variants else ["no_noise_default"]
+    unharmed = NO_NOISE + DEFAULT
+    extra = [] if arguments.quick or DEFAULT not in variants or unharmed in variants else [unharmed]
     results: dict[tuple[int, str], dict[str, Any]] = {}
     clean = []
     for seed in seeds:
         for variant in [*variants, *extra]:
-            alike = {"no_noise_default": DEFAULT, "ensemble": "bt"}.get(variant, variant)
-            point = GRID_CHOICE.get(alike, GRID_CHOICE["default"])
-            results[seed, variant] = judged(folder, seed, variant, point, quick=arguments.quick)
-        clean.append(judged(folder, seed, "auroc_clean", GRID_CHOICE["default"], quick=arguments.quick)["auroc"])
+            results[seed, variant] = judged(folder, seed, variant, GRID_CHOICE, quick=arguments.quick)
+        clean.append(judged(folder, seed, "auroc_clean", GRID_CHOICE, quick=arguments.quick)["auroc"])
     table = {key: np.unpackbits(np.array(r["right"], np.uint8))[: r["n"]].astype(float) for key, r in results.items()}
 
     # 2. Means, and intervals of paired differences.
@@ -221,7 +221,7 @@ def main() -> None:
         "above": {
             v: [mean[DEFAULT] - mean[v], *percentiles([d[DEFAULT] - d[v] for d in draws])]
             for v in variants
-            if DEFAULT in variants and v not in (DEFAULT, "clean")
+            if DEFAULT in variants and v not in (DEFAULT, "clean") and not v.startswith(NO_NOISE)
         },
         "ece": {v: statistics.mean(results[seed, v]["ece"] for seed in seeds) for v in variants},
         "auroc_vote": statistics.mean(r["auroc_vote"] for r in votes) if votes else None,
@@ -229,10 +229,9 @@ def main() -> None:
         "estimated_noise": [r["estimated"] for r in votes],
         "threads": torch.get_num_threads(),
     }
-    if extra:
-        # Bradley-Terry where no label is wrong is `clean`.
-        found["no_noise_cost"] = mean["clean"] - mean["no_noise_default"]
-        found["no_noise_cost_ci"] = percentiles([d["clean"] - d["no_noise_default"] for d in draws])
+    if unharmed in mean:
+        found["no_noise_cost"] = mean["clean"] - mean[unharmed]
+        found["no_noise_cost_ci"] = percentiles([d["clean"] - d[unharmed] for d in draws])
     arguments.json.write_text(json.dumps(found, indent=1))
 
     # 3. The table.
