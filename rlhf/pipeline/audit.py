@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
+from scipy.stats import spearmanr
 from transformers import AutoConfig
 
 from rlhf.data.read import is_local
@@ -77,7 +78,7 @@ def audit(
         right = posterior_confidence(strength.mean, flip_rate=noise.flip_rate, scale=noise.scale)
     wrong = 1 - right
     suspicious = [i for i in torch.argsort(right, stable=True).tolist() if right[i] < 0.5]
-    length = _length(values, strength)
+    length = length_bias(values, strength)
     alarm = length_alarm(length["correlation_with_strength"])
     if alarm is not None:
         say(f"audit: {alarm}")
@@ -168,17 +169,15 @@ def _deciles(strength: VoteStrength, wrong: torch.Tensor) -> list[dict[str, floa
     ]
 
 
-def _length(values: Sequence[dict[str, Any]], strength: VoteStrength) -> dict[str, Any]:
-    """How much of labels and votes length alone explains."""
+def length_bias(values: Sequence[dict[str, Any]], strength: VoteStrength) -> dict[str, Any]:
+    """How much of labels and votes length alone explains; the correlation is Spearman's, with the difference in characters."""
     differences = np.array([len(r["chosen"][0]["content"]) - len(r["rejected"][0]["content"]) for r in values], float)
     mean, interval = clustered_mean(
         ((differences > 0) + 0.5 * (differences == 0)).tolist(), [plain(row["prompt"]) for row in values]
     )
     votes = strength.mean.double().numpy()
     varied = differences.std() > 0 and votes.std() > 0
-    correlation = (
-        float(np.corrcoef(np.sign(differences), votes)[0, 1]) if varied and np.sign(differences).std() else None
-    )
+    correlation = float(spearmanr(differences, votes).statistic) if varied else None
     return {"longer_is_chosen": mean, "longer_is_chosen_ci": interval, "correlation_with_strength": correlation}
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from rlhf.errors import UserError
-from rlhf.pipeline.audit import audit, length_alarm
+from rlhf.objectives.strength import vote_strength
+from rlhf.pipeline.audit import audit, length_alarm, length_bias
 from rlhf.recipe import load_recipe
 from rlhf.report.audit import mark
 from tests.conftest import WORDS
@@ -102,6 +104,16 @@ def test_what_differs_is_marked_and_escaped() -> None:
 
 
 def test_votes_that_follow_length_are_said_to() -> None:
+    """Also where most of the chosen answers are longer, so that it is how much longer that the votes follow."""
+    answers = [("aaaa", "a"), ("aaa", "a"), ("aaaaaaaa", "a"), ("aa", "a"), ("a", "aa")]
+    rows = [{"prompt": [{"role": "user", "content": str(i)}]} for i in range(5)]
+    for row, texts in zip(rows, answers, strict=True):
+        row |= {side: [{"content": text}] for side, text in zip(("chosen", "rejected"), texts, strict=True)}
+    votes = torch.tensor([[-3.0, -2.0, -9.0, -1.0, 0.5]])
+    length = length_bias(rows, vote_strength(votes))
+    assert length["correlation_with_strength"] == pytest.approx(-1.0)
+    assert length["longer_is_chosen"] == pytest.approx(0.8)
+    assert length_bias(rows[:1], vote_strength(votes[:, :1]))["correlation_with_strength"] is None
     assert length_alarm(None) is None
     assert length_alarm(0.2) is None
     assert "prefer the shorter answer (correlation -0.52)" in str(length_alarm(-0.52))
