@@ -21,7 +21,12 @@ from rlhf import (
     load_reward_model,
 )
 from rlhf.models.load import build_reward_model, load_policy, model_settings
+from rlhf.pipeline import rounds
+from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.vote import vote
+from rlhf.ppo.backbone import AdapterScorer
+from rlhf.recipe import load_recipe
+from rlhf.reward import model as reward_model
 from rlhf.reward.model import RewardModel, save_reward_model
 from rlhf.reward.trunk import Trunk
 from tests.conftest import PROMPTS, WORDS
@@ -169,3 +174,37 @@ def test_a_loaded_reward_model_lives_where_it_was_asked_to(reward_folder: Path) 
     assert everything_is_there(reward.model)
     assert reward.score(PROMPTS[:2], ["yes", "no"]).device == torch.device("cpu")
     assert reward.features(PROMPTS[:2], ["yes", "no"]).device == torch.device("cpu")
+
+
+RECIPE = """
+name: small
+lab: {demonstrations: 200, pairs: 100, test_pairs: 50, hidden_size: 32, num_hidden_layers: 2}
+sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 16, use_peft: true, lora_r: 4}
+vote: {members: 2, folds: 2}
+reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, objective: posterior, members: 2, use_peft: true, lora_r: 4}
+ppo: {total_episodes: 16, per_device_train_batch_size: 8, num_ppo_epochs: 1, max_completion_length: 12, use_peft: true, lora_r: 4}
+rounds: {count: 2, prompts: 16, labels: 24, select: information}
+evaluate: {prompts: 16}
+"""
+
+
+def test_a_whole_run_of_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what lies between the trainers: sampling, selecting, scoring, judging. No trainer lives to its first log."""
+    monkeypatch.setattr(StageContext, "device", property(lambda _: str(ACCELERATOR)))
+    put_by_default, score_rows, scored = reward_model._place, reward_model.score_rows, []
+
+    def seen(model: nn.Module, *arguments: Any, **keys: Any) -> torch.Tensor:
+        is_on_backbone = isinstance(model, AdapterScorer)  # checked on its probe before the trainer moves both
+        scored.append(is_on_backbone or everything_is_there(model))
+        return score_rows(model, *arguments, **keys)
+
+    def put_there(model: Any, facts: dict[str, Any], device: Any) -> Any:
+        return put_by_default(model, facts, device or ACCELERATOR)  # an accelerator that is there is the default
+
+    monkeypatch.setattr(reward_model, "score_rows", seen)
+    monkeypatch.setattr(reward_model, "_place", put_there)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    rounds.run(load_recipe(tmp_path / "r.yaml"), tmp_path / "run", say=lambda _: None)
+    assert (tmp_path / "run/summary.json").is_file()
+    assert scored, "and nothing scores elsewhere"
+    assert all(scored)

@@ -197,9 +197,13 @@ def _fit_each(context: StageContext, parts: dict[str, Rows], places: list[Path],
         dropped[number] = trainer.dropped_too_long
         if context.is_main:
             before = read_jsonl(metrics)[-1]["step"] if metrics.is_file() else 0
-            found = [row for row in read_jsonl(folder / "metrics.jsonl") if "step" in row]
-            with metrics.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({**row, "step": row["step"] + before, kind: name}) + "\n" for row in found)
+            own = folder / "metrics.jsonl"
+            if own.is_file():  # training may end before it logs
+                found = [row for row in read_jsonl(own) if "step" in row]
+                with metrics.open("a", encoding="utf-8") as file:
+                    file.writelines(
+                        json.dumps({**row, "step": row["step"] + before, kind: name}) + "\n" for row in found
+                    )
             beside = folder / "unfinished"
             shutil.rmtree(beside, ignore_errors=True)
             save_model(trainer.model, trainer.processing_class, beside)
@@ -222,6 +226,8 @@ def _combine(context: StageContext, domains: dict[str, Rows], samples: Samples, 
     save_experts(out, list(domains), torch.tensor([[0.0, 1.0]] * count), weights=weights, gate=None)
     in_4_bit = split_settings(context.settings("reward"))[0].load_in_4bit
     experts = open_experts(out, tokenizer, conversational=True, load_in_4bit=in_4_bit)
+    if not in_4_bit:
+        experts.model.to(context.device)
     raw = experts.score_each([p for p, _ in samples[0]], [text for _, text in samples[0]], ended=samples[1])
     scales = torch.stack([raw.mean(dim=0), raw.std(dim=0, correction=0).clamp(min=1e-6)], dim=1)
 

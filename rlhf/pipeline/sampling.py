@@ -71,7 +71,7 @@ def run_select(context: StageContext) -> dict[str, Any]:
     differences: list[float | None] = [None] * len(pairs)
     order = one_of_each_prompt_first(pairs)
     if "reward" in context.parents:
-        reward = load_reward_model(context.parents["reward"] / "model")
+        reward = load_reward_model(context.parents["reward"] / "model", device=context.device)
         first, second = (reward.score([p[0] for p in pairs], [p[side] for p in pairs]) for side in (1, 2))
         differences = (first - second).tolist()
         if how.select != "random":

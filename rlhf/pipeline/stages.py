@@ -232,7 +232,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     if len(rows) < recipe.evaluate.prompts:
         context.say(f"evaluate: only {len(rows)} held-out prompts, of {recipe.evaluate.prompts} asked for.")
     sft = context.sft_model
-    reward = load_scorer_of(context.parents["reward"])
+    reward = load_scorer_of(context.parents["reward"], device=context.device)
     known = context.parents["judged"] / SFT_ANSWERS if "judged" in context.parents else None
     facts, samples, sft_answers = judge_policies(
         policy=load_policy(context.parents["policy"] / "model", model_config, trainable=False)

@@ -43,11 +43,11 @@ class RewardEnsemble:
         return torch.stack(scores).mean(dim=0)
 
 
-def load_scorer_of(stage: Path) -> RewardModel | RewardEnsemble:
+def load_scorer_of(stage: Path, *, device: str | None = None) -> RewardModel | RewardEnsemble:
     """What a reward stage made: its model, or all members as one.
 
     Raises:
         UserError: as `load_reward_model`.
     """
-    members = [load_reward_model(folder) for folder in member_folders(stage)]
+    members = [load_reward_model(folder, device=device) for folder in member_folders(stage)]
     return members[0] if len(members) == 1 else RewardEnsemble(members)
