@@ -234,12 +234,13 @@ def audit_command(
 
     result = audit(pairs, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=say)
     noise = result["noise_rate"]
-    output.print(
-        f"{result['kept_pairs']} pairs; about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and "
-        f"{noise['high']:.1%}); {len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}",
-        markup=False,
-        soft_wrap=True,
+    found = (
+        f"about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and {noise['high']:.1%}); "
+        f"{len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}"
     )
+    if noise["mean"] == 0:
+        found = "the votes agree with the labels no more than chance, so they say nothing about them"
+    output.print(f"{result['kept_pairs']} pairs; {found}", markup=False, soft_wrap=True)
     output.print(
         f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}", markup=False, soft_wrap=True
     )

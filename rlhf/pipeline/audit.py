@@ -218,6 +218,7 @@ def _shown(row: Row, strength: VoteStrength, wrong: torch.Tensor, i: int) -> dic
         "rejected": row.values["rejected"][0]["content"],
         "strength_mean": strength.mean[i].item(),
         "strength_std": strength.std[i].item(),
+        "strength_votes": int(strength.votes[i]),
         "probability_wrong": wrong[i].item(),
     }
 

@@ -31,13 +31,14 @@ def write_audit_page(
             "Mean difference of rewards; below 0 the vote contradicts the label.",
             histogram({"pairs": means}, x="mean"),
         ),
-        ("Disagreement among members", "", histogram({"pairs": deviations}, x="deviation")),
         (
             "Probability that the label is wrong",
             "By tenths of strength, weakest first.",
             bars(labels, [row["probability_wrong"] for row in deciles], x="tenth of the pairs", y="probability"),
         ),
     ]
+    if any(deviations):  # all 0 where each pair has a single vote
+        figures.insert(1, ("Disagreement among members", "", histogram({"pairs": deviations}, x="deviation")))
     rows = [
         {**row, **dict(zip(("chosen", "rejected"), mark(row["chosen"], row["rejected"]), strict=True))}
         for row in suspicious

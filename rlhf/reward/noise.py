@@ -47,7 +47,8 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEs
     - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap.
 
     Pairs of one prompt are not independent, so prompts are what is counted and resampled. Votes that agree with labels
-    no more than chance say nothing: then ε is 0 and the scale 0, which leaves every label as it is, and a warning.
+    no more than chance (`high` reaches 0.5) say nothing: then ε is 0 and the scale 0, which leaves every label as it is,
+    and a warning.
 
     Args:
         differences: [n] mean difference of models that did not see the label.
@@ -55,7 +56,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEs
     contradicted = ((differences < 0).double() + 0.5 * (differences == 0).double()).tolist()
     high = clustered_mean(contradicted, clusters)[1][1]
     temperature = best_temperature(differences.tolist())
-    if temperature is None:
+    if temperature is None or high >= 0.5:
         warnings.warn(
             "vote: the votes agree with the labels no more than chance, so they say nothing about them; every label is left "
             "as it is. Use a larger base model, more pairs, or another learning rate.",

@@ -203,6 +203,15 @@ def test_votes_that_know_nothing_change_nothing() -> None:
     assert "confidence" not in made[0]
 
 
+def test_votes_that_may_be_chance_are_taken_for_it() -> None:
+    """Right on 153 of 300 pairs: nothing that a coin would not do, so no label is called wrong."""
+    differences = torch.cat([torch.linspace(0.01, 1, 153), -torch.linspace(0.01, 1, 147)])
+    with pytest.warns(UserWarning, match="no more than chance"):
+        noise = estimate_noise(differences, range(300))
+    assert (noise.flip_rate, noise.fitted, noise.low) == (0.0, 0.0, 0.0)
+    assert 0.5 < noise.high < 0.56
+
+
 def test_repeated_prompts_prove_less() -> None:
     differences, _ = simulated(1000, 0.25, sharpness=3.0)
     once = estimate_noise(differences, range(1000))

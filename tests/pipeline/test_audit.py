@@ -12,7 +12,7 @@ from rlhf.errors import UserError
 from rlhf.objectives.strength import vote_strength
 from rlhf.pipeline.audit import audit, length_alarm, length_bias
 from rlhf.recipe import load_recipe
-from rlhf.report.audit import mark
+from rlhf.report.audit import mark, write_audit_page
 from tests.conftest import WORDS
 
 
@@ -59,6 +59,14 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
     noise = result["noise_rate"]
     assert noise["low"] <= 0.2 <= noise["high"]
     assert noise["mean"] == pytest.approx(0.2, abs=0.07)
+    page = (out / "audit.html").read_text()
+    assert "Disagreement among members" in page
+    assert "±" in page
+    row = {"row": 0, "prompt": "p", "chosen": "a", "rejected": "b", "strength_mean": -1.0, "strength_std": 0.0}
+    alone = [row | {"strength_votes": 1, "probability_wrong": 0.9}]
+    page = write_audit_page(tmp_path / "single.html", result, alone, [-1.0, 1.0], [0.0, 0.0]).read_text()
+    assert "Disagreement among members" not in page, "a single vote disagrees with nobody"
+    assert "±" not in page
     by = result["by"]["annotator"]
     assert by["careless"]["agreement"] < by["careful"]["agreement"]
     assert [bucket["n"] for bucket in result["buckets"]] == [15] * 10
