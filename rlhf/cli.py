@@ -238,7 +238,7 @@ def audit_command(
         f"about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and {noise['high']:.1%}); "
         f"{len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}"
     )
-    if noise["mean"] == 0:
+    if result["vote"]["scale"] == 0:
         found = "the votes agree with the labels no more than chance, so they say nothing about them"
     output.print(f"{result['kept_pairs']} pairs; {found}", markup=False, soft_wrap=True)
     output.print(

@@ -73,7 +73,7 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     noise, count = result["noise_rate"], len(result["suspicious"])
     longer = result["length"]["longer_is_chosen"]
     sentences = []
-    if noise["mean"] == 0:
+    if result["vote"]["scale"] == 0:
         sentences.append("The votes agree with the labels no more than chance, so they say nothing about them.")
     else:
         sentences.append(

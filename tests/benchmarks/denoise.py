@@ -8,7 +8,8 @@ python tests/benchmarks/denoise.py --json quick.json --seeds 0 --variants bt,cle
 five members, five folds, out of fold, two epochs, trained with the likelihood of labels of which a fifth is flipped. With
 `--choose`, every variant runs a grid (learning rate x epochs) and is scored on 6,000 noisy validation pairs that no variant
 trains on, never on clean ones; what won over the choosing seeds stands in GRID_CHOICE and DEFAULT, and the judged seeds run
-that once, on clean test pairs. DEFAULT is the first that also costs little where no label is wrong. `ensemble` is the mean of five models as `bt` is, `no_noise_X` is X where no label is wrong.
+that once, on clean test pairs. DEFAULT is the first that also costs little where no label is wrong. `ensemble` is the mean
+of five models as `bt` is, `no_noise_X` is X where no label is wrong.
 
 `gap_closed` is (variant - bt) / (clean - bt) of accuracies over all seeds; intervals are bootstraps over seeds and test
 pairs of the paired differences. `no_noise_cost` is `clean` (BT where no label is wrong) less `no_noise_` and the default.

@@ -67,6 +67,13 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
     page = write_audit_page(tmp_path / "single.html", result, alone, [-1.0, 1.0], [0.0, 0.0]).read_text()
     assert "Disagreement among members" not in page, "a single vote disagrees with nobody"
     assert "±" not in page
+    for scale, said in ((0.0, True), (2.0, False)):  # a rate of 0 may also be sure votes that all agree
+        other = result | {
+            "noise_rate": {"mean": 0.0, "low": 0.0, "high": 0.5},
+            "vote": result["vote"] | {"scale": scale},
+        }
+        page = write_audit_page(tmp_path / "single.html", other, [], [-1.0, 1.0], [0.0, 0.0]).read_text()
+        assert ("no more than chance" in page) == said
     by = result["by"]["annotator"]
     assert by["careless"]["agreement"] < by["careful"]["agreement"]
     assert [bucket["n"] for bucket in result["buckets"]] == [15] * 10
