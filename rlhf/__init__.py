@@ -14,11 +14,11 @@ _NAMES = {
     "LabelSmoothingRewardTrainer": "rlhf.reward.declared",
     "ContrastiveRewardTrainer": "rlhf.reward.contrastive",
     "MetaRewardTrainer": "rlhf.reward.meta",
-    "RewardModel": "rlhf.reward.model",
+    "RewardModel": "rlhf.reward.load",
     "build_reward_model": "rlhf.models.load",
     "generate": "rlhf.models.generate",
-    "load_reward_model": "rlhf.reward.model",
-    "save_reward_model": "rlhf.reward.model",
+    "load_reward_model": "rlhf.reward.load",
+    "save_reward_model": "rlhf.reward.load",
     "load_recipe": "rlhf.recipe",
 }
 __all__ = sorted(_NAMES)

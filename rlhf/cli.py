@@ -83,14 +83,14 @@ def plan_command(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
 ) -> None:
     """Estimate rows, tokens, steps, memory and time of every stage, before any weights are loaded; writes nothing."""
-    from rlhf.pipeline.rounds import check_arguments, check_sources
+    from rlhf.pipeline.run import check_arguments, check_sources
     from rlhf.report.terminal import estimates_table
 
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)
     with errors.status("counting the data, timing one and two layers of the model …"):
         check_arguments(recipe, until=until)
-        from rlhf.pipeline.estimate import estimate
+        from rlhf.cost.estimate import estimate
 
         found, notes = estimate(recipe, until=until)
     output.print(estimates_table(recipe.name, found))
@@ -138,7 +138,7 @@ def score_command(model: RewardModelName) -> None:
     """Read JSON lines from standard input, write them with their scores; exit 1 at the end if a line was bad."""
     import json
 
-    from rlhf.pipeline.judge import score_stream
+    from rlhf.pipeline.model_commands import score_stream
 
     bad = 0
     for row in score_stream(model, sys.stdin):
@@ -159,7 +159,7 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Judge a reward model: accuracy with its interval, length control, calibration, K-wise, RewardBench."""
-    from rlhf.pipeline.judge import evaluate_reward_model
+    from rlhf.pipeline.model_commands import evaluate_reward_model
 
     def say(line: str) -> None:
         errors.print(line, markup=False, soft_wrap=True)
@@ -252,7 +252,7 @@ def export_command(
     out: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
 ) -> None:
     """Write a standard Hugging Face checkpoint: adapters merged in, tokenizer and template beside the weights."""
-    from rlhf.pipeline.judge import export_model
+    from rlhf.pipeline.model_commands import export_model
 
     export_model(model, out)
     output.print(f"{out}", markup=False, soft_wrap=True)
@@ -312,7 +312,7 @@ def label_command(
 
 def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
     from rlhf.pipeline.plan import plan
-    from rlhf.pipeline.rounds import check_arguments, check_recipe_file, check_sources, run
+    from rlhf.pipeline.run import check_arguments, check_recipe_file, check_sources, run
 
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)

@@ -27,8 +27,8 @@ from rlhf.pipeline.vote import vote
 from rlhf.ppo.backbone import AdapterScorer
 from rlhf.recipe import load_recipe
 from rlhf.reward import model as reward_model
-from rlhf.reward.model import RewardModel, save_reward_model
-from rlhf.reward.trunk import Trunk
+from rlhf.reward.frozen_trunk import Trunk
+from rlhf.reward.load import RewardModel, save_reward_model
 from tests.conftest import PROMPTS, WORDS
 from tests.pretended import ACCELERATOR, MixedDevices, place, pretended_accelerator
 

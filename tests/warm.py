@@ -2,7 +2,7 @@
 
 import rlhf.cli
 import rlhf.pipeline.audit
-import rlhf.pipeline.judge
-import rlhf.pipeline.rounds
+import rlhf.pipeline.model_commands
+import rlhf.pipeline.run
 import rlhf.pipeline.stages
 import rlhf.report.page  # noqa: F401

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from rlhf.data.rankings import Ranking
 from rlhf.evaluation.benchmarks import reward_bench, reward_bench_2
-from rlhf.evaluation.statistics import (
+from rlhf.models.text import Prompt, plain
+from rlhf.statistics import (
     Array,
     best_of_n_kl,
     best_of_n_values,
@@ -25,7 +26,6 @@ from rlhf.evaluation.statistics import (
     pair_nll,
     paired_difference,
 )
-from rlhf.models.text import Prompt, plain
 
 LENGTH_BINS = 5
 MOST_DIFFICULTIES = 6
@@ -41,7 +41,7 @@ class Scorer(Protocol):
 
 
 @dataclass
-class JudgedPairs:
+class ScoredPairs:
     """Canonical pairs with their scores, in the order given.
 
     Attributes:
@@ -56,7 +56,7 @@ class JudgedPairs:
     scores_rejected: Array
 
     @classmethod
-    def unscored(cls, rows: list[dict[str, Any]]) -> "JudgedPairs":
+    def unscored(cls, rows: list[dict[str, Any]]) -> "ScoredPairs":
         """Pairs that nobody has judged yet: all scores 0."""
         return cls(rows, [plain(row["prompt"]) for row in rows], np.zeros(len(rows)), np.zeros(len(rows)))
 
@@ -85,7 +85,7 @@ class JudgedPairs:
         ]
 
 
-def judge_pairs(reward: Scorer, rows: list[dict[str, Any]], *, label: str = "score") -> JudgedPairs:
+def score_pairs(reward: Scorer, rows: list[dict[str, Any]], *, label: str = "score") -> ScoredPairs:
     """Score both sides of every pair; an answer that stands in several pairs is scored once."""
     keys: dict[tuple[str, str], int] = {}
     unique: list[tuple[Prompt, str]] = []
@@ -101,10 +101,10 @@ def judge_pairs(reward: Scorer, rows: list[dict[str, Any]], *, label: str = "sco
     chosen = [place(row, prompt, "chosen") for row, prompt in zip(rows, prompts, strict=True)]
     rejected = [place(row, prompt, "rejected") for row, prompt in zip(rows, prompts, strict=True)]
     scores = _scores(reward, unique, label)
-    return JudgedPairs(rows, prompts, scores[chosen], scores[rejected])
+    return ScoredPairs(rows, prompts, scores[chosen], scores[rejected])
 
 
-def pair_report(judged: JudgedPairs, *, gold_differences: Sequence[float] | None = None) -> dict[str, Any]:
+def pair_report(judged: ScoredPairs, *, gold_differences: Sequence[float] | None = None) -> dict[str, Any]:
     """How well scores order labelled pairs. All intervals resample prompts.
 
     `accuracy` counts ties as wrong (strict inequality, as RewardBench does) and says how many there were.
@@ -152,7 +152,7 @@ def pair_report(judged: JudgedPairs, *, gold_differences: Sequence[float] | None
     return report
 
 
-def compare(first: JudgedPairs, second: JudgedPairs) -> dict[str, Any]:
+def compare(first: ScoredPairs, second: ScoredPairs) -> dict[str, Any]:
     """`first` against `second` on the same pairs: the difference in accuracy, its interval, a paired test."""
     return paired_difference(first.right.tolist(), second.right.tolist(), first.prompts)
 
@@ -237,7 +237,7 @@ def _binned(name: str, values: Array) -> tuple[list[str | None], list[str]]:
     return [names[int(i)] for i in index], [names[i] for i in sorted(set(index.tolist()))]
 
 
-def _by(judged: JudgedPairs, labels: list[str | None], order: list[str]) -> dict[str, dict[str, Any]]:
+def _by(judged: ScoredPairs, labels: list[str | None], order: list[str]) -> dict[str, dict[str, Any]]:
     """Accuracy of each group that has a label, with its interval and length baseline."""
     right, lengths = judged.right, judged.length_differences
     report = {}
@@ -249,7 +249,7 @@ def _by(judged: JudgedPairs, labels: list[str | None], order: list[str]) -> dict
     return report
 
 
-def _by_length(judged: JudgedPairs, lengths: Array) -> list[dict[str, Any]]:
+def _by_length(judged: ScoredPairs, lengths: Array) -> list[dict[str, Any]]:
     """Accuracy over equally many pairs each, from "chosen much shorter" to "chosen much longer"."""
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)))
     index = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(0, len(edges) - 2))

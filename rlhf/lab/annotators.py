@@ -75,7 +75,7 @@ def label_pair(prompt: str, first: str, second: str, rng: random.Random, crowd: 
     return Label(prompt, chosen, rejected, annotator.name, agrees)
 
 
-def judge_pair(
+def simulate_label(
     prompt: str, first: str, second: str, rng: random.Random, annotators: str, flip_rate: float
 ) -> tuple[str, str]:
     """Which answer is better, `first`, `second` or `tie`, and who says so: one of the crowd, or the true reward itself.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.lab.annotators import Label, flip_rate, judge_pair, label_pair
+from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label
 from rlhf.lab.world import (
     DANGEROUS,
     HARMLESS,
@@ -23,7 +23,7 @@ HELD_OUT_PROMPTS = 640
 
 @dataclass(frozen=True)
 class LabSettings:
-    """Sizes of a lab, and who labels its training pairs (`judge_pair`); the world itself has no options."""
+    """Sizes of a lab, and who labels its training pairs (`simulate_label`); the world itself has no options."""
 
     demonstrations: int = 8000
     pairs: int = 6000
@@ -112,7 +112,7 @@ def _labelled_again(labels: list[Label], settings: LabSettings) -> list[Label]:
     rng = random.Random(settings.seed + 1)
     again = []
     for label in labels:
-        verdict, name = judge_pair(
+        verdict, name = simulate_label(
             label.prompt, label.chosen, label.rejected, rng, settings.annotators, settings.flip_rate
         )
         turned = verdict == "second"

@@ -1,10 +1,12 @@
 """Log-probabilities of sampled tokens from logits, in passes that stay in the cache and without a copy of the logits."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ELEMENTS_AT_ONCE = 2**20  # 4 MB of float32: what a core's cache holds
@@ -78,3 +80,37 @@ def _few_rows(logits: Tensor) -> Iterator[slice]:
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     logits = logits.float()
     return logits if temperature == 1.0 else logits / temperature
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that do not count padding on the left: [b, t]; padding itself gets 0.
+
+    >>> position_ids(torch.tensor([[0, 0, 1, 1, 1]]))
+    tensor([[0, 0, 0, 1, 2]])
+    """
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def response_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
+    """Logits [b, r + 1, vocabulary] from which each of the last r = `response_length` tokens was sampled, and one beyond."""
+    arguments: dict[str, Any] = {}
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    keeps_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    if keeps_last:
+        arguments["logits_to_keep"] = response_length + 1
+    logits: Tensor = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+        **arguments,
+    ).logits
+    return logits if keeps_last else logits[:, -response_length - 1 :]
+
+
+def response_logprobs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+) -> Tensor:
+    """Log-probability [b, r] of the last r = `response_length` tokens, nats, at the sampling temperature."""
+    logits = response_logits(model, input_ids, attention_mask, response_length)
+    return token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)

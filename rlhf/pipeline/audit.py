@@ -17,15 +17,15 @@ from transformers import AutoConfig
 from rlhf.data.read import is_local
 from rlhf.data.sources import Row, read_pair_rows
 from rlhf.errors import UserError
-from rlhf.evaluation.statistics import clustered_mean
+from rlhf.files import digest, file_digest, write_text
 from rlhf.models.load import find_source
 from rlhf.models.text import plain
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
-from rlhf.pipeline.store import digest, file_digest, write_text
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
 from rlhf.report.audit import write_audit_page
+from rlhf.statistics import clustered_mean
 
 # Without a recipe: the upper layers and a head per member on a shared trunk, at a rate that is usual for fine-tuning.
 DEFAULTS: dict[str, Any] = {"learning_rate": 1e-4, "per_device_train_batch_size": 16, "num_train_epochs": 1}

@@ -1,8 +1,7 @@
 """What a stage function may look at, and the files that stages hand each other."""
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from datasets import Dataset
 
 from rlhf.evaluation.gold import GoldFunction, load_gold
-from rlhf.evaluation.pairs import JudgedPairs
+from rlhf.evaluation.pairs import ScoredPairs
+from rlhf.files import read_jsonl
 from rlhf.lab.world import gold as lab_gold
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
@@ -108,7 +108,7 @@ def base_model(context: StageContext) -> str | Path:
     return context.recipe.backbone.model
 
 
-def gold_differences(judged: JudgedPairs, gold: GoldFunction | None) -> list[float] | None:
+def gold_differences(judged: ScoredPairs, gold: GoldFunction | None) -> list[float] | None:
     """True reward of each chosen answer minus that of the rejected one."""
     if gold is None:
         return None
@@ -121,14 +121,3 @@ def held_out(context: StageContext, file: Path) -> Dataset:
     rows = read_jsonl(file)[: context.recipe.evaluate.prompts]
     kept = [{key: row[key] for key in ("prompt", "chosen", "rejected") if key in row} for row in rows]
     return Dataset.from_list(kept)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file of ours."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All rows at once; the stage's manifest is what says that the file is whole."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

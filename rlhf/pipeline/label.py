@@ -12,13 +12,14 @@ from rlhf.data.labels import Question, Verdict, agreement, read_questions, tally
 from rlhf.data.llm_judge import LanguageModelJudge
 from rlhf.data.sources import share_of_text
 from rlhf.errors import UserError, Waiting
-from rlhf.evaluation.pairs import JudgedPairs
-from rlhf.evaluation.statistics import clustered_mean
-from rlhf.lab.annotators import judge_pair
+from rlhf.evaluation.pairs import ScoredPairs
+from rlhf.files import read_jsonl, write_jsonl
+from rlhf.lab.annotators import simulate_label
 from rlhf.models.text import plain
-from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext, gold_differences, read_jsonl, write_jsonl
+from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext, gold_differences
 from rlhf.pipeline.sampling import QUESTIONS
-from rlhf.reward.correct import TIE
+from rlhf.reward.denoise import TIE
+from rlhf.statistics import clustered_mean
 
 Rows = list[dict[str, Any]]
 FRESH, QUARANTINE = "fresh.jsonl", "quarantine.jsonl"
@@ -73,7 +74,7 @@ def run_label(context: StageContext) -> dict[str, Any]:
     write_jsonl(context.folder / PAIRS, pooled)
 
     # 4. How many of the new labels are wrong, where that can be known.
-    wrong = gold_differences(JudgedPairs.unscored(fresh), context.gold()) if fresh else None
+    wrong = gold_differences(ScoredPairs.unscored(fresh), context.gold()) if fresh else None
     decided = [difference for difference in wrong or [] if difference != 0]
     flip_rate = sum(difference < 0 for difference in decided) / len(decided) if decided else None
     return {**facts, "fresh": len(fresh), "pairs": len(pooled), "flip_rate": flip_rate}
@@ -139,7 +140,9 @@ def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verd
         assert lab is not None, "the recipe's check wants a lab"
         rng = random.Random(context.recipe.seed * 1000 + context.round)
         return [
-            Verdict(q.id, *judge_pair(q.prompt[-1]["content"], q.first, q.second, rng, lab.annotators, lab.flip_rate))
+            Verdict(
+                q.id, *simulate_label(q.prompt[-1]["content"], q.first, q.second, rng, lab.annotators, lab.flip_rate)
+            )
             for q in questions
         ]
     book = LabelBook(context.run / BOOK)

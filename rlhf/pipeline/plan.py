@@ -6,7 +6,8 @@ from typing import Any
 
 from rlhf.data.read import is_local
 from rlhf.errors import UserError
-from rlhf.pipeline.store import Stage, file_digest
+from rlhf.files import file_digest
+from rlhf.pipeline.store import Stage
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 
 Add = Callable[..., Stage]
@@ -105,7 +106,9 @@ def _round(
     settings = how.model_dump() | own | sampling | gold
     if how.meta and not climbs:
         settings["meta_sha256"] = file_digest(Path(str(how.meta_samples)).expanduser())
-    looks_back: dict[str, Stage] = {role: before[role] for role in ("latest", "older") if role in before}
+    looks_back: dict[str, Stage] = {
+        role: before[role] for role in ("latest_evaluation", "older_evaluation") if role in before
+    }
     read = {**pool, **votes, **(sample if climbs else {}), **looks_back}
     reward = add("reward", f"{folder}/reward", settings, **start, **read)
     settings = recipe.ppo.model_dump() | own | gold
@@ -114,17 +117,19 @@ def _round(
     goes_on = present if rounds.start == "previous" else {}
     ppo = add("ppo", f"{folder}/ppo", settings, **start, reward=reward, **goes_on)
     settings = recipe.evaluate.model_dump() | own | sampling
-    first = {"judged": before["judged"]} if before else {}  # whose answers of SFT are not sampled again
+    first = (
+        {"first_evaluation": before["first_evaluation"]} if before else {}
+    )  # whose answers of SFT are not sampled again
     judged = add("evaluate", f"{folder}/evaluate", settings, **start, reward=reward, policy=ppo, **first)
     found: dict[str, Stage] = {
         "reward": reward,
         "policy": ppo,
-        "judged": first.get("judged", judged),
-        "latest": judged,
+        "first_evaluation": first.get("first_evaluation", judged),
+        "latest_evaluation": judged,
         **pool,
     }
     if before:
-        found["older"] = before["latest"]
+        found["older_evaluation"] = before["latest_evaluation"]
     return found
 
 

@@ -12,23 +12,24 @@ from trl import ModelConfig, RewardConfig
 
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import UserError
-from rlhf.evaluation.pairs import judge_pairs, pair_report
-from rlhf.evaluation.statistics import win_rate
+from rlhf.evaluation.pairs import pair_report, score_pairs
+from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer
 from rlhf.models.save import save_model
-from rlhf.pipeline.context import STRENGTH, StageContext, gold_differences, held_out, read_jsonl, write_jsonl
+from rlhf.pipeline.context import STRENGTH, StageContext, gold_differences, held_out
 from rlhf.pipeline.sampling import SAMPLES
 from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
-from rlhf.reward.correct import Correction, attach_strength, corrected
+from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
 from rlhf.reward.ensemble import RewardEnsemble, member_name
 from rlhf.reward.experts import fit_gate, merge_experts, open_experts, save_experts
+from rlhf.reward.load import RewardModel, calibrate_reward_model, position_limit
 from rlhf.reward.meta import MetaRewardTrainer, group_samples
-from rlhf.reward.model import RewardModel, calibrate_reward_model, position_limit
 from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.trainer import PairRewardTrainer, training_columns
+from rlhf.statistics import win_rate
 
 CALIBRATION_SAMPLES = 256
 SEEDS_APART = 1000  # between the members of an ensemble
@@ -77,7 +78,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
 
     # 3. Held-out pairs.
     test = read_jsonl(context.test_pairs)
-    judged = judge_pairs(reward, test, label="reward: held-out pairs")
+    judged = score_pairs(reward, test, label="reward: held-out pairs")
     report = pair_report(judged, gold_differences=gold_differences(judged, context.gold()))
     write_jsonl(context.folder / "samples.jsonl", judged.samples())
     context.say(
@@ -87,17 +88,17 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     facts |= {"flipped": flipped, "mean": scored[0].mean, "std": scored[0].std, **report}
 
     # 4. What it says of the policy of the round before, which was made against another reward model.
-    return {**facts, "hindsight": _hindsight(context, reward) if "latest" in context.parents else None}
+    return {**facts, "hindsight": _hindsight(context, reward) if "latest_evaluation" in context.parents else None}
 
 
 def _hindsight(context: StageContext, reward: RewardModel | RewardEnsemble) -> dict[str, Any]:
     """How often the last policy's answer beats that of the policy before (SFT's, in round 2), by a reward model that has since seen
     labels of such answers and that neither was optimised against."""
-    last = read_jsonl(context.parents["latest"] / "samples.jsonl")
+    last = read_jsonl(context.parents["latest_evaluation"] / "samples.jsonl")
     prompts = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")[: len(last)]]
     sides = [(last, "policy"), (last, "sft")]
-    if "older" in context.parents:
-        sides[1] = (read_jsonl(context.parents["older"] / "samples.jsonl"), "policy")
+    if "older_evaluation" in context.parents:
+        sides[1] = (read_jsonl(context.parents["older_evaluation"] / "samples.jsonl"), "policy")
     scores = [
         reward.score(prompts, [row[who] for row in rows], ended=[row[f"ended_{who}"] for row in rows]).tolist()
         for rows, who in sides
@@ -114,7 +115,7 @@ def training_pairs(context: StageContext) -> tuple[Rows, int | None]:
         strength = attach_strength(rows, read_jsonl(context.parents["vote"] / STRENGTH))
         manifest = json.loads((context.parents["vote"] / MANIFEST).read_text(encoding="utf-8"))
         noise = NoiseEstimate(**manifest["facts"]["noise"])
-    return corrected(rows, Correction(**context.recipe.reward.correction()), strength, noise)
+    return denoised(rows, DenoiseConfig(**context.recipe.reward.denoise_config()), strength, noise)
 
 
 def _fit(context: StageContext, rows: Rows, folder: Path, label: str, seed: int) -> PairRewardTrainer:

@@ -10,12 +10,13 @@ from transformers import set_seed
 
 from rlhf.data.labels import Question, question_id
 from rlhf.errors import UserError
+from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import load_policy, load_tokenizer
 from rlhf.objectives.selection import difference_std, expected_information, head_covariance, most_diverse
-from rlhf.pipeline.context import StageContext, read_jsonl, write_jsonl
+from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.training import split_settings
-from rlhf.reward.model import RewardModel, load_reward_model
+from rlhf.reward.load import RewardModel, load_reward_model
 
 QUESTIONS, SAMPLES = "questions.jsonl", "samples.jsonl"
 

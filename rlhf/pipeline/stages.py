@@ -12,24 +12,16 @@ from trl import SFTConfig, SFTTrainer
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.sources import Source, pair_digest
 from rlhf.evaluation.gold import load_gold
-from rlhf.evaluation.pairs import JudgedPairs
-from rlhf.evaluation.policy import judge_policies
-from rlhf.evaluation.statistics import auroc
+from rlhf.evaluation.pairs import ScoredPairs
+from rlhf.evaluation.policies import evaluate_policies
+from rlhf.files import read_jsonl, write_jsonl
 from rlhf.lab.build import LabSettings, build_lab
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import find_source, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
-from rlhf.pipeline.context import (
-    STRENGTH,
-    StageContext,
-    base_model,
-    gold_differences,
-    held_out,
-    read_jsonl,
-    write_jsonl,
-)
+from rlhf.pipeline.context import STRENGTH, StageContext, base_model, gold_differences, held_out
 from rlhf.pipeline.label import run_label
 from rlhf.pipeline.reward import run_reward
 from rlhf.pipeline.sampling import run_sample, run_select
@@ -40,6 +32,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import DATA_SOURCES
 from rlhf.reward.ensemble import load_scorer_of, member_folders
+from rlhf.statistics import auroc
 
 SHOWN_SAMPLES, SFT_ANSWERS = 64, "sft_answers.jsonl"
 
@@ -153,7 +146,7 @@ def run_vote(context: StageContext) -> dict[str, Any]:
         f"vote: {shape['members']} members; about {noise.flip_rate:.1%} [{noise.low:.1%}, {noise.high:.1%}] of the labels are "
         f"wrong; {(strength.mean < 0).float().mean():.1%} of the pairs have a strength below 0."
     )
-    gold = gold_differences(JudgedPairs.unscored(rows), context.gold())
+    gold = gold_differences(ScoredPairs.unscored(rows), context.gold())
     found = None
     if gold is not None:
         wrong = [difference < 0 for difference in gold]
@@ -233,8 +226,8 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         context.say(f"evaluate: only {len(rows)} held-out prompts, of {recipe.evaluate.prompts} asked for.")
     sft = context.sft_model
     reward = load_scorer_of(context.parents["reward"], device=context.device)
-    known = context.parents["judged"] / SFT_ANSWERS if "judged" in context.parents else None
-    facts, samples, sft_answers = judge_policies(
+    known = context.parents["first_evaluation"] / SFT_ANSWERS if "first_evaluation" in context.parents else None
+    facts, samples, sft_answers = evaluate_policies(
         policy=load_policy(context.parents["policy"] / "model", model_config, trainable=False)
         .to(context.device)
         .eval(),

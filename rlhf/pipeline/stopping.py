@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.evaluation.statistics import paired_difference
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import RoundsSection
+from rlhf.statistics import paired_difference
 
 
 def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage], store: Store) -> str | None:

@@ -1,7 +1,6 @@
 """Stage folders and their manifests. A manifest is written last, by rename: its existence means that the stage is done."""
 
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf.errors import UserError
+from rlhf.files import digest, file_digest, write_text
 from rlhf.recipe.document import differences
 
 MANIFEST = "manifest.json"
@@ -148,28 +148,6 @@ class Store:
                 f"{self.root}: another run is at work in this folder; wait for it, or choose another --out."
             ) from None
         return lock
-
-
-def digest(value: Any) -> str:
-    """sha256 of canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def list_files(folder: Path) -> list[dict[str, Any]]:

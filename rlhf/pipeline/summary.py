@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rlhf.files import write_text
 from rlhf.pipeline.stopping import change_since_last_round, is_worse, win_tie_lose
-from rlhf.pipeline.store import Stage, Store, write_text
+from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import Recipe
 
 GOLD_MAX_OF_LAB = 1.0

@@ -29,14 +29,15 @@ from trl import ModelConfig, RewardConfig, SFTConfig
 
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import TrainingError, UserError
+from rlhf.files import write_text
 from rlhf.models.load import encoder_type, model_settings
+from rlhf.models.packing import Packed, unpack
 from rlhf.pipeline import interrupt
-from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint, write_text
+from rlhf.pipeline.store import CHECKPOINTS, mark_checkpoint, newest_checkpoint
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe.schema import Recipe, trl_keys
 from rlhf.reward.meta import group_samples
-from rlhf.reward.shared import Packed, unpack
 
 Config = TypeVar("Config", bound=TrainingArguments)
 SAVES_PER_STAGE = 5

@@ -21,9 +21,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.errors import UserError
 from rlhf.models.load import find_source
-from rlhf.models.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead
 from rlhf.models.save import base_fingerprint
-from rlhf.reward.model import RewardModel, load_reward_model, reward_card
+from rlhf.ppo.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead
+from rlhf.reward.load import RewardModel, load_reward_model, reward_card
 
 HEAD = "base_model.model.score.weight"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

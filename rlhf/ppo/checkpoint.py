@@ -8,9 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhf.models.roles import POLICY_ADAPTER, AdapterHead
 from rlhf.models.save import load_weights
 from rlhf.ppo.backbone import restore_role, save_role
+from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead
 from rlhf.ppo.rollout import Sample
 from rlhf.ppo.state import PPOState
 

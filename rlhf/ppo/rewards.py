@@ -16,7 +16,7 @@ from rlhf.models.text import Prompt
 from rlhf.objectives.ensemble import combined
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.remote import RemoteReward
-from rlhf.reward.model import RewardModel, load_reward_model
+from rlhf.reward.load import RewardModel, load_reward_model
 
 RewardFunction: TypeAlias = str | RewardModel | PreTrainedModel | Callable[..., Sequence[float | None]]
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.models.roles import TokenOutputs
 from rlhf.models.text import Prompt
+from rlhf.ppo.roles import TokenOutputs
 
 
 class Experience(NamedTuple):

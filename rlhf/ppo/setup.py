@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.models.load import score_head
-from rlhf.models.roles import POLICY_ADAPTER, AdapterHead, Reference
 from rlhf.ppo.backbone import on_backbone, sharing_obstacle
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.ptx import Demonstrations
 from rlhf.ppo.rewards import RewardSource, is_server
+from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead, Reference
 
 
 def rewards_and_critic(

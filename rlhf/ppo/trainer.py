@@ -28,13 +28,6 @@ from transformers import (
 from rlhf._trl import BaseTrainer, disable_dropout_in_model, print_prompt_completions_sample
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import Completions, generate
-from rlhf.models.roles import (
-    ROLES,
-    PolicyAndCritic,
-    Reference,
-    TokenOutputs,
-    make_reference,
-)
 from rlhf.models.text import Prompt, check_tokenizer, plain
 from rlhf.objectives.advantage import generalized_advantage, token_rewards
 from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
@@ -49,9 +42,16 @@ from rlhf.objectives.ppo import (
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
 from rlhf.ppo.checkpoint import read_checkpoint, write_checkpoint
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.meter import Meter
+from rlhf.ppo.metrics import Meter
 from rlhf.ppo.ptx import Demonstrations, demonstration_loss
 from rlhf.ppo.rewards import RewardFunction, Rewards
+from rlhf.ppo.roles import (
+    ROLES,
+    PolicyAndCritic,
+    Reference,
+    TokenOutputs,
+    make_reference,
+)
 from rlhf.ppo.rollout import (
     Experience,
     Rollout,

@@ -130,7 +130,7 @@ class VoteSection(StageSection):
 
 
 class RewardSection(StageSection):
-    """The reward model. The objectives of the second line are made of a vote (`rlhf.reward.correct` says what each does)."""
+    """The reward model. The objectives of the second line are made of a vote (`rlhf.reward.denoise` says what each does)."""
 
     objective: Literal[
         "bt", "margin", "scaled", "smoothing", "soft",
@@ -173,8 +173,8 @@ class RewardSection(StageSection):
         """Whether a `vote` stage comes before."""
         return self.objective not in ("bt", "margin", "scaled", "smoothing", "soft")
 
-    def correction(self) -> dict[str, Any]:
-        """What `rlhf.reward.correct.Correction` takes."""
+    def denoise_config(self) -> dict[str, Any]:
+        """What `rlhf.reward.denoise.DenoiseConfig` takes."""
         numbers = {"flip_by", "flip_fraction", "smoothing", "smoothing_mask", "margin_scale", "margin_clip"}
         return self.model_dump(include={"objective", *numbers})
 

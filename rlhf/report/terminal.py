@@ -66,7 +66,7 @@ def _rounds_table(summary: dict[str, Any]) -> Table:
 
 
 def estimates_table(name: str, stages: Sequence[Any]) -> Table:
-    """What a recipe's stages will cost (`rlhf.pipeline.estimate.Estimate`), and all of them together."""
+    """What a recipe's stages will cost (`rlhf.cost.estimate.Estimate`), and all of them together."""
     table = Table(title=f"{name}: estimates")
     table.add_column("stage")
     for heading in ("rows", "tokens", "steps", "memory, GiB", "time"):

@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from rlhf.objectives.strength import VoteStrength
-from rlhf.reward.correct import Correction, corrected
+from rlhf.reward.denoise import DenoiseConfig, denoised
 from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.trainer import PairRewardTrainer, check_columns
 
@@ -41,24 +41,24 @@ class _VotedRewardTrainer(PairRewardTrainer):
     """Corrects the training pairs by their column `strength_mean` before training."""
 
     columns = ("strength_mean",)
-    correction: ClassVar[Correction]
+    correction: ClassVar[DenoiseConfig]
 
     def __init__(self, model: Any, args: Any = None, *, train_dataset: Dataset, **arguments: Any):
         check_columns(train_dataset, self.columns)
         rows = train_dataset.to_list()
         mean = torch.tensor([float(row["strength_mean"]) for row in rows])
         votes = VoteStrength(mean, torch.zeros_like(mean), (mean > 0).to(mean), torch.ones_like(mean))
-        made, _ = corrected(rows, self.correction, votes, NoiseEstimate(0.0, 0.0, 0.0, 0.0, 1.0))
+        made, _ = denoised(rows, self.correction, votes, NoiseEstimate(0.0, 0.0, 0.0, 0.0, 1.0))
         super().__init__(model, args, train_dataset=Dataset.from_list(made), **arguments)
 
 
 class AdaptiveMarginRewardTrainer(_VotedRewardTrainer):
     """Mean strength of a vote (`strength_mean`, nats) as margin (arXiv:2401.06080 eq. 6)."""
 
-    correction = Correction("adaptive_margin")
+    correction = DenoiseConfig("adaptive_margin")
 
 
 class LabelFlipRewardTrainer(_VotedRewardTrainer):
     """The weakest tenth of the labels by `strength_mean` turned round (arXiv:2401.06080 section 2.4)."""
 
-    correction = Correction("flip")
+    correction = DenoiseConfig("flip")

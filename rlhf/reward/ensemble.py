@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models.text import Prompt
-from rlhf.reward.model import RewardModel, load_reward_model
+from rlhf.reward.load import RewardModel, load_reward_model
 
 
 def member_name(number: int) -> str:

@@ -22,7 +22,7 @@ from rlhf.models.load import load_scorer
 from rlhf.models.save import ADAPTER_BASE, check_base
 from rlhf.models.score import score_rows
 from rlhf.models.text import Prompt
-from rlhf.reward.model import RewardModel
+from rlhf.reward.load import RewardModel
 
 EXPERTS, GATE = "experts.json", "gate.safetensors"
 Combination = Literal["gate", "weights", "merged"]

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rlhf.errors import UserError
+from rlhf.models.packing import pack
 from rlhf.models.text import Prompt, encode_answers
 from rlhf.objectives.meta import ascent, reward_spread
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
-from rlhf.reward.shared import pack
 
 Rows = list[dict[str, Any]]
 

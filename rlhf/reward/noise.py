@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.evaluation.statistics import best_temperature, clustered_mean
+from rlhf.statistics import best_temperature, clustered_mean
 
 RATES, SCALES = 100, 61
 CHI_SQUARE_95 = 3.841

@@ -17,9 +17,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf._trl import DataCollatorForPreference
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import score_head
-from rlhf.models.text import encode_answers
-from rlhf.objectives.pairwise import pair_loss
-from rlhf.reward.shared import (
+from rlhf.models.packing import (
     GroupedByLength,
     Packed,
     largest_difference,
@@ -29,6 +27,8 @@ from rlhf.reward.shared import (
     tolerance,
     unpack,
 )
+from rlhf.models.text import encode_answers
+from rlhf.objectives.pairwise import pair_loss
 
 PAIR_COLUMNS = ("margin", "confidence", "weight")
 NEUTRAL = {"margin": 0.0, "confidence": 1.0, "weight": 1.0, "group": None}
@@ -49,7 +49,7 @@ class PairCollator(DataCollatorForPreference):
     """TRL's collator, carrying every column of the general pair loss and not only `margin`.
 
     With `shared`, both answers of a pair lie in one row, and so do all answers of the pairs of one `group`, each once
-    (`rlhf.reward.shared`).
+    (`rlhf.models.packing`).
     """
 
     shared: bool = False

@@ -7,7 +7,7 @@ from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
 
 from rlhf.models.text import Prompt
-from rlhf.reward.model import RewardModel, open_reward_model
+from rlhf.reward.load import RewardModel, open_reward_model
 
 
 class Batch(BaseModel):

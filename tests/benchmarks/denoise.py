@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from worlds import FLIP_RATE, Rows, differences, fitted, in_true_order, is_wrong, planted, reward_settings, world
 
-from rlhf.evaluation.statistics import auroc, expected_calibration_error
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
-from rlhf.reward.correct import Correction, corrected
+from rlhf.reward.denoise import DenoiseConfig, denoised
+from rlhf.statistics import auroc, expected_calibration_error
 
 TRAIN, TEST = 6000, 10_000
 GRID = ((5e-4, 1), (5e-4, 2), (1.5e-3, 1), (1.5e-3, 2))
@@ -78,7 +78,7 @@ def training_rows(
     noisy = rows["clean"] if without else rows["noisy"]
     wrong = is_wrong(noisy)
     if variant == "smoothing":  # at the known rate
-        return corrected(noisy, Correction("smoothing", smoothing=sum(wrong) / len(wrong)))[0], {}
+        return denoised(noisy, DenoiseConfig("smoothing", smoothing=sum(wrong) / len(wrong)))[0], {}
     if variant in ("bt", "ensemble"):
         return noisy, {}
     where = folder / f"vote-{seed}-{'clean' if without else 'noisy'}"
@@ -92,7 +92,7 @@ def training_rows(
     objective = variant.removeprefix(NO_NOISE)
     if objective == "likelihood":
         return noisy, facts
-    return corrected(noisy, Correction(objective), strength, noise)[0], facts
+    return denoised(noisy, DenoiseConfig(objective), strength, noise)[0], facts
 
 
 def judged(

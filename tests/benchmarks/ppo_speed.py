@@ -72,7 +72,7 @@ def build(folder: Path, sizes: dict[str, int]) -> None:
     tokenizer.save_pretrained(folder / "reward")
     lora = LoraConfig(r=16, target_modules="all-linear", task_type=TaskType.SEQ_CLS)
     samples = [("w5 w6", f"w{i}") for i in range(8, 24)]
-    from rlhf.reward.model import save_reward_model
+    from rlhf.reward.load import save_reward_model
 
     adapted: Any = get_peft_model(
         LlamaForSequenceClassification.from_pretrained(folder / "policy", num_labels=1, pad_token_id=0), lora

@@ -42,10 +42,10 @@ from rlhf import PairRewardTrainer, build_reward_model
 from rlhf.data.sources import read_pairs
 from rlhf.lab import LabSettings, build_lab
 from rlhf.models.load import load_tokenizer
+from rlhf.models.packing import GroupedByLength, largest_difference, pack
 from rlhf.models.scratch import build_base
 from rlhf.models.text import encode_answers
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.reward.shared import GroupedByLength, largest_difference, pack
 
 MODEL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 BATCH, K = 16, 8

@@ -27,14 +27,14 @@ from transformers import AutoModelForCausalLM, set_seed
 from worlds import Rows, fitted, interval, planted, world
 
 from rlhf.data.labels import Question, Verdict, question_id, tally
-from rlhf.lab.annotators import judge_pair
+from rlhf.lab.annotators import simulate_label
 from rlhf.lab.world import gold
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import load_tokenizer
 from rlhf.models.text import plain
 from rlhf.pipeline.sampling import most_worth, one_of_each_prompt_first
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.reward.model import RewardModel
+from rlhf.reward.load import RewardModel
 
 OFFLINE, PROMPTS, RESPONSES = 1500, 1000, 4
 BUDGETS = (500, 1500)
@@ -88,7 +88,8 @@ def labelled(pairs: list[tuple[Any, str, str]], rate: float, seed: int) -> tuple
     rng = random.Random(seed)
     questions = [Question(question_id(2, p, [a, b]), 2, p, a, b) for p, a, b in pairs]
     verdicts = [
-        Verdict(q.id, judge_pair(plain(q.prompt), q.first, q.second, rng, "exact", rate)[0], "exact") for q in questions
+        Verdict(q.id, simulate_label(plain(q.prompt), q.first, q.second, rng, "exact", rate)[0], "exact")
+        for q in questions
     ]
     found = tally(questions, verdicts)
     return found.rows, found.counts["tied"]

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from worlds import Rows, fitted, is_wrong, reward_settings, world
 
-from rlhf.evaluation.statistics import auroc
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
+from rlhf.statistics import auroc
 
 MEMBERS, FOLDS, TOP_LAYERS, LEARNING_RATE = 10, 5, 2, 5e-4
 

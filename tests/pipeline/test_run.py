@@ -448,7 +448,7 @@ def test_export_merges_an_adapter_and_keeps_the_scores(tmp_path: Path, base_fold
 
     from rlhf import build_reward_model, load_reward_model, save_reward_model
     from rlhf.models.load import model_settings
-    from rlhf.pipeline.judge import export_model
+    from rlhf.pipeline.model_commands import export_model
     from tests.conftest import PROMPTS
 
     torch.manual_seed(0)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.pipeline.store import Stage, Store, mark_checkpoint, newest_checkpoint, write_text
+from rlhf.files import write_text
+from rlhf.pipeline.store import Stage, Store, mark_checkpoint, newest_checkpoint
 from rlhf.recipe.document import differences
 
 

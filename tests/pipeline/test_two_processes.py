@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf.models.load import build_reward_model, model_settings
-from rlhf.reward.model import save_reward_model
+from rlhf.reward.load import save_reward_model
 from tests.conftest import PROMPTS
 
 SCRIPT = """

@@ -82,7 +82,7 @@ def test_at_step_0_the_policy_is_the_reference(
 
 
 def test_token_scores_at_the_last_token_are_the_reward(base_folder: Path, reward_folder: Path, tokenizer: Any) -> None:
-    from rlhf.models.roles import position_ids
+    from rlhf.models.logprobs import position_ids
     from rlhf.models.score import token_scores
     from rlhf.models.text import encode_answers
 
@@ -97,7 +97,7 @@ def test_token_scores_at_the_last_token_are_the_reward(base_folder: Path, reward
 
 
 def test_padding_changes_no_logprob(base_folder: Path) -> None:
-    from rlhf.models.roles import response_logprobs
+    from rlhf.models.logprobs import response_logprobs
 
     model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
     ids = torch.randint(5, 200, (3, 10), generator=torch.Generator().manual_seed(0))

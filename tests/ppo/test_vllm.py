@@ -8,7 +8,7 @@ import torch
 
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import generate, pad_left
-from rlhf.models.roles import response_logprobs
+from rlhf.models.logprobs import response_logprobs
 from rlhf.objectives.ppo import truncated_importance
 from rlhf.ppo import vllm
 from tests.ppo.test_ppo import PROMPTS, make

@@ -11,7 +11,7 @@ from rlhf import load_reward_model
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
 from rlhf.models.save import save_model
 from rlhf.reward.experts import ExpertRewards, Gate, fit_gate, merge_experts, open_experts, save_experts
-from rlhf.reward.model import RewardModel, calibrate_reward_model
+from rlhf.reward.load import RewardModel, calibrate_reward_model
 from tests.conftest import PROMPTS
 
 ANSWERS = ["yes", "no", "apple", "dog dog", "red blue", "pear"]

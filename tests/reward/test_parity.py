@@ -16,9 +16,9 @@ from rlhf.models.generate import Completions
 from rlhf.models.load import load_scorer, model_settings
 from rlhf.models.score import score_rows
 from rlhf.models.text import answer_text, encode_answers
-from rlhf.pipeline.judge import export_model
+from rlhf.pipeline.model_commands import export_model
 from rlhf.ppo.rewards import RewardSource
-from rlhf.reward.lines import score_lines
+from rlhf.reward.score_jsonl import score_lines
 from tests.conftest import PROMPTS, WORDS
 
 ANSWERS = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(len(PROMPTS))]

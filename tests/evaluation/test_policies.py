@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.evaluation.policy import judge_policies
+from rlhf.evaluation.policies import evaluate_policies
 from rlhf.models.text import plain
 from tests.conftest import PROMPTS
 
@@ -15,7 +15,7 @@ from tests.conftest import PROMPTS
 def judge(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    facts, samples, _ = judge_policies(
+    facts, samples, _ = evaluate_policies(
         policy=model,
         sft=model,
         tokenizer=tokenizer,

@@ -2,7 +2,7 @@
 
 Rows and tokens are counted on the data themselves (the lab's are generated, local files are read and split as the run will);
 of hub datasets only the recipe's caps are known. Seconds come from one and two random layers of the model at the recipe's
-batch shapes (`rlhf.models.slices`); the rest is arithmetic that can be read below.
+batch shapes (`rlhf.cost.slices`); the rest is arithmetic that can be read below.
 """
 
 import math
@@ -20,11 +20,11 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl import RewardConfig, SFTConfig
 
-from rlhf.evaluation.policy import BEST_OF
+from rlhf.cost.sizes import Sizes, model_and_data
+from rlhf.cost.slices import Shape, Slices, slices
+from rlhf.evaluation.policies import BEST_OF
 from rlhf.models.load import adapter_settings
-from rlhf.models.slices import Shape, Slices, slices
 from rlhf.pipeline.plan import plan, stages_until
-from rlhf.pipeline.sizes import Sizes, model_and_data
 from rlhf.pipeline.store import Stage
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
 from rlhf.ppo.config import PPOConfig
@@ -189,7 +189,7 @@ class _Costs:
         """Answers of the policy, and once in a run of SFT."""
         prompts = min(self.recipe.evaluate.prompts, self.sizes.rows["test_prompts"])
         has_gold = self.recipe.lab is not None or self.recipe.evaluate.gold is not None
-        of_sft = 0 if "judged" in stage.parents else (BEST_OF if has_gold else 1)
+        of_sft = 0 if "first_evaluation" in stage.parents else (BEST_OF if has_gold else 1)
         return self._sampled(stage, prompts * (1 + of_sft), self._scoring("reward", prompts * (1 + of_sft)))
 
     # Their parts.

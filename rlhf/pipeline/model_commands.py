@@ -10,15 +10,15 @@ from peft import PeftModel
 
 from rlhf.data.sources import read_pairs, read_rankings
 from rlhf.errors import UserError
-from rlhf.evaluation.pairs import compare, judge_pairs, pair_report, ranking_report
+from rlhf.evaluation.pairs import compare, pair_report, ranking_report, score_pairs
+from rlhf.files import write_text
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings
 from rlhf.models.save import save_model
-from rlhf.pipeline.store import write_text
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
 from rlhf.reward.experts import EXPERTS
-from rlhf.reward.lines import score_lines
-from rlhf.reward.model import CARD, load_reward_model, open_reward_model
+from rlhf.reward.load import CARD, load_reward_model, open_reward_model
+from rlhf.reward.score_jsonl import score_lines
 
 
 def score_stream(model: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -51,13 +51,13 @@ def evaluate_reward_model(
     for name, source, (rows, counts) in zip(names, data, read, strict=True):
         for sentence in counts.sentences():
             say(sentence)
-        judged = judge_pairs(reward, rows, label=name)
+        judged = score_pairs(reward, rows, label=name)
         reports[name] = pair_report(judged)
         rankings = read_rankings(source)
         if rankings:
             reports[name]["rankings"] = ranking_report(reward, rankings, label=f"{name}: rankings")
         if other is not None:
-            theirs = judge_pairs(other, rows, label=f"{name}: {against}")
+            theirs = score_pairs(other, rows, label=f"{name}: {against}")
             reports[name]["against"] = {"accuracy": float(theirs.right.mean()), **compare(judged, theirs)}
         reports[name]["read"] = counts.as_dict()
         shown[name] = judged.samples()

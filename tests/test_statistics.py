@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.evaluation.statistics import (
+from rlhf.statistics import (
     best_of_n_kl,
     best_of_n_values,
     best_temperature,

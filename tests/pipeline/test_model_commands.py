@@ -13,8 +13,8 @@ from trl import RewardConfig
 
 from rlhf import PairRewardTrainer, build_reward_model, load_reward_model
 from rlhf.errors import UserError
-from rlhf.evaluation.pairs import judge_pairs
-from rlhf.pipeline.judge import evaluate_reward_model, score_stream
+from rlhf.evaluation.pairs import score_pairs
+from rlhf.pipeline.model_commands import evaluate_reward_model, score_stream
 from rlhf.pipeline.training import check_arguments, train
 from rlhf.recipe import load_recipe
 from tests.conftest import PROMPTS, WORDS
@@ -142,7 +142,7 @@ def test_a_shared_trunk_is_refused_under_a_launcher(tmp_path: Path, monkeypatch:
 
 
 def test_an_encoder_makes_a_reward_model_and_no_policy(encoder_folder: Path, pair_file: str, tmp_path: Path) -> None:
-    from rlhf.pipeline.rounds import run
+    from rlhf.pipeline.run import run
 
     file = tmp_path / "r.yaml"
     file.write_text(
@@ -159,7 +159,7 @@ def test_an_encoder_makes_a_reward_model_and_no_policy(encoder_folder: Path, pai
     facts = json.loads((tmp_path / "x/round-1/reward/manifest.json").read_text())["facts"]
     reward = load_reward_model(tmp_path / "x/round-1/reward/model")
     rows = [json.loads(line) for line in (tmp_path / "x/round-0/data/data/test_pairs.jsonl").read_text().splitlines()]
-    assert judge_pairs(reward, rows).right.mean() == facts["accuracy"]
+    assert score_pairs(reward, rows).right.mean() == facts["accuracy"]
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "x/round-1/reward/model")
     assert plain.config.problem_type == "regression"
     card = (tmp_path / "x/round-1/reward/model/README.md").read_text()

@@ -10,10 +10,11 @@ from trl import SFTConfig
 
 from rlhf.data.read import is_local
 from rlhf.errors import UserError
+from rlhf.files import read_jsonl
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.scratch import design_base
 from rlhf.models.text import answer_text, encode, prompt_text
-from rlhf.pipeline.context import StageContext, read_jsonl
+from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.stages import base_texts, run_data, run_lab
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import DATA_SOURCES, Recipe

@@ -14,10 +14,7 @@ from trl import RewardConfig
 
 from rlhf import PairRewardTrainer, build_reward_model
 from rlhf.models.load import model_settings
-from rlhf.models.score import score_rows
-from rlhf.models.text import encode_answers
-from rlhf.reward import shared
-from rlhf.reward.shared import (
+from rlhf.models.packing import (
     GroupedByLength,
     Packed,
     attention_bias,
@@ -27,6 +24,9 @@ from rlhf.reward.shared import (
     shared_scores,
     unpack,
 )
+from rlhf.models.score import score_rows
+from rlhf.models.text import encode_answers
+from rlhf.reward import shared
 from tests.conftest import PROMPTS, WORDS
 
 GROUPS = [

@@ -5,7 +5,6 @@ and a reference that is the policy's own model under another adapter; `rlhf.ppo.
 """
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
-from rlhf.models.logprobs import token_entropy, token_logprobs
+from rlhf.models.logprobs import position_ids, response_logits, response_logprobs, token_entropy, token_logprobs
 from rlhf.models.save import load_weights
 from rlhf.models.score import token_scores
 
@@ -38,40 +37,6 @@ class TokenOutputs(NamedTuple):
     logprobs: Any
     entropy: Any
     values: Any
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that do not count padding on the left: [b, t]; padding itself gets 0.
-
-    >>> position_ids(torch.tensor([[0, 0, 1, 1, 1]]))
-    tensor([[0, 0, 0, 1, 2]])
-    """
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def response_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
-    """Logits [b, r + 1, vocabulary] from which each of the last r = `response_length` tokens was sampled, and one beyond."""
-    arguments: dict[str, Any] = {}
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    keeps_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    if keeps_last:
-        arguments["logits_to_keep"] = response_length + 1
-    logits: Tensor = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-        **arguments,
-    ).logits
-    return logits if keeps_last else logits[:, -response_length - 1 :]
-
-
-def response_logprobs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
-) -> Tensor:
-    """Log-probability [b, r] of the last r = `response_length` tokens, nats, at the sampling temperature."""
-    logits = response_logits(model, input_ids, attention_mask, response_length)
-    return token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)
 
 
 class AdapterHead(nn.Module):

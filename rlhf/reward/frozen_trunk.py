@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import score_head
-from rlhf.reward.shared import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
+from rlhf.models.packing import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
 
 FEATURES = "features.npy"
 TOLERANCE = 1e-4

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from rlhf.models.slices import Shape, Slices, slices
+from rlhf.cost.slices import Shape, Slices, slices
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {

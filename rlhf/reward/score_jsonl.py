@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.data.canonical import messages
 from rlhf.data.read import BadRow
-from rlhf.reward.model import RewardModel
+from rlhf.reward.load import RewardModel
 
 BATCH = 256
 

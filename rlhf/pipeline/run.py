@@ -12,9 +12,10 @@ import yaml
 
 from rlhf.data.read import is_local
 from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.files import write_text
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.stopping import reason_to_stop
-from rlhf.pipeline.store import Stage, Store, is_disk_full, write_text
+from rlhf.pipeline.store import Stage, Store, is_disk_full
 from rlhf.pipeline.summary import write_summary
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe

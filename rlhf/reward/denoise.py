@@ -25,7 +25,7 @@ OWN_COLUMN = {"margin": "margin", "scaled": "weight", "soft": "confidence"}
 
 
 @dataclass(frozen=True)
-class Correction:
+class DenoiseConfig:
     """An objective and its numbers; the defaults are the paper's where it has one.
 
     Attributes:
@@ -54,8 +54,8 @@ class Correction:
         return strength < 0 if self.flip_by == "sign" else lowest_fraction(strength, self.flip_fraction)
 
 
-def corrected(
-    rows: Rows, how: Correction, strength: VoteStrength | None = None, noise: NoiseEstimate | None = None
+def denoised(
+    rows: Rows, how: DenoiseConfig, strength: VoteStrength | None = None, noise: NoiseEstimate | None = None
 ) -> tuple[Rows, int | None]:
     """Pairs as an objective trains on them, with the columns `margin`, `confidence`, `weight` that it asks for.
 
@@ -123,13 +123,13 @@ def corrected(
         columns["confidence"] = smoothing_confidence(mean, alpha=how.smoothing, where=how.smoothing_mask)
     made = []
     for i, row in enumerate(rows):
-        base = turned_round(row) if flips[i] else row
+        base = flip_pair(row) if flips[i] else row
         own = {} if row.get("confidence") == TIE else {name: float(values[i]) for name, values in columns.items()}
         made.append({**base, **own})
     return made, int(flips.sum()) if turns else None
 
 
-def _from_the_file(rows: Rows, how: Correction) -> Rows:
+def _from_the_file(rows: Rows, how: DenoiseConfig) -> Rows:
     """Rows with the column that the objective reads, where it is absent made of `rating_gap` (a confidence cannot be)."""
     column = OWN_COLUMN[how.objective]
     found, missing = [], []
@@ -149,7 +149,7 @@ def _from_the_file(rows: Rows, how: Correction) -> Rows:
     return found
 
 
-def turned_round(row: dict[str, Any]) -> dict[str, Any]:
+def flip_pair(row: dict[str, Any]) -> dict[str, Any]:
     """A pair with its label flipped: its own margin changes sign with it, and its confidence is the other side's."""
     turned = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
     if row.get("margin") is not None:

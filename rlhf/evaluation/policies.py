@@ -8,11 +8,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.evaluation.statistics import best_of_n_kl, best_of_n_values, clustered_mean, win_rate
 from rlhf.models.generate import Completions, generate, sample_texts
-from rlhf.models.roles import response_logprobs
+from rlhf.models.logprobs import response_logprobs
 from rlhf.models.text import Prompt, plain
 from rlhf.objectives.kl import kl_k1
+from rlhf.statistics import best_of_n_kl, best_of_n_values, clustered_mean, win_rate
 
 BEST_OF = 16
 Score = Callable[..., Tensor]
@@ -20,7 +20,7 @@ Gold = Callable[[list[str], list[str]], list[float]]
 
 
 @torch.no_grad()
-def judge_policies(
+def evaluate_policies(
     *,
     policy: Any,
     sft: Any,

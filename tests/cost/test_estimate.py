@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from rlhf.cost.estimate import GRADIENT_AND_MOMENTS, _Costs, estimate
+from rlhf.cost.sizes import Sizes
 from rlhf.errors import UserError
-from rlhf.pipeline.estimate import GRADIENT_AND_MOMENTS, _Costs, estimate
 from rlhf.pipeline.plan import plan
-from rlhf.pipeline.sizes import Sizes
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
 from tests.pipeline.test_run import RECIPE
@@ -89,7 +89,7 @@ def test_memory_is_weights_gradients_and_moments_of_four_roles(recipe_file: Path
 
 
 def _policy_shape(found: Any) -> Any:
-    from rlhf.models.slices import Shape
+    from rlhf.cost.slices import Shape
 
     return Shape(8, found.prompt + found.answer, found.answer)
 
