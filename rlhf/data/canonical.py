@@ -5,18 +5,17 @@ Pairs: `prompt` (messages), `chosen`, `rejected` (one assistant message each), a
 `group` and `rating_gap` (in the source's own unit). Demonstrations: `prompt`, `completion`. Prompts: `prompt`.
 """
 
-import hashlib
 import math
 from typing import Any
 
 from rlhf.data.read import BadRow
+from rlhf.data.rows import Messages
 
 ROLES = ("system", "user", "assistant")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 EXTRAS = ("annotator", "source", "subset", "id")
 LONG_PROMPT = 20_000
 NUMBERS = {"margin": (-math.inf, math.inf), "confidence": (0.0, 1.0), "weight": (0.0, math.inf)}
-Messages = list[dict[str, str]]
 
 
 def pair(row: dict[str, Any]) -> dict[str, Any]:
@@ -211,12 +210,6 @@ def check_answer(content: Any, name: str) -> None:
     if not content.strip():
         raise BadRow(f"{name} is empty")
     _check_encodable(content)
-
-
-def prompt_key(prompt: Messages) -> str:
-    """Prompts that differ in blanks and case only are one prompt."""
-    text = "\x1f".join(f"{m['role']}\x1e{' '.join(m['content'].split()).casefold()}" for m in prompt)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _number(value: Any, name: str, low: float, high: float) -> float:

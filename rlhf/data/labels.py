@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.rows import Messages
+
 VERDICTS = ("first", "second", "tie", "skip")
 
 
@@ -26,7 +28,7 @@ class Question:
 
     id: str
     round: int
-    prompt: list[dict[str, str]]
+    prompt: Messages
     first: str
     second: str
     source: str | None = None
@@ -67,7 +69,7 @@ class Tally:
     quarantine: list[dict[str, Any]] = field(default_factory=list)
 
 
-def question_id(round_number: int, prompt: Sequence[dict[str, str]], answers: Sequence[str]) -> str:
+def question_id(round_number: int, prompt: Messages, answers: Sequence[str]) -> str:
     """The same for the same pair in the same round, whatever the order of its answers.
 
     >>> question_id(2, [{"role": "user", "content": "a"}], ["x", "y"])[:2]

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from rlhf.data.canonical import Messages, check_answer, check_prompt, extras_of, messages, prompt_key
+from rlhf.data.canonical import check_answer, check_prompt, extras_of, messages
 from rlhf.data.read import BadRow
+from rlhf.data.rows import Message, Messages, prompt_key
 
 LISTS = ("responses", "answers", "completions")
 TEXTS = ("content", "text", "response", "answer")
@@ -237,7 +238,7 @@ def _second(row: dict[str, Any]) -> Any:
     return row.get("response_2", row.get("response2"))
 
 
-def _turn(entry: Any) -> dict[str, str]:
+def _turn(entry: Any) -> Message:
     role = ROLES.get(str(entry.get("role"))) if isinstance(entry, dict) else None
     if role is None:
         raise BadRow("a message without a known role")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.data.canonical import demonstration, oddities, pair, prompt_key, prompt_only
+from rlhf.data.canonical import demonstration, oddities, pair, prompt_only
 from rlhf.data.rankings import (
     Ranking,
     best_answers,
@@ -18,6 +18,7 @@ from rlhf.data.rankings import (
     rated_answers,
 )
 from rlhf.data.read import BadRow, ReadReport, read_rows
+from rlhf.data.rows import prompt_key
 from rlhf.errors import UserError
 
 Convert = Callable[[Any, ReadReport, int], list[dict[str, Any]]]

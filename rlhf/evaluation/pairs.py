@@ -3,16 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from rlhf.data.rankings import Ranking
+from rlhf.data.rows import Prompt
 from rlhf.evaluation.benchmarks import reward_bench, reward_bench_2
-from rlhf.models.text import Prompt, plain
+from rlhf.models.score import Scorer
+from rlhf.models.text import plain
 from rlhf.statistics import (
     Array,
     best_of_n_kl,
@@ -30,14 +31,6 @@ from rlhf.statistics import (
 LENGTH_BINS = 5
 MOST_DIFFICULTIES = 6
 CHUNK = 512
-
-
-class Scorer(Protocol):
-    """What evaluation asks of a reward model."""
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Raw scores [n]."""
-        ...
 
 
 @dataclass

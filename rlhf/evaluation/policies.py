@@ -8,9 +8,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.rows import Prompt
 from rlhf.models.generate import Completions, generate, sample_texts
 from rlhf.models.logprobs import response_logprobs
-from rlhf.models.text import Prompt, plain
+from rlhf.models.text import plain
 from rlhf.objectives.kl import kl_k1
 from rlhf.statistics import best_of_n_kl, best_of_n_values, clustered_mean, win_rate
 

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf.models.text import Prompt, prompt_text
+from rlhf.data.rows import Prompt
+from rlhf.models.text import prompt_text
 
 STRETCH = 16  # tokens after which rows that have ended leave the batch
 

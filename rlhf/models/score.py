@@ -1,14 +1,31 @@
 """Reading scores: one per text for a reward model, one per token for a critic."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from rlhf._trl import pad
+from rlhf.data.rows import Prompt
 from rlhf.models.load import score_head
+
+
+class Scorer(Protocol):
+    """Whatever gives an answer a score: a reward model, experts, an ensemble."""
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Return raw scores [n], float32 on the CPU, in the order given.
+
+        Args:
+            prompts: strings, or conversations that end with the turn to be answered.
+            responses: texts without special tokens.
+            ended: whether each answer came to its end; None if all did.
+        """
+        ...
 
 
 @torch.no_grad()

@@ -4,14 +4,12 @@ import datetime
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.rows import Messages, Prompt
 from rlhf.errors import UserError
-
-Messages: TypeAlias = list[dict[str, str]]
-Prompt: TypeAlias = str | Messages
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from rlhf.data.canonical import prompt_key
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, read_questions, tally
 from rlhf.data.llm_judge import LanguageModelJudge
+from rlhf.data.rows import prompt_key
 from rlhf.data.sources import share_of_text
 from rlhf.errors import UserError, Waiting
 from rlhf.evaluation.pairs import ScoredPairs

@@ -6,8 +6,9 @@ from typing import Any
 import requests
 
 from rlhf.data.http import ATTEMPTS, post_json
+from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError
-from rlhf.models.text import Prompt, plain
+from rlhf.models.text import plain
 
 
 class RemoteReward:

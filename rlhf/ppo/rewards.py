@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError
 from rlhf.models.generate import Completions
-from rlhf.models.text import Prompt
 from rlhf.objectives.ensemble import combined
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.remote import RemoteReward

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.models.text import Prompt
+from rlhf.data.rows import Prompt
 from rlhf.ppo.roles import TokenOutputs
 
 

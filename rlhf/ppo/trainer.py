@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from rlhf._trl import BaseTrainer, disable_dropout_in_model, print_prompt_completions_sample
+from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import Completions, generate
-from rlhf.models.text import Prompt, check_tokenizer, plain
+from rlhf.models.text import check_tokenizer, plain
 from rlhf.objectives.advantage import generalized_advantage, token_rewards
 from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
 from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf._trl import vllm_generation
+from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import Completions, encode_prompts, end_token_ids, pad_left
-from rlhf.models.text import Prompt
 from rlhf.ppo.config import PPOConfig
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf.models.text import Prompt
+from rlhf.data.rows import Prompt
 from rlhf.reward.load import RewardModel, load_reward_model
 
 

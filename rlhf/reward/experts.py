@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
 from rlhf.models.load import load_scorer
 from rlhf.models.save import ADAPTER_BASE, check_base
 from rlhf.models.score import score_rows
-from rlhf.models.text import Prompt
 from rlhf.reward.load import RewardModel
 
 EXPERTS, GATE = "experts.json", "gate.safetensors"

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
 from rlhf.models.load import load_scorer, load_tokenizer, score_head
 from rlhf.models.save import save_model
 from rlhf.models.score import score_rows
-from rlhf.models.text import Prompt, encode_answers
+from rlhf.models.text import encode_answers
 
 CARD = "reward_model.json"
 PROBE_SIZE = 8

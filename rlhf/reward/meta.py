@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
 from rlhf.models.packing import pack
-from rlhf.models.text import Prompt, encode_answers
+from rlhf.models.text import encode_answers
 from rlhf.objectives.meta import ascent, reward_spread
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.data.canonical import prompt_key
+from rlhf.data.rows import prompt_key
 from rlhf.errors import TrainingError, UserError
 
 Train = Callable[[int, list[int], list[int]], Tensor]

@@ -1,12 +1,12 @@
 """A reward model behind HTTP, with OpenRLHF's contract: POST /get_reward → {"rewards": [...]}."""
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
 
-from rlhf.models.text import Prompt
+from rlhf.data.rows import Prompt
 from rlhf.reward.load import RewardModel, open_reward_model
 
 
@@ -53,7 +53,7 @@ def reward_app(reward: RewardModel, name: str) -> FastAPI:
     @app.post("/get_reward")
     def get_reward(batch: Batch) -> dict[str, Any]:
         answers = batch.answers()
-        prompts: list[Prompt] = list(batch.prompts)
+        prompts = cast(list[Prompt], batch.prompts)
         with one_at_a_time:
             rewards = reward.score(prompts, answers).tolist() if answers else []
         return {"rewards": rewards, "scores": rewards}

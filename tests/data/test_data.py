@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.canonical import demonstration, pair, prompt_key, prompt_only, transcript
+from rlhf.data.canonical import demonstration, pair, prompt_only, transcript
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.read import BadRow, ReadReport, read_rows
+from rlhf.data.rows import prompt_key
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 
