@@ -25,8 +25,9 @@ from rlhf.reward.contrastive import ContrastiveRewardTrainer
 from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
 from rlhf.reward.ensemble import RewardEnsemble, member_name
 from rlhf.reward.experts import fit_gate, merge_experts, open_experts, save_experts
-from rlhf.reward.load import RewardModel, calibrate_reward_model, position_limit
+from rlhf.reward.load import calibrate_reward_model
 from rlhf.reward.meta import MetaRewardTrainer, group_samples
+from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.trainer import PairRewardTrainer, training_columns
 from rlhf.statistics import win_rate

@@ -16,7 +16,8 @@ from rlhf.models.load import load_policy, load_tokenizer
 from rlhf.objectives.selection import difference_std, expected_information, head_covariance, most_diverse
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.training import split_settings
-from rlhf.reward.load import RewardModel, load_reward_model
+from rlhf.reward.load import load_reward_model
+from rlhf.reward.model import RewardModel
 
 QUESTIONS, SAMPLES = "questions.jsonl", "samples.jsonl"
 

@@ -18,7 +18,7 @@ from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.reward.frozen_trunk import Features, Trunk
-from rlhf.reward.load import RewardModel, position_limit
+from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.trainer import PAIR_COLUMNS, PairRewardTrainer, training_columns
 from rlhf.reward.vote import collect_votes, plan_vote
