@@ -11,14 +11,14 @@ GoldFunction = Callable[[list[str], list[str]], list[float]]
 
 
 def load_gold(reference: str) -> GoldFunction:
-    """Import `function` from `FILE.py` and wrap it so that a wrong answer is noticed where it is given.
+    """Import `function` from `FILE.py`, and wrap it so that wrong values are refused where they are given.
 
     Args:
         reference: "FILE.py:function"; the function takes prompts and completions as texts and returns one finite
             number for each.
 
     Raises:
-        UserError: no such file or function; later, from the wrapped function, a wrong number or kind of answers.
+        UserError: no such file or function; later, from the wrapped function, a wrong number or kind of values.
     """
     file, _, name = reference.rpartition(":")
     path = Path(file).expanduser()

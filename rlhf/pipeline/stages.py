@@ -233,7 +233,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         .eval(),
         sft=load_policy(sft, model_config, trainable=False).to(context.device).eval(),
         tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
-        score=reward.score,
+        reward=reward,
         gold=context.gold(),
         prompts=[row["prompt"] for row in rows],
         sft_answers=None if known is None else [(row["completion"], row["ended"]) for row in read_jsonl(known)],
