@@ -140,14 +140,14 @@ class Trunk:
         width = self.model.config.get_text_config().hidden_size
         values = np.lib.format.open_memmap(folder / FEATURES, "w+", dtype=np.float32, shape=(starts[-1], width))
         found = Features(values, starts, rows, shares, pad_token_id)
-        first_own = self._layers(self.model)[2][-self.top_layers]
+        first_of_member = self._layers(self.model)[2][-self.top_layers]
         reached: list[Tensor] = []
 
         def stop(_: nn.Module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             reached.append(positional[0] if positional else named["hidden_states"])
             raise _Reached
 
-        hook = first_own.register_forward_pre_hook(stop, with_kwargs=True)
+        hook = first_of_member.register_forward_pre_hook(stop, with_kwargs=True)
         device = next(self.model.parameters()).device
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         try:
@@ -268,9 +268,9 @@ class Member:
             if place == 0:
                 sampler.set_epoch(epoch)
                 order = [pairs[i] for i in sampler]
-            chosen = order[place * size : (place + 1) * size]
-            scores = self.scores(features.batch(chosen))
-            loss = objective(scores[0::2], scores[1::2], chosen).mean()
+            in_batch = order[place * size : (place + 1) * size]
+            scores = self.scores(features.batch(in_batch))
+            loss = objective(scores[0::2], scores[1::2], in_batch).mean()
             if not torch.isfinite(loss):
                 raise TrainingError(f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate.")
             loss.backward()
