@@ -165,7 +165,7 @@ class ExpertRewards(RewardModel):
         return torch.stack([found[i] for i in range(len(rows))])
 
     def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Refuse: each expert has a head of its own.
+        """Refuse to answer: each expert has a head of its own.
 
         Raises:
             UserError: always.
