@@ -444,31 +444,53 @@ class PPOTrainer(BaseTrainer):
         tokens = torch.stack([batch["response_mask"].sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(tokens).sum()
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a micro-batch: of both roles at once, or, on one backbone, of one after the other.
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        """Return the roles that this optimizer step trains: the critic alone in the first `critic_warmup` rollouts."""
+        is_warmup = self.state.global_step // self.args.steps_per_rollout < self.args.critic_warmup
+        return ("critic",) if is_warmup else ROLES
 
-        There each role's backward runs before the next adapter is switched on: with gradient checkpointing the
-        recomputation would otherwise use the last one, silently.
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run forward and backward of a micro-batch: of both roles at once, or of one role after the other.
+
+        On one backbone each role's backward runs before the next adapter is switched on: with gradient checkpointing the
+        recomputation would otherwise use the last one, silently. While the critic warms up, nothing of the policy has a
+        gradient, so the optimizer passes over it: no weight decays, no moment and no step is counted.
         """
         container = self.accelerator.unwrap_model(self.model)
-        if not container.shares_backbone:
+        roles = self.trained_roles
+        if roles == ROLES and not container.shares_backbone:
             return super().training_step(model, inputs, num_items_in_batch)
         total = torch.zeros((), device=self.accelerator.device)
-        for role in ROLES:
+        for role in roles:
             with container.acting(role):
                 total += super().training_step(container, {**inputs, "roles": (role,)}, num_items_in_batch)
+        if "policy" not in roles:
+            self._measure_policy(container, inputs)
+            for parameter in container.role_parameters("policy"):
+                parameter.grad = None  # of weights on the base that the critic reads through too
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            # The wrapper for several processes reduces after one backward; here there are two, so it is left out.
+            # The wrapper for several processes wants one backward through every parameter, so it is left out.
             for parameter in container.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         return total
 
+    @torch.no_grad()
+    def _measure_policy(self, container: PolicyAndCritic, inputs: dict[str, Any]) -> None:
+        """Count what a log says of the policy's update, of a policy that is not updated."""
+        mask = inputs["response_mask"]
+        with self.compute_loss_context_manager():
+            outputs = container(
+                inputs["input_ids"], inputs["attention_mask"], mask.shape[1], self.args.temperature, ("policy",)
+            )
+            self._policy_losses(outputs.logprobs, inputs)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Clipped policy and value losses: a mean over the answer tokens of the whole optimizer step, on all processes."""
-        args, mask, roles = self.args, inputs["response_mask"], inputs.get("roles", ROLES)
+        args, mask, roles = self.args, inputs["response_mask"], inputs.get("roles", self.trained_roles)
         outputs = model(inputs["input_ids"], inputs["attention_mask"], mask.shape[1], args.temperature, roles)
         losses = torch.zeros(mask.shape, device=mask.device)
         if "policy" in roles:
@@ -514,8 +536,6 @@ class PPOTrainer(BaseTrainer):
         if args.kl_estimator != "k1":
             penalty = (kl_k2 if args.kl_estimator == "k2" else kl_k3)(logprobs, inputs["logprobs_reference"])
             losses = losses + self.progress.kl_coef * penalty
-        if self.state.global_step // args.steps_per_rollout < args.critic_warmup:
-            losses = 0.0 * losses  # the critic learns first what the policy is worth
         return losses
 
     def create_optimizer(self, model: Any = None) -> Any:
