@@ -11,7 +11,6 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.sources import Source, pair_digest
-from rlhf.evaluation.gold import load_gold
 from rlhf.evaluation.pairs import ScoredPairs
 from rlhf.evaluation.policies import evaluate_policies
 from rlhf.files import read_jsonl, write_jsonl
@@ -173,7 +172,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     # 2. Train.
     trainer = PPOTrainer(
         load_policy(start, model_config),
-        [*members, *(_reward_function(name) for name in recipe.ppo.extra_rewards)],
+        [*members, *recipe.ppo.extra_rewards],
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
         processing_class=tokenizer,
@@ -198,22 +197,8 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         "episodes": trainer.episodes,
         "rollouts": rollouts,
         "stopped": trainer.stopped,
-        "warnings": trainer.progress.health.said,
+        "warnings": trainer.progress.health.sentences,
     }
-
-
-def _reward_function(name: str) -> Any:
-    """A folder or an address as it is; a function of texts in TRL's form."""
-    if ".py:" not in name:
-        return name
-    function = load_gold(name)
-
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        texts = [answer if isinstance(answer, str) else answer[-1]["content"] for answer in completions]
-        return function([plain(prompt) for prompt in prompts], texts)
-
-    reward.__name__ = name
-    return reward
 
 
 def run_evaluate(context: StageContext) -> dict[str, Any]:
