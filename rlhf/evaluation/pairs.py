@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau
-from tqdm.auto import tqdm
 
 from rlhf.data.rankings import Ranking
 from rlhf.data.rows import Prompt
 from rlhf.evaluation.benchmarks import reward_bench, reward_bench_2
+from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.statistics import (
@@ -195,13 +195,12 @@ def _best_of_n(proxies: Sequence[Array], golds: Sequence[Array]) -> list[dict[st
 
 def _scores(reward: Scorer, texts: Sequence[tuple[Prompt, str]], label: str) -> Array:
     """Scores of (prompt, answer), in chunks so that a bar can move; similar lengths together."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i][1]) + len(plain(texts[i][0])))
-    scores = np.empty(len(texts))
-    for start in tqdm(range(0, len(order), CHUNK), desc=label, disable=None):
-        index = order[start : start + CHUNK]
-        part = reward.score([texts[i][0] for i in index], [texts[i][1] for i in index])
-        scores[index] = part.numpy().astype(float)
-    return scores
+
+    def score(chunk: list[int]) -> list[float]:
+        return reward.score([texts[i][0] for i in chunk], [texts[i][1] for i in chunk]).tolist()
+
+    lengths = [len(answer) + len(plain(prompt)) for prompt, answer in texts]
+    return np.array(run_batches(score, batches_by_length(lengths, CHUNK), label=label), dtype=float)
 
 
 def _groupings(rows: list[dict[str, Any]]) -> dict[str, tuple[list[str | None], list[str]]]:

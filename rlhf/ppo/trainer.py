@@ -7,7 +7,7 @@ resumed run restores the random state exactly where the next rollout begins.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers import (
 from rlhf._trl import BaseTrainer, disable_dropout_in_model, print_prompt_completions_sample
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
+from rlhf.models.batching import run_batches
 from rlhf.models.generate import Completions, generate
 from rlhf.models.text import check_tokenizer, plain
 from rlhf.objectives.advantage import generalized_advantage, token_rewards
@@ -410,17 +411,20 @@ class PPOTrainer(BaseTrainer):
         """What policy, critic and reference say, [b, r] each; rows of like length together, so that little is padding."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        order = attention_mask.sum(dim=1).argsort()
-        parts = []
-        for rows in order.split(self.args.per_device_train_batch_size):
+
+        def forward(rows: list[int]) -> Iterator[tuple[Tensor, ...]]:
             prompt, answer = used_columns(attention_mask[rows], mask[rows])
             ids, attention = (x[rows, prompt.start : answer.stop] for x in (input_ids, attention_mask))
             width = answer.stop - prompt.stop
             with self.accelerator.autocast():
                 outputs = model(ids, attention, width, self.args.temperature)
                 reference = self.reference.logprobs(ids, attention, width, self.args.temperature)
-            parts.append([nn.functional.pad(x, (0, mask.shape[1] - width)) for x in (*outputs, reference)])
-        *outputs, reference = (torch.cat(column)[order.argsort()] for column in zip(*parts, strict=True))
+            return zip(*(nn.functional.pad(x, (0, mask.shape[1] - width)) for x in (*outputs, reference)), strict=True)
+
+        # Not batches_by_length: torch puts rows of one length in another order, and sums depend on who meets in a batch.
+        order = attention_mask.sum(dim=1).argsort()
+        batches = [rows.tolist() for rows in order.split(self.args.per_device_train_batch_size)]
+        *outputs, reference = (torch.stack(column) for column in zip(*run_batches(forward, batches), strict=True))
         return TokenOutputs(*outputs), reference
 
     # ---- Update ----
