@@ -11,7 +11,6 @@ from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import (
     disable_dropout_in_model,
-    pad,
     print_prompt_completions_sample,
 )
 
@@ -28,7 +27,6 @@ __all__ = [
     "BaseTrainer",
     "DataCollatorForPreference",
     "disable_dropout_in_model",
-    "pad",
     "print_prompt_completions_sample",
     "vllm_generation",
 ]

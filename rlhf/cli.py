@@ -90,7 +90,7 @@ def plan_command(
     check_sources(recipe)
     with errors.status("counting the data, timing one and two layers of the model …"):
         check_arguments(recipe, until=until)
-        from rlhf.cost.estimate import estimate
+        from rlhf.pipeline.estimate import estimate
 
         found, notes = estimate(recipe, until=until)
     output.print(estimates_table(recipe.name, found))

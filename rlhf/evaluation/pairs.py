@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import kendalltau
-from tqdm.auto import tqdm
 
 from rlhf.data.rankings import Ranking
 from rlhf.data.rows import Pair, Prompt, Side, answer
 from rlhf.evaluation.benchmarks import reward_bench, reward_bench_2
+from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.statistics import (
@@ -205,13 +205,12 @@ def _best_of_n(proxies: Sequence[Array], golds: Sequence[Array]) -> list[dict[st
 
 def _scores(reward: Scorer, texts: Sequence[tuple[Prompt, str]], label: str) -> Array:
     """Score (prompt, answer), [n], in chunks so that a bar can move; similar lengths together."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i][1]) + len(plain(texts[i][0])))
-    scores = np.empty(len(texts))
-    for start in tqdm(range(0, len(order), CHUNK), desc=label, disable=None):
-        index = order[start : start + CHUNK]
-        part = reward.score([texts[i][0] for i in index], [texts[i][1] for i in index])
-        scores[index] = part.numpy().astype(float)
-    return scores
+
+    def score(chunk: list[int]) -> list[float]:
+        return reward.score([texts[i][0] for i in chunk], [texts[i][1] for i in chunk]).tolist()
+
+    lengths = [len(text) + len(plain(prompt)) for prompt, text in texts]
+    return np.array(run_batches(score, batches_by_length(lengths, CHUNK), label=label), dtype=float)
 
 
 class _Grouping(NamedTuple):

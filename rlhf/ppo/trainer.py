@@ -6,7 +6,7 @@ scheduling, logging, evaluation, saving and resuming stay the Trainer's; because
 resumed run restores the random state exactly where the next rollout begins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from rlhf._trl import BaseTrainer, disable_dropout_in_model
 from rlhf.data.functions import TextFunction
 from rlhf.errors import TrainingError
+from rlhf.models.batching import run_batches
 from rlhf.models.generate import Completions, generate
 from rlhf.objectives.kl import kl_k2, kl_k3
 from rlhf.objectives.ppo import clipped_policy, clipped_value
@@ -219,17 +220,20 @@ class PPOTrainer(BaseTrainer):
         """Run policy, critic and reference, [b, r] each; rows of like length together, so that little is padding."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        order = attention_mask.sum(dim=1).argsort()
-        parts = []
-        for rows in order.split(self.args.per_device_train_batch_size):
+
+        def forward(rows: list[int]) -> Iterator[tuple[Tensor, ...]]:
             prompt, answer = used_columns(attention_mask[rows], mask[rows])
             ids, attention = (x[rows, prompt.start : answer.stop] for x in (input_ids, attention_mask))
             width = answer.stop - prompt.stop
             with self.accelerator.autocast():
                 outputs = model(ids, attention, width, self.args.temperature)
                 reference = self.reference.logprobs(ids, attention, width, self.args.temperature)
-            parts.append([nn.functional.pad(x, (0, mask.shape[1] - width)) for x in (*outputs, reference)])
-        *outputs, reference = (torch.cat(column)[order.argsort()] for column in zip(*parts, strict=True))
+            return zip(*(nn.functional.pad(x, (0, mask.shape[1] - width)) for x in (*outputs, reference)), strict=True)
+
+        # Not batches_by_length: torch puts rows of one length in another order, and sums depend on who meets in a batch.
+        order = attention_mask.sum(dim=1).argsort()
+        batches = [rows.tolist() for rows in order.split(self.args.per_device_train_batch_size)]
+        *outputs, reference = (torch.stack(column) for column in zip(*run_batches(forward, batches), strict=True))
         return TokenOutputs(*outputs), reference
 
     # ---- Update ----
