@@ -1,7 +1,7 @@
 """Contrastive terms beside the reward loss (arXiv:2401.06080 section 3.1): SimCSE and SwAV on two views of each element.
 
-An element is the representation of an answer, or the difference of a pair's two (and the negative of that difference). Its two views are two
-forward passes under different dropout. All losses are in nats per element, unreduced.
+An element is the representation of an answer, or the difference of a pair's two representations, or the negative of that
+difference. Its two views are two forward passes under different dropout. All losses are in nats per element, unreduced.
 """
 
 import torch

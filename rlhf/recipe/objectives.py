@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 Column = Literal["margin", "confidence", "weight"]
+# What the general pair loss reads of a pair, each with the value that changes nothing.
+PAIR_COLUMNS: Mapping[str, float] = {"margin": 0.0, "confidence": 1.0, "weight": 1.0}
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,16 @@ class Loss:
     Attributes:
         function: dotted name of `(chosen [b], rejected [b], *, a keyword for each column [b]) -> [b]`, in nats, unreduced.
             It also takes `flip_rate` where a recipe sets it.
-        columns: the columns, each with the value that stands for a pair without one.
+        columns: the columns, each with the value that a pair without one has.
         head: dotted name of the function that builds a model with that head, called as `build_reward_model` is.
     """
 
     function: str = "rlhf.objectives.pairwise.pair_loss"
-    columns: Mapping[str, float] = field(default_factory=lambda: {"margin": 0.0, "confidence": 1.0, "weight": 1.0})
+    columns: Mapping[str, float] = field(default_factory=lambda: PAIR_COLUMNS)
     head: str = "rlhf.models.load.build_reward_model"
+
+
+PAIR_LOSS = Loss()
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Objective:
     paper: str = ""
     needs: Needs = Needs()
     apply: str | None = None
-    loss: Loss = Loss()
+    loss: Loss = PAIR_LOSS
 
 
 VOTE = Needs(vote=True)

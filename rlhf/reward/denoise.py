@@ -113,8 +113,8 @@ def check_needs(rows: Sequence[Mapping[str, object]], objective: Objective) -> N
     missing = [number for number, row in enumerate(rows) if all(row.get(source) is None for source in sources)]
     if missing:
         raise UserError(
-            f"reward.objective is {objective.name}, but {len(missing)} of {len(rows)} pairs (the first is number {missing[0]}) have no "
-            f"{needs.column!r}{' and no ratings' if needs.or_rating_gap else ''}; add it, or choose another objective."
+            f"reward.objective is {objective.name}, but {len(missing)} of {len(rows)} pairs (the first is number {missing[0]}) "
+            f"have no {needs.column!r}{' and no ratings' if needs.or_rating_gap else ''}; add it, or choose another objective."
         )
 
 
