@@ -84,7 +84,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("bt", "Bradley-Terry on the pairs as they are", "arXiv:2203.02155 eq. 1"),
         Objective(
             "margin",
-            "the file's margin, or the gap of its ratings times `margin_scale`",
+            "the file's margin, or the gap of its ratings",
             "arXiv:2307.09288 eq. 2",
             needs=Needs(column="margin", or_rating_gap=True),
             apply="rlhf.reward.denoise.margin_of_ratings",
@@ -105,8 +105,8 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("soft", "the file's confidence as P(label)", needs=Needs(column="confidence")),
         Objective(
             "flip",
-            "labels flipped: the weakest `flip_fraction`, or those of negative strength",
-            "arXiv:2401.06080 §2.4",
+            "the weakest tenth of the labels flipped",
+            "arXiv:2401.06080 section 2.4",
             needs=VOTE,
             apply="rlhf.reward.denoise.flip",
         ),
@@ -119,15 +119,15 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             "flip_margin",
-            "both; the margin of a flipped pair changes sign with it",
-            "arXiv:2401.06080 §2.5",
+            "both of these; a flipped pair's margin changes sign",
+            "arXiv:2401.06080 section 2.5",
             needs=VOTE,
             apply="rlhf.reward.denoise.flip_with_margin",
         ),
         Objective(
             "soft_margin",
-            "smoothing where `smoothing_mask` says, margin everywhere",
-            "arXiv:2401.06080 §2.5",
+            "smoothing where strength < 0, margin everywhere",
+            "arXiv:2401.06080 section 2.5",
             needs=VOTE,
             apply="rlhf.reward.denoise.smooth_with_margin",
         ),
@@ -145,7 +145,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             "posterior",
-            "P(label) by Bayes: the vote, and the share of wrong labels that it proves",
+            "P(label) given the vote and the share of wrong labels that it proves",
             needs=VOTE,
             apply="rlhf.reward.denoise.posterior_as_confidence",
         ),
@@ -157,7 +157,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             "drop",
-            "left out: the weakest `flip_fraction`, or pairs of negative strength",
+            "the weakest tenth of the pairs left out",
             needs=VOTE,
             apply="rlhf.reward.denoise.drop",
         ),
