@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -11,18 +11,20 @@ from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
 from rlhf.data.read import ReadReport, read_rows
+from rlhf.data.rows import Pair
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer
+from rlhf.models.load import encoder_type, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.pipeline.context import STRENGTH, StageContext, gold_differences, held_out
 from rlhf.pipeline.sampling import SAMPLES
 from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
 from rlhf.pipeline.training import split_settings, train, training_arguments
+from rlhf.recipe.objectives import OBJECTIVES, resolve
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
-from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
+from rlhf.reward.denoise import DenoiseConfig, Denoised, attach_strength, denoised
 from rlhf.reward.ensemble import RewardEnsemble, member_name
 from rlhf.reward.experts import fit_gate, merge_experts, open_experts, save_experts
 from rlhf.reward.load import calibrate_reward_model
@@ -34,7 +36,7 @@ from rlhf.statistics import win_rate
 
 CALIBRATION_SAMPLES = 256
 SEEDS_APART = 1000  # between the members of an ensemble
-Rows = list[dict[str, Any]]
+Rows = list[Pair]
 Samples = tuple[list[tuple[Any, str]], list[bool]]  # (prompt, answer), and whether it ended
 
 
@@ -108,9 +110,9 @@ def _hindsight(context: StageContext, reward: RewardModel | RewardEnsemble) -> d
     return {"round": context.round - 1, "win_rate": rate, "win_rate_ci": interval}
 
 
-def training_pairs(context: StageContext) -> tuple[Rows, int | None]:
+def training_pairs(context: StageContext) -> Denoised:
     """The pairs, corrected by the vote where there is one, and how many were flipped."""
-    rows = read_jsonl(context.pairs)
+    rows = cast(Rows, read_jsonl(context.pairs))
     strength, noise = None, None
     if "vote" in context.parents:
         strength = attach_strength(rows, read_jsonl(context.parents["vote"] / STRENGTH))
@@ -127,13 +129,15 @@ def _fit(context: StageContext, rows: Rows, folder: Path, label: str, seed: int)
     args = training_arguments(RewardConfig, settings, folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
-    model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
+    loss = OBJECTIVES[how.objective].loss
+    model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
     arguments: dict[str, Any] = {
-        "train_dataset": Dataset.from_list(training_columns(rows)),
+        "train_dataset": Dataset.from_list(training_columns(rows, loss.columns)),
         "eval_dataset": held_out(context, context.test_pairs) if args.eval_strategy != "no" else None,
         "processing_class": tokenizer,
+        "loss": loss,
         "flip_rate": how.flip_rate,
     }
     if how.meta:
@@ -152,7 +156,7 @@ def _fit(context: StageContext, rows: Rows, folder: Path, label: str, seed: int)
     return trainer
 
 
-def _meta_rows(context: StageContext) -> Rows:
+def _meta_rows(context: StageContext) -> list[dict[str, Any]]:
     """Answers of the present policy: sampled by this run, or those of an earlier one that the recipe names."""
     file = context.recipe.reward.meta_samples
     if file is not None:

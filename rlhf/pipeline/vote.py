@@ -17,10 +17,11 @@ from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.training import split_settings, train, training_arguments
+from rlhf.recipe.objectives import PAIR_COLUMNS
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
-from rlhf.reward.trainer import PAIR_COLUMNS, PairRewardTrainer, training_columns
+from rlhf.reward.trainer import PairRewardTrainer, training_columns
 from rlhf.reward.vote import collect_votes, plan_vote
 
 DIFFERENCES = "differences.safetensors"
@@ -53,7 +54,8 @@ def vote(
         UserError: the plan is impossible.
         TrainingError: a member diverged.
     """
-    plan = plan_vote(rows, members=members, folds=folds, in_sample=in_sample, seed=seed)
+    prompts = [row["prompt"] for row in rows]
+    plan = plan_vote(prompts, members=members, folds=folds, in_sample=in_sample, seed=seed)
 
     shared = None if trunk is None else _shared_trunk(base, rows, settings, folder, trunk)
     trained = training_columns(rows)
