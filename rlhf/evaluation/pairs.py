@@ -16,6 +16,7 @@ from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.statistics import (
     Array,
+    PairedDifference,
     best_of_n_kl,
     best_of_n_values,
     best_temperature,
@@ -78,7 +79,7 @@ class ScoredPairs:
         ]
 
 
-def score_pairs(reward: Scorer, rows: list[dict[str, Any]], *, label: str = "score") -> ScoredPairs:
+def score_pairs(reward: Scorer, rows: list[Any], *, label: str = "score") -> ScoredPairs:
     """Score both sides of every pair; an answer that stands in several pairs is scored once."""
     keys: dict[tuple[str, str], int] = {}
     unique: list[tuple[Prompt, str]] = []
@@ -145,7 +146,7 @@ def pair_report(judged: ScoredPairs, *, gold_differences: Sequence[float] | None
     return report
 
 
-def compare(first: ScoredPairs, second: ScoredPairs) -> dict[str, Any]:
+def compare(first: ScoredPairs, second: ScoredPairs) -> PairedDifference:
     """`first` against `second` on the same pairs: the difference in accuracy, its interval, a paired test."""
     return paired_difference(first.right.tolist(), second.right.tolist(), first.prompts)
 

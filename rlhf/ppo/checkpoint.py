@@ -1,6 +1,5 @@
 """What a checkpoint of PPO holds beside the Trainer's own files, between two rollouts."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.save import load_weights
 from rlhf.ppo.backbone import restore_role, save_role
 from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead
@@ -30,8 +30,7 @@ def write_checkpoint(trainer: Any, folder: Path) -> None:
         container.critic.save_pretrained(folder / CRITIC)
     if trainer.args.reference_mixup > 0:
         save_file({n: w.detach().cpu().clone() for n, w in trainer.reference.weights().items()}, folder / REFERENCE)
-    rows = [json.dumps(sample.as_row(), ensure_ascii=False) + "\n" for sample in trainer.latest_samples]
-    (folder / SAMPLES).write_text("".join(rows), encoding="utf-8")
+    write_jsonl(folder / SAMPLES, [sample.as_row() for sample in trainer.latest_samples])
     trainer.processing_class.save_pretrained(folder)
     trainer.progress.save(folder)
 
@@ -48,6 +47,5 @@ def read_checkpoint(trainer: Any, folder: Path, model: nn.Module) -> None:
         saved = load_file(folder / REFERENCE)
         for name, weight in trainer.reference.weights().items():
             weight.data.copy_(saved[name])
-    rows = (folder / SAMPLES).read_text(encoding="utf-8").splitlines()
-    trainer.latest_samples = [Sample(**json.loads(row)) for row in rows]
+    trainer.latest_samples = [Sample(**row) for row in read_jsonl(folder / SAMPLES)]
     trainer.progress = PPOState.load(folder)

@@ -1,11 +1,13 @@
 """What is done about noisy labels: the named objectives, as columns that the general pair loss reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rlhf.data.rows import Pair
 from rlhf.data.sources import pair_digest
 from rlhf.errors import UserError
 from rlhf.objectives.strength import (
@@ -159,7 +161,7 @@ def flip_pair(row: dict[str, Any]) -> dict[str, Any]:
     return turned
 
 
-def attach_strength(rows: Rows, voted: Rows) -> VoteStrength:
+def attach_strength(rows: Sequence[Pair], voted: Rows) -> VoteStrength:
     """The votes of exactly these pairs, in their order.
 
     Args:

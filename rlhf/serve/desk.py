@@ -4,7 +4,7 @@ import getpass
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import yaml
 
@@ -12,6 +12,7 @@ from rlhf.data.label_files import Format, export_questions, read_verdicts
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import agreement, tally
 from rlhf.errors import UserError
+from rlhf.files import write_jsonl
 
 
 def open_book(run: Path) -> tuple[LabelBook, int, int]:
@@ -46,7 +47,7 @@ def export_to(run: Path, file: Path, form: str) -> int:
     left = [question for question in book.questions(number) if said.get(question.id, 0) < wanted]
     rows = export_questions(left, cast(Format, form))
     if form == "plain":
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_jsonl(file, rows)
     else:
         file.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     return len(rows)
@@ -82,7 +83,7 @@ def progress_lines(run: Path) -> Sequence[str]:
     done, total = book.progress(number, wanted=wanted)
     verdicts = book.verdicts(number)
     lines = [f"round {number}: {done} of {total} pairs have the {wanted} verdict{'s' * (wanted > 1)} asked for."]
-    said: dict[str, Any] = agreement(verdicts)
+    said = agreement(verdicts)
     for name, count in said["annotators"].items():
         times = sorted(v.seconds for v in verdicts if v.annotator == name and v.seconds is not None)
         lines.append(f"{name}: {count}" + (f", {times[len(times) // 2]:.0f} s each (median)." if times else "."))
