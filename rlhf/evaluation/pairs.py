@@ -16,6 +16,7 @@ from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.statistics import (
     Array,
+    PairedDifference,
     best_of_n_kl,
     best_of_n_values,
     best_temperature,
@@ -152,7 +153,7 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
     return report
 
 
-def compare(first: ScoredPairs, second: ScoredPairs) -> dict[str, Any]:
+def compare(first: ScoredPairs, second: ScoredPairs) -> PairedDifference:
     """Compare the accuracies of two models on the same pairs: `first` minus `second`, its interval, a paired test."""
     return paired_difference(first.right.tolist(), second.right.tolist(), first.prompts)
 

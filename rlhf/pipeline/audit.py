@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from rlhf.data.read import is_local
 from rlhf.data.sources import Row, read_pair_rows
 from rlhf.errors import UserError
-from rlhf.files import digest, file_digest, write_text
+from rlhf.files import digest, file_digest, json_lines, write_text
 from rlhf.models.load import find_source
 from rlhf.models.text import plain
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
@@ -66,7 +66,7 @@ def audit(
     rows, report = read_pair_rows(pairs)
     for sentence in report.sentences():
         say(sentence)
-    values = [row.values for row in rows]
+    values: list[Any] = [row.values for row in rows]
     seed = 0 if recipe is None else recipe.seed
     (out / WORK).mkdir(parents=True, exist_ok=True)
     write_text(out / WORK / "key.json", json.dumps(key))
@@ -238,10 +238,10 @@ def _write_parquet(
 
 
 def _write_cleaned(file: Path, rows: Sequence[Row], strength: VoteStrength, suspicious: set[int]) -> None:
-    lines = []
+    cleaned = []
     for i, row in enumerate(rows):
         if i in suspicious:
             continue
         facts = {"strength_mean": strength.mean[i].item(), "strength_std": strength.std[i].item()}
-        lines.append(json.dumps({**row.values, **facts, "strength_votes": int(strength.votes[i])}, ensure_ascii=False))
-    write_text(file, "".join(line + "\n" for line in lines))
+        cleaned.append({**row.values, **facts, "strength_votes": int(strength.votes[i])})
+    write_text(file, json_lines(cleaned))

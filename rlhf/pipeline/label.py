@@ -21,7 +21,7 @@ from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.reward.denoise import TIE
 from rlhf.statistics import clustered_mean
 
-Rows = list[dict[str, Any]]
+Rows = list[Any]
 FRESH, QUARANTINE = "fresh.jsonl", "quarantine.jsonl"
 
 

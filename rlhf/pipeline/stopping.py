@@ -1,9 +1,9 @@
 """When rounds should end before their number is up: rules on what the manifests say, so that a resumed run decides alike."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf.files import read_jsonl
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import RoundsSection
 from rlhf.statistics import paired_difference
@@ -84,7 +84,7 @@ def change_since_last_round(stage: Stage, stages: Sequence[Stage], store: Store)
         file = store.path(one) / "samples.jsonl"
         if store.manifest(one) is None or not file.is_file():
             return None
-        columns.append([json.loads(line)["gold_policy"] for line in file.read_text(encoding="utf-8").splitlines()])
+        columns.append([row["gold_policy"] for row in read_jsonl(file)])
     if any(value is None for column in columns for value in column):
         return None
     return paired_difference(columns[0], columns[1]) | {"win_tie_lose": win_tie_lose(columns[0], columns[1])}

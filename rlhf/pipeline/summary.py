@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rlhf.files import write_text
+from rlhf.files import read_jsonl, write_text
 from rlhf.pipeline.stopping import change_since_last_round, is_worse, win_tie_lose
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import Recipe
@@ -71,7 +71,7 @@ def _round(number: int, facts: dict[str, dict[str, Any]], stages: list[Stage], s
     stage = next((s for s in stages if s.folder == f"{folder}/evaluate"), None)
     change = change_since_last_round(stage, stages, store) if stage is not None and judged else None
     samples = store.root / folder / "evaluate" / "samples.jsonl"
-    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()] if judged else []
+    rows = read_jsonl(samples) if judged else []
     texts = [row["policy"] for row in rows]
     known = bool(rows) and rows[0]["gold_policy"] is not None
     lengths = [len(text.split()) for text in texts]

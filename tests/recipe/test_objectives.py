@@ -18,7 +18,7 @@ from rlhf.pipeline.plan import plan
 from rlhf.recipe import load_recipe
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, objectives_table, resolve
 from rlhf.recipe.schema import RewardSection
-from rlhf.reward.denoise import Denoised, DenoiseConfig, denoised
+from rlhf.reward.denoise import DenoiseConfig, Denoised, denoised
 from rlhf.reward.noise import NoiseEstimate
 
 GUIDE = Path(__file__).parents[2] / "recipes" / "guides" / "noisy_labels.md"
