@@ -14,7 +14,7 @@ _NAMES = {
     "LabelSmoothingRewardTrainer": "rlhf.reward.declared",
     "ContrastiveRewardTrainer": "rlhf.reward.contrastive",
     "MetaRewardTrainer": "rlhf.reward.meta",
-    "RewardModel": "rlhf.reward.load",
+    "RewardModel": "rlhf.reward.model",
     "build_reward_model": "rlhf.models.load",
     "generate": "rlhf.models.generate",
     "load_reward_model": "rlhf.reward.load",

@@ -28,7 +28,8 @@ from rlhf.ppo.backbone import AdapterScorer
 from rlhf.recipe import load_recipe
 from rlhf.reward import model as reward_model
 from rlhf.reward.frozen_trunk import Trunk
-from rlhf.reward.load import RewardModel, save_reward_model
+from rlhf.reward.load import save_reward_model
+from rlhf.reward.model import RewardModel
 from tests.conftest import PROMPTS, WORDS
 from tests.pretended import ACCELERATOR, MixedDevices, place, pretended_accelerator
 

@@ -24,7 +24,8 @@ from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.training import split_settings
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
-from rlhf.reward.load import RewardModel, load_reward_model
+from rlhf.reward.load import load_reward_model
+from rlhf.reward.model import RewardModel
 
 QUESTIONS, SAMPLES = "questions.jsonl", "samples.jsonl"
 

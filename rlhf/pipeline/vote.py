@@ -26,7 +26,7 @@ from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.reward.frozen_trunk import Features, Trunk
-from rlhf.reward.load import RewardModel, position_limit
+from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.trainer import PAIR_COLUMNS, training_columns
 from rlhf.reward.vote import collect_votes, plan_vote

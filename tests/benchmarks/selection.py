@@ -34,7 +34,7 @@ from rlhf.models.load import load_tokenizer
 from rlhf.models.text import plain
 from rlhf.pipeline.sampling import Candidate, most_worth, one_of_each_prompt_first
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.reward.load import RewardModel
+from rlhf.reward.model import RewardModel
 
 OFFLINE, PROMPTS, RESPONSES = 1500, 1000, 4
 BUDGETS = (500, 1500)

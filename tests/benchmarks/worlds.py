@@ -21,7 +21,7 @@ from rlhf.lab.world import gold
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import plain
 from rlhf.reward.denoise import flipped
-from rlhf.reward.load import RewardModel
+from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import training_columns
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"

@@ -15,7 +15,8 @@ from rlhf.models.load import build_reward_model, load_policy, load_scorer, model
 from rlhf.models.logprobs import response_logprobs
 from rlhf.models.save import save_model
 from rlhf.ppo.roles import AdapterHead
-from rlhf.reward.load import RewardModel, save_reward_model
+from rlhf.reward.load import save_reward_model
+from rlhf.reward.model import RewardModel
 from tests.conftest import PROMPTS, WORDS
 
 DATA = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])

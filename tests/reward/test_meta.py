@@ -147,17 +147,17 @@ def test_checkpointing_changes_nothing(
     assert spreads[1] == pytest.approx(spreads[0], abs=1e-6)
 
 
-def test_the_climb_spreads_rewards_and_coming_back_is_exact(
+def test_the_ascent_spreads_rewards_and_restoring_is_exact(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
     trainer = make(base_folder, tokenizer, pairs, cpu_arguments, meta_step=0.05, meta_prompts=12)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     at_theta = trainer._spread(trainer.meta_groups).item()
-    trainer._climb()
+    trainer.ascend()
     moved = torch.sqrt(sum(((p - b) ** 2).sum() for p, b in zip(trainer.model.parameters(), before, strict=True)))  # type: ignore[arg-type]
     assert moved.item() == pytest.approx(0.05, rel=1e-4), "normalised: η is the step's length"
     assert trainer._spread(trainer.meta_groups).item() > at_theta
-    trainer.come_back()
+    trainer.restore()
     assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before, strict=True))
 
 
