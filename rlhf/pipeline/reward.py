@@ -88,9 +88,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         _combine(context, domains, samples, out)
     card = {"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit}
     models = [
-        calibrate_reward_model(
-            folder, samples=samples.answers, ended=samples.ended, facts=card, device=context.device
-        )
+        calibrate_reward_model(folder, samples=samples.answers, ended=samples.ended, facts=card, device=context.device)
         for folder in members
     ]
     reward = models[0] if len(models) == 1 else RewardEnsemble(models)

@@ -42,9 +42,7 @@ STAGES = {
     "select": StageFunction(
         "rlhf.pipeline.sampling:run_select", reads=("data", "sample"), may_read=("sft", "reward", "label")
     ),
-    "label": StageFunction(
-        "rlhf.pipeline.label:run_label", reads=("data",), may_read=("sft", "select", "earlier")
-    ),
+    "label": StageFunction("rlhf.pipeline.label:run_label", reads=("data",), may_read=("sft", "select", "earlier")),
     "vote": StageFunction("rlhf.pipeline.vote:run_vote", reads=("data",), may_read=("sft", "label"), together=True),
     "reward": StageFunction(
         "rlhf.pipeline.reward:run_reward",

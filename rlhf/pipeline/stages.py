@@ -200,9 +200,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     first = context.find_parent("first_evaluation")
     sampled = None if first is None else read_jsonl(first / SFT_ANSWERS)
     facts, samples, sft_answers = evaluate_policies(
-        policy=load_policy(context.parent("policy") / "model", model_config, trainable=False)
-        .to(context.device)
-        .eval(),
+        policy=load_policy(context.parent("policy") / "model", model_config, trainable=False).to(context.device).eval(),
         sft=load_policy(sft, model_config, trainable=False).to(context.device).eval(),
         tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
         score=reward.score,

@@ -69,7 +69,9 @@ def evaluation_rows(file: Path, args: TrainingArguments, limit: int) -> Dataset 
     if args.eval_strategy == "no":
         return None
     rows = read_jsonl(file)[:limit]
-    return Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected") if key in row} for row in rows])
+    return Dataset.from_list(
+        [{key: row[key] for key in ("prompt", "chosen", "rejected") if key in row} for row in rows]
+    )
 
 
 def train(
