@@ -93,7 +93,7 @@ def plan_command(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
 ) -> None:
     """Estimate rows, tokens, steps, memory and time of every stage, before any weights are loaded; writes nothing."""
-    from rlhf.pipeline.run import check_arguments, check_sources
+    from rlhf.pipeline.checks import check_arguments, check_sources
     from rlhf.report.terminal import estimates_table
 
     recipe = load_recipe(recipe_file, overrides or [])
@@ -281,7 +281,8 @@ def _say_aside(line: str, *, style: str | None = None) -> None:
 
 
 def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
-    from rlhf.pipeline.run import check_arguments, check_recipe_file, check_sources, run
+    from rlhf.pipeline.checks import check_arguments, check_recipe_file, check_sources
+    from rlhf.pipeline.run import run
 
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)

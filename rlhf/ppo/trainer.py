@@ -8,6 +8,7 @@ resumed run restores the random state exactly where the next rollout begins.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -263,9 +264,7 @@ class PPOTrainer(BaseTrainer):
         is_warmup = self.state.global_step // self.args.steps_per_rollout < self.args.critic_warmup
         return ("critic",) if is_warmup else ROLES
 
-    def training_step(
-        self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward of a micro-batch: of both roles at once, or of one role after the other.
 
         On one backbone each role's backward runs before the next adapter is switched on: with gradient checkpointing the

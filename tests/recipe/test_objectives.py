@@ -83,7 +83,7 @@ def test_a_vote_is_planned_where_the_table_needs_one(name: str, tmp_path: Path) 
 
 
 def test_the_guide_has_the_table() -> None:
-    before, begin, rest = GUIDE.read_text(encoding="utf-8").partition("<!-- objectives -->\n")
+    _, begin, rest = GUIDE.read_text(encoding="utf-8").partition("<!-- objectives -->\n")
     assert begin, f"{GUIDE.name} has no <!-- objectives -->"
     table, end, _ = rest.partition("<!-- /objectives -->")
     assert end, f"{GUIDE.name} has no <!-- /objectives -->"
