@@ -18,7 +18,7 @@ from rlhf.pipeline.plan import plan
 from rlhf.recipe import load_recipe
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, objectives_table, resolve
 from rlhf.recipe.schema import RewardSection
-from rlhf.reward.denoise import Denoised, DenoiseConfig, denoised
+from rlhf.reward.denoise import DenoiseConfig, Denoised, denoised
 from rlhf.reward.noise import NoiseEstimate
 
 GUIDE = Path(__file__).parents[2] / "recipes" / "guides" / "noisy_labels.md"
@@ -83,7 +83,7 @@ def test_a_vote_is_planned_where_the_table_needs_one(name: str, tmp_path: Path) 
 
 
 def test_the_guide_has_the_table() -> None:
-    before, begin, rest = GUIDE.read_text(encoding="utf-8").partition("<!-- objectives -->\n")
+    _, begin, rest = GUIDE.read_text(encoding="utf-8").partition("<!-- objectives -->\n")
     assert begin, f"{GUIDE.name} has no <!-- objectives -->"
     table, end, _ = rest.partition("<!-- /objectives -->")
     assert end, f"{GUIDE.name} has no <!-- /objectives -->"
