@@ -151,7 +151,7 @@ class PPOTrainer(BaseTrainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         conversational = not isinstance(train_dataset[0]["prompt"], str)
-        check_tokenizer(processing_class, conversational=conversational, where="ppo")
+        check_tokenizer(processing_class, conversational=conversational, name="ppo")
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         self.reference: Reference = make_reference(model, adapter_was_trained=adapter_was_trained)
         check_reference(self.reference, args)
