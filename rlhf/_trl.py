@@ -16,7 +16,7 @@ from trl.trainer.utils import (
 
 
 def vllm_generation() -> Any:
-    """TRL's wrapper around a vLLM engine or server, imported when it is asked for."""
+    """Return TRL's wrapper around a vLLM engine or server; import it only when it is asked for."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     return VLLMGeneration
