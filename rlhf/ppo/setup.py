@@ -54,7 +54,7 @@ def policy_and_tokenizer(
         model = get_peft_model(model, peft_config)
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    check_tokenizer(processing_class, conversational=conversational, where="ppo")
+    check_tokenizer(processing_class, conversational=conversational, name="ppo")
     model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     return model, processing_class
 
