@@ -11,6 +11,7 @@ _NAMES = {
     "LabelFlipRewardTrainer": "rlhf.reward.declared",
     "MarginRewardTrainer": "rlhf.reward.declared",
     "SoftLabelRewardTrainer": "rlhf.reward.declared",
+    "VotedRewardTrainer": "rlhf.reward.declared",
     "LabelSmoothingRewardTrainer": "rlhf.reward.declared",
     "ContrastiveRewardTrainer": "rlhf.reward.contrastive",
     "MetaRewardTrainer": "rlhf.reward.meta",
@@ -20,11 +21,17 @@ _NAMES = {
     "load_reward_model": "rlhf.reward.load",
     "save_reward_model": "rlhf.reward.load",
     "load_recipe": "rlhf.recipe",
+    "OBJECTIVES": "rlhf.recipe.objectives",
+    "Objective": "rlhf.recipe.objectives",
 }
-__all__ = sorted(_NAMES)
+__all__ = sorted([*_NAMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("rlhf-pipeline")
     if name not in _NAMES:
         raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
     return getattr(import_module(_NAMES[name]), name)

@@ -68,7 +68,7 @@ def audit(
     rows, report = read_pair_rows(pairs)
     for sentence in report.sentences():
         say(sentence)
-    values = [row.values for row in rows]
+    values: list[Any] = [row.values for row in rows]
     seed = 0 if recipe is None else recipe.seed
     (out / WORK).mkdir(parents=True, exist_ok=True)
     write_text(out / WORK / "key.json", json.dumps(key))

@@ -9,6 +9,7 @@ import yaml
 
 from rlhf.data.read import ReadReport, is_local, read_rows
 from rlhf.errors import UserError
+from rlhf.ppo.source_kinds import source_problem
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe, RewardSection
 
@@ -53,11 +54,9 @@ def check_sources(recipe: Recipe) -> None:
         ("evaluate.gold", recipe.evaluate.gold),
         *(("ppo.extra_rewards", x) for x in recipe.ppo.extra_rewards),
     ]:
-        if name is None or name.startswith(("http://", "https://")):
-            continue
-        file = Path(name.rpartition(":")[0] if ".py:" in name else name).expanduser()
-        if not file.exists():
-            problems.append(f"{key}: {file}: no such {'file' if '.py:' in name else 'folder'}.")
+        problem = None if name is None else source_problem(name)
+        if problem is not None:
+            problems.append(f"{key}: {problem}")
     if problems:
         raise UserError(problems)
 

@@ -122,7 +122,10 @@ def _pairs_before(context: StageContext) -> list[Pair]:
     if before is not None:
         rows = read_jsonl(before / PAIRS)
         return [_younger(row, rounds.age_weight, context.round - 1) for row in rows] if rounds.age_weight < 1 else rows
-    return [{"round": 1, **row} for row in read_jsonl(context.data / PAIRS)] if rounds.first == "offline" else []
+    if rounds.first == "sampled":
+        return []
+    given: list[Pair] = read_jsonl(context.data / PAIRS)
+    return [{"round": 1, **row} for row in given]
 
 
 def _younger(row: Pair, age_weight: float, of_round: int) -> Pair:

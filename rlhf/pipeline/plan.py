@@ -120,8 +120,10 @@ def _round(
     settings = config.model_dump() | backbone | sampling | gold
     if config.meta and not samples_for_meta:
         settings["meta_sha256"] = file_digest(Path(str(config.meta_samples)).expanduser())
-    evaluations = {role: before[role] for role in ("latest_evaluation", "older_evaluation") if role in before}
-    parents = {**label, **vote, **(sample if samples_for_meta else {}), **evaluations}
+    evaluations: dict[str, Stage] = {
+        role: before[role] for role in ("latest_evaluation", "older_evaluation") if role in before
+    }
+    parents: dict[str, Stage] = {**label, **vote, **(sample if samples_for_meta else {}), **evaluations}
     reward = add("reward", f"{folder}/reward", settings, **start, **parents)
 
     # 4. PPO, and its evaluation; SFT's answers are those of the first one and are not sampled again.

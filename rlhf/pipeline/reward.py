@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer
+from rlhf.models.load import encoder_type, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.score import Scorer
 from rlhf.pipeline.context import StageContext
@@ -27,7 +27,8 @@ from rlhf.pipeline.trainers import StageContrastiveRewardTrainer, StageMetaRewar
 from rlhf.pipeline.training import evaluation_rows, split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.pipeline.vote import STRENGTH
-from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
+from rlhf.recipe.objectives import OBJECTIVES, resolve
+from rlhf.reward.denoise import DenoiseConfig, Denoised, attach_strength, denoised
 from rlhf.reward.ensemble import RewardEnsemble, member_name
 from rlhf.reward.experts import EXPERTS, fit_gate, merge_experts, open_experts, save_experts
 from rlhf.reward.load import calibrate_reward_model
@@ -124,7 +125,7 @@ def _hindsight(context: StageContext, reward: Scorer) -> dict[str, Any] | None:
     return {"round": context.round - 1, "win_rate": rate, "win_rate_ci": interval}
 
 
-def training_pairs(context: StageContext) -> tuple[list[Pair], int | None]:
+def training_pairs(context: StageContext) -> Denoised:
     """Return the pairs, corrected by the vote where there is one, and how many were flipped."""
     rows: list[Pair] = read_jsonl(context.pairs)
     strength, noise = None, None
@@ -144,13 +145,15 @@ def _fit(context: StageContext, rows: Sequence[Pair], folder: Path, label: str, 
     args = training_arguments(RewardConfig, settings, folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
-    model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
+    loss = OBJECTIVES[section.objective].loss
+    model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
     arguments: dict[str, Any] = {
-        "train_dataset": Dataset.from_list(training_columns(rows)),
+        "train_dataset": Dataset.from_list(training_columns(rows, loss.columns)),
         "eval_dataset": evaluation_rows(context.test_pairs, args, recipe.evaluate.prompts),
         "processing_class": tokenizer,
+        "loss": loss,
         "flip_rate": section.flip_rate,
     }
     trainer: StageTrainer
@@ -284,5 +287,7 @@ def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Sa
         texts, ended = sample_texts(policy, tokenizer, prompts, **sampling_settings(context.recipe))
         return Samples(list(zip(prompts, texts, strict=True)), ended)
     pairs: list[Pair] = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
-    answers = [(row["prompt"], text) for row in pairs for text in (answer(row, "chosen"), answer(row, "rejected"))]
+    answers: list[tuple[Prompt, str]] = [
+        (row["prompt"], text) for row in pairs for text in (answer(row, "chosen"), answer(row, "rejected"))
+    ]
     return Samples(answers, [True] * len(answers))

@@ -12,9 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from rlhf.data.prepare import DataSources, prepare_data
-from rlhf.data.rows import Messages, Prompt
 from rlhf.data.sources import Source
-from rlhf.evaluation.gold import load_gold
 from rlhf.evaluation.policies import evaluate_policies
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.lab.build import LabSettings, build_lab
@@ -29,7 +27,6 @@ from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import evaluation_rows, split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.rewards import RewardFunction
 from rlhf.recipe.schema import DATA_SOURCES
 from rlhf.reward.ensemble import load_scorer_of, member_folders
 
@@ -144,7 +141,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     # 2. Train.
     trainer = StagePPOTrainer(
         load_policy(start, model_config),
-        [*members, *(_reward_function(name) for name in recipe.ppo.extra_rewards)],
+        [*members, *recipe.ppo.extra_rewards],
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
         processing_class=tokenizer,
@@ -169,22 +166,8 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         "episodes": trainer.episodes,
         "rollouts": rollouts,
         "stopped": trainer.stopped,
-        "warnings": trainer.progress.health.said,
+        "warnings": trainer.progress.health.sentences,
     }
-
-
-def _reward_function(name: str) -> RewardFunction:
-    """Return a source of rewards as `PPOTrainer` takes it: a folder or an address as it is, a function of texts in TRL's form."""
-    if ".py:" not in name:
-        return name
-    function = load_gold(name)
-
-    def reward(prompts: Sequence[Prompt], completions: Sequence[str | Messages], **_: object) -> list[float]:
-        texts = [text if isinstance(text, str) else plain(text[-1:]) for text in completions]
-        return function([plain(prompt) for prompt in prompts], texts)
-
-    reward.__name__ = name
-    return reward
 
 
 def run_evaluate(context: StageContext) -> dict[str, Any]:
@@ -203,7 +186,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         policy=load_policy(context.parent("policy") / "model", model_config, trainable=False).to(context.device).eval(),
         sft=load_policy(sft, model_config, trainable=False).to(context.device).eval(),
         tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
-        score=reward.score,
+        reward=reward,
         gold=load_true_reward(recipe),
         prompts=[row["prompt"] for row in rows],
         sft_answers=None if sampled is None else [(row["completion"], row["ended"]) for row in sampled],

@@ -25,10 +25,11 @@ from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
+from rlhf.recipe.objectives import PAIR_COLUMNS
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
-from rlhf.reward.trainer import PAIR_COLUMNS, training_columns
+from rlhf.reward.trainer import training_columns
 from rlhf.reward.vote import collect_votes, plan_vote
 from rlhf.statistics import auroc
 
@@ -125,7 +126,8 @@ def vote(
         UserError: the plan is impossible.
         TrainingError: a member diverged.
     """
-    plan = plan_vote(rows, members=members, folds=folds, in_sample=in_sample, seed=seed)
+    prompts = [row["prompt"] for row in rows]
+    plan = plan_vote(prompts, members=members, folds=folds, in_sample=in_sample, seed=seed)
     setup = VoteSetup(base, rows, settings, flip_rate, say)
     shared = None if trunk is None else _shared_trunk(setup, folder, trunk)
 

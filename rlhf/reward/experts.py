@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
+from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import load_scorer
 from rlhf.models.save import ADAPTER_BASE, check_base
 from rlhf.models.score import score_rows
@@ -149,23 +150,19 @@ class ExpertRewards(RewardModel):
         inner = model.base_model.model
         backbone = getattr(inner, inner.base_model_prefix)
         device = next(model.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        found: dict[int, Tensor] = {}
+
+        def mean_states(batch: list[int]) -> Tensor:
+            ids, mask = pad_batch([rows[i] for i in batch], pad_token_id=0)
+            hidden = backbone(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+            ).last_hidden_state.float()
+            return (hidden.cpu() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
         with model.disable_adapter():
-            for start in range(0, len(order), self.batch_size):
-                index = order[start : start + self.batch_size]
-                ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True)
-                lengths = torch.tensor([len(rows[i]) for i in index])
-                mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-                hidden = backbone(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-                ).last_hidden_state.float()
-                pooled = (hidden.cpu() * mask[..., None]).sum(dim=1) / lengths[:, None]
-                found.update(zip(index, pooled, strict=True))
-        return torch.stack([found[i] for i in range(len(rows))])
+            return torch.stack(run_batches(mean_states, batches_by_length([len(row) for row in rows], self.batch_size)))
 
     def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Refuse: each expert has a head of its own.
+        """Refuse to answer: each expert has a head of its own.
 
         Raises:
             UserError: always.

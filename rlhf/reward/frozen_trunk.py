@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
 from rlhf.errors import TrainingError, UserError
+from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.packing import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
 
@@ -140,26 +141,24 @@ class Trunk:
         width = self.model.config.get_text_config().hidden_size
         values = np.lib.format.open_memmap(folder / FEATURES, "w+", dtype=np.float32, shape=(starts[-1], width))
         found = Features(values, starts, rows, shares, pad_token_id)
-        first_own = self._layers(self.model)[2][-self.top_layers]
+        first_of_member = self._layers(self.model)[2][-self.top_layers]
         reached: list[Tensor] = []
 
         def stop(_: nn.Module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             reached.append(positional[0] if positional else named["hidden_states"])
             raise _Reached
 
-        hook = first_own.register_forward_pre_hook(stop, with_kwargs=True)
+        hook = first_of_member.register_forward_pre_hook(stop, with_kwargs=True)
         device = next(self.model.parameters()).device
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
         try:
-            for begin in tqdm(range(0, len(order), SCORING_BATCH), desc="vote: trunk", disable=None):
-                index = order[begin : begin + SCORING_BATCH]
-                packed, attention = found.inputs(index)
+            for batch in tqdm(batches_by_length(lengths, SCORING_BATCH), desc="vote: trunk", disable=None):
+                packed, attention = found.inputs(batch)
                 positions = {"position_ids": packed.position_ids.to(device)} if shares else {}
                 try:
                     self.model(input_ids=packed.input_ids.to(device), attention_mask=attention.to(device), **positions)
                 except _Reached:
                     hidden = reached.pop().float().cpu().numpy()
-                for place, i in enumerate(index):
+                for place, i in enumerate(batch):
                     values[starts[i] : starts[i + 1]] = hidden[place, : lengths[i]]
         finally:
             hook.remove()
@@ -268,9 +267,9 @@ class Member:
             if place == 0:
                 sampler.set_epoch(epoch)
                 order = [pairs[i] for i in sampler]
-            chosen = order[place * size : (place + 1) * size]
-            scores = self.scores(features.batch(chosen))
-            loss = objective(scores[0::2], scores[1::2], chosen).mean()
+            in_batch = order[place * size : (place + 1) * size]
+            scores = self.scores(features.batch(in_batch))
+            loss = objective(scores[0::2], scores[1::2], in_batch).mean()
             if not torch.isfinite(loss):
                 raise TrainingError(f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate.")
             loss.backward()
@@ -283,13 +282,13 @@ class Member:
     def differences(self, features: Features, pairs: Sequence[int]) -> Tensor:
         """Return chosen minus rejected reward [n] of some pairs, in the order given, float32 on the CPU."""
         lengths = features.lengths
-        order = sorted(range(len(pairs)), key=lambda place: lengths[pairs[place]])
-        found = torch.empty(len(pairs))
-        for begin in range(0, len(order), SCORING_BATCH):
-            places = order[begin : begin + SCORING_BATCH]
-            scores = self.scores(features.batch([pairs[place] for place in places]))
-            found[places] = (scores[0::2] - scores[1::2]).cpu()
-        return found
+
+        def differences(batch: list[int]) -> list[float]:
+            scores = self.scores(features.batch([pairs[place] for place in batch]))
+            return (scores[0::2] - scores[1::2]).tolist()
+
+        batches = batches_by_length([lengths[pair] for pair in pairs], SCORING_BATCH)
+        return torch.tensor(run_batches(differences, batches))
 
 
 def _heads(model: PreTrainedModel) -> list[nn.Linear]:

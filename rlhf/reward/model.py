@@ -5,11 +5,12 @@ from typing import TypeAlias
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Message, Prompt
 from rlhf.errors import UserError
+from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.score import score_rows
 from rlhf.models.text import encode_answers
@@ -80,20 +81,19 @@ class RewardModel:
         rows = self.encode(prompts, responses, None)
         read: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].detach()))
-        found = torch.empty(len(rows), head.in_features)
         device = next(self.model.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+
+        def last_features(batch: list[int]) -> Tensor:
+            ids, mask = pad_batch([rows[i] for i in batch], pad_token_id=0)
+            self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+            return read.pop()[torch.arange(len(batch)), mask.sum(dim=1) - 1].float().cpu()
+
         try:
-            for start in range(0, len(order), self.batch_size):
-                index = order[start : start + self.batch_size]
-                lengths = torch.tensor([len(rows[i]) for i in index])
-                ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True)
-                mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-                self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
-                found[index] = read.pop()[torch.arange(len(index)), lengths - 1].float().cpu()
+            batches = batches_by_length([len(row) for row in rows], self.batch_size)
+            features = run_batches(last_features, batches)
         finally:
             handle.remove()
-        return found
+        return torch.stack(features) if features else torch.empty(0, head.in_features)
 
     def encode(
         self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from rlhf.cost.estimate import estimate
 from rlhf.data import http
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import read_questions
 from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.pipeline.estimate import estimate
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.run import run as run_recipe
 from rlhf.pipeline.stopping import change_since_last_round, reason_to_stop

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf import load_reward_model
+from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
 from rlhf.models.save import save_model
 from rlhf.reward.experts import ExpertRewards, Gate, fit_gate, merge_experts, open_experts, save_experts
@@ -83,6 +84,13 @@ def test_a_gate_sees_the_prompt_and_never_the_answer(folder: Path, tokenizer: An
     with torch.no_grad(), experts.model.disable_adapter():  # type: ignore[operator]
         hidden = base(input_ids=torch.tensor([ids])).last_hidden_state[0]  # type: ignore[operator]
     torch.testing.assert_close(features[0], hidden.mean(dim=0), atol=1e-5, rtol=1e-4)
+
+
+def test_features_of_several_heads_are_refused(folder: Path, tokenizer: Any) -> None:
+    save_experts(folder, ["a", "b"], SCALES, weights=[0.5, 0.5], gate=None)
+    experts = open_experts(folder, tokenizer, conversational=True)
+    with pytest.raises(UserError, match="no single linear head"):
+        experts.features(PROMPTS[:6], ANSWERS)
 
 
 def planted(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

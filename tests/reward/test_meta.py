@@ -177,6 +177,19 @@ def test_samples_that_cannot_serve_are_counted_or_refused() -> None:
         group_samples([{"prompt": prompt, "completion": [5, 6, 7]}])
     with pytest.raises(UserError, match=r"of 0 prompts none .* .no rows."):
         group_samples([])
+    with pytest.raises(UserError, match="row 0 has no 'prompt' and 'completion' as text"):
+        group_samples([{"prompt": [{"role": "user", "content": None}], "completion": "yes"}])
+
+
+def test_answers_are_grouped_by_the_identity_of_their_prompt() -> None:
+    """A text, a conversation of one turn, blanks and case: one prompt, written as it came first."""
+    prompts = ["Say  Yes", [{"role": "user", "content": "say yes"}], "say no"]
+    rows = [{"prompt": prompt, "completion": text} for text in ("yes", "no") for prompt in prompts]
+    kept, dropped = group_samples(rows)
+    assert [row["prompt"] for row in kept] == ["Say  Yes", "say no"]
+    assert [row["responses"] for row in kept] == [["yes", "yes", "no", "no"], ["yes", "no"]]
+    assert [row["ended"] for row in kept] == [[True] * 4, [True] * 2]
+    assert dropped == {}
 
 
 def test_reentrant_checkpointing_is_refused(
