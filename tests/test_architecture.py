@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -45,10 +46,18 @@ TORCH_FREE = [
 ]
 
 
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk a file's statements, but for those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            yield node
+            yield from statements(node)
+
+
 def imports(file: Path) -> set[str]:
     """Return the modules that a file imports, wherever in it; of ours the module, not the name in it."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in statements(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -119,6 +128,22 @@ def test_private_trl_names_stand_in_one_module() -> None:
 def test_light_modules_do_not_load_torch() -> None:
     code = f"import sys, importlib\nfor name in {TORCH_FREE}: importlib.import_module(name)\nassert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_does_no_work() -> None:
+    """A module holds definitions; what else stands at its top level completes one of them, or starts the command."""
+    completes = ("for _stage in ", "_Loader.add_implicit_resolver(", "if TYPE_CHECKING:", "if __name__ == ")
+    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    work = [
+        f"{name}:{statement.lineno} {ast.unparse(statement).splitlines()[0]}"
+        for name, file in MODULES.items()
+        for statement in ast.parse(file.read_text(encoding="utf-8")).body
+        if not isinstance(statement, definitions)
+        and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        and not ast.unparse(statement).startswith(completes)
+        and name != "rlhf.__main__"
+    ]
+    assert not work, "\n".join(work)
 
 
 def test_modules_stay_readable() -> None:
