@@ -11,20 +11,27 @@ _NAMES = {
     "LabelFlipRewardTrainer": "rlhf.reward.declared",
     "MarginRewardTrainer": "rlhf.reward.declared",
     "SoftLabelRewardTrainer": "rlhf.reward.declared",
+    "VotedRewardTrainer": "rlhf.reward.declared",
     "LabelSmoothingRewardTrainer": "rlhf.reward.declared",
     "ContrastiveRewardTrainer": "rlhf.reward.contrastive",
     "MetaRewardTrainer": "rlhf.reward.meta",
-    "RewardModel": "rlhf.reward.load",
+    "RewardModel": "rlhf.reward.model",
     "build_reward_model": "rlhf.models.load",
     "generate": "rlhf.models.generate",
     "load_reward_model": "rlhf.reward.load",
     "save_reward_model": "rlhf.reward.load",
     "load_recipe": "rlhf.recipe",
+    "OBJECTIVES": "rlhf.recipe.objectives",
+    "Objective": "rlhf.recipe.objectives",
 }
-__all__ = sorted(_NAMES)
+__all__ = sorted([*_NAMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("rlhf-pipeline")
     if name not in _NAMES:
         raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
     return getattr(import_module(_NAMES[name]), name)

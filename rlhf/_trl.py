@@ -11,13 +11,12 @@ from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import (
     disable_dropout_in_model,
-    pad,
     print_prompt_completions_sample,
 )
 
 
 def vllm_generation() -> Any:
-    """TRL's wrapper around a vLLM engine or server, imported when it is asked for."""
+    """Return TRL's wrapper around a vLLM engine or server; import it only when it is asked for."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     return VLLMGeneration
@@ -28,7 +27,6 @@ __all__ = [
     "BaseTrainer",
     "DataCollatorForPreference",
     "disable_dropout_in_model",
-    "pad",
     "print_prompt_completions_sample",
     "vllm_generation",
 ]

@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TextIO
 
 import typer
 import yaml
@@ -20,13 +21,10 @@ from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.pipeline import interrupt
 from rlhf.recipe import Recipe, load_recipe
 
-# Libraries announce things that a recipe's reader can't act on; set before any of them is imported.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
+PACKAGE = "rlhf-pipeline"
 WAITING = 3
+# Libraries announce things that a recipe's reader can't act on.
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1"}
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # A pipe has no width; at rich's 80 columns tables would lose their numbers.
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -37,11 +35,23 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, as many as you like.", show_default=False)
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]", show_default=False)]
-
-
 RewardModelName = Annotated[
     str, typer.Argument(help="A reward model's folder, or a hub id with one label.", show_default=False)
 ]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"{PACKAGE} {metadata.version(PACKAGE)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top_level(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 @app.command("run")
@@ -83,19 +93,19 @@ def plan_command(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
 ) -> None:
     """Estimate rows, tokens, steps, memory and time of every stage, before any weights are loaded; writes nothing."""
-    from rlhf.pipeline.run import check_arguments, check_sources
+    from rlhf.pipeline.checks import check_arguments, check_sources
     from rlhf.report.terminal import estimates_table
 
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)
     with errors.status("counting the data, timing one and two layers of the model …"):
         check_arguments(recipe, until=until)
-        from rlhf.cost.estimate import estimate
+        from rlhf.pipeline.estimate import estimate
 
-        found, notes = estimate(recipe, until=until)
-    output.print(estimates_table(recipe.name, found))
+        estimates, notes = estimate(recipe, until=until)
+    output.print(estimates_table(recipe.name, estimates))
     for note in notes:
-        output.print(note, markup=False, soft_wrap=True)
+        _say(note)
 
 
 def _stage_command(stage: str) -> None:
@@ -117,7 +127,7 @@ def report_command(run: Annotated[Path, typer.Argument(help="A run's folder.", s
     from rlhf.report.page import write_report
 
     for file in (write_report(run), *write_cards(run)):
-        output.print(f"{file}", markup=False, soft_wrap=True)
+        _say(f"{file}")
 
 
 @app.command("lineage")
@@ -160,58 +170,15 @@ def evaluate_command(
 ) -> None:
     """Judge a reward model: accuracy with its interval, length control, calibration, K-wise, RewardBench."""
     from rlhf.pipeline.model_commands import evaluate_reward_model
-
-    def say(line: str) -> None:
-        errors.print(line, markup=False, soft_wrap=True)
+    from rlhf.report.terminal import evaluation_lines, evaluation_table
 
     if out.suffix == ".html":
         raise UserError(f"--out {out}: the report is JSON; name it .json, and the page beside it is .html.")
-    result = evaluate_reward_model(model, data, out, against=against, say=say)
-    table = Table(title="95 % intervals over prompts; ties are wrong")
-    for heading in ("data", "pairs", "accuracy", "95 %", "longer\nwins", "length-\ncontrolled", "ties", "ECE", "T"):
-        table.add_column(heading, justify="left" if heading == "data" else "right")
-    for name, report in result["data"].items():
-        low, high = report["accuracy_ci"]
-        controlled, temperature = report["accuracy_length_controlled"], report["temperature"]
-        table.add_row(
-            name,
-            str(report["n"]),
-            f"{report['accuracy']:.3f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{report['length_baseline']:.3f}",
-            "-" if controlled is None else f"{controlled:.3f}",
-            str(report["ties"]),
-            f"{report['ece']:.3f}",
-            "-" if temperature is None else f"{temperature:.2f}",
-        )
-    output.print(table)
-    for name, report in result["data"].items():
-        for line in _more_of_evaluation(report, against):
-            output.print(f"{name}: {line}", markup=False, soft_wrap=True)
-    output.print(f"{out}   {out.with_suffix('.html')}", markup=False, soft_wrap=True)
-
-
-def _more_of_evaluation(report: dict[str, Any], against: str | None) -> list[str]:
-    """What only some data have: rankings, another model, a published benchmark's sections."""
-    lines = []
-    if "rankings" in report:
-        ranked = report["rankings"]
-        tau = "-" if ranked["tau_b"] is None else f"{ranked['tau_b']:.3f}"
-        lines.append(
-            f"{ranked['prompts']} rankings: best of K chosen in {ranked['best_of_k']:.3f} (chance "
-            f"{ranked['best_of_k_by_chance']:.3f}), Kendall tau-b {tau}."
-        )
-    if "against" in report:
-        other = report["against"]
-        low, high = other["difference_ci"]
-        lines.append(
-            f"{against} has {other['accuracy']:.3f}; difference {other['difference']:+.3f} [{low:+.3f}, {high:+.3f}], "
-            f"p = {other['p_value']:.2g} (paired, by prompt)."
-        )
-    for benchmark in (report["reward_bench"], report.get("rankings", {}).get("reward_bench_2")):
-        if benchmark:
-            lines.append(", ".join(f"{section} {value:.3f}" for section, value in benchmark.items()))
-    return lines
+    result = evaluate_reward_model(model, data, out, against=against, say=_say_aside)
+    output.print(evaluation_table(result))
+    for line in evaluation_lines(result):
+        _say(line)
+    _say(f"{out}   {out.with_suffix('.html')}")
 
 
 @app.command("audit")
@@ -229,21 +196,16 @@ def audit_command(
     """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
     from rlhf.pipeline.audit import audit
 
-    def say(line: str) -> None:
-        errors.print(line, markup=False, soft_wrap=True)
-
-    result = audit(pairs, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=say)
+    result = audit(pairs, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=_say_aside)
     noise = result["noise_rate"]
-    found = (
+    verdict = (
         f"about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and {noise['high']:.1%}); "
         f"{len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}"
     )
     if result["vote"]["scale"] == 0:
-        found = "the votes agree with the labels no more than chance, so they say nothing about them"
-    output.print(f"{result['kept_pairs']} pairs; {found}", markup=False, soft_wrap=True)
-    output.print(
-        f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}", markup=False, soft_wrap=True
-    )
+        verdict = "the votes agree with the labels no more than chance, so they say nothing about them"
+    _say(f"{result['kept_pairs']} pairs; {verdict}")
+    _say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
 
 
 @app.command("export")
@@ -255,7 +217,7 @@ def export_command(
     from rlhf.pipeline.model_commands import export_model
 
     export_model(model, out)
-    output.print(f"{out}", markup=False, soft_wrap=True)
+    _say(f"{out}")
 
 
 @app.command("serve")
@@ -279,6 +241,7 @@ def serve_command(
 @app.command("label")
 def label_command(
     run: Annotated[Path, typer.Argument(help="A run that waits for labels.", show_default=False)],
+    *,
     annotator: Annotated[
         list[str] | None, typer.Option(help="Who labels; once for each person. [default: you]", show_default=False)
     ] = None,
@@ -295,24 +258,31 @@ def label_command(
     """Label pairs for a run: a page with one link a person; or as files, out and in."""
     from rlhf.serve.desk import export_to, import_from, progress_lines, serve_page
 
-    def say(line: str) -> None:
-        output.print(line, markup=False, soft_wrap=True)
-
     if export is not None:
-        say(f"{export}: {export_to(run, export, form)} pairs")
+        _say(f"{export}: {export_to(run, export, form)} pairs")
     if import_ is not None:
         counts = import_from(run, import_)
-        say(f"{import_}: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
+        _say(f"{import_}: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
     if export is not None or import_ is not None or status:
         for line in progress_lines(run):
-            say(line)
+            _say(line)
         return
-    serve_page(run, annotator, host=host, port=port, say=say)
+    serve_page(run, annotator, host=host, port=port, say=_say)
+
+
+def _say(line: str) -> None:
+    """Print a line to standard output as it is, however wide the terminal."""
+    output.print(line, markup=False, soft_wrap=True)
+
+
+def _say_aside(line: str, *, style: str | None = None) -> None:
+    """Print a line to standard error as it is."""
+    errors.print(line, style=style, markup=False, soft_wrap=True)
 
 
 def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
-    from rlhf.pipeline.plan import plan
-    from rlhf.pipeline.run import check_arguments, check_recipe_file, check_sources, run
+    from rlhf.pipeline.checks import check_arguments, check_recipe_file, check_sources
+    from rlhf.pipeline.run import run
 
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)
@@ -320,13 +290,13 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
     if dry_run:
         check_recipe_file(recipe, out)
         check_arguments(recipe)
-        _show_plan(recipe, plan(recipe), out)
+        _show_plan(recipe, out)
         return
     is_main = int(os.environ.get("RANK", "0")) == 0
 
     def say(line: str) -> None:
         if is_main:
-            output.print(line, markup=False, soft_wrap=True)
+            _say(line)
 
     run(recipe, out, until=until, say=say)
     if is_main:
@@ -335,30 +305,37 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
         show_summary(out, output)
 
 
-def _show_plan(recipe: Recipe, stages: list[Any], out: Path) -> None:
+def _show_plan(recipe: Recipe, out: Path) -> None:
+    from rlhf.pipeline.plan import plan
     from rlhf.pipeline.store import Store
 
     store = Store(out)
     table = Table(title=f"{recipe.name}, seed {recipe.seed}, into {out} (dry run, nothing was written)")
     for heading in ("stage", "reads", "state"):
         table.add_column(heading)
-    for stage in stages:
+    for stage in plan(recipe):
         state = "done" if store.is_done(stage) else "to do"
         table.add_row(stage.folder, ", ".join(parent.folder for parent in stage.parents.values()) or "-", state)
     output.print(table)
 
 
-def _say_warning(
-    message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
-    """A warning as the sentence it is, without the line of code that raised it."""
-    errors.print(f"Note: {message}", markup=False, soft_wrap=True)
+    """Print a warning as the sentence it is, without the line of code that raised it."""
+    _say_aside(f"Note: {message}")
 
 
 def main() -> None:
     """Run the command line and turn what happened into an exit code."""
+    _quieten_libraries()
     interrupt.install()
-    warnings.showwarning = _say_warning
+    warnings.showwarning = _print_warning
     code = [1]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Gloo's threads sometimes abort a process in its last moment, after all is written. What is registered first runs last.
@@ -369,18 +346,26 @@ def main() -> None:
     sys.exit(code[0])
 
 
+def _quieten_libraries() -> None:
+    """Set what silences libraries; they read it when they are first imported, which no command has done yet."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def _exit_code() -> int:
+    """Run the command line; return its exit code."""
     try:
         app(standalone_mode=False)
     except UserError as error:
         for problem in error.problems:
-            errors.print(problem, style="red", markup=False, soft_wrap=True)
+            _say_aside(problem, style="red")
         return 2
     except TrainingError as error:
-        errors.print(str(error), style="red", markup=False, soft_wrap=True)
+        _say_aside(str(error), style="red")
         return 1
     except Waiting as state:
-        errors.print(str(state), style="yellow", markup=False, soft_wrap=True)
+        _say_aside(str(state), style="yellow")
         return WAITING
     except interrupt.Interrupted as interruption:
         errors.print(f"{interruption}: stopped. The same command goes on from the last checkpoint.", markup=False)

@@ -1,7 +1,6 @@
-"""What a person did wrong, said in a sentence; everything else that fails is our own mistake and keeps its traceback."""
+"""Errors that a person can mend, in plain sentences; whatever else fails is a fault of this package and keeps its traceback."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 
 class UserError(Exception):
@@ -24,8 +23,8 @@ class TrainingError(Exception):
         rows: the samples it stopped at, if they are not the batch in hand; the stage writes them beside its metrics.
     """
 
-    def __init__(self, message: str, *, rows: Sequence[dict[str, Any]] = ()):
-        self.rows = list(rows)
+    def __init__(self, message: str, *, rows: Sequence[Mapping[str, object]] = ()):
+        self.rows = [dict(row) for row in rows]
         super().__init__(message)
 
 

@@ -2,22 +2,31 @@
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import rankdata
 
 RESAMPLES = 2000
 SIGN_FLIPS = 20_000
 CELLS_AT_ONCE = 4_000_000
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Array = NDArray[np.float64]
+
+
+class PairedDifference(TypedDict):
+    """Mean difference of two models on the same rows, its 95 % interval, and the p-value of a sign-flip test."""
+
+    difference: float
+    difference_ci: list[float]
+    p_value: float
 
 
 def clustered_mean(
     values: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0
 ) -> tuple[float, list[float]]:
-    """Mean and 95 % percentile bootstrap interval, resampling whole clusters (prompts).
+    """Return a mean and its 95 % percentile bootstrap interval, resampling whole clusters (prompts).
 
     Args:
         values: one number a row.
@@ -38,7 +47,7 @@ def clustered_mean(
 def clustered_statistic(
     columns: Array, clusters: Sequence[Hashable] | None, statistic: Callable[[Array], Array], *, seed: int = 0
 ) -> tuple[float, list[float]]:
-    """A function of sums over rows, and its 95 % percentile interval when clusters are drawn with replacement.
+    """Return a function of sums over rows, and its 95 % percentile interval when clusters are drawn with replacement.
 
     Args:
         columns: [n, k] numbers to be summed.
@@ -62,8 +71,8 @@ def clustered_statistic(
 
 def paired_difference(
     first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0
-) -> dict[str, Any]:
-    """Whether one of two models is better on the same rows.
+) -> PairedDifference:
+    """Test whether one of two models is better on the same rows.
 
     `difference` is mean(first) - mean(second) with its clustered interval. `p_value` is that of a two-sided sign-flip
     test: if the models were equal, a prompt's summed difference would as often be positive as negative. With 0/1 values
@@ -84,7 +93,7 @@ def paired_difference(
 
 
 def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float], *, bins: int = 10) -> float:
-    """Mean distance between stated probability and observed frequency, over equally wide bins.
+    """Return the mean distance between stated probability and observed frequency, over equally wide bins.
 
         ECE = Σ_bins (n_bin / n) |mean outcome - mean probability|
 
@@ -99,18 +108,22 @@ def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequenc
 def calibration_table(
     probabilities: Sequence[float], outcomes: Sequence[float], *, bins: int = 10
 ) -> list[dict[str, float]]:
-    """Mean stated `probability` and observed `frequency` of each equally wide bin that holds anything, with its `n`."""
-    stated, seen = np.asarray(probabilities, dtype=float), np.asarray(outcomes, dtype=float)
+    """Return mean stated `probability` and observed `frequency` of each equally wide bin that holds anything, and its `n`."""
+    stated, observed = np.asarray(probabilities, dtype=float), np.asarray(outcomes, dtype=float)
     index = np.minimum((stated * bins).astype(int), bins - 1)
     return [
-        {"probability": float(stated[here].mean()), "frequency": float(seen[here].mean()), "n": int(here.sum())}
+        {
+            "probability": float(stated[member].mean()),
+            "frequency": float(observed[member].mean()),
+            "n": int(member.sum()),
+        }
         for b in range(bins)
-        if (here := index == b).any()
+        if (member := index == b).any()
     ]
 
 
 def brier_score(differences: Sequence[float]) -> float:
-    """Mean squared distance between the probability of the label and 1: mean σ(-d)², 0 best, 0.25 for d = 0.
+    """Return the mean squared distance between the probability of the label and 1: mean σ(-d)², 0 best, 0.25 for d = 0.
 
     >>> brier_score([0.0, 0.0])
     0.25
@@ -119,7 +132,7 @@ def brier_score(differences: Sequence[float]) -> float:
 
 
 def pair_nll(differences: Sequence[float] | Array, temperature: float = 1.0) -> float:
-    """Mean -log σ(d / T), nats a pair; log 2 for a model that knows nothing.
+    """Return the mean -log σ(d / T), nats a pair; log 2 for a model that knows nothing.
 
     >>> round(pair_nll([0.0]), 4)
     0.6931
@@ -128,23 +141,26 @@ def pair_nll(differences: Sequence[float] | Array, temperature: float = 1.0) -> 
 
 
 def best_temperature(differences: Sequence[float]) -> float | None:
-    """T for which σ(d / T) fits the labels best: above 1 the model is too sure. Fitted on the very pairs it describes.
+    """Return the T for which σ(d / T) fits the labels best, on the very pairs it describes; above 1 the model is too sure.
 
-    None where no finite T fits: all pairs right, or no better than chance.
+    Returns:
+        T; None where no finite T fits: all pairs right, or no better than chance.
     """
     values = np.asarray(differences, dtype=float)
     if not values.any() or (values > 0).all() or values.sum() <= 0:
         return None
     scale = float(np.abs(values).mean())
-    found = minimize_scalar(lambda log_t: pair_nll(values, scale * math.exp(log_t)), bounds=(-9, 9), method="bounded")
-    return scale * math.exp(found.x)
+    minimum = minimize_scalar(lambda log_t: pair_nll(values, scale * math.exp(log_t)), bounds=(-9, 9), method="bounded")
+    return scale * math.exp(minimum.x)
 
 
 def length_controlled_accuracy(
     right: Sequence[float], length_differences: Sequence[float], clusters: Sequence[Hashable] | None = None
 ) -> tuple[float | None, list[float] | None]:
-    """Accuracy if the labels had no length preference: the mean of the accuracies where the chosen answer is longer and
-    where it is shorter. A model that looks at length alone has exactly 0.5. Pairs of equal length don't count.
+    """Return the accuracy if the labels had no length preference.
+
+    It is the mean of the accuracies where the chosen answer is longer and where it is shorter. A model that looks at length
+    alone has exactly 0.5. Pairs of equal length don't count.
 
     Returns:
         the value and its interval; None where one of the two kinds is missing.
@@ -160,7 +176,9 @@ def length_controlled_accuracy(
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL from the sampling policy of always taking the best of n samples: log n - (n - 1)/n nats (an upper bound with ties).
+    """Return the KL, in nats, of always taking the best of n samples from the sampling policy: log n - (n - 1)/n.
+
+    With ties it is an upper bound.
 
     >>> round(best_of_n_kl(16), 4)
     1.8351
@@ -171,7 +189,7 @@ def best_of_n_kl(n: int) -> float:
 def best_of_n_values(
     proxy: Sequence[Sequence[float] | Array], gold: Sequence[Sequence[float] | Array], n: int
 ) -> list[float]:
-    """For each prompt, the expected gold value of the sample that the proxy ranks best among n of its N samples.
+    """Return for each prompt the expected gold value of the sample that the proxy ranks best among n of its N samples.
 
         E_n = Σ_i C(i - 1, n - 1) / C(N, n) · gold_(i),  i = 1…N ascending in the proxy
 
@@ -195,7 +213,7 @@ def best_of_n_values(
 
 
 def auroc(values: Sequence[float], positives: Sequence[bool]) -> float:
-    """Probability that a positive has a higher value than a negative, ties half.
+    """Return the probability that a positive has a higher value than a negative, ties half.
 
     >>> auroc([0.1, 0.4, 0.4, 0.9], [False, False, True, True])
     0.875
@@ -207,16 +225,16 @@ def auroc(values: Sequence[float], positives: Sequence[bool]) -> float:
 
 
 def win_rate(first: Sequence[float], second: Sequence[float]) -> tuple[float, list[float]]:
-    """How often `first` is better than `second` on the same prompts, ties half, with its interval.
+    """Return how often `first` is better than `second` on the same prompts, ties half, with its interval.
 
     >>> win_rate([1.0, 0.0], [0.0, 0.0])[0]
     0.75
     """
-    ours, theirs = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    return clustered_mean(((ours > theirs) + 0.5 * (ours == theirs)).tolist())
+    values, others = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    return clustered_mean(((values > others) + 0.5 * (values == others)).tolist())
 
 
-def _cluster_numbers(clusters: Sequence[Hashable]) -> Any:
+def _cluster_numbers(clusters: Sequence[Hashable]) -> NDArray[np.int64]:
     ids: dict[Hashable, int] = {}
     return np.array([ids.setdefault(cluster, len(ids)) for cluster in clusters])
 

@@ -21,14 +21,15 @@ from rlhf import (
     load_reward_model,
 )
 from rlhf.models.load import build_reward_model, load_policy, model_settings
-from rlhf.pipeline import rounds
 from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.run import run as run_recipe
 from rlhf.pipeline.vote import vote
 from rlhf.ppo.backbone import AdapterScorer
 from rlhf.recipe import load_recipe
 from rlhf.reward import model as reward_model
 from rlhf.reward.frozen_trunk import Trunk
-from rlhf.reward.load import RewardModel, save_reward_model
+from rlhf.reward.load import save_reward_model
+from rlhf.reward.model import RewardModel
 from tests.conftest import PROMPTS, WORDS
 from tests.pretended import ACCELERATOR, MixedDevices, place, pretended_accelerator
 
@@ -203,7 +204,7 @@ def test_a_whole_run_of_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(reward_model, "score_rows", seen)
     monkeypatch.setattr(reward_model, "_place", put_there)
     (tmp_path / "r.yaml").write_text(RECIPE)
-    rounds.run(load_recipe(tmp_path / "r.yaml"), tmp_path / "run", say=lambda _: None)
+    run_recipe(load_recipe(tmp_path / "r.yaml"), tmp_path / "run", say=lambda _: None)
     assert (tmp_path / "run/summary.json").is_file()
     assert scored, "and nothing scores elsewhere"
     assert all(scored)

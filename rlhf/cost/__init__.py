@@ -1,1 +1,1 @@
-"""What a recipe will take, before it runs: rows, tokens, memory, seconds."""
+"""What a run will take, before it starts: rows, tokens, steps, memory and seconds. What the stages do is told by the pipeline."""

@@ -1,6 +1,6 @@
-"""What a batch costs on this machine, before any weights are loaded: one and two layers of the model, random, are timed.
+"""Cost of a batch on this machine, before any weights are loaded: one and two layers of the model, random, are timed.
 
-A transformer is embeddings, n like layers and a head, so its weights, its seconds and what it keeps between forward and
+A transformer is embeddings, n equal layers and a head, so its weights, its seconds and what it keeps between forward and
 backward are straight lines in n. Two points of each line are measured; the rest is arithmetic.
 """
 
@@ -8,17 +8,18 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+Model: TypeAlias = PreTrainedModel | PeftModel
 FLOPS_ON_CPU = 2e10  # of one timed pass of training; larger batches are timed in part and scaled
 REPETITIONS = 3
 SHORT, LONG = 4, 12  # tokens of two generations, whose difference is the cost of a step
@@ -26,7 +27,9 @@ SHORT, LONG = 4, 12  # tokens of two generations, whose difference is the cost o
 
 @dataclass(frozen=True)
 class Line:
-    """A quantity of models with one and two layers, and so of any depth; nothing falls with depth, whatever a noisy clock says.
+    """A quantity measured on models with one and two layers, and so known for any depth.
+
+    It never falls with depth, whatever a noisy clock says.
 
     >>> Line(10.0, 12.0).at(5), Line(10.0, 9.9).at(5)
     (18.0, 10.0)
@@ -36,17 +39,18 @@ class Line:
     two: float
 
     def at(self, layers: int) -> float:
-        """Its value for a model of so many layers."""
+        """Return the value for a model of so many layers."""
         return self.one + (layers - 1) * max(0.0, self.two - self.one)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One forward of training.
+    """Shape of the batch of one forward.
 
     Attributes:
-        rows, length: tokens that are read, padding included.
-        answer: of those, how many at the end of each row have logits; 0 for a scalar head.
+        rows: texts that are read together.
+        length: tokens of each, padding included.
+        answer: how many tokens at the end of each row have logits; 0 for a scalar head.
     """
 
     rows: int
@@ -55,7 +59,7 @@ class Shape:
 
     @property
     def has_logits(self) -> bool:
-        """Whether it is a policy's."""
+        """Tell whether a policy reads it, whose head gives logits."""
         return self.answer > 0
 
 
@@ -66,73 +70,74 @@ class Slices:
     Attributes:
         models: the two.
         layers: of the whole model.
+        device: of both.
+        autocast: whether forwards run in bfloat16 over float32 weights.
     """
 
-    models: tuple[Any, Any]
+    models: tuple[Model, Model]
     layers: int
     device: torch.device
     autocast: bool
 
-    def _of_both(self, measure: Callable[[Any], float]) -> float:
+    def _for_all_layers(self, measure: Callable[[Model], float]) -> float:
+        """Measure both models and return the value for the whole one."""
         return Line(*(measure(model) for model in self.models)).at(self.layers)
 
     def weights(self, *, trainable: bool = False) -> float:
-        """Bytes of all parameters, or of those that are trained."""
-        return self._of_both(
-            lambda m: sum(p.numel() * p.element_size() for p in m.parameters() if p.requires_grad or not trainable)
+        """Return the bytes of all parameters, or of those that are trained."""
+        return self._for_all_layers(
+            lambda model: _bytes(p for p in model.parameters() if p.requires_grad or not trainable)
         )
 
     def layer_weights(self) -> float:
-        """Bytes of all layers' frozen weights: what 4-bit quantisation makes smaller."""
-        one, two = (
-            sum(p.numel() * p.element_size() for p in m.parameters() if not p.requires_grad) for m in self.models
-        )
+        """Return the bytes of all layers' frozen weights, which 4-bit quantisation makes smaller."""
+        one, two = (_bytes(p for p in model.parameters() if not p.requires_grad) for model in self.models)
         return float(self.layers * (two - one))
 
     def saved(self, shape: Shape) -> float:
-        """Bytes that a forward keeps for its backward, and the gradient of its logits."""
+        """Return the bytes that a forward keeps for its backward, and those of its logits' gradient."""
         part, share = self._part(shape)
-        kept = self._of_both(lambda model: self._saved(model, part))
+        saved = self._for_all_layers(lambda model: self._saved(model, part))
         if self.models[0].is_activation_checkpointing:  # one layer's are there again while it is recomputed
             plain = [copy.deepcopy(model) for model in self.models]
             for model in plain:
                 model.gradient_checkpointing_disable()
-            line = Line(*(self._saved(model, part) for model in plain))
-            kept += line.two - line.one
-        return kept * share
+            one, two = (self._saved(model, part) for model in plain)
+            saved += two - one
+        return saved * share
 
     def seconds(self, shape: Shape, *, training: bool) -> float:
-        """Of a forward, with its backward where it trains."""
+        """Return the seconds of a forward, with its backward where it trains."""
         part, share = self._part(shape)
 
-        def once(model: Any) -> None:
+        def forward(model: Model) -> None:
             with nullcontext() if training else torch.no_grad():
                 loss = self._loss(model, part)
             if training:
                 loss.backward()
                 model.zero_grad()
 
-        return share * self._of_both(lambda model: self._timed(lambda: once(model)))
+        return share * self._for_all_layers(lambda model: self._timed(lambda: forward(model)))
 
     def seconds_of_update(self) -> float:
-        """Of one AdamW step."""
+        """Return the seconds of one AdamW step."""
 
-        def measure(model: Any) -> float:
+        def measure(model: Model) -> float:
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
             for p in trained:
                 p.grad = torch.zeros_like(p)
-            found = self._timed(optimizer.step)
+            seconds = self._timed(optimizer.step)
             model.zero_grad()
-            return found
+            return seconds
 
-        return self._of_both(measure)
+        return self._for_all_layers(measure)
 
     def seconds_of_sampling(self, rows: int, prompt: int, answer: int) -> float:
-        """Of sampling an answer of full length to each of so many prompts at once."""
+        """Return the seconds of sampling an answer of full length to each of so many prompts at once."""
         part, share = self._part(Shape(rows, prompt + answer, 1), flops=3 * FLOPS_ON_CPU)  # no backward
 
-        def measure(model: Any) -> float:
+        def measure(model: Model) -> float:
             ids = torch.randint(0, model.config.vocab_size, (part.rows, prompt), device=self.device)
 
             def sample(tokens: int) -> None:
@@ -147,56 +152,59 @@ class Slices:
             model.train()
             return short + (answer - SHORT) * max(0.0, long - short) / (LONG - SHORT)
 
-        return share * self._of_both(measure)
+        return share * self._for_all_layers(measure)
 
     def _part(self, shape: Shape, *, flops: float = FLOPS_ON_CPU) -> tuple[Shape, float]:
-        """As many rows as a slow machine can time, and what their cost is to be multiplied with."""
+        """Return the shape with as many rows as a slow machine can time, and what their cost is to be multiplied with."""
         if self.device.type != "cpu":
             return shape, 1.0
         weights = sum(p.numel() for p in self.models[1].parameters())
         rows = min(shape.rows, max(1, int(flops / (6 * weights * shape.length))))
         return Shape(rows, shape.length, shape.answer), shape.rows / rows
 
-    def _precision(self) -> Any:
+    def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
-    def _loss(self, model: Any, shape: Shape) -> Tensor:
+    def _loss(self, model: Model, shape: Shape) -> Tensor:
+        """Return the loss of a forward over random tokens."""
         ids = torch.randint(0, model.config.vocab_size, (shape.rows, shape.length), device=self.device)
         keep = {"logits_to_keep": shape.answer} if shape.has_logits else {}
         with self._precision():
-            found = model(input_ids=ids, attention_mask=torch.ones_like(ids), **keep)
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **keep)
             if not shape.has_logits:
-                return found.last_hidden_state.float().sum()
-            return nn.functional.cross_entropy(found.logits.flatten(0, 1).float(), ids[:, -shape.answer :].flatten())
+                return output.last_hidden_state.float().sum()
+            return nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), ids[:, -shape.answer :].flatten())
 
-    def _saved(self, model: Any, shape: Shape) -> float:
-        """Bytes of the distinct tensors kept by the graph, parameters left out."""
-        ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        seen: dict[int, int] = {}
+    def _saved(self, model: Model, shape: Shape) -> float:
+        """Return the bytes of the distinct tensors that the graph keeps, parameters left out, and of the logits' gradient."""
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in ours:
-                seen[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = self._loss(model, shape)
         del loss
-        return sum(seen.values()) + (4.0 * shape.rows * shape.answer * model.config.vocab_size)
+        return sum(kept.values()) + (4.0 * shape.rows * shape.answer * model.config.vocab_size)
 
-    def _timed(self, work: Callable[[], Any]) -> float:
+    def _timed(self, work: Callable[[], object]) -> float:
+        """Return the median seconds of a piece of work, after a first time that is not counted."""
         work()
-        found = []
+        seconds = []
         for _ in range(REPETITIONS):
             self._wait()
             begin = time.perf_counter()
             work()
             self._wait()
-            found.append(time.perf_counter() - begin)
-        return statistics.median(found)
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds)
 
     def _wait(self) -> None:
+        """Wait until the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -216,30 +224,37 @@ def slices(
     Args:
         config: of the whole model; nothing is loaded.
         has_logits: a policy; otherwise the decoder or encoder below a scalar head.
+        device, dtype: of the weights.
+        autocast: forwards in bfloat16 over these weights.
         adapter: LoRA settings, where only an adapter is trained.
         checkpointing: gradient checkpointing.
     """
     text = config.get_text_config()
-    made = []
+    models = []
     for layers in (1, 2):
         shallow = copy.deepcopy(text)
         shallow.num_hidden_layers = layers
         if getattr(shallow, "layer_types", None):
             shallow.layer_types = shallow.layer_types[:layers]
-        auto: Any = AutoModelForCausalLM if has_logits else AutoModel
-        model: PreTrainedModel | PeftModel = auto.from_config(shallow, dtype=dtype).to(device)
+        auto = AutoModelForCausalLM if has_logits else AutoModel
+        model: Model = auto.from_config(shallow, dtype=dtype).to(device)
         if adapter is not None:
-            model = get_peft_model(model, _for(adapter, has_logits=has_logits))
+            model = get_peft_model(model, _for_task(adapter, has_logits=has_logits))
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        made.append(model)
+        models.append(model)
     gc.collect()
-    return Slices((made[0], made[1]), text.num_hidden_layers, device, autocast)
+    return Slices((models[0], models[1]), text.num_hidden_layers, device, autocast)
 
 
-def _for(adapter: LoraConfig, *, has_logits: bool) -> LoraConfig:
-    """LoRA settings of a whole model, or of the part below a head."""
-    found = copy.deepcopy(adapter)
-    found.task_type = TaskType.CAUSAL_LM if has_logits else None
-    return found
+def _for_task(adapter: LoraConfig, *, has_logits: bool) -> LoraConfig:
+    """Return LoRA settings for a whole model, or for the part below a head."""
+    settings = copy.deepcopy(adapter)
+    settings.task_type = TaskType.CAUSAL_LM if has_logits else None
+    return settings
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Add up the bytes of parameters."""
+    return sum(p.numel() * p.element_size() for p in parameters)

@@ -1,25 +1,29 @@
-"""Any accepted row into the canonical one: conversations, TRL's format.
+"""Plain pairs, conversations, HH transcripts, demonstrations and prompts into canonical rows (`rlhf.data.rows`).
 
-Pairs: `prompt` (messages), `chosen`, `rejected` (one assistant message each), and optionally `margin`, `confidence`,
-`weight`, `annotator`, `source`, `subset`, `agree`; a `soft_label` is read as `confidence`; those of a ranking also have
-`group` and `rating_gap` (in the source's own unit). Demonstrations: `prompt`, `completion`. Prompts: `prompt`.
+Beside its answers a pair may have `margin`, `confidence` (or `soft_label`), `weight`, `annotator`, `source`, `subset`, `id`
+and `agree`.
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Literal
 
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Messages
+from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, PromptRow, assistant_turn, user_turn
 
 ROLES = ("system", "user", "assistant")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-EXTRAS = ("annotator", "source", "subset", "id")
+EXTRAS: tuple[Literal["annotator", "source", "subset", "id"], ...] = ("annotator", "source", "subset", "id")
 LONG_PROMPT = 20_000
-NUMBERS = {"margin": (-math.inf, math.inf), "confidence": (0.0, 1.0), "weight": (0.0, math.inf)}
+BOUNDS: dict[Literal["margin", "confidence", "weight"], tuple[float, float]] = {
+    "margin": (-math.inf, math.inf),
+    "confidence": (0.0, 1.0),
+    "weight": (0.0, math.inf),
+}
 
 
-def pair(row: dict[str, Any]) -> dict[str, Any]:
-    """A canonical pair from a conversational or plain pair, with or without explicit prompt, or an HH transcript pair.
+def pair(row: Mapping[str, object]) -> Pair:
+    """Return the canonical pair of a conversational or plain pair, with or without a prompt, or of two HH transcripts.
 
     Raises:
         BadRow: with the reason.
@@ -27,21 +31,14 @@ def pair(row: dict[str, Any]) -> dict[str, Any]:
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise BadRow(f"no {name!r} field")
-    chosen, rejected = row["chosen"], row["rejected"]
-    if row.get("prompt") is not None:
+    if row.get("prompt") is None:
+        prompt, chosen, rejected = _split_conversations(row)
+    else:
         prompt = messages(row["prompt"], "prompt")
-        chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+        chosen, rejected = _one_answer(row["chosen"], "chosen"), _one_answer(row["rejected"], "rejected")
         if isinstance(row["prompt"], str):  # an open "Assistant:" in the prompt leaves its blank to the answer
             for side in (chosen, rejected):
                 side[0]["content"] = side[0]["content"].strip()
-    else:
-        chosen, rejected = _conversation(chosen, "chosen"), _conversation(rejected, "rejected")
-        common = 0
-        while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
-            common += 1
-        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
-        if len(chosen) != 1 or len(rejected) != 1:
-            raise BadRow("chosen and rejected have no common prompt followed by one answer each")
     check_prompt(prompt)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side[0]["role"] != "assistant":
@@ -49,35 +46,39 @@ def pair(row: dict[str, Any]) -> dict[str, Any]:
         check_answer(side[0]["content"], name)
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
         raise BadRow("chosen and rejected are the same")
-    canonical: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    for name, (low, high) in NUMBERS.items():
-        value = row.get(name, row.get("soft_label") if name == "confidence" else None)
+    canonical: Pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for column, (low, high) in BOUNDS.items():
+        value = row.get(column, row.get("soft_label") if column == "confidence" else None)
         if value is not None:
-            canonical[name] = _number(value, name, low, high)
-    return canonical | extras_of(row)
+            canonical[column] = _number(value, column, low, high)
+    return {**canonical, **extras_of(row)}
 
 
-def extras_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row says about where it comes from and how sure its label is, kept as it is."""
-    extras = {name: row[name] for name in EXTRAS if isinstance(row.get(name), str)}
-    if isinstance(row.get("agree"), int | float) and not isinstance(row["agree"], bool):
-        extras["agree"] = row["agree"]
+def extras_of(row: Mapping[str, object]) -> Extras:
+    """Return what a row says about where it comes from and how sure its label is."""
+    extras: Extras = {}
+    for name in EXTRAS:
+        if isinstance(value := row.get(name), str):
+            extras[name] = value
+    agree = row.get("agree")
+    if isinstance(agree, int | float) and not isinstance(agree, bool):
+        extras["agree"] = agree
     return extras
 
 
-def oddities(canonical: dict[str, Any]) -> list[str]:
-    """What is unusual about a row that is kept all the same."""
+def oddities(canonical: PromptRow) -> list[str]:
+    """Return what is unusual about a canonical row that is kept all the same, each as the end of a sentence."""
     prompt = canonical["prompt"]
-    found = []
+    notes = []
     if sum(len(message["content"]) for message in prompt) > LONG_PROMPT:
-        found.append(f"its prompt has more than {LONG_PROMPT} characters")
+        notes.append(f"its prompt has more than {LONG_PROMPT} characters")
     if sum(message["role"] == "system" for message in prompt) > 1:
-        found.append("it has more than one system turn")
-    return found
+        notes.append("it has more than one system turn")
+    return notes
 
 
-def demonstration(row: dict[str, Any]) -> dict[str, Any]:
-    """A canonical demonstration from `messages`, from `prompt` and `completion`, or from a pair's chosen side.
+def demonstration(row: Mapping[str, object]) -> Demonstration:
+    """Return the canonical demonstration in `messages`, in `prompt` and `completion`, or in a pair's chosen side.
 
     Raises:
         BadRow: with the reason.
@@ -85,7 +86,7 @@ def demonstration(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("messages") is not None:
         turns = messages(row["messages"], "messages")
     elif row.get("completion") is not None and row.get("prompt") is not None:
-        turns = messages(row["prompt"], "prompt") + _answer(row["completion"], "completion")
+        turns = messages(row["prompt"], "prompt") + _one_answer(row["completion"], "completion")
     elif row.get("chosen") is not None:
         canonical = pair(row)
         turns = canonical["prompt"] + canonical["chosen"]
@@ -98,8 +99,8 @@ def demonstration(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
-def prompt_only(row: dict[str, Any]) -> dict[str, Any]:
-    """A canonical prompt from `prompt`, from `messages` without their last answer, or from a pair.
+def prompt_only(row: Mapping[str, object]) -> PromptRow:
+    """Return the canonical prompt in `prompt`, in `messages` without their last answer, or in a pair.
 
     Raises:
         BadRow: with the reason.
@@ -117,8 +118,8 @@ def prompt_only(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": turns}
 
 
-def messages(value: Any, name: str) -> Messages:
-    """Messages from messages, from an HH transcript, or from a plain text (one user turn).
+def messages(value: object, name: str) -> Messages:
+    """Return messages that are given as messages, as an HH transcript, or as a plain text (one turn of the user).
 
     Raises:
         BadRow: another type, an unknown role, a content that is no text.
@@ -126,8 +127,9 @@ def messages(value: Any, name: str) -> Messages:
     if isinstance(value, str):
         if value.lstrip().startswith(HUMAN.strip()):
             turns = transcript(value)
-            return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} and name == "prompt" else turns
-        return [{"role": "user", "content": value}]
+            is_open = name == "prompt" and turns[-1] == {"role": "assistant", "content": ""}
+            return turns[:-1] if is_open else turns
+        return user_turn(value)
     if not isinstance(value, list):
         raise BadRow(f"{name} is neither text nor messages")
     turns = []
@@ -138,12 +140,12 @@ def messages(value: Any, name: str) -> Messages:
             raise BadRow(f"unknown role {message['role']!r}")
         if not isinstance(message["content"], str):
             raise BadRow(f"a message of {name} has no text")
-        turns.append({"role": message["role"], "content": message["content"]})
+        turns.append(Message(role=message["role"], content=message["content"]))
     return turns
 
 
 def transcript(text: str) -> Messages:
-    """Turns of an HH transcript ("\\n\\nHuman: … \\n\\nAssistant: …"), each stripped; two turns in a row of one speaker are joined.
+    r"""Split an HH transcript ("\n\nHuman: … \n\nAssistant: …") into turns, each stripped; a speaker's turns in a row are joined.
 
     Raises:
         BadRow: the text does not begin with a human's turn.
@@ -156,30 +158,14 @@ def transcript(text: str) -> Messages:
     while position < len(text):
         is_human = text.startswith(HUMAN, position)
         start = position + len(HUMAN if is_human else ASSISTANT)
-        following = [found for mark in (HUMAN, ASSISTANT) if (found := text.find(mark, start)) != -1]
-        end = min(following, default=len(text))
+        next_turns = [place for mark in (HUMAN, ASSISTANT) if (place := text.find(mark, start)) != -1]
+        end = min(next_turns, default=len(text))
         role, content = ("user" if is_human else "assistant"), text[start:end].strip()
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += "\n\n" + content
         else:
             turns.append({"role": role, "content": content})
         position = end
-    return turns
-
-
-def _conversation(value: Any, name: str) -> Messages:
-    turns = messages(value, name)
-    if isinstance(value, str) and len(turns) == 1:
-        raise BadRow("no 'prompt' field, and the answers are no conversations")
-    return turns
-
-
-def _answer(value: Any, name: str) -> Messages:
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    turns = messages(value, name)
-    if len(turns) != 1:
-        raise BadRow(f"{name} is not a single answer")
     return turns
 
 
@@ -199,8 +185,8 @@ def check_prompt(turns: Messages) -> None:
         _check_encodable(turn["content"])
 
 
-def check_answer(content: Any, name: str) -> None:
-    """Refuse what is no answer.
+def check_answer(content: object, name: str) -> str:
+    """Return an answer's text, or refuse what is no answer.
 
     Raises:
         BadRow: another type, blank, or no text.
@@ -210,9 +196,37 @@ def check_answer(content: Any, name: str) -> None:
     if not content.strip():
         raise BadRow(f"{name} is empty")
     _check_encodable(content)
+    return content
 
 
-def _number(value: Any, name: str, low: float, high: float) -> float:
+def _split_conversations(row: Mapping[str, object]) -> tuple[Messages, Messages, Messages]:
+    """Split two whole conversations into the turns that they share (the prompt) and the answer of each."""
+    chosen, rejected = _conversation(row["chosen"], "chosen"), _conversation(row["rejected"], "rejected")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if len(chosen) != shared + 1 or len(rejected) != shared + 1:
+        raise BadRow("chosen and rejected have no common prompt followed by one answer each")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _conversation(value: object, name: str) -> Messages:
+    turns = messages(value, name)
+    if isinstance(value, str) and len(turns) == 1:
+        raise BadRow("no 'prompt' field, and the answers are no conversations")
+    return turns
+
+
+def _one_answer(value: object, name: str) -> Messages:
+    if isinstance(value, str):
+        return assistant_turn(value)
+    turns = messages(value, name)
+    if len(turns) != 1:
+        raise BadRow(f"{name} is not a single answer")
+    return turns
+
+
+def _number(value: object, name: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{name} is not a number")
     if not math.isfinite(value) or not low <= value <= high:

@@ -1,4 +1,4 @@
-"""One way to ask a server that may be busy: a bounded number of tries, then an error."""
+"""Requests to a server that may be busy: a bounded number of tries, then an error."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ ATTEMPTS, FIRST_WAIT, LONGEST_WAIT = 5, 0.5, 30.0
 
 
 class ServerBusy(requests.RequestException):
-    """A status that may be another one in a moment."""
+    """The server answered with a status that may be another one in a moment (429, 5xx)."""
 
 
-def post_json(url: str, body: Mapping[str, Any], *, timeout: float, headers: Mapping[str, str] | None = None) -> Any:
-    """The reply to a POST, both as JSON; tried again where the server was away, slow or busy (429, 5xx).
+def post_json(url: str, body: Mapping[str, object], *, timeout: float, headers: Mapping[str, str] | None = None) -> Any:
+    """Send a POST and return its reply, both as JSON; try again where the server was away, slow or busy (429, 5xx).
 
     Args:
         timeout: seconds for each try.

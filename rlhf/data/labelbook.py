@@ -1,4 +1,4 @@
-"""Where people's verdicts are kept: one sqlite file a run, written by the labelling page and by imports, read by the run."""
+"""The book of people's verdicts: one sqlite file a run, written by the labelling page and by imports, read by the run."""
 
 import json
 import sqlite3
@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rlhf.data.labels import Question, Verdict
 
@@ -21,7 +20,7 @@ CREATE TABLE IF NOT EXISTS verdicts (
 
 
 class LabelBook:
-    """Questions by round, and who said what of them. Every method is a transaction of its own; several processes may write."""
+    """Questions by round, and every annotator's verdicts on them. Each method is one transaction; several processes may write."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -38,7 +37,7 @@ class LabelBook:
             connection.close()
 
     def ask(self, questions: Sequence[Question]) -> None:
-        """Add a round's questions; those that are there stay as they are."""
+        """Add a round's questions; those that are in the book stay as they are."""
         rows = [
             (q.id, q.round, position, json.dumps(q.as_row(), ensure_ascii=False))
             for position, q in enumerate(questions)
@@ -47,12 +46,12 @@ class LabelBook:
             connection.executemany("INSERT OR IGNORE INTO questions VALUES (?, ?, ?, ?)", rows)
 
     def rounds(self) -> list[int]:
-        """Rounds with questions, oldest first."""
+        """Return the numbers of the rounds with questions, oldest first."""
         with self._open() as connection:
             return [row[0] for row in connection.execute("SELECT DISTINCT round FROM questions ORDER BY round")]
 
     def questions(self, round_number: int) -> list[Question]:
-        """A round's questions in their order."""
+        """Return a round's questions in their order."""
         with self._open() as connection:
             rows = connection.execute(
                 "SELECT row FROM questions WHERE round = ? ORDER BY position", (round_number,)
@@ -60,22 +59,22 @@ class LabelBook:
         return [Question(**json.loads(row[0])) for row in rows]
 
     def verdicts(self, round_number: int | None = None) -> list[Verdict]:
-        """All verdicts, or those on one round's questions, oldest first."""
+        """Return all verdicts, or those on one round's questions, oldest first."""
         query = "SELECT v.id, v.label, v.annotator, v.seconds FROM verdicts v"
-        where: tuple[Any, ...] = ()
+        values: tuple[int, ...] = ()
         if round_number is not None:
-            query, where = f"{query} JOIN questions q ON q.id = v.id WHERE q.round = ?", (round_number,)
+            query, values = f"{query} JOIN questions q ON q.id = v.id WHERE q.round = ?", (round_number,)
         with self._open() as connection:
-            return [Verdict(*row) for row in connection.execute(f"{query} ORDER BY v.at", where)]
+            return [Verdict(*row) for row in connection.execute(f"{query} ORDER BY v.at", values)]
 
     def record(self, verdicts: Sequence[Verdict]) -> None:
-        """Write verdicts down; an annotator's later word on a question replaces the earlier one."""
+        """Record verdicts; an annotator's later verdict on a question replaces the earlier one."""
         rows = [(v.id, v.annotator, v.label, v.seconds, time.time()) for v in verdicts]
         with self._open() as connection:
             connection.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?)", rows)
 
     def undo(self, annotator: str, round_number: int) -> str | None:
-        """Take back an annotator's latest verdict of a round; the question's id, or None if there is nothing to take back."""
+        """Delete an annotator's latest verdict of a round; return the question's id, or None if there was no verdict."""
         with self._open() as connection:
             row = connection.execute(
                 "SELECT v.id FROM verdicts v JOIN questions q ON q.id = v.id WHERE v.annotator = ? AND q.round = ? "
@@ -87,7 +86,7 @@ class LabelBook:
         return None if row is None else str(row[0])
 
     def next_for(self, annotator: str, round_number: int, *, wanted: int) -> Question | None:
-        """The next question this annotator has not answered, of those that fewer than `wanted` others have."""
+        """Return the next question that this annotator has not answered and that has fewer than `wanted` verdicts."""
         with self._open() as connection:
             row = connection.execute(
                 "SELECT q.row FROM questions q WHERE q.round = ? "
@@ -98,7 +97,7 @@ class LabelBook:
         return None if row is None else Question(**json.loads(row[0]))
 
     def progress(self, round_number: int, *, wanted: int) -> tuple[int, int]:
-        """How many of a round's questions have as many verdicts as are wanted, and how many there are."""
+        """Return how many of a round's questions have as many verdicts as are wanted, and how many questions there are."""
         with self._open() as connection:
             done = connection.execute(
                 "SELECT COUNT(*) FROM questions q WHERE q.round = ? "

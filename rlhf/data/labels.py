@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from rlhf.data.rows import Messages
+from rlhf.data.rows import Messages, Pair, assistant_turn
+from rlhf.files import read_jsonl
 
 VERDICTS = ("first", "second", "tie", "skip")
 
@@ -35,13 +36,13 @@ class Question:
     difference: float | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """A row of `questions.jsonl`."""
+        """Return the question as a row of `questions.jsonl`, without what is not known."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one annotator said of one question.
+    """One annotator's answer to one question.
 
     Attributes:
         label: first, second, tie, or skip (cannot say).
@@ -56,7 +57,7 @@ class Verdict:
 
 @dataclass
 class Tally:
-    """What became of a round's questions.
+    """The pairs that a round's questions became, and what happened to all verdicts.
 
     Attributes:
         rows: canonical pairs, with `confidence` below 1 where annotators disagree and 1/2 for a tie.
@@ -64,13 +65,29 @@ class Tally:
         quarantine: the verdicts that were not counted, each with its reason.
     """
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Pair] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
 
 
+class PairAgreement(TypedDict):
+    """How far two annotators agree: on how many questions, the share of equal verdicts, Cohen's κ."""
+
+    annotators: list[str]
+    questions: int
+    agree: float
+    kappa: float | None
+
+
+class Agreement(TypedDict):
+    """Verdicts by annotator (skips left out), and the agreement of every two of them."""
+
+    annotators: dict[str, int]
+    pairs: list[PairAgreement]
+
+
 def question_id(round_number: int, prompt: Messages, answers: Sequence[str]) -> str:
-    """The same for the same pair in the same round, whatever the order of its answers.
+    """Return the name of a question: the same for the same pair in the same round, whatever the order of its answers.
 
     >>> question_id(2, [{"role": "user", "content": "a"}], ["x", "y"])[:2]
     'r2'
@@ -80,25 +97,26 @@ def question_id(round_number: int, prompt: Messages, answers: Sequence[str]) -> 
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a round, as this pipeline wrote them."""
-    return [Question(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read the questions of a round, as this pipeline wrote them."""
+    return [Question(**row) for row in read_jsonl(path)]
 
 
 def tally(questions: Sequence[Question], verdicts: Iterable[Verdict]) -> Tally:
-    """Pairs from verdicts: the last word of each annotator counts, once; what can't count is put aside with its reason.
+    """Turn verdicts into pairs: each annotator's last verdict on a question counts, once; others are put aside, with reasons.
 
     P(chosen is better) is the share of annotators that say so, a tie being half a vote for each; it is written down as
     `confidence` only where it is not 1, so that unanimous pairs stay ordinary ones.
     """
     asked = {question.id: question for question in questions}
     this_round = {question.round for question in questions}
-    result, said = Tally(), defaultdict[str, dict[str, str]](dict)
+    result = Tally()
+    labels_of: defaultdict[str, dict[str, str]] = defaultdict(dict)  # question → annotator → label
     reasons: Counter[str] = Counter()
     for verdict in verdicts:
         if verdict.id in asked:
-            if verdict.annotator in said[verdict.id]:
+            if verdict.annotator in labels_of[verdict.id]:
                 reasons["superseded"] += 1
-            said[verdict.id][verdict.annotator] = verdict.label
+            labels_of[verdict.id][verdict.annotator] = verdict.label
             continue
         number = verdict.id.partition("-")[0].removeprefix("r")
         reason = "of another round" if number.isdigit() and int(number) not in this_round else "unknown id"
@@ -106,7 +124,7 @@ def tally(questions: Sequence[Question], verdicts: Iterable[Verdict]) -> Tally:
         result.quarantine.append({**asdict(verdict), "reason": reason})
     kinds: Counter[str] = Counter()
     for question in questions:
-        labels = said.get(question.id, {})
+        labels = labels_of.get(question.id, {})
         votes = {name: label for name, label in labels.items() if label != "skip"}
         if not votes:
             kinds["skipped" if labels else "unlabelled"] += 1
@@ -118,19 +136,19 @@ def tally(questions: Sequence[Question], verdicts: Iterable[Verdict]) -> Tally:
         result.rows.append(_pair(question, share, sorted(votes)))
     names = ("labelled", "unlabelled", "skipped", "tied", "contested")
     result.counts = {name: kinds[name] for name in names} | {
-        "verdicts": sum(map(len, said.values())),
+        "verdicts": sum(map(len, labels_of.values())),
         **{f"quarantined: {reason}": count for reason, count in sorted(reasons.items()) if reason != "superseded"},
         "superseded": reasons["superseded"],
     }
     return result
 
 
-def _pair(question: Question, share: float, annotators: Sequence[str]) -> dict[str, Any]:
+def _pair(question: Question, share: float, annotators: Sequence[str]) -> Pair:
     best, other = (question.first, question.second) if share >= 0.5 else (question.second, question.first)
-    row: dict[str, Any] = {
+    row: Pair = {
         "prompt": question.prompt,
-        "chosen": [{"role": "assistant", "content": best}],
-        "rejected": [{"role": "assistant", "content": other}],
+        "chosen": assistant_turn(best),
+        "rejected": assistant_turn(other),
         "annotator": ", ".join(annotators),
         "round": question.round,
     }
@@ -142,8 +160,8 @@ def _pair(question: Question, share: float, annotators: Sequence[str]) -> dict[s
     return row
 
 
-def agreement(verdicts: Iterable[Verdict]) -> dict[str, Any]:
-    """Cohen's κ of every two annotators on the questions that both answered (skips left out).
+def agreement(verdicts: Iterable[Verdict]) -> Agreement:
+    """Measure Cohen's κ of every two annotators on the questions that both answered (skips left out).
 
         κ = (p_observed - p_chance) / (1 - p_chance)
 
@@ -157,15 +175,16 @@ def agreement(verdicts: Iterable[Verdict]) -> dict[str, Any]:
     for verdict in verdicts:
         if verdict.label != "skip":
             by_annotator[verdict.annotator][verdict.id] = verdict.label
-    names, pairs = sorted(by_annotator), []
+    names = sorted(by_annotator)
+    pairs: list[PairAgreement] = []
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             shared = sorted(by_annotator[one].keys() & by_annotator[other].keys())
             if not shared:
                 continue
-            mine, theirs = ([by_annotator[name][key] for key in shared] for name in (one, other))
-            observed = sum(a == b for a, b in zip(mine, theirs, strict=True)) / len(shared)
-            chance = sum(mine.count(label) * theirs.count(label) for label in VERDICTS) / len(shared) ** 2
+            labels, other_labels = ([by_annotator[name][key] for key in shared] for name in (one, other))
+            observed = sum(a == b for a, b in zip(labels, other_labels, strict=True)) / len(shared)
+            chance = sum(labels.count(label) * other_labels.count(label) for label in VERDICTS) / len(shared) ** 2
             kappa = None if chance == 1 else (observed - chance) / (1 - chance)
             pairs.append({"annotators": [one, other], "questions": len(shared), "agree": observed, "kappa": kappa})
     return {"annotators": {name: len(by_annotator[name]) for name in names}, "pairs": pairs}

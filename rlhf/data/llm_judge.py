@@ -7,6 +7,7 @@ import requests
 
 from rlhf.data.http import post_json
 from rlhf.data.labels import Question
+from rlhf.data.rows import user_turn
 from rlhf.errors import TrainingError, UserError
 
 TIMEOUT = 120.0  # seconds a try: a judge thinks
@@ -25,11 +26,11 @@ it needs to be. The order of the answers says nothing about them.
 [End of B]
 
 Think briefly, then end with exactly one of [[A]], [[B]], or [[C]] for a tie."""
-ANSWERS = {"A": "first", "B": "second", "C": "tie"}
+VERDICT_OF = {"A": "first", "B": "second", "C": "tie"}
 
 
 class LanguageModelJudge:
-    """Asks in both orders; verdicts that turn with the order are ties.
+    """An annotator that asks a model about both orders of the answers; a verdict that turns with the order is a tie.
 
     Args:
         url: of the API, e.g. http://localhost:8000/v1.
@@ -50,21 +51,21 @@ class LanguageModelJudge:
         self.sent = self.unreadable = self.order_decided = 0
 
     def can_ask(self) -> bool:
-        """Whether the budget has room for another question."""
+        """Return whether the budget has room for another question."""
         return self.budget is None or self.sent + 2 <= self.budget
 
     def label(self, question: Question) -> str:
-        """first, second, tie, or skip where neither order gave a verdict.
+        """Return the model's verdict: first, second, tie, or skip where neither order gave one.
 
         Raises:
             TrainingError: nobody answers, or the endpoint refuses.
         """
         forward = self._ask(question, question.first, question.second)
         backward = self._ask(question, question.second, question.first)
-        turned = {"first": "second", "second": "first", "tie": "tie", None: None}[backward]
-        if forward is None or turned is None:
-            return forward or turned or "skip"
-        if forward != turned:
+        backward = {"first": "second", "second": "first", "tie": "tie", None: None}[backward]
+        if forward is None or backward is None:
+            return forward or backward or "skip"
+        if forward != backward:
             self.order_decided += 1
             return "tie"
         return forward
@@ -72,7 +73,7 @@ class LanguageModelJudge:
     def _ask(self, question: Question, first: str, second: str) -> str | None:
         prompt = "\n\n".join(message["content"] for message in question.prompt)
         content = ASK.format(prompt=prompt, first=first, second=second)
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        body = {"model": self.model, "messages": user_turn(content), "temperature": 0}
         try:
             reply = post_json(self.url, body, timeout=TIMEOUT, headers=self._headers)
             text = str(reply["choices"][0]["message"]["content"])
@@ -82,8 +83,8 @@ class LanguageModelJudge:
                 "the same command goes on."
             ) from error
         self.sent += 1
-        found = re.findall(r"\[\[([ABC])\]\]", text)
-        if not found:
+        letters = re.findall(r"\[\[([ABC])\]\]", text)
+        if not letters:
             self.unreadable += 1
             return None
-        return ANSWERS[found[-1]]
+        return VERDICT_OF[letters[-1]]

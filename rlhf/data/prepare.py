@@ -1,14 +1,15 @@
 """Read what a recipe names, split it by prompt, and write the five files that the stages read."""
 
-import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.read import ReadReport, is_local
+from rlhf.data.rows import Pair, PromptRow
 from rlhf.data.sources import (
+    Canonical,
     Row,
     Rows,
     Source,
@@ -24,14 +25,17 @@ from rlhf.data.sources import (
     to_prompts,
 )
 from rlhf.errors import UserError
+from rlhf.files import write_jsonl
 
-OURS = "held out: its prompt is on the test side"
+HELD_OUT = "held out: its prompt is on the test side"
 LEAK = "its prompt is on the test side that was given"
+# Rows by what they are: pairs, prompts, demonstrations; or by file.
+Parts = Mapping[str, Sequence[Row[PromptRow]]]
 
 
 @dataclass(frozen=True)
 class DataSources:
-    """What to read. Without `preferences` there must be `prompts`; their answers are sampled and labelled later."""
+    """Sources of a run. Without `preferences` there must be `prompts`; their answers are sampled and labelled later."""
 
     preferences: Sequence[Source] = ()
     sft: Sequence[Source] = ()
@@ -56,15 +60,62 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
     unless `leakage` says to drop those training rows or to allow them.
 
     Returns:
-        rows written by file, and what every reader kept and dropped.
+        `rows`, how many were written by file; `read`, what every reader kept and dropped; `sentences`, the same in words.
 
     Raises:
         UserError: a source holds nothing that can be used; the given test side leaks into the training side.
     """
     reports: list[ReadReport] = []
 
-    # 1. Pairs, and which prompts are held out.
-    pairs = Rows()
+    # 1. Pairs, prompts, demonstrations; and which prompts are held out.
+    pairs, held_out = _read_pairs(sources, reports, seed)
+    prompts, also_held_out = _read_prompts(sources, pairs, reports, seed)
+    held_out |= also_held_out
+    sft = read_sources(sources.sft, to_demonstrations, reports, "demonstrations", seed)
+    drop_rows(sft.test, "marked as test")
+
+    # 2. Nothing of the test side stays on the training side.
+    given_keys = {row.key for row in [*pairs.test, *prompts.test]} - held_out
+    parts: Parts = {"pairs": pairs.train, "prompts": prompts.train, "demonstrations": sft.train}
+    parts = {name: _without(rows, held_out, HELD_OUT) for name, rows in parts.items()}
+    _check_leakage(
+        {n: rows for n, rows in parts.items() if n != "prompts" or sources.prompts}, given_keys, sources.leakage
+    )
+    if sources.leakage == "drop":
+        parts = {name: _without(rows, given_keys, LEAK) for name, rows in parts.items()}
+
+    # 3. Caps, by a seeded draw, and files.
+    rng = random.Random(seed)
+    balanced = _per_prompt(parts["pairs"], sources.max_pairs_per_prompt, rng)
+    written: Parts = {
+        "sft": capped(parts["demonstrations"], sources.max_sft, rng, "over data.max_sft"),
+        "pairs": capped(balanced, sources.max_pairs, rng, "over data.max_pairs"),
+        "test_pairs": pairs.test,
+        "prompts": capped(_unique(parts["prompts"]), sources.max_prompts, rng, "over data.max_prompts"),
+        "test_prompts": prompts.test,
+    }
+    absent = {"sft": not sources.sft, "pairs": not sources.preferences}
+    absent["test_pairs"] = absent["pairs"] and not sources.test
+    written = {name: rows for name, rows in written.items() if not absent.get(name)}
+    count_kept(reports, written.values())
+    _write(folder, written, reports)
+    return {
+        "rows": {name: len(rows) for name, rows in written.items()},
+        "read": [report.as_dict() for report in reports],
+        "sentences": [sentence for report in reports for sentence in report.sentences()],
+    }
+
+
+# ---- Reading ----
+
+
+def _read_pairs(sources: DataSources, reports: list[ReadReport], seed: int) -> tuple[Rows[Pair], set[str]]:
+    """Read all pairs.
+
+    Returns:
+        the pairs, each once, and the prompts that are held out from sources without a test side.
+    """
+    pairs: Rows[Pair] = Rows()
     held_out: set[str] = set()
     for source in sources.preferences:
         read = read_sources([source], to_pairs, reports, "pairs", seed)
@@ -77,15 +128,24 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
             read.test = [row for row in read.train if _is_held_out(row, sources.test_fraction, seed)]
             held_out |= {row.key for row in read.test}
             read.train = [row for row in read.train if row.key not in held_out]
-        pairs += read
+        pairs = Rows(pairs.train + read.train, pairs.test + read.test)
     if sources.test:
         drop_rows(pairs.test, "marked as test, but data.test is given")
         given = read_sources(sources.test, to_pairs, reports, "pairs, test", seed, split="test")
         pairs.test = given.train + given.test
-    pairs = Rows(deduplicated(pairs.train), deduplicated(pairs.test))
+    return Rows(deduplicated(pairs.train), deduplicated(pairs.test)), held_out
 
-    # 2. Prompts: their own file, or those of the pairs.
+
+def _read_prompts(
+    sources: DataSources, pairs: Rows[Pair], reports: list[ReadReport], seed: int
+) -> tuple[Rows[PromptRow], set[str]]:
+    """Read the prompts of their own file, or else take those of the pairs.
+
+    Returns:
+        the prompts, those of the test side each once, and the prompts that are held out from a file without a test side.
+    """
     prompts = read_sources(sources.prompts, to_prompts, reports, "prompts", seed)
+    held_out: set[str] = set()
     if not sources.prompts:  # what is left out of these is no loss to report
         derived = ReadReport("the pairs' prompts")
         prompts.train = [Row({"prompt": row.values["prompt"]}, row.number, derived) for row in pairs.train]
@@ -94,57 +154,14 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
         prompts.test = given.train + given.test
     elif sources.prompts and not prompts.test:
         prompts.test = [row for row in prompts.train if _is_held_out(row, sources.test_fraction, seed)]
-        held_out |= {row.key for row in prompts.test}
+        held_out = {row.key for row in prompts.test}
     elif not sources.prompts:
         prompts.test = [Row({"prompt": row.values["prompt"]}, row.number, row.report) for row in pairs.test]
-    prompts.test = _unique(prompts.test)
-
-    # 3. Demonstrations.
-    sft = read_sources(sources.sft, to_demonstrations, reports, "demonstrations", seed)
-    drop_rows(sft.test, "marked as test")
-
-    # 4. Nothing of the test side stays on the training side.
-    given_keys = {row.key for row in pairs.test + prompts.test} - held_out
-    parts = {"pairs": pairs.train, "prompts": prompts.train, "demonstrations": sft.train}
-    parts = {name: _without(rows, held_out, OURS) for name, rows in parts.items()}
-    _check_leakage(
-        {n: rows for n, rows in parts.items() if n != "prompts" or sources.prompts}, given_keys, sources.leakage
-    )
-    if sources.leakage == "drop":
-        parts = {name: _without(rows, given_keys, LEAK) for name, rows in parts.items()}
-
-    # 5. Caps, by a seeded draw, and files.
-    rng = random.Random(seed)
-    balanced = _per_prompt(parts["pairs"], sources.max_pairs_per_prompt, rng)
-    written = {
-        "sft": capped(parts["demonstrations"], sources.max_sft, rng, "over data.max_sft"),
-        "pairs": capped(balanced, sources.max_pairs, rng, "over data.max_pairs"),
-        "test_pairs": pairs.test,
-        "prompts": capped(_unique(parts["prompts"]), sources.max_prompts, rng, "over data.max_prompts"),
-        "test_prompts": prompts.test,
-    }
-    absent = {"sft": not sources.sft, "pairs": not sources.preferences}
-    absent["test_pairs"] = absent["pairs"] and not sources.test
-    written = {name: rows for name, rows in written.items() if not absent.get(name)}
-    count_kept(reports, written.values())
-    empty = [name for name, rows in written.items() if not rows]
-    if empty:
-        details = [sentence for report in reports for sentence in report.sentences()]
-        raise UserError([f"data: nothing is left for {', '.join(empty)}.", *details])
-    _same_columns([row.values for row in written.get("pairs", [])])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in written.items():
-        lines = (json.dumps(row.values, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    return {
-        "rows": {name: len(rows) for name, rows in written.items()},
-        "read": [report.as_dict() for report in reports],
-        "sentences": [sentence for report in reports for sentence in report.sentences()],
-    }
+    return Rows(prompts.train, _unique(prompts.test)), held_out
 
 
-def _hub_test_side(source: Source, reports: list[ReadReport], seed: int) -> list[Row]:
-    """A hub dataset's own test split, if it has one."""
+def _hub_test_side(source: Source, reports: list[ReadReport], seed: int) -> list[Row[Pair]]:
+    """Read a hub dataset's own test split; return no row if it has none."""
     before = len(reports)
     try:
         return read_sources([Source(source.source)], to_pairs, reports, "pairs, test", seed, split="test").train
@@ -158,15 +175,15 @@ def _hub_test_side(source: Source, reports: list[ReadReport], seed: int) -> list
 # ---- Splitting, cleaning, capping ----
 
 
-def _is_held_out(row: Row, fraction: float, seed: int) -> bool:
+def _is_held_out(row: Row[Canonical], fraction: float, seed: int) -> bool:
     return share_of(row, str(seed)) < fraction
 
 
-def _without(rows: list[Row], keys: set[str], reason: str) -> list[Row]:
+def _without(rows: Sequence[Row[Canonical]], keys: set[str], reason: str) -> list[Row[Canonical]]:
     return keep_only(rows, [row for row in rows if row.key not in keys], reason)
 
 
-def _check_leakage(parts: dict[str, list[Row]], given: set[str], leakage: str) -> None:
+def _check_leakage(parts: Parts, given: set[str], leakage: str) -> None:
     """Refuse training rows whose prompt was given as a test prompt, or note them where they are allowed."""
     leaks = [(name, row) for name, rows in parts.items() for row in rows if row.key in given]
     if not leaks or leakage == "drop":
@@ -175,7 +192,7 @@ def _check_leakage(parts: dict[str, list[Row]], given: set[str], leakage: str) -
         for _, row in leaks:
             row.report.note(row.number, f"trained on, though {LEAK}")
         return
-    counts = {name: count for name in parts if (count := sum(where == name for where, _ in leaks))}
+    counts = {name: count for name in parts if (count := sum(part == name for part, _ in leaks))}
     first = leaks[0][1]
     raise UserError(
         f"data: {len(leaks)} training rows ({', '.join(f'{n} of {name}' for name, n in counts.items())}) have a prompt that is "
@@ -184,14 +201,14 @@ def _check_leakage(parts: dict[str, list[Row]], given: set[str], leakage: str) -
     )
 
 
-def _unique(rows: list[Row]) -> list[Row]:
+def _unique(rows: Sequence[Row[Canonical]]) -> list[Row[Canonical]]:
     return list({row.key: row for row in reversed(rows)}.values())[::-1]
 
 
-def _per_prompt(rows: list[Row], most: int | None, rng: random.Random) -> list[Row]:
-    """At most so many pairs of one prompt, so that a long ranking does not outvote the rest."""
+def _per_prompt(rows: Sequence[Row[Canonical]], most: int | None, rng: random.Random) -> list[Row[Canonical]]:
+    """Keep at most so many pairs of one prompt, so that a long ranking does not outvote the rest."""
     if most is None:
-        return rows
+        return list(rows)
     places: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         places.setdefault(row.key, []).append(index)
@@ -199,13 +216,32 @@ def _per_prompt(rows: list[Row], most: int | None, rng: random.Random) -> list[R
     return keep_only(rows, [row for i, row in enumerate(rows) if i in chosen], f"over data.max_pairs_per_prompt {most}")
 
 
-def _same_columns(rows: list[dict[str, Any]]) -> None:
-    """A column that only some pairs have can't be trained on; nothing is filled in."""
-    columns = {name for row in rows for name in row} & {"margin", "confidence", "weight"}
+# ---- Writing ----
+
+
+def _write(folder: Path, written: Parts, reports: Sequence[ReadReport]) -> None:
+    """Write a file a part.
+
+    Raises:
+        UserError: a part is empty; a column stands in some of the pairs only.
+    """
+    empty = [name for name, rows in written.items() if not rows]
+    if empty:
+        details = [sentence for report in reports for sentence in report.sentences()]
+        raise UserError([f"data: nothing is left for {', '.join(empty)}.", *details])
+    _check_columns([row.values for row in written.get("pairs", [])])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in written.items():
+        write_jsonl(folder / f"{name}.jsonl", [row.values for row in rows])
+
+
+def _check_columns(pairs: Sequence[PromptRow]) -> None:
+    """Refuse a column that only some pairs have: it can't be trained on, and nothing is filled in."""
+    columns = {name for row in pairs for name in row} & {"margin", "confidence", "weight"}
     problems = [
-        f"data.preferences: {missing} of {len(rows)} pairs have no {name!r}; give it to all or to none."
+        f"data.preferences: {missing} of {len(pairs)} pairs have no {name!r}; give it to all or to none."
         for name in sorted(columns)
-        if (missing := sum(name not in row for row in rows))
+        if (missing := sum(name not in row for row in pairs))
     ]
     if problems:
         raise UserError(problems)

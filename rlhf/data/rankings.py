@@ -1,24 +1,17 @@
-"""Several answers to one prompt, in every form in which such data are published, and the pairs in them.
+"""Rankings: several answers to one prompt with their scores. The forms in which they are published, and the pairs in them.
 
-| form | recognised by | score |
-|---|---|---|
-| K-wise row | `responses` (or `answers`, `completions`) with `score`, `overall_score` or `rank` | score, or minus rank |
-| flat ranked list | a list of messages (`text` or `content`) that ends in answers, best first | minus position |
-| OASST tree | `prompt` (or the row) with `replies`, nested | minus `rank` among siblings |
-| signed strength | `response_1`, `response_2` and a preference; above 0 the second is better | 0 and the preference |
-| several right answers | `chosen` and `rejected` lists of texts (RewardBench 2) | 1 and 0 |
-| rated answers | `response` with `helpfulness`, or `messages` with `attributes`; rows of one prompt belong together | helpfulness |
+`rlhf.data.layouts` says by which columns each form is recognised.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple
 
 from rlhf.data.canonical import check_answer, check_prompt, extras_of, messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Message, Messages, prompt_key
+from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, assistant_turn, prompt_key
 
 LISTS = ("responses", "answers", "completions")
 TEXTS = ("content", "text", "response", "answer")
@@ -35,151 +28,101 @@ class Answer(NamedTuple):
     score: float
 
 
+class RatedAnswer(NamedTuple):
+    """An answer with a rating of its own, to be compared with the other rated answers to its prompt."""
+
+    prompt: Messages
+    answer: Answer
+
+
 @dataclass
 class Ranking:
     """Answers to one prompt with their scores, higher is better, ties allowed.
 
     Attributes:
-        extras: `source`, `subset`, `annotator` where the row has them.
+        extras: `source`, `subset`, `annotator`, `id`, `agree` where the row has them.
     """
 
     prompt: Messages
     answers: list[Answer]
-    extras: dict[str, Any] = field(default_factory=dict)
+    extras: Extras = field(default_factory=Extras)
 
     @property
     def group(self) -> str:
-        """What the pairs of this ranking have in common."""
+        """Return what the pairs of this ranking have in common: 16 characters of its prompt's key."""
         return prompt_key(self.prompt)[:16]
 
-
-def is_ranking(row: Any) -> bool:
-    """Whether a row holds a ranking rather than a pair."""
-    if isinstance(row, list):
-        return True
-    if any(isinstance(row.get(name), list) for name in LISTS) or _replies(row) is not None:
-        return True
-    if _second(row) is not None:
-        return True
-    return all(
-        isinstance(row.get(side), list) and row[side] and all(isinstance(text, str) for text in row[side])
-        for side in ("chosen", "rejected")
-    )
+    @property
+    def is_decided(self) -> bool:
+        """Return whether two answers differ in score."""
+        return len({answer.score for answer in self.answers}) > 1
 
 
-def rankings(row: Any) -> list[Ranking]:
-    """The rankings in a row: one, or several in a tree.
+def usable(rankings: Sequence[Ranking]) -> list[Ranking]:
+    """Return the rankings of a row that say something.
 
     Raises:
-        BadRow: with the reason; a ranking in which no two answers differ in score has nothing to say.
+        BadRow: no ranking has two answers that differ in score; a prompt or an answer is none.
     """
-    if isinstance(row, list):
-        found = [_ranked_list(row)]
-    elif (root := _replies(row)) is not None:
-        found = [Ranking(prompt, answers, extras_of(row)) for prompt, answers, _ in _tree(root)]
-    elif _second(row) is not None:
-        found = [_signed_strength(row)]
-    elif isinstance(row.get("chosen"), list):
-        prompt = messages(row.get("prompt"), "prompt")
-        answers = [Answer(text, score) for side, score in (("chosen", 1.0), ("rejected", 0.0)) for text in row[side]]
-        found = [Ranking(prompt, answers, extras_of(row))]
-    else:
-        found = [_k_wise(row)]
-    usable = [ranking for ranking in found if len({answer.score for answer in ranking.answers}) > 1]
-    if not usable:
+    decided = [ranking for ranking in rankings if ranking.is_decided]
+    if not decided:
         raise BadRow("no two answers of different rank")
-    for ranking in usable:
+    for ranking in decided:
         check_prompt(ranking.prompt)
         for answer in ranking.answers:
             check_answer(answer.content, "an answer")
-    return usable
+    return decided
 
 
-def best_answers(row: Any) -> list[tuple[Messages, str]]:
-    """Prompts with their best answer, for SFT; in a tree also those with a single reply.
-
-    Raises:
-        BadRow: there is none.
-    """
-    root = None if isinstance(row, list) else _replies(row)
-    if root is not None:
-        found = [
-            (prompt, (max(answers, key=_score).content if answers else first)) for prompt, answers, first in _tree(root)
-        ]
-    else:
-        found = [(ranking.prompt, max(ranking.answers, key=_score).content) for ranking in rankings(row)]
-    if not found:
-        raise BadRow("no answer in this tree")
-    return found
-
-
-def comparisons(ranking: Ranking) -> list[dict[str, Any]]:
-    """Every pair of answers with different scores as a canonical pair, with its `group` and `rating_gap`."""
-    pairs = []
+def comparisons(ranking: Ranking) -> list[Pair]:
+    """Return every pair of answers with different scores as a canonical pair, with its `group` and `rating_gap`."""
+    pairs: list[Pair] = []
     for first, second in combinations(ranking.answers, 2):
         better, worse = (first, second) if first.score > second.score else (second, first)
         if better.score == worse.score or better.content.strip() == worse.content.strip():
             continue
-        sides = {
-            name: [{"role": "assistant", "content": text}]
-            for name, text in (("chosen", better.content), ("rejected", worse.content))
+        canonical: Pair = {
+            "prompt": ranking.prompt,
+            "chosen": assistant_turn(better.content),
+            "rejected": assistant_turn(worse.content),
+            "group": ranking.group,
+            "rating_gap": better.score - worse.score,
         }
-        facts = {"group": ranking.group, "rating_gap": better.score - worse.score}
-        pairs.append({"prompt": ranking.prompt, **sides, **facts, **ranking.extras})
+        pairs.append({**canonical, **ranking.extras})
     return pairs
 
 
-# ---- Rated answers: one answer a row, compared with other rows of the same prompt ----
+def best_demonstration(ranking: Ranking) -> Demonstration:
+    """Return a ranking's prompt with its best answer, the first of several."""
+    best = max(ranking.answers, key=_score)
+    return {"prompt": ranking.prompt, "completion": assistant_turn(best.content)}
 
 
-def is_rated(row: Any) -> bool:
-    """Whether a row holds rated answers rather than a pair or a ranking."""
-    if not isinstance(row, dict) or "chosen" in row or is_ranking(row):
-        return False
-    return ("messages" in row and "attributes" in row) or ("response" in row and ("attributes" in row or RATING in row))
+def group_rated(rated: Sequence[RatedAnswer]) -> tuple[list[Ranking], int]:
+    """Group rated answers by prompt.
 
-
-def rated_answers(row: dict[str, Any]) -> list[tuple[Messages, Answer]]:
-    """Each rated answer of a row with its prompt.
-
-    Raises:
-        BadRow: no rating, or one that is no number.
+    Returns:
+        a ranking of each prompt whose answers differ in rating, and how many answers have nothing to be compared with.
     """
-    if row.get("messages") is not None:
-        turns = messages(row["messages"], "messages")
-        places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        attributes = row.get("attributes")
-        if not isinstance(attributes, list) or len(attributes) != len(places):
-            raise BadRow("attributes is not one mapping for each of the assistant's messages")
-        rated = [(turns[:i], turns[i]["content"], values) for i, values in zip(places, attributes, strict=True)]
-    else:
-        rated = [(messages(row.get("prompt"), "prompt"), row["response"], row.get("attributes", row))]
-    found = []
-    for prompt, content, values in rated:
-        check_prompt(prompt)
-        check_answer(content, "the answer")
-        if not isinstance(values, dict) or values.get(RATING) is None:
-            raise BadRow(f"attributes without {RATING!r}, by which answers are compared")
-        found.append((prompt, Answer(content, _finite(values[RATING], RATING))))
-    return found
-
-
-def group_rated(rated: Sequence[tuple[Messages, Answer]]) -> tuple[list[Ranking], int]:
-    """Rankings of the answers that have a prompt in common, and how many answers have nothing to be compared with."""
     groups: dict[str, Ranking] = {}
     for prompt, answer in rated:
         groups.setdefault(prompt_key(prompt), Ranking(prompt, [])).answers.append(answer)
-    found = [ranking for ranking in groups.values() if len({answer.score for answer in ranking.answers}) > 1]
-    return found, len(rated) - sum(len(ranking.answers) for ranking in found)
+    decided = [ranking for ranking in groups.values() if ranking.is_decided]
+    return decided, len(rated) - sum(len(ranking.answers) for ranking in decided)
 
 
-# ---- The forms ----
+# ---- The forms: each reads one row that `rlhf.data.layouts` has recognised ----
 
 
-def _k_wise(row: dict[str, Any]) -> Ranking:
+def k_wise(row: Mapping[str, object]) -> list[Ranking]:
+    """Return the ranking in a list of answers that have each a score, or a rank (1 is best).
+
+    Raises:
+        BadRow: an answer is no mapping, or has neither.
+    """
     prompt = messages(row.get("prompt", row.get("instruction")), "prompt")
     answers = []
-    for entry in next(row[name] for name in LISTS if isinstance(row.get(name), list)):
+    for entry in _answer_list(row) or []:
         if not isinstance(entry, dict):
             raise BadRow("an answer is no mapping with text and score")
         content: Any = next((entry[name] for name in TEXTS if entry.get(name) is not None), None)
@@ -188,10 +131,20 @@ def _k_wise(row: dict[str, Any]) -> Ranking:
             raise BadRow("an answer has neither score nor rank")
         value = -_finite(entry["rank"], "rank") if score is None else _finite(score, "score")
         answers.append(Answer(content, value))
-    return Ranking(prompt, answers, extras_of(row))
+    return [Ranking(prompt, answers, extras_of(row))]
 
 
-def _ranked_list(row: list[Any]) -> Ranking:
+def is_k_wise(row: Mapping[str, object]) -> bool:
+    """Return whether a row has a list of answers."""
+    return _answer_list(row) is not None
+
+
+def ranked_list(row: Sequence[object]) -> list[Ranking]:
+    """Return the ranking in a list of messages that ends in answers to the same turn, best first; a score is minus its place.
+
+    Raises:
+        BadRow: fewer than two answers, or a message without a known role.
+    """
     turns = [_turn(entry) for entry in row]
     first = len(turns)
     while first and turns[first - 1]["role"] == "assistant":
@@ -199,10 +152,17 @@ def _ranked_list(row: list[Any]) -> Ranking:
     if len(turns) - first < 2:
         raise BadRow("a ranked list that does not end in two answers or more")
     answers = [Answer(turn["content"], -float(i)) for i, turn in enumerate(turns[first:])]
-    return Ranking(turns[:first], answers)
+    return [Ranking(turns[:first], answers)]
 
 
-def _signed_strength(row: dict[str, Any]) -> Ranking:
+def signed_strength(row: Mapping[str, object]) -> list[Ranking]:
+    """Return the ranking of two responses of which a preference above 0 says that the second is better.
+
+    Scores are 0 and the preference.
+
+    Raises:
+        BadRow: no preference, one of 0, or a response without text.
+    """
     strength = next((row[name] for name in PREFERENCES if row.get(name) is not None), None)
     if strength is None:
         raise BadRow(f"two responses without a preference ({', '.join(PREFERENCES)})")
@@ -211,12 +171,103 @@ def _signed_strength(row: dict[str, Any]) -> Ranking:
         raise BadRow("no preference between the two responses (strength 0)")
     prompt = messages(row.get("prompt", row.get("context")), "prompt")
     first = row.get("response_1", row.get("response1"))
-    texts = [text if isinstance(text, str) else _text_of(text) for text in (first, _second(row))]
-    return Ranking(prompt, [Answer(texts[0], 0.0), Answer(texts[1], value)], extras_of(row))
+    texts = [text if isinstance(text, str) else _text_of(text) for text in (first, second_response(row))]
+    return [Ranking(prompt, [Answer(texts[0], 0.0), Answer(texts[1], value)], extras_of(row))]
 
 
-def _tree(root: dict[str, Any]) -> Iterator[tuple[Messages, list[Answer], str]]:
-    """Of every prompter turn that was answered: the thread to it, its ranked answers, and its first answer."""
+def second_response(row: Mapping[str, object]) -> object:
+    """Return the second of two responses; None if the row has none."""
+    return row.get("response_2", row.get("response2"))
+
+
+def right_and_wrong(row: Mapping[str, object]) -> list[Ranking]:
+    """Return the ranking of several chosen texts (score 1) above several rejected ones (score 0), as in RewardBench 2."""
+    prompt = messages(row.get("prompt"), "prompt")
+    answers = [
+        Answer(text, score) for side, score in (("chosen", 1.0), ("rejected", 0.0)) for text in _texts(row, side)
+    ]
+    return [Ranking(prompt, answers, extras_of(row))]
+
+
+def is_right_and_wrong(row: Mapping[str, object]) -> bool:
+    """Return whether both sides of a row are lists of texts."""
+    return bool(_texts(row, "chosen") and _texts(row, "rejected"))
+
+
+def message_tree(row: Mapping[str, object]) -> list[Ranking]:
+    """Return the rankings in an OASST tree: the ranked replies to each of the prompter's turns, by minus `rank`.
+
+    Raises:
+        BadRow: a message without a known role or text, a rank that is no number.
+    """
+    return [Ranking(turn.prompt, turn.answers, extras_of(row)) for turn in _answered_turns(row)]
+
+
+def tree_demonstrations(row: Mapping[str, object]) -> list[Demonstration]:
+    """Return the best answer to each of the prompter's turns in a tree; the first one where none is ranked.
+
+    Raises:
+        BadRow: there is none, or a message without a known role or text.
+    """
+    best = [
+        (turn.prompt, max(turn.answers, key=_score).content if turn.answers else turn.first_reply)
+        for turn in _answered_turns(row)
+    ]
+    if not best:
+        raise BadRow("no answer in this tree")
+    return [{"prompt": prompt, "completion": assistant_turn(content)} for prompt, content in best]
+
+
+def tree_root(row: Mapping[str, object]) -> Mapping[str, object] | None:
+    """Return the first message of a tree, which is the row's `prompt` or the row itself; None if there are no `replies`."""
+    prompt = row.get("prompt")
+    root = prompt if isinstance(prompt, dict) else row
+    return root if isinstance(root.get("replies"), list) else None
+
+
+def rated_answers(row: Mapping[str, object]) -> list[RatedAnswer]:
+    """Return each rated answer of a row with its prompt.
+
+    Raises:
+        BadRow: no rating, or one that is no number.
+    """
+    entries: list[tuple[Messages, object, object]]
+    if row.get("messages") is not None:
+        turns = messages(row["messages"], "messages")
+        places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        attributes = row.get("attributes")
+        if not isinstance(attributes, list) or len(attributes) != len(places):
+            raise BadRow("attributes is not one mapping for each of the assistant's messages")
+        entries = [(turns[:i], turns[i]["content"], values) for i, values in zip(places, attributes, strict=True)]
+    else:
+        entries = [(messages(row.get("prompt"), "prompt"), row.get("response"), row.get("attributes", row))]
+    rated = []
+    for prompt, content, values in entries:
+        check_prompt(prompt)
+        text = check_answer(content, "the answer")
+        if not isinstance(values, dict) or values.get(RATING) is None:
+            raise BadRow(f"attributes without {RATING!r}, by which answers are compared")
+        rated.append(RatedAnswer(prompt, Answer(text, _finite(values[RATING], RATING))))
+    return rated
+
+
+def is_rated(row: Mapping[str, object]) -> bool:
+    """Return whether a row holds answers with a rating of their own."""
+    if "chosen" in row:
+        return False
+    return ("messages" in row and "attributes" in row) or ("response" in row and ("attributes" in row or RATING in row))
+
+
+class _AnsweredTurn(NamedTuple):
+    """A prompter's turn of a tree, with the thread that leads to it, its ranked answers and the first of all its replies."""
+
+    prompt: Messages
+    answers: list[Answer]
+    first_reply: str
+
+
+def _answered_turns(row: Mapping[str, object]) -> Iterator[_AnsweredTurn]:
+    root: Any = tree_root(row)
     pending: list[tuple[Messages, dict[str, Any]]] = [([], root)]
     while pending:
         above, node = pending.pop()
@@ -226,26 +277,29 @@ def _tree(root: dict[str, Any]) -> Iterator[tuple[Messages, list[Answer], str]]:
         if thread[-1]["role"] == "user" and replies:
             ranked = [reply for reply in replies if reply.get("rank") is not None]
             answers = [Answer(_turn(reply)["content"], -_finite(reply["rank"], "rank")) for reply in ranked]
-            yield thread, answers, _turn(replies[0])["content"]
+            yield _AnsweredTurn(thread, answers, _turn(replies[0])["content"])
 
 
-def _replies(row: dict[str, Any]) -> dict[str, Any] | None:
-    root = row.get("prompt") if isinstance(row.get("prompt"), dict) else row
-    return root if isinstance(root, dict) and isinstance(root.get("replies"), list) else None
+def _answer_list(row: Mapping[str, object]) -> list[object] | None:
+    for name in LISTS:
+        if isinstance(value := row.get(name), list):
+            return value
+    return None
 
 
-def _second(row: dict[str, Any]) -> Any:
-    return row.get("response_2", row.get("response2"))
+def _texts(row: Mapping[str, object], side: str) -> list[str]:
+    value = row.get(side)
+    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else []
 
 
-def _turn(entry: Any) -> Message:
+def _turn(entry: object) -> Message:
     role = ROLES.get(str(entry.get("role"))) if isinstance(entry, dict) else None
     if role is None:
         raise BadRow("a message without a known role")
     return {"role": role, "content": _text_of(entry)}
 
 
-def _text_of(entry: Any) -> str:
+def _text_of(entry: object) -> str:
     text = entry.get("text", entry.get("content")) if isinstance(entry, dict) else None
     if not isinstance(text, str):
         raise BadRow("a message has no text")
@@ -256,7 +310,7 @@ def _score(answer: Answer) -> float:
     return answer.score
 
 
-def _finite(value: Any, name: str) -> float:
+def _finite(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRow(f"{name} is not a finite number")
     return float(value)

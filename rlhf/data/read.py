@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from rlhf.errors import UserError
 
@@ -15,7 +15,7 @@ EXAMPLES_KEPT = 5
 
 @dataclass
 class ReadReport:
-    """What a reader kept and what it dropped, with the first rows of each reason (1-based lines for text files).
+    """The rows that a reader kept and dropped, with the first rows of each reason (1-based lines for text files).
 
     `noted` counts what is unusual about rows that were kept, or about parts of them that were not.
     """
@@ -32,10 +32,10 @@ class ReadReport:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self._example(row, reason)
 
-    def note(self, row: int, what: str, *, count: int = 1) -> None:
-        """Count something about a row that is kept."""
-        self.noted[what] = self.noted.get(what, 0) + count
-        self._example(row, what)
+    def note(self, row: int, remark: str, *, count: int = 1) -> None:
+        """Count something unusual about a row that is kept."""
+        self.noted[remark] = self.noted.get(remark, 0) + count
+        self._example(row, remark)
 
     def _example(self, row: int, reason: str) -> None:
         rows = self.examples.setdefault(reason, [])
@@ -43,7 +43,7 @@ class ReadReport:
             rows.append(row)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the stage's manifest."""
+        """Return the counts as the stage's manifest has them."""
         return {
             "source": self.source,
             "rows": self.rows,
@@ -54,13 +54,13 @@ class ReadReport:
         }
 
     def sentences(self) -> list[str]:
-        """What a person is told."""
+        """Return the counts as sentences for a person."""
         lines = [f"{self.source}: {self.kept} of {self.rows} rows kept."]
-        for counts, what in ((self.dropped, "left out"), (self.noted, "noted")):
+        for counts, verb in ((self.dropped, "left out"), (self.noted, "noted")):
             for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
                 shown = self.examples[reason]
                 more = ", …" if len(shown) == EXAMPLES_KEPT and count > len(shown) else ""
-                lines.append(f"  {count} {what}: {reason} (row {', '.join(map(str, shown))}{more})")
+                lines.append(f"  {count} {verb}: {reason} (row {', '.join(map(str, shown))}{more})")
         return lines
 
 
@@ -69,7 +69,7 @@ class BadRow(Exception):
 
 
 def read_rows(source: str, report: ReadReport, *, split: str = "train") -> Iterator[tuple[int, Any]]:
-    """Rows of a local file or a hub dataset, each with its number; unreadable lines are counted in the report.
+    """Read the rows of a local file or a hub dataset, each with its number; count unreadable lines in the report.
 
     A row is an object, or a list of messages (a ranked list).
 
@@ -103,12 +103,12 @@ def read_rows(source: str, report: ReadReport, *, split: str = "train") -> Itera
 
 
 def is_local(source: str) -> bool:
-    """Whether a source names a file rather than a hub dataset."""
+    """Return whether a source names a file rather than a hub dataset."""
     return source.endswith(SUFFIXES)
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb")
 
 
 def _json_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
@@ -148,7 +148,7 @@ def _json_array(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
             report.drop(number, "not a JSON object")
 
 
-def _is_row(value: Any) -> bool:
+def _is_row(value: object) -> bool:
     return isinstance(value, dict) or (
         isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
     )

@@ -17,12 +17,32 @@ Messages = list[Message]
 Prompt = str | Messages
 
 
-class Pair(TypedDict):
+class PromptRow(TypedDict):
+    """A canonical prompt: messages that end with the turn to be answered."""
+
+    prompt: Messages
+
+
+class Extras(TypedDict, total=False):
+    """What a file may say about where a pair comes from and how sure its label is, kept as it stands there.
+
+    `agree` is the share of annotators who agree with the label.
+    """
+
+    annotator: str
+    source: str
+    subset: str
+    id: str
+    agree: float
+
+
+class Pair(Extras):
     """A canonical preference pair, TRL's conversational format.
 
     `prompt` ends with the turn to be answered; `chosen` and `rejected` are one assistant message each. The columns that
-    follow stand only where a file or a vote gave them: `margin` in nats, `confidence` P(chosen is better) in [0, 1],
-    `weight` ≥ 0, `group` the ranking that a pair was made of, `rating_gap` in the source's own unit.
+    follow stand only where a file, annotators or a vote gave them: `margin` in nats, `confidence` P(chosen is better) in
+    [0, 1], `weight` ≥ 0, `group` the ranking that a pair was made of, `rating_gap` in the source's own unit, `round` in
+    which it was labelled, and the mean and deviation of the rewards' differences over a vote's members (`strength_…`).
     """
 
     prompt: Messages
@@ -33,11 +53,10 @@ class Pair(TypedDict):
     weight: NotRequired[float]
     group: NotRequired[str]
     rating_gap: NotRequired[float]
-    agree: NotRequired[float]
-    annotator: NotRequired[str]
-    source: NotRequired[str]
-    subset: NotRequired[str]
-    id: NotRequired[str]
+    round: NotRequired[int]
+    strength_mean: NotRequired[float]
+    strength_std: NotRequired[float]
+    strength_votes: NotRequired[int]
 
 
 class Demonstration(TypedDict):
@@ -45,6 +64,16 @@ class Demonstration(TypedDict):
 
     prompt: Messages
     completion: Messages
+
+
+def user_turn(text: str) -> Messages:
+    """Return a text as a conversation of one turn of the user."""
+    return [Message(role="user", content=text)]
+
+
+def assistant_turn(text: str) -> Messages:
+    """Return an answer's text as the one message that it is in a canonical row."""
+    return [Message(role="assistant", content=text)]
 
 
 def answer(row: Pair, side: Side) -> str:
@@ -70,6 +99,6 @@ def prompt_key(prompt: Prompt) -> str:
     >>> prompt_key([{"role": "user", "content": "Hi  there"}]) == prompt_key("hi there ")
     True
     """
-    turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    turns = user_turn(prompt) if isinstance(prompt, str) else prompt
     text = "\x1f".join(f"{turn['role']}\x1e{' '.join(turn['content'].split()).casefold()}" for turn in turns)
     return hashlib.sha256(text.encode()).hexdigest()

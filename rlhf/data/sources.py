@@ -1,27 +1,19 @@
-"""Sources of any form into canonical rows that remember where they were read; repeats, contradictions, fractions, caps."""
+"""Sources of any layout into canonical rows that remember where they were read; repeats, contradictions, fractions, caps."""
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from rlhf.data.canonical import demonstration, oddities, pair, prompt_only
-from rlhf.data.rankings import (
-    Ranking,
-    best_answers,
-    comparisons,
-    group_rated,
-    is_ranking,
-    is_rated,
-    rankings,
-    rated_answers,
-)
+from rlhf.data.canonical import oddities
+from rlhf.data.layouts import find_layout
+from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated
 from rlhf.data.read import BadRow, ReadReport, read_rows
-from rlhf.data.rows import prompt_key
+from rlhf.data.rows import Demonstration, Pair, PromptRow, answer, prompt_key
 from rlhf.errors import UserError
 
-Convert = Callable[[Any, ReadReport, int], list[dict[str, Any]]]
+Canonical = TypeVar("Canonical", bound=PromptRow, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -38,40 +30,49 @@ class Source:
     max_rows: int | None = None
 
 
+class Line(NamedTuple):
+    """A row as it was read, its number in its file, and whether the file itself calls it a test row."""
+
+    number: int
+    row: Any
+    is_test: bool
+
+
 @dataclass
-class Row:
+class Row(Generic[Canonical]):
     """A canonical row and where it was read."""
 
-    values: dict[str, Any]
+    values: Canonical
     number: int
     report: ReadReport
+    is_test: bool = False
 
     @property
     def key(self) -> str:
-        """Of its prompt."""
+        """Return the identity of the row's prompt."""
         return prompt_key(self.values["prompt"])
 
 
 @dataclass
-class Rows:
-    """What was read: for training, and apart from it what the files themselves give as their test side."""
+class Rows(Generic[Canonical]):
+    """Rows that were read: for training, and apart from them those that the files themselves call test rows."""
 
-    train: list[Row] = field(default_factory=list)
-    test: list[Row] = field(default_factory=list)
-
-    def __add__(self, other: "Rows") -> "Rows":
-        return Rows(self.train + other.train, self.test + other.test)
+    train: list[Row[Canonical]] = field(default_factory=list)
+    test: list[Row[Canonical]] = field(default_factory=list)
 
 
-def pair_digest(row: dict[str, Any]) -> str:
-    """What identifies a pair, whichever of its answers is called the chosen one."""
-    answers = sorted(row[side][0]["content"] for side in ("chosen", "rejected"))
+Convert = Callable[[Iterable[Line], ReadReport], Iterator[Row[Canonical]]]
+
+
+def pair_digest(row: Pair) -> str:
+    """Return what identifies a pair, whichever of its answers is called the chosen one: 24 characters of a sha256."""
+    answers = sorted((answer(row, "chosen"), answer(row, "rejected")))
     text = "\x1f".join((prompt_key(row["prompt"]), *answers))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def read_pairs(source: str, *, split: str = "test") -> tuple[list[dict[str, Any]], ReadReport]:
-    """All canonical pairs of one source, in any accepted form, repeats and contradictions left out.
+def read_pairs(source: str, *, split: str = "test") -> tuple[list[Pair], ReadReport]:
+    """Read all pairs of one source, in any accepted layout, repeats and contradictions left out.
 
     Raises:
         UserError: there is none.
@@ -80,8 +81,8 @@ def read_pairs(source: str, *, split: str = "test") -> tuple[list[dict[str, Any]
     return [row.values for row in rows], report
 
 
-def read_pair_rows(source: str, *, split: str = "train") -> tuple[list[Row], ReadReport]:
-    """The same with the number of the row that each pair was read from.
+def read_pair_rows(source: str, *, split: str = "train") -> tuple[list[Row[Pair]], ReadReport]:
+    """Read all pairs of one source, each with the number of the row that it was read from; otherwise as `read_pairs`.
 
     Raises:
         UserError: there is none.
@@ -96,136 +97,149 @@ def read_pair_rows(source: str, *, split: str = "train") -> tuple[list[Row], Rea
 
 
 def read_rankings(source: str, *, split: str = "test") -> list[Ranking]:
-    """The rankings of three answers or more in one source; what is wrong with other rows `read_pairs` has said."""
-    found: list[Ranking] = []
+    """Read the rankings of three answers or more in one source; `read_pairs` reports what is wrong with other rows."""
+    rankings: list[Ranking] = []
     for _, row in read_rows(source, ReadReport(source), split=split):
         try:
-            found += [r for r in (rankings(row) if is_ranking(row) else []) if len(r.answers) > 2]
+            rankings += [ranking for ranking in find_layout(row).read_rankings(row) if len(ranking.answers) > 2]
         except BadRow:
             continue
-    return found
+    return rankings
 
 
-def to_pairs(row: Any, report: ReadReport, number: int) -> list[dict[str, Any]]:
-    """The pairs in a row: one, or those of its rankings."""
-    if not is_ranking(row):
-        return [pair(row)]
-    found = [canonical for ranking in rankings(row) for canonical in comparisons(ranking)]
-    report.note(number, "pairs made of rankings", count=len(found))
-    return found
+def to_pairs(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Pair]]:
+    """Convert rows to pairs; rated answers are compared with one another after the last row."""
+    rated: list[tuple[Line, RatedAnswer]] = []
+
+    def pairs_of(line: Line) -> list[Pair]:
+        layout = find_layout(line.row)
+        if layout.ratings is not None:
+            rated.extend((line, rated_answer) for rated_answer in layout.ratings(line.row))
+        pairs = layout.read_pairs(line.row)
+        if layout.rankings is not None:
+            report.note(line.number, "pairs made of rankings", count=len(pairs))
+        return pairs
+
+    yield from _converted(lines, report, pairs_of)
+    yield from _pairs_of_rated(rated, report)
 
 
-def to_demonstrations(row: Any, report: ReadReport, number: int) -> list[dict[str, Any]]:
-    """The demonstrations in a row: one, or the best answer to each prompt of its rankings."""
-    if not is_ranking(row):
-        return [demonstration(row)]
-    return [
-        {"prompt": prompt, "completion": [{"role": "assistant", "content": content}]}
-        for prompt, content in best_answers(row)
-    ]
+def to_demonstrations(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Demonstration]]:
+    """Convert rows to demonstrations."""
+    return _converted(lines, report, lambda line: find_layout(line.row).read_demonstrations(line.row))
 
 
-def to_prompts(row: Any, report: ReadReport, number: int) -> list[dict[str, Any]]:
-    """The prompts in a row."""
-    if not is_ranking(row):
-        return [prompt_only(row)]
-    return [{"prompt": prompt} for prompt, _ in best_answers(row)]
+def to_prompts(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[PromptRow]]:
+    """Convert rows to prompts."""
+    return _converted(lines, report, lambda line: find_layout(line.row).read_prompts(line.row))
+
+
+def _converted(
+    lines: Iterable[Line], report: ReadReport, read: Callable[[Line], list[Canonical]]
+) -> Iterator[Row[Canonical]]:
+    """Convert row by row; report bad rows and odd ones."""
+    for line in lines:
+        try:
+            canonicals = read(line)
+        except BadRow as reason:
+            report.drop(line.number, str(reason))
+            continue
+        for canonical in canonicals:
+            for oddity in oddities(canonical):
+                report.note(line.number, f"kept, though {oddity}")
+        for canonical in canonicals:
+            yield Row(canonical, line.number, report, line.is_test)
+
+
+def _pairs_of_rated(rated: Sequence[tuple[Line, RatedAnswer]], report: ReadReport) -> Iterator[Row[Pair]]:
+    """Pair rated answers to one prompt that stand in different rows; a pair has the number of the prompt's first row."""
+    if not rated:
+        return
+    first_line = {prompt_key(rated_answer.prompt): line for line, rated_answer in reversed(rated)}
+    rankings, alone = group_rated([rated_answer for _, rated_answer in rated])
+    if alone:
+        note = "rated answers have no other answer to their prompt to be compared with"
+        report.note(rated[0][0].number, note, count=alone)
+    for ranking in rankings:
+        line = first_line[prompt_key(ranking.prompt)]
+        pairs = comparisons(ranking)
+        report.note(line.number, "pairs made of rated answers", count=len(pairs))
+        for canonical in pairs:
+            yield Row(canonical, line.number, report, line.is_test)
 
 
 def read_sources(
     sources: Sequence[Source],
-    convert: Convert,
+    convert: Convert[Canonical],
     reports: list[ReadReport],
-    what: str,
+    content: str,
     seed: int,
     *,
     split: str = "train",
-) -> Rows:
-    """Canonical rows of all sources, fractions and caps applied."""
-    everything = Rows()
+) -> Rows[Canonical]:
+    """Read the canonical rows of all sources, fractions and caps applied.
+
+    Args:
+        convert: `to_pairs`, `to_demonstrations` or `to_prompts`.
+        reports: a report of each source is added here.
+        content: what is read, in the report's words.
+    """
+    rows: Rows[Canonical] = Rows()
     for source in sources:
-        report = ReadReport(f"{source.source} ({what})")
+        report = ReadReport(f"{source.source} ({content})")
         reports.append(report)
-        found = Rows()
-        rated: list[tuple[int, bool, Any]] = []
-        for number, row in read_rows(source.source, report, split=split):
-            is_test = isinstance(row, dict) and row.get("split") == "test" and split == "train"
-            side = found.test if is_test else found.train
-            try:
-                if convert is to_pairs and is_rated(row):
-                    rated += [(number, is_test, answer) for answer in rated_answers(row)]
-                    continue
-                canonicals = convert(row, report, number)
-            except BadRow as reason:
-                report.drop(number, str(reason))
-                continue
-            for canonical in canonicals:
-                for oddity in oddities(canonical):
-                    report.note(number, f"kept, though {oddity}")
-            side += [Row(canonical, number, report) for canonical in canonicals]
-        found += _pairs_of_rated(rated, report)
+        read = list(convert(_lines(source.source, report, split), report))
+        train = [row for row in read if not row.is_test]
         if source.fraction < 1:
-            kept = [row for row in found.train if share_of(row, f"{seed}:fraction") < source.fraction]
-            found.train = keep_only(found.train, kept, f"outside the fraction {source.fraction}")
+            kept = [row for row in train if share_of(row, f"{seed}:fraction") < source.fraction]
+            train = keep_only(train, kept, f"outside the fraction {source.fraction}")
         rng = random.Random(f"{seed}:{source.source}")
-        found.train = capped(found.train, source.max_rows, rng, f"over max_rows {source.max_rows}")
-        everything += found
-    return everything
-
-
-def _pairs_of_rated(rated: list[tuple[int, bool, Any]], report: ReadReport) -> Rows:
-    """Pairs between rated answers to one prompt that stand in different rows."""
-    if not rated:
-        return Rows()
-    where = {prompt_key(prompt): (number, is_test) for number, is_test, (prompt, _) in reversed(rated)}
-    found, alone = group_rated([answer for _, _, answer in rated])
-    if alone:
-        report.note(rated[0][0], "rated answers have no other answer to their prompt to be compared with", count=alone)
-    rows = Rows()
-    for ranking in found:
-        number, is_test = where[prompt_key(ranking.prompt)]
-        made = [Row(canonical, number, report) for canonical in comparisons(ranking)]
-        report.note(number, "pairs made of rated answers", count=len(made))
-        (rows.test if is_test else rows.train).extend(made)
+        rows.train += capped(train, source.max_rows, rng, f"over max_rows {source.max_rows}")
+        rows.test += [row for row in read if row.is_test]
     return rows
 
 
-def share_of(row: Row, salt: str) -> float:
-    """A number in [0, 1) that is the same for all rows of a prompt."""
+def _lines(source: str, report: ReadReport, split: str) -> Iterator[Line]:
+    for number, row in read_rows(source, report, split=split):
+        yield Line(number, row, isinstance(row, dict) and row.get("split") == "test" and split == "train")
+
+
+def share_of(row: Row[Canonical], salt: str) -> float:
+    """Return a number in [0, 1) that is the same for all rows of a prompt."""
     return share_of_text(row.key, salt)
 
 
 def share_of_text(text: str, salt: str) -> float:
-    """A number in [0, 1) that follows from a text."""
+    """Return a number in [0, 1) that follows from a text."""
     digest = hashlib.sha256(f"{salt}:{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def drop_rows(rows: Iterable[Row], reason: str) -> None:
+def drop_rows(rows: Iterable[Row[Canonical]], reason: str) -> None:
     """Count rows that are left out."""
     for row in rows:
         row.report.drop(row.number, reason)
 
 
-def keep_only(rows: list[Row], kept: list[Row], reason: str) -> list[Row]:
-    """The rows kept, the others counted."""
-    stay = {id(row) for row in kept}
-    drop_rows((row for row in rows if id(row) not in stay), reason)
+def keep_only(rows: Sequence[Row[Canonical]], kept: list[Row[Canonical]], reason: str) -> list[Row[Canonical]]:
+    """Return the rows that are kept; count the others in their reports."""
+    kept_ids = {id(row) for row in kept}
+    drop_rows((row for row in rows if id(row) not in kept_ids), reason)
     return kept
 
 
-def deduplicated(rows: list[Row]) -> list[Row]:
-    """Each pair once; a pair that stands in both orders is left out both times, for nobody knows which is right."""
+def deduplicated(rows: Sequence[Row[Pair]]) -> list[Row[Pair]]:
+    """Keep each pair once; drop a pair that stands in both orders both times, for nobody knows which is right."""
 
-    def identity(row: Row) -> tuple[str, frozenset[str], str]:
-        chosen, rejected = (row.values[side][0]["content"].strip() for side in ("chosen", "rejected"))
+    def identity(row: Row[Pair]) -> tuple[str, frozenset[str], str]:
+        chosen, rejected = answer(row.values, "chosen").strip(), answer(row.values, "rejected").strip()
         return row.key, frozenset((chosen, rejected)), chosen
 
     orders: dict[tuple[str, frozenset[str]], set[str]] = {}
     for row in rows:
         key, answers, chosen = identity(row)
         orders.setdefault((key, answers), set()).add(chosen)
-    kept: list[Row] = []
+    kept: list[Row[Pair]] = []
     seen: set[tuple[str, frozenset[str]]] = set()
     for row in rows:
         key, answers, _ = identity(row)
@@ -239,16 +253,16 @@ def deduplicated(rows: list[Row]) -> list[Row]:
     return kept
 
 
-def capped(rows: list[Row], most: int | None, rng: random.Random, reason: str) -> list[Row]:
-    """At most so many rows, in their order, by a seeded draw; the others are counted."""
+def capped(rows: Sequence[Row[Canonical]], most: int | None, rng: random.Random, reason: str) -> list[Row[Canonical]]:
+    """Keep at most so many rows, in their order, by a seeded draw; count the others in their reports."""
     if most is None or len(rows) <= most:
-        return rows
+        return list(rows)
     chosen = sorted(rng.sample(range(len(rows)), most))
     return keep_only(rows, [rows[index] for index in chosen], reason)
 
 
-def count_kept(reports: list[ReadReport], written: Iterable[list[Row]]) -> None:
-    """Say in every report how many of its rows ended up somewhere."""
+def count_kept(reports: list[ReadReport], written: Iterable[Sequence[Row[PromptRow]]]) -> None:
+    """Record in every report how many of its rows ended up in a file."""
     kept: dict[int, set[int]] = {}
     for rows in written:
         for row in rows:

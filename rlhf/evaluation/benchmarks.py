@@ -1,9 +1,10 @@
-"""Published benchmarks' own arithmetic, on accuracies that were measured here. Data come from the user or the hub."""
+"""The arithmetic of published benchmarks, on accuracies that were measured here. Data come from the user or the hub."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+
+from rlhf.statistics import Array
 
 # RewardBench (arXiv:2403.13787, `rewardbench/constants.py`): subsets of each section with the weight that they count
 # with. It is the number of their pairs, but for math, which counts as much as code (984 = 6 x 164).
@@ -41,14 +42,14 @@ REWARD_BENCH = {
     },
 }
 TIES = "Ties"
-Scored = tuple[str, str, Any, Any]
+ScoredRanking = tuple[str, str, Array, Array]  # subset, id, scores [K], labels [K]
 
 
 def reward_bench(subsets: Mapping[str, tuple[int, float]]) -> dict[str, float] | None:
-    """RewardBench's sections and their mean, where all subsets of all sections are there.
+    """Compute RewardBench's sections and their mean, where all subsets of all sections are there.
 
     Args:
-        subsets: name → (pairs, accuracy with ties wrong).
+        subsets: name → (number of pairs, accuracy with ties wrong).
 
     Returns:
         section → accuracy, and "Overall"; None if the data are not (all of) RewardBench.
@@ -62,8 +63,8 @@ def reward_bench(subsets: Mapping[str, tuple[int, float]]) -> dict[str, float] |
     return {**sections, "Overall": sum(sections.values()) / len(sections)}
 
 
-def reward_bench_2(rows: Sequence[Scored]) -> dict[str, float] | None:
-    """RewardBench 2 (arXiv:2506.01937): best of 4 by domain, the Ties score, and their unweighted mean.
+def reward_bench_2(rows: Sequence[ScoredRanking]) -> dict[str, float] | None:
+    """Compute RewardBench 2 (arXiv:2506.01937): best of 4 by domain, the Ties score, and their unweighted mean.
 
     Args:
         rows: (subset, id, scores [K], labels [K] with 1 for a right answer and 0 for a wrong one); the ids of the Ties
@@ -72,28 +73,28 @@ def reward_bench_2(rows: Sequence[Scored]) -> dict[str, float] | None:
     Returns:
         subset → score, and "Overall"; None where the Ties subset is not there.
     """
-    ties = [(identity, p, g) for subset, identity, p, g in rows if subset == TIES]
+    ties = [(identity, scores, labels) for subset, identity, scores, labels in rows if subset == TIES]
     if not ties:
         return None
-    scores = {}
+    figures = {}
     for domain in sorted({subset for subset, *_ in rows} - {TIES}):
-        here = [(p, g) for subset, _, p, g in rows if subset == domain]
-        scores[domain] = float(np.mean([p[g == 1].min() > p[g == 0].max() for p, g in here]))
-    scores[TIES] = ties_score(ties)
-    return {**scores, "Overall": sum(scores.values()) / len(scores)}
+        rankings = [(scores, labels) for subset, _, scores, labels in rows if subset == domain]
+        figures[domain] = float(np.mean([s[labels == 1].min() > s[labels == 0].max() for s, labels in rankings]))
+    figures[TIES] = ties_score(ties)
+    return {**figures, "Overall": sum(figures.values()) / len(figures)}
 
 
-def ties_score(rows: Sequence[tuple[str, Any, Any]]) -> float:
-    """RewardBench 2's Ties subset: right answers must lie above wrong ones, and closer together than the gap between.
+def ties_score(rows: Sequence[tuple[str, Array, Array]]) -> float:
+    """Score RewardBench 2's Ties subset: right answers must lie above wrong ones, and closer together than the gap between.
 
         score = 0.30 acc(tied) + 0.30 acc(ref) + 0.20 mean(gap_tied > spread) + 0.20 mean(m > spread)
                 + 0.01 mean(tanh(m / spread - 1)),   m = min(gap_ref, gap_tied)
 
     per prompt, acc: worst right > best wrong (strictly); gap = worst right - best wrong; spread = best right - worst
-    right of the tied form. The last three are over prompts that have both forms; 0/0 counts 0.
+    right of the tied form. The last three terms are over prompts that have both forms; 0/0 counts 0.
 
     Args:
-        rows: ("ref:ID" or "tied:ID", scores [K], labels [K]).
+        rows: ("ref:ID" or "tied:ID", scores [K], labels [K] with 1 for a right answer and 0 for a wrong one).
     """
     gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
     spreads: dict[str, float] = {}

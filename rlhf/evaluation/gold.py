@@ -1,44 +1,14 @@
 """A true reward from a user's own file: `evaluate.gold: FILE.py:function`."""
 
-import importlib.util
-import math
-from collections.abc import Callable
-from pathlib import Path
+from rlhf.data.functions import TextFunction, load_function
 
-from rlhf.errors import UserError
-
-GoldFunction = Callable[[list[str], list[str]], list[float]]
+GoldFunction = TextFunction
 
 
 def load_gold(reference: str) -> GoldFunction:
-    """Import `function` from `FILE.py` and wrap it so that a wrong answer is noticed where it is given.
-
-    Args:
-        reference: "FILE.py:function"; the function takes prompts and completions as texts and returns one finite
-            number for each.
+    """Import the true reward that `evaluate.gold` names, "FILE.py:function", of prompts and completions as texts.
 
     Raises:
-        UserError: no such file or function; later, from the wrapped function, a wrong number or kind of answers.
+        UserError: no such file or function; later, from the function, a wrong number or kind of values.
     """
-    file, _, name = reference.rpartition(":")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(f"evaluate.gold: {path.absolute()}: no such file.")
-    spec = importlib.util.spec_from_file_location(f"rlhf_gold_{path.stem}", path)
-    assert spec is not None, "a path that ends in .py has a loader"
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"evaluate.gold: {path} has no function {name!r}.")
-
-    def checked(prompts: list[str], completions: list[str]) -> list[float]:
-        values = [float(value) for value in function(prompts, completions)]
-        if len(values) != len(prompts) or not all(math.isfinite(value) for value in values):
-            raise UserError(
-                f"evaluate.gold: {reference} must return one finite number for each of {len(prompts)} answers."
-            )
-        return values
-
-    return checked
+    return load_function(reference, key="evaluate.gold")

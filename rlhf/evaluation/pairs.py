@@ -3,19 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import kendalltau
-from tqdm.auto import tqdm
 
 from rlhf.data.rankings import Ranking
-from rlhf.data.rows import Prompt
+from rlhf.data.rows import Pair, Prompt, Side, answer
 from rlhf.evaluation.benchmarks import reward_bench, reward_bench_2
+from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.statistics import (
     Array,
+    PairedDifference,
     best_of_n_kl,
     best_of_n_values,
     best_temperature,
@@ -38,39 +39,39 @@ class ScoredPairs:
     """Canonical pairs with their scores, in the order given.
 
     Attributes:
-        rows: canonical pairs.
-        prompts: their prompts as plain text: the clusters.
+        rows: the pairs.
+        prompts: [n] their prompts as plain text: pairs of one prompt are a cluster.
         scores_chosen, scores_rejected: [n] raw scores.
     """
 
-    rows: list[dict[str, Any]]
+    rows: Sequence[Pair]
     prompts: list[str]
     scores_chosen: Array
     scores_rejected: Array
 
     @classmethod
-    def unscored(cls, rows: list[dict[str, Any]]) -> "ScoredPairs":
-        """Pairs that nobody has judged yet: all scores 0."""
+    def unscored(cls, rows: Sequence[Pair]) -> "ScoredPairs":
+        """Wrap pairs that nothing has scored yet: all scores are 0."""
         return cls(rows, [plain(row["prompt"]) for row in rows], np.zeros(len(rows)), np.zeros(len(rows)))
 
     @property
     def right(self) -> Array:
-        """1 where the chosen answer has the higher score; a tie is wrong."""
+        """Return 1 where the chosen answer has the higher score and 0 elsewhere, [n]; a tie is wrong."""
         return (self.scores_chosen > self.scores_rejected).astype(float)
 
     @property
     def length_differences(self) -> Array:
-        """Characters of the chosen answer minus those of the rejected one."""
-        return np.array([len(_text(row, "chosen")) - len(_text(row, "rejected")) for row in self.rows], dtype=float)
+        """Return the characters of the chosen answer minus those of the rejected one, [n]."""
+        return np.array([len(answer(row, "chosen")) - len(answer(row, "rejected")) for row in self.rows], dtype=float)
 
     def samples(self) -> list[dict[str, Any]]:
-        """Every pair with its scores, for people."""
+        """Return every pair as texts with its scores, for people."""
         columns = zip(self.rows, self.prompts, self.scores_chosen, self.scores_rejected, strict=True)
         return [
             {
                 "prompt": prompt,
-                "chosen": _text(row, "chosen"),
-                "rejected": _text(row, "rejected"),
+                "chosen": answer(row, "chosen"),
+                "rejected": answer(row, "rejected"),
                 "score_chosen": float(chosen),
                 "score_rejected": float(rejected),
             }
@@ -78,13 +79,17 @@ class ScoredPairs:
         ]
 
 
-def score_pairs(reward: Scorer, rows: list[dict[str, Any]], *, label: str = "score") -> ScoredPairs:
-    """Score both sides of every pair; an answer that stands in several pairs is scored once."""
+def score_pairs(reward: Scorer, rows: Sequence[Pair], *, label: str = "score") -> ScoredPairs:
+    """Score both sides of every pair; an answer that stands in several pairs is scored once.
+
+    Args:
+        label: what the progress bar says.
+    """
     keys: dict[tuple[str, str], int] = {}
     unique: list[tuple[Prompt, str]] = []
 
-    def place(row: dict[str, Any], prompt: str, side: str) -> int:
-        key = (prompt, _text(row, side))
+    def place(row: Pair, prompt: str, side: Side) -> int:
+        key = (prompt, answer(row, side))
         if key not in keys:
             keys[key] = len(unique)
             unique.append((row["prompt"], key[1]))
@@ -97,8 +102,8 @@ def score_pairs(reward: Scorer, rows: list[dict[str, Any]], *, label: str = "sco
     return ScoredPairs(rows, prompts, scores[chosen], scores[rejected])
 
 
-def pair_report(judged: ScoredPairs, *, gold_differences: Sequence[float] | None = None) -> dict[str, Any]:
-    """How well scores order labelled pairs. All intervals resample prompts.
+def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None = None) -> dict[str, Any]:
+    """Report how well scores order labelled pairs. All intervals resample prompts.
 
     `accuracy` counts ties as wrong (strict inequality, as RewardBench does) and says how many there were.
     `length_baseline` is the accuracy of "the longer answer wins", ties half; `accuracy_length_controlled` gives a model
@@ -106,16 +111,19 @@ def pair_report(judged: ScoredPairs, *, gold_differences: Sequence[float] | None
     often it agrees with the label; `brier` and `nll` are of P(chosen) = σ(d); `temperature` is the T whose σ(d/T) fits
     these labels best. `accuracy_true` compares with the sign of the true reward's difference, pairs without one left out.
     `by` has the accuracy by subset, source and difficulty where the rows name them, `by_length` by length difference.
+
+    Args:
+        gold_differences: [n] true reward of the chosen answer minus that of the rejected one, where it is known.
     """
-    right, differences = judged.right, judged.scores_chosen - judged.scores_rejected
-    accuracy, interval = clustered_mean(right.tolist(), judged.prompts)
-    lengths = judged.length_differences
+    right, differences = scored.right, scored.scores_chosen - scored.scores_rejected
+    accuracy, interval = clustered_mean(right.tolist(), scored.prompts)
+    lengths = scored.length_differences
     confidence = (1 / (1 + np.exp(-np.minimum(np.abs(differences), 50.0)))).tolist()
-    controlled, controlled_interval = length_controlled_accuracy(right.tolist(), lengths.tolist(), judged.prompts)
+    controlled, controlled_interval = length_controlled_accuracy(right.tolist(), lengths.tolist(), scored.prompts)
     temperature = best_temperature(differences.tolist())
     report: dict[str, Any] = {
         "n": int(right.size),
-        "prompts": len(set(judged.prompts)),
+        "prompts": len(set(scored.prompts)),
         "accuracy": accuracy,
         "accuracy_ci": interval,
         "ties": int((differences == 0).sum()),
@@ -130,39 +138,42 @@ def pair_report(judged: ScoredPairs, *, gold_differences: Sequence[float] | None
         "accuracy_true": None,
         "accuracy_true_ci": None,
         "calibration": calibration_table(confidence, right.tolist()),
-        "by": {name: _by(judged, *grouping) for name, grouping in _groupings(judged.rows).items()},
-        "by_length": _by_length(judged, lengths),
+        "by": {name: _by(scored, grouping) for name, grouping in _groupings(scored.rows).items()},
+        "by_length": _by_length(scored, lengths),
     }
     if gold_differences is not None:
         gold = np.asarray(gold_differences, dtype=float)
         decided = gold != 0
         if decided.any():
             agrees = (np.sign(differences) == np.sign(gold))[decided].astype(float)
-            kept = [prompt for prompt, keep in zip(judged.prompts, decided, strict=True) if keep]
+            kept = [prompt for prompt, keep in zip(scored.prompts, decided, strict=True) if keep]
             report["accuracy_true"], report["accuracy_true_ci"] = clustered_mean(agrees.tolist(), kept)
     subsets = report["by"].get("subset", {})
     report["reward_bench"] = reward_bench({name: (entry["n"], entry["accuracy"]) for name, entry in subsets.items()})
     return report
 
 
-def compare(first: ScoredPairs, second: ScoredPairs) -> dict[str, Any]:
-    """`first` against `second` on the same pairs: the difference in accuracy, its interval, a paired test."""
+def compare(first: ScoredPairs, second: ScoredPairs) -> PairedDifference:
+    """Compare the accuracies of two models on the same pairs: `first` minus `second`, its interval, a paired test."""
     return paired_difference(first.right.tolist(), second.right.tolist(), first.prompts)
 
 
 def ranking_report(reward: Scorer, rankings: Sequence[Ranking], *, label: str = "score") -> dict[str, Any]:
-    """K-wise data by prompt.
+    """Report how well a model orders the answers of K-wise data, prompt by prompt.
 
     `best_of_k` is how often every best answer is scored above every other, strictly, so a tie is wrong (RewardBench 2);
     chance is 1 / C(K, number of best ones). `tau_b` is the mean rank correlation. `best_of_n` is what choosing the best
     of n with this model gives, in the unit of the labels, at which KL: the unbiased estimator over all subsets, beside
     choosing by the labels themselves, on the prompts that have n answers.
+
+    Args:
+        label: what the progress bar says.
     """
-    flat: list[tuple[Prompt, str]] = [(r.prompt, answer.content) for r in rankings for answer in r.answers]
-    scores = _scores(reward, flat, label)
+    texts: list[tuple[Prompt, str]] = [(r.prompt, ranked.content) for r in rankings for ranked in r.answers]
+    scores = _scores(reward, texts, label)
     ends = np.cumsum([len(ranking.answers) for ranking in rankings])
     proxies = np.split(scores, ends[:-1])
-    golds = [np.array([answer.score for answer in ranking.answers]) for ranking in rankings]
+    golds = [np.array([ranked.score for ranked in ranking.answers]) for ranking in rankings]
     best = [float(p[g == g.max()].min() > p[g < g.max()].max()) for p, g in zip(proxies, golds, strict=True)]
     taus = [tau for p, g in zip(proxies, golds, strict=True) if not np.isnan(tau := kendalltau(p, g).statistic)]
     accuracy, interval = clustered_mean(best)
@@ -180,7 +191,7 @@ def ranking_report(reward: Scorer, rankings: Sequence[Ranking], *, label: str = 
 
 
 def _best_of_n(proxies: Sequence[Array], golds: Sequence[Array]) -> list[dict[str, float]]:
-    """The curve over n = 1, 2, 4, … for the prompts that have as many answers as most have."""
+    """Compute the curve over n = 1, 2, 4, … for the prompts that have at least the median number of answers."""
     most = int(np.median([len(g) for g in golds]))
     kept = [(p, g) for p, g in zip(proxies, golds, strict=True) if len(g) >= most]
     rows = []
@@ -194,68 +205,74 @@ def _best_of_n(proxies: Sequence[Array], golds: Sequence[Array]) -> list[dict[st
 
 
 def _scores(reward: Scorer, texts: Sequence[tuple[Prompt, str]], label: str) -> Array:
-    """Scores of (prompt, answer), in chunks so that a bar can move; similar lengths together."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i][1]) + len(plain(texts[i][0])))
-    scores = np.empty(len(texts))
-    for start in tqdm(range(0, len(order), CHUNK), desc=label, disable=None):
-        index = order[start : start + CHUNK]
-        part = reward.score([texts[i][0] for i in index], [texts[i][1] for i in index])
-        scores[index] = part.numpy().astype(float)
-    return scores
+    """Score (prompt, answer), [n], in chunks so that a bar can move; similar lengths together."""
+
+    def score(chunk: list[int]) -> list[float]:
+        return reward.score([texts[i][0] for i in chunk], [texts[i][1] for i in chunk]).tolist()
+
+    lengths = [len(text) + len(plain(prompt)) for prompt, text in texts]
+    return np.array(run_batches(score, batches_by_length(lengths, CHUNK), label=label), dtype=float)
 
 
-def _groupings(rows: list[dict[str, Any]]) -> dict[str, tuple[list[str | None], list[str]]]:
-    """The labels by which accuracy is broken down, where rows carry them and they differ, and the order of the labels."""
-    found: dict[str, tuple[list[str | None], list[str]]] = {}
-    for name in ("subset", "source"):
-        labels = [row.get(name) for row in rows]
+class _Grouping(NamedTuple):
+    """The label of each pair by which accuracy is broken down, None where it has none; and the labels in their order."""
+
+    labels: Sequence[str | None]
+    order: list[str]
+
+
+def _groupings(rows: Sequence[Pair]) -> dict[str, _Grouping]:
+    """Collect the groupings that the rows name, where their labels differ: subset, source, difficulty."""
+    groupings = {}
+    for name, labels in (
+        ("subset", [row.get("subset") for row in rows]),
+        ("source", [row.get("source") for row in rows]),
+    ):
         if len(set(labels)) > 1:
-            found[name] = (labels, sorted({label for label in labels if label is not None}))
-    for name in ("rating_gap", "margin", "agree"):
-        values = [row.get(name) for row in rows]
+            groupings[name] = _Grouping(labels, sorted({label for label in labels if label is not None}))
+    for name, values in (
+        ("rating_gap", [row.get("rating_gap") for row in rows]),
+        ("margin", [row.get("margin") for row in rows]),
+        ("agree", [row.get("agree") for row in rows]),
+    ):
         if all(value is not None for value in values) and len(set(values)) > 1:
-            found["difficulty"] = _binned(name, np.array(values, dtype=float))
+            groupings["difficulty"] = _binned(name, np.array(values, dtype=float))
             break
-    return found
+    return groupings
 
 
-def _binned(name: str, values: Array) -> tuple[list[str | None], list[str]]:
-    """Few values as they are, many in quarters, hardest first: the smaller the gap, the harder the pair."""
+def _binned(name: str, values: Array) -> _Grouping:
+    """Group pairs by value, hardest first (the smaller the gap, the harder the pair): few values as they are, many in quarters."""
     distinct = sorted(set(values.tolist()))
     if len(distinct) <= MOST_DIFFICULTIES:
-        return [f"{name} {value:g}" for value in values], [f"{name} {value:g}" for value in distinct]
+        return _Grouping([f"{name} {value:g}" for value in values], [f"{name} {value:g}" for value in distinct])
     edges = sorted(set(np.quantile(values, [0.25, 0.5, 0.75]).tolist()))
     names = [f"{name} ≤ {edge:.3g}" for edge in edges] + [f"{name} > {edges[-1]:.3g}"]
     index = np.searchsorted(edges, values, side="left")
-    return [names[int(i)] for i in index], [names[i] for i in sorted(set(index.tolist()))]
+    return _Grouping([names[int(i)] for i in index], [names[i] for i in sorted(set(index.tolist()))])
 
 
-def _by(judged: ScoredPairs, labels: list[str | None], order: list[str]) -> dict[str, dict[str, Any]]:
-    """Accuracy of each group that has a label, with its interval and length baseline."""
-    right, lengths = judged.right, judged.length_differences
+def _by(scored: ScoredPairs, grouping: _Grouping) -> dict[str, dict[str, Any]]:
+    """Report the accuracy of each group that has a label, with its interval and length baseline."""
+    right, lengths = scored.right, scored.length_differences
     report = {}
-    for label in order:
-        here = [i for i, other in enumerate(labels) if other == label]
-        accuracy, interval = clustered_mean(right[here].tolist(), [judged.prompts[i] for i in here])
-        longer = float(((lengths[here] > 0) + 0.5 * (lengths[here] == 0)).mean())
-        report[label] = {"n": len(here), "accuracy": accuracy, "accuracy_ci": interval, "length_baseline": longer}
+    for label in grouping.order:
+        group = [i for i, other in enumerate(grouping.labels) if other == label]
+        accuracy, interval = clustered_mean(right[group].tolist(), [scored.prompts[i] for i in group])
+        longer = float(((lengths[group] > 0) + 0.5 * (lengths[group] == 0)).mean())
+        report[label] = {"n": len(group), "accuracy": accuracy, "accuracy_ci": interval, "length_baseline": longer}
     return report
 
 
-def _by_length(judged: ScoredPairs, lengths: Array) -> list[dict[str, Any]]:
-    """Accuracy over equally many pairs each, from "chosen much shorter" to "chosen much longer"."""
+def _by_length(scored: ScoredPairs, lengths: Array) -> list[dict[str, Any]]:
+    """Report the accuracy over bins of equally many pairs, from "chosen much shorter" to "chosen much longer"."""
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)))
-    index = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(0, len(edges) - 2))
-    right = judged.right
+    bins = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(0, len(edges) - 2))
+    right = scored.right
     report = []
-    for b in sorted(set(index.tolist())):
-        here = np.nonzero(index == b)[0]
-        accuracy, interval = clustered_mean(right[here].tolist(), [judged.prompts[i] for i in here])
-        low, high = float(lengths[here].min()), float(lengths[here].max())
-        report.append({"low": low, "high": high, "n": len(here), "accuracy": accuracy, "accuracy_ci": interval})
+    for number in sorted(set(bins.tolist())):
+        group = np.nonzero(bins == number)[0]
+        accuracy, interval = clustered_mean(right[group].tolist(), [scored.prompts[i] for i in group])
+        low, high = float(lengths[group].min()), float(lengths[group].max())
+        report.append({"low": low, "high": high, "n": len(group), "accuracy": accuracy, "accuracy_ci": interval})
     return report
-
-
-def _text(row: dict[str, Any], side: str) -> str:
-    text: str = row[side][0]["content"]
-    return text

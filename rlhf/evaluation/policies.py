@@ -1,39 +1,63 @@
 """How good a policy is: against SFT and best-of-n on the same held-out prompts, by proxy, by gold, and at which KL."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
+from rlhf.evaluation.gold import GoldFunction
 from rlhf.models.generate import Completions, generate, sample_texts
 from rlhf.models.logprobs import response_logprobs
+from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.objectives.kl import kl_k1
 from rlhf.statistics import best_of_n_kl, best_of_n_values, clustered_mean, win_rate
 
 BEST_OF = 16
-Score = Callable[..., Tensor]
-Gold = Callable[[list[str], list[str]], list[float]]
+
+
+class PolicyEvaluation(NamedTuple):
+    """What was measured, and on what.
+
+    Attributes:
+        facts: `sft`, `policy`, `best_of_16` and `gold_gap_closed` as in `summary.json`; and `best_of_n`, the true reward of
+            the best of n of SFT's answers and its KL (unbiased over all subsets of the 16).
+        samples: the answers of SFT and of the policy to each prompt, side by side, for people.
+        sft_answers: all of SFT's answers, each with whether it ended.
+    """
+
+    facts: dict[str, Any]
+    samples: list[dict[str, Any]]
+    sft_answers: list[tuple[str, bool]]
+
+
+class _Answers(NamedTuple):
+    """The policy's answer to each prompt: the texts, whether each ended, their raw scores, and Σ_t k1 to SFT in nats."""
+
+    texts: list[str]
+    ended: list[bool]
+    proxies: list[float]
+    kls: list[float]
 
 
 @torch.no_grad()
 def evaluate_policies(
     *,
-    policy: Any,
-    sft: Any,
+    policy: PreTrainedModel,
+    sft: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    score: Score,
-    gold: Gold | None,
+    reward: Scorer,
+    gold: GoldFunction | None,
     prompts: Sequence[Prompt],
     batch_size: int,
     max_new_tokens: int,
     max_prompt_length: int | None = None,
     sft_answers: Sequence[tuple[str, bool]] | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, bool]]]:
+) -> PolicyEvaluation:
     """Sample both policies at temperature 1 and compare them.
 
     One answer a prompt from the policy, 16 from SFT (one without a true reward), the first being SFT's own. KL is
@@ -41,97 +65,108 @@ def evaluate_policies(
 
     Args:
         policy, sft: causal models in evaluation mode on one device, with one tokenizer.
-        score: the reward model: (prompts, texts, ended=...) → raw scores.
+        reward: what gives an answer its proxy score.
         gold: the true reward, or None.
-        sft_answers: what an earlier call gave back for these prompts and this SFT; sampled here where absent.
-
-    Returns:
-        `sft`, `policy`, `best_of_16` and `gold_gap_closed` as in `summary.json`; `best_of_n`, the true reward of the best
-        of n of SFT's answers and its KL (unbiased over all subsets of the 16); samples side by side; and all of SFT's answers, each
-        with whether it ended.
+        batch_size: answers that are sampled together.
+        max_new_tokens: an answer is cut after this many tokens.
+        max_prompt_length: in tokens; longer prompts lose their beginning.
+        sft_answers: those of an earlier call for these prompts and this SFT; sampled here where absent.
     """
     per_prompt = BEST_OF if gold is not None else 1  # without a true reward there is no best of 16 to speak of
-    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
+    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
     texts = [plain(prompt) for prompt in prompts]
 
     # 1. SFT's answers to each prompt; first, so that they are the same whatever the policy became.
     repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(per_prompt)]
     if sft_answers is None:
-        sampled, ended = sample_texts(
-            sft, tokenizer, repeated, batch_size=batch_size, label="evaluate: SFT", **arguments
-        )
+        sampled, ended = sample_texts(sft, tokenizer, repeated, batch_size=batch_size, label="evaluate: SFT", **lengths)
         sft_answers = list(zip(sampled, ended, strict=True))
     sft_texts = [text for text, _ in sft_answers]
-    sft_proxies = score(repeated, sft_texts, ended=[ended for _, ended in sft_answers]).tolist()
+    sft_proxies = reward.score(repeated, sft_texts, ended=[ended for _, ended in sft_answers]).tolist()
     sft_scores = torch.tensor(sft_proxies).view(-1, per_prompt)
 
     # 2. The policy's answers, their scores and their distance from SFT.
-    answers, finished, proxies, kls = [], [], [], []
+    answers = _Answers([], [], [], [])
     for start in tqdm(range(0, len(prompts), batch_size), desc="evaluate: policy", disable=None):
         part = prompts[start : start + batch_size]
-        completions = generate(policy, tokenizer, part, **arguments)
-        answers += completions.texts
-        finished += completions.ended.tolist()
-        proxies += score(part, completions.texts, ended=completions.ended.tolist()).tolist()
-        kls += sequence_kl(policy, sft, completions).tolist()
+        completions = generate(policy, tokenizer, part, **lengths)
+        answers.texts.extend(completions.texts)
+        answers.ended.extend(completions.ended.tolist())
+        answers.proxies.extend(reward.score(part, completions.texts, ended=completions.ended.tolist()).tolist())
+        answers.kls.extend(sequence_kl(policy, sft, completions).tolist())
 
-    # 3. The true reward of all of them.
+    # 3. What is known without a true reward, and the true reward of all answers where there is one.
     facts: dict[str, Any] = {
         "n": len(prompts),
         "sft": {"gold": None, **_mean("proxy", sft_scores[:, 0].tolist())},
-        "policy": {**_mean("proxy", proxies), "gold": None, **_mean("kl", kls), "win_rate": None},
+        "policy": {**_mean("proxy", answers.proxies), "gold": None, **_mean("kl", answers.kls), "win_rate": None},
         "best_of_16": {"by_reward": {"gold": None, "kl": None}, "by_gold": {"gold": None}},
         "gold_gap_closed": None,
         "best_of_n": [],
     }
-    gold_policy: list[float | None] = [None] * len(prompts)
-    gold_sft: list[float | None] = [None] * len(prompts)
+    gold_policy: Sequence[float | None] = [None] * len(prompts)
+    gold_sft: Sequence[float | None] = [None] * len(prompts)
     if gold is not None:
-        ours = gold(texts, answers)
-        theirs = torch.tensor(gold([text for text in texts for _ in range(BEST_OF)], sft_texts)).view(-1, BEST_OF)
-        first = theirs[:, 0].tolist()
-        best = theirs.max(dim=1).values.tolist()
-        picked = theirs.gather(1, sft_scores.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
-        rate, interval = win_rate(ours, first)
-        facts["sft"] |= _mean("gold", first)
-        facts["policy"] |= {**_mean("gold", ours), "win_rate": rate, "win_rate_ci": interval}
-        facts["best_of_16"]["by_reward"] |= {**_mean("gold", picked), "kl": best_of_n_kl(BEST_OF)}
-        facts["best_of_16"]["by_gold"] |= _mean("gold", best)
-        facts["best_of_n"] = [
-            {
-                "n": n,
-                "kl": best_of_n_kl(n),
-                "by_reward": clustered_mean(best_of_n_values(sft_scores.tolist(), theirs.tolist(), n))[0],
-                "by_gold": clustered_mean(best_of_n_values(theirs.tolist(), theirs.tolist(), n))[0],
-            }
-            for n in (1, 2, 4, 8, BEST_OF)
-        ]
-        gap = facts["best_of_16"]["by_gold"]["gold"] - facts["sft"]["gold"]
-        if gap > 0:
-            facts["gold_gap_closed"] = (facts["policy"]["gold"] - facts["sft"]["gold"]) / gap
-        gold_policy, gold_sft = list(ours), first
+        golds = gold(texts, answers.texts)
+        sft_golds = torch.tensor(gold([text for text in texts for _ in range(BEST_OF)], sft_texts)).view(-1, BEST_OF)
+        for name, known in _by_true_reward(golds, sft_golds, sft_scores).items():
+            facts[name] = facts[name] | known if isinstance(known, dict) else known
+        gold_policy, gold_sft = golds, sft_golds[:, 0].tolist()
 
     # 4. Side by side, for people.
     samples = [
         {
             "prompt": texts[i],
             "sft": sft_texts[i * per_prompt],
-            "policy": answers[i],
+            "policy": answers.texts[i],
             "ended_sft": sft_answers[i * per_prompt][1],
-            "ended_policy": finished[i],
+            "ended_policy": answers.ended[i],
             "proxy_sft": sft_proxies[i * per_prompt],
-            "proxy_policy": proxies[i],
+            "proxy_policy": answers.proxies[i],
             "gold_sft": gold_sft[i],
             "gold_policy": gold_policy[i],
-            "kl": kls[i],
+            "kl": answers.kls[i],
         }
         for i in range(len(prompts))
     ]
-    return facts, samples, list(sft_answers)
+    return PolicyEvaluation(facts, samples, list(sft_answers))
 
 
-def sequence_kl(policy: Any, reference: Any, completions: Completions) -> Tensor:
-    """Σ_t k1 over each answer [b], nats, at temperature 1."""
+def _by_true_reward(policy: Sequence[float], sft: Tensor, sft_scores: Tensor) -> dict[str, Any]:
+    """Return the facts that a true reward adds.
+
+    Args:
+        policy: [n] true rewards of the policy's answers.
+        sft: [n, 16] true rewards of SFT's answers.
+        sft_scores: [n, 16] their raw scores by the reward model.
+    """
+    first, best = sft[:, 0].tolist(), sft.max(dim=1).values.tolist()
+    picked = sft.gather(1, sft_scores.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
+    rate, interval = win_rate(policy, first)
+    of_policy, of_sft, of_best = _mean("gold", policy), _mean("gold", first), _mean("gold", best)
+    gap = of_best["gold"] - of_sft["gold"]
+    return {
+        "sft": of_sft,
+        "policy": {**of_policy, "win_rate": rate, "win_rate_ci": interval},
+        "best_of_16": {
+            "by_reward": {**_mean("gold", picked), "kl": best_of_n_kl(BEST_OF)},
+            "by_gold": of_best,
+        },
+        "gold_gap_closed": (of_policy["gold"] - of_sft["gold"]) / gap if gap > 0 else None,
+        "best_of_n": [
+            {
+                "n": n,
+                "kl": best_of_n_kl(n),
+                "by_reward": clustered_mean(best_of_n_values(sft_scores.tolist(), sft.tolist(), n))[0],
+                "by_gold": clustered_mean(best_of_n_values(sft.tolist(), sft.tolist(), n))[0],
+            }
+            for n in (1, 2, 4, 8, BEST_OF)
+        ],
+    }
+
+
+def sequence_kl(policy: PreTrainedModel, reference: PreTrainedModel, completions: Completions) -> Tensor:
+    """Return Σ_t k1 over each answer, [b], nats, at temperature 1."""
     input_ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
     attention_mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
     width = completions.response_ids.shape[1]

@@ -1,4 +1,4 @@
-"""Annotators whose reliability, bias and noise are known: they see the true reward through tinted glasses."""
+"""Annotators whose reliability, bias and noise are known: they see the true reward, blurred and shifted."""
 
 import math
 import random
@@ -16,9 +16,10 @@ class Annotator:
     u(answer) = true reward + length_bias · words / 10 + flattery_bias · flattering phrases.
 
     Args:
-        sharpness: how well quality differences are seen, per unit of true reward.
-        length_bias: true reward that ten more words are mistaken for.
-        flattery_bias: true reward that one flattering or pleasing phrase is mistaken for.
+        name: who labelled a pair, in the files.
+        sharpness: how well differences in quality are seen, per unit of true reward.
+        length_bias: the true reward that ten more words are mistaken for.
+        flattery_bias: the true reward that one flattering or pleasing phrase is mistaken for.
         carelessness: share of comparisons answered by coin flip.
     """
 
@@ -29,7 +30,7 @@ class Annotator:
     carelessness: float
 
     def utility(self, prompt: str, answer: str) -> float:
-        """What this person thinks the answer is worth, in units of true reward."""
+        """Return what this person thinks the answer is worth, in units of true reward."""
         return (
             true_reward(prompt, answer)
             + self.length_bias * len(answer.split()) / 10
@@ -37,13 +38,13 @@ class Annotator:
         )
 
     def probability_of_preferring(self, prompt: str, first: str, second: str) -> float:
-        """P(this person prefers `first` to `second`)."""
+        """Return P(this person prefers `first` to `second`)."""
         difference = self.utility(prompt, first) - self.utility(prompt, second)
-        seen = 1 / (1 + math.exp(-max(-50.0, min(50.0, self.sharpness * difference))))
-        return (1 - self.carelessness) * seen + self.carelessness / 2
+        when_careful = 1 / (1 + math.exp(-max(-50.0, min(50.0, self.sharpness * difference))))
+        return (1 - self.carelessness) * when_careful + self.carelessness / 2
 
     def prefers_first(self, prompt: str, first: str, second: str, rng: random.Random) -> bool:
-        """One comparison."""
+        """Draw whether this person prefers `first` in one comparison."""
         return rng.random() < self.probability_of_preferring(prompt, first, second)
 
 
@@ -57,7 +58,7 @@ CROWD = (
 
 @dataclass(frozen=True)
 class Label:
-    """One labelled pair; `second_opinion` is what another annotator of the crowd said about the same pair."""
+    """One labelled pair, and whether another annotator of the crowd gave the same label (`second_opinion_agrees`)."""
 
     prompt: str
     chosen: str
@@ -78,11 +79,14 @@ def label_pair(prompt: str, first: str, second: str, rng: random.Random, crowd: 
 def simulate_label(
     prompt: str, first: str, second: str, rng: random.Random, annotators: str, flip_rate: float
 ) -> tuple[str, str]:
-    """Which answer is better, `first`, `second` or `tie`, and who says so: one of the crowd, or the true reward itself.
+    """Simulate one label: which answer is better, and who says so, one of the crowd or the true reward itself.
 
     Args:
         annotators: `crowd`, or `exact` for the true reward.
-        flip_rate: share of the verdicts that are turned round, whoever gave them.
+        flip_rate: share of the labels that are flipped, whoever gave them.
+
+    Returns:
+        `first`, `second` or `tie`; and the annotator's name.
     """
     if annotators == "exact":
         name, difference = "exact", true_reward(prompt, first) - true_reward(prompt, second)
@@ -98,7 +102,9 @@ def simulate_label(
 
 
 def flip_rate(labels: Sequence[Label]) -> float:
-    """Share of labels that contradict the true reward; pairs of equal true reward cannot be wrong and do not count."""
-    differences = [true_reward(x.prompt, x.chosen) - true_reward(x.prompt, x.rejected) for x in labels]
+    """Return the share of labels that contradict the true reward; pairs of equal true reward can't be wrong and don't count."""
+    differences = [
+        true_reward(label.prompt, label.chosen) - true_reward(label.prompt, label.rejected) for label in labels
+    ]
     decided = [difference for difference in differences if difference != 0]
     return sum(difference < 0 for difference in decided) / max(1, len(decided))

@@ -1,11 +1,11 @@
 """Write the lab's files in ordinary Hugging Face formats: a base checkpoint, demonstrations, pairs and prompts."""
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from rlhf.data.rows import Demonstration, Message, Messages, Pair, completion
+from rlhf.files import write_jsonl
 from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label
 from rlhf.lab.world import (
     DANGEROUS,
@@ -17,13 +17,14 @@ from rlhf.lab.world import (
     write_answer,
 )
 from rlhf.models.scratch import build_base
+from rlhf.models.text import plain
 
 HELD_OUT_PROMPTS = 640
 
 
 @dataclass(frozen=True)
 class LabSettings:
-    """Sizes of a lab, and who labels its training pairs (`simulate_label`); the world itself has no options."""
+    """Sizes of a lab, and who labels its training pairs (as `simulate_label`); the world itself has no options."""
 
     demonstrations: int = 8000
     pairs: int = 6000
@@ -35,7 +36,7 @@ class LabSettings:
     seed: int = 0
 
 
-def build_lab(folder: Path, settings: LabSettings) -> dict[str, Any]:
+def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
     """Build the world's files; the same settings give the same bytes.
 
     Writes `model/` (a randomly initialised Llama with tokenizer and chat template) and under `data/`: `sft.jsonl`,
@@ -57,31 +58,31 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, Any]:
 
     # 2. Demonstrations of mixed quality, about all kinds: the writers know what the annotators never see.
     demonstration_prompts = train + shift_train
-    demonstrations = []
+    demonstrations: list[Demonstration] = []
     for _ in range(settings.demonstrations):
         prompt = rng.choice(demonstration_prompts)
         demonstrations.append({"prompt": _user(prompt), "completion": _assistant(write_answer(prompt, rng))})
 
     # 3. Pairs of answers by the same writers, labelled by the crowd.
-    labels = _labelled(settings.pairs, train, rng)
+    labels = _label(settings.pairs, train, rng)
     if settings.annotators == "exact" or settings.flip_rate > 0:
-        labels = _labelled_again(labels, settings)
-    test_labels = _labelled(settings.test_pairs, test_pair_prompts, rng)
-    shift_labels = _labelled(settings.test_pairs, shift_test, rng)
+        labels = _label_again(labels, settings)
+    test_labels = _label(settings.test_pairs, test_pair_prompts, rng)
+    shift_labels = _label(settings.test_pairs, shift_test, rng)
 
     # 4. Files.
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
-    _write(data / "sft.jsonl", demonstrations)
-    _write(data / "preferences.jsonl", [_pair(label) for label in labels])
-    _write(data / "test.jsonl", [_pair(label) for label in test_labels])
-    _write(data / "shift_test.jsonl", [_pair(label) for label in shift_labels])
-    _write(data / "prompts.jsonl", [{"prompt": _user(prompt)} for prompt in train])
-    _write(data / "test_prompts.jsonl", [{"prompt": _user(prompt)} for prompt in test_prompts])
-    _write(data / "shift_prompts.jsonl", [{"prompt": _user(prompt)} for prompt in shift_test])
+    write_jsonl(data / "sft.jsonl", demonstrations)
+    write_jsonl(data / "preferences.jsonl", [_pair(label) for label in labels])
+    write_jsonl(data / "test.jsonl", [_pair(label) for label in test_labels])
+    write_jsonl(data / "shift_test.jsonl", [_pair(label) for label in shift_labels])
+    write_jsonl(data / "prompts.jsonl", [{"prompt": _user(prompt)} for prompt in train])
+    write_jsonl(data / "test_prompts.jsonl", [{"prompt": _user(prompt)} for prompt in test_prompts])
+    write_jsonl(data / "shift_prompts.jsonl", [{"prompt": _user(prompt)} for prompt in shift_test])
     build_base(
         folder / "model",
-        (row["prompt"][0]["content"] + "\n" + row["completion"][0]["content"] for row in demonstrations),
+        (plain(row["prompt"]) + "\n" + completion(row) for row in demonstrations),
         architecture="llama",
         settings={
             "hidden_size": settings.hidden_size,
@@ -97,7 +98,8 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, Any]:
     return {"flip_rate": flip_rate(labels), "annotator_agreement": agreement}
 
 
-def _labelled(count: int, prompts: list[str], rng: random.Random) -> list[Label]:
+def _label(count: int, prompts: list[str], rng: random.Random) -> list[Label]:
+    """Let writers answer random prompts twice, and the crowd label the two answers where they differ."""
     labels: list[Label] = []
     while len(labels) < count:
         prompt = rng.choice(prompts)
@@ -107,29 +109,29 @@ def _labelled(count: int, prompts: list[str], rng: random.Random) -> list[Label]
     return labels
 
 
-def _labelled_again(labels: list[Label], settings: LabSettings) -> list[Label]:
-    """The same pairs with other annotators' labels; those that the true reward calls equal are left as the crowd had them."""
+def _label_again(labels: list[Label], settings: LabSettings) -> list[Label]:
+    """Label the same pairs by other annotators; those that the true reward calls equal stay as the crowd had them."""
     rng = random.Random(settings.seed + 1)
-    again = []
+    relabelled = []
     for label in labels:
-        verdict, name = simulate_label(
+        better, name = simulate_label(
             label.prompt, label.chosen, label.rejected, rng, settings.annotators, settings.flip_rate
         )
-        turned = verdict == "second"
-        chosen, rejected = (label.rejected, label.chosen) if turned else (label.chosen, label.rejected)
-        again.append(Label(label.prompt, chosen, rejected, name, label.second_opinion_agrees != turned))
-    return again
+        flipped = better == "second"
+        chosen, rejected = (label.rejected, label.chosen) if flipped else (label.chosen, label.rejected)
+        relabelled.append(Label(label.prompt, chosen, rejected, name, label.second_opinion_agrees != flipped))
+    return relabelled
 
 
-def _user(content: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": content}]
+def _user(content: str) -> Messages:
+    return [Message(role="user", content=content)]
 
 
-def _assistant(content: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": content}]
+def _assistant(content: str) -> Messages:
+    return [Message(role="assistant", content=content)]
 
 
-def _pair(label: Label) -> dict[str, Any]:
+def _pair(label: Label) -> Pair:
     return {
         "prompt": _user(label.prompt),
         "chosen": _assistant(label.chosen),
@@ -137,7 +139,3 @@ def _pair(label: Label) -> dict[str, Any]:
         "annotator": label.annotator,
         "source": "harmless" if parse_request(label.prompt).is_dangerous else "helpful",
     }
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,16 +1,16 @@
 """Sampling answers: one function for sampling, evaluation and PPO."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf.data.rows import Prompt
+from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.text import prompt_text
 
 STRETCH = 16  # tokens after which rows that have ended leave the batch
@@ -150,19 +150,18 @@ def sample_texts(
     fails at once. `label` shows progress.
     """
     lengths = [len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)]
-    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
-    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
-    for start in tqdm(range(0, len(prompts), batch_size), desc=label, disable=True if label is None else None):
-        part = order[start : start + batch_size]
+
+    def answer(batch: list[int]) -> Iterator[tuple[str, bool]]:
         completions = generate(
             model,
             tokenizer,
-            [prompts[i] for i in part],
+            [prompts[i] for i in batch],
             max_new_tokens=max_new_tokens,
             max_prompt_length=max_prompt_length,
         )
-        for i, text, ended in zip(part, completions.texts, completions.ended.tolist(), strict=True):
-            answers[i] = (text, ended)
+        return zip(completions.texts, completions.ended.tolist(), strict=True)
+
+    answers = run_batches(answer, batches_by_length(lengths, batch_size, longest_first=True), label=label)
     return [text for text, _ in answers], [ended for _, ended in answers]
 
 

@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlhf._trl import pad
 from rlhf.data.rows import Prompt
+from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
 
 
@@ -40,15 +40,13 @@ def score_rows(model: nn.Module, rows: Sequence[Sequence[int]], *, pad_token_id:
         [n] float32 on the CPU.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores = torch.empty(len(rows))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        ids = [torch.tensor(rows[i]) for i in index]
-        input_ids = pad(ids, padding_value=pad_token_id, padding_side="right").to(device)
-        mask = pad([torch.ones_like(x) for x in ids], padding_value=0, padding_side="right").to(device)
-        scores[index] = model(input_ids=input_ids, attention_mask=mask).logits.squeeze(-1).float().cpu()
-    return scores
+
+    def score(batch: list[int]) -> list[float]:
+        ids, mask = pad_batch([rows[i] for i in batch], pad_token_id=pad_token_id)
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        return logits.squeeze(-1).float().tolist()
+
+    return torch.tensor(run_batches(score, batches_by_length([len(row) for row in rows], batch_size)))
 
 
 def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:

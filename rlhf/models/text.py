@@ -95,6 +95,15 @@ def plain(prompt: Prompt) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+def last_turn(completion: str | Messages) -> str:
+    """Return an answer's text: a string as it is, of a conversation the last turn.
+
+    >>> last_turn([{"role": "assistant", "content": "yes"}]), last_turn("yes")
+    ('yes', 'yes')
+    """
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
 PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- set names = {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'} -%}"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """Reward of each token: the KL penalty everywhere, the score at the last token of the answer.
+    """Return the reward of each token: the KL penalty everywhere, the score at the last token of the answer.
 
         r_t = -β k1_t + [t is the last token] · score
 
@@ -35,7 +35,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
 def generalized_advantage(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over one answer a row.
+    """Estimate generalised advantages over one answer a row.
 
         δ_t = r_t + γ V_{t+1} - V_t,    V after the last token = 0
         A_t = Σ_k (γλ)^k δ_{t+k},       return_t = A_t + V_t

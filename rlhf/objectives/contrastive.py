@@ -1,7 +1,7 @@
 """Contrastive terms beside the reward loss (arXiv:2401.06080 section 3.1): SimCSE and SwAV on two views of each element.
 
-An element is the representation of an answer, or the difference of a pair's two (and its negative). Its two views are two
-forward passes under different dropout. All losses are in nats per element, unreduced.
+An element is the representation of an answer, or the difference of a pair's two representations, or the negative of that
+difference. Its two views are two forward passes under different dropout. All losses are in nats per element, unreduced.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 
 def with_negatives(differences: Tensor) -> Tensor:
-    """The set of a pair's two differences: [n, h] → [2n, h], f(chosen) - f(rejected) above its negative.
+    """Stack differences f(chosen) - f(rejected) above their negatives: [n, h] → [2n, h].
 
     >>> with_negatives(torch.tensor([[1.0, -2.0]])).tolist()
     [[1.0, -2.0], [-1.0, 2.0]]
@@ -19,7 +19,7 @@ def with_negatives(differences: Tensor) -> Tensor:
 
 
 def info_nce(views: Tensor, other_views: Tensor, *, temperature: float = 0.05) -> Tensor:
-    """SimCSE: how badly an element's other view is told from those of all other elements.
+    """Return SimCSE's loss: how badly an element's other view is told from those of all other elements.
 
         l_i = - log [ exp(cos(h_i, h'_i) / τ) / Σ_j exp(cos(h_i, h'_j) / τ) ]
 
@@ -41,7 +41,7 @@ def info_nce(views: Tensor, other_views: Tensor, *, temperature: float = 0.05) -
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Codes: how each element is shared out over the prototypes when all prototypes must be used equally.
+    """Return codes: how each element is divided among the prototypes when all prototypes must be used equally.
 
         argmax_Q  tr(Qᵀ S) + ε H(Q),   rows of Q sum to 1, columns to n / K
 
@@ -76,7 +76,7 @@ def swapped_prediction(
     epsilon: float = 0.05,
     iterations: int = 3,
 ) -> Tensor:
-    """SwAV: each view predicts the code of the other.
+    """Return SwAV's loss: each view predicts the code of the other.
 
         l = - Σ_k q'_k log p_k - Σ_k q_k log p'_k,   p = softmax_k(cos(h, c_k) / τ),   q = sinkhorn(cos(h, c))
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def combined(scores: Tensor, how: str, *, strength: float = 0.5) -> Tensor:
-    """Scores of several members as one.
+def combined(scores: Tensor, rule: str, *, strength: float = 0.5) -> Tensor:
+    """Combine the scores of several members into one.
 
-    | how | | |
+    | rule | score | source |
     |---|---|---|
     | `mean` | (1/k) Σ R_i | arXiv:2310.02743 |
     | `worst` | min_i R_i | its WCO |
@@ -29,7 +29,7 @@ def combined(scores: Tensor, how: str, *, strength: float = 0.5) -> Tensor:
     >>> combined(torch.tensor([[1.0], [1.2], [2.6]]), "uncertainty", strength=0.5)
     tensor([1.3467])
     """
-    match how:
+    match rule:
         case "mean":
             return scores.mean(dim=0)
         case "worst":
@@ -38,4 +38,4 @@ def combined(scores: Tensor, how: str, *, strength: float = 0.5) -> Tensor:
             return scores.mean(dim=0) - strength * scores.var(dim=0, correction=0)
         case "soft_min":
             return -strength * (torch.logsumexp(-scores / strength, dim=0) - math.log(len(scores)))
-    raise ValueError(f"{how!r} is none of mean, worst, uncertainty, soft_min")
+    raise ValueError(f"{rule!r} is none of mean, worst, uncertainty, soft_min")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def kl_k1(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
-    """Unbiased estimator, of either sign: k1 = log π(a) - log π_ref(a), a ~ π.
+    """Return the unbiased estimator of either sign: k1 = log π(a) - log π_ref(a), a ~ π.
 
     Its sum over a sequence is the one to put into the reward: the gradient of the expected sum is that of the true
     sequence KL. Σ_a π(a) k1(a) = KL(π || π_ref) exactly.
@@ -23,7 +23,7 @@ def kl_k1(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
-    """Half the squared log-ratio: k2 = ½ (log π(a) - log π_ref(a))², a ~ π. Biased as a value, right as a loss.
+    """Return half the squared log-ratio: k2 = ½ (log π(a) - log π_ref(a))², a ~ π. Biased as a value, right as a loss.
 
     Its gradient, (log π - log π_ref) ∇ log π, has the gradient of KL(π || π_ref) as its mean; k3's has not.
 
@@ -34,7 +34,7 @@ def kl_k2(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
-    """Unbiased estimator that is never negative: k3 = r - 1 - log r, r = π_ref(a) / π(a), a ~ π.
+    """Return the unbiased estimator that is never negative: k3 = r - 1 - log r, r = π_ref(a) / π(a), a ~ π.
 
     A good number to log (small variance near r = 1). Not for use inside the reward: being non-negative token by
     token, it biases the reward's gradient.
@@ -47,7 +47,7 @@ def kl_k3(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int) -> float:
-    """The proportional controller of the KL's weight.
+    """Adapt the weight of the KL by a proportional controller.
 
         β ← β (1 + clip(KL / target - 1, ±0.2) · episodes / horizon)
 

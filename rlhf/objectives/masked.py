@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def masked_sums(values: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the entries under the mask, in float64; sums of ranks add up.
+    """Return count, sum and sum of squares of the entries under the mask, in float64; sums of ranks add up.
 
     Returns:
         [3] float64: count, Σx, Σx².
@@ -18,7 +18,7 @@ def masked_sums(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance (1/n) from `masked_sums`, possibly added up over processes.
+    """Return mean and population variance (1/n) from `masked_sums`, possibly added up over processes.
 
     >>> mean_and_variance(torch.tensor([2.0, 4.0, 10.0], dtype=torch.float64))
     (tensor(2., dtype=torch.float64), tensor(1., dtype=torch.float64))

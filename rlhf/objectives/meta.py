@@ -1,11 +1,11 @@
-"""MetaRM's meta-objective (arXiv:2405.00438): how well rewards tell apart the answers that the present policy gives."""
+"""MetaRM's meta-objective (arXiv:2405.00438): how well rewards tell apart the answers that today's policy gives."""
 
 import torch
 from torch import Tensor
 
 
 def reward_spread(rewards: Tensor) -> Tensor:
-    """The difference loss J of MetaRM.
+    """Return the difference loss J of MetaRM.
 
         J = (2 / k²) Σ_{i<j} σ(|r_i - r_j|)
 
@@ -27,7 +27,7 @@ def reward_spread(rewards: Tensor) -> Tensor:
 
 
 def ascent(gradients: list[Tensor], *, step: float, normalized: bool) -> list[Tensor]:
-    """What is added to each parameter to go uphill: η ∇J, or η ∇J / ‖∇J‖ over all parameters together.
+    """Return the step that is added to each parameter to ascend: η ∇J, or η ∇J / ‖∇J‖ over all parameters together.
 
     The paper's step is the plain one with η = 5e-6, which moves next to nothing; normalised, η is the length of the step
     (as in sharpness-aware minimisation, arXiv:2010.01412 eq. 2). A gradient of 0 moves nothing.

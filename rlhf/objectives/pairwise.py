@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Negative log-likelihood that `chosen` beats `rejected`.
+    """Return the negative log-likelihood that `chosen` beats `rejected`.
 
         loss = -log σ(d) = log(1 + e^{-d}),    d = chosen - rejected
 
@@ -37,7 +37,7 @@ def pair_loss(
     weight: Tensor | float = 1.0,
     flip_rate: float = 0.0,
 ) -> Tensor:
-    """Weighted cross-entropy of a margin-shifted Bradley-Terry preference against a soft label.
+    """Return the weighted cross-entropy of a margin-shifted Bradley-Terry preference against a soft label.
 
         loss = w · [ -p log q(d - m) - (1 - p) log q(-(d - m)) ],    d = chosen - rejected
         q(x) = (1 - ε) σ(x) + ε σ(-x)
@@ -76,7 +76,7 @@ def pair_loss(
 
 
 def log_flipped(difference: Tensor, flip_rate: float) -> Tensor:
-    """Log-probability of a label under Bradley-Terry when a share ε of labels is flipped, [b] nats.
+    """Return the log-probability of a label under Bradley-Terry when a share ε of labels is flipped, [b] nats.
 
         log q(d) = log( (1 - ε) σ(d) + ε σ(-d) ),    from log ε at d = -∞ to log(1 - ε) at d = ∞
 
@@ -87,5 +87,5 @@ def log_flipped(difference: Tensor, flip_rate: float) -> Tensor:
     """
     assert 0 < flip_rate < 0.5, "a flip rate in (0, 0.5)"
     kept = torch.nn.functional.logsigmoid(difference) + math.log1p(-flip_rate)
-    turned = torch.nn.functional.logsigmoid(-difference) + math.log(flip_rate)
-    return torch.logaddexp(kept, turned)
+    flipped = torch.nn.functional.logsigmoid(-difference) + math.log(flip_rate)
+    return torch.logaddexp(kept, flipped)

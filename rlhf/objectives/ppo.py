@@ -12,16 +12,16 @@ def clipped_policy(
     cliprange: float,
     cliprange_dual: float | None = None,
 ) -> Tensor:
-    """Pessimistic surrogate: the worse of the plain and the clipped importance-weighted advantage.
+    """Return the pessimistic surrogate loss: the worse of the plain and the clipped importance-weighted advantage.
 
         loss = max( -A ρ,  -A clip(ρ, 1 - ε, 1 + ε) ),    ρ = exp(log π - log π_old)
 
     ρ = 1 gives -A with gradient -A with respect to log π. Beyond the clip on the improving side the gradient is 0;
     on the other side it is not, so a token that went wrong is pulled back. Never below the unclipped loss. The
-    log-ratio is clamped to ±20 (e^20 ≈ 5e8), which keeps a single mad token finite.
+    log-ratio is clamped to ±20 (e^20 ≈ 5e8), which keeps the loss of a single extreme token finite.
 
     With a dual clip c > 1 the loss of a bad token (A < 0) is at most -A c: however probable it has become, one token
-    can't rule the step.
+    can't dominate the step.
 
     Args:
         logprobs, logprobs_old, advantages: [b, t].
@@ -45,7 +45,7 @@ def clipped_policy(
 
 
 def truncated_importance(logprobs: Tensor, logprobs_sampler: Tensor, *, limit: float) -> Tensor:
-    """How much a token counts that another engine sampled: min(π / μ, C), without gradient.
+    """Weigh tokens that another engine sampled: min(π / μ, C), without gradient.
 
     1 where the engine is the policy. Truncated from above alone, which bounds the variance and leaves a small bias.
 
@@ -64,7 +64,7 @@ def truncated_importance(logprobs: Tensor, logprobs_sampler: Tensor, *, limit: f
 
 
 def clipped_value(values: Tensor, values_old: Tensor, returns: Tensor, *, cliprange: float | None) -> Tensor:
-    """Squared error of the value, where a step of more than `cliprange` away from the old value earns nothing.
+    """Return the squared error of the value, where a step of more than `cliprange` away from the old value earns nothing.
 
         loss = ½ max( (V - R)²,  (clip(V, V_old ± c) - R)² )
 
@@ -88,7 +88,7 @@ def clipped_value(values: Tensor, values_old: Tensor, returns: Tensor, *, clipra
 
 
 def clipped_share(logprobs: Tensor, logprobs_old: Tensor, *, cliprange: float) -> Tensor:
-    """1 where the ratio lies outside [1 - ε, 1 + ε], else 0; its masked mean is the clip fraction.
+    """Mark with 1 where the ratio lies outside [1 - ε, 1 + ε], else 0; the masked mean is the clip fraction.
 
     >>> clipped_share(torch.tensor([0.0, 0.5]), torch.zeros(2), cliprange=0.2)
     tensor([0., 1.])
@@ -98,7 +98,7 @@ def clipped_share(logprobs: Tensor, logprobs_old: Tensor, *, cliprange: float) -
 
 
 def explained_variance(returns_variance: Tensor, residual_variance: Tensor) -> Tensor:
-    """Share of the variance of the returns that the values explain: 1 - Var[R - V] / Var[R].
+    """Return the share of the variance of the returns that the values explain: 1 - Var[R - V] / Var[R].
 
     1 is a perfect critic, 0 a constant one, below 0 a critic worse than a constant. 0 where the returns are constant.
 

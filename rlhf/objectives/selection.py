@@ -1,4 +1,4 @@
-"""Which comparisons are worth a label: what a Bayesian view of the reward head expects to learn from each.
+"""Which comparisons are worth a label: how much a Bayesian view of the reward head expects to learn from each.
 
 The head of a reward model is a logistic regression on the difference x = φ(first) - φ(second) of its features. Laplace's
 approximation at the trained head gives every pair's reward difference d a mean μ and a variance s² = x' Σ x, with
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def head_covariance(features: Tensor, differences: Tensor, *, ridge: float = 1.0) -> Tensor:
-    """Laplace's covariance of the head, [h, h], after labels on pairs with these feature differences [n, h].
+    """Return Laplace's covariance of the head, [h, h], after labels on pairs with these feature differences [n, h].
 
     Args:
         differences: [n] μ of these pairs, nats.
@@ -30,15 +30,16 @@ def head_covariance(features: Tensor, differences: Tensor, *, ridge: float = 1.0
 
 
 def difference_std(features: Tensor, covariance: Tensor) -> Tensor:
-    """s of each pair's reward difference, [n], nats: √(x' Σ x)."""
+    """Return the deviation s of each pair's reward difference, [n], nats: √(x' Σ x)."""
     variance: Tensor = ((features @ covariance) * features).sum(dim=1)
     return variance.clamp(min=0).sqrt()
 
 
 def expected_information(mean: Tensor, std: Tensor) -> Tensor:
-    """What a label says about the reward model, [n], nats: H(E σ(d)) - E H(σ(d)) with d ~ N(μ, s²) (BALD, arXiv:1112.5745 eq. 1).
+    """Return what a label is expected to say about the reward model, [n], nats: H(E σ(d)) - E H(σ(d)) with d ~ N(μ, s²).
 
     The expectations are sums over a grid of ±6 s, exact to 1e-4 for s up to 10. At most log 2; 0 where s = 0.
+    Reference: BALD, arXiv:1112.5745 eq. 1.
 
     >>> expected_information(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0]))
     tensor([0.0000, 0.0937])
@@ -56,9 +57,9 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def most_diverse(features: Tensor, differences: Tensor, covariance: Tensor, count: int) -> list[int]:
-    """Pairs that together say most: greedily the largest p(1 - p) x' Σ x, Σ updated as if each were labelled (D-optimal).
+    """Choose pairs that together say most: greedily the largest p(1 - p) x' Σ x, Σ updated as if each were labelled (D-optimal).
 
-    A pair like one that was taken has little left to say, which is what makes the choice diverse.
+    A pair like one that was taken has little left to say, so the choice is diverse.
 
     Args:
         features, differences: [n, h] and [n] of the candidates.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 SmoothingMask = Literal["negative", "all", "negative+strong"]
 STRONG_FRACTION = 0.1
+STRENGTH_COLUMNS = ("strength_mean", "strength_std", "strength_share", "strength_votes")  # of `VoteStrength`, in files
 
 
 class VoteStrength(NamedTuple):
@@ -30,7 +31,7 @@ class VoteStrength(NamedTuple):
 
 
 def vote_strength(differences: Tensor) -> VoteStrength:
-    """Mean and deviation of the reward differences of an ensemble.
+    """Return mean and deviation of the reward differences of an ensemble.
 
         μ_i = (1/M_i) Σ_m d_im,    σ_i = sqrt( (1/M_i) Σ_m (d_im - μ_i)² )
 
@@ -53,19 +54,19 @@ def vote_strength(differences: Tensor) -> VoteStrength:
 
 
 def lowest_fraction(strength: Tensor, fraction: float) -> Tensor:
-    """The ⌊fraction · n⌋ pairs of lowest strength, [n] bool; of equal ones the first in order.
+    """Mark the ⌊fraction · n⌋ pairs of lowest strength, [n] bool; of equal ones the first in order.
 
     >>> lowest_fraction(torch.tensor([0.3, -1.0, 0.3, 2.0]), 0.5)
     tensor([ True,  True, False, False])
     """
     count = math.floor(fraction * len(strength))
-    chosen = torch.zeros(len(strength), dtype=torch.bool)
-    chosen[torch.argsort(strength, stable=True)[:count]] = True
-    return chosen
+    lowest = torch.zeros(len(strength), dtype=torch.bool)
+    lowest[torch.argsort(strength, stable=True)[:count]] = True
+    return lowest
 
 
 def flipped_strength(strength: Tensor, flips: Tensor) -> Tensor:
-    """Strength after some pairs were turned round: μ → -μ there. An involution.
+    """Return the strength after some pairs were flipped: μ → -μ there. An involution.
 
     >>> flipped_strength(torch.tensor([1.0, -2.0]), torch.tensor([False, True]))
     tensor([1., 2.])
@@ -73,11 +74,11 @@ def flipped_strength(strength: Tensor, flips: Tensor) -> Tensor:
     return torch.where(flips, -strength, strength)
 
 
-def smoothing_confidence(strength: Tensor, *, alpha: float = 0.2, where: SmoothingMask = "negative") -> Tensor:
-    """P(chosen is better) under label smoothing of some pairs: 1 - α there, 1 elsewhere, [n].
+def smoothing_confidence(strength: Tensor, *, alpha: float = 0.2, mask: SmoothingMask = "negative") -> Tensor:
+    """Return P(chosen is better) under label smoothing of some pairs: 1 - α there, 1 elsewhere, [n].
 
     Args:
-        where: `negative`: strength below 0 (the paper's text); `all`: every pair (what its Figure 8 looks like);
+        mask: `negative`: strength below 0 (the paper's text); `all`: every pair (what its Figure 8 looks like);
             `negative+strong`: also the strongest tenth (its Figure 6).
 
     Reference: arXiv:2401.06080 eq. 5; α = 0.2 is inferred from the loss its figures converge to, H(0.2) = 0.500.
@@ -85,14 +86,14 @@ def smoothing_confidence(strength: Tensor, *, alpha: float = 0.2, where: Smoothi
     >>> smoothing_confidence(torch.tensor([-1.0, 1.0]))
     tensor([0.8000, 1.0000])
     """
-    masked = torch.ones_like(strength, dtype=torch.bool) if where == "all" else strength < 0
-    if where == "negative+strong":
-        masked = masked | lowest_fraction(-strength, STRONG_FRACTION)
-    return torch.where(masked, torch.full_like(strength, 1.0 - alpha), torch.ones_like(strength))
+    smoothed = torch.ones_like(strength, dtype=torch.bool) if mask == "all" else strength < 0
+    if mask == "negative+strong":
+        smoothed = smoothed | lowest_fraction(-strength, STRONG_FRACTION)
+    return torch.where(smoothed, torch.full_like(strength, 1.0 - alpha), torch.ones_like(strength))
 
 
 def posterior_confidence(strength: Tensor, *, flip_rate: float, scale: float = 1.0) -> Tensor:
-    """P(chosen is better) given the label and an independent vote.
+    """Return P(chosen is better) given the label and an independent vote, [n].
 
     If a share ε of labels is wrong and the vote is calibrated, P(better | d) = σ(a d), Bayes gives
 

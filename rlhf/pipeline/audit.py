@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,10 @@ from scipy.stats import spearmanr
 from transformers import AutoConfig
 
 from rlhf.data.read import is_local
+from rlhf.data.rows import Pair, answer
 from rlhf.data.sources import Row, read_pair_rows
 from rlhf.errors import UserError
-from rlhf.files import digest, file_digest, write_text
+from rlhf.files import digest, file_digest, write_jsonl, write_text
 from rlhf.models.load import find_source
 from rlhf.models.text import plain
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
@@ -30,6 +31,7 @@ from rlhf.statistics import clustered_mean
 # Without a recipe: the upper layers and a head per member on a shared trunk, at a rate that is usual for fine-tuning.
 DEFAULTS: dict[str, Any] = {"learning_rate": 1e-4, "per_device_train_batch_size": 16, "num_train_epochs": 1}
 MEMBERS, FOLDS, TOP_LAYERS = 10, 5, 2
+SHOWN = 50  # suspicious pairs on the page
 DECILES = 10
 LENGTH_ALARM = 0.4
 WORK = "work"
@@ -54,7 +56,7 @@ def audit(
         UserError: nothing usable in the file; the folder holds something else; an impossible vote.
     """
     quiet_libraries()
-    settings, shape = _how(model, members, recipe)
+    settings, shape = _vote_settings(model, members, recipe)
     source = file_digest(Path(pairs).expanduser()) if is_local(pairs) and Path(pairs).expanduser().is_file() else pairs
     key = digest({"pairs": source, "model": model, "settings": settings, "shape": shape})
     finished = _finished(out, key)
@@ -66,7 +68,7 @@ def audit(
     rows, report = read_pair_rows(pairs)
     for sentence in report.sentences():
         say(sentence)
-    values = [row.values for row in rows]
+    values: list[Any] = [row.values for row in rows]
     seed = 0 if recipe is None else recipe.seed
     (out / WORK).mkdir(parents=True, exist_ok=True)
     write_text(out / WORK / "key.json", json.dumps(key))
@@ -76,8 +78,8 @@ def audit(
     right = torch.ones(len(rows))
     if noise.flip_rate > 0:
         right = posterior_confidence(strength.mean, flip_rate=noise.flip_rate, scale=noise.scale)
-    wrong = 1 - right
     suspicious = [i for i in torch.argsort(right, stable=True).tolist() if right[i] < 0.5]
+    audited = Audited(rows, strength, 1 - right, frozenset(suspicious))
     length = length_bias(values, strength)
     alarm = length_alarm(length["correlation_with_strength"])
     if alarm is not None:
@@ -91,27 +93,46 @@ def audit(
         "dropped": report.dropped,
         "dropped_rows": report.examples,
         "noise_rate": {"mean": noise.flip_rate, "low": noise.low, "high": noise.high},
-        "buckets": _deciles(strength, wrong),
+        "buckets": _deciles(audited),
         "suspicious": list(dict.fromkeys(rows[i].number - 1 for i in suspicious)),
         "length": {**length, "alarm": alarm},
-        "by": {name: _agreement(values, name, strength, wrong) for name in ("annotator", "source", "subset")},
+        "by": {name: _agreement(audited, name) for name in ("annotator", "source", "subset")},
         "vote": {**shape, **asdict(noise), "settings": settings},
         "key": key,
     }
 
     # 3. Files; the JSON, which says that all is there, last.
-    flags = set(suspicious)
-    _write_parquet(out / "pairs.parquet", rows, strength, wrong, flags)
-    _write_cleaned(out / "cleaned.jsonl", rows, strength, flags)
-    shown = [_shown(rows[i], strength, wrong, i) for i in suspicious[:50]]
+    _write_parquet(out / "pairs.parquet", audited)
+    _write_cleaned(out / "cleaned.jsonl", audited)
+    shown = [_shown(audited, i) for i in suspicious[:SHOWN]]
     write_audit_page(out / "audit.html", result, shown, strength.mean.tolist(), strength.std.tolist())
     shutil.rmtree(out / WORK)
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
-def _how(model: str, members: int | None, recipe: Recipe | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """TRL's keys of a member, and the shape of the vote."""
+class Audited(NamedTuple):
+    """What the votes say about each pair.
+
+    Attributes:
+        rows: the pairs, each with the line it was read from.
+        strength: of every pair.
+        wrong: [n] probability that the label is wrong.
+        suspicious: indices of the labels that are wrong rather than right.
+    """
+
+    rows: Sequence[Row]
+    strength: VoteStrength
+    wrong: torch.Tensor
+    suspicious: frozenset[int]
+
+
+def _vote_settings(model: str, members: int | None, recipe: Recipe | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return TRL's keys of a member, and the shape of the vote.
+
+    Raises:
+        UserError: the model's configuration can't be read.
+    """
     if recipe is not None:
         shape = recipe.vote.shape()
         return recipe.vote_settings(), shape | ({} if members is None else {"members": members})
@@ -131,7 +152,7 @@ def _how(model: str, members: int | None, recipe: Recipe | None) -> tuple[dict[s
 
 
 def _finished(out: Path, key: str) -> dict[str, Any] | None:
-    """The result of the very same audit, if it is there.
+    """Read the result of the very same audit, if it is there.
 
     Raises:
         UserError: the folder holds something else.
@@ -152,8 +173,9 @@ def _finished(out: Path, key: str) -> dict[str, Any] | None:
     return None
 
 
-def _deciles(strength: VoteStrength, wrong: torch.Tensor) -> list[dict[str, float]]:
-    """Ten equally large groups from the weakest to the strongest."""
+def _deciles(audited: Audited) -> list[dict[str, float]]:
+    """Describe ten equally large groups of pairs, from the weakest to the strongest."""
+    strength, wrong = audited.strength, audited.wrong
     order = torch.argsort(strength.mean, stable=True)
     return [
         {
@@ -169,11 +191,16 @@ def _deciles(strength: VoteStrength, wrong: torch.Tensor) -> list[dict[str, floa
     ]
 
 
-def length_bias(values: Sequence[dict[str, Any]], strength: VoteStrength) -> dict[str, Any]:
-    """How much of labels and votes length alone explains; the correlation is Spearman's, with the difference in characters."""
-    differences = np.array([len(r["chosen"][0]["content"]) - len(r["rejected"][0]["content"]) for r in values], float)
+def length_bias(pairs: Sequence[Pair], strength: VoteStrength) -> dict[str, Any]:
+    """Measure how much of labels and votes length alone explains.
+
+    Returns:
+        how often the longer answer is the chosen one, ties half, with its interval; and Spearman's correlation of the strength
+        with the difference in characters, None where either is the same for all pairs.
+    """
+    differences = np.array([len(answer(row, "chosen")) - len(answer(row, "rejected")) for row in pairs], float)
     mean, interval = clustered_mean(
-        ((differences > 0) + 0.5 * (differences == 0)).tolist(), [plain(row["prompt"]) for row in values]
+        ((differences > 0) + 0.5 * (differences == 0)).tolist(), [plain(row["prompt"]) for row in pairs]
     )
     votes = strength.mean.double().numpy()
     varied = differences.std() > 0 and votes.std() > 0
@@ -182,7 +209,11 @@ def length_bias(values: Sequence[dict[str, Any]], strength: VoteStrength) -> dic
 
 
 def length_alarm(correlation: float | None) -> str | None:
-    """What to say where the votes mostly follow length; the same votes then call wrong what is merely long, or short."""
+    """Say that the votes mostly follow length, where they do; they then call wrong what is merely long, or short.
+
+    Returns:
+        the sentences, or None where the correlation is small or not known.
+    """
     if correlation is None or abs(correlation) < LENGTH_ALARM:
         return None
     liked = "longer" if correlation > 0 else "shorter"
@@ -192,56 +223,68 @@ def length_alarm(correlation: float | None) -> str | None:
     )
 
 
-def _agreement(
-    values: Sequence[dict[str, Any]], name: str, strength: VoteStrength, wrong: torch.Tensor
-) -> dict[str, dict[str, Any]]:
-    """Of every annotator, source or subset: how often the votes agree with its labels. Empty where rows name only one."""
-    labels = [row.get(name) for row in values]
-    groups = sorted({label for label in labels if label is not None})
+def _agreement(audited: Audited, column: str) -> dict[str, dict[str, Any]]:
+    """Measure how often the votes agree with the labels of every annotator, source or subset.
+
+    Returns:
+        an entry for each value of the column; empty where the rows name only one.
+    """
+    values: list[Any] = [row.values.get(column) for row in audited.rows]
+    groups = sorted({value for value in values if value is not None})
     if len(groups) < 2:
         return {}
-    agrees = (strength.mean > 0).double() + 0.5 * (strength.mean == 0).double()
+    mean_strength = audited.strength.mean
+    agrees = (mean_strength > 0).double() + 0.5 * (mean_strength == 0).double()
     report = {}
     for group in groups:
-        here = [i for i, label in enumerate(labels) if label == group]
-        mean, interval = clustered_mean(agrees[here].tolist(), [plain(values[i]["prompt"]) for i in here])
-        likely = wrong[here].mean().item()
-        report[group] = {"n": len(here), "agreement": mean, "agreement_ci": interval, "probability_wrong": likely}
+        members = [i for i, value in enumerate(values) if value == group]
+        prompts = [plain(audited.rows[i].values["prompt"]) for i in members]
+        mean, interval = clustered_mean(agrees[members].tolist(), prompts)
+        likely = audited.wrong[members].mean().item()
+        report[group] = {"n": len(members), "agreement": mean, "agreement_ci": interval, "probability_wrong": likely}
     return report
 
 
-def _shown(row: Row, strength: VoteStrength, wrong: torch.Tensor, i: int) -> dict[str, Any]:
+def _shown(audited: Audited, i: int) -> dict[str, Any]:
+    """Return what the page says about one pair."""
+    row, strength = audited.rows[i], audited.strength
     return {
         "row": row.number - 1,
         "prompt": plain(row.values["prompt"]),
-        "chosen": row.values["chosen"][0]["content"],
-        "rejected": row.values["rejected"][0]["content"],
+        "chosen": answer(row.values, "chosen"),
+        "rejected": answer(row.values, "rejected"),
         "strength_mean": strength.mean[i].item(),
         "strength_std": strength.std[i].item(),
         "strength_votes": int(strength.votes[i]),
-        "probability_wrong": wrong[i].item(),
+        "probability_wrong": audited.wrong[i].item(),
     }
 
 
-def _write_parquet(
-    file: Path, rows: Sequence[Row], strength: VoteStrength, wrong: torch.Tensor, suspicious: set[int]
-) -> None:
+def _write_parquet(file: Path, audited: Audited) -> None:
+    """Write what the votes say about each pair, a row a pair."""
+    rows, strength = audited.rows, audited.strength
     columns = {
         "row": [row.number - 1 for row in rows],
         "strength_mean": strength.mean.tolist(),
         "strength_std": strength.std.tolist(),
         "strength_votes": strength.votes.tolist(),
-        "probability_wrong": wrong.tolist(),
-        "suspicious": [i in suspicious for i in range(len(rows))],
+        "probability_wrong": audited.wrong.tolist(),
+        "suspicious": [i in audited.suspicious for i in range(len(rows))],
     }
     parquet.write_table(pa.table(columns), file)
 
 
-def _write_cleaned(file: Path, rows: Sequence[Row], strength: VoteStrength, suspicious: set[int]) -> None:
-    lines = []
-    for i, row in enumerate(rows):
-        if i in suspicious:
-            continue
-        facts = {"strength_mean": strength.mean[i].item(), "strength_std": strength.std[i].item()}
-        lines.append(json.dumps({**row.values, **facts, "strength_votes": int(strength.votes[i])}, ensure_ascii=False))
-    write_text(file, "".join(line + "\n" for line in lines))
+def _write_cleaned(file: Path, audited: Audited) -> None:
+    """Write the pairs that are not suspicious, each with its strength."""
+    strength = audited.strength
+    kept = [
+        {
+            **row.values,
+            "strength_mean": strength.mean[i].item(),
+            "strength_std": strength.std[i].item(),
+            "strength_votes": int(strength.votes[i]),
+        }
+        for i, row in enumerate(audited.rows)
+        if i not in audited.suspicious
+    ]
+    write_jsonl(file, kept)

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 
 class Interrupted(BaseException):
@@ -27,7 +26,8 @@ def install() -> None:
     signal.signal(signal.SIGINT, _on_signal)
 
 
-def _on_signal(signum: int, _: Any) -> None:
+def _on_signal(signum: int, _: object) -> None:
+    """Note the signal where somebody has patience, else raise it."""
     if _State.patient and _State.requested is None:
         _State.requested = signum
     else:
@@ -35,13 +35,13 @@ def _on_signal(signum: int, _: Any) -> None:
 
 
 def requested() -> bool:
-    """Whether somebody asked the running stage to stop."""
+    """Return whether somebody asked the running stage to stop."""
     return _State.requested is not None
 
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """While training: a first signal is only noted. On leaving, it is raised.
+    """Note a first signal while training, and raise it on leaving.
 
     Raises:
         Interrupted: a signal came while training, which has saved and stopped since.

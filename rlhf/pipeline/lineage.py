@@ -11,7 +11,7 @@ from rlhf.pipeline.store import MANIFEST
 
 
 def lineage(run: Path, stage: str | None = None) -> Tree:
-    """A tree from a stage down to the data, each stage with its key, seed, code, versions and what it read.
+    """Draw a tree from a stage down to the data, each stage with its key, seed, code, versions and what it read.
 
     Args:
         stage: folder within the run, "round-1/ppo"; by default the last stage that is done.
@@ -31,6 +31,7 @@ def lineage(run: Path, stage: str | None = None) -> Tree:
 
 
 def _branch(run: Path, folder: str, role: str | None) -> Tree:
+    """Draw one stage and, under it, its parents."""
     manifest: dict[str, Any] = json.loads((run / folder / MANIFEST).read_text(encoding="utf-8"))
     versions = manifest["versions"]
     made_with = (

@@ -30,7 +30,7 @@ def score_stream(model: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 def evaluate_reward_model(
     model: str, data: Sequence[str], out: Path, *, against: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Judge a reward model on every data set; write `{"model", "data": {name: report}}`, and a page beside it.
+    """Evaluate a reward model on every data set; write `{"model", "data": {name: report}}`, and a page beside it.
 
     Args:
         data: files or hub datasets of pairs, rankings or trees.
@@ -43,24 +43,24 @@ def evaluate_reward_model(
     names = [Path(source).name.split(".")[0] for source in data]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate: two data sets have the same name ({', '.join(names)}); rename a file.")
-    read = [read_pairs(source) for source in data]
+    sources = [read_pairs(source) for source in data]
     reward = open_reward_model(model)
     other = None if against is None else open_reward_model(against)
     reports: dict[str, dict[str, Any]] = {}
     shown: dict[str, list[dict[str, Any]]] = {}
-    for name, source, (rows, counts) in zip(names, data, read, strict=True):
+    for name, source, (rows, counts) in zip(names, data, sources, strict=True):
         for sentence in counts.sentences():
             say(sentence)
-        judged = score_pairs(reward, rows, label=name)
-        reports[name] = pair_report(judged)
+        scored = score_pairs(reward, rows, label=name)
+        reports[name] = pair_report(scored)
         rankings = read_rankings(source)
         if rankings:
             reports[name]["rankings"] = ranking_report(reward, rankings, label=f"{name}: rankings")
         if other is not None:
-            theirs = score_pairs(other, rows, label=f"{name}: {against}")
-            reports[name]["against"] = {"accuracy": float(theirs.right.mean()), **compare(judged, theirs)}
+            by_other = score_pairs(other, rows, label=f"{name}: {against}")
+            reports[name]["against"] = {"accuracy": float(by_other.right.mean()), **compare(scored, by_other)}
         reports[name]["read"] = counts.as_dict()
-        shown[name] = judged.samples()
+        shown[name] = scored.samples()
     for scorer, which in ((reward, model), (other, against)):
         if scorer is not None and scorer.cut:
             say(

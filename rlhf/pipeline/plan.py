@@ -1,8 +1,7 @@
 """Every stage of a recipe on one page: in which round, with which settings, from which parents."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf.data.read import is_local
 from rlhf.errors import UserError
@@ -10,11 +9,17 @@ from rlhf.files import file_digest
 from rlhf.pipeline.store import Stage
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 
-Add = Callable[..., Stage]
+
+class Add(Protocol):
+    """Add a stage to a plan: its name, folder, settings, and parents by role."""
+
+    def __call__(self, name: str, folder: str, settings: dict[str, Any], **parents: Stage) -> Stage:
+        """Return the stage that was added."""
+        ...
 
 
 def plan(recipe: Recipe) -> list[Stage]:
-    """Every stage of a recipe in order. Keys follow from settings alone, so nothing has to run to know what is done."""
+    """List every stage of a recipe in order. Keys follow from settings alone, so nothing has to run to know what is done."""
     stages: list[Stage] = []
 
     def add(name: str, folder: str, settings: dict[str, Any], **parents: Stage) -> Stage:
@@ -30,10 +35,10 @@ def plan(recipe: Recipe) -> list[Stage]:
 
 
 def stages_until(stages: list[Stage], until: str | None) -> list[Stage]:
-    """The stages up to the first of a name, or that of a folder ("round-2/label").
+    """Return the stages up to the first of a name, or that of a folder ("round-2/label").
 
     Raises:
-        UserError: there is none.
+        UserError: the plan has none.
     """
     if until is None:
         return stages
@@ -44,7 +49,11 @@ def stages_until(stages: list[Stage], until: str | None) -> list[Stage]:
 
 
 def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
-    """Round 0: data, base model, SFT. Returns `data`, and `sft` where there is one."""
+    """Add round 0: data, base model, SFT.
+
+    Returns:
+        `data`, and `sft` where there is one.
+    """
     origins: dict[str, Stage] = {}
     if recipe.lab is not None:
         origins["lab"] = add("lab", "round-0/lab", recipe.lab.model_dump())
@@ -64,84 +73,90 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
 def _round(
     recipe: Recipe, number: int, start: dict[str, Stage], before: dict[str, Stage], add: Add
 ) -> dict[str, Stage]:
-    """One round: labels, vote, reward model, PPO, judgement.
+    """Add one round: labels, vote, reward model, PPO, evaluation.
+
+    Args:
+        start: `data`, and `sft` where there is one.
+        before: what this function returned for the round before; empty for the first.
 
     Returns:
-        what the next round reads: `label`, `reward`, `policy`, and three judgements: `judged`, the first round's; `latest`, this
-        one's; `older`, that of the round before.
+        what the next round reads: `label`, `reward`, `policy`, and three evaluations: `first_evaluation`, the first round's;
+        `latest_evaluation`, this one's; `older_evaluation`, that of the round before.
     """
-    folder, how, rounds = f"round-{number}", recipe.reward, recipe.rounds
-    own = {} if "sft" in start else {"backbone": recipe.backbone.model_dump(exclude_none=True)}
+    folder, config, rounds = f"round-{number}", recipe.reward, recipe.rounds
+    backbone = {} if "sft" in start else {"backbone": recipe.backbone.model_dump(exclude_none=True)}
     sampling, gold = _sampling(recipe), _gold(recipe)
 
-    # 1. Answers of the present policy, where they are labelled or where MetaRM climbs on them.
+    # 1. Answers of the latest policy, where they are labelled or where MetaRM ascends on them.
     labels_answers = rounds.labels_from != "dataset" and (number > 1 or rounds.first == "sampled")
-    climbs = how.meta and how.meta_samples is None
-    present = {"policy": before["policy"]} if before else {}
+    samples_for_meta = config.meta and config.meta_samples is None
+    policy_before = {"policy": before["policy"]} if before else {}
     sample: dict[str, Stage] = {}
-    if labels_answers or climbs:
-        size = {"prompts": how.meta_pool, "responses": how.meta_responses}
+    if labels_answers or samples_for_meta:
+        size = {"prompts": config.meta_pool, "responses": config.meta_responses}
         if labels_answers:
             size = rounds.sampling()
-        sample = {"sample": add("sample", f"{folder}/sample", {**size, **own, **sampling}, **start, **present)}
+        settings = {**size, **backbone, **sampling}
+        sample = {"sample": add("sample", f"{folder}/sample", settings, **start, **policy_before)}
 
-    # 2. Their labels, pooled with those of the rounds before.
-    pool: dict[str, Stage] = {}
+    # 2. Their labels, joined with those of the rounds before.
+    label: dict[str, Stage] = {}
     if labels_answers:
         known = {role: before[role] for role in ("reward", "label") if role in before}
         select = add("select", f"{folder}/select", rounds.selection(), **start, **sample, **known)
         lab = {} if recipe.lab is None else recipe.lab.model_dump(include={"annotators", "flip_rate"})
         earlier = {"earlier": before["label"]} if "label" in before else {}
         settings = rounds.labelling() | {"round": number} | lab | gold
-        pool = {"label": add("label", f"{folder}/label", settings, **start, select=select, **earlier)}
+        label = {"label": add("label", f"{folder}/label", settings, **start, select=select, **earlier)}
     elif rounds.labels_from == "dataset" and rounds.count > 1:
         settings = rounds.labelling() | {"round": number, "of": rounds.count} | gold
-        pool = {"label": add("label", f"{folder}/label", settings, **start)}
+        label = {"label": add("label", f"{folder}/label", settings, **start)}
 
-    # 3. Vote, reward model, PPO, judgement.
-    votes: dict[str, Stage] = {}
-    if how.needs_vote:
-        shape = recipe.vote.model_dump() | recipe.vote_settings()
-        votes = {"vote": add("vote", f"{folder}/vote", shape | own | gold, **start, **pool)}
-    settings = how.model_dump() | own | sampling | gold
-    if how.meta and not climbs:
-        settings["meta_sha256"] = file_digest(Path(str(how.meta_samples)).expanduser())
-    looks_back: dict[str, Stage] = {
+    # 3. Vote and reward model.
+    vote: dict[str, Stage] = {}
+    if config.needs_vote:
+        settings = recipe.vote.model_dump() | recipe.vote_settings() | backbone | gold
+        vote = {"vote": add("vote", f"{folder}/vote", settings, **start, **label)}
+    settings = config.model_dump() | backbone | sampling | gold
+    if config.meta and not samples_for_meta:
+        settings["meta_sha256"] = file_digest(Path(str(config.meta_samples)).expanduser())
+    evaluations: dict[str, Stage] = {
         role: before[role] for role in ("latest_evaluation", "older_evaluation") if role in before
     }
-    read = {**pool, **votes, **(sample if climbs else {}), **looks_back}
-    reward = add("reward", f"{folder}/reward", settings, **start, **read)
-    settings = recipe.ppo.model_dump() | own | gold
+    parents: dict[str, Stage] = {**label, **vote, **(sample if samples_for_meta else {}), **evaluations}
+    reward = add("reward", f"{folder}/reward", settings, **start, **parents)
+
+    # 4. PPO, and its evaluation; SFT's answers are those of the first one and are not sampled again.
+    settings = recipe.ppo.model_dump() | backbone | gold
     if before and rounds.start == "previous":
         settings |= {"reference": rounds.reference}
-    goes_on = present if rounds.start == "previous" else {}
-    ppo = add("ppo", f"{folder}/ppo", settings, **start, reward=reward, **goes_on)
-    settings = recipe.evaluate.model_dump() | own | sampling
-    first = (
-        {"first_evaluation": before["first_evaluation"]} if before else {}
-    )  # whose answers of SFT are not sampled again
-    judged = add("evaluate", f"{folder}/evaluate", settings, **start, reward=reward, policy=ppo, **first)
-    found: dict[str, Stage] = {
+    continued = policy_before if rounds.start == "previous" else {}
+    policy = add("ppo", f"{folder}/ppo", settings, **start, reward=reward, **continued)
+    settings = recipe.evaluate.model_dump() | backbone | sampling
+    first = {"first_evaluation": before["first_evaluation"]} if before else {}
+    evaluation = add("evaluate", f"{folder}/evaluate", settings, **start, reward=reward, policy=policy, **first)
+    older = {"older_evaluation": before["latest_evaluation"]} if before else {}
+    return {
         "reward": reward,
-        "policy": ppo,
-        "first_evaluation": first.get("first_evaluation", judged),
-        "latest_evaluation": judged,
-        **pool,
+        "policy": policy,
+        "first_evaluation": first.get("first_evaluation", evaluation),
+        "latest_evaluation": evaluation,
+        **label,
+        **older,
     }
-    if before:
-        found["older_evaluation"] = before["latest_evaluation"]
-    return found
 
 
 def _sampling(recipe: Recipe) -> dict[str, Any]:
+    """Return what answers that are sampled outside PPO depend on."""
     return {"max_completion_length": recipe.ppo.trl_settings().get("max_completion_length")}
 
 
 def _gold(recipe: Recipe) -> dict[str, Any]:
+    """Return what facts about the true reward depend on."""
     return {"gold": recipe.evaluate.gold}
 
 
 def _local_digests(recipe: Recipe) -> dict[str, str]:
-    """sha256 of every local data file: a changed file is another data stage."""
+    """Return the sha256 of every local data file, by which a changed file makes another data stage."""
     files = {entry.source for name in DATA_SOURCES for entry in recipe.data.sources(name) if is_local(entry.source)}
     return {file: file_digest(Path(file).expanduser()) for file in sorted(files) if Path(file).expanduser().is_file()}

@@ -2,8 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -11,36 +12,53 @@ from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
 from rlhf.data.read import ReadReport, read_rows
+from rlhf.data.rows import Pair, Prompt, answer
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer
+from rlhf.models.load import encoder_type, load_policy, load_tokenizer
 from rlhf.models.save import save_model
-from rlhf.pipeline.context import STRENGTH, StageContext, gold_differences, held_out
-from rlhf.pipeline.sampling import SAMPLES
+from rlhf.models.score import Scorer
+from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.sampling import SAMPLES, sampling_settings
 from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
-from rlhf.pipeline.training import split_settings, train, training_arguments
-from rlhf.reward.contrastive import ContrastiveRewardTrainer
-from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
+from rlhf.pipeline.trainers import StageContrastiveRewardTrainer, StageMetaRewardTrainer, StagePairRewardTrainer
+from rlhf.pipeline.training import evaluation_rows, split_settings, train, training_arguments
+from rlhf.pipeline.true_reward import gold_differences, load_true_reward
+from rlhf.pipeline.vote import STRENGTH
+from rlhf.recipe.objectives import OBJECTIVES, resolve
+from rlhf.reward.denoise import DenoiseConfig, Denoised, attach_strength, denoised
 from rlhf.reward.ensemble import RewardEnsemble, member_name
-from rlhf.reward.experts import fit_gate, merge_experts, open_experts, save_experts
-from rlhf.reward.load import RewardModel, calibrate_reward_model, position_limit
-from rlhf.reward.meta import MetaRewardTrainer, group_samples
+from rlhf.reward.experts import EXPERTS, fit_gate, merge_experts, open_experts, save_experts
+from rlhf.reward.load import calibrate_reward_model
+from rlhf.reward.meta import group_samples
+from rlhf.reward.model import position_limit
 from rlhf.reward.noise import NoiseEstimate
-from rlhf.reward.trainer import PairRewardTrainer, training_columns
+from rlhf.reward.trainer import training_columns
 from rlhf.statistics import win_rate
 
 CALIBRATION_SAMPLES = 256
 SEEDS_APART = 1000  # between the members of an ensemble
-Rows = list[dict[str, Any]]
-Samples = tuple[list[tuple[Any, str]], list[bool]]  # (prompt, answer), and whether it ended
+StageTrainer = StagePairRewardTrainer | StageContrastiveRewardTrainer | StageMetaRewardTrainer
+
+
+class Samples(NamedTuple):
+    """Answers that set the scale of a reward model's scores.
+
+    Attributes:
+        answers: each prompt with its answer.
+        ended: whether each answer came to its end.
+    """
+
+    answers: list[tuple[Prompt, str]]
+    ended: list[bool]
 
 
 def run_reward(context: StageContext) -> dict[str, Any]:
-    """A reward model on the pairs, its scale on SFT samples, and its accuracy on held-out pairs."""
+    """Train a reward model on the pairs, set its scale on SFT samples, and measure its accuracy on held-out pairs."""
     recipe, out = context.recipe, context.folder / "model"
-    model_config, _ = split_settings(context.settings("reward"))
+    model_config, _ = split_settings(context.trl_settings("reward"))
 
     # 1. The pairs, corrected by the vote where there is one; then one model, one expert for each source of pairs, or members of
     #    an ensemble, which differ in head, order and dropout.
@@ -70,35 +88,35 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     if domains is not None:
         _combine(context, domains, samples, out)
     card = {"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit}
-    scored = [
-        calibrate_reward_model(folder, samples=samples[0], ended=samples[1], facts=card, device=context.device)
+    models = [
+        calibrate_reward_model(folder, samples=samples.answers, ended=samples.ended, facts=card, device=context.device)
         for folder in members
     ]
-    reward = scored[0] if len(scored) == 1 else RewardEnsemble(scored)
+    reward = models[0] if len(models) == 1 else RewardEnsemble(models)
 
     # 3. Held-out pairs.
-    test = read_jsonl(context.test_pairs)
-    judged = score_pairs(reward, test, label="reward: held-out pairs")
-    report = pair_report(judged, gold_differences=gold_differences(judged, context.gold()))
-    write_jsonl(context.folder / "samples.jsonl", judged.samples())
+    scored = score_pairs(reward, read_jsonl(context.test_pairs), label="reward: held-out pairs")
+    report = pair_report(scored, gold_differences=gold_differences(scored.rows, load_true_reward(recipe)))
+    write_jsonl(context.folder / "samples.jsonl", scored.samples())
     context.say(
         f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
         f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
     )
-    facts |= {"flipped": flipped, "mean": scored[0].mean, "std": scored[0].std, **report}
+    facts |= {"flipped": flipped, "mean": models[0].mean, "std": models[0].std, **report}
 
     # 4. What it says of the policy of the round before, which was made against another reward model.
-    return {**facts, "hindsight": _hindsight(context, reward) if "latest_evaluation" in context.parents else None}
+    return {**facts, "hindsight": _hindsight(context, reward)}
 
 
-def _hindsight(context: StageContext, reward: RewardModel | RewardEnsemble) -> dict[str, Any]:
-    """How often the last policy's answer beats that of the policy before (SFT's, in round 2), by a reward model that has since seen
-    labels of such answers and that neither was optimised against."""
-    last = read_jsonl(context.parents["latest_evaluation"] / "samples.jsonl")
+def _hindsight(context: StageContext, reward: Scorer) -> dict[str, Any] | None:
+    """Measure how often the last policy's answer beats that of the policy before (SFT's, in round 2), by a reward model that has
+    since seen labels of such answers and that neither was optimised against. None in the first round."""
+    latest, older = context.find_parent("latest_evaluation"), context.find_parent("older_evaluation")
+    if latest is None:
+        return None
+    last = read_jsonl(latest / "samples.jsonl")
     prompts = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")[: len(last)]]
-    sides = [(last, "policy"), (last, "sft")]
-    if "older_evaluation" in context.parents:
-        sides[1] = (read_jsonl(context.parents["older_evaluation"] / "samples.jsonl"), "policy")
+    sides = [(last, "policy"), (last, "sft") if older is None else (read_jsonl(older / "samples.jsonl"), "policy")]
     scores = [
         reward.score(prompts, [row[who] for row in rows], ended=[row[f"ended_{who}"] for row in rows]).tolist()
         for rows, who in sides
@@ -107,85 +125,90 @@ def _hindsight(context: StageContext, reward: RewardModel | RewardEnsemble) -> d
     return {"round": context.round - 1, "win_rate": rate, "win_rate_ci": interval}
 
 
-def training_pairs(context: StageContext) -> tuple[Rows, int | None]:
-    """The pairs, corrected by the vote where there is one, and how many were flipped."""
-    rows = read_jsonl(context.pairs)
+def training_pairs(context: StageContext) -> Denoised:
+    """Return the pairs, corrected by the vote where there is one, and how many were flipped."""
+    rows: list[Pair] = read_jsonl(context.pairs)
     strength, noise = None, None
-    if "vote" in context.parents:
-        strength = attach_strength(rows, read_jsonl(context.parents["vote"] / STRENGTH))
-        manifest = json.loads((context.parents["vote"] / MANIFEST).read_text(encoding="utf-8"))
+    vote = context.find_parent("vote")
+    if vote is not None:
+        strength = attach_strength(rows, read_jsonl(vote / STRENGTH))
+        manifest = json.loads((vote / MANIFEST).read_text(encoding="utf-8"))
         noise = NoiseEstimate(**manifest["facts"]["noise"])
     return denoised(rows, DenoiseConfig(**context.recipe.reward.denoise_config()), strength, noise)
 
 
-def _fit(context: StageContext, rows: Rows, folder: Path, label: str, seed: int) -> PairRewardTrainer:
+def _fit(context: StageContext, rows: Sequence[Pair], folder: Path, label: str, seed: int) -> StageTrainer:
     """Train one reward model on some pairs; head, order and dropout follow the seed."""
-    recipe, how, sft = context.recipe, context.recipe.reward, context.sft_model
-    model_config, settings = split_settings(context.settings("reward"))
+    recipe, section, sft = context.recipe, context.recipe.reward, context.sft_model
+    model_config, settings = split_settings(context.trl_settings("reward"))
     settings.setdefault("num_train_epochs", 1)
     args = training_arguments(RewardConfig, settings, folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
-    model = build_reward_model(sft, model_config, pad_token_id=tokenizer.pad_token_id)
+    loss = OBJECTIVES[section.objective].loss
+    model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
     arguments: dict[str, Any] = {
-        "train_dataset": Dataset.from_list(training_columns(rows)),
-        "eval_dataset": held_out(context, context.test_pairs) if args.eval_strategy != "no" else None,
+        "train_dataset": Dataset.from_list(training_columns(rows, loss.columns)),
+        "eval_dataset": evaluation_rows(context.test_pairs, args, recipe.evaluate.prompts),
         "processing_class": tokenizer,
-        "flip_rate": how.flip_rate,
+        "loss": loss,
+        "flip_rate": section.flip_rate,
     }
-    if how.meta:
+    trainer: StageTrainer
+    if section.meta:
         samples, dropped = group_samples(_meta_rows(context))
         if dropped and context.is_main:
             left_out = ", ".join(f"{count} with {reason}" for reason, count in dropped.items())
             context.say(f"{label}: left out of {len(samples) + sum(dropped.values())} meta prompts: {left_out}.")
-        trainer: PairRewardTrainer = MetaRewardTrainer(
-            model, args, meta_samples=samples, **how.ascent(), **how.contrast(), **arguments
+        trainer = StageMetaRewardTrainer(
+            model, args, meta_samples=samples, **section.ascent(), **section.contrast(), **arguments
         )
-    elif how.extra is not None:
-        trainer = ContrastiveRewardTrainer(model, args, **how.contrast(), **arguments)
+    elif section.extra is not None:
+        trainer = StageContrastiveRewardTrainer(model, args, **section.contrast(), **arguments)
     else:
-        trainer = PairRewardTrainer(model, args, **arguments)
+        trainer = StagePairRewardTrainer(model, args, **arguments)
     train(trainer, folder, label=label, say=context.say)
     return trainer
 
 
-def _meta_rows(context: StageContext) -> Rows:
-    """Answers of the present policy: sampled by this run, or those of an earlier one that the recipe names."""
+def _meta_rows(context: StageContext) -> Sequence[Mapping[str, object]]:
+    """Read answers of the latest policy: sampled by this run, or those of an earlier one that the recipe names."""
     file = context.recipe.reward.meta_samples
     if file is not None:
         return [row for _, row in read_rows(file, ReadReport(file))]
-    return read_jsonl(context.parents["sample"] / SAMPLES)
+    rows: list[dict[str, object]] = read_jsonl(context.parent("sample") / SAMPLES)
+    return rows
 
 
-def _domains(rows: Rows, weights: dict[str, float] | None) -> dict[str, Rows]:
-    """Pairs by their `source`, in alphabetical order.
+def _domains(rows: Sequence[Pair], weights: Mapping[str, float] | None) -> dict[str, list[Pair]]:
+    """Group pairs by their `source`, in alphabetical order.
 
     Raises:
         UserError: a pair has none, or all have the same; fixed weights are for other sources.
     """
-    found: dict[str, Rows] = {}
+    by_source: dict[str, list[Pair]] = {}
     for row in rows:
-        found.setdefault(str(row.get("source") or ""), []).append(row)
-    if "" in found or len(found) < 2:
+        by_source.setdefault(str(row.get("source") or ""), []).append(row)
+    if "" in by_source or len(by_source) < 2:
         raise UserError(
-            f"reward.experts: an expert is trained on the pairs of one `source`; here {len(found.get('', []))} of {len(rows)} "
-            f"pairs have none, the others {len(set(found) - {''})} different ones. Name several files under data.preferences, "
+            f"reward.experts: an expert is trained on the pairs of one `source`; here {len(by_source.get('', []))} of {len(rows)} "
+            f"pairs have none, the others {len(set(by_source) - {''})} different ones. Name several files under data.preferences, "
             "or give the rows a column `source`."
         )
-    if weights is not None and set(weights) != set(found):
-        raise UserError(f"reward.expert_weights: names {sorted(weights)}, but the pairs come from {sorted(found)}.")
-    return dict(sorted(found.items()))
+    if weights is not None and set(weights) != set(by_source):
+        raise UserError(f"reward.expert_weights: names {sorted(weights)}, but the pairs come from {sorted(by_source)}.")
+    return dict(sorted(by_source.items()))
 
 
-def _fit_each(context: StageContext, parts: dict[str, Rows], places: list[Path], kind: str) -> list[int]:
+def _fit_each(context: StageContext, parts: Mapping[str, list[Pair]], places: Sequence[Path], kind: str) -> list[int]:
     """Train experts or members one after the other, each kept when it is done; then put them in their places.
 
     Returns:
         how many pairs were too long for each; 0 where it was trained before this process began.
     """
-    dropped, metrics = [0] * len(parts), context.folder / "metrics.jsonl"
+    dropped = [0] * len(parts)
     for number, (name, rows) in enumerate(parts.items()):
         folder = context.folder / CHECKPOINTS / f"{kind}-{number}"
         kept = folder / "model"
@@ -197,14 +220,7 @@ def _fit_each(context: StageContext, parts: dict[str, Rows], places: list[Path],
         trainer = _fit(context, rows, folder, f"{kind} {name}", seed)
         dropped[number] = trainer.dropped_too_long
         if context.is_main:
-            before = read_jsonl(metrics)[-1]["step"] if metrics.is_file() else 0
-            own = folder / "metrics.jsonl"
-            if own.is_file():  # training may end before it logs
-                found = [row for row in read_jsonl(own) if "step" in row]
-                with metrics.open("a", encoding="utf-8") as file:
-                    file.writelines(
-                        json.dumps({**row, "step": row["step"] + before, kind: name}) + "\n" for row in found
-                    )
+            _append_metrics(context.folder / "metrics.jsonl", folder / "metrics.jsonl", {kind: name})
             beside = folder / "unfinished"
             shutil.rmtree(beside, ignore_errors=True)
             save_model(trainer.model, trainer.processing_class, beside)
@@ -215,51 +231,63 @@ def _fit_each(context: StageContext, parts: dict[str, Rows], places: list[Path],
     return dropped
 
 
-def _combine(context: StageContext, domains: dict[str, Rows], samples: Samples, out: Path) -> None:
-    """Put the experts on one scale, and find how they are combined."""
-    how, count = context.recipe.reward, len(domains)
-    wanted = how.expert_weights
-    weights = [1 / count] * count if wanted is None else [wanted[name] for name in domains]
+def _append_metrics(metrics: Path, of_one: Path, name: Mapping[str, str]) -> None:
+    """Append the metrics of one expert or member to those of the stage, its steps counted on from the last one there."""
+    if not of_one.is_file():  # training may end before it logs
+        return
+    before = read_jsonl(metrics)[-1]["step"] if metrics.is_file() else 0
+    rows = [row for row in read_jsonl(of_one) if "step" in row]
+    with metrics.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, "step": row["step"] + before, **name}) + "\n" for row in rows)
+
+
+def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: Samples, out: Path) -> None:
+    """Put the experts on one scale, and find the weights or the gate that combine them."""
+    section, count = context.recipe.reward, len(domains)
+    by_name = section.expert_weights
+    weights = [1 / count] * count if by_name is None else [by_name[name] for name in domains]
 
     # 1. Each expert's scale on SFT samples.
     tokenizer = load_tokenizer(out / "expert-0", conversational=True)
     tokenizer.save_pretrained(out)
     save_experts(out, list(domains), torch.tensor([[0.0, 1.0]] * count), weights=weights, gate=None)
-    in_4_bit = split_settings(context.settings("reward"))[0].load_in_4bit
+    in_4_bit = split_settings(context.trl_settings("reward"))[0].load_in_4bit
     experts = open_experts(out, tokenizer, conversational=True, load_in_4bit=in_4_bit)
     if not in_4_bit:
         experts.model.to(context.device)
-    raw = experts.score_each([p for p, _ in samples[0]], [text for _, text in samples[0]], ended=samples[1])
+    prompts, texts = [p for p, _ in samples.answers], [text for _, text in samples.answers]
+    raw = experts.score_each(prompts, texts, ended=samples.ended)
     scales = torch.stack([raw.mean(dim=0), raw.std(dim=0, correction=0).clamp(min=1e-6)], dim=1)
 
     # 2. One adapter, fixed weights, or a gate fitted on all pairs without saying which domain they are from.
-    if how.experts == "merged":
+    if section.experts == "merged":
         scaled = [weight / std for weight, std in zip(weights, scales[:, 1].tolist(), strict=True)]
         del experts
         merge_experts([out / f"expert-{number}" for number in range(count)], weights, scaled, out)
-        (out / "experts.json").unlink()
+        (out / EXPERTS).unlink()
         return
     gate = None
-    if how.experts == "gate":
+    if section.experts == "gate":
         rows = [row for domain in domains.values() for row in domain]
-        prompts = [row["prompt"] for row in rows]
-        sides = [experts.score_each(prompts, [r[side][0]["content"] for r in rows]) for side in ("chosen", "rejected")]
-        gate = fit_gate(experts.prompt_features(prompts), (sides[0] - sides[1]) / scales[:, 1])
+        asked: list[Prompt] = [row["prompt"] for row in rows]
+        chosen = experts.score_each(asked, [answer(row, "chosen") for row in rows])
+        rejected = experts.score_each(asked, [answer(row, "rejected") for row in rows])
+        gate = fit_gate(experts.prompt_features(asked), (chosen - rejected) / scales[:, 1])
     save_experts(out, list(domains), scales, weights=None if gate else weights, gate=gate)
 
 
 def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Samples:
-    """Answers of the SFT policy. An encoder has no policy beside it; there it is the answers of the pairs."""
+    """Sample answers of the SFT policy. An encoder has no policy beside it; there it is the answers of the pairs."""
     set_seed(context.recipe.seed)
     sft = context.sft_model
     if encoder_type(sft, context.recipe.backbone.revision) is None:
         policy = load_policy(sft, model_config, trainable=False).to(context.device).eval()
         tokenizer = load_tokenizer(sft, conversational=True, revision=context.recipe.backbone.revision)
         prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
-        answers, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
-    else:
-        some = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
-        prompts = [row["prompt"] for row in some for _ in range(2)]
-        answers = [row[side][0]["content"] for row in some for side in ("chosen", "rejected")]
-        ended = [True] * len(answers)
-    return list(zip(prompts, answers, strict=True)), ended
+        texts, ended = sample_texts(policy, tokenizer, prompts, **sampling_settings(context.recipe))
+        return Samples(list(zip(prompts, texts, strict=True)), ended)
+    pairs: list[Pair] = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
+    answers: list[tuple[Prompt, str]] = [
+        (row["prompt"], text) for row in pairs for text in (answer(row, "chosen"), answer(row, "rejected"))
+    ]
+    return Samples(answers, [True] * len(answers))

@@ -10,21 +10,19 @@ from typing import Any
 
 import yaml
 
-from rlhf.data.read import is_local
-from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.errors import TrainingError, Waiting
 from rlhf.files import write_text
+from rlhf.pipeline.checks import check_arguments, check_recipe_file
 from rlhf.pipeline.plan import plan, stages_until
+from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stopping import reason_to_stop
 from rlhf.pipeline.store import Stage, Store, is_disk_full
 from rlhf.pipeline.summary import write_summary
-from rlhf.recipe.document import differences
-from rlhf.recipe.schema import DATA_SOURCES, Recipe
+from rlhf.recipe.schema import Recipe
 from rlhf.report.cards import write_cards
 from rlhf.report.page import write_report
 
 ORIGIN = "origin.json"  # which file and overrides the recipe came from; for the report
-# With several processes these stages are run by all of them; the others by the first, while the rest wait.
-TRAINED_TOGETHER = ("sft", "vote", "reward", "ppo")
 
 
 def run(
@@ -90,25 +88,29 @@ def run(
 
 
 def _leave_process_group() -> None:
-    """Under a launcher, end the group's threads: a process that ends while they live is sometimes aborted."""
+    """End the threads of a launcher's process group: a process that ends while they live is sometimes aborted."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say: Callable[[str], None]) -> None:
-    from rlhf.pipeline.context import StageContext
-    from rlhf.pipeline.stages import STAGES  # torch is loaded when the first stage runs
+    """Run one stage and write its manifest, or wait for the process that does.
 
-    if not is_main and stage.name not in TRAINED_TOGETHER:
+    Raises:
+        TrainingError: the disk is full; whatever else the stage raises.
+    """
+    if not is_main and not STAGES[stage.name].together:
         store.wait_until_done(stage)
         return
+    from rlhf.pipeline.context import StageContext  # torch is loaded when the first stage runs
+
     folder = store.open(stage) if is_main else store.wait_until_open(stage)
     parents = {role: store.path(parent) for role, parent in stage.parents.items()}
     begin = time.monotonic()
     say(f"{stage.folder}: begins")
     try:
-        facts = STAGES[stage.name](StageContext(recipe, folder, parents, say, is_main, stage.settings))
+        facts = STAGES[stage.name].load()(StageContext(recipe, folder, parents, say, is_main, stage.settings))
         seconds = time.monotonic() - begin
         if is_main:
             store.finish(stage, facts, seconds)
@@ -122,59 +124,3 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
     if not is_main:
         store.wait_until_done(stage)
     say(f"{stage.folder}: done in {seconds:.0f} s")
-
-
-def check_recipe_file(recipe: Recipe, out: Path) -> None:
-    """Refuse a folder that was made by another recipe, before anything is touched.
-
-    Raises:
-        UserError: with every setting that differs; or the folder holds something else altogether.
-    """
-    file = out / "recipe.yaml"
-    if not file.is_file():
-        if out.is_dir() and any(entry.name != ".lock" for entry in out.iterdir()):
-            raise UserError(f"{out}: not empty and not a run of this pipeline; choose another --out.")
-        return
-    before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    found = differences(before, recipe.resolved())
-    if found:
-        raise UserError(
-            [
-                f"{out}: holds a run of another recipe; choose another --out, or take these back:",
-                *(f"  {x}" for x in found),
-            ]
-        )
-
-
-def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
-    """Let TRL look at every stage's settings; torch is loaded here, when there is work to do."""
-    from rlhf.pipeline.training import check_arguments
-
-    check_arguments(recipe, until=until)
-
-
-def check_sources(recipe: Recipe) -> None:
-    """Local files that the recipe names must be there before a folder is made.
-
-    Raises:
-        UserError: naming all that are missing.
-    """
-    problems = [
-        f"data.{name}: {entry.source}: no such file."
-        for name in DATA_SOURCES
-        for entry in recipe.data.sources(name)
-        if is_local(entry.source) and not Path(entry.source).expanduser().is_file()
-    ]
-    if recipe.reward.meta_samples is not None and not Path(recipe.reward.meta_samples).expanduser().is_file():
-        problems.append(f"reward.meta_samples: {recipe.reward.meta_samples}: no such file.")
-    for key, name in [
-        ("evaluate.gold", recipe.evaluate.gold),
-        *(("ppo.extra_rewards", x) for x in recipe.ppo.extra_rewards),
-    ]:
-        if name is None or name.startswith(("http://", "https://")):
-            continue
-        file = Path(name.rpartition(":")[0] if ".py:" in name else name).expanduser()
-        if not file.exists():
-            problems.append(f"{key}: {file}: no such {'file' if '.py:' in name else 'folder'}.")
-    if problems:
-        raise UserError(problems)

@@ -1,156 +1,211 @@
-"""The present policy's answers, and which pairs of them are worth a label."""
+"""The latest policy's answers, and which pairs of them are worth a label."""
 
+import math
 import random
+from collections.abc import Iterable, Sequence
 from itertools import combinations
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
 from rlhf.data.labels import Question, question_id
+from rlhf.data.rows import Messages, Pair, answer, prompt_key
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
+from rlhf.lab.world import parse_request
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import load_policy, load_tokenizer
+from rlhf.models.text import plain
 from rlhf.objectives.selection import difference_std, expected_information, head_covariance, most_diverse
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.training import split_settings
-from rlhf.reward.load import RewardModel, load_reward_model
+from rlhf.ppo.config import PPOConfig
+from rlhf.recipe.schema import Recipe
+from rlhf.reward.load import load_reward_model
+from rlhf.reward.model import RewardModel
 
 QUESTIONS, SAMPLES = "questions.jsonl", "samples.jsonl"
 
 
+class SamplingSettings(TypedDict):
+    """How answers are sampled outside PPO; the keywords of `sample_texts`, lengths in tokens."""
+
+    batch_size: int
+    max_new_tokens: int
+    max_prompt_length: int | None
+
+
+class Candidate(NamedTuple):
+    """Two different answers to one prompt, which might be asked about."""
+
+    prompt: Messages
+    first: str
+    second: str
+
+
+def sampling_settings(recipe: Recipe) -> SamplingSettings:
+    """Return how answers are sampled outside PPO: lengths as in PPO, and twice a rollout at once (no backward pass follows)."""
+    settings = recipe.ppo.trl_settings()
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    return {
+        "batch_size": 2 * math.prod(settings.get(name, getattr(PPOConfig, name)) for name in sizes),
+        "max_new_tokens": settings.get("max_completion_length", PPOConfig.max_completion_length),
+        "max_prompt_length": settings.get("max_prompt_length", PPOConfig.max_prompt_length),
+    }
+
+
 def run_sample(context: StageContext) -> dict[str, Any]:
-    """Several answers of the present policy to each of some training prompts, another share of them every round. No labels."""
+    """Sample several answers of the latest policy to each of some training prompts, other prompts every round. No labels."""
     # 1. The policy so far: the round before's, or SFT's.
     recipe = context.recipe
-    model_config, _ = split_settings(context.settings("ppo"))
+    model_config, _ = split_settings(context.trl_settings("ppo"))
     set_seed(recipe.seed + context.round)
-    present = context.parents["policy"] / "model" if "policy" in context.parents else context.sft_model
-    tokenizer = load_tokenizer(present, conversational=True, revision=recipe.backbone.revision)
-    policy = load_policy(present, model_config, trainable=False).to(context.device).eval()
+    policy_before = context.find_parent("policy")
+    latest = context.sft_model if policy_before is None else policy_before / "model"
+    tokenizer = load_tokenizer(latest, conversational=True, revision=recipe.backbone.revision)
+    policy = load_policy(latest, model_config, trainable=False).to(context.device).eval()
 
     # 2. Its answers. Prompts are taken in one shuffled order, round after round, and begin anew at its end.
     rows = read_jsonl(context.data / "prompts.jsonl")
     random.Random(recipe.seed).shuffle(rows)
-    count, responses = int(context.own["prompts"]), int(context.own["responses"])
+    count, responses = int(context.settings["prompts"]), int(context.settings["responses"])
     first = (context.round - 1) * count
-    some = [rows[i % len(rows)] for i in range(first, first + min(count, len(rows)))]
-    prompts = [row["prompt"] for row in some for _ in range(responses)]
-    texts, ended = sample_texts(policy, tokenizer, prompts, **context.sampling)
-    found = zip(prompts, texts, ended, strict=True)
-    write_jsonl(context.folder / SAMPLES, [{"prompt": p, "completion": t, "ended": e} for p, t, e in found])
-    return {"prompts": len(some), "samples": len(texts), "share_without_eos": 1 - sum(ended) / len(ended)}
+    asked = [rows[i % len(rows)] for i in range(first, first + min(count, len(rows)))]
+    prompts = [row["prompt"] for row in asked for _ in range(responses)]
+    texts, ended = sample_texts(policy, tokenizer, prompts, **sampling_settings(recipe))
+    samples = zip(prompts, texts, ended, strict=True)
+    write_jsonl(context.folder / SAMPLES, [{"prompt": p, "completion": t, "ended": e} for p, t, e in samples])
+    return {"prompts": len(asked), "samples": len(texts), "share_without_eos": 1 - sum(ended) / len(ended)}
 
 
 def run_select(context: StageContext) -> dict[str, Any]:
-    """Which pairs of answers to one prompt are asked about this round."""
+    """Select the pairs of answers to one prompt that are asked about in this round, and write them as questions.
+
+    Raises:
+        UserError: there is no pair of different answers.
+    """
     # 1. Every two different answers to one prompt.
-    rows = read_jsonl(context.parents["sample"] / SAMPLES)
-    answers: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        entry = answers.setdefault(repr(row["prompt"]), {"prompt": row["prompt"], "texts": {}})
-        entry["texts"][row["completion"]] = row["ended"]
-    pairs = [
-        (entry["prompt"], first, second)
-        for entry in answers.values()
-        for first, second in combinations(entry["texts"], 2)
-        if first.strip() or second.strip()
-    ]
-    single = sum(len(entry["texts"]) == 1 for entry in answers.values())
-    if not pairs:
+    candidates, prompts, single = _candidates(context.parent("sample") / SAMPLES)
+    if not candidates:
         raise UserError(
-            f"{context.folder}: the policy gives one and the same answer to each of {len(answers)} prompts, so there is nothing to "
+            f"{context.folder}: the policy gives one and the same answer to each of {prompts} prompts, so there is nothing to "
             "compare; raise ppo.kl_coef, or rounds.responses."
         )
-    rng = random.Random(recipe_seed := context.recipe.seed * 1000 + context.round)
-    rng.shuffle(pairs)
+    seed = context.recipe.seed * 1000 + context.round
+    rng = random.Random(seed)
+    rng.shuffle(candidates)
 
     # 2. Those that say most, by the reward model so far.
-    how = context.recipe.rounds
-    differences: list[float | None] = [None] * len(pairs)
-    order = one_of_each_prompt_first(pairs)
-    if "reward" in context.parents:
-        reward = load_reward_model(context.parents["reward"] / "model", device=context.device)
-        first, second = (reward.score([p[0] for p in pairs], [p[side] for p in pairs]) for side in (1, 2))
+    rounds, reward_before = context.recipe.rounds, context.find_parent("reward")
+    differences: list[float | None] = [None] * len(candidates)
+    order = one_of_each_prompt_first(candidates)
+    if reward_before is not None:
+        reward = load_reward_model(reward_before / "model", device=context.device)
+        asked = [candidate.prompt for candidate in candidates]
+        first = reward.score(asked, [candidate.first for candidate in candidates])
+        second = reward.score(asked, [candidate.second for candidate in candidates])
         differences = (first - second).tolist()
-        if how.select != "random":
-            order = most_worth(how.select, reward, pairs, first - second, read_jsonl(context.pairs), how.labels)
-    elif how.select != "random":
-        context.say(f"select: no reward model yet, so pairs are taken at random and not by {how.select}.")
-    chosen = order[: how.labels]
-    if len(chosen) < how.labels:
-        context.say(f"select: {len(pairs)} different pairs for {how.labels} labels; all of them are asked.")
+        if rounds.select != "random":
+            labelled: list[Pair] = read_jsonl(context.pairs)
+            order = most_worth(rounds.select, reward, candidates, first - second, labelled, rounds.labels)
+    elif rounds.select != "random":
+        context.say(f"select: no reward model yet, so pairs are taken at random and not by {rounds.select}.")
+    selected = order[: rounds.labels]
+    if len(selected) < rounds.labels:
+        context.say(f"select: {len(candidates)} different pairs for {rounds.labels} labels; all of them are asked.")
 
-    # 3. As questions, in a random order that says nothing about what was found.
+    # 3. As questions, in a random order that says nothing about why a pair was selected.
     questions = []
-    for i in rng.sample(chosen, len(chosen)):
-        prompt, one, other = pairs[i]
+    for i in rng.sample(selected, len(selected)):
+        prompt, one, other = candidates[i]
         difference = differences[i]
         if rng.random() < 0.5:
             one, other, difference = other, one, None if difference is None else -difference
-        source = lab_source(prompt) if how.labels_from == "lab" else None
+        source = lab_source(prompt) if rounds.labels_from == "lab" else None
         name = question_id(context.round, prompt, [one, other])
         questions.append(Question(name, context.round, prompt, one, other, source, difference))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in questions])
     return {
-        "candidates": len(pairs),
+        "candidates": len(candidates),
         "questions": len(questions),
         "prompts_with_one_answer": single,
-        "select": how.select,
-        "seed": recipe_seed,
+        "select": rounds.select,
+        "seed": seed,
     }
 
 
-def lab_source(prompt: list[dict[str, str]]) -> str:
-    """What the lab calls the source of a pair: of requests to refuse, or of the others."""
-    from rlhf.lab.world import parse_request
+def _candidates(samples: Path) -> tuple[list[Candidate], int, int]:
+    """Read every two different answers to one prompt, of which one at least is not empty.
 
-    return "harmless" if parse_request(prompt[-1]["content"]).is_dangerous else "helpful"
+    Returns:
+        the pairs, the number of prompts, and the number of prompts with a single different answer.
+    """
+    prompts: dict[str, Messages] = {}
+    answers: dict[str, dict[str, None]] = {}  # each text once, in the order of the file
+    for row in read_jsonl(samples):
+        key = prompt_key(row["prompt"])
+        prompts.setdefault(key, row["prompt"])
+        answers.setdefault(key, {})[row["completion"]] = None
+    candidates = [
+        Candidate(prompts[key], first, second)
+        for key, texts in answers.items()
+        for first, second in combinations(texts, 2)
+        if first.strip() or second.strip()
+    ]
+    return candidates, len(prompts), sum(len(texts) == 1 for texts in answers.values())
 
 
-def one_of_each_prompt_first(pairs: list[tuple[Any, str, str]]) -> list[int]:
-    """Indices such that no prompt comes twice before every other came once."""
+def lab_source(prompt: Messages) -> str:
+    """Return what the lab calls the source of a pair: harmless for requests to refuse, helpful for the others."""
+    return "harmless" if parse_request(plain(prompt)).is_dangerous else "helpful"
+
+
+def one_of_each_prompt_first(candidates: Iterable[Candidate]) -> list[int]:
+    """Return indices such that no prompt comes twice before every other came once."""
     seen: dict[str, int] = {}
     ranks = []
-    for prompt, _, _ in pairs:
-        key = repr(prompt)
+    for candidate in candidates:
+        key = prompt_key(candidate.prompt)
         ranks.append(seen.get(key, 0))
         seen[key] = ranks[-1] + 1
-    return sorted(range(len(pairs)), key=ranks.__getitem__)
+    return sorted(range(len(ranks)), key=ranks.__getitem__)
 
 
 def most_worth(
-    how: str,
+    criterion: str,
     reward: RewardModel,
-    pairs: list[tuple[Any, str, str]],
+    candidates: Sequence[Candidate],
     means: Tensor,
-    labelled: list[dict[str, Any]],
+    labelled: Sequence[Pair],
     count: int,
 ) -> list[int]:
-    """Indices of the pairs by what their label should teach the reward head, the most first.
+    """Return indices of the candidates by what their label should teach the reward head, the most first.
 
     Args:
-        how: `deviation`, `information` or `diversity` (`rlhf.objectives.selection`).
-        pairs: prompt and two answers each, with `means`, [n], what the reward model scores the first above the second.
+        criterion: `deviation`, `information` or `diversity` (`rlhf.objectives.selection`).
+        candidates: pairs of answers, with `means`, [n], what the reward model scores the first above the second.
         labelled: canonical pairs that it was trained on.
         count: how many are wanted; `diversity` ranks no more.
     """
-    before = [
-        reward.features([row["prompt"] for row in labelled], [row[side][0]["content"] for row in labelled])
-        for side in ("chosen", "rejected")
-    ]
-    scored = [
-        reward.score([r["prompt"] for r in labelled], [r[s][0]["content"] for r in labelled])
-        for s in ("chosen", "rejected")
-    ]
-    features, other = (reward.features([p[0] for p in pairs], [p[side] for p in pairs]) for side in (1, 2))
-    differences = features - other
-    covariance = head_covariance(before[0] - before[1], scored[0] - scored[1])
-    if how == "diversity":
+    # 1. What the labels so far say about the head.
+    prompts = [row["prompt"] for row in labelled]
+    chosen, rejected = [answer(row, "chosen") for row in labelled], [answer(row, "rejected") for row in labelled]
+    covariance = head_covariance(
+        reward.features(prompts, chosen) - reward.features(prompts, rejected),
+        reward.score(prompts, chosen) - reward.score(prompts, rejected),
+    )
+
+    # 2. What each candidate would add.
+    asked = [candidate.prompt for candidate in candidates]
+    first = reward.features(asked, [candidate.first for candidate in candidates])
+    second = reward.features(asked, [candidate.second for candidate in candidates])
+    differences = first - second
+    if criterion == "diversity":
         return most_diverse(differences, means, covariance, count)
     std = difference_std(differences, covariance)
-    worth = std if how == "deviation" else expected_information(means, std)
+    worth = std if criterion == "deviation" else expected_information(means, std)
     order: list[int] = torch.argsort(worth, descending=True, stable=True).tolist()
     return order

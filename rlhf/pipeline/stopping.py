@@ -1,16 +1,16 @@
 """When rounds should end before their number is up: rules on what the manifests say, so that a resumed run decides alike."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf.files import read_jsonl
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import RoundsSection
 from rlhf.statistics import paired_difference
 
 
 def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage], store: Store) -> str | None:
-    """Why nothing after this stage should run, or None. The same files give the same answer whenever it is asked.
+    """Return why nothing after this stage should run, or None. The same files give the same answer whenever it is asked.
 
     | after | stops where |
     |---|---|
@@ -23,75 +23,78 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
     if manifest is None or stage is stages[-1]:
         return None
     facts: dict[str, Any] = manifest["facts"]
-    where = stage.folder.partition("/")[0]
+    folder = stage.folder.partition("/")[0]
     match stage.name:
         case "label" if rounds.min_fresh_accuracy is not None and facts.get("fresh_accuracy") is not None:
             high = facts["fresh_accuracy_ci"][1]
             if high < rounds.min_fresh_accuracy:
                 return (
-                    f"{where}: stopped. The reward model so far orders {facts['fresh_accuracy']:.1%} of its own policy's new pairs "
-                    f"as labelled, at most {high:.1%}: below rounds.min_fresh_accuracy={rounds.min_fresh_accuracy:g}."
+                    f"{folder}: stopped. The reward model so far orders {facts['fresh_accuracy']:.1%} of its own policy's new "
+                    f"pairs as labelled, at most {high:.1%}: below rounds.min_fresh_accuracy={rounds.min_fresh_accuracy:g}."
                 )
         case "vote" if rounds.max_noise is not None and facts["noise"]["low"] > rounds.max_noise:
             return (
-                f"{where}: stopped. The votes disagree with {facts['noise']['flip_rate']:.1%} of the labels (at least "
+                f"{folder}: stopped. The votes disagree with {facts['noise']['flip_rate']:.1%} of the labels (at least "
                 f"{facts['noise']['low']:.1%}), above rounds.max_noise={rounds.max_noise:g}: look at the labels (`rlhf audit`)."
             )
         case "reward" if rounds.stop_when_worse and facts.get("hindsight") is not None:
-            found = facts["hindsight"]
-            if is_worse(found) and not _knows_gold(found["round"], stages, store):
+            hindsight = facts["hindsight"]
+            if is_worse(hindsight) and not _knows_gold(hindsight["round"], stages, store):
                 return (
-                    f"{where}: stopped. By this round's reward model, which has seen labels of such answers, the policy of round "
-                    f"{found['round']} beats the one before it on {found['win_rate']:.1%} of the prompts only, at most "
-                    f"{found['win_rate_ci'][1]:.1%}; no true reward is known that says otherwise."
+                    f"{folder}: stopped. By this round's reward model, which has seen labels of such answers, the policy of round "
+                    f"{hindsight['round']} beats the one before it on {hindsight['win_rate']:.1%} of the prompts only, at most "
+                    f"{hindsight['win_rate_ci'][1]:.1%}; no true reward is known that says otherwise."
                 )
         case "evaluate":
             kl = facts["policy"]["kl"]
             if rounds.kl_limit is not None and kl > rounds.kl_limit:
-                return (
-                    f"{where}: stopped. The policy is {kl:.1f} nats from SFT, over rounds.kl_limit={rounds.kl_limit:g}."
-                )
+                return f"{folder}: stopped. The policy is {kl:.1f} nats from SFT, over rounds.kl_limit={rounds.kl_limit:g}."
             change = change_since_last_round(stage, stages, store)
             if rounds.stop_when_worse and change is not None and change["difference_ci"][1] < 0:
                 low, high = change["difference_ci"]
                 return (
-                    f"{where}: stopped. On the same prompts the true reward fell by {-change['difference']:.3f} "
+                    f"{folder}: stopped. On the same prompts the true reward fell by {-change['difference']:.3f} "
                     f"[{-high:.3f}, {-low:.3f}] from the round before."
                 )
     return None
 
 
-def is_worse(hindsight: dict[str, Any]) -> bool:
-    """Whether a later reward model finds a policy worse than the one before it, beyond chance."""
+def is_worse(hindsight: Mapping[str, Any]) -> bool:
+    """Return whether a later reward model finds a policy worse than the one before it, beyond chance."""
     return bool(hindsight["win_rate_ci"][1] < 0.5)
 
 
 def _knows_gold(number: int, stages: Sequence[Stage], store: Store) -> bool:
-    judged = next(stage for stage in stages if stage.folder == f"round-{number}/evaluate")
-    manifest = store.manifest(judged)
+    """Return whether the true reward of a round's policy is known."""
+    evaluation = next(stage for stage in stages if stage.folder == f"round-{number}/evaluate")
+    manifest = store.manifest(evaluation)
     return manifest is not None and manifest["facts"]["policy"]["gold"] is not None
 
 
 def change_since_last_round(stage: Stage, stages: Sequence[Stage], store: Store) -> dict[str, Any] | None:
-    """Paired difference in true reward between two rounds' policies on the same prompts, and how often the later one's answer
-    is better, as good, or worse (`win_tie_lose`); None without either."""
-    judged = [other for other in stages if other.name == "evaluate"]
-    place = judged.index(stage)
+    """Compare the true rewards of two rounds' policies on the same prompts.
+
+    Returns:
+        the paired difference, and how often the later one's answer is better, as good, or worse (`win_tie_lose`); None where
+        there is no round before, or no true reward.
+    """
+    evaluations = [other for other in stages if other.name == "evaluate"]
+    place = evaluations.index(stage)
     if place == 0:
         return None
     columns = []
-    for one in (stage, judged[place - 1]):
-        file = store.path(one) / "samples.jsonl"
-        if store.manifest(one) is None or not file.is_file():
+    for evaluation in (stage, evaluations[place - 1]):
+        file = store.path(evaluation) / "samples.jsonl"
+        if store.manifest(evaluation) is None or not file.is_file():
             return None
-        columns.append([json.loads(line)["gold_policy"] for line in file.read_text(encoding="utf-8").splitlines()])
+        columns.append([row["gold_policy"] for row in read_jsonl(file)])
     if any(value is None for column in columns for value in column):
         return None
     return paired_difference(columns[0], columns[1]) | {"win_tie_lose": win_tie_lose(columns[0], columns[1])}
 
 
 def win_tie_lose(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """Shares of prompts on which the first is above, equal to and below the second.
+    """Return the shares of prompts on which the first is above, equal to and below the second.
 
     >>> win_tie_lose([1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.5, 1.0])
     [0.5, 0.25, 0.25]

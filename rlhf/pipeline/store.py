@@ -31,9 +31,9 @@ class Stage:
     """One stage of a plan: what it is called, where it writes, and everything its result depends on.
 
     Attributes:
-        name: lab, data, base, sft, reward, ppo or evaluate.
+        name: of the table of stages (`rlhf.pipeline.stage_table`).
         folder: relative to the run, "round-0/sft".
-        settings: its own, as the recipe has them.
+        settings: of this stage alone, as the recipe has them.
         parents: role → stage whose result it reads.
     """
 
@@ -45,7 +45,7 @@ class Stage:
 
     @property
     def key(self) -> str:
-        """sha256 of name, settings, seed and the parents' keys: known before anything runs."""
+        """Return the sha256 of name, settings, seed and the parents' keys, which is known before anything runs."""
         return digest(
             {
                 "stage": self.name,
@@ -63,11 +63,11 @@ class Store:
         self.root = root
 
     def path(self, stage: Stage) -> Path:
-        """The stage's folder."""
+        """Return the stage's folder."""
         return self.root / stage.folder
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether the folder holds this very stage, finished.
+        """Return whether the folder holds this very stage, finished.
 
         Raises:
             UserError: it holds another one (the settings have changed since).
@@ -84,12 +84,16 @@ class Store:
         return True
 
     def manifest(self, stage: Stage) -> dict[str, Any] | None:
-        """The manifest, if the stage is done."""
+        """Return the stage's manifest, or None if it is not done."""
         file = self.path(stage) / MANIFEST
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def open(self, stage: Stage) -> Path:
-        """An empty folder, but for checkpoints and metrics of an earlier attempt at the very same stage."""
+        """Open a stage for writing: empty its folder, but for checkpoints and metrics of an earlier attempt at this very stage.
+
+        Returns:
+            the folder.
+        """
         folder = self.path(stage)
         started = folder / "started.json"
         same = started.is_file() and json.loads(started.read_text(encoding="utf-8")).get("key") == stage.key
@@ -103,18 +107,18 @@ class Store:
         return folder
 
     def wait_until_open(self, stage: Stage) -> Path:
-        """For the other processes of a distributed run: the stage's folder, once the first process has opened it."""
+        """Wait until the first process of a distributed run has opened the stage, and return its folder."""
         started = self.path(stage) / "started.json"
         while not (started.is_file() and json.loads(started.read_text(encoding="utf-8")).get("key") == stage.key):
             time.sleep(POLL_SECONDS)
         return self.path(stage)
 
     def wait_until_done(self, stage: Stage) -> None:
-        """For the other processes of a distributed run; if the first one fails, the launcher ends them all."""
+        """Wait until the first process of a distributed run has finished the stage; if it fails, the launcher ends all of them."""
         while not self.is_done(stage):
             time.sleep(POLL_SECONDS)
 
-    def finish(self, stage: Stage, facts: dict[str, Any], seconds: float) -> None:
+    def finish(self, stage: Stage, facts: Mapping[str, object], seconds: float) -> None:
         """Remove what only an unfinished stage needs, then write the manifest."""
         folder = self.path(stage)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -125,7 +129,7 @@ class Store:
             "seed": stage.seed,
             "settings": dict(stage.settings),
             "parents": {role: {"folder": parent.folder, "key": parent.key} for role, parent in stage.parents.items()},
-            "facts": facts,
+            "facts": dict(facts),
             "seconds": round(seconds, 3),
             "files": list_files(folder),
             "versions": versions(),
@@ -134,7 +138,7 @@ class Store:
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str))
 
     def lock(self) -> FileLock:
-        """A lock against a second run in the same folder.
+        """Lock the folder against a second run.
 
         Raises:
             UserError: another process holds it.
@@ -151,7 +155,7 @@ class Store:
 
 
 def list_files(folder: Path) -> list[dict[str, Any]]:
-    """Path, size and sha256 of every file in a stage folder; model cards are written again when later stages know more."""
+    """List path, size and sha256 of every file in a stage folder, but for model cards, which later stages write again."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, "README.md"))
     return [{"path": str(p.relative_to(folder)), "size": p.stat().st_size, "sha256": file_digest(p)} for p in files]
 
@@ -167,10 +171,10 @@ def mark_checkpoint(folder: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint whose mark is there and whose files have the sizes that the mark names.
+    """Find the newest checkpoint whose mark is there and whose files have the sizes that the mark names.
 
     Returns:
-        the checkpoint, and the newer ones whose writing was cut off.
+        the checkpoint or None, and the newer ones whose writing was cut off.
     """
     candidates = sorted(
         (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()),
@@ -193,7 +197,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a full disk, in the words of Python, safetensors or torch."""
+    """Return whether an error, or what caused it, is a full disk, in the words of Python, safetensors or torch."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -204,23 +208,23 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that decide a result."""
+    by_name = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            by_name[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            by_name[name] = "absent"
+    return by_name
 
 
 def code_state() -> str | None:
-    """The commit that this package was run from, with "-dirty" for uncommitted changes; None outside a checkout."""
-    here = Path(__file__).parent
+    """Return the commit that this package was run from, with "-dirty" for uncommitted changes; None outside a checkout."""
+    package = Path(__file__).parent
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
+            cwd=package,
             capture_output=True,
             text=True,
             timeout=10,
@@ -228,5 +232,5 @@ def code_state() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    inside = result.returncode == 0 and "site-packages" not in str(here)
-    return result.stdout.strip() if inside else None
+    in_checkout = result.returncode == 0 and "site-packages" not in str(package)
+    return result.stdout.strip() if in_checkout else None

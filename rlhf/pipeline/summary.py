@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.files import write_text
+from rlhf.files import read_jsonl, write_text
 from rlhf.pipeline.stopping import change_since_last_round, is_worse, win_tie_lose
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import Recipe
@@ -14,7 +15,9 @@ GOLD_MAX_OF_LAB = 1.0
 REWARD_KEYS = ("accuracy", "accuracy_ci", "accuracy_true", "accuracy_true_ci", "ece", "length_baseline")
 
 
-def write_summary(recipe: Recipe, stages: list[Stage], store: Store, *, stopped: str | None = None) -> dict[str, Any]:
+def write_summary(
+    recipe: Recipe, stages: Sequence[Stage], store: Store, *, stopped: str | None = None
+) -> dict[str, Any]:
     """Collect the manifests of all stages done so far into `RUN/summary.json` (contract: design §6).
 
     Args:
@@ -30,10 +33,10 @@ def write_summary(recipe: Recipe, stages: list[Stage], store: Store, *, stopped:
             seconds[stage.name] = round(seconds.get(stage.name, 0.0) + manifest["seconds"], 3)
     numbers = sorted({int(folder.split("/")[0].removeprefix("round-")) for folder in facts} - {0}) or [1]
     rounds = [_round(number, facts, stages, store) for number in numbers]
-    judged = [number for number in numbers if f"round-{number}/evaluate" in facts]
+    evaluated = [number for number in numbers if f"round-{number}/evaluate" in facts]
 
-    # 2. The last judged policy, and SFT beside it.
-    last = facts.get(f"round-{judged[-1]}/evaluate", {}) if judged else {}
+    # 2. The last policy that was evaluated, and SFT beside it.
+    last = facts.get(f"round-{evaluated[-1]}/evaluate", {}) if evaluated else {}
     sft, best = last.get("sft", {}), last.get("best_of_16", {})
     by_gold, by_reward = best.get("by_gold", {}), best.get("by_reward", {})
     lab = facts.get("round-0/lab", {})
@@ -64,14 +67,18 @@ def write_summary(recipe: Recipe, stages: list[Stage], store: Store, *, stopped:
     return summary
 
 
-def _round(number: int, facts: dict[str, dict[str, Any]], stages: list[Stage], store: Store) -> dict[str, Any]:
-    """One round in numbers."""
+def _round(
+    number: int, facts: Mapping[str, Mapping[str, Any]], stages: Sequence[Stage], store: Store
+) -> dict[str, Any]:
+    """Describe one round in numbers."""
     folder = f"round-{number}"
-    reward, judged, label, ppo = (facts.get(f"{folder}/{name}", {}) for name in ("reward", "evaluate", "label", "ppo"))
+    reward, evaluation, label, ppo = (
+        facts.get(f"{folder}/{name}", {}) for name in ("reward", "evaluate", "label", "ppo")
+    )
     stage = next((s for s in stages if s.folder == f"{folder}/evaluate"), None)
-    change = change_since_last_round(stage, stages, store) if stage is not None and judged else None
+    change = change_since_last_round(stage, stages, store) if stage is not None and evaluation else None
     samples = store.root / folder / "evaluate" / "samples.jsonl"
-    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()] if judged else []
+    rows = read_jsonl(samples) if evaluation else []
     texts = [row["policy"] for row in rows]
     known = bool(rows) and rows[0]["gold_policy"] is not None
     lengths = [len(text.split()) for text in texts]
@@ -86,11 +93,11 @@ def _round(number: int, facts: dict[str, dict[str, Any]], stages: list[Stage], s
         },
         "reward": {key: reward.get(key) for key in REWARD_KEYS},
         "policy": {
-            **_with_intervals(judged.get("policy", {}), ("proxy", "gold", "kl", "win_rate")),
+            **_with_intervals(evaluation.get("policy", {}), ("proxy", "gold", "kl", "win_rate")),
             "win_tie_lose": win_tie_lose(*([row[f"gold_{who}"] for row in rows] for who in ("policy", "sft")))
             if known
             else None,
-            "gold_gap_closed": judged.get("gold_gap_closed"),
+            "gold_gap_closed": evaluation.get("gold_gap_closed"),
             "words": sum(lengths) / len(lengths) if lengths else None,
             "different_answers": len(set(texts)) / len(texts) if texts else None,
             "warnings": ppo.get("warnings"),
@@ -100,20 +107,20 @@ def _round(number: int, facts: dict[str, dict[str, Any]], stages: list[Stage], s
     }
 
 
-def _best(rounds: list[dict[str, Any]]) -> int | None:
-    """The round whose policy has the highest true reward; where none is known, the last one that the reward model after it does
-    not find worse than the one before."""
-    judged = [entry for entry in rounds if entry["policy"]["proxy"] is not None]
-    if not judged:
+def _best(rounds: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the round whose policy has the highest true reward; where none is known, the last one that the reward model after it
+    does not find worse than the one before. None where no policy was evaluated."""
+    evaluated = [entry for entry in rounds if entry["policy"]["proxy"] is not None]
+    if not evaluated:
         return None
-    known = [entry for entry in judged if entry["policy"]["gold"] is not None]
-    not_worse = [entry for entry in judged if entry["hindsight"] is None or not is_worse(entry["hindsight"])]
-    best = max(known, key=lambda entry: entry["policy"]["gold"]) if known else (not_worse or judged)[-1]
+    known = [entry for entry in evaluated if entry["policy"]["gold"] is not None]
+    not_worse = [entry for entry in evaluated if entry["hindsight"] is None or not is_worse(entry["hindsight"])]
+    best = max(known, key=lambda entry: entry["policy"]["gold"]) if known else (not_worse or evaluated)[-1]
     return int(best["round"])
 
 
 def _link_best(root: Path, number: int | None) -> None:
-    """`RUN/best` points to the best round's policy; a file system without links goes without."""
+    """Link `RUN/best` to the best round's policy; a file system without links goes without."""
     link = root / "best"
     beside = root / f"best.tmp-{os.getpid()}"
     if number is None:
@@ -125,5 +132,6 @@ def _link_best(root: Path, number: int | None) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _with_intervals(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def _with_intervals(values: Mapping[str, object], names: tuple[str, ...]) -> dict[str, object]:
+    """Take some values and their 95 % intervals out of facts; None where there are none."""
     return {key: values.get(key) for name in names for key in (name, f"{name}_ci")}

@@ -1,9 +1,10 @@
 """The vote: members are trained one after the other, each kept when it is done, so that a killed vote goes on with the next."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -12,23 +13,92 @@ from torch import Tensor
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
+from rlhf.data.rows import Pair, answer
+from rlhf.data.sources import pair_digest
+from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
+from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.store import CHECKPOINTS
+from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
+from rlhf.pipeline.true_reward import gold_differences, load_true_reward
+from rlhf.recipe.objectives import PAIR_COLUMNS
 from rlhf.reward.frozen_trunk import Features, Trunk
-from rlhf.reward.load import RewardModel, position_limit
+from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
-from rlhf.reward.trainer import PAIR_COLUMNS, PairRewardTrainer, training_columns
+from rlhf.reward.trainer import training_columns
 from rlhf.reward.vote import collect_votes, plan_vote
+from rlhf.statistics import auroc
 
+STRENGTH = "strength.jsonl"
 DIFFERENCES = "differences.safetensors"
+
+
+def run_vote(context: StageContext) -> dict[str, Any]:
+    """Write the preference strength of every training pair, and the share of wrong labels that the votes imply."""
+    recipe = context.recipe
+    rows: list[Pair] = read_jsonl(context.pairs)
+    shape = recipe.vote.shape()
+    strength, noise = vote(
+        context.sft_model,
+        rows,
+        context.trl_settings("vote"),
+        context.folder / CHECKPOINTS,
+        seed=recipe.seed,
+        say=context.say,
+        **shape,
+    )
+    if not context.is_main:
+        return {}
+    names = ("strength_mean", "strength_std", "strength_share", "strength_votes")
+    columns = zip(*(column.tolist() for column in strength), strict=True)
+    votes = [
+        {"pair": pair_digest(row), **dict(zip(names, v, strict=True))} for row, v in zip(rows, columns, strict=True)
+    ]
+    write_jsonl(context.folder / STRENGTH, votes)
+    context.say(
+        f"vote: {shape['members']} members; about {noise.flip_rate:.1%} [{noise.low:.1%}, {noise.high:.1%}] of the labels are "
+        f"wrong; {(strength.mean < 0).float().mean():.1%} of the pairs have a strength below 0."
+    )
+    gold = gold_differences(rows, load_true_reward(recipe))
+    area = None
+    if gold is not None:
+        wrong = [difference < 0 for difference in gold]
+        area = auroc((-strength.mean).tolist(), wrong) if any(wrong) and not all(wrong) else None
+    return {"pairs": len(rows), "noise": asdict(noise), "auroc_of_wrong_labels": area, **shape}
+
+
+@dataclass(frozen=True)
+class VoteSetup:
+    """What the members of a vote have in setup.
+
+    Attributes:
+        base: what every member starts from.
+        rows: the pairs, canonical; members are told by index which of them are theirs.
+        settings: TRL's flat keys of a reward model.
+        flip_rate: share of wrong labels in the members' likelihood; 0 is Bradley-Terry.
+        say: tell the person at the terminal.
+    """
+
+    base: str | Path
+    rows: Sequence[Pair]
+    settings: Mapping[str, Any]
+    flip_rate: float
+    say: Callable[[str], None]
+
+    def arguments(self, folder: Path, seed: int) -> tuple[ModelConfig, RewardConfig]:
+        """Return the model's settings and the trainer's, one epoch unless the keys say otherwise."""
+        model_config, keys = split_settings(self.settings)
+        keys.setdefault("num_train_epochs", 1)
+        return model_config, training_arguments(RewardConfig, keys, folder, seed)
 
 
 def vote(
     base: str | Path,
-    rows: list[dict[str, Any]],
+    rows: Sequence[Pair],
     settings: Mapping[str, Any],
     folder: Path,
     *,
@@ -49,95 +119,119 @@ def vote(
         flip_rate: share of wrong labels in the members' likelihood; 0 is Bradley-Terry.
         trunk: layers that each member has of its own above a shared frozen trunk; None for independent members.
 
+    Returns:
+        the strength of each pair, in the order of the rows, and how many labels are wrong.
+
     Raises:
         UserError: the plan is impossible.
         TrainingError: a member diverged.
     """
-    plan = plan_vote(rows, members=members, folds=folds, in_sample=in_sample, seed=seed)
+    prompts = [row["prompt"] for row in rows]
+    plan = plan_vote(prompts, members=members, folds=folds, in_sample=in_sample, seed=seed)
+    setup = VoteSetup(base, rows, settings, flip_rate, say)
+    shared = None if trunk is None else _shared_trunk(setup, folder, trunk)
 
-    shared = None if trunk is None else _shared_trunk(base, rows, settings, folder, trunk)
-    trained = training_columns(rows)
-    columns = {name: torch.tensor([row[name] for row in trained]) for name in PAIR_COLUMNS if name in trained[0]}
-
-    def objective(rewards_chosen: Tensor, rewards_rejected: Tensor, pairs: list[int]) -> Tensor:
-        of_these = {name: column[pairs].to(rewards_chosen.device) for name, column in columns.items()}
-        return pair_loss(rewards_chosen, rewards_rejected, flip_rate=flip_rate, **of_these)
-
-    def member_differences(member: int, chosen: list[int], judged: list[int]) -> Tensor:
-        where, label = folder / f"member-{member}", f"vote {member + 1}/{members}"
-        file = where / DIFFERENCES
+    def member_differences(member: int, trained: list[int], judged: list[int]) -> Tensor:
+        place, label = folder / f"member-{member}", f"vote {member + 1}/{members}"
+        file = place / DIFFERENCES
         if file.is_file():
             return load_file(file)["differences"]
-        where.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         # Members differ in the order of their pairs and in the first weights of head and adapter.
         member_seed = seed * 1000 + member + 1
         if shared is None:
-            found = _independent(base, rows, chosen, judged, settings, flip_rate, where, label, member_seed, say)
+            differences = _independent(setup, trained, judged, place, label=label, seed=member_seed)
         else:
-            args = _arguments(settings, where, member_seed)[1]
-            set_seed(member_seed)
-            own = shared[0].member()
-            own.train(shared[1], chosen, args, objective=objective, label=label)
-            found = own.differences(shared[1], judged)
-        if int(os.environ.get("RANK", "0")) == 0 and torch.isfinite(found).all():
-            save_file({"differences": found}, file.with_suffix(".tmp"))
+            differences = _on_trunk(setup, shared, trained, judged, place, label=label, seed=member_seed)
+        if int(os.environ.get("RANK", "0")) == 0 and torch.isfinite(differences).all():
+            save_file({"differences": differences}, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
-        return found
+        return differences
 
     strength = vote_strength(collect_votes(plan, member_differences))
     return strength, estimate_noise(strength.mean, [plain(row["prompt"]) for row in rows])
 
 
-def _arguments(settings: Mapping[str, Any], folder: Path, seed: int) -> tuple[ModelConfig, RewardConfig]:
-    model_config, keys = split_settings(settings)
-    keys.setdefault("num_train_epochs", 1)
-    return model_config, training_arguments(RewardConfig, keys, folder, seed)
+class SharedTrunk(NamedTuple):
+    """What members on a shared trunk have in common.
+
+    Attributes:
+        trunk: the lower layers, frozen.
+        features: their output on both answers of every pair.
+        columns: of the pair loss, a value for every pair.
+    """
+
+    trunk: Trunk
+    features: Features
+    columns: dict[str, Tensor]
 
 
-def _shared_trunk(
-    base: str | Path, rows: list[dict[str, Any]], settings: Mapping[str, Any], folder: Path, top_layers: int
-) -> tuple[Trunk, Features]:
-    """The trunk and its output on both answers of every pair, checked against the whole model."""
+def _shared_trunk(setup: VoteSetup, folder: Path, top_layers: int) -> SharedTrunk:
+    """Build the trunk and its output, checked against the whole model."""
     folder.mkdir(parents=True, exist_ok=True)
-    _, args = _arguments(settings, folder, 0)
+    _, args = setup.arguments(folder, 0)
     set_seed(0)
-    tokenizer = load_tokenizer(base, conversational=True, revision=settings.get("model_revision"))
+    revision = setup.settings.get("model_revision")
+    tokenizer = load_tokenizer(setup.base, conversational=True, revision=revision)
     assert isinstance(tokenizer.pad_token_id, int)
-    model_config, _ = _arguments({"model_revision": settings.get("model_revision", "main")}, folder, 0)
-    model = build_reward_model(base, model_config, pad_token_id=tokenizer.pad_token_id)
-    shared = Trunk(model.to(args.device), top_layers=top_layers)
+    model_config, _ = split_settings({"model_revision": revision or "main"})
+    model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)
+    trunk = Trunk(model.to(args.device), top_layers=top_layers)
     longest = min(args.max_length or position_limit(model, tokenizer), position_limit(model, tokenizer))
-    prompts = [row["prompt"] for row in rows]
-    answers = ([row[side][0]["content"] for row in rows] for side in ("chosen", "rejected"))
-    sides = [encode_answers(tokenizer, prompts, texts, max_length=longest)[0] for texts in answers]
-    features = shared.features(list(zip(*sides, strict=True)), folder, pad_token_id=tokenizer.pad_token_id)
-    shared.check(features)
-    return shared, features
+    prompts = [row["prompt"] for row in setup.rows]
+    chosen, _ = encode_answers(tokenizer, prompts, [answer(r, "chosen") for r in setup.rows], max_length=longest)
+    rejected, _ = encode_answers(tokenizer, prompts, [answer(r, "rejected") for r in setup.rows], max_length=longest)
+    features = trunk.features(list(zip(chosen, rejected, strict=True)), folder, pad_token_id=tokenizer.pad_token_id)
+    trunk.check(features)
+    rows = training_columns(setup.rows)
+    columns = {name: torch.tensor([row[name] for row in rows]) for name in PAIR_COLUMNS if name in rows[0]}
+    return SharedTrunk(trunk, features, columns)
+
+
+def _on_trunk(
+    setup: VoteSetup,
+    shared: SharedTrunk,
+    trained: list[int],
+    judged: list[int],
+    folder: Path,
+    *,
+    label: str,
+    seed: int,
+) -> Tensor:
+    """Train a member on the shared trunk on some pairs, and return its reward differences on others."""
+
+    def objective(rewards_chosen: Tensor, rewards_rejected: Tensor, pairs: list[int]) -> Tensor:
+        columns = {name: column[pairs].to(rewards_chosen.device) for name, column in shared.columns.items()}
+        return pair_loss(rewards_chosen, rewards_rejected, flip_rate=setup.flip_rate, **columns)
+
+    _, args = setup.arguments(folder, seed)
+    set_seed(seed)
+    member = shared.trunk.member()
+    member.train(shared.features, trained, args, objective=objective, label=label)
+    return member.differences(shared.features, judged)
 
 
 def _independent(
-    base: str | Path,
-    rows: list[dict[str, Any]],
-    chosen: list[int],
-    judged: list[int],
-    settings: Mapping[str, Any],
-    flip_rate: float,
-    folder: Path,
-    label: str,
-    seed: int,
-    say: Callable[[str], None],
+    setup: VoteSetup, trained: list[int], judged: list[int], folder: Path, *, label: str, seed: int
 ) -> Tensor:
-    """Reward differences on some pairs of a reward model of its own that was trained on others."""
-    model_config, args = _arguments(settings, folder, seed)
+    """Train a reward model of its own on some pairs, and return its reward differences on others."""
+    model_config, args = setup.arguments(folder, seed)
     set_seed(seed)
-    tokenizer = load_tokenizer(base, conversational=True, revision=settings.get("model_revision"))
-    model = build_reward_model(base, model_config, pad_token_id=tokenizer.pad_token_id)
+    tokenizer = load_tokenizer(setup.base, conversational=True, revision=setup.settings.get("model_revision"))
+    model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
-    pairs = Dataset.from_list(training_columns([rows[i] for i in chosen]))
-    trainer = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer, flip_rate=flip_rate)
-    train(trainer, folder, label=label, say=say)
+    trainer = StagePairRewardTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_list(training_columns([setup.rows[i] for i in trained])),
+        processing_class=tokenizer,
+        flip_rate=setup.flip_rate,
+    )
+    train(trainer, folder, label=label, say=setup.say)
     reward = RewardModel(trainer.model.eval(), tokenizer, conversational=True)
-    prompts = [rows[i]["prompt"] for i in judged]
-    sides = [reward.score(prompts, [rows[i][side][0]["content"] for i in judged]) for side in ("chosen", "rejected")]
-    return sides[0] - sides[1]
+    rows = [setup.rows[i] for i in judged]
+    prompts = [row["prompt"] for row in rows]
+    chosen = reward.score(prompts, [answer(row, "chosen") for row in rows])
+    rejected = reward.score(prompts, [answer(row, "rejected") for row in rows])
+    return chosen - rejected

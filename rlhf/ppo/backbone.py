@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, TaskType
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.errors import UserError
@@ -37,18 +37,18 @@ class AdapterScorer(nn.Module):
         self.role = role
 
     @property
-    def config(self) -> Any:
-        """The backbone's."""
+    def config(self) -> PretrainedConfig:
+        """Return the backbone's configuration."""
         return self.role.policy.config
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the backbone's activations."""
+        """Return the type of the backbone's activations."""
         dtype: torch.dtype = self.role.policy.dtype
         return dtype
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SequenceClassifierOutput:
-        """Scores [n, 1] at the last token of rows padded on the right; in evaluation mode, whatever the policy is in."""
+        """Return scores [n, 1] at the last token of rows padded on the right; in evaluation mode, whatever the policy is in."""
         policy = self.role.policy
         was_training = policy.training
         policy.eval()
@@ -60,8 +60,8 @@ class AdapterScorer(nn.Module):
         return SequenceClassifierOutput(logits=scores.gather(1, last))
 
 
-def sharing_obstacle(policy: Any, folder: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Why a reward model can't live on the policy's base, or None."""
+def sharing_obstacle(policy: PeftModel, folder: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Say why a reward model can't live on the policy's base, or return None."""
     source = find_source(folder)
     if source.adapter is None:
         return "the reward model is a whole model, not an adapter"
@@ -73,16 +73,9 @@ def sharing_obstacle(policy: Any, folder: str, tokenizer: PreTrainedTokenizerBas
         return "it was trained on another base than the policy's"
     if bool(reward_card(folder).get("load_in_4bit")) != bool(getattr(policy, "is_loaded_in_4bit", False)):
         return "one of the two has 4-bit weights and the other has not"
-    if load_reward_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
         return "it has another vocabulary"
     return None
-
-
-def load_reward_tokenizer(folder: str) -> Any:
-    """Its own, which may have another template than the policy's."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def on_backbone(policy: PeftModel, folder: str) -> tuple[RewardModel, AdapterHead]:
@@ -103,7 +96,7 @@ def on_backbone(policy: PeftModel, folder: str) -> tuple[RewardModel, AdapterHea
         role = AdapterHead(policy, name, head)
         load_role(role, weights)
         role.to(next(policy.parameters()).device)
-        for parameter in role.own_parameters():
+        for parameter in role.role_parameters():
             parameter.requires_grad_(is_trained)
         roles.append(role)
     reward, critic = roles

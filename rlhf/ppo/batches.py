@@ -1,40 +1,43 @@
-"""How rollouts meet the Trainer: its dataloader, and the end of a rollout as the only place to log, evaluate and save."""
+"""Where rollouts meet the Trainer: its dataloader, and the end of a rollout as the only place to log, evaluate and save."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.rollout import Rollout, shuffled_minibatches
+from rlhf.ppo.rollout import MicroBatch, Rollout, shuffled_minibatches
+
+if TYPE_CHECKING:
+    from rlhf.ppo.trainer import PPOTrainer
 
 
 class RolloutBatches:
     """The training dataloader: iterating it samples one rollout and yields `steps_per_rollout x accumulation` micro-batches."""
 
-    def __init__(self, trainer: Any, dataset: Dataset):
+    def __init__(self, trainer: "PPOTrainer", dataset: Dataset):
         self.trainer, self.dataset = trainer, dataset
         self.batch_size = trainer.args.per_device_train_batch_size
         self.rollout_index = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch, that is, before each rollout."""
+        """Take the number of the next rollout, which the Trainer gives before each of its epochs."""
         self.rollout_index = epoch
 
     def __len__(self) -> int:
-        return self.trainer.args.steps_per_rollout * self.trainer.args.gradient_accumulation_steps
+        args = self.trainer.args
+        return int(args.steps_per_rollout * args.gradient_accumulation_steps)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         rollout = self.trainer.rollout(self.trainer.prompts_of(self.rollout_index))
         for step in steps_of(rollout, self.trainer.args, self.rollout_index):
             yield from step
 
 
-def steps_of(rollout: Rollout, args: PPOConfig, rollout_index: int) -> Iterator[list[dict[str, Tensor]]]:
-    """The micro-batches of every optimizer step made with a rollout, reshuffled for every PPO epoch."""
+def steps_of(rollout: Rollout, args: PPOConfig, rollout_index: int) -> Iterator[list[MicroBatch]]:
+    """Yield the micro-batches of every optimizer step made with a rollout, reshuffled for every PPO epoch."""
     for epoch in range(args.num_ppo_epochs):
         for minibatch in shuffled_minibatches(
             args.local_rollout_size, args.num_mini_batches, seed=args.seed, rollout=rollout_index, epoch=epoch
@@ -42,8 +45,12 @@ def steps_of(rollout: Rollout, args: PPOConfig, rollout_index: int) -> Iterator[
             yield [rollout.rows(index) for index in minibatch.split(args.per_device_train_batch_size)]
 
 
-def update(trainer: Any, rollout: Rollout) -> dict[str, float]:
-    """All optimizer steps of one rollout outside of the Trainer's own loop; the metrics of sampling and update."""
+def update(trainer: "PPOTrainer", rollout: Rollout) -> dict[str, float]:
+    """Make all optimizer steps of one rollout outside of the Trainer's own loop.
+
+    Returns:
+        the metrics of sampling and update, and `episodes`.
+    """
     if trainer.optimizer is None:
         trainer.create_optimizer()
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
@@ -53,15 +60,14 @@ def update(trainer: Any, rollout: Rollout) -> dict[str, float]:
         for number, batch in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)
             trainer.accelerator.gradient_state._set_sync_gradients(is_last)
-            waits = nullcontext() if is_last else trainer.accelerator.no_sync(trainer.model_wrapped)
-            with waits:
+            synchronisation = nullcontext() if is_last else trainer.accelerator.no_sync(trainer.model_wrapped)
+            with synchronisation:
                 trainer.training_step(trainer.model_wrapped, batch, tokens)
-        trainer.meter.count("grad_norm", trainer._clip_grad_norm(trainer.model_wrapped), 1)
+        trainer.metrics.count("grad_norm", trainer._clip_grad_norm(trainer.model_wrapped), 1)
         trainer.optimizer.step()
         trainer.model.zero_grad()
         trainer.state.global_step += 1
-    metrics: dict[str, float] = trainer.meter.take()
-    return {**metrics, "episodes": trainer.episodes}
+    return {**trainer.metrics.take(), "episodes": trainer.episodes}
 
 
 class EndOfRollout(TrainerCallback):
@@ -70,18 +76,18 @@ class EndOfRollout(TrainerCallback):
     In the middle of a rollout a checkpoint could not be resumed: the experience is not part of it.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: "PPOTrainer") -> None:
         self.trainer = trainer
         self.wanted = {"should_log": False, "should_evaluate": False, "should_save": False}
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Remember and postpone."""
+    def on_step_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Remember what the Trainer wants to do after this step, and postpone it."""
         for name in self.wanted:
             self.wanted[name] |= getattr(control, name)
             setattr(control, name, False)
 
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Do it now."""
+    def on_epoch_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Do what was postponed, and stop where the trainer has a reason to."""
         for name, wanted in self.wanted.items():
             setattr(control, name, getattr(control, name) or wanted)
             self.wanted[name] = False

@@ -1,25 +1,28 @@
-"""What a checkpoint of PPO holds beside the Trainer's own files, between two rollouts."""
+"""A checkpoint of PPO between two rollouts: what it holds beside the Trainer's own files."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.save import load_weights
 from rlhf.ppo.backbone import restore_role, save_role
 from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead
 from rlhf.ppo.rollout import Sample
 from rlhf.ppo.state import PPOState
 
+if TYPE_CHECKING:
+    from rlhf.ppo.trainer import PPOTrainer
+
 # The weights of a reference that moves, and the latest answers, for a run that ends right after a resume.
 REFERENCE, SAMPLES, CRITIC = "reference.safetensors", "latest_samples.jsonl", "critic"
 
 
-def write_checkpoint(trainer: Any, folder: Path) -> None:
-    """The policy at the root as an ordinary model, the critic under `critic/`, counters in `ppo_state.json`."""
+def write_checkpoint(trainer: "PPOTrainer", folder: Path) -> None:
+    """Write the policy at the root as an ordinary model, the critic under `critic/`, counters in `ppo_state.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     container = trainer.accelerator.unwrap_model(trainer.model)
     selected = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(container.policy, PeftModel) else {}
@@ -30,13 +33,12 @@ def write_checkpoint(trainer: Any, folder: Path) -> None:
         container.critic.save_pretrained(folder / CRITIC)
     if trainer.args.reference_mixup > 0:
         save_file({n: w.detach().cpu().clone() for n, w in trainer.reference.weights().items()}, folder / REFERENCE)
-    rows = [json.dumps(sample.as_row(), ensure_ascii=False) + "\n" for sample in trainer.latest_samples]
-    (folder / SAMPLES).write_text("".join(rows), encoding="utf-8")
+    write_jsonl(folder / SAMPLES, [sample.as_row() for sample in trainer.latest_samples])
     trainer.processing_class.save_pretrained(folder)
     trainer.progress.save(folder)
 
 
-def read_checkpoint(trainer: Any, folder: Path, model: nn.Module) -> None:
+def read_checkpoint(trainer: "PPOTrainer", folder: Path, model: nn.Module) -> None:
     """Put everything back that `write_checkpoint` wrote."""
     container = trainer.accelerator.unwrap_model(model)
     load_weights(container.policy, folder)
@@ -48,6 +50,5 @@ def read_checkpoint(trainer: Any, folder: Path, model: nn.Module) -> None:
         saved = load_file(folder / REFERENCE)
         for name, weight in trainer.reference.weights().items():
             weight.data.copy_(saved[name])
-    rows = (folder / SAMPLES).read_text(encoding="utf-8").splitlines()
-    trainer.latest_samples = [Sample(**json.loads(row)) for row in rows]
+    trainer.latest_samples = [Sample(**row) for row in read_jsonl(folder / SAMPLES)]
     trainer.progress = PPOState.load(folder)

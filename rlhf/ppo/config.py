@@ -60,7 +60,10 @@ class PPOConfig(BaseConfig):
         default=None,
         metadata={"help": "Bound on the loss of a bad token, in advantages; 3 where it is used; None: off."},
     )
-    critic_warmup: int = field(default=0, metadata={"help": "First rollouts that train the critic alone."})
+    critic_warmup: int = field(
+        default=0,
+        metadata={"help": "First rollouts that train the critic alone; no demonstration is drawn in them either."},
+    )
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of demonstrations' loss (PPO-ptx); 0: none."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Over the rollout, over all processes."})
 

@@ -1,4 +1,4 @@
-"""What goes wrong in PPO before anybody notices: looked for after every rollout, said once in plain words.
+"""The monitor of PPO: what goes wrong before anybody notices is looked for after every rollout and told once, in plain words.
 
 Reward and losses do not show a collapse (arXiv:2307.04964 section 5.3); KL, length, repetition and entropy do.
 """
@@ -17,14 +17,15 @@ class Concern:
     """One thing to look for.
 
     Attributes:
+        name: by which it is remembered that it was raised.
         needs: metrics without which nothing is looked for.
-        found: of the first rollout's metrics, the latest, and how many rollouts there were.
-        sentence: what to say, with the latest metrics as fields and those of the first as `first_…`.
+        applies: whether the trouble is there, by the first rollout's metrics, the latest, and the number of rollouts.
+        sentence: for a person, with the latest metrics as fields and those of the first as `first_…`.
     """
 
     name: str
     needs: tuple[str, ...]
-    found: Callable[[Row, Row, int], bool]
+    applies: Callable[[Row, Row, int], bool]
     sentence: str
 
 
@@ -90,46 +91,47 @@ CONCERNS = (
 
 @dataclass
 class Health:
-    """Watches the metrics of a run; every concern is raised once, also where the run is resumed in between.
+    """The monitor's memory of a run: every concern is raised once, also where the run is resumed in between.
 
     Attributes:
-        said: the sentences so far.
+        sentences: those told so far.
         raised: the names of their concerns.
         first: metrics of the first rollout.
+        rollouts: how many were looked at.
         rewards: raw score and true reward of every rollout, where both are known.
     """
 
-    said: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
     raised: list[str] = field(default_factory=list)
     first: Row = field(default_factory=dict)
     rollouts: int = 0
     rewards: list[list[float]] = field(default_factory=list)
 
     def look(self, row: Row) -> list[str]:
-        """What is new to worry about after a rollout with these metrics."""
+        """Return the sentences on what is new to worry about after a rollout with these metrics."""
         self.rollouts += 1
-        row = {**row, **self._moves(row)}
+        row = {**row, **self._trends(row)}
         self.first = self.first or {name: float(value) for name, value in row.items()}
-        new = []
+        sentences = []
         for concern in CONCERNS:
             known = all(name in row and name in self.first for name in concern.needs)
-            if concern.name not in self.raised and known and concern.found(self.first, row, self.rollouts):
+            if concern.name not in self.raised and known and concern.applies(self.first, row, self.rollouts):
                 self.raised.append(concern.name)
                 values = {**row, **{f"first_{name}": value for name, value in self.first.items()}}
-                new.append(f"ppo, rollout {self.rollouts}: " + concern.sentence.format(**values))
-        self.said += new
-        return new
+                sentences.append(f"ppo, rollout {self.rollouts}: " + concern.sentence.format(**values))
+        self.sentences += sentences
+        return sentences
 
-    def _moves(self, row: Row) -> Row:
-        """By how many standard errors the last rollouts' scores lie above, and true rewards below, those of the first."""
+    def _trends(self, row: Row) -> Row:
+        """Count the standard errors by which the last rollouts' scores lie above, and true rewards below, those of the first."""
         if "reward_proxy" not in row or "reward_gold" not in row:
             return {}
         self.rewards.append([float(row["reward_proxy"]), float(row["reward_gold"])])
         if len(self.rewards) < 2 * WINDOW:
             return {"rise_of_proxy": 0.0, "fall_of_gold": 0.0}
-        moved = []
+        rises = []
         for column in (0, 1):
             early, late = ([pair[column] for pair in part] for part in (self.rewards[:WINDOW], self.rewards[-WINDOW:]))
             error = ((pvariance(early) + pvariance(late)) / WINDOW) ** 0.5
-            moved.append((fmean(late) - fmean(early)) / max(error, 1e-9))
-        return {"rise_of_proxy": moved[0], "fall_of_gold": -moved[1]}
+            rises.append((fmean(late) - fmean(early)) / max(error, 1e-9))
+        return {"rise_of_proxy": rises[0], "fall_of_gold": -rises[1]}

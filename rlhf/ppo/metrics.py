@@ -1,20 +1,34 @@
 """Numbers for people: sums over answers and tokens, taken as means over all processes when something is logged."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf.models.generate import Completions
 from rlhf.objectives.kl import kl_k3
-from rlhf.ppo.rollout import Experience, distinct_pairs
+from rlhf.objectives.ppo import clipped_share
+from rlhf.ppo.rollout import Experience, MicroBatch, distinct_pairs
 
 
-class Meter:
-    """Means of whatever is counted between two logs. Counting waits for nobody; taking is done by all processes together."""
+class RolloutMetrics:
+    """Means of whatever is counted between two logs. Counting waits for nobody; taking is done by all processes together.
 
-    def __init__(self, accelerator: Any):
+    Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`,
+    the raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer, and
+    `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `entropy`, nats a token;
+    `nll_reference`, nats a token, of which the reference's perplexity is the exponential; `sampler_difference`,
+    |log π − log π_vLLM|, nats a token, where vLLM samples; `kl_coef`; `policy_loss`, `value_loss`; `ptx_loss` of
+    demonstrations, nats a token, where they are mixed in; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token;
+    `ratio_first`, the mean ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic
+    before its update; `distinct_2`, different pairs of neighbouring tokens among all; `clipped_rewards`, the share at
+    `reward_clip`; `disagreement` of an ensemble's members, deviations of a score; `length`, tokens an answer;
+    `share_without_eos`; `prompts_cut`, the share of prompts that fill all the room there is; `grad_norm` of the
+    policy, 0 while the critic warms up, and `grad_norm_critic`.
+    """
+
+    def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self._sums: dict[str, list[float]] = {}
 
@@ -25,7 +39,7 @@ class Meter:
         entry[1] += float(count)
 
     def take(self) -> dict[str, float]:
-        """Means of everything counted since the last time, over all processes."""
+        """Return the means of everything counted since the last call, over all processes."""
         names = sorted(self._sums)
         table = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.accelerator.device)
         self._sums.clear()
@@ -36,7 +50,7 @@ class Meter:
 
     def count_experience(
         self,
-        seen: Experience,
+        experience: Experience,
         completions: Completions,
         *,
         raw: Tensor,
@@ -46,7 +60,7 @@ class Meter:
         longest_prompt: int | None,
         monitored: Mapping[str, Sequence[float]],
     ) -> None:
-        """Everything that a log says of sampled answers.
+        """Count everything that a log says of sampled answers.
 
         Args:
             raw, shaped: [b] score of the first source, and what is optimised.
@@ -55,7 +69,8 @@ class Meter:
             longest_prompt: tokens a prompt may have.
             monitored: what the monitoring functions say, by name.
         """
-        mask, rows = seen.response_mask, len(raw)
+        mask, rows = experience.response_mask, len(raw)
+        logprobs, entropy = experience.outputs.logprobs, experience.outputs.entropy
 
         def masked(values: Tensor) -> Tensor:
             return torch.where(mask.bool(), values, torch.zeros_like(values)).sum()
@@ -63,8 +78,8 @@ class Meter:
         # 1. Of answers.
         self.count("reward_proxy", raw.sum(), rows)
         self.count("reward", shaped.sum(), rows)
-        self.count("kl", masked(seen.kl), rows)
-        self.count("kl_k3", masked(kl_k3(seen.outputs.logprobs, seen.logprobs_reference)), rows)
+        self.count("kl", masked(experience.kl), rows)
+        self.count("kl_k3", masked(kl_k3(logprobs, experience.logprobs_reference)), rows)
         self.count("length", mask.sum(), rows)
         self.count("share_without_eos", (~completions.ended).sum(), rows)
         if longest_prompt is not None:
@@ -77,10 +92,29 @@ class Meter:
             self.count(f"reward_{name}", sum(values), len(values))
 
         # 2. Of tokens.
-        self.count("entropy", (seen.outputs.entropy * mask).sum(), mask.sum())
-        self.count("nll_reference", -masked(seen.logprobs_reference), mask.sum())
+        self.count("entropy", (entropy * mask).sum(), mask.sum())
+        self.count("nll_reference", -masked(experience.logprobs_reference), mask.sum())
         self.count("distinct_2", *distinct_pairs(completions.response_ids, mask))
         if completions.logprobs_sampler is not None:
-            self.count(
-                "sampler_difference", masked((seen.outputs.logprobs - completions.logprobs_sampler).abs()), mask.sum()
-            )
+            self.count("sampler_difference", masked((logprobs - completions.logprobs_sampler).abs()), mask.sum())
+
+    @torch.no_grad()
+    def count_update(
+        self, losses: Tensor, logprobs: Tensor, batch: MicroBatch, *, cliprange: float, is_first: bool
+    ) -> None:
+        """Count what a log says of the policy in one micro-batch of its update.
+
+        Args:
+            losses: [b, r] the policy's clipped losses.
+            logprobs: [b, r] of the policy as it is now, nats.
+            is_first: whether the rollout's first minibatch is seen, where the ratio must be 1.
+        """
+        mask = batch["response_mask"].to(losses.dtype)
+        log_ratio, tokens = (logprobs - batch["logprobs_old"]) * mask, mask.sum()
+        self.count("policy_loss", (losses * mask).sum(), tokens)
+        self.count("approx_kl", 0.5 * (log_ratio**2).sum(), tokens)
+        self.count(
+            "clip_fraction", (clipped_share(logprobs, batch["logprobs_old"], cliprange=cliprange) * mask).sum(), tokens
+        )
+        if is_first:
+            self.count("ratio_first", (log_ratio.exp() * mask).sum(), tokens)

@@ -1,15 +1,15 @@
 """The ptx mixture: demonstrations beside PPO's own loss, so that the policy forgets less (InstructGPT, arXiv:2203.02155 eq. 2)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.rows import Demonstration
 from rlhf.models.logprobs import token_logprobs
-from rlhf.models.text import encode_answers
+from rlhf.models.text import encode_answers, last_turn
 
 
 class Demonstrations:
@@ -20,9 +20,9 @@ class Demonstrations:
         max_length: longer ones lose the beginning of their prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], *, max_length: int | None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration], *, max_length: int | None):
         prompts = [row["prompt"] for row in rows]
-        answers = [x if isinstance(x, str) else x[-1]["content"] for x in (row["completion"] for row in rows)]
+        answers = [last_turn(row["completion"]) for row in rows]
         whole, _ = encode_answers(tokenizer, prompts, answers, max_length=max_length)
         asked, _ = encode_answers(tokenizer, prompts, [""] * len(rows), ended=[False] * len(rows))
         self.rows = whole
@@ -33,7 +33,7 @@ class Demonstrations:
         self.pad_token_id = tokenizer.pad_token_id
 
     def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Ids [n, t], padded on the right, and a mask [n, t] of the completions' tokens."""
+        """Draw rows with replacement: ids [n, t], padded on the right, and a mask [n, t] of the completions' tokens."""
         chosen = torch.randint(len(self.rows), (count,)).tolist()
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(self.rows[i]) for i in chosen], batch_first=True, padding_value=self.pad_token_id
@@ -44,8 +44,8 @@ class Demonstrations:
         return ids.to(device), ((places >= first) & (places < last)).to(device)
 
 
-def demonstration_loss(policy: Any, ids: Tensor, is_completion: Tensor) -> Tensor:
-    """Mean of -log π over the completions' tokens, nats a token; rows are padded on the right.
+def demonstration_loss(policy: nn.Module, ids: Tensor, is_completion: Tensor) -> Tensor:
+    """Return the mean of -log π over the completions' tokens, nats a token; rows are padded on the right.
 
     Causal attention never looks at padding on the right, so no attention mask is needed.
     """

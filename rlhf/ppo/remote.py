@@ -1,14 +1,13 @@
 """Rewards from an HTTP server that speaks OpenRLHF's contract: POST {"query": [...], "prompts": [...]} → {"rewards": [...]}."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import requests
 
 from rlhf.data.http import ATTEMPTS, post_json
-from rlhf.data.rows import Prompt
+from rlhf.data.rows import Messages, Prompt
 from rlhf.errors import TrainingError
-from rlhf.models.text import plain
+from rlhf.models.text import last_turn, plain
 
 
 class RemoteReward:
@@ -26,19 +25,19 @@ class RemoteReward:
         self.url, self.timeout = url, timeout
         self.__name__ = url
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Any], **_: Any) -> list[float]:
-        """One number an answer.
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str | Messages], **_: object) -> list[float]:
+        """Ask for the rewards of answers: one number each.
 
         Raises:
             TrainingError: nobody answers, the server refuses, or the reply is not one number an answer.
         """
-        answers = [x if isinstance(x, str) else x[-1]["content"] for x in completions]
+        answers = [last_turn(completion) for completion in completions]
         readable = [plain(prompt) for prompt in prompts]
-        body: dict[str, Any] = {
-            "query": [f"{p}\n{a}" for p, a in zip(readable, answers, strict=True)],
+        body = {
+            "query": [f"{prompt}\n{answer}" for prompt, answer in zip(readable, answers, strict=True)],
             "prompts": readable,
+            "responses": answers,
         }
-        body["responses"] = answers
         try:
             reply = post_json(self.url, body, timeout=self.timeout)
         except requests.RequestException as error:

@@ -6,7 +6,7 @@ and a reference that is the policy's own model under another adapter; `rlhf.ppo.
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from rlhf.models.logprobs import position_ids, response_logits, response_logprobs, token_entropy, token_logprobs
 from rlhf.models.save import load_weights
@@ -25,13 +26,12 @@ ROLES = ("policy", "critic")
 
 
 class TokenOutputs(NamedTuple):
-    """What policy and critic say about each token of the answers.
+    """The outputs of policy and critic for each token of the answers; what was not asked for is None.
 
     Attributes:
         logprobs: [b, r] log π(token), nats, at the sampling temperature.
         entropy: [b, r] nats; None while gradients are recorded, since nothing is made of it then.
         values: [b, r] V before the token was chosen, in normalised score units.
-    What was not asked for is None.
     """
 
     logprobs: Any
@@ -53,24 +53,24 @@ class AdapterHead(nn.Module):
         self._policy = [policy]
 
     @property
-    def policy(self) -> Any:
-        """The PEFT model whose base this role lives on."""
+    def policy(self) -> PeftModel:
+        """Return the PEFT model whose base this role lives on."""
         return self._policy[0]
 
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The adapter's weights, by their names in the policy."""
+        """Return the adapter's weights, by their names in the policy."""
         return [(name, p) for name, p in self.policy.named_parameters() if f".{self.adapter}." in name]
 
-    def own_parameters(self) -> list[nn.Parameter]:
-        """Adapter and head."""
+    def role_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of adapter and head."""
         return [p for _, p in self.adapter_parameters()] + list(self.head.parameters())
 
-    def active(self) -> Any:
-        """The context in which the backbone acts for this role; its backward belongs inside too."""
+    def active(self) -> AbstractContextManager[None]:
+        """Return the context in which the backbone acts for this role; its backward belongs inside too."""
         return active_adapter(self.policy, self.adapter)
 
     def token_scores(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """The head at every token, [b, t], under whichever adapter is active."""
+        """Return the head's scores at every token, [b, t], under whichever adapter is active."""
         inner = self.policy.base_model.model
         hidden = getattr(inner, inner.base_model_prefix)(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -96,26 +96,26 @@ class PolicyAndCritic(nn.Module):
         self.value_mean, self.value_std = value_mean, value_std
 
     @property
-    def config(self) -> Any:
-        """The policy's configuration: what the Trainer asks of a model."""
+    def config(self) -> PretrainedConfig:
+        """Return the policy's configuration: what the Trainer asks of a model."""
         return self.policy.config
 
     @property
     def shares_backbone(self) -> bool:
-        """Whether both roles are adapters on one base; then only one of them may be between forward and backward."""
+        """Tell whether both roles are adapters on one base; then only one of them may be between forward and backward."""
         return isinstance(self.critic, AdapterHead)
 
     def role_parameters(self, role: str) -> list[nn.Parameter]:
-        """What is trained for a role."""
+        """Return the parameters that are trained for a role."""
         critic = (
-            self.critic.own_parameters() if isinstance(self.critic, AdapterHead) else list(self.critic.parameters())
+            self.critic.role_parameters() if isinstance(self.critic, AdapterHead) else list(self.critic.parameters())
         )
-        others = {id(p) for p in critic}
-        chosen = critic if role == "critic" else [p for p in self.policy.parameters() if id(p) not in others]
-        return [p for p in chosen if p.requires_grad]
+        of_critic = {id(p) for p in critic}
+        parameters = critic if role == "critic" else [p for p in self.policy.parameters() if id(p) not in of_critic]
+        return [p for p in parameters if p.requires_grad]
 
-    def acting(self, role: str) -> Any:
-        """The context of a role's forward and backward."""
+    def acting(self, role: str) -> AbstractContextManager[None]:
+        """Return the context of a role's forward and backward."""
         return self.critic.active() if role == "critic" and isinstance(self.critic, AdapterHead) else nullcontext()
 
     def forward(
@@ -126,7 +126,13 @@ class PolicyAndCritic(nn.Module):
         temperature: float,
         roles: Sequence[str] = ROLES,
     ) -> TokenOutputs:
-        """Both roles, or one, on the same tokens: prompts padded on the left, answers of width `response_length` on the right."""
+        """Run both roles, or one, on the same tokens.
+
+        Args:
+            input_ids, attention_mask: [b, p + r] prompts padded on the left, answers padded on the right.
+            response_length: r, the width of the answers.
+            temperature: by which the policy's logits are divided.
+        """
         logprobs = entropy = values = None
         if "policy" in roles:
             logits = response_logits(self.policy, input_ids, attention_mask, response_length)
@@ -144,7 +150,7 @@ class PolicyAndCritic(nn.Module):
             values = (scores[:, -response_length - 1 : -1] - self.value_mean) / self.value_std
         return TokenOutputs(logprobs, entropy, values)
 
-    def gradient_checkpointing_enable(self, **arguments: Any) -> None:
+    def gradient_checkpointing_enable(self, **arguments: object) -> None:
         """Switch on checkpointing in both roles."""
         models: list[Any] = [self.policy] if self.shares_backbone else [self.policy, self.critic]
         for model in models:
@@ -167,13 +173,13 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float) -> Tensor:
-        """Log π_ref of the answers' tokens [b, r], nats."""
+        """Return log π_ref of the answers' tokens [b, r], nats."""
         with self.acting() as model:
             return response_logprobs(model, input_ids, attention_mask, response_length, temperature)
 
     @contextmanager
-    def acting(self) -> Iterator[Any]:
-        """The reference as an ordinary model."""
+    def acting(self) -> Iterator[nn.Module]:
+        """Give the reference as an ordinary model."""
         if not self.shared:
             yield self.model
             return
@@ -182,7 +188,7 @@ class Reference:
             yield self.model
 
     def weights(self) -> dict[str, Tensor]:
-        """What makes this reference another model than its base, by the policy's names of it; empty where it is the base."""
+        """Return what makes this reference another model than its base, by the policy's names of it; empty where it is the base."""
         if not self.shared:
             return dict(self.model.named_parameters())
         mark = f".{self.adapter}."
@@ -206,13 +212,16 @@ class Reference:
 
     @torch.no_grad()
     def approach(self, policy: nn.Module, rate: float) -> None:
-        """w_ref ← (1 - rate) w_ref + rate w_policy, weight by weight; of LoRA, factor by factor, so exact at rate 1 alone."""
+        """Move towards the policy, weight by weight: w_ref ← (1 - rate) w_ref + rate w_policy.
+
+        LoRA's factors move one by one, so their product is exact at rate 1 alone.
+        """
         for name, weight in self.weights().items():
             weight.lerp_(policy.get_parameter(name).to(weight), rate)
 
 
 def make_reference(policy: nn.Module, *, adapter_was_trained: bool) -> Reference:
-    """The reference of a policy at the moment PPO starts.
+    """Return the reference of a policy at the moment PPO starts.
 
     Without LoRA it is a frozen copy. With an adapter fresh from PPO's own settings it is the base without adapters;
     with an adapter that SFT trained it is a frozen copy of that adapter beside it.

@@ -1,13 +1,37 @@
 """One rollout: sample answers, score them, and work out what each token was worth."""
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from rlhf.data.rows import Prompt
 from rlhf.ppo.roles import TokenOutputs
+
+
+class PromptRow(TypedDict):
+    """A row of the training data: a prompt, and beside it any other columns, which reach the reward functions."""
+
+    prompt: Prompt
+
+
+class MicroBatch(TypedDict):
+    """Rows of a `Rollout` as a Trainer's batch, named and shaped as there, without columns that are padding in all of them.
+
+    `roles` names those that a forward is for, where it is not for all that are trained.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    logprobs_old: Tensor
+    logprobs_reference: Tensor
+    values_old: Tensor
+    advantages: Tensor
+    returns: Tensor
+    sampler_weights: Tensor
+    roles: NotRequired[tuple[str, ...]]
 
 
 class Experience(NamedTuple):
@@ -60,17 +84,17 @@ class Rollout:
     returns: Tensor
     sampler_weights: Tensor
 
-    def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """The named rows as a dictionary, which is what a Trainer's batch is, without the columns that are padding in all."""
+    def rows(self, index: Tensor) -> MicroBatch:
+        """Return the named rows without the columns that are padding in all of them."""
         chosen = {field.name: getattr(self, field.name)[index] for field in fields(self)}
         prompt, answer = used_columns(chosen["attention_mask"], chosen["response_mask"])
         whole = {name: chosen.pop(name)[:, prompt.start : answer.stop] for name in ("input_ids", "attention_mask")}
         width = answer.stop - prompt.stop
-        return whole | {name: column[:, :width] for name, column in chosen.items()}
+        return cast(MicroBatch, whole | {name: column[:, :width] for name, column in chosen.items()})
 
 
 def used_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:
-    """Columns of prompt and answer that are not padding in every row.
+    """Return the columns of prompt and answer that are not padding in every row.
 
     >>> used_columns(torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]), torch.tensor([[1, 0, 0], [1, 1, 0]]))
     (slice(1, 3, None), slice(3, 5, None))
@@ -92,13 +116,13 @@ class Sample:
     kl: float
     ended: bool
 
-    def as_row(self) -> dict[str, Any]:
-        """A row of `samples.jsonl`."""
+    def as_row(self) -> dict[str, object]:
+        """Return it as a row of `samples.jsonl`."""
         return dict(self.__dict__)
 
 
 def distinct_pairs(response_ids: Tensor, response_mask: Tensor) -> tuple[int, int]:
-    """How many different pairs of neighbouring tokens there are in some answers, and how many in all.
+    """Count the different pairs of neighbouring tokens in some answers, and all pairs.
 
     >>> distinct_pairs(torch.tensor([[7, 7, 7], [7, 8, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
     (2, 3)
@@ -109,7 +133,7 @@ def distinct_pairs(response_ids: Tensor, response_mask: Tensor) -> tuple[int, in
 
 
 def shuffled_minibatches(size: int, minibatches: int, *, seed: int, rollout: int, epoch: int) -> list[Tensor]:
-    """A fresh permutation of a rollout's rows, cut into equal minibatches; the same numbers give the same order.
+    """Cut a fresh permutation of a rollout's rows into equal minibatches; the same numbers give the same order.
 
     >>> [x.tolist() for x in shuffled_minibatches(4, 2, seed=0, rollout=0, epoch=0)] == [
     ...     x.tolist() for x in shuffled_minibatches(4, 2, seed=0, rollout=0, epoch=0)]
@@ -121,9 +145,12 @@ def shuffled_minibatches(size: int, minibatches: int, *, seed: int, rollout: int
 
 
 def prompt_indices(dataset_size: int, rollout_size: int, *, seed: int, rollout: int) -> list[int]:
-    """Which prompts a rollout is about: passes over the data, each in an order of its own, cut into rollouts.
+    """Choose the prompts of a rollout: passes over the data, each in an order of its own, cut into rollouts.
 
-    Depends on (seed, rollout) alone, so a resumed run goes on exactly where the other stopped.
+    The choice depends on (seed, rollout) alone, so a resumed run goes on exactly where the other stopped.
+
+    Returns:
+        row numbers of the training data, `rollout_size` of them.
     """
     indices: list[int] = []
     position = rollout * rollout_size
@@ -136,7 +163,7 @@ def prompt_indices(dataset_size: int, rollout_size: int, *, seed: int, rollout: 
 
 
 def hash_seed(*numbers: int) -> int:
-    """One seed from several numbers, the same on every machine and in every process."""
+    """Mix several numbers into one seed, the same on every machine and in every process."""
     mixed = 0x9E3779B97F4A7C15
     for number in numbers:
         mixed = ((mixed ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF

@@ -1,33 +1,87 @@
-"""What `PPOTrainer` is given, made ready: reward sources, the critic, demonstrations."""
+"""Setting up `PPOTrainer`: policy and tokenizer, reward sources, the critic, demonstrations; refusals in a sentence."""
 
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
+import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.models.load import score_head
+from rlhf.models.text import check_tokenizer
 from rlhf.ppo.backbone import on_backbone, sharing_obstacle
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.ptx import Demonstrations
-from rlhf.ppo.rewards import RewardSource, is_server
+from rlhf.ppo.rewards import RewardFunction, RewardSource
 from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead, Reference
+from rlhf.ppo.source_kinds import FOLDER, kind_of
+from rlhf.reward.load import RewardModel
+
+
+def check_data(dataset: Dataset | None) -> Dataset:
+    """Return the training data, if there are prompts in them.
+
+    Raises:
+        UserError: no column `prompt`, or no row.
+    """
+    if dataset is None or "prompt" not in dataset.column_names or len(dataset) == 0:
+        raise UserError("ppo: train_dataset needs a column `prompt` and at least one row.")
+    return dataset
+
+
+def policy_and_tokenizer(
+    model: str | PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase | None,
+    peft_config: PeftConfig | None,
+    args: PPOConfig,
+    *,
+    conversational: bool,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Return the policy, under a fresh adapter where one was asked for, and its tokenizer, which has a padding token.
+
+    Raises:
+        UserError: a second adapter; a tokenizer without an end token, a chat template or a padding token to be had.
+    """
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise UserError("ppo: the model has an adapter already, which PPO will train; drop peft_config.")
+        model = get_peft_model(model, peft_config)
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    check_tokenizer(processing_class, conversational=conversational, where="ppo")
+    model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+    return model, processing_class
+
+
+def check_parallelism(args: PPOConfig, *, is_sharded: bool) -> None:
+    """Refuse other ways of using several GPUs than data parallelism.
+
+    Raises:
+        UserError: one process sees several GPUs, or parameters are sharded by FSDP or DeepSpeed.
+    """
+    if args.n_gpu > 1:
+        raise UserError("ppo: several GPUs are visible to one process; launch with `torchrun` or `accelerate launch`.")
+    if is_sharded:
+        raise UserError(
+            "ppo: FSDP and DeepSpeed are not supported; use data parallelism (`torchrun`), LoRA and 4-bit weights."
+        )
 
 
 def rewards_and_critic(
     policy: nn.Module,
-    reward_funcs: Any,
-    tokenizers: Any,
+    reward_funcs: RewardFunction | list[RewardFunction],
+    tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
     critic: nn.Module | None,
     processing_class: PreTrainedTokenizerBase,
     args: PPOConfig,
 ) -> tuple[list[RewardSource], nn.Module]:
-    """The reward sources and the critic; the first source and the critic on the policy's base where that is possible.
+    """Return the reward sources and the critic; the first source and the critic on the policy's base where that is possible.
 
     Raises:
         UserError: weights for another number of sources, ensemble members on unknown scales, no critic to be had.
@@ -42,7 +96,7 @@ def rewards_and_critic(
 
     # 2. On the policy's base, where it is one that both fit.
     first = functions[0]
-    if isinstance(policy, PeftModel) and isinstance(first, str) and not is_server(first) and critic is None:
+    if isinstance(policy, PeftModel) and isinstance(first, str) and kind_of(first) is FOLDER and critic is None:
         reason = sharing_obstacle(policy, first, processing_class)
         if reason is None:
             functions[0], critic = on_backbone(policy, first)
@@ -58,8 +112,8 @@ def rewards_and_critic(
     return sources, critic
 
 
-def longest_prompt(policy: Any, args: PPOConfig) -> int | None:
-    """Tokens of a prompt that are read: `max_prompt_length`, or what an answer leaves of the model's context.
+def longest_prompt(policy: PreTrainedModel | PeftModel, args: PPOConfig) -> int | None:
+    """Return how many tokens of a prompt are read: `max_prompt_length`, or what an answer leaves of the model's context.
 
     Raises:
         UserError: an answer leaves nothing.
@@ -89,7 +143,7 @@ def check_reference(reference: Reference, args: PPOConfig) -> None:
 
 
 def _check_one_scale(sources: Sequence[RewardSource], args: PPOConfig) -> None:
-    """The worst of two scores means something only where both are counted from the same origin in the same unit."""
+    """Refuse members whose scores are not counted from one origin in one unit: the worst of two would mean nothing."""
     without = [source.name for source in sources if not source.has_scale]
     if len(sources) < 2:
         raise UserError(f"ppo: reward_ensemble={args.reward_ensemble} needs two reward models or more; there is one.")
@@ -103,10 +157,9 @@ def _check_one_scale(sources: Sequence[RewardSource], args: PPOConfig) -> None:
 
 
 def _copy_of_reward_model(source: RewardSource, processing_class: PreTrainedTokenizerBase) -> nn.Module:
-    """A trainable copy of a reward model, if it can read the policy's token ids."""
-    reward: Any = source.function
-    model = getattr(reward, "model", None)
-    if model is None:
+    """Return a trainable copy of a reward model, if it can read the policy's token ids."""
+    reward = source.function
+    if not isinstance(reward, RewardModel):
         raise UserError(
             f"ppo: the first reward function ({source.name}) is no model to copy the critic from; pass `critic=` "
             "(any decoder with one label on the policy's tokenizer)."
@@ -116,7 +169,7 @@ def _copy_of_reward_model(source: RewardSource, processing_class: PreTrainedToke
             "ppo: the reward model has another vocabulary than the policy, so the critic can't start from it; "
             "pass `critic=`."
         )
-    critic = copy.deepcopy(model)
+    critic = copy.deepcopy(reward.model)
     if isinstance(critic, PeftModel):
         for name in set(critic.peft_config) - {POLICY_ADAPTER}:
             critic.delete_adapter(name)  # of experts, the critic starts from the first
@@ -142,12 +195,14 @@ def read_demonstrations(
     *,
     processes: int,
     shares_backbone: bool,
-) -> Demonstrations:
-    """Demonstrations for `ptx_coef`.
+) -> Demonstrations | None:
+    """Return the demonstrations for `ptx_coef`, or None where it is 0.
 
     Raises:
         UserError: none were given, or separate models are trained by several processes.
     """
+    if args.ptx_coef == 0:
+        return None
     if dataset is None or not {"prompt", "completion"} <= set(dataset.column_names):
         raise UserError("ppo: ptx_coef is above 0, so ptx_dataset must have the columns `prompt` and `completion`.")
     if processes > 1 and not shares_backbone:
@@ -157,3 +212,19 @@ def read_demonstrations(
         )
     longest = None if args.max_prompt_length is None else args.max_prompt_length + args.max_completion_length
     return Demonstrations(processing_class, dataset.to_list(), max_length=longest)
+
+
+def split_groups(
+    optimizer: torch.optim.Optimizer, critic: Sequence[nn.Parameter], policy_rate: float, *, critic_rate: float
+) -> None:
+    """Split every group of an optimizer into policy and critic, each with a learning rate of its own."""
+    of_critic = {id(parameter) for parameter in critic}
+    groups = []
+    for group in optimizer.param_groups:
+        for is_critic, rate in ((False, policy_rate), (True, critic_rate)):
+            parameters = [p for p in group["params"] if (id(p) in of_critic) == is_critic]
+            if parameters:
+                groups.append({**group, "params": parameters, "lr": rate})
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)

@@ -1,4 +1,4 @@
-"""What PPO remembers between rollouts beside its weights: the KL's coefficient, the history of rewards. Checkpointed."""
+"""PPO's memory between rollouts beside its weights: the KL's coefficient, the history of rewards. Checkpointed."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -8,6 +8,7 @@ from rlhf.objectives.kl import adapted_kl_coef
 from rlhf.ppo.health import Health
 
 STATE_FILE = "ppo_state.json"
+SENTENCES = "said"  # the monitor's sentences, by their key in the file
 
 
 @dataclass
@@ -18,7 +19,7 @@ class PPOState:
         episodes: answers sampled so far.
         kl_coef: β of this rollout.
         reward_count, reward_mean, reward_square: number, mean and summed squared deviation of all scores so far.
-        health: what the monitor compares with, and has said.
+        health: the monitor's memory.
     """
 
     episodes: int = 0
@@ -29,7 +30,11 @@ class PPOState:
     health: Health = field(default_factory=Health)
 
     def see_rewards(self, count: float, mean: float, square: float) -> None:
-        """Add a rollout's scores to the history (Chan et al.: exact, in whatever portions they come)."""
+        """Add a rollout's scores to the history (Chan et al.: exact, in whatever portions they come).
+
+        Args:
+            count, mean, square: number, mean and summed squared deviation of these scores.
+        """
         total = self.reward_count + count
         delta = mean - self.reward_mean
         self.reward_square += square + delta**2 * self.reward_count * count / total
@@ -38,7 +43,7 @@ class PPOState:
 
     @property
     def reward_scale(self) -> tuple[float, float]:
-        """Mean and deviation of all scores so far; (0, 1) before the first."""
+        """Return mean and deviation of all scores so far; (0, 1) before the first."""
         if self.reward_count == 0:
             return 0.0, 1.0
         return self.reward_mean, max(1e-6, (self.reward_square / self.reward_count) ** 0.5)
@@ -48,11 +53,14 @@ class PPOState:
         self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=target, horizon=horizon, episodes=episodes)
 
     def save(self, folder: Path) -> None:
-        """Into a checkpoint."""
-        (folder / STATE_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        """Write it into a checkpoint."""
+        values = asdict(self)
+        values["health"] = {SENTENCES: values["health"].pop("sentences"), **values["health"]}
+        (folder / STATE_FILE).write_text(json.dumps(values), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "PPOState":
-        """From a checkpoint."""
-        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return cls(**{**saved, "health": Health(**saved["health"])})
+        """Read it from a checkpoint."""
+        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        health = Health(sentences=values["health"].pop(SENTENCES), **values["health"])
+        return cls(**{**values, "health": health})

@@ -1,11 +1,12 @@
 """Rollouts by vLLM, in this process or on a server, through TRL's `VLLMGeneration`: faster, and not quite the same policy."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf._trl import vllm_generation
 from rlhf.data.rows import Prompt
@@ -24,7 +25,13 @@ class VllmSampler:
         UserError: vLLM is not installed, or the base is quantised.
     """
 
-    def __init__(self, policy: Any, accelerator: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig):
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        args: PPOConfig,
+    ):
         if getattr(policy, "is_loaded_in_4bit", False):
             raise UserError("ppo.use_vllm: the engine wants whole weights, not 4-bit ones; leave load_in_4bit out.")
         self.policy, self.tokenizer, self.args = policy, tokenizer, args
@@ -48,7 +55,7 @@ class VllmSampler:
         self.version: int | None = None
 
     def __call__(self, prompts: Sequence[Prompt], *, version: int, max_prompt_length: int | None) -> Completions:
-        """One answer to each prompt.
+        """Sample one answer to each prompt.
 
         Args:
             version: of the policy's weights; where it is another than at the last call, the engine gets them first.
@@ -81,13 +88,19 @@ class VllmSampler:
         ends = torch.tensor(end_token_ids(self.policy, self.tokenizer))
         ended = torch.isin(torch.tensor([answer[-1] for answer in answers]), ends)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        sampled = _padded([[token[0] for token in row] for row in logprobs], 0.0).float()
+        logprobs_sampler = _padded([[token[0] for token in row] for row in logprobs], 0.0).float()
         ids = _padded(answers, pad)
         return Completions(
-            prompt_ids, prompt_mask, ids.to(device), mask.to(device), ended.to(device), texts, sampled.to(device)
+            prompt_ids,
+            prompt_mask,
+            ids.to(device),
+            mask.to(device),
+            ended.to(device),
+            texts,
+            logprobs_sampler.to(device),
         )
 
 
-def _padded(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
+def _padded(rows: Sequence[Sequence[float]], value: float) -> Tensor:
     tensors = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

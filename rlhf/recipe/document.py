@@ -12,8 +12,8 @@ import yaml
 from rlhf.errors import UserError
 
 MAX_BYTES = 1_000_000
-Place = str
-Path_ = tuple[str, ...]
+Place = str  # "file:line"
+KeyPath = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,16 +32,16 @@ class Document:
     """Values by nested key, and the place ("file:line") of each."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[Path_, Place] = field(default_factory=dict)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
 
-    def place(self, path: Path_) -> Place:
-        """Where a key stands, or the nearest key above it."""
+    def place(self, path: KeyPath) -> Place:
+        """Return where a key stands, or the nearest key above it."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, "recipe")
 
     def merged_with(self, other: "Document") -> "Document":
-        """This document with the other's keys on top; sections are merged, anything else is replaced."""
+        """Return this document with the other's keys on top; sections are merged, anything else is replaced."""
         return Document(_merge(self.values, other.values), {**self.places, **other.places})
 
 
@@ -75,7 +75,7 @@ def read_document(path: Path) -> Document:
 
 
 def read_override(text: str) -> Document:
-    """One `section.key=value` of the command line.
+    """Read one `section.key=value` of the command line.
 
     Raises:
         UserError: no `=`, or a value that is not YAML.
@@ -97,21 +97,22 @@ def read_override(text: str) -> Document:
     return document
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What changed between two nested settings, in words."""
-    found = []
+def differences(before: Mapping[str, object], now: Mapping[str, object], prefix: str = "") -> list[str]:
+    """List what changed between two nested settings, a phrase each."""
+    changes = []
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.")
+            changes += differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
-    return found
+            changes.append(f"{prefix}{name} was {old!r}, is {new!r}")
+    return changes
 
 
 def _construct(
-    loader: Any, node: yaml.Node, path: Path_, file: str, document: Document, problems: list[str], seen: set[int]
+    loader: _Loader, node: yaml.Node, path: KeyPath, file: str, document: Document, problems: list[str], seen: set[int]
 ) -> Any:
+    """Build the value of a node, and note the place of every key and every mistake below it."""
     line = node.start_mark.line + 1
     if id(node) in seen:
         problems.append(f"{file}:{line}: aliases (*name) are not allowed in a recipe; write the value again.")

@@ -1,4 +1,4 @@
-"""From a file and overrides to a checked recipe, or to every mistake in it at once."""
+"""A checked recipe of a file and overrides, or every mistake in them at once."""
 
 import difflib
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from rlhf.errors import UserError
 from rlhf.recipe.document import Document, differences, read_document, read_override
@@ -33,7 +34,7 @@ TYPE_NAMES = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge, check.
+    """Read a recipe, merge its base and overrides, check it.
 
     1. The recipe that `base:` names (one level), then the file, then the overrides in order, later ones winning.
     2. Every key against the schema and TRL's own keys, with suggestions.
@@ -65,13 +66,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             problems += _check_together(recipe, document)
     if problems:
         raise UserError(problems)
-    found = differences(start, document.values)
-    recipe._origin.update(file=str(path), base=base, overrides=list(overrides), differences=found)
+    changes = differences(start, document.values)
+    recipe._origin.update(file=str(path), base=base, overrides=list(overrides), differences=changes)
     return recipe
 
 
 def _read(path: Path) -> Document:
-    """A file, where a section without keys (`lab:`) is there with its defaults; `lab=null` on the command line removes it."""
+    """Read a file; a section without keys (`lab:`) stands for its defaults, and `lab=null` on the command line removes it."""
     document = read_document(path)
     sections = [name for name in document.values if name in Recipe.model_fields and _section_class(name) is not None]
     document.values |= {name: {} for name in sections if document.values[name] is None}
@@ -79,7 +80,7 @@ def _read(path: Path) -> Document:
 
 
 def _check_keys(document: Document) -> Iterable[str]:
-    """Unknown, renamed and refused keys."""
+    """Report unknown, renamed and refused keys."""
     for name, value in document.values.items():
         if name not in Recipe.model_fields:
             yield f"{document.place((name,))}: unknown section {name!r}{_suggestion(name, Recipe.model_fields) or '.'}"
@@ -96,29 +97,29 @@ def _check_keys(document: Document) -> Iterable[str]:
         for key in value:
             if key in known:
                 continue
-            where = document.place((name, key))
+            place = document.place((name, key))
             if name in STAGE_SECTIONS and key in REFUSED_KEYS:
-                yield f"{where}: {name}.{key} can't be set in a recipe: {REFUSED_KEYS[key]}."
+                yield f"{place}: {name}.{key} can't be set in a recipe: {REFUSED_KEYS[key]}."
             elif key in RENAMED_KEYS and (name in STAGE_SECTIONS):
-                yield f"{where}: {name}.{key} is called {RENAMED_KEYS[key]} here."
+                yield f"{place}: {name}.{key} is called {RENAMED_KEYS[key]} here."
             else:
-                yield f"{where}: unknown key {name}.{key}{_suggestion(key, known) or '.'}"
+                yield f"{place}: unknown key {name}.{key}{_suggestion(key, known) or '.'}"
     scratch = (document.values.get("backbone") or {}).get("from_scratch")
     if isinstance(scratch, dict):
         architecture = scratch.get("architecture")
         if architecture not in ("llama", "qwen3"):
-            where = document.place(("backbone", "from_scratch", "architecture"))
-            yield f"{where}: backbone.from_scratch.architecture must be llama or qwen3."
+            place = document.place(("backbone", "from_scratch", "architecture"))
+            yield f"{place}: backbone.from_scratch.architecture must be llama or qwen3."
         else:
             known = {"architecture", *trl_keys()[architecture]}
             for key in scratch:
                 if key not in known:
-                    where = document.place(("backbone", "from_scratch", key))
-                    yield f"{where}: unknown key backbone.from_scratch.{key}{_suggestion(key, known) or '.'}"
+                    place = document.place(("backbone", "from_scratch", key))
+                    yield f"{place}: unknown key backbone.from_scratch.{key}{_suggestion(key, known) or '.'}"
 
 
 def _check_types(document: Document) -> Iterable[str]:
-    """Types of TRL's keys and of those of a model from nothing."""
+    """Report values of another type than TRL's keys, and those of a model built from nothing, have."""
     tables: list[tuple[tuple[str, ...], dict[str, Any]]] = [((name,), stage_keys(name)) for name in STAGE_SECTIONS]
     scratch = (document.values.get("backbone") or {}).get("from_scratch")
     if isinstance(scratch, dict) and scratch.get("architecture") in trl_keys():
@@ -142,7 +143,7 @@ def _check_types(document: Document) -> Iterable[str]:
                 yield f"{document.place((*path, key))}: {name} is {value!r}{hint} one of {', '.join(choices)}."
 
 
-def _has_type(value: Any, allowed: Sequence[str]) -> bool:
+def _has_type(value: object, allowed: Sequence[str]) -> bool:
     if value is None:
         return "null" in allowed
     if isinstance(value, bool):
@@ -157,14 +158,14 @@ def _has_type(value: Any, allowed: Sequence[str]) -> bool:
 
 
 def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
-    """What must be there, and what excludes what."""
+    """Report what is missing, and what excludes what."""
     backbone, data = recipe.backbone, recipe.data
     sources = [backbone.model is not None, backbone.from_scratch is not None, recipe.lab is not None]
     if sum(sources) == 0:
         yield f"{document.place(('backbone',))}: set backbone.model (a hub id or folder) or backbone.from_scratch, or use `lab:`."
     if backbone.model is not None and backbone.from_scratch is not None:
-        where = document.place(("backbone", "from_scratch"))
-        yield f"{where}: backbone.model and backbone.from_scratch exclude each other; keep one."
+        place = document.place(("backbone", "from_scratch"))
+        yield f"{place}: backbone.model and backbone.from_scratch exclude each other; keep one."
     yield from _check_rounds(recipe, document)
     if recipe.lab is None:
         starts_cold = recipe.rounds.first == "sampled" and recipe.rounds.labels_from in ("people", "judge")
@@ -185,12 +186,12 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
             if name in settings and settings[name] <= 0:
                 yield f"{document.place((stage, name))}: {stage}.{name} is {settings[name]}; it must be above 0."
         if settings.get("load_in_4bit") and not settings.get("use_peft"):
-            where = document.place((stage, "load_in_4bit"))
-            yield f"{where}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
+            place = document.place((stage, "load_in_4bit"))
+            yield f"{place}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
 
 
 def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:
-    """What a round's labels need."""
+    """Report what the labels of a round lack."""
     rounds = recipe.rounds
     asks = rounds.count > 1 or rounds.first == "sampled"
     if asks and rounds.labels_from == "lab" and recipe.lab is None:
@@ -222,6 +223,6 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _sentence(document: Document, issue: Any) -> str:
+def _sentence(document: Document, issue: ErrorDetails) -> str:
     path = tuple(str(part) for part in issue["loc"])
     return f"{document.place(path)}: {'.'.join(path)}: {issue['msg'][0].lower()}{issue['msg'][1:]}."

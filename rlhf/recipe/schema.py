@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from rlhf.recipe.objectives import OBJECTIVES, ObjectiveName
+
 STAGE_SECTIONS = ("sft", "vote", "reward", "ppo")
 DATA_SOURCES = ("sft", "preferences", "prompts", "test")
 
@@ -51,13 +53,13 @@ RENAMED_KEYS = {
 
 
 class Section(BaseModel):
-    """Strict: an unknown key or a value of another type is an error."""
+    """A section of keys of ours: an unknown key or a value of another type is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class LabSection(Section):
-    """A generated world whose true reward is known; it makes base model, data and `evaluate.gold`."""
+    """A generated world whose true reward is known; base model, data and `evaluate.gold` come from it."""
 
     demonstrations: int = Field(8000, ge=100)
     pairs: int = Field(6000, ge=100)
@@ -65,11 +67,11 @@ class LabSection(Section):
     hidden_size: int = Field(128, ge=16, multiple_of=8)
     num_hidden_layers: int = Field(3, ge=1)
     annotators: Literal["crowd", "exact"] = "crowd"  # exact: the true reward decides every label
-    flip_rate: float = Field(0.0, ge=0, lt=0.5)  # of the annotators' labels, turned round at random
+    flip_rate: float = Field(0.0, ge=0, lt=0.5)  # share of the annotators' labels that is flipped at random
 
 
 class BackboneSection(Section):
-    """Where the weights come from: a hub id or folder, or a small model built from nothing."""
+    """The base model: a hub id or folder, or a small model built from nothing."""
 
     model: str | None = None
     revision: str | None = None
@@ -99,7 +101,7 @@ class DataSection(Section):
     max_prompts: int | None = Field(None, ge=1)
 
     def sources(self, name: str) -> list[SourceEntry]:
-        """What `sft`, `preferences`, `prompts` or `test` names, as a mixture."""
+        """Return what `sft`, `preferences`, `prompts` or `test` names, as a mixture."""
         value = getattr(self, name)
         entries = [] if value is None else value if isinstance(value, list) else [value]
         return [SourceEntry(source=entry) if isinstance(entry, str) else entry for entry in entries]
@@ -111,7 +113,7 @@ class StageSection(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     def trl_settings(self) -> dict[str, Any]:
-        """The keys that go to TRL untouched."""
+        """Return the keys that go to TRL untouched."""
         return dict(self.model_extra or {})
 
 
@@ -121,22 +123,18 @@ class VoteSection(StageSection):
     members: int = Field(10, ge=1)
     folds: int = Field(5, ge=2)
     in_sample: bool = False
-    trunk: int | None = Field(None, ge=1)  # layers of each member's own above a shared frozen trunk
+    trunk: int | None = Field(None, ge=1)  # layers that each member has of its own above a shared frozen trunk
     flip_rate: float = Field(0.0, ge=0, lt=0.5)  # share of wrong labels in the members' likelihood
 
     def shape(self) -> dict[str, Any]:
-        """What `rlhf.pipeline.vote.vote` takes beside TRL's keys."""
+        """Return what `rlhf.pipeline.vote.vote` takes beside TRL's keys."""
         return self.model_dump(exclude=set(self.trl_settings()))
 
 
 class RewardSection(StageSection):
-    """The reward model. The objectives of the second line are made of a vote (`rlhf.reward.denoise` says what each does)."""
+    """The reward model; `rlhf.recipe.objectives` says what each objective needs and does."""
 
-    objective: Literal[
-        "bt", "margin", "scaled", "smoothing", "soft",
-        "flip", "adaptive_margin", "flip_margin", "soft_margin",
-        "vote_soft", "vote_sigmoid", "posterior", "weight", "drop",
-    ] = "bt"  # fmt: skip
+    objective: ObjectiveName = "bt"
     flip_rate: float = Field(0.0, ge=0, lt=0.5)
     flip_by: Literal["rank", "sign"] = "rank"
     flip_fraction: float = Field(0.1, gt=0, le=1)
@@ -170,20 +168,20 @@ class RewardSection(StageSection):
 
     @property
     def needs_vote(self) -> bool:
-        """Whether a `vote` stage comes before."""
-        return self.objective not in ("bt", "margin", "scaled", "smoothing", "soft")
+        """Tell whether a `vote` stage comes before."""
+        return OBJECTIVES[self.objective].needs.vote
 
     def denoise_config(self) -> dict[str, Any]:
-        """What `rlhf.reward.denoise.DenoiseConfig` takes."""
+        """Return what `rlhf.reward.denoise.DenoiseConfig` takes."""
         numbers = {"flip_by", "flip_fraction", "smoothing", "smoothing_mask", "margin_scale", "margin_clip"}
         return self.model_dump(include={"objective", *numbers})
 
     def contrast(self) -> dict[str, Any]:
-        """What `rlhf.ContrastiveRewardTrainer` takes."""
+        """Return what `rlhf.ContrastiveRewardTrainer` takes."""
         return self.model_dump(include={"extra", "extra_weight", "extra_temperature", "prototypes", "dropout"})
 
     def ascent(self) -> dict[str, Any]:
-        """What `rlhf.MetaRewardTrainer` takes beside that."""
+        """Return what `rlhf.MetaRewardTrainer` takes beside that."""
         return self.model_dump(include={"meta_step", "meta_normalized", "meta_prompts"})
 
 
@@ -194,7 +192,7 @@ class PPOSection(StageSection):
 
 
 class EvaluateSection(Section):
-    """What a run is judged on."""
+    """The prompts that policies are evaluated on, and the true reward where there is one."""
 
     gold: str | None = Field(None, pattern=r".+\.py:[A-Za-z_]\w*$")
     prompts: int = Field(512, ge=1)
@@ -230,15 +228,15 @@ class RoundsSection(Section):
     max_noise: float | None = Field(None, gt=0, lt=0.5)
 
     def sampling(self) -> dict[str, Any]:
-        """What the `sample` stage of a round depends on."""
+        """Return what the `sample` stage of a round depends on."""
         return self.model_dump(include={"prompts", "responses"})
 
     def selection(self) -> dict[str, Any]:
-        """What the `select` stage of a round depends on."""
+        """Return what the `select` stage of a round depends on."""
         return self.model_dump(include={"labels", "select"})
 
     def labelling(self) -> dict[str, Any]:
-        """What the `label` stage of a round depends on, or `data`'s share of it."""
+        """Return what the `label` stage of a round depends on, in every round alike."""
         names = {"labels_from", "annotators_per_pair", "age_weight", "judge_url", "judge_model", "judge_budget"}
         return self.model_dump(include=names, exclude_none=True)
 
@@ -262,21 +260,21 @@ class Recipe(Section):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where this recipe was read; for the report, not for any result."""
+        """Return where this recipe was read; for the report, not for any result."""
         return self._origin
 
     def vote_settings(self) -> dict[str, Any]:
-        """TRL's keys of a member: those of `reward`, and of `vote` on top."""
+        """Return TRL's keys of a member of the vote: those of `reward`, and of `vote` on top."""
         return self.reward.trl_settings() | self.vote.trl_settings()
 
     def resolved(self) -> dict[str, Any]:
-        """Everything that was decided, defaults of ours included: what is written to `RUN/recipe.yaml`."""
+        """Return everything that was decided, defaults of ours included: what is written to `RUN/recipe.yaml`."""
         return self.model_dump(exclude_none=True)
 
 
 @cache
 def trl_keys() -> dict[str, dict[str, dict[str, Any]]]:
-    """Names, types and defaults of TRL's keys by section, as generated from the tested version of TRL.
+    """Read names, types and defaults of TRL's keys by section, as generated from the tested version of TRL.
 
     `model` holds the keys of `trl.ModelConfig`, which every stage takes; `llama` and `qwen3` those of a model built
     from nothing.
@@ -287,7 +285,7 @@ def trl_keys() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def stage_keys(section: str) -> dict[str, dict[str, Any]]:
-    """TRL's keys that a stage section may set."""
+    """Return TRL's keys that a stage section may set."""
     keys = trl_keys()
-    own = keys["reward" if section == "vote" else section]  # a member of a vote is a reward model
-    return {name: key for name, key in {**keys["model"], **own}.items() if name not in REFUSED_KEYS}
+    stage = keys["reward" if section == "vote" else section]  # a member of a vote is a reward model
+    return {name: key for name, key in {**keys["model"], **stage}.items() if name not in REFUSED_KEYS}

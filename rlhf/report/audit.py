@@ -1,26 +1,33 @@
-"""The page of `rlhf audit`: how many labels are wrong, which, and what else is odd about the data."""
+"""The page of `rlhf audit`: how many labels are wrong, which ones, and what else is odd about the data."""
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup, escape
 
+from rlhf.files import write_text
 from rlhf.report.figures import bars, histogram
-from rlhf.report.render import render, write_page
+from rlhf.report.records import Facts
+from rlhf.report.render import render
 
 MARKED_CHARACTERS = 1200
 
 
 def write_audit_page(
-    target: Path, result: dict[str, Any], suspicious: list[dict[str, Any]], means: list[float], deviations: list[float]
+    target: Path,
+    result: Facts,
+    suspicious: Sequence[Mapping[str, object]],
+    means: Sequence[float],
+    deviations: Sequence[float],
 ) -> Path:
-    """Write the page.
+    """Write the page of an audit; return its path.
 
     Args:
-        result: what `audit.json` holds.
-        suspicious: the most suspicious pairs with their texts.
+        result: the content of `audit.json`.
+        suspicious: the most suspicious pairs: `row`, `prompt`, `chosen`, `rejected`, `strength_mean`, `strength_std`,
+            `strength_votes`, `probability_wrong`.
         means, deviations: strength of every pair.
     """
     deciles = result["buckets"]
@@ -40,7 +47,7 @@ def write_audit_page(
     if any(deviations):  # all 0 where each pair has a single vote
         figures.insert(1, ("Disagreement among members", "", histogram({"pairs": deviations}, x="deviation")))
     rows = [
-        {**row, **dict(zip(("chosen", "rejected"), mark(row["chosen"], row["rejected"]), strict=True))}
+        {**row, **dict(zip(("chosen", "rejected"), mark(str(row["chosen"]), str(row["rejected"])), strict=True))}
         for row in suspicious
     ]
     page = render(
@@ -52,24 +59,25 @@ def write_audit_page(
         suspicious=rows,
         groups={name: table for name, table in result["by"].items() if table},
     )
-    return write_page(target, page)
+    write_text(target, page)
+    return target
 
 
 def mark(first: str, second: str) -> tuple[Markup, Markup]:
-    """Both texts escaped, with the words that differ marked."""
+    """Return both texts escaped, with the words that differ marked."""
     first, second = (
         text if len(text) <= MARKED_CHARACTERS else text[:MARKED_CHARACTERS] + " …" for text in (first, second)
     )
-    ours, theirs = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second))
+    first_words, second_words = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second))
     marked: tuple[list[str], list[str]] = ([], [])
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
-        for parts, words in ((marked[0], ours[a:b]), (marked[1], theirs[c:d])):
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, first_words, second_words, autojunk=False).get_opcodes():
+        for parts, words in ((marked[0], first_words[a:b]), (marked[1], second_words[c:d])):
             text = str(escape("".join(words)))
             parts.append(text if kind == "equal" or not text.strip() else f"<mark>{text}</mark>")
     return Markup("".join(marked[0])), Markup("".join(marked[1]))
 
 
-def _verdict(result: dict[str, Any]) -> list[str]:
+def _verdict(result: Facts) -> list[str]:
     noise, count = result["noise_rate"], len(result["suspicious"])
     longer = result["length"]["longer_is_chosen"]
     sentences = []

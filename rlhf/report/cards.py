@@ -1,12 +1,14 @@
 """Model cards: `README.md` in the folders of the reward model and of the policy, with the numbers that were measured."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from rlhf.report.page import read_manifests, read_summary, verdict
-from rlhf.report.render import read_rows, render, reward_facts, write_page
+from rlhf.files import write_text
+from rlhf.report.page import verdict
+from rlhf.report.records import Facts, Manifest, Round, Summary, read_manifests, read_rows, read_summary
+from rlhf.report.render import render, reward_facts
 
 USE_REWARD = """from rlhf import load_reward_model
 
@@ -26,7 +28,7 @@ model = {loader}.from_pretrained("FOLDER")"""
 
 
 def write_cards(run: Path) -> list[Path]:
-    """Write the card of every model that a run has finished; the policy's once it has been judged.
+    """Write the card of every model that a run has finished; the policy's once it has been evaluated.
 
     Raises:
         UserError: the folder holds no run.
@@ -35,16 +37,26 @@ def write_cards(run: Path) -> list[Path]:
     written = []
     for entry in summary["rounds"]:
         folder = f"round-{entry['round']}"
-        judged = manifests.get(f"{folder}/evaluate", {"facts": {}})["facts"]
-        of_round = {**summary, "rounds": [entry], **{k: judged[k] for k in ("sft", "best_of_16") if k in judged}}
+        evaluation = manifests[f"{folder}/evaluate"]["facts"] if f"{folder}/evaluate" in manifests else {}
+        up_to_round = _with_round_alone(summary, entry, evaluation)
         if f"{folder}/reward" in manifests:
-            written.append(_reward_card(run, of_round, manifests, f"{folder}/reward"))
-        if f"{folder}/ppo" in manifests and judged:
-            written.append(_policy_card(run, of_round, manifests, folder))
+            written.append(_reward_card(run, up_to_round, manifests, f"{folder}/reward"))
+        if f"{folder}/ppo" in manifests and evaluation:
+            written.append(_policy_card(run, up_to_round, manifests, folder))
     return written
 
 
-def _reward_card(run: Path, summary: dict[str, Any], manifests: dict[str, Any], stage: str) -> Path:
+def _with_round_alone(summary: Summary, entry: Round, evaluation: Facts) -> Summary:
+    """Return the summary as if there were one round, with what that round's evaluation measured of SFT."""
+    single: Summary = {**summary, "rounds": [entry]}
+    if "sft" in evaluation:
+        single["sft"] = evaluation["sft"]
+    if "best_of_16" in evaluation:
+        single["best_of_16"] = evaluation["best_of_16"]
+    return single
+
+
+def _reward_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest], stage: str) -> Path:
     facts = manifests[stage]["facts"]
     adapter = (run / stage / "model" / "adapter_config.json").is_file()
     objective = manifests[stage]["settings"].get("objective", "bt")
@@ -66,7 +78,7 @@ def _reward_card(run: Path, summary: dict[str, Any], manifests: dict[str, Any], 
     )
 
 
-def _policy_card(run: Path, summary: dict[str, Any], manifests: dict[str, Any], folder: str) -> Path:
+def _policy_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest], folder: str) -> Path:
     policy, sft, best = summary["rounds"][-1]["policy"], summary["sft"], summary["best_of_16"]
     rows = [
         (
@@ -93,7 +105,7 @@ def _policy_card(run: Path, summary: dict[str, Any], manifests: dict[str, Any], 
     )
 
 
-def _write(run: Path, stage: str, summary: dict[str, Any], manifests: dict[str, Any], **values: Any) -> Path:
+def _write(run: Path, stage: str, summary: Summary, manifests: Mapping[str, Manifest], **values: object) -> Path:
     manifest = manifests[stage]
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     text = render(
@@ -109,10 +121,12 @@ def _write(run: Path, stage: str, summary: dict[str, Any], manifests: dict[str, 
         key=manifest["key"][:12],
         **values,
     )
-    return write_page(run / stage / "model" / "README.md", text)
+    card = run / stage / "model" / "README.md"
+    write_text(card, text)
+    return card
 
 
-def _value(section: dict[str, Any], name: str) -> str:
+def _value(section: Facts, name: str) -> str:
     value, interval = section.get(name), section.get(f"{name}_ci")
     if value is None:
         return "not known"

@@ -1,19 +1,21 @@
 """The page of `rlhf evaluate`: one section a data set."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
+from rlhf.files import write_text
 from rlhf.report.figures import curves
-from rlhf.report.render import render, reward_facts, reward_figures, worst, write_page
+from rlhf.report.records import Facts
+from rlhf.report.render import render, reward_facts, reward_figures, worst
 
 
-def write_evaluation(target: Path, result: dict[str, Any], pairs: dict[str, list[dict[str, Any]]]) -> Path:
-    """Write the page.
+def write_evaluation(target: Path, result: Facts, pairs: Mapping[str, Sequence[Facts]]) -> Path:
+    """Write the page of an evaluation; return its path.
 
     Args:
-        result: what `rlhf evaluate` writes as JSON.
+        result: the JSON that `rlhf evaluate` writes.
         pairs: data set → its pairs with scores.
     """
     sections = []
@@ -21,12 +23,12 @@ def write_evaluation(target: Path, result: dict[str, Any], pairs: dict[str, list
         figures = reward_figures(report, pairs[name])
         ranked = report.get("rankings")
         if ranked and len(ranked["best_of_n"]) > 1:
-            by = {
+            series = {
                 label: ([row["kl"] for row in ranked["best_of_n"]], [row[key] for row in ranked["best_of_n"]])
                 for label, key in (("chosen by this model", "by_model"), ("chosen by the labels", "by_label"))
             }
             note = "What choosing the best of n answers gives, and at which KL."
-            figures.append(("Best of n", note, Markup(curves({}, x="KL, nats", y="label", points=by))))
+            figures.append(("Best of n", note, Markup(curves({}, x="KL, nats", y="label", points=series))))
         sections.append(
             {
                 "name": name,
@@ -41,11 +43,12 @@ def write_evaluation(target: Path, result: dict[str, Any], pairs: dict[str, list
     page = render(
         "evaluation.html.jinja", title=f"Evaluation of {result['model']}", model=result["model"], sections=sections
     )
-    return write_page(target, page)
+    write_text(target, page)
+    return target
 
 
-def _more(report: dict[str, Any], against: str | None) -> list[tuple[str, str, str]]:
-    """Facts that only some data have."""
+def _more(report: Facts, against: str | None) -> list[tuple[str, str, str]]:
+    """Return the facts that only some data have: name, value, note."""
     rows = []
     if "rankings" in report:
         ranked = report["rankings"]

@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("svg")
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from rlhf.report.records import Facts
 
 GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#3b82c4", "#d9822b", "#3f9b6c"
 STYLE: Any = {
@@ -30,7 +29,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def curves(series: Series, *, x: str, y: str, points: Series | None = None, whole_x: bool = False) -> str:
-    """Lines over a common axis, and marked points on top.
+    """Draw lines over a common axis, and marked points on top; return the SVG.
 
     Args:
         series: name → (x values, y values); empty ones are left out.
@@ -52,7 +51,7 @@ def curves(series: Series, *, x: str, y: str, points: Series | None = None, whol
 
 
 def histogram(series: Mapping[str, Sequence[float]], *, x: str) -> str:
-    """Distributions over one axis, drawn as outlines so that they can overlap."""
+    """Draw distributions over one axis, as outlines so that they can overlap; return the SVG."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(x, "share")
         values = [value for ys in series.values() for value in ys]
@@ -68,7 +67,7 @@ def histogram(series: Mapping[str, Sequence[float]], *, x: str) -> str:
 
 
 def bars(labels: Sequence[str], values: Sequence[float], *, x: str, y: str) -> str:
-    """One bar a label."""
+    """Draw one bar a label; return the SVG."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(x, y)
         axes.bar(list(labels), list(values), color=BLUE, alpha=0.7)
@@ -76,7 +75,7 @@ def bars(labels: Sequence[str], values: Sequence[float], *, x: str, y: str) -> s
 
 
 def calibration(table: Sequence[Mapping[str, float]]) -> str:
-    """Stated probability against observed frequency; the marks grow with the number of pairs."""
+    """Draw stated probability against observed frequency, marks growing with the number of pairs; return the SVG."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure("probability that the model states", "how often it is right")
         axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated")
@@ -90,8 +89,8 @@ def calibration(table: Sequence[Mapping[str, float]]) -> str:
         return _svg(figure)
 
 
-def intervals(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], *, x: str, baseline: float = 0.5) -> str:
-    """A value with its interval in each of several groups.
+def intervals(rows: Sequence[Facts], labels: Sequence[str], *, x: str, baseline: float = 0.5) -> str:
+    """Draw a value with its interval in each of several groups; return the SVG.
 
     Args:
         rows: each with `accuracy` and `accuracy_ci`.

@@ -3,36 +3,47 @@
 import json
 import math
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
 from markupsafe import Markup
 
-from rlhf.errors import UserError
+from rlhf.files import write_text
 from rlhf.report.figures import curves, histogram
-from rlhf.report.render import Figure, read_rows, render, reward_facts, reward_figures, worst, write_page
-from rlhf.report.rounds import last_judged, rounds_section, rounds_verdict
+from rlhf.report.records import (
+    Facts,
+    JudgedPrompt,
+    Manifest,
+    Metrics,
+    Summary,
+    read_manifests,
+    read_rows,
+    read_summary,
+)
+from rlhf.report.render import Figure, render, reward_facts, reward_figures, worst
+from rlhf.report.rounds import last_evaluated, rounds_section, rounds_verdict
 
 SAMPLES_SHOWN = 12
 SURE = 3.0  # standard errors that the true reward must have fallen by before the page calls it a fall
 
 
 def write_report(run: Path) -> Path:
-    """Write the page of a run from what lies in its folder.
+    """Write the page of a run from what lies in its folder; return its path.
 
     Raises:
         UserError: the folder holds no run.
     """
     summary = read_summary(run)
-    last = last_judged(summary)
+    last = last_evaluated(summary)
     folder = f"round-{last['round']}"
-    ppo = read_rows(run / folder / "ppo" / "metrics.jsonl")
-    judged = read_rows(run / folder / "evaluate" / "samples.jsonl")
+    ppo: list[Metrics] = read_rows(run / folder / "ppo" / "metrics.jsonl")
+    answers: list[JudgedPrompt] = read_rows(run / folder / "evaluate" / "samples.jsonl")
     manifests = read_manifests(run)
     facts = {name: manifest["facts"] for name, manifest in manifests.items()}
     reward = facts.get(f"{folder}/reward")
-    pairs = read_rows(run / folder / "reward" / "samples.jsonl") if reward else []
+    pairs: list[Facts] = read_rows(run / folder / "reward" / "samples.jsonl") if reward else []
     origin = _json(run / "origin.json") or {"file": "recipe.yaml", "base": None, "overrides": [], "differences": []}
     page = render(
         "page.html.jinja",
@@ -41,13 +52,13 @@ def write_report(run: Path) -> Path:
         verdict=verdict(summary, ppo) + rounds_verdict(summary) + facts.get(f"{folder}/ppo", {}).get("warnings", []),
         tiles=_tiles(summary),
         rounds=rounds_section(run, summary),
-        policy_figures=_policy_figures(ppo, judged, facts.get(f"{folder}/evaluate", {})),
-        samples=judged[:SAMPLES_SHOWN],
+        policy_figures=_policy_figures(ppo, answers, facts.get(f"{folder}/evaluate", {})),
+        samples=answers[:SAMPLES_SHOWN],
         reward_facts=reward_facts(reward) if reward else [],
         reward_figures=reward_figures(reward, pairs) if reward else [],
         worst_pairs=worst(pairs),
         training_figures=_training_figures(run, folder),
-        data=[_read_facts(read) for read in facts.get("round-0/data", {}).get("read", [])],
+        data=[_reader_row(report) for report in facts.get("round-0/data", {}).get("read", [])],
         lineage=[_lineage_row(name, manifest) for name, manifest in manifests.items()],
         settings_title=f"Settings that differ from {origin['base']}"
         if origin["base"]
@@ -56,31 +67,13 @@ def write_report(run: Path) -> Path:
         recipe=(run / "recipe.yaml").read_text(encoding="utf-8") if (run / "recipe.yaml").is_file() else "",
         reproduce=_reproduce(origin, manifests),
     )
-    return write_page(run / "report.html", page)
+    write_text(run / "report.html", page)
+    return run / "report.html"
 
 
-def read_summary(run: Path) -> dict[str, Any]:
-    """The run in numbers.
-
-    Raises:
-        UserError: the folder holds no run.
-    """
-    file = run / "summary.json"
-    if not file.is_file():
-        raise UserError(f"{run}: no summary.json; this folder holds no run.")
-    summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return summary
-
-
-def read_manifests(run: Path) -> dict[str, dict[str, Any]]:
-    """Stage folder → manifest of every finished stage, in the order in which they were finished."""
-    files = sorted(run.glob("round-*/*/manifest.json"), key=lambda file: file.stat().st_mtime)
-    return {str(file.parent.relative_to(run)): json.loads(file.read_text(encoding="utf-8")) for file in files}
-
-
-def verdict(summary: dict[str, Any], ppo: list[dict[str, Any]]) -> list[str]:
-    """What a colleague should know after three sentences, from intervals and not from hopes."""
-    last = last_judged(summary)
+def verdict(summary: Summary, ppo: Sequence[Metrics]) -> list[str]:
+    """Return the three sentences that a colleague should know, by intervals: policy, reward model, over-optimisation."""
+    last = last_evaluated(summary)
     policy, reward, sft = last["policy"], last["reward"], summary["sft"]
     sentences = []
     if policy["proxy"] is None:
@@ -112,34 +105,32 @@ def verdict(summary: dict[str, Any], ppo: list[dict[str, Any]]) -> list[str]:
     return sentences
 
 
-def _overoptimised(ppo: list[dict[str, Any]]) -> str:
-    """Thirds of training: does gold end below its best third while the proxy still rises, by more than rollouts scatter?"""
-    rows = [row for row in ppo if row.get("reward_gold") is not None]
-    if not rows:
+def _overoptimised(ppo: Sequence[Metrics]) -> str:
+    """Say whether gold ends below its best third of training while the proxy still rises, by more than rollouts scatter."""
+    proxies, golds = _series(ppo, "reward_proxy", "reward_gold")
+    if not golds:
         return "Whether the reward was over-optimised can't be said without a true reward over training."
-    if len(rows) < 6:
-        return f"{len(rows)} logged rollouts are too few to say whether the reward was over-optimised."
-    third = len(rows) // 3
-    thirds = [rows[:third], rows[third : 2 * third], rows[2 * third :]]
-    proxy = [[row["reward_proxy"] for row in part] for part in thirds]
-    gold = [[row["reward_gold"] for row in part] for part in thirds]
+    if len(golds) < 6:
+        return f"{len(golds)} logged rollouts are too few to say whether the reward was over-optimised."
+    third = len(golds) // 3
+    proxy, gold = ([values[:third], values[third : 2 * third], values[2 * third :]] for values in (proxies, golds))
     best = max(gold[:2], key=fmean)
-    said = f"{fmean(gold[0]):.2f}, {fmean(gold[1]):.2f}, {fmean(gold[2]):.2f}"
+    means = f"{fmean(gold[0]):.2f}, {fmean(gold[1]):.2f}, {fmean(gold[2]):.2f}"
     error = math.sqrt(sum(variance(part) / len(part) for part in (best, gold[2])))
     if fmean(proxy[2]) > fmean(proxy[1]) and fmean(gold[2]) < fmean(best) - SURE * error:
         return (
             f"The reward was over-optimised: in the last third of PPO the proxy rose from {fmean(proxy[1]):.2f} to "
             f"{fmean(proxy[2]):.2f} while the true reward fell to {fmean(gold[2]):.2f} from {fmean(best):.2f}."
         )
-    return f"No over-optimisation is seen over training: true reward by thirds {said}."
+    return f"No over-optimisation is seen over training: true reward by thirds {means}."
 
 
-def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The five numbers on top: label, value, what beside it."""
-    last = last_judged(summary)
+def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
+    """Return the numbers on top of the page: label, value, interval."""
+    last = last_evaluated(summary)
     policy, reward = last["policy"], last["reward"]
 
-    def number(section: dict[str, Any], name: str, form: str = ".2f") -> tuple[str, str]:
+    def number(section: Facts, name: str, form: str = ".2f") -> tuple[str, str]:
         value, interval = section.get(name), section.get(f"{name}_ci")
         if value is None:
             return "-", "not known in this run"
@@ -159,75 +150,80 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _policy_figures(
-    ppo: list[dict[str, Any]], judged: list[dict[str, Any]], evaluation: dict[str, Any]
-) -> list[Figure]:
-    figures: list[tuple[str, str, str]] = []
-    if ppo:
-        series = {"reward model (proxy)": _series(ppo, "episodes", "reward_proxy")}
-        by_kl = {"PPO, reward model (proxy)": _series(ppo, "kl", "reward_proxy", sort=True)}
-        points = {}
-        if any(row.get("reward_gold") is not None for row in ppo):
-            series["true reward (gold)"] = _series(ppo, "episodes", "reward_gold")
-            by_kl = {"PPO, true reward": _series(ppo, "kl", "reward_gold", sort=True)}
-            curve = evaluation.get("best_of_n", [])
-            points = {
-                name: ([row["kl"] for row in curve], [row[key] for row in curve])
-                for name, key in (("best of n by reward model", "by_reward"), ("best of n by true reward", "by_gold"))
-                if curve
-            }
-        note = "A proxy that rises while gold falls is over-optimised."
-        figures.append(("Reward over PPO", note, curves(series, x="episodes", y="reward")))
-        note = (
-            "What each nat away from SFT buys; best of n beside it." if points else "What each nat away from SFT buys."
-        )
-        figures.append(
-            ("Reward against KL", note, curves(by_kl, x="KL to SFT, nats an answer", y="reward", points=points))
-        )
-        kl = curves({"kl": _series(ppo, "episodes", "kl")}, x="episodes", y="nats an answer")
-        figures.append(("KL over PPO", "Σ over an answer's tokens.", kl))
-        length = curves({"length": _series(ppo, "episodes", "length")}, x="episodes", y="tokens an answer")
-        figures.append(("Length over PPO", "Growth or collapse is the first sign of a hacked reward.", length))
-        health = {
-            name: _series(ppo, "episodes", key)
-            for name, key in (
-                ("explained variance of the critic", "explained_variance"),
-                ("clip fraction", "clip_fraction"),
-                ("share without end", "share_without_eos"),
-            )
-        }
-        note = "A good critic explains most of the variance; few answers are cut off."
-        figures.append(("Health of PPO", note, curves(health, x="episodes", y="")))
-    if judged:
-        scores = {"SFT": [r["proxy_sft"] for r in judged], "policy": [r["proxy_policy"] for r in judged]}
-        figures.append(
-            ("Reward model's score, held-out prompts", "Before and after PPO.", histogram(scores, x="raw score"))
-        )
-        if judged[0]["gold_policy"] is not None:
-            gold = {"SFT": [r["gold_sft"] for r in judged], "policy": [r["gold_policy"] for r in judged]}
-            figures.append(("True reward, held-out prompts", "Before and after PPO.", histogram(gold, x="true reward")))
+def _policy_figures(ppo: Sequence[Metrics], answers: Sequence[JudgedPrompt], evaluation: Facts) -> list[Figure]:
+    figures = (_training_curves(ppo, evaluation) if ppo else []) + (_answer_histograms(answers) if answers else [])
     return [(title, note, Markup(svg)) for title, note, svg in figures]
+
+
+def _training_curves(ppo: Sequence[Metrics], evaluation: Facts) -> list[tuple[str, str, str]]:
+    """Draw PPO's rewards, KL, length and health over its episodes: title, note, SVG."""
+    figures = []
+    series = {"reward model (proxy)": _series(ppo, "episodes", "reward_proxy")}
+    by_kl = {"PPO, reward model (proxy)": _series(ppo, "kl", "reward_proxy", sort=True)}
+    points = {}
+    if any(row.get("reward_gold") is not None for row in ppo):
+        series["true reward (gold)"] = _series(ppo, "episodes", "reward_gold")
+        by_kl = {"PPO, true reward": _series(ppo, "kl", "reward_gold", sort=True)}
+        curve = evaluation.get("best_of_n", [])
+        points = {
+            name: ([row["kl"] for row in curve], [row[key] for row in curve])
+            for name, key in (("best of n by reward model", "by_reward"), ("best of n by true reward", "by_gold"))
+            if curve
+        }
+    note = "A proxy that rises while gold falls is over-optimised."
+    figures.append(("Reward over PPO", note, curves(series, x="episodes", y="reward")))
+    note = "What each nat away from SFT buys; best of n beside it." if points else "What each nat away from SFT buys."
+    figures.append(("Reward against KL", note, curves(by_kl, x="KL to SFT, nats an answer", y="reward", points=points)))
+    kl = curves({"kl": _series(ppo, "episodes", "kl")}, x="episodes", y="nats an answer")
+    figures.append(("KL over PPO", "Σ over an answer's tokens.", kl))
+    length = curves({"length": _series(ppo, "episodes", "length")}, x="episodes", y="tokens an answer")
+    figures.append(("Length over PPO", "Growth or collapse is the first sign of a hacked reward.", length))
+    health = {
+        name: _series(ppo, "episodes", key)
+        for name, key in (
+            ("explained variance of the critic", "explained_variance"),
+            ("clip fraction", "clip_fraction"),
+            ("share without end", "share_without_eos"),
+        )
+    }
+    note = "A good critic explains most of the variance; few answers are cut off."
+    figures.append(("Health of PPO", note, curves(health, x="episodes", y="")))
+    return figures
+
+
+def _answer_histograms(answers: Sequence[JudgedPrompt]) -> list[tuple[str, str, str]]:
+    """Draw the distributions of both rewards over held-out prompts, before and after PPO: title, note, SVG."""
+    proxy = {"SFT": [row["proxy_sft"] for row in answers], "policy": [row["proxy_policy"] for row in answers]}
+    note = "Before and after PPO."
+    figures = [("Reward model's score, held-out prompts", note, histogram(proxy, x="raw score"))]
+    gold = {
+        "SFT": [row["gold_sft"] for row in answers if row["gold_sft"] is not None],
+        "policy": [row["gold_policy"] for row in answers if row["gold_policy"] is not None],
+    }
+    if gold["policy"]:
+        figures.append(("True reward, held-out prompts", note, histogram(gold, x="true reward")))
+    return figures
 
 
 def _training_figures(run: Path, folder: str) -> list[Figure]:
     figures = []
-    for stage, where, label in (
+    for stage, stage_folder, label in (
         ("SFT", "round-0/sft", "nats a token"),
         ("Reward model", f"{folder}/reward", "nats a pair"),
     ):
-        rows = read_rows(run / where / "metrics.jsonl")
+        rows = read_rows(run / stage_folder / "metrics.jsonl")
         if rows:
             svg = curves({"loss": _series(rows, "step", "loss")}, x="step", y=label)
             figures.append((stage, "", Markup(svg)))
     return figures
 
 
-def _read_facts(read: dict[str, Any]) -> dict[str, Any]:
-    said = [f"{count} left out: {reason}" for reason, count in read["dropped"].items()]
-    return {**read, "said": said + [f"{count}: {what}" for what, count in read["noted"].items()]}
+def _reader_row(report: Facts) -> dict[str, Any]:
+    sentences = [f"{count} left out: {reason}" for reason, count in report["dropped"].items()]
+    return {**report, "sentences": sentences + [f"{count}: {note}" for note, count in report["noted"].items()]}
 
 
-def _lineage_row(folder: str, manifest: dict[str, Any]) -> dict[str, Any]:
+def _lineage_row(folder: str, manifest: Manifest) -> dict[str, object]:
     versions = manifest["versions"]
     code = manifest["code"] or f"rlhf-pipeline {versions['rlhf-pipeline']}"
     return {
@@ -239,8 +235,8 @@ def _lineage_row(folder: str, manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reproduce(origin: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> str:
-    """The commands that lead to the same weights (bit for bit on one kind of CPU)."""
+def _reproduce(origin: Mapping[str, Any], manifests: Mapping[str, Manifest]) -> str:
+    """Return the commands that lead to the same weights (bit for bit on one kind of CPU)."""
     if not manifests:
         return ""
     last = list(manifests.values())[-1]
@@ -255,8 +251,9 @@ def _reproduce(origin: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> 
     )
 
 
-def _series(rows: list[dict[str, Any]], x: str, y: str, *, sort: bool = False) -> tuple[list[float], list[float]]:
-    points = [(row[x], row[y]) for row in rows if row.get(x) is not None and row.get(y) is not None]
+def _series(rows: Sequence[Metrics], x: str, y: str, *, sort: bool = False) -> tuple[list[float], list[float]]:
+    values = [(row.get(x), row.get(y)) for row in rows]
+    points = [(at, value) for at, value in values if at is not None and value is not None]
     points = sorted(points) if sort else points
     return [p[0] for p in points], [p[1] for p in points]
 

@@ -1,21 +1,19 @@
 """Templates to one self-contained page: opens without a network, prints, light and dark."""
 
-import json
-import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from rlhf.report.figures import calibration, histogram, intervals
+from rlhf.report.records import Facts
 
 SHOWN_CHARACTERS = 900
 Figure = tuple[str, str, Markup]
 
 
-def render(template: str, **values: Any) -> str:
-    """A template of this package; everything but figures is escaped."""
+def render(template: str, **values: object) -> str:
+    """Render a template of this package; everything but figures is escaped."""
     environment = Environment(
         loader=PackageLoader("rlhf", "report"),
         autoescape=select_autoescape(["html.jinja"]),
@@ -26,24 +24,8 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def write_page(target: Path, text: str) -> Path:
-    """Write beside and rename."""
-    beside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, target)
-    return target
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a jsonl file of ours, but for marks of resumption; none if it is not there."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [row for line in file if "resumed_from" not in (row := json.loads(line))]
-
-
-def reward_facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """A reward model's numbers on labelled pairs: name, value, what it is beside."""
+def reward_facts(report: Facts) -> list[tuple[str, str, str]]:
+    """Return a reward model's numbers on labelled pairs: name, value, and what to compare it with."""
 
     def value(name: str, form: str = ".3f") -> str:
         number, interval = report.get(name), report.get(f"{name}_ci")
@@ -76,8 +58,8 @@ def reward_facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     return facts
 
 
-def reward_figures(report: dict[str, Any], pairs: list[dict[str, Any]]) -> list[Figure]:
-    """Scores of both sides, calibration, accuracy by length difference and by difficulty."""
+def reward_figures(report: Facts, pairs: Sequence[Facts]) -> list[Figure]:
+    """Draw scores of both sides, calibration, accuracy by length difference and by difficulty."""
     sides = {"chosen": [r["score_chosen"] for r in pairs], "rejected": [r["score_rejected"] for r in pairs]}
     labels = [f"{row['low']:.0f}…{row['high']:.0f}" for row in report["by_length"]]
     figures = [
@@ -101,8 +83,8 @@ def reward_figures(report: dict[str, Any], pairs: list[dict[str, Any]]) -> list[
     return [(title, note, Markup(svg)) for title, note, svg in figures]
 
 
-def worst(pairs: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
-    """The pairs in which the rejected answer is furthest above the chosen one."""
+def worst(pairs: Sequence[Facts], count: int = 5) -> list[Facts]:
+    """Return the pairs in which the rejected answer is furthest above the chosen one."""
     return sorted(pairs, key=lambda row: row["score_chosen"] - row["score_rejected"])[:count]
 
 

@@ -1,39 +1,41 @@
 """The part of a run's page that is about its rounds: a table, two figures, the same prompts through all rounds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from rlhf.report.figures import curves
-from rlhf.report.render import Figure, read_rows
+from rlhf.report.records import Facts, JudgedPrompt, Round, Summary, read_rows
+from rlhf.report.render import Figure
 
 SHOWN = 6
 
 
-def last_judged(summary: dict[str, Any]) -> dict[str, Any]:
-    """The last round whose policy was judged; the last one at all where none was."""
-    rounds: list[dict[str, Any]] = summary["rounds"]
+def last_evaluated(summary: Summary) -> Round:
+    """Return the last round whose policy was evaluated; the last round of all where none was."""
+    rounds = summary["rounds"]
     return next((entry for entry in reversed(rounds) if entry["policy"]["proxy"] is not None), rounds[-1])
 
 
-def rounds_section(run: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
-    """What the template shows where there was more than one round; None otherwise."""
+def rounds_section(run: Path, summary: Summary) -> dict[str, Any] | None:
+    """Return `table`, `figures` and `samples` for the template; None where there was one round only."""
     rounds = summary["rounds"]
     if len(rounds) < 2:
         return None
     return {"table": _table(rounds), "figures": _figures(rounds, summary), "samples": _samples(run, rounds)}
 
 
-def rounds_verdict(summary: dict[str, Any]) -> list[str]:
-    """Which round is best, and what the last one changed, from paired intervals."""
+def rounds_verdict(summary: Summary) -> list[str]:
+    """Return sentences: which round is best, and where the true reward fell, by paired intervals."""
     rounds = summary["rounds"]
     stopped = [summary["stopped"]] if summary["stopped"] else []
     if len(rounds) < 2 or summary["best_round"] is None:
         return stopped
     best = summary["best_round"]
     sentences = [f"Of {len(rounds)} rounds, round {best} is the best by the true reward; RUN/best links to its policy."]
-    if last_judged(summary)["policy"]["gold"] is None:
+    if last_evaluated(summary)["policy"]["gold"] is None:
         sentences = [
             f"{len(rounds)} rounds; no true reward is known. RUN/best links to round {best}, the last whose policy no later reward "
             "model finds worse than the one before."
@@ -48,20 +50,25 @@ def rounds_verdict(summary: dict[str, Any]) -> list[str]:
     return sentences + stopped
 
 
-def _number(section: dict[str, Any], name: str, form: str = ".2f") -> str:
+def number(section: Facts, name: str, form: str = ".2f") -> str:
+    """Return a number with half the width of its interval, "-" where it is not known.
+
+    >>> number({"gold": 0.5, "gold_ci": [0.25, 0.75]}, "gold")
+    '0.50 ±0.25'
+    """
     value, interval = section.get(name), section.get(f"{name}_ci")
     if value is None:
         return "-"
     return f"{value:{form}}" + (f" ±{(interval[1] - interval[0]) / 2:{form}}" if interval else "")
 
 
-def _shares(section: dict[str, Any]) -> str:
+def _shares(section: Facts) -> str:
     shares = section["win_tie_lose"]
     return "-" if shares is None else " / ".join(f"{100 * share:.0f}" for share in shares) + " %"
 
 
-def _table(rounds: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A row a round; a column of which nothing is known is left out. Hindsight is for runs without a true reward."""
+def _table(rounds: Sequence[Round]) -> list[dict[str, str]]:
+    """Return a row a round; a column of which nothing is known is left out. Hindsight is for runs without a true reward."""
     rows = []
     for entry in rounds:
         policy, labels, change = entry["policy"], entry["labels"], entry["change_in_gold"]
@@ -69,27 +76,25 @@ def _table(rounds: list[dict[str, Any]]) -> list[dict[str, str]]:
         rows.append(
             {
                 "round": str(entry["round"]),
-                "true reward": _number(policy, "gold"),
+                "true reward": number(policy, "gold"),
                 "from the round before": f"{change['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if change else "-",
                 "win / tie / lose": _shares(change) if change else "-",
                 "against SFT": _shares(policy),
-                "in hindsight": "-"
-                if policy["gold"] is not None
-                else _number(entry.get("hindsight") or {}, "win_rate"),
-                "KL": _number(policy, "kl", ".1f"),
-                "words": _number(policy, "words", ".1f"),
-                "different": _number(policy, "different_answers"),
+                "in hindsight": "-" if policy["gold"] is not None else number(entry.get("hindsight") or {}, "win_rate"),
+                "KL": number(policy, "kl", ".1f"),
+                "words": number(policy, "words", ".1f"),
+                "different": number(policy, "different_answers"),
                 "new labels": "-" if labels["fresh"] is None else str(labels["fresh"]),
                 "wrong": "-" if labels["flip_rate"] is None else f"{labels['flip_rate']:.0%}",
-                "reward model before, on them": _number(labels, "fresh_accuracy", ".3f"),
-                "reward model, held out": _number(entry["reward"], "accuracy", ".3f"),
+                "reward model before, on them": number(labels, "fresh_accuracy", ".3f"),
+                "reward model, held out": number(entry["reward"], "accuracy", ".3f"),
             }
         )
     return known_columns(rows)
 
 
 def known_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows without columns that are "-" in all of them.
+    """Return the rows without columns that are "-" in all of them.
 
     >>> known_columns([{"a": "1", "b": "-", "c": "-"}, {"a": "2", "b": "3", "c": "-"}])
     [{'a': '1', 'b': '-'}, {'a': '2', 'b': '3'}]
@@ -98,12 +103,12 @@ def known_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{name: row[name] for name in known} for row in rows]
 
 
-def _figures(rounds: list[dict[str, Any]], summary: dict[str, Any]) -> list[Figure]:
-    judged = [entry for entry in rounds if entry["policy"]["proxy"] is not None]
-    numbers = [float(entry["round"]) for entry in judged]
+def _figures(rounds: Sequence[Round], summary: Summary) -> list[Figure]:
+    evaluated = [entry for entry in rounds if entry["policy"]["proxy"] is not None]
+    numbers = [float(entry["round"]) for entry in evaluated]
     figures: list[Figure] = []
-    if judged and judged[0]["policy"]["gold"] is not None:
-        gold = [entry["policy"]["gold"] for entry in judged]
+    if evaluated and evaluated[0]["policy"]["gold"] is not None:
+        gold = [entry["policy"]["gold"] for entry in evaluated]
         best = summary["best_of_16"]["by_gold"]["gold"]
         series = {
             "policy": ([0.0, *numbers], [summary["sft"]["gold"], *gold]),
@@ -122,8 +127,9 @@ def _figures(rounds: list[dict[str, Any]], summary: dict[str, Any]) -> list[Figu
     return figures
 
 
-def _samples(run: Path, rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few prompts with SFT's answer and each round's."""
+def _samples(run: Path, rounds: Sequence[Round]) -> list[dict[str, object]]:
+    """Return a few prompts with SFT's answer and each round's."""
+    by_round: list[tuple[int, list[JudgedPrompt]]]
     by_round = [(e["round"], read_rows(run / f"round-{e['round']}" / "evaluate" / "samples.jsonl")) for e in rounds]
     by_round = [(number, rows) for number, rows in by_round if rows]
     if not by_round:

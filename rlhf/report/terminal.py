@@ -1,20 +1,20 @@
-"""What a finished run says at the terminal."""
+"""Tables and sentences at the terminal: a finished run, an estimate, an evaluation."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.report.rounds import known_columns, last_judged
+from rlhf.report.records import Facts, Summary, read_summary
+from rlhf.report.rounds import known_columns, last_evaluated, number
 
 
 def show_summary(out: Path, output: Console) -> None:
     """Print the run in numbers."""
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    last = last_judged(summary)
+    summary = read_summary(out)
+    last = last_evaluated(summary)
     table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
     table.add_column("")
     for heading in ("SFT", "policy", "best of 16\nby reward", "best of 16\nby gold"):
@@ -27,7 +27,7 @@ def show_summary(out: Path, output: Console) -> None:
         ("kl", "KL to SFT, nats"),
         ("win_rate", "win rate vs SFT"),
     ):
-        cells = [_cell(section, name) for section in sections]
+        cells = [number(section, name) for section in sections]
         if any(text != "-" for text in cells):
             table.add_row(label, *cells)
     if table.row_count:
@@ -40,7 +40,7 @@ def show_summary(out: Path, output: Console) -> None:
     output.print(f"{out / 'report.html'}   {out / 'summary.json'}   {total:.0f} s", markup=False, soft_wrap=True)
 
 
-def _rounds_table(summary: dict[str, Any]) -> Table:
+def _rounds_table(summary: Summary) -> Table:
     rows = []
     for entry in summary["rounds"]:
         change, policy, fresh = entry["change_in_gold"], entry["policy"], entry["labels"]["fresh"]
@@ -48,12 +48,12 @@ def _rounds_table(summary: dict[str, Any]) -> Table:
             {
                 "round": str(entry["round"]),
                 "labels": "-" if fresh is None else str(fresh),
-                "reward accuracy": _cell(entry["reward"], "accuracy"),
-                "true reward": _cell(policy, "gold"),
+                "reward accuracy": number(entry["reward"], "accuracy"),
+                "true reward": number(policy, "gold"),
                 "change": f"{change['difference']:+.3f}" if change else "-",
-                "in hindsight": "-" if policy["gold"] is not None else _cell(entry["hindsight"] or {}, "win_rate"),
-                "KL": _cell(policy, "kl"),
-                "win rate": _cell(policy, "win_rate"),
+                "in hindsight": "-" if policy["gold"] is not None else number(entry["hindsight"] or {}, "win_rate"),
+                "KL": number(policy, "kl"),
+                "win rate": number(policy, "win_rate"),
             }
         )
     rows = known_columns(rows)
@@ -65,8 +65,25 @@ def _rounds_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def estimates_table(name: str, stages: Sequence[Any]) -> Table:
-    """What a recipe's stages will cost (`rlhf.cost.estimate.Estimate`), and all of them together."""
+class _Estimate(Protocol):
+    """What a stage will cost, as `rlhf.cost.estimate` says it: memory in bytes at the peak, time in seconds."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def bytes(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+def estimates_table(name: str, stages: Sequence[_Estimate]) -> Table:
+    """Build the table of what a recipe's stages will cost, and all of them together."""
     table = Table(title=f"{name}: estimates")
     table.add_column("stage")
     for heading in ("rows", "tokens", "steps", "memory, GiB", "time"):
@@ -82,7 +99,7 @@ def estimates_table(name: str, stages: Sequence[Any]) -> Table:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person says it.
+    """Return seconds, minutes or hours, as a person says it.
 
     >>> _duration(41.6), _duration(200), _duration(9000)
     ('42 s', '3.3 min', '2.5 h')
@@ -92,8 +109,51 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _cell(section: dict[str, Any], name: str) -> str:
-    value, interval = section.get(name), section.get(f"{name}_ci")
-    if value is None:
-        return "-"
-    return f"{value:.2f}" + (f" ±{(interval[1] - interval[0]) / 2:.2f}" if interval else "")
+def evaluation_table(result: Facts) -> Table:
+    """Build the table of `rlhf evaluate`: one row a data set."""
+    table = Table(title="95 % intervals over prompts; ties are wrong")
+    for heading in ("data", "pairs", "accuracy", "95 %", "longer\nwins", "length-\ncontrolled", "ties", "ECE", "T"):
+        table.add_column(heading, justify="left" if heading == "data" else "right")
+    for name, report in result["data"].items():
+        low, high = report["accuracy_ci"]
+        controlled, temperature = report["accuracy_length_controlled"], report["temperature"]
+        table.add_row(
+            name,
+            str(report["n"]),
+            f"{report['accuracy']:.3f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{report['length_baseline']:.3f}",
+            "-" if controlled is None else f"{controlled:.3f}",
+            str(report["ties"]),
+            f"{report['ece']:.3f}",
+            "-" if temperature is None else f"{temperature:.2f}",
+        )
+    return table
+
+
+def evaluation_lines(result: Facts) -> list[str]:
+    """Return what only some data have, one sentence a line: rankings, another model, a published benchmark's sections."""
+    return [f"{name}: {line}" for name, report in result["data"].items() for line in _more(report, result["against"])]
+
+
+def _more(report: Facts, against: str | None) -> list[str]:
+    """Return sentences about what only some data have: rankings, another model, a published benchmark's sections."""
+    lines = []
+    if "rankings" in report:
+        ranked = report["rankings"]
+        tau = "-" if ranked["tau_b"] is None else f"{ranked['tau_b']:.3f}"
+        lines.append(
+            f"{ranked['prompts']} rankings: best of K chosen in {ranked['best_of_k']:.3f} (chance "
+            f"{ranked['best_of_k_by_chance']:.3f}), Kendall tau-b {tau}."
+        )
+    if "against" in report:
+        other = report["against"]
+        low, high = other["difference_ci"]
+        lines.append(
+            f"{against} has {other['accuracy']:.3f}; difference {other['difference']:+.3f} [{low:+.3f}, {high:+.3f}], "
+            f"p = {other['p_value']:.2g} (paired, by prompt)."
+        )
+    for benchmark in (report["reward_bench"], report.get("rankings", {}).get("reward_bench_2")):
+        if benchmark:
+            lines.append(", ".join(f"{section} {value:.3f}" for section, value in benchmark.items()))
+    return lines

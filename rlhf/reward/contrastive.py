@@ -1,6 +1,6 @@
 """`ContrastiveRewardTrainer`: beside the pair loss, SimCSE or SwAV on two dropout views of what the reward head reads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import RewardConfig
 
 from rlhf.errors import UserError
 from rlhf.models.load import score_head
@@ -26,10 +27,10 @@ class Contrast:
     """A contrastive term and its numbers.
 
     Attributes:
-        weight: β, of the term beside the pair loss.
+        weight: β, the factor of the term beside the pair loss.
         temperature: τ.
         prototypes: K of SwAV; 0 is SimCSE.
-        differences: the elements are each pair's difference and its negative, not the answers themselves.
+        differences: whether the elements are each pair's difference and its negative, not the answers themselves.
     """
 
     weight: float
@@ -57,9 +58,9 @@ class ContrastiveRewardTrainer(PairRewardTrainer):
     when they are built, and TRL turns off); evaluation is not touched by it.
 
     Args:
-        extra: `simcse` or `swav`, on answers or (`_diff`) on differences; None for none.
-        extra_weight, extra_temperature, prototypes: in place of the term's own (`CONTRASTS`).
-        dropout: the paper's 0.05.
+        extra: `simcse` or `swav`, on answers or (`_diff`) on differences; None for no term.
+        extra_weight, extra_temperature, prototypes: in place of the term's usual numbers (`CONTRASTS`).
+        dropout: the probability; 0.05 is the paper's.
 
     Raises:
         UserError: the model has no place for dropout, so both views would be the same.
@@ -67,8 +68,8 @@ class ContrastiveRewardTrainer(PairRewardTrainer):
 
     def __init__(
         self,
-        model: Any,
-        args: Any = None,
+        model: str | PreTrainedModel | PeftModel,
+        args: RewardConfig | None = None,
         *,
         extra: str | None = "simcse",
         extra_weight: float | None = None,
@@ -105,21 +106,21 @@ class ContrastiveRewardTrainer(PairRewardTrainer):
             self.add_callback(_ZeroGradient(self.prototypes))
 
     def scored(self, model: nn.Module, inputs: dict[str, Any]) -> Scored:
-        """In training both views of every answer, the first view's answers before the second's."""
+        """Score a batch's answers; in training both views of each, the first view's answers before the second's."""
         if self.contrast is None or not model.training:
             return super().scored(model, inputs)
-        with _head_input(self.model) as seen:
+        with _head_input(self.model) as head_inputs:
             scored = super().scored(model, two_views(inputs))
-        hidden = seen[-1]
-        read = hidden if hidden.dim() == 2 else hidden[scored.rows, self._read_at(scored)]
-        return replace(scored, views=2, representations=read.float())
+        hidden = head_inputs[-1]
+        representations = hidden if hidden.dim() == 2 else hidden[scored.rows, self._read_at(scored)]
+        return replace(scored, views=2, representations=representations.float())
 
     def _read_at(self, scored: Scored) -> Tensor:
-        """A decoder's score is read at an answer's last token, an encoder's at its first."""
+        """Return where in its row each score is read, [n]: a decoder's at the answer's last token, an encoder's at the first."""
         return torch.zeros_like(scored.ends) if score_head(self.model) is None else scored.ends
 
     def extra_term(self, scored: Scored) -> Tensor | float:
-        """β times the contrastive loss, meaned over the elements of this micro-batch."""
+        """Return β times the contrastive loss, averaged over the elements of this micro-batch."""
         if self.contrast is None or scored.representations is None:
             return 0.0
         first, second = scored.representations.chunk(2)
@@ -135,8 +136,8 @@ class ContrastiveRewardTrainer(PairRewardTrainer):
         metrics["view_similarity"].append(cosine_similarity(first, second).mean().item())
         return self.contrast.weight * losses.mean()
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's, which also trains the prototypes."""
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the Trainer's optimizer, which shall train the prototypes too."""
         before = self.optimizer
         optimizer = super().create_optimizer(model)
         if self.prototypes is not None and before is None:
@@ -144,30 +145,32 @@ class ContrastiveRewardTrainer(PairRewardTrainer):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """An ordinary checkpoint, and the prototypes beside it: they are of the training, not of the model."""
+        """Write an ordinary checkpoint, and the prototypes beside it: they belong to the training, not to the model."""
         super().save_model(output_dir, _internal_call)
         if self.prototypes is not None and self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             save_file({"prototypes": self.prototypes.detach().cpu().contiguous()}, folder / PROTOTYPES)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.prototypes is not None:
             self.prototypes.data.copy_(load_file(Path(resume_from_checkpoint) / PROTOTYPES)["prototypes"])
 
 
 class _ZeroGradient(TrainerCallback):
-    """The Trainer sets the gradients of its model to 0, and prototypes are none of its parameters."""
+    """Sets the prototypes' gradient to 0, as the Trainer does for the parameters of its model, which they are not."""
 
     def __init__(self, parameter: nn.Parameter):
         self.parameter = parameter
 
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self.parameter.grad = None
 
 
-def two_views(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A batch with everything in it twice, so that one forward draws two dropout masks for each answer."""
+def two_views(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch with everything in it twice, so that one forward draws two dropout masks for each answer."""
     doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
     if "segments" in inputs:
         answers, rows = len(inputs["rows"]), len(inputs["input_ids"])
@@ -181,9 +184,9 @@ def two_views(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_dropout(model: nn.Module, probability: float) -> int:
-    """Switch dropout to a probability in every place a model has for it; how many there are.
+    """Set dropout to a probability in every place that a model has for it, and return how many there are.
 
-    Attention's is a float that each layer copied from the configuration when it was built, so setting the
+    Attention's dropout is a float that each layer copied from the configuration when it was built, so setting the
     configuration of a loaded model does nothing.
     """
     places = 0
@@ -199,13 +202,13 @@ def set_dropout(model: nn.Module, probability: float) -> int:
 
 
 @contextmanager
-def _head_input(model: Any) -> Iterator[list[Tensor]]:
-    """Collect what the head reads: of every token, or of encoders' pooled first one."""
+def _head_input(model: PreTrainedModel | PeftModel) -> Iterator[list[Tensor]]:
+    """Collect what the head reads: the state of every token, or an encoder's pooled first one."""
     inner = model.base_model.model if isinstance(model, PeftModel) else model
     head = inner.score if hasattr(inner, "score") else inner.classifier
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    head_inputs: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))
     try:
-        yield seen
+        yield head_inputs
     finally:
         hook.remove()

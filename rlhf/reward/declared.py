@@ -1,64 +1,148 @@
-"""Declarations of `PairRewardTrainer`: an objective by name, the columns that it needs, nothing else."""
+"""Declarations of `PairRewardTrainer`: an objective of the table by its name, and nothing else."""
 
-from typing import Any, ClassVar
+from dataclasses import fields
+from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import RewardConfig
 
-from rlhf.objectives.strength import VoteStrength
+from rlhf.data.rows import prompt_key
+from rlhf.errors import UserError
+from rlhf.objectives.strength import STRENGTH_COLUMNS, VoteStrength
+from rlhf.recipe.objectives import OBJECTIVES, Needs
 from rlhf.reward.denoise import DenoiseConfig, denoised
-from rlhf.reward.noise import NoiseEstimate
-from rlhf.reward.trainer import PairRewardTrainer, check_columns
+from rlhf.reward.noise import NoiseEstimate, estimate_noise
+from rlhf.reward.trainer import PairRewardTrainer, check_columns, training_columns
+
+NUMBERS = [field.name for field in fields(DenoiseConfig) if field.name != "objective"]
 
 
-class MarginRewardTrainer(PairRewardTrainer):
-    """Bradley-Terry with a required `margin` column in nats (Llama 2, arXiv:2307.09288 eq. 2)."""
+class DeclaredRewardTrainer(PairRewardTrainer):
+    """`PairRewardTrainer` on the pairs that an objective makes of those it is given; a subclass names the objective.
 
-    columns = ("margin",)
+    The numbers of `rlhf.reward.denoise.DenoiseConfig` (`smoothing`, `margin_scale`, …) are keyword arguments. Evaluation
+    data is changed too where the objective needs nothing of it, and left as it is otherwise.
 
+    Raises:
+        UserError: a column that the objective needs is missing.
+    """
 
-class SoftLabelRewardTrainer(PairRewardTrainer):
-    """Cross-entropy against a required `confidence` column, P(chosen is better)."""
+    objective: str
 
-    columns = ("confidence",)
-
-
-class LabelSmoothingRewardTrainer(PairRewardTrainer):
-    """Constant label smoothing: p = 1 - α on every pair (arXiv:2401.06080 eq. 5; α = 0.2 is inferred from its figures)."""
-
-    uses = ("margin", "weight")
-    smoothing: ClassVar[float] = 0.2
-
-    def pair_objective(self, rewards_chosen: Tensor, rewards_rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
-        """The general loss with one confidence for all pairs."""
-        return super().pair_objective(
-            rewards_chosen, rewards_rejected, {**columns, "confidence": torch.tensor(1 - self.smoothing)}
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RewardConfig | None = None,
+        *,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        **arguments: Any,
+    ):
+        config = DenoiseConfig(self.objective, **{name: arguments.pop(name) for name in NUMBERS if name in arguments})
+        objective = OBJECTIVES[self.objective]
+        if train_dataset is not None:
+            train_dataset = self.denoise(train_dataset, config)
+        if eval_dataset is not None and objective.needs == Needs():
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: self.denoise(dataset, config) for name, dataset in eval_dataset.items()}
+            else:
+                eval_dataset = self.denoise(eval_dataset, config)
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, loss=objective.loss, **arguments
         )
 
-
-class _VotedRewardTrainer(PairRewardTrainer):
-    """Corrects the training pairs by their column `strength_mean` before training."""
-
-    columns = ("strength_mean",)
-    correction: ClassVar[DenoiseConfig]
-
-    def __init__(self, model: Any, args: Any = None, *, train_dataset: Dataset, **arguments: Any):
-        check_columns(train_dataset, self.columns)
-        rows = train_dataset.to_list()
-        mean = torch.tensor([float(row["strength_mean"]) for row in rows])
-        votes = VoteStrength(mean, torch.zeros_like(mean), (mean > 0).to(mean), torch.ones_like(mean))
-        made, _ = denoised(rows, self.correction, votes, NoiseEstimate(0.0, 0.0, 0.0, 0.0, 1.0))
-        super().__init__(model, args, train_dataset=Dataset.from_list(made), **arguments)
+    def denoise(self, dataset: Dataset | IterableDataset, config: DenoiseConfig) -> Dataset | IterableDataset:
+        """Return the pairs as the objective trains on them."""
+        needs, names = OBJECTIVES[config.objective].needs, dataset.column_names
+        if needs.column is not None and names and not (needs.or_rating_gap and "rating_gap" in names):
+            check_columns(dataset, (needs.column,))
+            return dataset
+        size = {"batch_size": None} if isinstance(dataset, Dataset) else {}  # all at once: an error counts all rows
+        return dataset.map(_denoise_batch, batched=True, fn_kwargs={"config": config}, **size)
 
 
-class AdaptiveMarginRewardTrainer(_VotedRewardTrainer):
-    """Mean strength of a vote (`strength_mean`, nats) as margin (arXiv:2401.06080 eq. 6)."""
+def _denoise_batch(batch: dict[str, list[Any]], config: DenoiseConfig) -> dict[str, list[Any]]:
+    rows: list[Any] = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    pairs: list[Any] = denoised(rows, config).rows
+    return {name: [pair[name] for pair in pairs] for name in pairs[0]}
 
-    correction = DenoiseConfig("adaptive_margin")
+
+class MarginRewardTrainer(DeclaredRewardTrainer):
+    """Bradley-Terry with a required `margin` column in nats, or ratings to make it of (Llama 2, arXiv:2307.09288 eq. 2)."""
+
+    objective = "margin"
 
 
-class LabelFlipRewardTrainer(_VotedRewardTrainer):
-    """The weakest tenth of the labels by `strength_mean` turned round (arXiv:2401.06080 section 2.4)."""
+class SoftLabelRewardTrainer(DeclaredRewardTrainer):
+    """Cross-entropy against a required `confidence` column, P(chosen is better)."""
 
-    correction = DenoiseConfig("flip")
+    objective = "soft"
+
+
+class LabelSmoothingRewardTrainer(DeclaredRewardTrainer):
+    """Constant label smoothing: p = 1 - α on every pair (arXiv:2401.06080 eq. 5; α = 0.2 is inferred from its figures)."""
+
+    objective = "smoothing"
+
+
+class VotedRewardTrainer(DeclaredRewardTrainer):
+    """Denoises the training pairs by a vote on them, with any objective of the table that needs one.
+
+    The dataset has the vote's columns `strength_mean` (nats), `strength_std`, `strength_share` and `strength_votes`, as
+    `strength.jsonl` of a run's stage `vote` gives them, pair by pair (`rlhf.reward.denoise.attach_strength` finds them).
+
+    Args:
+        objective: its name in `rlhf.OBJECTIVES`.
+        noise: what the votes prove about the labels; estimated from the votes, prompt by prompt, where it is not given.
+
+    Raises:
+        UserError: a column of the vote is missing; the objective needs no vote; the data is a stream.
+    """
+
+    objective = "posterior"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RewardConfig | None = None,
+        *,
+        objective: str | None = None,
+        noise: NoiseEstimate | None = None,
+        **arguments: Any,
+    ):
+        voted = [name for name, row in OBJECTIVES.items() if row.needs.vote]
+        if objective is not None and objective not in voted:
+            raise UserError(f"reward: objective {objective!r} is none that needs a vote: {', '.join(voted)}.")
+        self.objective = objective or self.objective
+        self.noise = noise
+        super().__init__(model, args, **arguments)
+
+    def denoise(self, dataset: Dataset | IterableDataset, config: DenoiseConfig) -> Dataset:
+        """Return the pairs as the objective trains on them."""
+        if not isinstance(dataset, Dataset):
+            raise UserError(
+                "reward: a vote is on all pairs at once, so they can't be a stream; pass a datasets.Dataset."
+            )
+        prompts = () if self.noise is not None or "prompt" in dataset.column_names else ("prompt",)
+        check_columns(dataset, (*STRENGTH_COLUMNS, *prompts))
+        rows = dataset.to_list()
+        strength = VoteStrength(*(torch.tensor([float(row[name]) for row in rows]) for name in STRENGTH_COLUMNS))
+        if self.noise is None:
+            self.noise = estimate_noise(strength.mean, [prompt_key(row["prompt"]) for row in rows])
+        pairs = denoised(rows, config, strength, self.noise).rows
+        return Dataset.from_list(training_columns(pairs, OBJECTIVES[config.objective].loss.columns))
+
+
+class AdaptiveMarginRewardTrainer(VotedRewardTrainer):
+    """Mean strength of a vote as margin (arXiv:2401.06080 eq. 6)."""
+
+    objective = "adaptive_margin"
+
+
+class LabelFlipRewardTrainer(VotedRewardTrainer):
+    """The weakest tenth of the labels by a vote flipped (arXiv:2401.06080 section 2.4)."""
+
+    objective = "flip"

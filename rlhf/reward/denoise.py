@@ -1,14 +1,21 @@
-"""What is done about noisy labels: the named objectives, as columns that the general pair loss reads."""
+"""What is done about noisy labels: for each objective, the columns that its loss reads.
 
+One function for each `apply` of the table (`rlhf.recipe.objectives`). A pair with `confidence` 0.5 was called equal by its
+annotators: no vote makes one of its answers the better one, so no column of a vote is set there.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from rlhf.data.rows import Pair
 from rlhf.data.sources import pair_digest
 from rlhf.errors import UserError
 from rlhf.objectives.strength import (
+    STRENGTH_COLUMNS,
     SmoothingMask,
     VoteStrength,
     flipped_strength,
@@ -16,12 +23,10 @@ from rlhf.objectives.strength import (
     posterior_confidence,
     smoothing_confidence,
 )
+from rlhf.recipe.objectives import OBJECTIVES, Objective, resolve
 from rlhf.reward.noise import NoiseEstimate
 
-Rows = list[dict[str, Any]]
-TIE = 0.5  # the confidence of a pair that annotators called equal: no vote makes one of its answers the better one
-# Which column an objective reads from the file itself.
-OWN_COLUMN = {"margin": "margin", "scaled": "weight", "soft": "confidence"}
+TIE = 0.5  # the confidence of a pair that annotators called equal
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,15 @@ class DenoiseConfig:
     """An objective and its numbers; the defaults are the paper's where it has one.
 
     Attributes:
-        flip_by: which labels are turned round: `rank`, the weakest `flip_fraction`; `sign`, those with a strength below 0.
+        objective: its name in the table.
+        flip_by: which labels are flipped: `rank`, the weakest `flip_fraction`; `sign`, those with a strength below 0.
         smoothing: α, the share of a smoothed label given to the other side.
         smoothing_mask: which labels are smoothed by a vote; without a vote all are.
         margin_scale: nats per unit of strength, or of the ratings' gap.
         margin_clip: largest size of a margin, nats.
+
+    Raises:
+        UserError: the table has no such objective.
     """
 
     objective: str
@@ -44,136 +53,231 @@ class DenoiseConfig:
     margin_scale: float = 1.0
     margin_clip: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"reward.objective: {self.objective!r} is none of {', '.join(OBJECTIVES)}.")
+
     def margins(self, values: Tensor) -> Tensor:
-        """Scaled and clipped."""
+        """Scale and clip values to margins, nats."""
         scaled = values * self.margin_scale
         return scaled if self.margin_clip is None else scaled.clamp(-self.margin_clip, self.margin_clip)
 
     def flips(self, strength: Tensor) -> Tensor:
-        """Which labels are turned round or dropped, [n] bool."""
+        """Choose the labels that are flipped or dropped, [n] bool."""
         return strength < 0 if self.flip_by == "sign" else lowest_fraction(strength, self.flip_fraction)
 
 
+class Denoised(NamedTuple):
+    """Pairs as an objective trains on them, and how many were flipped (None where the objective flips none)."""
+
+    rows: list[Pair]
+    flipped: int | None = None
+
+
 def denoised(
-    rows: Rows, how: DenoiseConfig, strength: VoteStrength | None = None, noise: NoiseEstimate | None = None
-) -> tuple[Rows, int | None]:
-    """Pairs as an objective trains on them, with the columns `margin`, `confidence`, `weight` that it asks for.
-
-    | objective | what it does |
-    |---|---|
-    | `bt` | nothing: Bradley-Terry |
-    | `soft` | the file's own `confidence`, which every pair must have |
-    | `margin` | the file's `margin`, or where it has ratings their gap times `margin_scale` (Llama 2) |
-    | `scaled` | the ratings' gap as weight (scaled Bradley-Terry) |
-    | `smoothing` | P(label) = 1 - α on all pairs |
-    | `flip` | labels turned round, the weakest tenth (the paper's) or those of negative strength |
-    | `adaptive_margin` | mean strength as margin (the paper's) |
-    | `flip_margin` | both; a turned pair's margin changes sign with it (the paper's) |
-    | `soft_margin` | smoothing where the mask says, margin everywhere (the paper's) |
-    | `vote_soft` | the share of votes that agree, as P(label) |
-    | `vote_sigmoid` | σ of the calibrated mean strength, as P(label) |
-    | `posterior` | P(label) by Bayes: the vote, and the share of wrong labels that it proves |
-    | `weight` | the posterior as weight |
-    | `drop` | the weakest tenth, or those of negative strength, left out |
-
-    Where the votes prove no noise (`noise.fitted` is 0: they are blunt, or the labels are right) `posterior`, `weight` and
-    `vote_sigmoid` are plain Bradley-Terry.
+    rows: list[Pair], config: DenoiseConfig, strength: VoteStrength | None = None, noise: NoiseEstimate | None = None
+) -> Denoised:
+    """Return pairs as an objective trains on them, with the columns `margin`, `confidence`, `weight` that it sets.
 
     Args:
-        strength, noise: of a vote on these rows, in their order; every objective from `flip` on needs both.
-
-    Returns:
-        the rows, and how many were turned round (None where the objective turns none).
+        strength, noise: of a vote on these rows, in their order; every objective that needs a vote needs both.
 
     Raises:
         UserError: a pair lacks what the objective needs; all pairs would be dropped.
     """
-    if how.objective == "bt":
-        return rows, None
-    if how.objective in OWN_COLUMN:
-        return _from_the_file(rows, how), None
-    if how.objective == "smoothing":
-        return [{**row, "confidence": 1 - how.smoothing} for row in rows], None
-    assert strength is not None, "the recipe plans a vote for every other objective"
-    assert noise is not None, "which comes with the votes"
-    mean, columns = strength.mean, dict[str, Tensor]()
-    turns = how.objective in ("flip", "flip_margin")
-    flips = how.flips(mean) if turns or how.objective == "drop" else torch.zeros_like(mean, dtype=torch.bool)
-    knows = noise.fitted > 0
-    match how.objective:
-        case "drop":
-            if flips.all():
-                raise UserError(
-                    f"reward.objective is drop, and flip_by: {how.flip_by} drops all {len(rows)} pairs; lower flip_fraction."
-                )
-            return [row for row, dropped in zip(rows, flips.tolist(), strict=True) if not dropped], None
-        case "adaptive_margin" | "soft_margin":
-            columns["margin"] = how.margins(mean)
-        case "flip_margin":
-            columns["margin"] = how.margins(flipped_strength(mean, flips))
-        case "vote_soft":
-            columns["confidence"] = strength.share
-        case "vote_sigmoid" if knows:
-            columns["confidence"] = torch.sigmoid(noise.scale * mean)
-        case "posterior" if knows:
-            columns["confidence"] = posterior_confidence(mean, flip_rate=noise.fitted, scale=noise.scale)
-        case "weight" if knows:
-            columns["weight"] = posterior_confidence(mean, flip_rate=noise.fitted, scale=noise.scale)
-    if how.objective == "soft_margin":
-        columns["confidence"] = smoothing_confidence(mean, alpha=how.smoothing, where=how.smoothing_mask)
-    made = []
-    for i, row in enumerate(rows):
-        base = flip_pair(row) if flips[i] else row
-        own = {} if row.get("confidence") == TIE else {name: float(values[i]) for name, values in columns.items()}
-        made.append({**base, **own})
-    return made, int(flips.sum()) if turns else None
+    objective = OBJECTIVES[config.objective]
+    check_needs(rows, objective)
+    if objective.apply is None:
+        return Denoised(rows)
+    apply = resolve(objective.apply)
+    result: Denoised
+    if objective.needs.vote:
+        assert strength is not None, "the recipe plans a vote for this objective"
+        assert noise is not None, "which comes with the votes"
+        result = apply(rows, config, strength, noise)
+    else:
+        result = apply(rows, config)
+    return result
 
 
-def _from_the_file(rows: Rows, how: DenoiseConfig) -> Rows:
-    """Rows with the column that the objective reads, where it is absent made of `rating_gap` (a confidence cannot be)."""
-    column = OWN_COLUMN[how.objective]
-    found, missing = [], []
-    for number, row in enumerate(rows):
-        if row.get(column) is not None:
-            found.append(row)
-        elif column == "confidence" or row.get("rating_gap") is None:
-            missing.append(number)
-        else:
-            gap = float(row["rating_gap"])
-            found.append({**row, column: float(how.margins(torch.tensor(gap))) if column == "margin" else gap})
+def check_needs(rows: Sequence[Mapping[str, object]], objective: Objective) -> None:
+    """Refuse pairs without the column that an objective needs of the file.
+
+    Raises:
+        UserError: with the number of such pairs, and the first.
+    """
+    needs = objective.needs
+    if needs.column is None:
+        return
+    sources = (needs.column, "rating_gap") if needs.or_rating_gap else (needs.column,)
+    missing = [number for number, row in enumerate(rows) if all(row.get(source) is None for source in sources)]
     if missing:
         raise UserError(
-            f"reward.objective is {how.objective}, but {len(missing)} of {len(rows)} pairs (the first is number {missing[0]}) "
-            f"have no {column!r}{'' if column == 'confidence' else ' and no ratings'}; add it, or choose another objective."
+            f"reward.objective is {objective.name}, but {len(missing)} of {len(rows)} pairs (the first is number {missing[0]}) "
+            f"have no {needs.column!r}{' and no ratings' if needs.or_rating_gap else ''}; add it, or choose another objective."
         )
-    return found
 
 
-def flip_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """A pair with its label flipped: its own margin changes sign with it, and its confidence is the other side's."""
-    turned = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+# ---- Without a vote ----
+
+
+def margin_of_ratings(rows: list[Pair], config: DenoiseConfig) -> Denoised:
+    """Set the margin, where the file has none, to the gap g of its ratings: m = clip(margin_scale · g), nats.
+
+    >>> pair: Pair = {"prompt": [], "chosen": [], "rejected": [], "rating_gap": 2.0}
+    >>> margin_of_ratings([pair], DenoiseConfig("margin", margin_scale=0.5)).rows[0]["margin"]
+    1.0
+    """
+    return Denoised(
+        [
+            row
+            if row.get("margin") is not None
+            else {**row, "margin": float(config.margins(torch.tensor(float(row["rating_gap"]))))}
+            for row in rows
+        ]
+    )
+
+
+def weight_of_ratings(rows: list[Pair], config: DenoiseConfig) -> Denoised:
+    """Set the weight, where the file has none, to the gap of its ratings: w = g (scaled Bradley-Terry).
+
+    >>> pair: Pair = {"prompt": [], "chosen": [], "rejected": [], "rating_gap": 2.0}
+    >>> weight_of_ratings([pair], DenoiseConfig("scaled")).rows[0]["weight"]
+    2.0
+    """
+    return Denoised(
+        [row if row.get("weight") is not None else {**row, "weight": float(row["rating_gap"])} for row in rows]
+    )
+
+
+def smooth_all(rows: list[Pair], config: DenoiseConfig) -> Denoised:
+    """Set the confidence of every pair: p = 1 - α.
+
+    >>> pair: Pair = {"prompt": [], "chosen": [], "rejected": []}
+    >>> smooth_all([pair], DenoiseConfig("smoothing", smoothing=0.25)).rows[0]["confidence"]
+    0.75
+    """
+    return Denoised([{**row, "confidence": 1 - config.smoothing} for row in rows])
+
+
+# ---- By a vote: μ the mean strength of a pair, ε the share of wrong labels that the votes prove, b what a vote is worth ----
+
+
+def flip(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
+    """Flip the labels that the votes contradict most."""
+    flips = config.flips(strength.mean)
+    return Denoised(_flip_pairs(rows, flips), int(flips.sum()))
+
+
+def adaptive_margin(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
+    """Set the margin to the mean strength: m = clip(margin_scale · μ), nats."""
+    return Denoised(_with_columns(rows, margin=config.margins(strength.mean)))
+
+
+def flip_with_margin(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
+    """Flip as `flip` does and set margins as `adaptive_margin` does; a flipped pair has -μ in place of μ."""
+    flips = config.flips(strength.mean)
+    margins = config.margins(flipped_strength(strength.mean, flips))
+    return Denoised(_with_columns(_flip_pairs(rows, flips), margin=margins), int(flips.sum()))
+
+
+def smooth_with_margin(
+    rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
+) -> Denoised:
+    """Set margins as `adaptive_margin` does, and the confidence to 1 - α where `smoothing_mask` says, 1 elsewhere."""
+    confidence = smoothing_confidence(strength.mean, alpha=config.smoothing, mask=config.smoothing_mask)
+    return Denoised(_with_columns(rows, margin=config.margins(strength.mean), confidence=confidence))
+
+
+def share_as_confidence(
+    rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
+) -> Denoised:
+    """Set the confidence to the share of votes that agree with the label."""
+    return Denoised(_with_columns(rows, confidence=strength.share))
+
+
+def strength_as_confidence(
+    rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
+) -> Denoised:
+    """Set the confidence to p = σ(b μ); where the votes prove no noise, nothing is set (Bradley-Terry)."""
+    if noise.fitted <= 0:
+        return Denoised(rows)
+    return Denoised(_with_columns(rows, confidence=torch.sigmoid(noise.scale * strength.mean)))
+
+
+def posterior_as_confidence(
+    rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
+) -> Denoised:
+    """Set the confidence by Bayes: p = σ(b μ + log((1 - ε) / ε)); where the votes prove no noise, nothing is set."""
+    if noise.fitted <= 0:
+        return Denoised(rows)
+    return Denoised(_with_columns(rows, confidence=_posterior(strength, noise)))
+
+
+def posterior_as_weight(
+    rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
+) -> Denoised:
+    """Set the weight to the confidence of `posterior_as_confidence`; where the votes prove no noise, nothing is set."""
+    if noise.fitted <= 0:
+        return Denoised(rows)
+    return Denoised(_with_columns(rows, weight=_posterior(strength, noise)))
+
+
+def drop(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
+    """Leave out the pairs that `flip` would flip.
+
+    Raises:
+        UserError: that is all of them.
+    """
+    drops = config.flips(strength.mean)
+    if drops.all():
+        raise UserError(
+            f"reward.objective is drop, and flip_by: {config.flip_by} drops all {len(rows)} pairs; lower flip_fraction."
+        )
+    return Denoised([row for row, dropped in zip(rows, drops.tolist(), strict=True) if not dropped])
+
+
+def _posterior(strength: VoteStrength, noise: NoiseEstimate) -> Tensor:
+    return posterior_confidence(strength.mean, flip_rate=noise.fitted, scale=noise.scale)
+
+
+def _with_columns(rows: list[Pair], **columns: Tensor) -> list[Pair]:
+    """Set columns [n] of a vote; a pair that annotators called equal keeps its own."""
+    lists = {name: values.tolist() for name, values in columns.items()}
+    return [
+        row if row.get("confidence") == TIE else cast(Pair, {**row, **{name: lists[name][i] for name in lists}})
+        for i, row in enumerate(rows)
+    ]
+
+
+def _flip_pairs(rows: list[Pair], flips: Tensor) -> list[Pair]:
+    return [flip_pair(row) if flipped else row for row, flipped in zip(rows, flips.tolist(), strict=True)]
+
+
+def flip_pair(row: Pair) -> Pair:
+    """Flip the label of a pair: its own margin changes sign with it, and its confidence is the other side's."""
+    flipped: Pair = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
     if row.get("margin") is not None:
-        turned["margin"] = -row["margin"]
+        flipped["margin"] = -row["margin"]
     if row.get("confidence") is not None:
-        turned["confidence"] = 1 - row["confidence"]
-    return turned
+        flipped["confidence"] = 1 - row["confidence"]
+    return flipped
 
 
-def attach_strength(rows: Rows, voted: Rows) -> VoteStrength:
-    """The votes of exactly these pairs, in their order.
+def attach_strength(rows: Sequence[Pair], votes: Sequence[Mapping[str, Any]]) -> VoteStrength:
+    """Find the votes of exactly these pairs, in their order.
 
     Args:
-        voted: rows of `strength.jsonl`: `pair` (its digest), `strength_mean`, `strength_std`, `strength_share`, `strength_votes`.
+        votes: rows of `strength.jsonl`: `pair` (its digest) and `STRENGTH_COLUMNS`.
 
     Raises:
         UserError: the votes are of other pairs.
     """
-    by_pair = {vote["pair"]: vote for vote in voted}
+    by_pair = {vote["pair"]: vote for vote in votes}
     digests = [pair_digest(row) for row in rows]
     missing = sum(digest not in by_pair for digest in digests)
     if missing:
         raise UserError(
             f"reward: {missing} of {len(rows)} pairs have no vote; the vote was made on other data than these. Vote again."
         )
-    names = ("strength_mean", "strength_std", "strength_share", "strength_votes")
-    return VoteStrength(*(torch.tensor([by_pair[digest][name] for digest in digests]) for name in names))
+    return VoteStrength(*(torch.tensor([by_pair[digest][name] for digest in digests]) for name in STRENGTH_COLUMNS))

@@ -1,4 +1,4 @@
-"""Several reward models of the same pairs, judged as one: PPO combines them by `reward_ensemble`, everybody else by their mean."""
+"""Several reward models of the same pairs as one: PPO combines them by `reward_ensemble`, everybody else by their mean."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,17 +7,24 @@ import torch
 from torch import Tensor
 
 from rlhf.data.rows import Prompt
-from rlhf.reward.load import RewardModel, load_reward_model
+from rlhf.models.score import Scorer
+from rlhf.reward.load import load_reward_model
+from rlhf.reward.model import RewardModel
 
 
 def member_name(number: int) -> str:
-    """The folder of a member beside the others; the first is where a single reward model is, and stands for them all where only
-    one can be used."""
+    """Return the name of a member's folder.
+
+    The first member lies where a single reward model would, and stands for all where only one can be used.
+
+    >>> member_name(0), member_name(1)
+    ('model', 'member-1')
+    """
     return "model" if number == 0 else f"member-{number}"
 
 
 def member_folders(stage: Path) -> list[Path]:
-    """The folders of a reward stage's models, the first one first."""
+    """Return the folders of a reward stage's models, the first one first."""
     folders, number = [stage / member_name(0)], 1
     while (stage / member_name(number)).is_dir():
         folders.append(stage / member_name(number))
@@ -29,7 +36,7 @@ class RewardEnsemble:
     """The mean of several reward models, each counted from its own mean on SFT samples; differences stay in nats.
 
     Attributes:
-        members: the models.
+        members: the models; each knows its mean.
     """
 
     def __init__(self, members: Sequence[RewardModel]):
@@ -38,13 +45,13 @@ class RewardEnsemble:
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
     ) -> Tensor:
-        """(1/M) Σ_m (r_m(x, y) - mean_m), [n], float32 on the CPU, in the order given."""
+        """Return (1/M) Σ_m (r_m(x, y) - mean_m), [n], float32 on the CPU, in the order given."""
         scores = [member.score(prompts, responses, ended=ended) - member.mean for member in self.members]
         return torch.stack(scores).mean(dim=0)
 
 
-def load_scorer_of(stage: Path, *, device: str | None = None) -> RewardModel | RewardEnsemble:
-    """What a reward stage made: its model, or all members as one.
+def load_scorer_of(stage: Path, *, device: str | None = None) -> Scorer:
+    """Load the reward model of a reward stage, or all of its members as one.
 
     Raises:
         UserError: as `load_reward_model`.

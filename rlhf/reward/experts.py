@@ -13,16 +13,17 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
+from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import load_scorer
 from rlhf.models.save import ADAPTER_BASE, check_base
 from rlhf.models.score import score_rows
-from rlhf.reward.load import RewardModel
+from rlhf.reward.model import NO_FEATURES, RewardModel
 
 EXPERTS, GATE = "experts.json", "gate.safetensors"
 Combination = Literal["gate", "weights", "merged"]
@@ -30,12 +31,12 @@ Combination = Literal["gate", "weights", "merged"]
 
 @dataclass
 class Gate:
-    """Weights over experts by what a prompt is about: softmax(W z + b), z its standardised features.
+    """Weights over experts by what a prompt is about: softmax(W z + b), where z are its standardised features.
 
     Attributes:
-        mean, scale: [h] of the training prompts' features.
+        mean, scale: [h] mean and deviation of the training prompts' features.
         weight, bias: [E, h], [E].
-        radius: root mean square of z that 99.9 % of the training prompts stay within.
+        radius: the root mean square of z that 99.9 % of the training prompts stay within.
     """
 
     mean: Tensor
@@ -45,19 +46,21 @@ class Gate:
     radius: Tensor
 
     def __call__(self, features: Tensor) -> tuple[Tensor, int]:
-        """Weights [n, E] of prompts with features [n, h], and how many of these are unlike any seen in training."""
+        """Return the weights [n, E] of prompts with features [n, h], and how many prompts are unlike any seen in training."""
         z = (features - self.mean) / self.scale
-        strange = int((z.pow(2).mean(dim=1).sqrt() > self.radius).sum())
-        return torch.softmax(z @ self.weight.T + self.bias, dim=1), strange
+        unfamiliar = int((z.pow(2).mean(dim=1).sqrt() > self.radius).sum())
+        return torch.softmax(z @ self.weight.T + self.bias, dim=1), unfamiliar
 
 
 def fit_gate(features: Tensor, differences: Tensor, *, decay: float = 0.01) -> Gate:
-    """The gate under which the experts' mixture explains the pairs best: Bradley-Terry on Σ_e w_e d_e, scaled.
+    """Fit the gate under which the experts' mixture explains the pairs best: Bradley-Terry on s · Σ_e w_e d_e.
+
+    The scale s is fitted too, and forgotten.
 
     Args:
-        features: [n, h] of each pair's prompt.
+        features: [n, h] features of each pair's prompt.
         differences: [n, E] what each expert scores the chosen answer above the rejected one, on its own scale.
-        decay: of W, times its squared length; b and the scale are free.
+        decay: penalty on W, times its squared length; b and s are free.
     """
     mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     z = (features - mean) / scale
@@ -82,10 +85,11 @@ class ExpertRewards(RewardModel):
     """Several experts behind the interface of one reward model; each score is standardised before they are combined.
 
     Attributes:
-        names: of the experts, one a distribution.
+        names: of the experts, one for each distribution.
         scales: [E, 2] mean and deviation of each expert's scores on SFT samples.
-        weights: [E] fixed ones, or None where the gate decides.
-        unfamiliar: how many scored prompts so far were unlike any that the gate was made on.
+        weights: [E] fixed weights, or None where the gate decides.
+        gate: weights by prompt, or None where they are fixed.
+        unfamiliar: how many scored prompts so far were unlike any that the gate was fitted on.
     """
 
     def __init__(
@@ -106,72 +110,71 @@ class ExpertRewards(RewardModel):
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
     ) -> Tensor:
-        """Combined scores [n], float32 on the CPU, in the order given."""
+        """Return the combined scores [n], float32 on the CPU, in the order given."""
         return (self.weights_of(prompts) * self.score_each(prompts, responses, ended=ended)).sum(dim=1)
 
     def score_each(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
     ) -> Tensor:
-        """What each expert says, standardised, [n, E]."""
+        """Return each expert's score of each answer, standardised, [n, E]."""
         rows = self.encode(prompts, responses, ended)
         columns = []
         for number in range(len(self.names)):
             self._activate(number)
-            columns.append(score_rows(self.model, rows, pad_token_id=self._pad, batch_size=self.batch_size))
+            columns.append(
+                score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
+            )
         self._activate(0)
         return (torch.stack(columns, dim=1) - self.scales[:, 0]) / self.scales[:, 1]
 
     def weights_of(self, prompts: Sequence[Prompt]) -> Tensor:
-        """How much each expert counts for each prompt, [n, E], rows summing to 1 (fixed weights: to what they sum to)."""
+        """Return how much each expert counts for each prompt, [n, E]; a gate's rows sum to 1, fixed weights to what they do."""
         if self.gate is None:
             assert self.weights is not None, "either a gate or fixed weights"
             return self.weights.expand(len(prompts), -1)
-        weights, strange = self.gate(self.prompt_features(prompts))
-        if strange and not self.unfamiliar:
+        weights, unfamiliar = self.gate(self.prompt_features(prompts))
+        if unfamiliar and not self.unfamiliar:
             warnings.warn(
-                f"experts: {strange} of {len(prompts)} prompts are unlike any that the gate was made on; they are scored, with "
+                f"experts: {unfamiliar} of {len(prompts)} prompts are unlike any that the gate was made on; they are scored, with "
                 "weights that nothing vouches for.",
                 stacklevel=3,
             )
-        self.unfamiliar += strange
+        self.unfamiliar += unfamiliar
         return weights
 
     @torch.no_grad()
     def prompt_features(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Mean of the base model's last hidden states over a prompt's tokens, adapters off, [n, h]."""
+        """Return the mean of the base model's last hidden states over each prompt's tokens, adapters off, [n, h]."""
         rows = self.encode(prompts, [""] * len(prompts), [False] * len(prompts))
         model: Any = self.model
         inner = model.base_model.model
         backbone = getattr(inner, inner.base_model_prefix)
         device = next(model.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        found: dict[int, Tensor] = {}
+
+        def mean_states(batch: list[int]) -> Tensor:
+            ids, mask = pad_batch([rows[i] for i in batch], pad_token_id=0)
+            hidden = backbone(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+            ).last_hidden_state.float()
+            return (hidden.cpu() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
         with model.disable_adapter():
-            for start in range(0, len(order), self.batch_size):
-                index = order[start : start + self.batch_size]
-                ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True)
-                lengths = torch.tensor([len(rows[i]) for i in index])
-                mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-                hidden = backbone(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-                ).last_hidden_state.float()
-                pooled = (hidden.cpu() * mask[..., None]).sum(dim=1) / lengths[:, None]
-                found.update(zip(index, pooled, strict=True))
-        return torch.stack([found[i] for i in range(len(rows))])
+            return torch.stack(run_batches(mean_states, batches_by_length([len(row) for row in rows], self.batch_size)))
+
+    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        """Refuse to answer: each expert has a head of its own.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(NO_FEATURES)
 
     def _activate(self, number: int) -> None:
-        model: Any = self.model
-        model.set_adapter(adapter_name(number), inference_mode=True)
-
-    @property
-    def _pad(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        assert isinstance(pad, int), "check_tokenizer wants one"
-        return pad
+        self.model.set_adapter(adapter_name(number), inference_mode=True)
 
 
 def adapter_name(number: int) -> str:
-    """PEFT's name of an expert; the first has PEFT's own default name, as a single reward model's adapter has."""
+    """Return PEFT's name of an expert; the first has PEFT's default name, as a single reward model's adapter has."""
     return "default" if number == 0 else f"expert-{number}"
 
 
@@ -185,11 +188,11 @@ def open_experts(
     """
     facts = json.loads((folder / EXPERTS).read_text(encoding="utf-8"))
     folders = [folder / f"expert-{number}" for number in range(len(facts["names"]))]
-    model: Any = load_scorer(folders[0], load_in_4bit=load_in_4bit)
+    model = load_scorer(folders[0], load_in_4bit=load_in_4bit)
     base = model.peft_config["default"].base_model_name_or_path
-    for number, other in enumerate(folders[1:], start=1):
-        check_base(str(other), base, model.peft_config["default"].revision)
-        model.load_adapter(other, adapter_name(number))
+    for number, adapter in enumerate(folders[1:], start=1):
+        check_base(str(adapter), base, model.peft_config["default"].revision)
+        model.load_adapter(adapter, adapter_name(number))
     model.eval().requires_grad_(False)
     weights = None if facts["weights"] is None else torch.tensor(facts["weights"])
     gate = Gate(**load_file(folder / GATE)) if facts["weights"] is None else None
@@ -210,32 +213,36 @@ def save_experts(
 
 
 def merge_experts(folders: Sequence[Path], weights: Sequence[float], head_weights: Sequence[float], out: Path) -> None:
-    """One adapter whose change of the base is the weighted sum of the experts' changes, and whose head that of their heads.
+    """Write one adapter whose change of the base is the weighted sum of the experts' changes; likewise its head.
 
-    Heads have weights of their own, since each expert's scores have a scale of their own.
+    This is exact: Σ_e w_e B_e A_e is the product of the stacked matrices [w_1 B_1, w_2 B_2, …] and [A_1; A_2; …].
 
-    Exact: Σ_e w_e B_e A_e is the product of the stacked matrices [w_1 B_1, w_2 B_2, …] and [A_1; A_2; …].
+    Args:
+        folders: the experts' adapters.
+        weights: w of each expert's change of the base.
+        head_weights: w of each expert's head, since each expert's scores have a scale of their own.
+        out: the folder of the new adapter.
 
     Raises:
         UserError: an expert holds weights that can't be added up like that, or has another shape.
     """
-    parts = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in folders]
     config = json.loads((folders[0] / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("use_rslora") or config.get("use_dora"):
         raise UserError("reward.experts: merged adds up plain LoRA; rsLoRA and DoRA scale by their own norms.")
-    if any(set(part) != set(parts[0]) for part in parts):
+    if any(set(adapter) != set(adapters[0]) for adapter in adapters):
         raise UserError("reward.experts: merged needs experts of the same shape.")
     merged = {}
-    for name in parts[0]:
+    for name in adapters[0]:
         if "lora_A" in name:
-            merged[name] = torch.cat([part[name] for part in parts])
+            merged[name] = torch.cat([adapter[name] for adapter in adapters])
         elif "lora_B" in name:
-            merged[name] = torch.cat([w * part[name] for w, part in zip(weights, parts, strict=True)], dim=1)
+            merged[name] = torch.cat([w * adapter[name] for w, adapter in zip(weights, adapters, strict=True)], dim=1)
         else:
-            heads = [w * part[name] for w, part in zip(head_weights, parts, strict=True)]
+            heads = [w * adapter[name] for w, adapter in zip(head_weights, adapters, strict=True)]
             merged[name] = torch.stack(heads).sum(dim=0)
     out.mkdir(parents=True, exist_ok=True)
-    config |= {"r": config["r"] * len(parts), "lora_alpha": config["lora_alpha"] * len(parts)}  # the scale stays
+    config |= {"r": config["r"] * len(adapters), "lora_alpha": config["lora_alpha"] * len(adapters)}  # the scale stays
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file({name: value.contiguous() for name, value in merged.items()}, out / "adapter_model.safetensors")
     (out / ADAPTER_BASE).write_bytes((folders[0] / ADAPTER_BASE).read_bytes())

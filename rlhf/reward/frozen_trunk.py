@@ -1,4 +1,4 @@
-"""Members of a vote on a shared frozen trunk: the lower layers are run once, the upper layers and a head are each member's own."""
+"""Members of a vote on a shared frozen trunk: the lower layers run once; each member has upper layers and a head of its own."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
 from rlhf.errors import TrainingError, UserError
+from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.packing import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
 
@@ -26,9 +27,9 @@ class _Reached(Exception):
 
 
 class _PassThrough(nn.Module):
-    """Stands where a member's embeddings were: its input is the trunk's output already."""
+    """Stands where a member's embeddings were: its input is already the trunk's output."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Tensor:
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> Tensor:
         return inputs_embeds
 
 
@@ -36,8 +37,8 @@ class Batch(NamedTuple):
     """Some pairs at the trunk's end.
 
     Attributes:
-        hidden: [b, t, hidden], padded on the right.
-        packed: what lies where; its answers are chosen, rejected, chosen, rejected, …
+        hidden: [b, t, hidden] hidden states, padded on the right.
+        packed: which token lies where; its answers are chosen, rejected, chosen, rejected, …
         attention: what `attention_mask` takes: additive [b, 1, t, t] where pairs share a row, else [b, t].
     """
 
@@ -51,13 +52,14 @@ class Features:
     """Hidden states at the trunk's end, on disk: a row for each pair where its answers share a prompt, else one for each answer.
 
     Attributes:
-        values: [tokens, hidden] memory-mapped.
+        values: [tokens, hidden] float32, memory-mapped.
         starts: [rows + 1] where each row begins.
         rows: the token sequences of each row, two or one.
-        shares: whether pairs share a row.
+        shares: whether the two answers of a pair share a row.
+        pad_token_id: what fills the rows of a batch.
     """
 
-    values: Any
+    values: np.memmap[Any, np.dtype[np.float32]]
     starts: list[int]
     rows: list[list[Sequence[int]]]
     shares: bool
@@ -65,10 +67,10 @@ class Features:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each pair."""
-        lengths = np.diff(self.starts)
-        found: list[int] = (lengths if self.shares else lengths.reshape(-1, 2).max(axis=1)).tolist()
-        return found
+        """Return the number of tokens of each pair: of its row, or of the longer one of its two."""
+        of_rows = np.diff(self.starts)
+        of_pairs: list[int] = (of_rows if self.shares else of_rows.reshape(-1, 2).max(axis=1)).tolist()
+        return of_pairs
 
     def batch(self, pairs: Sequence[int]) -> Batch:
         """Read some pairs from disk."""
@@ -81,7 +83,7 @@ class Features:
         return Batch(hidden, packed, attention)
 
     def inputs(self, rows: Sequence[int]) -> tuple[Packed, Tensor]:
-        """Tokens of some rows and the attention that is theirs."""
+        """Return the tokens of some rows, and their attention."""
         packed = pack([self.rows[i] for i in rows], pad_token_id=self.pad_token_id)
         if self.shares:
             return packed, attention_bias(packed, torch.float32)
@@ -93,7 +95,7 @@ class Trunk:
 
     Args:
         model: as `build_reward_model` makes it, without an adapter, in float32; members live on its device.
-        top_layers: how many layers are each member's own, at least 1.
+        top_layers: how many layers each member has of its own, at least 1.
 
     Raises:
         UserError: an architecture whose layers can't be told apart, too few layers, or an adapter.
@@ -113,25 +115,25 @@ class Trunk:
         self.depth, self.top_layers = depth, top_layers
         self._layers(model)  # refuses what it does not know
 
-    def _layers(self, model: Any) -> tuple[nn.Module, str, nn.ModuleList]:
-        """The list of layers, with its parent and name there."""
-        found = [
+    def _layers(self, model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
+        """Find the list of layers: its parent, its name there, and the list."""
+        candidates = [
             (parent, name, child)
             for parent in getattr(model, model.base_model_prefix).modules()
             for name, child in parent.named_children()
             if isinstance(child, nn.ModuleList) and len(child) == self.depth
         ]
-        if len(found) != 1:
+        if len(candidates) != 1:
             raise UserError(
                 f"vote.trunk: the layers of a {type(model).__name__} can't be told apart; leave vote.trunk out."
             )
-        return found[0]
+        return candidates[0]
 
     @torch.no_grad()
     def features(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], folder: Path, *, pad_token_id: int
     ) -> Features:
-        """Run the trunk over the tokens of both answers of every pair once and keep its output on disk."""
+        """Run the trunk over the tokens of both answers of every pair once, and keep its output in a folder."""
         shares = obstacle(self.model) is None
         rows = [list(pair) for pair in pairs] if shares else [[answer] for pair in pairs for answer in pair]
         lengths = [int((pack([row], pad_token_id=0).segments >= 0).sum()) for row in rows]
@@ -139,26 +141,24 @@ class Trunk:
         width = self.model.config.get_text_config().hidden_size
         values = np.lib.format.open_memmap(folder / FEATURES, "w+", dtype=np.float32, shape=(starts[-1], width))
         found = Features(values, starts, rows, shares, pad_token_id)
-        first_own = self._layers(self.model)[2][-self.top_layers]
+        first_of_member = self._layers(self.model)[2][-self.top_layers]
         reached: list[Tensor] = []
 
-        def stop(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def stop(_: nn.Module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             reached.append(positional[0] if positional else named["hidden_states"])
             raise _Reached
 
-        hook = first_own.register_forward_pre_hook(stop, with_kwargs=True)
+        hook = first_of_member.register_forward_pre_hook(stop, with_kwargs=True)
         device = next(self.model.parameters()).device
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
         try:
-            for begin in tqdm(range(0, len(order), SCORING_BATCH), desc="vote: trunk", disable=None):
-                index = order[begin : begin + SCORING_BATCH]
-                packed, attention = found.inputs(index)
+            for batch in tqdm(batches_by_length(lengths, SCORING_BATCH), desc="vote: trunk", disable=None):
+                packed, attention = found.inputs(batch)
                 positions = {"position_ids": packed.position_ids.to(device)} if shares else {}
                 try:
                     self.model(input_ids=packed.input_ids.to(device), attention_mask=attention.to(device), **positions)
                 except _Reached:
                     hidden = reached.pop().float().cpu().numpy()
-                for place, i in enumerate(index):
+                for place, i in enumerate(batch):
                     values[starts[i] : starts[i + 1]] = hidden[place, : lengths[i]]
         finally:
             hook.remove()
@@ -166,18 +166,16 @@ class Trunk:
         return found
 
     def member(self) -> "Member":
-        """A fresh member: the upper layers as the base has them, and a head with new random weights."""
-        trunk_layers = self._layers(self.model)[2]
-        kept = {id(layer): None for layer in trunk_layers[: -self.top_layers]}  # a copy would only be thrown away
-        embeddings = self.model.get_input_embeddings()
-        kept[id(embeddings)] = None
-        model = copy.deepcopy(self.model, memo={key: nn.Identity() for key in kept})
+        """Build a fresh member: the upper layers as the base has them, and a head with new random weights."""
+        below = [*self._layers(self.model)[2][: -self.top_layers], self.model.get_input_embeddings()]
+        # What lies below is not copied, since a member has no use for it.
+        model = copy.deepcopy(self.model, memo={id(module): nn.Identity() for module in below})
         parent, name, layers = self._layers(model)
         setattr(parent, name, layers[-self.top_layers :])
-        for number, layer in enumerate(getattr(parent, name)):
+        for number, layer in enumerate(layers[-self.top_layers :]):
             if hasattr(layer, "self_attn") and hasattr(layer.self_attn, "layer_idx"):
                 layer.self_attn.layer_idx = number
-        config: Any = model.config.get_text_config()
+        config = model.config.get_text_config()
         config.num_hidden_layers = self.top_layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[-self.top_layers :]
@@ -191,14 +189,14 @@ class Trunk:
 
     @torch.no_grad()
     def check(self, features: Features) -> None:
-        """Compare a member that has not been trained with the whole model under the same head, on plain rows.
+        """Check that an untrained member scores as the whole model does under the same head, on plain rows.
 
         Raises:
             UserError: they differ, so this architecture does something to its input that a member leaves out.
         """
         member = self.member()
-        for mine, theirs in zip(_heads(member.model), _heads(self.model), strict=True):
-            mine.load_state_dict(theirs.state_dict())
+        for member_head, whole_head in zip(_heads(member.model), _heads(self.model), strict=True):
+            member_head.load_state_dict(whole_head.state_dict())
         batch = features.batch(range(min(4, len(features.lengths))))
         ids, mask = unpack(batch.packed, pad_token_id=features.pad_token_id)
         device = next(self.model.parameters()).device
@@ -214,12 +212,12 @@ class Trunk:
 class Member:
     """Upper layers and head of one voter."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
         self.is_decoder = score_head(model) is not None
 
     def scores(self, batch: Batch) -> Tensor:
-        """Scores [2b] on the member's device: chosen, rejected, chosen, rejected, …"""
+        """Return scores [2b] on the member's device: chosen, rejected, chosen, rejected, …"""
         packed = batch.packed
         device = next(self.model.parameters()).device
         hidden, attention, positions = (x.to(device) for x in (batch.hidden, batch.attention, packed.position_ids))
@@ -237,18 +235,20 @@ class Member:
         self,
         features: Features,
         pairs: Sequence[int],
-        args: Any,
+        args: TrainingArguments,
         *,
         objective: Callable[[Tensor, Tensor, list[int]], Tensor],
         label: str,
     ) -> None:
         """Train on some pairs, in batches of similar length.
 
-        Of the arguments it reads learning rate and schedule, batch size times accumulation, epochs, weight decay,
-        clipping and seed; the rest is a Trainer's.
-
         Args:
+            features: the trunk's output.
+            pairs: which of them to train on.
+            args: read are learning rate and schedule, batch size times accumulation, epochs, weight decay, clipping and
+                seed; the rest is for a Trainer.
             objective: (rewards_chosen, rewards_rejected, which pairs) → loss of each, [b] nats.
+            label: what the progress bar says.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -267,9 +267,9 @@ class Member:
             if place == 0:
                 sampler.set_epoch(epoch)
                 order = [pairs[i] for i in sampler]
-            chosen = order[place * size : (place + 1) * size]
-            scores = self.scores(features.batch(chosen))
-            loss = objective(scores[0::2], scores[1::2], chosen).mean()
+            in_batch = order[place * size : (place + 1) * size]
+            scores = self.scores(features.batch(in_batch))
+            loss = objective(scores[0::2], scores[1::2], in_batch).mean()
             if not torch.isfinite(loss):
                 raise TrainingError(f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate.")
             loss.backward()
@@ -280,19 +280,19 @@ class Member:
 
     @torch.no_grad()
     def differences(self, features: Features, pairs: Sequence[int]) -> Tensor:
-        """Reward of the chosen answer minus that of the rejected one, of some pairs, in their order, on the CPU."""
+        """Return chosen minus rejected reward [n] of some pairs, in the order given, float32 on the CPU."""
         lengths = features.lengths
-        order = sorted(range(len(pairs)), key=lambda place: lengths[pairs[place]])
-        found = torch.empty(len(pairs))
-        for begin in range(0, len(order), SCORING_BATCH):
-            places = order[begin : begin + SCORING_BATCH]
-            scores = self.scores(features.batch([pairs[place] for place in places]))
-            found[places] = (scores[0::2] - scores[1::2]).cpu()
-        return found
+
+        def differences(batch: list[int]) -> list[float]:
+            scores = self.scores(features.batch([pairs[place] for place in batch]))
+            return (scores[0::2] - scores[1::2]).tolist()
+
+        batches = batches_by_length([lengths[pair] for pair in pairs], SCORING_BATCH)
+        return torch.tensor(run_batches(differences, batches))
 
 
-def _heads(model: Any) -> list[nn.Linear]:
-    """The last linear layer, or layers, that make the score."""
+def _heads(model: PreTrainedModel) -> list[nn.Linear]:
+    """Return the last linear layer, or layers, that make the score."""
     head = score_head(model)
     if head is not None:
         return [head]

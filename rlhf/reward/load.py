@@ -1,22 +1,33 @@
-"""A trained reward model as it is used: text in, raw scalar out, the same wherever it is loaded."""
+"""Folders of reward models: saved with a card, measured as they are read back, checked on the card's probe when opened."""
 
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
-from rlhf.models.load import load_scorer, load_tokenizer, score_head
+from rlhf.models.load import load_scorer, load_tokenizer
 from rlhf.models.save import save_model
-from rlhf.models.score import score_rows
-from rlhf.models.text import encode_answers
+from rlhf.reward.experts import EXPERTS, open_experts
+from rlhf.reward.model import Network, RewardModel
+
+# PPO may import this module of the room and no other, so `RewardModel` is offered here too.
+__all__ = [
+    "CARD",
+    "Card",
+    "RewardModel",
+    "calibrate_reward_model",
+    "load_reward_model",
+    "open_reward_model",
+    "reward_card",
+    "save_reward_model",
+]
 
 CARD = "reward_model.json"
 PROBE_SIZE = 8
@@ -24,113 +35,44 @@ PROBE_SIZE = 8
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
-class RewardModel:
-    """A reward model with its tokenizer, and the scale of its scores.
+class ProbeRow(TypedDict):
+    """An answer, and the raw score that the model gave it when it was saved."""
 
-    Attributes:
-        model: the network, frozen.
-        tokenizer: its own; the policy's may be another.
-        mean, std: of raw scores on SFT samples; `(score - mean) / std` has unit scale there.
-        conversational: trained on conversations, so a prompt that is a string is read as one user turn.
-        max_length: longer texts lose the beginning of their prompt; default: as many tokens as the model has positions.
-        cut: how many texts did so far.
+    prompt: Prompt
+    response: str
+    score: float
+
+
+class Card(TypedDict):
+    """What `reward_model.json` says of the reward model beside it.
+
+    `mean` and `std` are those of raw scores on SFT samples; `objective` and `load_in_4bit` stand there where the
+    pipeline trained it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        mean: float = 0.0,
-        std: float = 1.0,
-        conversational: bool = False,
-        max_length: int | None = None,
-        batch_size: int = 64,
-    ):
-        self.model, self.tokenizer = model, tokenizer
-        self.mean, self.std = mean, std
-        self.conversational = conversational
-        self.max_length = position_limit(model, tokenizer) if max_length is None else max_length
-        self.batch_size = batch_size
-        self.cut = 0
-
-    def score(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
-    ) -> Tensor:
-        """Raw scores [n], float32 on the CPU, in the order given.
-
-        Args:
-            prompts: strings, or conversations ending with the turn that is answered.
-            responses: texts without special tokens.
-            ended: whether each answer came to its end (default: all did).
-        """
-        rows = self.encode(prompts, responses, ended)
-        was_training = self.model.training
-        self.model.eval()
-        scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
-        self.model.train(was_training)
-        return scores
-
-    @torch.no_grad()
-    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """What the linear head reads at each answer's last token, [n, h], float32 on the CPU.
-
-        Raises:
-            UserError: there is no single linear head (an encoder, or experts).
-        """
-        head = None if hasattr(self, "score_each") else score_head(self.model)
-        if head is None:
-            raise UserError("reward model: no single linear head, so its features are not known; take pairs at random.")
-        rows = self.encode(prompts, responses, None)
-        read: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].detach()))
-        found = torch.empty(len(rows), head.in_features)
-        device = next(self.model.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        try:
-            for start in range(0, len(order), self.batch_size):
-                index = order[start : start + self.batch_size]
-                lengths = torch.tensor([len(rows[i]) for i in index])
-                ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in index], batch_first=True)
-                mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-                self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
-                found[index] = read.pop()[torch.arange(len(index)), lengths - 1].float().cpu()
-        finally:
-            handle.remove()
-        return found
-
-    def encode(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None
-    ) -> list[list[int]]:
-        """Token rows as the model reads them; what was cut off is counted."""
-        if self.conversational:
-            prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
-        self.cut += cut
-        return rows
-
-
-def position_limit(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that a model can read: an encoder has no positions beyond, a decoder was not trained on them."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    mean: float
+    std: float
+    chat_template_sha256: str
+    probe: list[ProbeRow]
+    objective: NotRequired[str]
+    load_in_4bit: NotRequired[bool]
 
 
 def save_reward_model(
     folder: Path,
-    model: Any,
+    model: Network,
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: Sequence[tuple[Prompt, str]],
     ended: Sequence[bool] | None = None,
-    facts: dict[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> RewardModel:
-    """Write a trained reward model with its tokenizer and card, and give back the one that was read from disk again.
+    """Write a trained reward model with its tokenizer and card, and return the one that was read from disk again.
 
     Args:
         model: the trained network, with or without an adapter.
         samples: prompts and answers of the SFT policy, which set the scale of the scores; the first eight are the probe.
-        ended: whether each sample came to its end.
+        ended: whether each sample came to its end; None if all did.
         facts: what else the card should say; `load_in_4bit` of a model on a 4-bit base must be there.
     """
     save_model(model, tokenizer, folder)
@@ -142,7 +84,7 @@ def calibrate_reward_model(
     *,
     samples: Sequence[tuple[Prompt, str]],
     ended: Sequence[bool] | None = None,
-    facts: dict[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
     device: str | torch.device | None = None,
 ) -> RewardModel:
     """Read saved weights back, measure mean and deviation of the scores on SFT samples, and write the card.
@@ -152,7 +94,7 @@ def calibrate_reward_model(
     """
     facts = facts or {}
     conversational = any(not isinstance(prompt, str) for prompt, _ in samples)
-    reward = _read(folder, facts, conversational, device)
+    reward = _read(folder, conversational=conversational, load_in_4bit=bool(facts.get("load_in_4bit")), device=device)
     prompts, responses = [prompt for prompt, _ in samples], [response for _, response in samples]
     scores = reward.score(prompts, responses, ended=ended)
     reward.mean, reward.std = scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
@@ -173,37 +115,26 @@ def _template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
 
 
-def _read(
-    folder: Path,
-    facts: dict[str, Any],
-    conversational: bool,
-    device: str | torch.device | None,
-    network: nn.Module | None = None,
-) -> RewardModel:
-    """The network of a folder on its device: one model, or experts on one base."""
-    from rlhf.reward.experts import EXPERTS, open_experts  # which are reward models themselves
-
+def _read(folder: Path, *, conversational: bool, load_in_4bit: bool, device: str | torch.device | None) -> RewardModel:
+    """Read a folder's network, which is one model or experts on one base, onto its device."""
     tokenizer = load_tokenizer(folder, conversational=conversational)
-    if network is not None:
-        return RewardModel(network, tokenizer, conversational=conversational)
-    in_4_bit = bool(facts.get("load_in_4bit"))
     if (folder / EXPERTS).is_file():
-        reward = open_experts(folder, tokenizer, conversational=conversational, load_in_4bit=in_4_bit)
-        reward.model = _place(reward.model, facts, device)
-        return reward
-    model = _place(load_scorer(folder, load_in_4bit=in_4_bit), facts, device)
+        experts = open_experts(folder, tokenizer, conversational=conversational, load_in_4bit=load_in_4bit)
+        experts.model = _place(experts.model, device, load_in_4bit=load_in_4bit)
+        return experts
+    model = _place(load_scorer(folder, load_in_4bit=load_in_4bit), device, load_in_4bit=load_in_4bit)
     return RewardModel(model, tokenizer, conversational=conversational)
 
 
-def _place(model: Any, facts: dict[str, Any], device: str | torch.device | None) -> Any:
-    """Move a model to its device; 4-bit weights were put there when they were loaded."""
-    if facts.get("load_in_4bit"):
+def _place(model: Network, device: str | torch.device | None, *, load_in_4bit: bool) -> Network:
+    """Move a network to its device; 4-bit weights were put there when they were loaded."""
+    if load_in_4bit:
         return model
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def reward_card(path: str | Path) -> dict[str, Any]:
-    """What a saved reward model's folder says of it.
+def reward_card(path: str | Path) -> Card:
+    """Read what a saved reward model's folder says of it.
 
     Raises:
         UserError: the folder holds none.
@@ -211,16 +142,17 @@ def reward_card(path: str | Path) -> dict[str, Any]:
     file = Path(path) / CARD
     if not file.is_file():
         raise UserError(f"{path}: no {CARD}; this folder holds no reward model of this pipeline.")
-    card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    card: Card = json.loads(file.read_text(encoding="utf-8"))
     return card
 
 
 def load_reward_model(
-    path: str | Path, *, device: str | torch.device | None = None, network: nn.Module | None = None
+    path: str | Path, *, device: str | torch.device | None = None, network: Network | None = None
 ) -> RewardModel:
     """Load a reward model that this pipeline saved, and check it on its stored probe.
 
     Args:
+        device: where it shall live; None: on the GPU where there is one.
         network: the folder's network where somebody has loaded it already, such as onto the policy's base.
 
     Raises:
@@ -230,28 +162,41 @@ def load_reward_model(
     folder = Path(path)
     card = reward_card(folder)
     conversational = any(not isinstance(row["prompt"], str) for row in card["probe"])
-    reward = _read(folder, card, conversational, device, network)
+    if network is not None:
+        tokenizer = load_tokenizer(folder, conversational=conversational)
+        reward = RewardModel(network, tokenizer, conversational=conversational)
+    else:
+        in_4_bit = bool(card.get("load_in_4bit"))
+        reward = _read(folder, conversational=conversational, load_in_4bit=in_4_bit, device=device)
     reward.mean, reward.std = card["mean"], card["std"]
+    _check(reward, card, folder)
+    return reward
+
+
+def _check(reward: RewardModel, card: Card, folder: Path) -> None:
+    """Compare a loaded reward model with its card.
+
+    Raises:
+        UserError: another chat template, or other scores on the probe.
+    """
     if _template_digest(reward.tokenizer) != card["chat_template_sha256"]:
         raise UserError(
             f"{folder}: the chat template is not the one that this reward model was trained with; it would score other texts. "
             "Put the saved one back (chat_template.jinja)."
         )
-    found = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
+    scores = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
     expected = torch.tensor([row["score"] for row in card["probe"]])
-    model: Any = reward.model
-    tolerance = PROBE_TOLERANCE.get(model.dtype, 0.1)
-    difference = (found - expected).abs().max().item()
+    tolerance = PROBE_TOLERANCE.get(reward.model.dtype, 0.1)
+    difference = (scores - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, card["std"]):
         raise UserError(
             f"{folder}: the reward model does not give the scores it was saved with (largest difference {difference:.3g}, "
             f"allowed {tolerance:.3g}); its base model, tokenizer or chat template is not the one it was trained with."
         )
-    return reward
 
 
 def open_reward_model(name: str) -> RewardModel:
-    """A reward model of this pipeline, or any one-label classifier in a folder or on the hub, which nothing vouches for.
+    """Open a reward model of this pipeline, or any one-label classifier in a folder or on the hub, which nothing vouches for.
 
     Raises:
         UserError: as `load_reward_model`; nothing there that could score.
@@ -264,4 +209,4 @@ def open_reward_model(name: str) -> RewardModel:
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: no reward model there ({str(error).strip().splitlines()[0]})") from error
     warnings.warn(f"{name}: no {CARD}, so its scores are not checked against stored ones.", stacklevel=2)
-    return RewardModel(_place(model, {}, None), tokenizer, conversational=True)
+    return RewardModel(_place(model, None, load_in_4bit=False), tokenizer, conversational=True)

@@ -33,7 +33,7 @@ class NoiseEstimate:
 
 
 def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEstimate:
-    """How many labels are wrong, as far as out-of-fold votes can tell.
+    """Estimate how many labels are wrong, as far as out-of-fold votes can tell.
 
     A vote contradicts a label because the label is wrong or because the vote is, and votes alone cannot say which, so
     `low` and `high` are bounds for both readings and not just for chance:
@@ -41,17 +41,18 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEs
     - `low`: if a pair's true order is "chosen is better" with probability σ(b d), it has this label with probability
       (1 - ε) σ(b d) + ε σ(-b d): far from 0, where votes are sure, contradictions are ε. Profile likelihood on a grid,
       95 % (χ² of one degree); it misses noise that sits where votes are unsure. `fitted` and `scale` are the best
-      fit, which is what corrects labels, if `low` is above 0; blunt votes prove nothing and correct nothing.
+      fit, by which labels are denoised if `low` is above 0; blunt votes prove nothing and change nothing.
     - `flip_rate`: confident learning (Northcutt et al., arXiv:1911.00068): among pairs on which the vote is at least as
       sure as it is of an average label, the share that it contradicts.
     - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap.
 
-    Pairs of one prompt are not independent, so prompts are what is counted and resampled. Votes that agree with labels
+    Pairs of one prompt are not independent, so prompts are counted and resampled, not pairs. Votes that agree with labels
     no more than chance (`high` reaches 0.5) say nothing: then ε is 0 and the scale 0, which leaves every label as it is,
     and a warning.
 
     Args:
-        differences: [n] mean difference of models that did not see the label.
+        differences: [n] mean difference of models that did not see the label, in nats.
+        clusters: [n] the prompt of each pair, or anything that is equal for pairs of one prompt.
     """
     contradicted = ((differences < 0).double() + 0.5 * (differences == 0).double()).tolist()
     high = clustered_mean(contradicted, clusters)[1][1]
@@ -65,22 +66,23 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEs
         return NoiseEstimate(0.0, 0.0, 0.0, 0.0, high)
     agree = torch.sigmoid(differences.double() / temperature)
     average = agree.mean()
-    against, with_it = int((1 - agree >= average).sum()), int((agree >= average).sum())
-    low, fitted, scale = _fitted(differences, clusters)
-    return NoiseEstimate(against / (against + with_it), fitted if low > 0 else 0.0, scale, low, high)
+    surely_wrong, surely_right = int((1 - agree >= average).sum()), int((agree >= average).sum())
+    low, fitted, scale = _fit(differences, clusters)
+    flip_rate = surely_wrong / (surely_wrong + surely_right)
+    return NoiseEstimate(flip_rate, fitted if low > 0 else 0.0, scale, low, high)
 
 
-def _fitted(differences: Tensor, clusters: Sequence[Hashable]) -> tuple[float, float, float]:
-    """Smallest ε whose profile likelihood is within 1.92 of the best, the best ε, and the best b."""
+def _fit(differences: Tensor, clusters: Sequence[Hashable]) -> tuple[float, float, float]:
+    """Return the smallest ε whose profile likelihood is within 1.92 of the best, the best ε, and the best b."""
     values = differences.double()
     spread = values.abs().mean().clamp(min=1e-12)
     rates = torch.linspace(0.0, 0.495, RATES, dtype=torch.float64)
-    table = torch.empty(SCALES, RATES, dtype=torch.float64)
+    likelihood = torch.empty(SCALES, RATES, dtype=torch.float64)
     scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread
     for i, scale in enumerate(scales):
-        sure = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
-        table[i] = torch.stack([((1 - 2 * rate) * sure + rate).log().mean() for rate in rates])
-    best_scale, best_rate = divmod(int(table.argmax()), RATES)
-    profile = table.max(dim=0).values * len(set(clusters))
+        agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
+        likelihood[i] = torch.stack([((1 - 2 * rate) * agree + rate).log().mean() for rate in rates])
+    best_scale, best_rate = divmod(int(likelihood.argmax()), RATES)
+    profile = likelihood.max(dim=0).values * len(set(clusters))
     low = rates[profile >= profile.max() - CHI_SQUARE_95 / 2].min()
     return low.item(), rates[best_rate].item(), scales[best_scale].item()

@@ -1,19 +1,28 @@
-"""Scores for lines of JSON: a line in, a line out, in order, whatever is wrong with some of them."""
+"""Scores for JSON lines: a line in, a line out, in order, whatever is wrong with some of them."""
 
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf.data.canonical import messages
 from rlhf.data.read import BadRow
-from rlhf.reward.load import RewardModel
+from rlhf.data.rows import Messages, completion
+from rlhf.models.score import Scorer
 
 BATCH = 256
 
 
-def score_lines(reward: RewardModel, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The object of each line plus `score`, its raw scalar; a line that can't be scored gives `{"error": …}` in its place.
+class _Line(NamedTuple):
+    """A line that can be scored: its object, and the prompt and the response in it."""
+
+    row: dict[str, Any]
+    prompt: Messages
+    response: str
+
+
+def score_lines(reward: Scorer, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the object of each line plus `score`, its raw scalar; `{"error": …}` in place of a line that can't be scored.
 
     Args:
         lines: each `{"prompt": …, "response": …}` (the prompt text or messages) or `{"messages": […]}`, whose last turn is
@@ -21,15 +30,15 @@ def score_lines(reward: RewardModel, lines: Iterable[str]) -> Iterator[dict[str,
     """
     remaining = iter(lines)
     while batch := list(islice(remaining, BATCH)):  # itertools.batched came with Python 3.12
-        rows = [_parse(line) for line in batch]
-        good = [row for row in rows if "error" not in row]
-        prompts, responses = [row.pop("_prompt") for row in good], [row.pop("_response") for row in good]
-        for row, score in zip(good, reward.score(prompts, responses).tolist() if good else [], strict=True):
-            row["score"] = score
-        yield from rows
+        parsed = [_parse(line) for line in batch]
+        good = [line for line in parsed if isinstance(line, _Line)]
+        scores = iter(reward.score([x.prompt for x in good], [x.response for x in good]).tolist() if good else [])
+        for line in parsed:
+            yield {**line.row, "score": next(scores)} if isinstance(line, _Line) else {"error": line}
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse(line: str) -> _Line | str:
+    """Parse a line; one that can't be scored gives the reason instead."""
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
@@ -38,13 +47,14 @@ def _parse(line: str) -> dict[str, Any]:
             turns = messages(row["messages"], "messages")
             if len(turns) < 2 or turns[-1]["role"] != "assistant":
                 raise BadRow("messages must end with an assistant's answer to something")
-            prompt, response = turns[:-1], turns[-1]["content"]
+            prompt = turns[:-1]
+            response = completion({"prompt": prompt, "completion": turns[-1:]})
         elif row.get("prompt") is not None and isinstance(row.get("response"), str):
             prompt, response = messages(row["prompt"], "prompt"), row["response"]
         else:
             raise BadRow("neither 'prompt' and 'response' nor 'messages'")
     except json.JSONDecodeError as error:
-        return {"error": f"not valid JSON: {error}"}
+        return f"not valid JSON: {error}"
     except BadRow as reason:
-        return {"error": str(reason)}
-    return {**row, "_prompt": prompt, "_response": response}
+        return str(reason)
+    return _Line(row, prompt, response)

@@ -1,20 +1,25 @@
-"""`PairRewardTrainer`: TRL's `RewardTrainer` with the general pair loss, and its declarations.
+"""`PairRewardTrainer`: TRL's `RewardTrainer` with a loss of the table of objectives.
 
-Three seams of the parent are replaced (which columns survive, how rows become a batch, how the loss is computed) and
+Three methods of the parent are replaced (which columns survive, how rows become a batch, how the loss is computed) and
 nothing else: TRL's own arguments pass through untouched.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from math import inf, isfinite
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from rlhf._trl import DataCollatorForPreference
+from rlhf.data.rows import Messages, Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import score_head
 from rlhf.models.packing import (
@@ -27,26 +32,35 @@ from rlhf.models.packing import (
     tolerance,
     unpack,
 )
-from rlhf.models.text import encode_answers
-from rlhf.objectives.pairwise import pair_loss
+from rlhf.models.text import encode_answers, plain
+from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
 
-PAIR_COLUMNS = ("margin", "confidence", "weight")
-NEUTRAL = {"margin": 0.0, "confidence": 1.0, "weight": 1.0, "group": None}
+RANGES = {
+    "confidence": (0.0, 1.0), "weight": (0.0, inf),
+    "strength_std": (0.0, inf), "strength_share": (0.0, 1.0), "strength_votes": (1, inf),
+}  # fmt: skip
 
 
-def training_columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Canonical pairs with the columns that the loss reads: those that any of them has, neutral where one has none."""
-    present = [name for name in NEUTRAL if any(row.get(name) is not None for row in rows)]
+def training_columns(
+    rows: Sequence[Mapping[str, object]], columns: Mapping[str, float] = PAIR_COLUMNS
+) -> list[dict[str, object]]:
+    """Return canonical pairs with the columns that a loss reads, and `group`: those that any pair has.
+
+    Args:
+        columns: of the loss, each with the value that a pair without one gets.
+    """
+    neutral = {**columns, "group": None}
+    used = [name for name in neutral if any(row.get(name) is not None for row in rows)]
     return [
-        {name: row[name] for name in ("prompt", "chosen", "rejected")}
-        | {name: NEUTRAL[name] if row.get(name) is None else row[name] for name in present}
+        {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
+        | {name: neutral[name] if row.get(name) is None else row[name] for name in used}
         for row in rows
     ]
 
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """TRL's collator, carrying every column of the general pair loss and not only `margin`.
+    """TRL's collator, carrying every column that the loss reads and not only `margin`.
 
     With `shared`, both answers of a pair lie in one row, and so do all answers of the pairs of one `group`, each once
     (`rlhf.models.packing`).
@@ -54,6 +68,7 @@ class PairCollator(DataCollatorForPreference):
 
     shared: bool = False
     long_row: int | None = None
+    columns: tuple[str, ...] = tuple(PAIR_COLUMNS)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Pad to `input_ids` [2b, t] (chosen above rejected) and `attention_mask`, or pack; and a float [b] per column.
@@ -72,15 +87,15 @@ class PairCollator(DataCollatorForPreference):
         else:
             names = ("chosen_ids", "rejected_ids")
             batch = super().torch_call([{name: row[name] for name in names} for row in examples])
-        for column in PAIR_COLUMNS:
+        for column in self.columns:
             if column in examples[0]:
                 batch[column] = torch.tensor([row[column] for row in examples], dtype=torch.float)
         return batch
 
 
 def _answers(examples: list[dict[str, Any]]) -> tuple[list[list[list[int]]], list[list[int]]]:
-    """The different answers of each group, and of each pair the places of its two among all answers."""
-    groups: dict[Any, dict[tuple[int, ...], int]] = {}
+    """Collect the different answers of each group, and for each pair the places of its two among all answers."""
+    groups: dict[tuple[str, object], dict[tuple[int, ...], int]] = {}
     members = []
     for number, row in enumerate(examples):
         key = ("row", number) if row.get("group") is None else ("group", row["group"])
@@ -104,8 +119,8 @@ class Scored:
         pairs: [b, 2] which answers are the chosen and the rejected one of each pair.
         tokens: how many were encoded.
         rows, ends: [n] where each score was read.
-        views: how often each answer stands here, under other dropout; then [views · n], and [views · b, 2].
-        representations: [n, h] what the head read, where somebody asked for it.
+        views: how often each answer was encoded, under other dropout; then [views · n], and [views · b, 2].
+        representations: [n, h] the input of the head, where a term reads it.
     """
 
     rewards: Tensor
@@ -118,7 +133,7 @@ class Scored:
 
     @classmethod
     def plain(cls, rewards: Tensor, attention_mask: Tensor, pairs: Tensor | None) -> "Scored":
-        """Of answers that were encoded each by itself; without `pairs`, chosen ones above rejected ones."""
+        """Describe answers that were encoded each by itself; without `pairs`, chosen ones above rejected ones."""
         n = torch.arange(len(rewards), device=rewards.device)
         pairs = torch.stack(n.chunk(2), dim=1) if pairs is None else pairs
         positions = torch.arange(attention_mask.shape[1], device=rewards.device)
@@ -126,11 +141,11 @@ class Scored:
 
 
 class PairRewardTrainer(RewardTrainer):
-    """Reward model on preference pairs with the general pair loss (`rlhf.objectives.pairwise.pair_loss`).
+    """Reward model on preference pairs with a loss of the table, by default the general pair loss (`pair_loss`).
 
-    The columns `margin`, `confidence` and `weight` are used where the dataset has them; a declaration below names
-    those that it cannot do without. The loss is divided once, by the number of pairs over micro-batches and ranks, so
-    1x16, 4x4 and two ranks x 8 give the same gradient, a ragged last micro-batch included.
+    The columns that the loss reads (`margin`, `confidence` and `weight`) are used where the dataset has them; the
+    declarations in `rlhf.reward.declared` require or set them. The loss is divided once, by the number of pairs over
+    micro-batches and ranks, so 1x16, 4x4 and two ranks x 8 give the same gradient, a ragged last micro-batch included.
 
     Both answers of a pair share one encoding of their prompt, as do all answers of pairs with the same `group` (a
     ranking's) that meet in a batch; batches hold pairs of similar length, in an order drawn from (seed, epoch). On the
@@ -138,7 +153,9 @@ class PairRewardTrainer(RewardTrainer):
     sliding windows, other attention than sdpa), every answer is encoded by itself and a warning says so.
     `share_prompts=False` does that from the start, in TRL's own order.
 
-    `flip_rate` is the share ε of labels that are wrong at random, for the likelihood of flipped labels.
+    Args:
+        loss: of an objective (`OBJECTIVES[name].loss`); the pairs are taken as its `apply` makes them.
+        flip_rate: the share ε of labels that are wrong at random, for the likelihood of flipped labels.
 
     Takes what `trl.RewardTrainer` takes; without `args` it trains for one epoch, and it warns above one.
     A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations) is turned into ids by the same function
@@ -150,19 +167,25 @@ class PairRewardTrainer(RewardTrainer):
     """
 
     loss_is_scaled_for_ga = True
-    columns: ClassVar[tuple[str, ...]] = ()
-    uses: ClassVar[tuple[str, ...]] = PAIR_COLUMNS
     _tag_names = ["trl", "rlhf", "reward-trainer"]
 
     def __init__(
-        self, model: Any, args: Any = None, *, share_prompts: bool = True, flip_rate: float = 0.0, **arguments: Any
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RewardConfig | None = None,
+        *,
+        loss: Loss = PAIR_LOSS,
+        share_prompts: bool = True,
+        flip_rate: float = 0.0,
+        **arguments: Any,
     ):
         if not 0 <= flip_rate < 0.5:
             raise UserError(f"reward: flip_rate is {flip_rate}; a share of wrong labels lies in [0, 0.5).")
         self.flip_rate = flip_rate
+        self.loss, self.loss_function = loss, resolve(loss.function)
         dataset = arguments.get("train_dataset")
         if dataset is not None and dataset.column_names:
-            check_columns(dataset, self.columns)
+            check_columns(dataset, columns=loss.columns)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = RewardConfig(f"{name.split('/')[-1]}-Reward", num_train_epochs=1)
@@ -176,21 +199,28 @@ class PairRewardTrainer(RewardTrainer):
         head = score_head(self.model)
         if head is not None and getattr(self.model, "is_loaded_in_4bit", False):
             head.float()  # TRL casts all that is trained on 4-bit weights to bfloat16, too coarse for a score
-        collator: Any = self.data_collator
+        collator = self.data_collator
         self._grouped = share_prompts and args.train_sampling_strategy == "random"
         reason = obstacle(self.model) if share_prompts else None
         if reason is not None and head is not None:
             warnings.warn(f"reward: answers don't share their prompt, so training is slower: {reason}.", stacklevel=2)
         self._shares = share_prompts and reason is None
         self._compared = False
-        self.data_collator: Any = PairCollator(
+        self.data_collator: PairCollator = PairCollator(
             collator.pad_token_id,
             collator.pad_to_multiple_of,
             shared=self._shares,
             long_row=6 * self.model.config.get_text_config().hidden_size,
+            columns=tuple(loss.columns),
         )
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: RewardConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
         columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
         is_stream = not isinstance(dataset, Dataset)
         if "prompt" in columns and "chosen_ids" not in columns:
@@ -220,10 +250,10 @@ class PairRewardTrainer(RewardTrainer):
             "chosen_ids",
             "rejected_ids",
             "group",
-            *self.uses,
+            *self.loss.columns,
         ]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Dataset | IterableDataset | None = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self._grouped or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
@@ -231,31 +261,32 @@ class PairRewardTrainer(RewardTrainer):
         groups = dataset["group"] if "group" in dataset.column_names else None
         return GroupedByLength(lengths, self.args.train_batch_size, seed=self.args.seed, groups=groups)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         counts = [len(batch["pairs"]) if "pairs" in batch else len(batch["input_ids"]) // 2 for batch in batch_samples]
         pairs = torch.tensor(sum(counts), device=device)
         return self.accelerator.gather(pairs).sum()
 
-    def pair_objective(self, rewards_chosen: Tensor, rewards_rejected: Tensor, columns: dict[str, Tensor]) -> Tensor:
-        """Loss of each pair, [b] nats, unreduced. Declarations override this to fix a column."""
-        return pair_loss(rewards_chosen, rewards_rejected, flip_rate=self.flip_rate, **columns)
-
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The summed pair losses over the global number of pairs (their mean in evaluation), and the extra term."""
-        columns = {name: inputs.pop(name) for name in PAIR_COLUMNS if name in inputs}
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Divide the summed pair losses by the global number of pairs (in evaluation: take their mean); add the extra term."""
+        columns = {name: inputs.pop(name) for name in self.loss.columns if name in inputs}
         scored = self.scored(model, inputs)
         rewards_chosen, rewards_rejected = scored.rewards[scored.pairs].unbind(dim=1)
         outputs = {"logits": torch.cat([rewards_chosen, rewards_rejected])}
 
         columns = {name: column.repeat(scored.views) for name, column in columns.items()}
-        losses = self.pair_objective(rewards_chosen, rewards_rejected, columns)
+        numbers = {"flip_rate": self.flip_rate} if self.flip_rate > 0 else {}
+        losses: Tensor = self.loss_function(rewards_chosen, rewards_rejected, **columns, **numbers)
         if self.args.center_rewards_coefficient is not None:
             losses = losses + self.args.center_rewards_coefficient * (rewards_chosen + rewards_rejected) ** 2
         # This batch's share of all pairs. DDP averages gradients over ranks where their sum is meant; evaluation has
         # no count and takes the mean.
-        share: Any = 1.0
+        share: Tensor | float = 1.0
         if num_items_in_batch is not None:
             share = self.accelerator.num_processes * len(losses) / (scored.views * num_items_in_batch)
         loss = (losses.mean() + self.extra_term(scored)) * share
@@ -267,8 +298,8 @@ class PairRewardTrainer(RewardTrainer):
         self._record(rewards_chosen.detach(), rewards_rejected.detach(), scored.tokens)
         return (loss, outputs) if return_outputs else loss
 
-    def scored(self, model: nn.Module, inputs: dict[str, Any]) -> "Scored":
-        """Scores of a batch's answers."""
+    def scored(self, model: nn.Module, inputs: dict[str, Tensor]) -> "Scored":
+        """Score a batch's answers."""
         if "segments" in inputs:
             packed = Packed(*(inputs[field.name] for field in fields(Packed)))
             return self.score_packed(model, packed, inputs["pairs"])
@@ -278,7 +309,7 @@ class PairRewardTrainer(RewardTrainer):
         return Scored.plain(rewards.float(), inputs["attention_mask"], inputs.get("pairs"))
 
     def score_packed(self, model: nn.Module, packed: Packed, pairs: Tensor) -> "Scored":
-        """Scores of packed answers, by the shared forward or, where it would be wrong, each by itself."""
+        """Score packed answers, by the shared forward or, where it would be wrong, each by itself."""
         inner = self.accelerator.unwrap_model(model)
         if self._shares and not self._compared:
             self._compare(inner, packed)
@@ -290,11 +321,11 @@ class PairRewardTrainer(RewardTrainer):
         return Scored.plain(rewards.float(), mask, pairs)
 
     def extra_term(self, scored: "Scored") -> Tensor | float:
-        """What a subclass adds to the mean loss of a batch's pairs, nats."""
+        """Return what a subclass adds to the mean loss of a batch's pairs, nats."""
         return 0.0
 
     def _compare(self, inner: nn.Module, packed: Packed) -> None:
-        """On the first batch: does sharing change the scores of this model?"""
+        """Stop sharing if it changes the scores of this model on its first batch."""
         self._compared = True
         with self.accelerator.autocast():
             difference = largest_difference(inner, packed, pad_token_id=self.data_collator.pad_token_id)
@@ -319,16 +350,22 @@ class PairRewardTrainer(RewardTrainer):
         metrics["mean_reward"].append(torch.cat([chosen, rejected]).mean().item())
 
 
-def _tokenize_pairs(batch: dict[str, list[Any]], tokenizer: Any) -> dict[str, list[list[int]]]:
+def _tokenize_pairs(
+    batch: Mapping[str, Sequence[Prompt | Messages]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[list[int]]]:
     rows = {}
     for side in ("chosen", "rejected"):
-        answers = [text if isinstance(text, str) else text[-1]["content"] for text in batch[side]]
+        answers = [plain(text if isinstance(text, str) else text[-1:]) for text in batch[side]]
         rows[f"{side}_ids"], _ = encode_answers(tokenizer, batch["prompt"], answers)
     return rows
 
 
-def check_columns(dataset: Dataset, required: tuple[str, ...]) -> None:
+def check_columns(dataset: Dataset, required: Sequence[str] = (), *, columns: Iterable[str] = PAIR_COLUMNS) -> None:
     """Refuse missing columns and values outside their range, all at once, before anything is trained.
+
+    Args:
+        required: columns of numbers that must be there.
+        columns: those that may be.
 
     Raises:
         UserError: naming column, first bad row and value.
@@ -338,20 +375,12 @@ def check_columns(dataset: Dataset, required: tuple[str, ...]) -> None:
         for name in required
         if name not in dataset.column_names
     ]
-    anything = (float("-inf"), float("inf"))
-    allowed = {
-        "margin": anything, "strength_mean": anything, "confidence": (0.0, 1.0), "weight": (0.0, float("inf")),
-    }  # fmt: skip
-    for name, (low, high) in allowed.items():
+    for name in dict.fromkeys((*columns, *required)):
         if name not in dataset.column_names:
             continue
+        low, high = RANGES.get(name, (-inf, inf))
         for row, value in enumerate(dataset[name]):
-            if (
-                not isinstance(value, int | float)
-                or value != value
-                or abs(value) == float("inf")
-                or not low <= value <= high
-            ):
+            if not isinstance(value, int | float) or not isfinite(value) or not low <= value <= high:
                 problems.append(
                     f"reward: row {row}, column {name!r}: {value!r} is not a finite number in [{low}, {high}]."
                 )

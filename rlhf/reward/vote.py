@@ -1,15 +1,14 @@
-"""Preference strength by voting: M reward models, each pair judged by those that were not trained on it."""
+"""Preference strength by voting: M reward models; those that were not trained on a pair vote on it."""
 
 import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.data.rows import prompt_key
+from rlhf.data.rows import Prompt, prompt_key
 from rlhf.errors import TrainingError, UserError
 
 Train = Callable[[int, list[int], list[int]], Tensor]
@@ -17,7 +16,7 @@ Train = Callable[[int, list[int], list[int]], Tensor]
 
 @dataclass(frozen=True)
 class VotePlan:
-    """Who trains on what.
+    """Which pairs each member trains on, and which it votes on.
 
     Attributes:
         folds: [n] fold of each pair; all pairs of a prompt are in one.
@@ -28,25 +27,30 @@ class VotePlan:
     left_out: list[int | None]
 
     def trains_on(self, member: int) -> list[int]:
-        """Pairs that a member is trained on."""
+        """List the pairs that a member is trained on."""
         return [i for i, fold in enumerate(self.folds) if fold != self.left_out[member]]
 
     def votes_on(self, member: int) -> list[int]:
-        """Pairs that a member votes on."""
+        """List the pairs that a member votes on."""
         if self.left_out[member] is None:
             return list(range(len(self.folds)))
         return [i for i, fold in enumerate(self.folds) if fold == self.left_out[member]]
 
 
-def plan_vote(rows: Sequence[dict[str, Any]], *, members: int, folds: int, in_sample: bool, seed: int) -> VotePlan:
-    """Members m = 0…M-1; out of fold, member m leaves out fold m modulo `folds`, so a pair gets M / folds votes.
+def plan_vote(prompts: Sequence[Prompt], *, members: int, folds: int, in_sample: bool, seed: int) -> VotePlan:
+    """Deal pairs to folds, and folds to members: member m = 0…M-1 leaves out fold m modulo `folds`.
+
+    So a pair gets M / folds votes, none of them of a member that was trained on its prompt; `in_sample` gives it all M.
+
+    Args:
+        prompts: [n] of each pair.
 
     Raises:
         UserError: one member out of fold, fewer members than folds, fewer pairs or prompts than members.
     """
     if in_sample:
-        return VotePlan([0] * len(rows), [None] * members)
-    keys = [prompt_key(row["prompt"]) for row in rows]
+        return VotePlan([0] * len(prompts), [None] * members)
+    keys = [prompt_key(prompt) for prompt in prompts]
     problems = []
     if members < 2:
         problems.append(
@@ -55,7 +59,7 @@ def plan_vote(rows: Sequence[dict[str, Any]], *, members: int, folds: int, in_sa
     if members < folds:
         problems.append(f"vote: {members} members can't vote on {folds} folds; each fold needs one. Lower vote.folds.")
     if len(set(keys)) < max(members, folds):
-        problems.append(f"vote: {len(rows)} pairs of {len(set(keys))} prompts are too few for {members} members.")
+        problems.append(f"vote: {len(prompts)} pairs of {len(set(keys))} prompts are too few for {members} members.")
     if problems:
         raise UserError(problems)
     ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).hexdigest())
@@ -64,7 +68,7 @@ def plan_vote(rows: Sequence[dict[str, Any]], *, members: int, folds: int, in_sa
 
 
 def collect_votes(plan: VotePlan, train: Train) -> Tensor:
-    """Differences [M, n], not a number where a member has no vote.
+    """Train the members and collect their reward differences [M, n], not a number where a member has no vote.
 
     Args:
         train: (member, pairs to train on, pairs to vote on) → differences of that member on the latter.
@@ -74,11 +78,11 @@ def collect_votes(plan: VotePlan, train: Train) -> Tensor:
     """
     differences = torch.full((len(plan.left_out), len(plan.folds)), math.nan)
     for member in range(len(plan.left_out)):
-        here = plan.votes_on(member)
-        found = train(member, plan.trains_on(member), here)
-        if not torch.isfinite(found).all():
+        voted = plan.votes_on(member)
+        votes = train(member, plan.trains_on(member), voted)
+        if not torch.isfinite(votes).all():
             raise TrainingError(
                 f"vote: member {member} diverged (a difference that is not finite); lower learning_rate."
             )
-        differences[member, here] = found
+        differences[member, voted] = votes
     return differences

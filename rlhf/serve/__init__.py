@@ -1,1 +1,1 @@
-"""Servers: a reward model behind HTTP."""
+"""Servers: a reward model behind HTTP, and the labelling page."""

@@ -1,10 +1,11 @@
-"""What `rlhf label` does around the page: which round is asked, files out, files in, how far people are."""
+"""What `rlhf label` does around the page: which round is asked about, files out, files in, how far people are."""
 
 import getpass
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import yaml
 
@@ -12,10 +13,11 @@ from rlhf.data.label_files import Format, export_questions, read_verdicts
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import agreement, tally
 from rlhf.errors import UserError
+from rlhf.files import write_jsonl
 
 
 def open_book(run: Path) -> tuple[LabelBook, int, int]:
-    """The run's book, the round that is asked about, and how many verdicts each question should have.
+    """Open the run's book, and read which round is asked about and how many verdicts each question should have.
 
     Raises:
         UserError: the folder is no run, or has no questions (yet).
@@ -32,7 +34,7 @@ def open_book(run: Path) -> tuple[LabelBook, int, int]:
 
 
 def export_to(run: Path, file: Path, form: str) -> int:
-    """Write the questions that still want a verdict; how many there are.
+    """Write the questions that still want a verdict, and return how many they are.
 
     Raises:
         UserError: as `open_book`; no such form.
@@ -40,20 +42,21 @@ def export_to(run: Path, file: Path, form: str) -> int:
     if form not in get_args(Format):
         raise UserError(f"--form {form}: choose {', '.join(get_args(Format))}.")
     book, number, wanted = open_book(run)
-    said: dict[str, int] = {}
-    for verdict in book.verdicts(number):
-        said[verdict.id] = said.get(verdict.id, 0) + 1
-    left = [question for question in book.questions(number) if said.get(question.id, 0) < wanted]
+    verdicts = Counter(verdict.id for verdict in book.verdicts(number))
+    left = [question for question in book.questions(number) if verdicts[question.id] < wanted]
     rows = export_questions(left, cast(Format, form))
     if form == "plain":
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_jsonl(file, rows)
     else:
         file.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     return len(rows)
 
 
 def import_from(run: Path, file: Path) -> dict[str, int]:
-    """Take a file's verdicts into the book; what can't count is written beside it and counted by reason.
+    """Take a file's verdicts into the book; those that can't count are written beside it.
+
+    Returns:
+        how many were `taken`, and how many were not, by reason.
 
     Raises:
         UserError: no such file, or nothing in it.
@@ -63,30 +66,27 @@ def import_from(run: Path, file: Path) -> dict[str, int]:
     questions = book.questions(number)
     asked = {question.id for question in questions}
     book.record([verdict for verdict in verdicts if verdict.id in asked])
-    found = tally(questions, verdicts)
-    aside = [*refused, *found.quarantine]
-    if aside:
-        quarantine = run / f"quarantine-{file.stem}.jsonl"
-        quarantine.write_text(
-            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in aside), encoding="utf-8"
-        )
+    quarantine = [*refused, *tally(questions, verdicts).quarantine]
+    if quarantine:
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in quarantine)
+        (run / f"quarantine-{file.stem}.jsonl").write_text("".join(lines), encoding="utf-8")
     counts = {"taken": sum(verdict.id in asked for verdict in verdicts)}
-    for row in aside:
+    for row in quarantine:
         counts[row["reason"]] = counts.get(row["reason"], 0) + 1
     return counts
 
 
 def progress_lines(run: Path) -> Sequence[str]:
-    """How far people are, in sentences."""
+    """Say in sentences how far people are, and how well they agree."""
     book, number, wanted = open_book(run)
     done, total = book.progress(number, wanted=wanted)
     verdicts = book.verdicts(number)
     lines = [f"round {number}: {done} of {total} pairs have the {wanted} verdict{'s' * (wanted > 1)} asked for."]
-    said: dict[str, Any] = agreement(verdicts)
-    for name, count in said["annotators"].items():
+    agreed = agreement(verdicts)
+    for name, count in agreed["annotators"].items():
         times = sorted(v.seconds for v in verdicts if v.annotator == name and v.seconds is not None)
         lines.append(f"{name}: {count}" + (f", {times[len(times) // 2]:.0f} s each (median)." if times else "."))
-    for pair in said["pairs"]:
+    for pair in agreed["pairs"]:
         kappa = "-" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
         lines.append(
             f"{' and '.join(pair['annotators'])}: {pair['agree']:.0%} alike on {pair['questions']}, kappa {kappa}."
@@ -95,7 +95,7 @@ def progress_lines(run: Path) -> Sequence[str]:
 
 
 def serve_page(run: Path, names: list[str] | None, *, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Serve the labelling page until somebody ends it; every annotator is told a link of their own.
+    """Serve the labelling page until somebody ends it; every annotator gets a link of their own.
 
     Raises:
         UserError: as `open_book`; the server is not installed.

@@ -5,8 +5,8 @@ import hmac
 import secrets
 import sqlite3
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request
@@ -23,7 +23,7 @@ CHOICES = ("left", "right", "tie", "skip")
 
 
 def annotator_tokens(path: Path, names: list[str]) -> dict[str, str]:
-    """Each annotator's secret, made once and kept in the run's book; whoever has it labels under that name."""
+    """Return each annotator's secret, drawn once and kept in the run's book; whoever has it labels under that name."""
     connection = sqlite3.connect(path, timeout=30)
     try:
         with connection:
@@ -36,12 +36,12 @@ def annotator_tokens(path: Path, names: list[str]) -> dict[str, str]:
 
 
 def shows_second_on_the_left(annotator: str, question: Question) -> bool:
-    """Sides are drawn anew for every annotator and question, and stay the same when a page is loaded again."""
+    """Tell whether the sides are swapped: drawn for every annotator and question, and the same when a page is loaded again."""
     return hashlib.sha256(f"{annotator}\x1f{question.id}".encode()).digest()[0] % 2 == 1
 
 
 def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wanted: int, title: str) -> FastAPI:
-    """The application for one round's questions.
+    """Build the application for one round's questions.
 
     Args:
         tokens: annotator → secret.
@@ -50,9 +50,10 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
     templates = Environment(loader=PackageLoader("rlhf", "serve"), autoescape=True, undefined=StrictUndefined)
 
-    def page(status: int = 200, **values: Any) -> HTMLResponse:
+    def page(state: str, values: Mapping[str, object] | None = None, *, status: int = 200) -> HTMLResponse:
         nonce = secrets.token_urlsafe(12)
-        text = templates.get_template("label.html.jinja").render(title=title, nonce=nonce, **values)
+        template = templates.get_template("label.html.jinja")
+        text = template.render(title=title, nonce=nonce, state=state, **(values or {}))
         headers = {
             "Content-Security-Policy": f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
             "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -62,42 +63,44 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
         }
         return HTMLResponse(text, status, headers)
 
-    def who(token: str | None) -> str | None:
+    def annotator_of(token: str | None) -> str | None:
         return next((name for name, secret in tokens.items() if hmac.compare_digest(secret, token or "")), None)
 
     def refused() -> HTMLResponse:
-        return page(403, state="refused")
+        return page("refused", status=403)
 
     @app.get("/")
     def ask(request: Request, token: str | None = None) -> Response:
         # 1. A link with a token becomes a cookie, so that the secret leaves the address bar.
         if token is not None:
-            if who(token) is None:
+            if annotator_of(token) is None:
                 return refused()
             response = RedirectResponse("/", 303)
             response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
             return response
-        annotator = who(request.cookies.get(COOKIE))
+        annotator = annotator_of(request.cookies.get(COOKIE))
         if annotator is None:
             return refused()
 
         # 2. The next question, or the end.
         done, total = book.progress(round_number, wanted=wanted)
-        mine = [v for v in book.verdicts(round_number) if v.annotator == annotator]
-        known: dict[str, Any] = {"annotator": annotator, "done": done, "total": total, "mine": len(mine)}
+        answered = [v for v in book.verdicts(round_number) if v.annotator == annotator]
+        shared = {"annotator": annotator, "done": done, "total": total, "answered": len(answered)}
         question = book.next_for(annotator, round_number, wanted=wanted)
         if question is None:
-            times = sorted(v.seconds for v in mine if v.seconds is not None)
+            times = sorted(v.seconds for v in answered if v.seconds is not None)
             median = times[len(times) // 2] if times else None
-            return page(state="done", **known, median=median, agreement=agreement(book.verdicts(round_number)))
+            agreed = agreement(book.verdicts(round_number))
+            return page("done", {**shared, "median": median, "agreement": agreed})
         left, right = question.first, question.second
         if shows_second_on_the_left(annotator, question):
             left, right = right, left
-        return page(state="ask", **known, question=question, left=left, right=right, shown=f"{time.time():.3f}")
+        shown = f"{time.time():.3f}"
+        return page("ask", {**shared, "question": question, "left": left, "right": right, "shown": shown})
 
     @app.post("/")
     async def answer(request: Request) -> Response:
-        annotator = who(request.cookies.get(COOKIE))
+        annotator = annotator_of(request.cookies.get(COOKIE))
         if annotator is None:
             return refused()
         form = {name: values[0] for name, values in parse_qs((await request.body()).decode("utf-8")).items()}
@@ -107,7 +110,7 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
         asked = {question.id: question for question in book.questions(round_number)}
         question = asked.get(form.get("id", ""))
         if question is None or form.get("choice") not in CHOICES:
-            return page(400, state="unknown")
+            return page("unknown", status=400)
         choice = form["choice"]
         if choice in ("left", "right"):
             choice = "second" if (choice == "left") == shows_second_on_the_left(annotator, question) else "first"

@@ -32,9 +32,9 @@ from rlhf.lab.world import gold
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import load_tokenizer
 from rlhf.models.text import plain
-from rlhf.pipeline.sampling import most_worth, one_of_each_prompt_first
+from rlhf.pipeline.sampling import Candidate, most_worth, one_of_each_prompt_first
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.reward.load import RewardModel
+from rlhf.reward.model import RewardModel
 
 OFFLINE, PROMPTS, RESPONSES = 1500, 1000, 4
 BUDGETS = (500, 1500)
@@ -62,7 +62,7 @@ class Scene:
         texts, ended = sample_texts(policy, tokenizer, several, batch_size=64, max_new_tokens=40)
         cut = asked * RESPONSES
         answers = [(prompts[i], texts[RESPONSES * i : RESPONSES * (i + 1)]) for i in range(asked)]
-        self.candidates = [(p, *two) for p, four in answers for two in combinations(dict.fromkeys(four), 2)]
+        self.candidates = [Candidate(p, *two) for p, four in answers for two in combinations(dict.fromkeys(four), 2)]
         random.Random(seed).shuffle(self.candidates)
         self.held = several[cut:], texts[cut:], ended[cut:]
         self.true = torch.tensor(gold([plain(p) for p in self.held[0]], self.held[1])).view(-1, RESPONSES)

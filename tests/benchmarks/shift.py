@@ -43,8 +43,8 @@ from rlhf.models.save import save_model
 from rlhf.models.text import plain
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.experts import fit_gate, merge_experts, open_experts, save_experts
-from rlhf.reward.load import RewardModel
 from rlhf.reward.meta import group_samples
+from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import training_columns
 
 PAIRS, TEST, META_PROMPTS, K = 3000, 2000, 512, 5

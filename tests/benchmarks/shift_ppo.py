@@ -22,7 +22,7 @@ from worlds import interval, ppo_curve
 
 from rlhf import load_reward_model
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.reward.load import RewardModel
+from rlhf.reward.model import RewardModel
 
 SMOOTH, POINTS = 5, 20
 

@@ -20,8 +20,8 @@ from rlhf import PairRewardTrainer, PPOConfig, PPOTrainer, load_reward_model
 from rlhf.lab.world import gold
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import plain
-from rlhf.reward.denoise import flipped
-from rlhf.reward.load import RewardModel
+from rlhf.reward.denoise import flip_pair
+from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import training_columns
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -57,13 +57,13 @@ def decided(rows: Rows) -> Rows:
 
 def in_true_order(rows: Rows) -> Rows:
     """The same pairs without a wrong label."""
-    return [row if d > 0 else flipped(row) for row, d in zip(rows, true_differences(rows), strict=True)]
+    return [row if d > 0 else flip_pair(row) for row, d in zip(rows, true_differences(rows), strict=True)]
 
 
 def planted(rows: Rows, seed: int, rate: float = FLIP_RATE) -> Rows:
     """Pairs in true order, of which a share, drawn at random, is turned round."""
     rng = random.Random(seed)
-    return [flipped(row) if rng.random() < rate else row for row in in_true_order(rows)]
+    return [flip_pair(row) if rng.random() < rate else row for row in in_true_order(rows)]
 
 
 def is_wrong(rows: Rows) -> list[bool]:

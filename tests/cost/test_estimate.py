@@ -1,116 +1,117 @@
-"""`rlhf plan`: rows and steps are those of the run, memory is arithmetic, and what is not known is said."""
+"""The arithmetic of an estimate: rows, tokens and steps of each kind of stage, memory of the roles, seconds as a sum."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig, LlamaConfig, PretrainedConfig
+from trl import RewardConfig, SFTConfig
 
-from rlhf.cost.estimate import GRADIENT_AND_MOMENTS, _Costs, estimate
+from rlhf.cost.estimate import GRADIENT_AND_MOMENTS, Estimator, longest_of
 from rlhf.cost.sizes import Sizes
-from rlhf.errors import UserError
-from rlhf.pipeline.plan import plan
-from rlhf.recipe import load_recipe
-from tests.command import rlhf
-from tests.pipeline.test_run import RECIPE
+from rlhf.cost.slices import Shape, Slices
+from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, SftWork, Training
+from rlhf.models.load import model_settings
+
+LLAMA = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, vocab_size=200)
+LAYER = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
+BELOW_HEAD = 4 * (200 * 64 + 3 * LAYER + 64)
+POLICY = BELOW_HEAD + 4 * 200 * 64  # the output embedding is its own
+SIZES = Sizes({}, prompts=[10, 12], answers=[5, 7], demonstrations=[16, 18])
+PAIRS = PairWork("round-1/reward", "reward", pairs=200, trained=200, scored=60)
 
 
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("plan") / "r.yaml"
-    file.write_text(RECIPE)
-    return file
-
-
-def test_rows_and_steps_are_those_of_the_run(recipe_file: Path) -> None:
-    overrides = ["reward.objective=posterior", "vote.members=3", "vote.folds=3", "rounds.count=2", "rounds.prompts=20"]
-    overrides += ["rounds.responses=3", "rounds.labels=25", "ppo.total_episodes=32", "evaluate.prompts=8"]
-    run = recipe_file.parent / "x"
-    assert rlhf("run", str(recipe_file), "--out", str(run), *overrides, cwd=recipe_file.parent).returncode == 0
-    found, notes = estimate(load_recipe(recipe_file, overrides))
-    assert notes == []
-    stages = {stage.folder: stage for stage in found}
-    assert list(stages) == [
-        "round-0/sft",
-        *(f"round-1/{name}" for name in ("vote", "reward", "ppo", "evaluate")),
-        *(f"round-2/{name}" for name in ("sample", "vote", "reward", "ppo", "evaluate")),
-    ]
-    facts = {name: json.loads((run / name / "manifest.json").read_text())["facts"] for name in stages}
-
-    def last_step(folder: str) -> int:
-        rows = [json.loads(line) for line in (run / folder / "metrics.jsonl").read_text().splitlines()]
-        return int(rows[-1]["step"])
-
-    assert stages["round-0/sft"].rows == facts["round-0/sft"]["demonstrations"]
-    assert stages["round-0/sft"].tokens == 2 * facts["round-0/sft"]["tokens"]  # two epochs; all rows are counted
-    for folder in ("round-0/sft", "round-1/reward", "round-2/reward", "round-1/ppo"):
-        assert stages[folder].steps == last_step(folder), folder
-    for folder in ("round-1/reward", "round-2/reward", "round-1/vote", "round-2/vote"):
-        assert stages[folder].rows == facts[folder]["pairs"], folder
-    assert stages["round-1/ppo"].rows == facts["round-1/ppo"]["episodes"]
-    assert stages["round-2/sample"].rows == facts["round-2/sample"]["samples"]
-    assert stages["round-1/evaluate"].rows == 8 * 17
-    assert stages["round-2/evaluate"].rows == 8  # SFT's answers are there already
-    assert all(stage.seconds > 0 and stage.bytes > 0 for stage in found)
-
-
-def costs(file: Path, *overrides: str) -> Any:
-    recipe = load_recipe(file, list(overrides))
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, vocab_size=200
+def estimator(*, config: PretrainedConfig = LLAMA, reward_models: int = 1, **ppo_model: Any) -> Estimator:
+    arguments = {"output_dir": "nowhere", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    arguments |= {"num_train_epochs": 2, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 4}
+    whole = model_settings({})
+    reward = Training(whole, RewardConfig(**arguments))
+    training = {
+        "sft": Training(whole, SFTConfig(**arguments, gradient_accumulation_steps=2, max_length=17)),
+        "vote": reward,
+        "reward": reward,
+        "ppo": Training(model_settings(ppo_model), RewardConfig(**arguments | {"per_device_train_batch_size": 8})),
+    }
+    rollouts = Rollouts(
+        size=16,
+        max_prompt_length=11,
+        max_answer_length=12,
+        epochs=2,
+        mini_batches=2,
+        steps=4,
+        reward_models=reward_models,
     )
-    rows = {"sft": 300, "pairs": 200, "test_pairs": 60, "prompts": 500, "test_prompts": 64}
-    found = _Costs(recipe, config, Sizes(rows, [10, 12], [5, 7], [16, 18]))
-    found.process = 0.0
-    return found
+    costs = Estimator(config, SIZES, training, rollouts)
+    costs.process = 0.0
+    return costs
 
 
-def test_memory_is_weights_gradients_and_moments_of_four_roles(recipe_file: Path) -> None:
-    layer = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
-    below_head = 4 * (200 * 64 + 3 * layer + 64)
-    policy = below_head + 4 * 200 * 64  # the output embedding is its own
-    whole = costs(recipe_file)
-    shape = _policy_shape(whole)
-    expected = (1 + GRADIENT_AND_MOMENTS) * (policy + below_head) + policy + below_head
-    assert whole._memory("ppo", shape, activations=False) == expected
-    three = costs(recipe_file, "reward.members=3")
-    assert three._memory("ppo", shape, activations=False) == expected + 2 * below_head
-    stages = {stage.folder: stage for stage in plan(three.recipe)}
-    one, all_three = whole.reward(stages["round-1/reward"]), three.reward(stages["round-1/reward"])
-    assert all_three.steps == 3 * one.steps
-    lora = ["ppo.use_peft=true", "ppo.lora_r=4", "ppo.lora_target_modules=[q_proj,v_proj]"]
-    adapter = 4 * 3 * 2 * 4 * (64 + 64)
-    adapted = costs(recipe_file, *lora)
+def test_rows_tokens_and_steps_of_every_kind_of_stage() -> None:
+    costs = estimator()
+    sft = costs.estimate(SftWork("round-0/sft", rows=300))
+    assert (sft.folder, sft.rows) == ("round-0/sft", 300)
+    assert sft.tokens == 300 * 2 * 16.5, "demonstrations are cut at max_length"
+    assert sft.steps == 2 * 10, "19 batches an epoch, two to a step, a ragged step at the end"
+    reward = costs.estimate(PAIRS)
+    assert (reward.rows, reward.tokens, reward.steps) == (200, 200 * 2 * (11 + 2 * 6), 2 * 13)
+    ppo = costs.estimate(PpoWork("round-1/ppo", rollouts=3))
+    assert (ppo.rows, ppo.tokens, ppo.steps) == (3 * 16, 3 * 16 * 16, 3 * 4)
+    sampled = costs.estimate(SamplingWork("round-2/sample", answers=40, is_scored=False))
+    assert (sampled.rows, sampled.tokens, sampled.steps) == (40, 40 * 16, 0)
+    assert all(stage.bytes > 0 and stage.seconds > 0 for stage in (sft, reward, ppo, sampled))
+
+
+def test_what_pairs_are_trained_with_multiplies_what_it_should() -> None:
+    costs, plain = estimator(), 200 * 2 * 23
+    fields = vars(PAIRS)
+    three = costs.estimate(PairWork(**fields | {"models": 3}))
+    assert (three.rows, three.tokens, three.steps) == (200, 3 * plain, 3 * 26)
+    folds = costs.estimate(PairWork(**fields | {"section": "vote", "models": 4, "trained": 150, "scored": 50.0}))
+    assert (folds.rows, folds.tokens, folds.steps) == (200, 4 * plain * 0.75, 4 * 2 * 10)
+    contrastive = costs.estimate(PairWork(**fields | {"views": 2}))
+    assert (contrastive.tokens, contrastive.steps) == (2 * plain, 26)
+    encoder = BertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2)
+    alone = estimator(config=encoder).estimate(PAIRS)
+    assert (alone.tokens, alone.steps) == (200 * 2 * 2 * (11 + 6), 26), "an encoder reads the prompt twice"
+
+
+def test_seconds_are_those_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 1 second a forward, 3 with a backward, 0.5 an update and 10 a rollout in place of a clock."""
+    monkeypatch.setattr(Slices, "seconds", lambda _, shape, *, training: 3.0 if training else 1.0)
+    monkeypatch.setattr(Slices, "seconds_of_update", lambda _: 0.5)
+    monkeypatch.setattr(Slices, "seconds_of_sampling", lambda *_: 10.0)
+    costs = estimator(reward_models=2)
+    assert costs.estimate(SftWork("s", rows=300)).seconds == 2 * 19 * 3 + 20 * 0.5
+    training, scoring = 26 * (3 + 0.5), 2 * 60 / 4
+    assert costs.estimate(PAIRS).seconds == training + scoring
+    ascending = PairWork(**vars(PAIRS) | {"ascent": (8, 5), "models": 3})
+    assert costs.estimate(ascending).seconds == 3 * (training + 26 * 3 + scoring)
+    # Sampling; two micro-batches through policy, reference, critic and two reward models; two epochs with two updates of each.
+    assert costs.estimate(PpoWork("p", rollouts=3)).seconds == 3 * (10 + 2 * 5 + 2 * (2 * 6 + 2 * 2 * 0.5))
+    assert costs.estimate(SamplingWork("e", answers=40, is_scored=False)).seconds == 10 * 40 / 16
+    assert costs.estimate(SamplingWork("e", answers=40, is_scored=True)).seconds == 10 * 40 / 16 + 40 / 4
+
+
+def test_memory_is_weights_gradients_and_moments_of_four_roles() -> None:
+    whole = estimator()
+    shape = Shape(8, whole.prompt + whole.answer, whole.answer)
+    expected = (1 + GRADIENT_AND_MOMENTS) * (POLICY + BELOW_HEAD) + POLICY + BELOW_HEAD
+    assert whole.memory("ppo", shape, activations=False) == expected
+    assert whole.memory("ppo", shape) > expected
+    assert estimator(reward_models=3).memory("ppo", shape, activations=False) == expected + 2 * BELOW_HEAD
     # One base; policy and critic with gradients and moments, reference and reward without.
-    expected = policy + 2 * (1 + GRADIENT_AND_MOMENTS) * adapter + 2 * adapter
-    assert adapted._memory("ppo", shape, activations=False) == expected
+    adapted = estimator(use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"])
+    adapter = 4 * 3 * 2 * 4 * (64 + 64)
+    expected = POLICY + 2 * (1 + GRADIENT_AND_MOMENTS) * adapter + 2 * adapter
+    assert adapted.memory("ppo", shape, activations=False) == expected
 
 
-def _policy_shape(found: Any) -> Any:
-    from rlhf.cost.slices import Shape
-
-    return Shape(8, found.prompt + found.answer, found.answer)
-
-
-def test_the_command_prints_it_and_writes_nothing(recipe_file: Path) -> None:
-    before = sorted(recipe_file.parent.iterdir())
-    result = rlhf("plan", str(recipe_file), cwd=recipe_file.parent)
-    assert result.returncode == 0, result.stderr
-    assert all(word in result.stdout for word in ("round-0/sft", "round-1/ppo", "memory", "tokens", "steps", "time"))
-    assert sorted(recipe_file.parent.iterdir()) == before
+def test_memory_of_one_model() -> None:
+    costs = estimator()
+    assert costs.memory("reward", Shape(16, 20, 0), activations=False) == (1 + GRADIENT_AND_MOMENTS) * BELOW_HEAD
+    assert costs.memory("sft", Shape(16, 20, 20), activations=False) == (1 + GRADIENT_AND_MOMENTS) * POLICY
 
 
-def test_data_on_a_hub_are_not_downloaded(base_folder: Path, tmp_path: Path) -> None:
-    text = f"name: h\nbackbone: {{model: {base_folder}}}\ndata: {{preferences: a/b, sft: a/b, max_pairs: 400%s}}\n"
-    text += "sft: {max_length: 64}\nppo: {total_episodes: 32, max_prompt_length: 20, max_completion_length: 10}\n"
-    (tmp_path / "r.yaml").write_text(text % "")
-    with pytest.raises(UserError, match=r"data.sft, data.preferences lie on a hub .* set data.max_sft"):
-        estimate(load_recipe(tmp_path / "r.yaml"))
-    (tmp_path / "r.yaml").write_text(text % ", max_sft: 100")
-    found, (note,) = estimate(load_recipe(tmp_path / "r.yaml"))
-    assert "upper bounds" in note
-    rows = {stage.folder: (stage.rows, stage.tokens) for stage in found}
-    assert rows["round-0/sft"] == (100, 100 * 64 * 3)
-    assert rows["round-1/reward"] == (400, 400 * (20 + 2 * 10))
+def test_the_longest_of_a_batch() -> None:
+    assert longest_of([7], 3) == 7
+    assert longest_of([1, 9], 100) == 9
+    assert longest_of([1, 9], 1) in (4, 5, 6)

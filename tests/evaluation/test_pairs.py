@@ -29,7 +29,7 @@ def row(prompt: str, chosen: str, rejected: str, **extras: Any) -> dict[str, Any
     return {"prompt": [{"role": "user", "content": prompt}], **sides, **extras}
 
 
-def judged(chosen: list[float], rejected: list[float], rows: list[dict[str, Any]]) -> ScoredPairs:
+def scored(chosen: list[float], rejected: list[float], rows: list[dict[str, Any]]) -> ScoredPairs:
     return ScoredPairs(rows, [r["prompt"][0]["content"] for r in rows], np.array(chosen), np.array(rejected))
 
 
@@ -38,7 +38,7 @@ ROWS = [row("a", "aaaaa", "bbbb"), row("b", "aaaaa", "bbbbbb"), row("c", "aaaaa"
 
 def test_pair_report() -> None:
     report = pair_report(
-        judged([2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0], ROWS), gold_differences=[1.0, -1.0, 0.5, 0.0]
+        scored([2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0], ROWS), gold_differences=[1.0, -1.0, 0.5, 0.0]
     )
     assert report["accuracy"] == 0.5, "a tie is wrong"
     assert report["ties"] == 1
@@ -53,7 +53,7 @@ def test_pair_report() -> None:
 
 def test_strict_ties_as_in_rewardbench() -> None:
     """A model that gives every answer the same score orders nothing: 0, not one half."""
-    report = pair_report(judged([1.0] * 4, [1.0] * 4, ROWS))
+    report = pair_report(scored([1.0] * 4, [1.0] * 4, ROWS))
     assert (report["accuracy"], report["ties"], report["temperature"]) == (0.0, 4, None)
     assert report["brier"] == 0.25
     assert report["nll"] == pytest.approx(math.log(2))
@@ -61,7 +61,7 @@ def test_strict_ties_as_in_rewardbench() -> None:
 
 def test_breakdowns_where_rows_name_them() -> None:
     rows = [{**r, "subset": "x" if i < 2 else "y", "margin": float(1 + i % 2)} for i, r in enumerate(ROWS)]
-    by = pair_report(judged([2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], rows))["by"]
+    by = pair_report(scored([2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], rows))["by"]
     assert {name: (entry["n"], entry["accuracy"]) for name, entry in by["subset"].items()} == {
         "x": (2, 0.5),
         "y": (2, 1.0),
@@ -70,7 +70,7 @@ def test_breakdowns_where_rows_name_them() -> None:
     assert by["difficulty"]["margin 1"]["accuracy"] == 1.0
     assert "source" not in by
     many = [row(str(i), "aa", "b", rating_gap=float(i)) for i in range(40)]
-    difficulty = pair_report(judged([1.0] * 40, [0.0] * 40, many))["by"]["difficulty"]
+    difficulty = pair_report(scored([1.0] * 40, [0.0] * 40, many))["by"]["difficulty"]
     assert [entry["n"] for entry in difficulty.values()] == [10, 10, 10, 10], "many values in quarters, hardest first"
 
 
@@ -84,7 +84,7 @@ def test_an_answer_in_several_pairs_is_scored_once() -> None:
 
 
 def test_two_models_on_the_same_pairs() -> None:
-    good, poor = judged([1.0] * 4, [0.0] * 4, ROWS), judged([0.0] * 4, [1.0] * 4, ROWS)
+    good, poor = scored([1.0] * 4, [0.0] * 4, ROWS), scored([0.0] * 4, [1.0] * 4, ROWS)
     assert compare(good, poor)["difference"] == 1.0
     assert compare(good, poor)["p_value"] == pytest.approx(2 / 16, abs=0.01), "all four signs agree: 2 of 16"
 

@@ -1,5 +1,6 @@
-"""Policies judged against SFT: what is known, what is not, and the parts of the definition."""
+"""Policies evaluated against SFT: what is known, what is not, and the parts of the definition."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +8,30 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf.data.rows import Prompt
 from rlhf.evaluation.policies import evaluate_policies
 from rlhf.models.text import plain
 from tests.conftest import PROMPTS
 
 
-def judge(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+class Lengths:
+    """Scores an answer by its length."""
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> torch.Tensor:
+        assert ended is not None, "whether an answer ended is told to the reward model"
+        return torch.tensor([float(len(text)) for text in responses])
+
+
+def evaluate(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     facts, samples, _ = evaluate_policies(
         policy=model,
         sft=model,
         tokenizer=tokenizer,
-        score=lambda prompts, texts, ended: torch.tensor([float(len(text)) for text in texts]),
+        reward=Lengths(),
         gold=gold,
         prompts=PROMPTS[:10],
         batch_size=7,
@@ -29,7 +41,7 @@ def judge(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], list[d
 
 
 def test_without_a_true_reward_nothing_is_invented(base_folder: Path, tokenizer: Any) -> None:
-    facts, samples = judge(base_folder, tokenizer, None)
+    facts, samples = evaluate(base_folder, tokenizer, None)
     assert facts["gold_gap_closed"] is None
     assert facts["best_of_16"] == {"by_reward": {"gold": None, "kl": None}, "by_gold": {"gold": None}}
     assert facts["policy"]["win_rate"] is None
@@ -43,7 +55,7 @@ def test_gold_figures_are_those_of_the_samples(base_folder: Path, tokenizer: Any
             -float(len(text)) for text in texts
         ]  # the opposite of the score: the best by reward is the worst by gold
 
-    facts, samples = judge(base_folder, tokenizer, gold)
+    facts, samples = evaluate(base_folder, tokenizer, gold)
     assert facts["sft"]["gold"] == pytest.approx(sum(row["gold_sft"] for row in samples) / 10)
     assert facts["policy"]["gold"] == pytest.approx(-facts["policy"]["proxy"])
     best = facts["best_of_16"]

@@ -541,7 +541,8 @@ def test_an_encoder_is_a_reward_model_through_the_plain_forward(
     from trl import RewardConfig
 
     from rlhf import PairRewardTrainer
-    from rlhf.reward.load import RewardModel, save_reward_model
+    from rlhf.reward.load import save_reward_model
+    from rlhf.reward.model import RewardModel
 
     tokenizer = load_tokenizer(encoder_folder, conversational=True)
     assert answer_text(tokenizer, PROMPT, "yes") == f"[CLS]\n\nHuman: {plain(PROMPT)}\n\nAssistant: yes[SEP]"

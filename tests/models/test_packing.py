@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from trl import RewardConfig
 
 from rlhf import PairRewardTrainer, build_reward_model
+from rlhf.models import packing
 from rlhf.models.load import model_settings
 from rlhf.models.packing import (
     GroupedByLength,
@@ -26,7 +27,6 @@ from rlhf.models.packing import (
 )
 from rlhf.models.score import score_rows
 from rlhf.models.text import encode_answers
-from rlhf.reward import shared
 from tests.conftest import PROMPTS, WORDS
 
 GROUPS = [
@@ -151,7 +151,7 @@ def test_a_mask_that_lets_answers_see_each_other_would_be_noticed(
         looks = torch.ones(t, t, dtype=torch.bool).tril()[None].expand(b, t, t)
         return torch.zeros(looks.shape, dtype=dtype).masked_fill(~looks, torch.finfo(dtype).min)[:, None]
 
-    monkeypatch.setattr(shared, "attention_bias", causal)
+    monkeypatch.setattr(packing, "attention_bias", causal)
     packed = pack(groups_of(tokenizer, 2), pad_token_id=tokenizer.pad_token_id)
     model = model_of(base_folder, tokenizer)
     assert largest_difference(model, packed, pad_token_id=tokenizer.pad_token_id) > 1e-2
@@ -188,9 +188,9 @@ def test_sharing_turns_itself_off_where_scores_would_differ(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An attention that ignores the mask (as a kernel might): the first batch shows it, and training is the plain one."""
-    right = shared.attention_bias
+    right = packing.attention_bias
     monkeypatch.setattr(
-        shared,
+        packing,
         "attention_bias",
         lambda packed, dtype: right(replace(packed, segments=packed.segments.clamp(max=1)), dtype),
     )
@@ -221,7 +221,7 @@ def test_sharing_survives_bf16_autocast(
     trainer.train()
     assert trainer._compared
     assert trainer._shares
-    assert shared.tolerance(model, "no") == 1e-4
+    assert packing.tolerance(model, "no") == 1e-4
 
 
 # ---- Order ----

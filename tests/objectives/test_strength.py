@@ -67,9 +67,9 @@ def test_flips_are_exact_stable_and_an_involution() -> None:
 
 def test_smoothing_masks() -> None:
     mu = torch.arange(-5.0, 15.0)
-    assert smoothing_confidence(mu, where="negative").tolist() == [pytest.approx(0.8)] * 5 + [1.0] * 15
-    assert smoothing_confidence(mu, where="all").tolist() == [pytest.approx(0.8)] * 20
-    both = smoothing_confidence(mu, where="negative+strong")
+    assert smoothing_confidence(mu, mask="negative").tolist() == [pytest.approx(0.8)] * 5 + [1.0] * 15
+    assert smoothing_confidence(mu, mask="all").tolist() == [pytest.approx(0.8)] * 20
+    both = smoothing_confidence(mu, mask="negative+strong")
     assert (both < 1).nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 18, 19], "the strongest tenth of 20"
 
 
@@ -126,9 +126,13 @@ def rows(count: int, per_prompt: int = 1) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def prompts(data: list[dict[str, Any]]) -> list[Any]:
+    return [row["prompt"] for row in data]
+
+
 def test_out_of_fold_nobody_votes_on_what_it_saw() -> None:
     data = rows(60, per_prompt=3)
-    plan = plan_vote(data, members=10, folds=5, in_sample=False, seed=0)
+    plan = plan_vote(prompts(data), members=10, folds=5, in_sample=False, seed=0)
     for member in range(10):
         seen = {data[i]["prompt"][0]["content"] for i in plan.trains_on(member)}
         voted = {data[i]["prompt"][0]["content"] for i in plan.votes_on(member)}
@@ -143,7 +147,7 @@ def test_out_of_fold_nobody_votes_on_what_it_saw() -> None:
     votes = vote_strength(collect_votes(plan, train))
     assert trained == [48] * 10
     assert votes.votes.tolist() == [2] * 60, "M / folds votes for every pair"
-    in_sample = plan_vote(data, members=3, folds=5, in_sample=True, seed=0)
+    in_sample = plan_vote(prompts(data), members=3, folds=5, in_sample=True, seed=0)
     assert in_sample.trains_on(2) == in_sample.votes_on(2) == list(range(60))
 
 
@@ -157,11 +161,11 @@ def test_out_of_fold_nobody_votes_on_what_it_saw() -> None:
 )
 def test_impossible_votes_are_refused(count: int, members: int, folds: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        plan_vote(rows(count), members=members, folds=folds, in_sample=False, seed=0)
+        plan_vote(prompts(rows(count)), members=members, folds=folds, in_sample=False, seed=0)
 
 
 def test_a_member_that_diverges_stops_the_vote() -> None:
-    plan = plan_vote(rows(20), members=2, folds=2, in_sample=False, seed=0)
+    plan = plan_vote(prompts(rows(20)), members=2, folds=2, in_sample=False, seed=0)
     with pytest.raises(TrainingError, match="member 1 diverged"):
         collect_votes(plan, lambda member, _, judged: torch.full((len(judged),), math.nan if member == 1 else 0.0))
 
@@ -277,8 +281,8 @@ def test_numbers_of_a_correction() -> None:
     made, _ = denoised(data, DenoiseConfig("adaptive_margin", margin_scale=0.5, margin_clip=3.0), votes, NOISE)
     assert [row["margin"] for row in made[:2]] == [-2.0, -1.5]
     assert made[-1]["margin"] == 3.0
-    how = DenoiseConfig("soft_margin", smoothing=0.3, smoothing_mask="negative+strong")
-    made, _ = denoised(data, how, votes, NOISE)
+    config = DenoiseConfig("soft_margin", smoothing=0.3, smoothing_mask="negative+strong")
+    made, _ = denoised(data, config, votes, NOISE)
     assert [row["confidence"] < 1 for row in made] == [True] * 4 + [False] * 14 + [True] * 2
     made, flipped = denoised(data, DenoiseConfig("smoothing", smoothing=0.3))
     assert {row["confidence"] for row in made} == {0.7}

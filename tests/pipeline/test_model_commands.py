@@ -11,11 +11,12 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from transformers.integrations import integration_utils
 from trl import RewardConfig
 
-from rlhf import PairRewardTrainer, build_reward_model, load_reward_model
+from rlhf import build_reward_model, load_reward_model
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import score_pairs
 from rlhf.pipeline.model_commands import evaluate_reward_model, score_stream
-from rlhf.pipeline.training import check_arguments, train
+from rlhf.pipeline.trainers import StagePairRewardTrainer
+from rlhf.pipeline.training import train
 from rlhf.recipe import load_recipe
 from tests.conftest import PROMPTS, WORDS
 
@@ -113,32 +114,12 @@ def test_trackers_get_every_number(
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Tracker)
     arguments = {**cpu_arguments, "report_to": "mlflow", "logging_steps": 1, "num_train_epochs": 1}
     model = build_reward_model(base_folder, pad_token_id=tokenizer.pad_token_id)
-    trainer = PairRewardTrainer(model, RewardConfig(**arguments), train_dataset=pairs, processing_class=tokenizer)
+    trainer = StagePairRewardTrainer(model, RewardConfig(**arguments), train_dataset=pairs, processing_class=tokenizer)
     train(trainer, tmp_path, label="reward", say=lambda _: None)
     on_disk = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     told = [row for row in Tracker.rows if "loss" in row]
     assert [row["loss"] for row in told] == [row["loss"] for row in on_disk]
     assert {"accuracy", "margin", "grad_norm"} <= set(told[0])
-
-
-def test_a_tracker_that_is_not_installed_is_said_before_anything_is_made(tmp_path: Path) -> None:
-    file = tmp_path / "r.yaml"
-    file.write_text("name: x\nlab: {}\nreward: {report_to: neptune}\n")
-    with pytest.raises(UserError, match=r"reward.report_to: neptune is not installed \(pip install neptune\)"):
-        check_arguments(load_recipe(file))
-
-
-def test_a_shared_trunk_is_refused_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "r.yaml"
-    file.write_text("name: x\nlab: {}\nvote: {trunk: 1}\nreward: {objective: flip}\n")
-    check_arguments(load_recipe(file))
-    made = RewardConfig(
-        str(tmp_path / "o"), use_cpu=True, bf16=False
-    )  # with two processes TRL would wait for the other
-    monkeypatch.setattr("rlhf.pipeline.training.training_arguments", lambda *_: made)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"vote.trunk: a shared trunk is one process's"):
-        check_arguments(load_recipe(file))
 
 
 def test_an_encoder_makes_a_reward_model_and_no_policy(encoder_folder: Path, pair_file: str, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from rlhf.cost.estimate import estimate
 from rlhf.data import http
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import read_questions
 from rlhf.errors import TrainingError, UserError, Waiting
-from rlhf.pipeline import rounds
+from rlhf.pipeline.estimate import estimate
 from rlhf.pipeline.plan import plan
+from rlhf.pipeline.run import run as run_recipe
 from rlhf.pipeline.stopping import change_since_last_round, reason_to_stop
 from rlhf.pipeline.store import Store
 from rlhf.pipeline.summary import _best
@@ -66,7 +66,7 @@ def result(run: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rounds")
-    rounds.run(recipe(folder), folder / "x", say=lambda _: None)
+    run_recipe(recipe(folder), folder / "x", say=lambda _: None)
     return folder
 
 
@@ -85,7 +85,7 @@ def start(made: Recipe, run: Path, **arguments: Any) -> list[str]:
     import yaml
 
     (run / "recipe.yaml").write_text(yaml.safe_dump(made.resolved(), sort_keys=False))
-    rounds.run(made, run, say=said.append, **arguments)
+    run_recipe(made, run, say=said.append, **arguments)
     return said
 
 
@@ -161,9 +161,9 @@ def test_killed_at_every_boundary_it_does_the_rest_and_nothing_twice(
     monkeypatch.setattr(Store, "finish", dying)
     for _ in stages:
         with pytest.raises(Killed):
-            rounds.run(made, run, say=lambda _: None)
+            run_recipe(made, run, say=lambda _: None)
     assert ended == [stage.folder for stage in stages], "each stage ran once"
-    rounds.run(made, run, say=lambda _: None)
+    run_recipe(made, run, say=lambda _: None)
     assert result(run) == result(finished / "x")
 
 
@@ -193,12 +193,12 @@ def test_people_label_through_files_and_the_run_goes_on(finished: Path, tmp_path
     assert import_from(run, file) == expected
     assert len(rows(run / "quarantine-labels.jsonl")) == 5
     with pytest.raises(Waiting, match="20 of 24"):
-        rounds.run(made, run, say=lambda _: None)
+        run_recipe(made, run, say=lambda _: None)
     assert any("kappa" in line for line in progress_lines(run))
     assert export_to(run, file, "plain") == 4, "only what is still open"
     file.write_text("".join(json.dumps({**row, "label": "skip", "annotator": "bob"}) + "\n" for row in rows(file)))
     import_from(run, file)
-    rounds.run(made, run, say=lambda _: None)
+    run_recipe(made, run, say=lambda _: None)
     fresh = rows(run / "round-2/label/fresh.jsonl")
     assert len(fresh) == 24
     assert [row.get("confidence") for row in fresh].count(0.5) == 6, "one for each answer: a tie"
@@ -233,7 +233,7 @@ def test_an_empty_round_is_said_and_trains_on_what_was_there(finished: Path, tmp
 
     book.record([Verdict(question.id, "skip", "ann") for question in book.questions(2)])
     said: list[str] = []
-    rounds.run(made, run, until="label", say=said.append)
+    run_recipe(made, run, until="label", say=said.append)
     assert any("no new pair in this round" in line for line in said)
     assert any("24 skipped" in line for line in said)
     assert len(rows(run / "round-2/label/pairs.jsonl")) == 120
@@ -288,7 +288,7 @@ def test_a_judge_is_asked_in_both_orders_and_nothing_is_asked_twice(
     Judge.dies_after = None
     before = len(LabelBook(run / BOOK).verdicts())
     assert before == 5, "eleven requests are five whole questions"
-    rounds.run(made, run, until="label", say=lambda _: None)
+    run_recipe(made, run, until="label", say=lambda _: None)
     assert Judge.seen == 12 + 2 * (24 - before)
     questions = {q.id: q for q in read_questions(run / "round-2/select/questions.jsonl")}
     for verdict in LabelBook(run / BOOK).verdicts():
@@ -350,7 +350,7 @@ def test_a_model_and_prompts_are_enough_to_begin_with(finished: Path, tmp_path: 
     named = [f"backbone.model={begin}", f"data.prompts={prompts}", f"rounds.judge_url={judge_url}"]
     made = load_recipe(tmp_path / "cold.yaml", named)
     run = tmp_path / "x"
-    rounds.run(made, run, say=lambda _: None)
+    run_recipe(made, run, say=lambda _: None)
     assert {file.name for file in (run / "round-0/data/data").iterdir()} == {"prompts.jsonl", "test_prompts.jsonl"}
     judged: list[dict[str, Any]] = []
     for number in (1, 2):
@@ -377,7 +377,7 @@ def test_a_model_and_prompts_are_enough_to_begin_with(finished: Path, tmp_path: 
         load_recipe(tmp_path / "cold.yaml", [*named, "rounds.first=offline"])
     few = load_recipe(tmp_path / "cold.yaml", [*named, "rounds.labels=2", "data.test_fraction=0.01"])
     with pytest.raises(UserError, match="none of 2 labelled pairs is of a held-out prompt"):
-        rounds.run(few, tmp_path / "few", say=lambda _: None)
+        run_recipe(few, tmp_path / "few", say=lambda _: None)
 
 
 @pytest.mark.parametrize("how", ["random", "deviation", "diversity"])

@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import RewardConfig, SFTConfig, SFTTrainer
+from trl import RewardConfig, SFTConfig
 
-from rlhf import PairRewardTrainer, PPOConfig, PPOTrainer, build_reward_model
+from rlhf import PPOConfig, build_reward_model
 from rlhf.errors import TrainingError
+from rlhf.pipeline.trainers import StagePairRewardTrainer, StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import train
 from tests.conftest import PROMPTS
 
@@ -54,11 +55,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_with_the_batch_sa
     trainer: Any
     if stage == "reward":
         model: Any = build_reward_model(base_folder, pad_token_id=tokenizer.pad_token_id)
-        trainer = PairRewardTrainer(model, RewardConfig(**arguments), train_dataset=pairs, processing_class=tokenizer)
+        trainer = StagePairRewardTrainer(
+            model, RewardConfig(**arguments), train_dataset=pairs, processing_class=tokenizer
+        )
     else:
         model = AutoModelForCausalLM.from_pretrained(base_folder)
         demos = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
-        trainer = SFTTrainer(model, SFTConfig(**arguments), train_dataset=demos, processing_class=tokenizer)
+        trainer = StageSFTTrainer(model, SFTConfig(**arguments), train_dataset=demos, processing_class=tokenizer)
     snapshots: list[dict[str, torch.Tensor]] = []
     original = trainer.training_step
 
@@ -100,7 +103,7 @@ def test_a_reward_that_is_not_finite_stops_with_the_answers_saved(
         max_completion_length=6,
         logging_steps=1,
     )
-    trainer = PPOTrainer(
+    trainer = StagePPOTrainer(
         AutoModelForCausalLM.from_pretrained(base_folder),
         reward,
         args,

@@ -16,37 +16,10 @@ from rlhf.models.logprobs import response_logprobs
 from rlhf.models.save import save_model
 from rlhf.ppo.roles import AdapterHead
 from rlhf.reward.load import RewardModel, save_reward_model
-from tests.conftest import PROMPTS, WORDS
+from tests.conftest import PROMPTS
+from tests.ppo.conftest import LORA, moved
 
 DATA = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
-LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"]}
-
-
-def moved(model: Any, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-@pytest.fixture(scope="module")
-def sft_adapter(base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA SFT: an adapter with every weight moved."""
-    folder = tmp_path_factory.mktemp("sft")
-    torch.manual_seed(0)
-    save_model(moved(load_policy(base_folder, model_settings(LORA))), tokenizer, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_adapter(base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reward-adapter")
-    torch.manual_seed(1)
-    model = moved(build_reward_model(base_folder, model_settings(LORA), pad_token_id=tokenizer.pad_token_id), seed=1)
-    samples = [(prompt, f"yes {word}") for prompt, word in zip(PROMPTS, WORDS, strict=False)]
-    save_reward_model(folder, model, tokenizer, samples=samples)
-    return folder
 
 
 def make(policy: Any, reward: Any, tokenizer: Any, arguments: dict[str, Any], **settings: Any) -> PPOTrainer:

@@ -45,7 +45,7 @@ def test_each_trouble_is_said_once_and_alone(name: str) -> None:
     assert [sentence.split(":")[0] for sentence in new] == [f"ppo, rollout {15 if name == 'hacking' else 12}"]
     assert health.raised == [name]
     assert health.look({**WELL, **ILL[name]}) == []
-    assert health.said == new
+    assert health.sentences == new
 
 
 def test_what_is_unknown_worries_nobody() -> None:

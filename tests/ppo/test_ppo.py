@@ -19,6 +19,7 @@ from transformers import (
 
 from rlhf import PPOConfig, PPOTrainer, load_reward_model
 from rlhf.errors import TrainingError, UserError
+from rlhf.ppo.experience import shape_scores
 from tests.conftest import PROMPTS
 
 DATA = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
@@ -388,7 +389,7 @@ def test_missing_end_is_penalised_exactly_there(
     )
     raw, total, dense, _ = trainer.rewards([{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0]}], completions)
     expected = (raw - reward.mean) / reward.std - torch.tensor([0.0, 2.0])
-    torch.testing.assert_close(trainer.shaped(total, completions.ended), expected)
+    torch.testing.assert_close(shape_scores(total, completions.ended, trainer.args, trainer.progress), expected)
     assert dense.abs().max() == 0
     assert raw[0] != raw[1], "the reward model sees that one answer did not end"
 

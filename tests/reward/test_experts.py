@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from rlhf import load_reward_model
+from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
 from rlhf.models.save import save_model
 from rlhf.reward.experts import ExpertRewards, Gate, fit_gate, merge_experts, open_experts, save_experts
-from rlhf.reward.load import RewardModel, calibrate_reward_model
+from rlhf.reward.load import calibrate_reward_model
+from rlhf.reward.model import RewardModel
 from tests.conftest import PROMPTS
 
 ANSWERS = ["yes", "no", "apple", "dog dog", "red blue", "pear"]
@@ -84,6 +86,13 @@ def test_a_gate_sees_the_prompt_and_never_the_answer(folder: Path, tokenizer: An
     torch.testing.assert_close(features[0], hidden.mean(dim=0), atol=1e-5, rtol=1e-4)
 
 
+def test_features_of_several_heads_are_refused(folder: Path, tokenizer: Any) -> None:
+    save_experts(folder, ["a", "b"], SCALES, weights=[0.5, 0.5], gate=None)
+    experts = open_experts(folder, tokenizer, conversational=True)
+    with pytest.raises(UserError, match="no single linear head"):
+        experts.features(PROMPTS[:6], ANSWERS)
+
+
 def planted(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Prompts of two hidden kinds, of which each expert knows one: it is right there, and guesses elsewhere."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,13 +108,13 @@ def test_the_gate_finds_who_knows_what_without_being_told() -> None:
     features, differences, _ = planted(2000, seed=0)
     gate = fit_gate(features, differences)
     features, differences, kind = planted(2000, seed=1)
-    weights, strange = gate(features)
+    weights, unfamiliar = gate(features)
     right = weights[torch.arange(2000), kind]
     assert right.mean() > 0.85
     mixed = (weights * differences).sum(dim=1) > 0
     equal = differences.mean(dim=1) > 0
     assert mixed.double().mean() > equal.double().mean() + 0.1
-    assert strange <= 20, "99.9 % of the training prompts are familiar, so about two of these are not"
+    assert unfamiliar <= 20, "99.9 % of the training prompts are familiar, so about two of these are not"
 
 
 def test_prompts_of_another_world_are_counted_and_said(folder: Path, tokenizer: Any) -> None:

@@ -147,17 +147,17 @@ def test_checkpointing_changes_nothing(
     assert spreads[1] == pytest.approx(spreads[0], abs=1e-6)
 
 
-def test_the_climb_spreads_rewards_and_coming_back_is_exact(
+def test_the_ascent_spreads_rewards_and_restoring_is_exact(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
     trainer = make(base_folder, tokenizer, pairs, cpu_arguments, meta_step=0.05, meta_prompts=12)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     at_theta = trainer._spread(trainer.meta_groups).item()
-    trainer._climb()
+    trainer.ascend()
     moved = torch.sqrt(sum(((p - b) ** 2).sum() for p, b in zip(trainer.model.parameters(), before, strict=True)))  # type: ignore[arg-type]
     assert moved.item() == pytest.approx(0.05, rel=1e-4), "normalised: η is the step's length"
     assert trainer._spread(trainer.meta_groups).item() > at_theta
-    trainer.come_back()
+    trainer.restore()
     assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before, strict=True))
 
 
@@ -177,6 +177,19 @@ def test_samples_that_cannot_serve_are_counted_or_refused() -> None:
         group_samples([{"prompt": prompt, "completion": [5, 6, 7]}])
     with pytest.raises(UserError, match=r"of 0 prompts none .* .no rows."):
         group_samples([])
+    with pytest.raises(UserError, match="row 0 has no 'prompt' and 'completion' as text"):
+        group_samples([{"prompt": [{"role": "user", "content": None}], "completion": "yes"}])
+
+
+def test_answers_are_grouped_by_the_identity_of_their_prompt() -> None:
+    """A text, a conversation of one turn, blanks and case: one prompt, written as it came first."""
+    prompts = ["Say  Yes", [{"role": "user", "content": "say yes"}], "say no"]
+    rows = [{"prompt": prompt, "completion": text} for text in ("yes", "no") for prompt in prompts]
+    kept, dropped = group_samples(rows)
+    assert [row["prompt"] for row in kept] == ["Say  Yes", "say no"]
+    assert [row["responses"] for row in kept] == [["yes", "yes", "no", "no"], ["yes", "no"]]
+    assert [row["ended"] for row in kept] == [[True] * 4, [True] * 2]
+    assert dropped == {}
 
 
 def test_reentrant_checkpointing_is_refused(

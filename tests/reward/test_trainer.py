@@ -127,7 +127,7 @@ def test_confidence_weight_and_smoothing_reach_the_loss(
 def test_it_learns_a_planted_preference(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
-    from rlhf.reward.load import RewardModel
+    from rlhf.reward.model import RewardModel
 
     with pytest.warns(UserWarning, match="overfit after one epoch"):
         trainer = train(
@@ -148,7 +148,8 @@ def test_it_learns_a_planted_preference(
 def test_lora_trains_and_saves_the_head(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path, four_bit: bool
 ) -> None:
-    from rlhf.reward.load import RewardModel, load_reward_model, save_reward_model
+    from rlhf.reward.load import load_reward_model, save_reward_model
+    from rlhf.reward.model import RewardModel
 
     settings = {"use_peft": True, "lora_r": 4, "load_in_4bit": four_bit}
     if four_bit:
@@ -231,7 +232,7 @@ def test_evaluation_during_training_counts_every_pair_once(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], share: bool
 ) -> None:
     """13 held-out pairs in batches of 4: the loss and accuracy that follow from scores of one pair at a time."""
-    from rlhf.reward.load import RewardModel
+    from rlhf.reward.model import RewardModel
 
     model = build(base_folder, tokenizer)
     args = RewardConfig(**cpu_arguments, per_device_eval_batch_size=4, num_train_epochs=1)

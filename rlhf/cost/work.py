@@ -1,0 +1,113 @@
+"""What the estimate is told about a run: how each section of its recipe trains, and what each of its stages has to do."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import TrainingArguments
+from trl import ModelConfig
+
+Section = Literal["sft", "vote", "reward", "ppo"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a section of a recipe trains a model.
+
+    Attributes:
+        model: dtype, adapter and quantisation.
+        args: the trainer's arguments, as the run will build them.
+    """
+
+    model: ModelConfig
+    args: TrainingArguments
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """How PPO samples and learns.
+
+    Attributes:
+        size: answers that a process samples at once.
+        max_prompt_length, max_answer_length: in tokens; prompts of any length where the first is None.
+        epochs: how often each answer is learnt from.
+        mini_batches: updates in such an epoch, of the policy and of the critic.
+        steps: of the optimizer in a rollout, as the Trainer counts them.
+        reward_models: how many score each answer.
+    """
+
+    size: int
+    max_prompt_length: int | None
+    max_answer_length: int
+    epochs: int
+    mini_batches: int
+    steps: int
+    reward_models: int = 1
+
+
+@dataclass(frozen=True)
+class SftWork:
+    """A stage that trains on demonstrations.
+
+    Attributes:
+        folder: of the stage in the run, "round-0/sft".
+        rows: demonstrations.
+    """
+
+    folder: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class PairWork:
+    """A stage that trains on pairs: one reward model, the members of an ensemble, or those of a vote.
+
+    Attributes:
+        folder: of the stage in the run, "round-1/reward".
+        section: whose settings the models train with.
+        pairs: that the stage has.
+        trained: of these, how many each model trains on.
+        scored: how many pairs each model scores when it is trained; a mean.
+        models: how many are trained.
+        views: how often a text is read in a step: twice under a contrastive term.
+        ascent: prompts, and answers to each, that MetaRM's extra step reads; None without it.
+    """
+
+    folder: str
+    section: Literal["vote", "reward"]
+    pairs: int
+    trained: int
+    scored: float
+    models: int = 1
+    views: int = 1
+    ascent: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PpoWork:
+    """A stage of PPO.
+
+    Attributes:
+        folder: of the stage in the run, "round-1/ppo".
+        rollouts: how many it makes.
+    """
+
+    folder: str
+    rollouts: int
+
+
+@dataclass(frozen=True)
+class SamplingWork:
+    """A stage that samples answers and trains nothing.
+
+    Attributes:
+        folder: of the stage in the run, "round-1/evaluate".
+        answers: how many are sampled.
+        is_scored: whether the reward model scores each of them.
+    """
+
+    folder: str
+    answers: int
+    is_scored: bool
+
+
+Work = SftWork | PairWork | PpoWork | SamplingWork

@@ -1,0 +1,60 @@
+"""Batches of rows of similar length, so that little is padding: the one loop behind scoring, sampling and features."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+Result = TypeVar("Result")
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, *, longest_first: bool = False) -> list[list[int]]:
+    """Sort rows by length and cut them into batches; rows of one length stay in their order.
+
+    Args:
+        lengths: of every row.
+        batch_size: rows in a batch; the last one may have fewer.
+        longest_first: start with the longest, so that what does not fit in memory fails at once.
+
+    Returns:
+        the indices of each batch's rows.
+
+    >>> batches_by_length([3, 1, 2, 1], 2)
+    [[1, 3], [2, 0]]
+    >>> batches_by_length([3, 1, 2, 1], 2, longest_first=True)
+    [[0, 2], [1, 3]]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=longest_first)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_batch(rows: Sequence[Sequence[int]], *, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask [b, longest] of at least one row, padded on the right, on the CPU.
+
+    >>> pad_batch([[5, 6], [7]], pad_token_id=0)
+    (tensor([[5, 6],
+            [7, 0]]), tensor([[1, 1],
+            [1, 0]]))
+    """
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+
+
+def run_batches(
+    function: Callable[[list[int]], Iterable[Result]], batches: Sequence[list[int]], *, label: str | None = None
+) -> list[Result]:
+    """Call a function on every batch and return what it gives for each row, in the order of the rows.
+
+    Args:
+        function: takes the indices of a batch's rows and returns a result for each of them.
+        batches: indices of rows; together they name each row of 0, 1, …, n - 1 once.
+        label: shows a bar of this name in a terminal.
+    """
+    results: dict[int, Result] = {}
+    for batch in tqdm(batches, desc=label, disable=True if label is None else None):
+        results.update(zip(batch, function(batch), strict=True))
+    return [results[row] for row in range(len(results))]

@@ -1,0 +1,153 @@
+"""What the pipeline adds to a trainer: it stops before a bad update or after a signal, writes metrics, marks checkpoints."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from rlhf.errors import TrainingError
+from rlhf.pipeline import interrupt
+from rlhf.pipeline.store import mark_checkpoint
+
+StopAt = Literal["step", "epoch"]
+
+
+class FiniteGradients(TrainerCallback):
+    """Stop before an update with a gradient that is not finite.
+
+    After the reduction over processes all of them see the same gradient, so all of them stop.
+    """
+
+    def __init__(self, label: str):
+        self.label = label
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+    ) -> None:
+        """Raise after clipping and before the update.
+
+        Raises:
+            TrainingError: the gradient is not finite.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"{self.label}: the gradient is not finite at step {state.global_step + 1}; nothing was updated. Lower "
+                "learning_rate, or look for extreme values in the data."
+            )
+
+
+class MetricsFile(TrainerCallback):
+    """Append a row to `metrics.jsonl` at every log; a resumed stage says from which step."""
+
+    def __init__(self, path: Path, *, resumed: bool):
+        self.path, self.resumed = path, resumed
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Mark where a resumed stage goes on."""
+        if not state.is_world_process_zero:
+            return
+        if self.resumed:
+            self._append({"resumed_from": state.global_step})
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, object] | None = None,
+        **_: object,
+    ) -> None:
+        """Append one row of numbers. The trainer's closing summary is no step and goes to the manifest."""
+        if logs is None or "train_runtime" in logs or not state.is_world_process_zero:
+            return
+        row = {name: value for name, value in logs.items() if name != "total_flos"}
+        self._append({"step": state.global_step, **row})
+
+    def _append(self, row: Mapping[str, object]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class StopOnSignal(TrainerCallback):
+    """After SIGTERM or Ctrl-C: a checkpoint, then the end. All processes agree on the step.
+
+    Args:
+        stop_at: after which event; "epoch" for PPO, whose checkpoints fall between rollouts, which are the Trainer's epochs.
+    """
+
+    def __init__(self, trainer: Trainer, stop_at: StopAt):
+        self.accelerator, self.stop_at = trainer.accelerator, stop_at
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Stop between two steps."""
+        if self.stop_at == "step":
+            self._stop_if_asked(control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Stop between two epochs."""
+        if self.stop_at == "epoch":
+            self._stop_if_asked(control)
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        asked = torch.tensor(float(interrupt.requested()), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            asked = self.accelerator.reduce(asked, reduction="sum")
+        if asked.item() > 0:
+            control.should_save = control.should_training_stop = True
+
+
+class CheckpointMark(TrainerCallback):
+    """Declare a checkpoint whole after the Trainer has written all of it."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Write the mark last."""
+        if state.is_world_process_zero:
+            mark_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bar with the latest numbers beside it, instead of a line for every log."""
+
+    SHOWN = ("loss", "accuracy", "reward_proxy", "reward_gold", "kl")
+
+    def __init__(self, label: str):
+        super().__init__()
+        self.label = label
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Name the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.label)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, object] | None = None,
+        **_: object,
+    ) -> None:
+        """Show the numbers that people watch."""
+        if self.training_bar is not None and logs:
+            numbers = {name: logs.get(name) for name in self.SHOWN}
+            shown = {name: f"{value:.3g}" for name, value in numbers.items() if isinstance(value, int | float)}
+            self.training_bar.set_postfix(shown)

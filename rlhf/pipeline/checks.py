@@ -1,0 +1,164 @@
+"""What is refused before a folder is made: files that are not there, settings that can't be. Loads torch only to ask TRL."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.data.read import ReadReport, is_local, read_rows
+from rlhf.errors import UserError
+from rlhf.ppo.source_kinds import source_problem
+from rlhf.recipe.document import differences
+from rlhf.recipe.schema import DATA_SOURCES, Recipe, RewardSection
+
+
+def check_recipe_file(recipe: Recipe, out: Path) -> None:
+    """Refuse a folder that was made by another recipe, before anything is touched.
+
+    Raises:
+        UserError: with every setting that differs; or the folder holds something else altogether.
+    """
+    file = out / "recipe.yaml"
+    if not file.is_file():
+        if out.is_dir() and any(entry.name != ".lock" for entry in out.iterdir()):
+            raise UserError(f"{out}: not empty and not a run of this pipeline; choose another --out.")
+        return
+    before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    changes = differences(before, recipe.resolved())
+    if changes:
+        raise UserError(
+            [
+                f"{out}: holds a run of another recipe; choose another --out, or take these back:",
+                *(f"  {change}" for change in changes),
+            ]
+        )
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Refuse a recipe that names local files which are not there.
+
+    Raises:
+        UserError: naming all that are missing.
+    """
+    problems = [
+        f"data.{name}: {entry.source}: no such file."
+        for name in DATA_SOURCES
+        for entry in recipe.data.sources(name)
+        if is_local(entry.source) and not Path(entry.source).expanduser().is_file()
+    ]
+    if recipe.reward.meta_samples is not None and not Path(recipe.reward.meta_samples).expanduser().is_file():
+        problems.append(f"reward.meta_samples: {recipe.reward.meta_samples}: no such file.")
+    for key, name in [
+        ("evaluate.gold", recipe.evaluate.gold),
+        *(("ppo.extra_rewards", x) for x in recipe.ppo.extra_rewards),
+    ]:
+        problem = None if name is None else source_problem(name)
+        if problem is not None:
+            problems.append(f"{key}: {problem}")
+    if problems:
+        raise UserError(problems)
+
+
+def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
+    """Refuse settings that can't be: build every stage's configuration once, so that TRL says before a run what it refuses.
+
+    A run begins here, so the libraries that are loaded now are silenced.
+
+    Args:
+        until: the last stage that will run, if it is not the plan's.
+
+    Raises:
+        UserError: with TRL's own reason for every section it refuses; or a backbone that cannot generate.
+    """
+    from rlhf.pipeline.training import quiet_libraries
+
+    quiet_libraries()
+    problems: list[str] = []
+    if recipe.backbone.model is not None and until not in ("data", "vote", "reward"):
+        problems += _cannot_generate(recipe.backbone.model, recipe.backbone.revision)
+    if recipe.reward.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
+    problems += _reward_problems(recipe)
+    problems += _trl_problems(recipe)
+    if problems:
+        raise UserError(problems)
+
+
+def _trl_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what TRL refuses of each training stage's settings."""
+    from transformers import TrainingArguments
+    from transformers.integrations import get_available_reporting_integrations
+    from trl import RewardConfig, SFTConfig
+
+    from rlhf.pipeline.training import split_settings, training_arguments
+    from rlhf.ppo.config import PPOConfig
+
+    trackers = get_available_reporting_integrations()
+    stages: list[tuple[str, type[TrainingArguments], dict[str, Any]]] = [
+        ("sft", SFTConfig, recipe.sft.trl_settings()),
+        ("vote", RewardConfig, recipe.vote_settings()),
+        ("reward", RewardConfig, recipe.reward.trl_settings()),
+        ("ppo", PPOConfig, recipe.ppo.trl_settings()),
+    ]
+    for section, config_class, keys in stages:
+        if section == "vote" and not recipe.reward.needs_vote:
+            continue
+        try:
+            _, settings = split_settings(keys)
+            args = training_arguments(config_class, settings, Path("nowhere"), recipe.seed)
+        except (ValueError, TypeError, ImportError) as error:
+            yield f"{section}: {str(error).strip().splitlines()[0]}"
+            continue
+        absent = sorted(set(args.report_to) - set(trackers) - {"none"})
+        if absent:
+            yield f"{section}.report_to: {', '.join(absent)} is not installed (pip install {' '.join(absent)})."
+
+
+def _reward_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what the reward section's own keys can't do together, and why MetaRM can't use its samples."""
+    reward, ppo = recipe.reward, recipe.ppo.trl_settings()
+    if reward.experts is not None and not reward.trl_settings().get("use_peft"):
+        yield "reward.experts: experts are LoRA adapters on one base; set reward.use_peft: true."
+    if reward.experts is not None and reward.members > 1:
+        yield "reward.members: experts are combined in their own way; leave members out, or experts."
+    if reward.members > 1 and recipe.ppo.extra_rewards:
+        yield "reward.members: PPO combines an ensemble as a whole, so ppo.extra_rewards can't be added to it."
+    for key in ("reward_weights", "normalize_reward"):
+        if reward.members > 1 and ppo.get(key) not in (None, True):
+            yield f"reward.members: members are compared on one scale and weigh the same; leave ppo.{key} out."
+    if reward.expert_weights is not None and reward.experts in (None, "gate"):
+        yield "reward.expert_weights: weights are for experts: weights or merged; a gate finds its own."
+    yield from _meta_problems(reward)
+
+
+def _meta_problems(reward: RewardSection) -> Iterator[str]:
+    """Yield why MetaRM can't use the samples that a recipe names."""
+    from rlhf.reward.meta import group_samples
+
+    if reward.meta_samples is None:
+        return
+    if not reward.meta:
+        yield "reward.meta_samples: nobody reads them without reward.meta: true."
+        return
+    try:
+        group_samples([row for _, row in read_rows(reward.meta_samples, ReadReport(reward.meta_samples))])
+    except UserError as error:
+        yield from (f"reward.meta_samples: {reward.meta_samples}: {problem}" for problem in error.problems)
+
+
+def _cannot_generate(model: str, revision: str | None) -> list[str]:
+    """Return what is wrong with a backbone that makes a reward model but no policy, as an encoder does."""
+    from rlhf.models.load import encoder_type
+
+    try:
+        kind = encoder_type(model, revision)
+    except (OSError, ValueError) as error:
+        return [f"backbone.model: {model}: {str(error).strip().splitlines()[0]}"]
+    if kind is None:
+        return []
+    return [
+        f"backbone.model: {model} is an encoder ({kind}), which cannot generate: a reward model can be made of it (`rlhf reward`, "
+        "without data.sft), a policy cannot."
+    ]

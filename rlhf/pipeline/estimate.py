@@ -1,0 +1,216 @@
+"""`rlhf plan`: what the stages of a recipe have to do, told to `rlhf.cost`, which says what that will cost.
+
+The lab's data are generated and local files are read and split as the run will do it, in a folder that is thrown away; of data on
+a hub only the recipe's caps are known.
+"""
+
+import tempfile
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig, TrainingArguments
+from trl import RewardConfig, SFTConfig
+
+from rlhf.cost.estimate import Estimate, Estimator
+from rlhf.cost.sizes import Sizes, count_sizes
+from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
+from rlhf.data.read import is_local
+from rlhf.errors import UserError
+from rlhf.evaluation.policies import BEST_OF
+from rlhf.models.load import find_source, load_tokenizer
+from rlhf.models.scratch import design_base
+from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.plan import plan, stages_until
+from rlhf.pipeline.stages import base_texts, run_data, run_lab
+from rlhf.pipeline.store import Stage
+from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
+from rlhf.ppo.config import PPOConfig
+from rlhf.recipe.schema import DATA_SOURCES, Recipe
+
+
+def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate], list[str]]:
+    """Estimate every stage of a recipe that trains or samples, and say what there is to know about these figures.
+
+    Args:
+        until: the last stage, as `rlhf run --until` takes it.
+
+    Raises:
+        UserError: the data or the model's configuration can't be read.
+    """
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        config, sizes = model_and_sizes(recipe, Path(folder))
+    training = section_training(recipe)
+    works = [work_of(stage, recipe, sizes, training["ppo"].args) for stage in stages_until(plan(recipe), until)]
+    estimator = Estimator(config, sizes, training, ppo_rollouts(recipe, training["ppo"].args))
+    return [estimator.estimate(work) for work in works if work is not None], sizes.notes
+
+
+# ---- Model and data ----
+
+
+def model_and_sizes(recipe: Recipe, folder: Path) -> tuple[PretrainedConfig, Sizes]:
+    """Return the model's configuration and the sizes of the data, which the run's own stages make in a folder.
+
+    Raises:
+        UserError: the data or the model's configuration can't be read, or lie on a hub where that is not enough.
+    """
+    # 1. The data: the lab's, or local files.
+    parents, data = {}, folder / "round-0/data"
+    hub = [f"data.{name}" for name in DATA_SOURCES for s in recipe.data.sources(name) if not is_local(s.source)]
+    if recipe.lab is not None:
+        parents = {"lab": folder / "round-0/lab"}
+        run_lab(StageContext(recipe, parents["lab"], {}, lambda _: None))
+    if not hub:
+        run_data(StageContext(recipe, data, parents, lambda _: None))
+
+    # 2. The model's shape and its tokenizer.
+    longest_answer = recipe.ppo.trl_settings().get("max_completion_length", PPOConfig.max_completion_length)
+    if recipe.backbone.from_scratch is not None:
+        if hub:
+            raise UserError(
+                f"rlhf plan: {', '.join(hub)}: from_scratch needs the texts, and these are not local files."
+            )
+        settings = dict(recipe.backbone.from_scratch)
+        texts = base_texts(data / "data")
+        tokenizer, config = design_base(texts, architecture=settings.pop("architecture"), settings=settings)
+        return config, count_sizes(data / "data", tokenizer, longest_answer=longest_answer)
+    name: str | Path | None = parents["lab"] / "model" if parents else recipe.backbone.model
+    assert name is not None, "the recipe's check wants a backbone, a lab or from_scratch"
+    try:
+        config = AutoConfig.from_pretrained(find_source(name).base, revision=recipe.backbone.revision)
+        tokenizer = load_tokenizer(name, conversational=True, revision=recipe.backbone.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.model: {name}: {str(error).strip().splitlines()[0]}") from error
+    if hub:
+        return config, sizes_from_caps(recipe, hub)
+    return config, count_sizes(data / "data", tokenizer, longest_answer=longest_answer)
+
+
+def sizes_from_caps(recipe: Recipe, hub: list[str]) -> Sizes:
+    """Return the largest sizes that a recipe allows its hub data: as many rows as its caps, each as long as may be.
+
+    Args:
+        hub: the keys whose data lie on a hub, "data.preferences".
+
+    Raises:
+        UserError: a cap is missing.
+    """
+    data, ppo = recipe.data, recipe.ppo.trl_settings()
+    caps = {"sft": data.max_sft, "pairs": data.max_pairs, "prompts": data.max_prompts or data.max_pairs}
+    absent = {"sft": data.sft is None, "pairs": data.preferences is None}
+    missing = [f"data.max_{name}" for name, cap in caps.items() if cap is None and not absent.get(name)]
+    if missing:
+        raise UserError(
+            f"rlhf plan: {', '.join(hub)} lie on a hub and are not downloaded to be counted; set {', '.join(missing)}."
+        )
+    prompt, answer = (ppo.get(n, getattr(PPOConfig, n)) for n in ("max_prompt_length", "max_completion_length"))
+    longest = recipe.sft.trl_settings().get("max_length", SFTConfig.max_length)
+    rows = {name: cap or 0 for name, cap in caps.items()}
+    held_out = max(1, round(data.test_fraction * rows["pairs"]))
+    return Sizes(
+        rows=rows | {"test_pairs": held_out, "test_prompts": recipe.evaluate.prompts},
+        prompts=[prompt],
+        answers=[answer],
+        demonstrations=[longest],
+        notes=[
+            f"{', '.join(hub)}: on a hub, not downloaded; as many rows as the caps allow, each as long as the settings allow, so "
+            "these are upper bounds."
+        ],
+    )
+
+
+# ---- Settings ----
+
+
+def section_training(recipe: Recipe) -> dict[Section, Training]:
+    """Return how each section trains, its arguments built as its stage builds them."""
+
+    def training(config_class: type[TrainingArguments], keys: dict[str, object]) -> Training:
+        model, settings = split_settings(keys)
+        return Training(model, training_arguments(config_class, settings, Path("nowhere"), recipe.seed))
+
+    sft = training(SFTConfig, recipe.sft.trl_settings())
+    if recipe.lab is not None or recipe.backbone.from_scratch is not None:
+        sft.model.use_peft = sft.model.load_in_4bit = False  # a model from nothing has nothing to adapt
+    return {
+        "sft": sft,
+        "vote": training(RewardConfig, {"num_train_epochs": 1} | recipe.vote_settings()),
+        "reward": training(RewardConfig, {"num_train_epochs": 1} | recipe.reward.trl_settings()),
+        "ppo": training(PPOConfig, recipe.ppo.trl_settings()),
+    }
+
+
+def ppo_rollouts(recipe: Recipe, args: PPOConfig) -> Rollouts:
+    """Return how PPO samples and learns."""
+    return Rollouts(
+        size=args.local_rollout_size,
+        max_prompt_length=args.max_prompt_length,
+        max_answer_length=args.max_completion_length,
+        epochs=args.num_ppo_epochs,
+        mini_batches=args.num_mini_batches,
+        steps=args.steps_per_rollout,
+        reward_models=recipe.reward.members,
+    )
+
+
+# ---- Stages ----
+
+
+def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work | None:
+    """Return what a planned stage has to do, or None where it neither trains nor samples."""
+    rows = sizes.rows
+    match stage.name:
+        case "sft":
+            return SftWork(stage.folder, rows["sft"])
+        case "vote":
+            share = 1.0 if recipe.vote.in_sample else 1 - 1 / recipe.vote.folds
+            pairs = training_pairs(stage, recipe, rows)
+            # A member scores the pairs that it was not trained on, or all of them where there are none.
+            scored = pairs * (1 - share or 1)
+            return PairWork(stage.folder, "vote", pairs, round(pairs * share), scored, models=recipe.vote.members)
+        case "reward":
+            reward, pairs = recipe.reward, training_pairs(stage, recipe, rows)
+            return PairWork(
+                stage.folder,
+                "reward",
+                pairs,
+                trained=pairs,
+                scored=rows["test_pairs"] or held_out_labels(stage, recipe, rows),
+                models=reward.members,
+                views=1 if reward.extra is None else 2,
+                ascent=(reward.meta_prompts, reward.meta_responses) if reward.meta else None,
+            )
+        case "ppo":
+            episodes = ppo.total_episodes or round(ppo.num_train_epochs * rows["prompts"])
+            return PpoWork(stage.folder, max(1, round(episodes / ppo.local_rollout_size)))
+        case "sample":
+            prompts = min(stage.settings["prompts"], rows["prompts"])
+            return SamplingWork(stage.folder, prompts * stage.settings["responses"], is_scored=False)
+        case "evaluate":
+            prompts = min(recipe.evaluate.prompts, rows["test_prompts"])
+            has_gold = recipe.lab is not None or recipe.evaluate.gold is not None
+            # One answer of the policy; of SFT, whose answers are sampled once in a run, as many as best-of-n chooses from.
+            sft_answers = 0 if "first_evaluation" in stage.parents else (BEST_OF if has_gold else 1)
+            return SamplingWork(stage.folder, prompts * (1 + sft_answers), is_scored=True)
+    return None
+
+
+def training_pairs(stage: Stage, recipe: Recipe, rows: dict[str, int]) -> int:
+    """Count the training pairs of a stage's round: those of the data, and the labels of the rounds so far."""
+    number, rounds = round_of(stage), recipe.rounds
+    if rounds.labels_from == "dataset" and rounds.count > 1:
+        return rows["pairs"] * number // rounds.count
+    if rounds.first == "offline":
+        return rows["pairs"] + rounds.labels * (number - 1)
+    return rounds.labels * number - held_out_labels(stage, recipe, rows)
+
+
+def held_out_labels(stage: Stage, recipe: Recipe, rows: dict[str, int]) -> int:
+    """Count the labels so far that the reward model is evaluated on, where the data has no pairs for that."""
+    labels = recipe.rounds.labels * round_of(stage)
+    return 0 if rows["test_pairs"] else round(recipe.data.test_fraction * labels)
+
+
+def round_of(stage: Stage) -> int:
+    """Return the number of a stage's round, which its folder names."""
+    return int(stage.folder.partition("/")[0].rpartition("-")[2])

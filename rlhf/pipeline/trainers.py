@@ -1,0 +1,80 @@
+"""The trainers of the stages: TRL's and ours, each keeping its latest micro-batches for the case that one of them fails."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer
+from trl import SFTTrainer
+
+from rlhf.files import write_jsonl
+from rlhf.models.packing import Packed, unpack
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.reward.contrastive import ContrastiveRewardTrainer
+from rlhf.reward.meta import MetaRewardTrainer
+from rlhf.reward.trainer import PairRewardTrainer
+
+FAILED_BATCH = "failed_batch"
+
+
+class KeepsBatches(Trainer):
+    """Beside a trainer in a list of base classes: remember the micro-batches of the latest optimizer step."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.latest_batches: deque[dict[str, Any]] = deque(maxlen=self.args.gradient_accumulation_steps)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Tensor:
+        """Remember a micro-batch as it is before the trainer takes its columns apart, and learn from it."""
+        self.latest_batches.append(dict(inputs))
+        loss: Tensor = super().training_step(model, inputs, *rest, **named)
+        return loss
+
+    def save_batch(self, folder: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+        """Write the rows that an error names, or else the micro-batches of this step: as text, and their tensors.
+
+        Returns:
+            the file of the rows.
+        """
+        if not rows:
+            batches = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in self.latest_batches]
+            tensors = {f"{i}.{k}": v.detach().cpu().contiguous() for i, b in enumerate(batches) for k, v in b.items()}
+            save_file(tensors, folder / f"{FAILED_BATCH}.safetensors")
+            texts = [ids for batch in batches for ids in _token_rows(batch)]
+            rows = [{"text": self.processing_class.decode(ids, skip_special_tokens=True)} for ids in texts]
+        file = folder / f"{FAILED_BATCH}.jsonl"
+        write_jsonl(file, rows)
+        return file
+
+
+def _token_rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    """Return the texts of a micro-batch as ids, each by itself also where answers share a row."""
+    if "segments" in batch:
+        packed = Packed(*(batch[field.name].cpu() for field in fields(Packed)))
+        ids, mask = unpack(packed, pad_token_id=0)
+        return [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+    return batch["input_ids"].tolist() if "input_ids" in batch else []
+
+
+class StageSFTTrainer(KeepsBatches, SFTTrainer):
+    """`trl.SFTTrainer` in a stage."""
+
+
+class StagePairRewardTrainer(KeepsBatches, PairRewardTrainer):
+    """`PairRewardTrainer` in a stage, or for a member of a vote."""
+
+
+class StageContrastiveRewardTrainer(KeepsBatches, ContrastiveRewardTrainer):
+    """`ContrastiveRewardTrainer` in a stage."""
+
+
+class StageMetaRewardTrainer(KeepsBatches, MetaRewardTrainer):
+    """`MetaRewardTrainer` in a stage."""
+
+
+class StagePPOTrainer(KeepsBatches, PPOTrainer):
+    """`PPOTrainer` in a stage."""

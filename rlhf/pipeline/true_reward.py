@@ -1,0 +1,26 @@
+"""The true reward of a run, where one is known: of the lab, or of the file that `evaluate.gold` names."""
+
+from collections.abc import Sequence
+
+from rlhf.data.rows import Pair, answer
+from rlhf.evaluation.gold import GoldFunction, load_gold
+from rlhf.lab.world import gold as lab_gold
+from rlhf.models.text import plain
+from rlhf.recipe.schema import Recipe
+
+
+def load_true_reward(recipe: Recipe) -> GoldFunction | None:
+    """Return the function from prompts and answers, as texts, to their true rewards, or None where none is known."""
+    if recipe.evaluate.gold is not None:
+        return load_gold(recipe.evaluate.gold)
+    return lab_gold if recipe.lab is not None else None
+
+
+def gold_differences(rows: Sequence[Pair], gold: GoldFunction | None) -> list[float] | None:
+    """Return the true reward of each pair's chosen answer minus that of the rejected one, or None where none is known."""
+    if gold is None:
+        return None
+    prompts = [plain(row["prompt"]) for row in rows]
+    chosen = gold(prompts, [answer(row, "chosen") for row in rows])
+    rejected = gold(prompts, [answer(row, "rejected") for row in rows])
+    return [a - b for a, b in zip(chosen, rejected, strict=True)]

@@ -1,0 +1,189 @@
+"""The first half of PPO, read from top to bottom: sample answers, score them, run every role, work out what a token was worth.
+
+The second half, the update, is `PPOTrainer.training_step` and the losses below it.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf.data.rows import Prompt
+from rlhf.errors import TrainingError
+from rlhf.models.generate import Completions
+from rlhf.models.text import plain
+from rlhf.objectives.advantage import generalized_advantage, token_rewards
+from rlhf.objectives.kl import kl_k1
+from rlhf.objectives.masked import whiten
+from rlhf.objectives.ppo import explained_variance, truncated_importance
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.processes import mean_and_variance_of_all, moments_of_all, run_or_stop_all
+from rlhf.ppo.rewards import Scores
+from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample
+from rlhf.ppo.state import PPOState
+
+if TYPE_CHECKING:
+    from rlhf.ppo.trainer import PPOTrainer
+
+
+@torch.no_grad()
+def make_rollout(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Rollout:
+    """Return one batch of experience with an advantage for every token, whitened over all processes."""
+    # 1. Experience, with a reference that has followed so far; the history of rewards grows by it before it is used.
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.reference_mixup > 0 and trainer.episodes > 0:
+        trainer.reference.approach(accelerator.unwrap_model(trainer.model).policy, args.reference_mixup)
+    experience = run_or_stop_all(accelerator, trainer.experience, rows)
+    mask, values = experience.response_mask, experience.outputs.values
+    if args.running_reward_norm:
+        count, mean, variance = moments_of_all(accelerator, experience.scores)
+        trainer.progress.see_rewards(count, mean, variance * count)
+
+    # 2. A reward for every token: the score at the answer's last one, the sources' rewards of single tokens, the KL.
+    scores = shape_scores(experience.scores, experience.ended, args, trainer.progress)
+    kl_coef = trainer.progress.kl_coef if args.kl_estimator == "k1" else 0.0
+    rewards = token_rewards(scores, experience.kl, mask, kl_coef=kl_coef) + experience.dense
+
+    # 3. Advantages, whitened over all processes.
+    advantages, returns = generalized_advantage(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+    _, returns_variance = mean_and_variance_of_all(accelerator, returns, mask)
+    _, residual_variance = mean_and_variance_of_all(accelerator, returns - values, mask)
+    trainer.metrics.count("explained_variance", explained_variance(returns_variance, residual_variance), 1)
+    if args.whiten_advantages:
+        advantage_mean, advantage_variance = mean_and_variance_of_all(accelerator, advantages, mask)
+        advantages = whiten(advantages, mask, mean=advantage_mean, variance=advantage_variance)
+    _end_sampling(trainer, experience)
+    return Rollout(
+        experience.input_ids,
+        experience.attention_mask,
+        mask,
+        experience.outputs.logprobs,
+        experience.logprobs_reference,
+        values,
+        advantages,
+        returns,
+        experience.sampler_weights,
+    )
+
+
+@torch.no_grad()
+def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Experience:
+    """Sample answers to these prompts and run every role on them; no process waits for another.
+
+    Raises:
+        TrainingError: a reward or a log-probability is not finite; nothing has been updated then.
+    """
+    # 1. Sample answers and score them; text crosses to the reward functions, never ids.
+    prompts = [row["prompt"] for row in rows]
+    completions = trainer.sample(rows)
+    scores = trainer.rewards(rows, completions)
+    if trainer.args.baseline_samples > 0:
+        scores = scores._replace(total=scores.total - _reference_baseline(trainer, rows))
+
+    # 2. Log-probabilities and values by a full forward of the trained roles (not from the decoding pass: the
+    #    ratio of the first minibatch must be 1), and of the reference.
+    input_ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
+    attention_mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
+    mask = completions.response_mask
+    outputs, logprobs_reference = trainer._forward_in_parts(input_ids, attention_mask, mask)
+    kl = kl_k1(outputs.logprobs, logprobs_reference)
+    if not torch.isfinite(kl[mask.bool()]).all():
+        raise TrainingError(
+            "ppo: a log-probability of the policy or the reference is not finite; nothing was updated.",
+            rows=[{"prompt": p, "completion": text} for p, text in zip(prompts, completions.texts, strict=True)],
+        )
+    weights = torch.ones_like(kl)
+    if completions.logprobs_sampler is not None:
+        limit = trainer.args.vllm_importance_sampling_clip_max
+        weights = truncated_importance(outputs.logprobs, completions.logprobs_sampler, limit=limit)
+    experience = Experience(
+        input_ids,
+        attention_mask,
+        mask,
+        scores.total,
+        scores.per_token,
+        completions.ended,
+        kl,
+        outputs,
+        logprobs_reference,
+        weights,
+    )
+
+    # 3. Numbers and samples for people.
+    _report(trainer, prompts, completions, scores, experience)
+    return experience
+
+
+def shape_scores(scores: Tensor, ended: Tensor, args: PPOConfig, state: PPOState) -> Tensor:
+    """Return scores as they are optimised, [b]: normalised by their history where asked for, clipped, end penalty applied."""
+    if args.running_reward_norm:
+        mean, std = state.reward_scale
+        scores = (scores - mean) / std
+    if args.reward_clip is not None:
+        scores = scores.clamp(-args.reward_clip, args.reward_clip)
+    if args.missing_eos_penalty is not None:
+        scores = scores - args.missing_eos_penalty * (~ended).to(scores.dtype)
+    return scores
+
+
+def _reference_baseline(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Tensor:
+    """Score the reference's own answers to these prompts, [b]: the mean of `baseline_samples` fresh ones each.
+
+    It is subtracted from the reward (contrastive reward, arXiv:2403.07708): a prompt whose answers all score high
+    teaches no more than another.
+    """
+    repeated = [row for row in rows for _ in range(trainer.args.baseline_samples)]
+    with trainer.reference.acting() as model:
+        completions = trainer.generate(model, repeated)
+    return trainer.rewards(repeated, completions).total.view(len(rows), -1).mean(dim=1)
+
+
+def _report(
+    trainer: "PPOTrainer",
+    prompts: Sequence[Prompt],
+    completions: Completions,
+    scores: Scores,
+    experience: Experience,
+) -> None:
+    """Count what a log says of sampled answers, and keep the answers as samples."""
+    args, texts, ended = trainer.args, completions.texts, completions.ended
+    readable = [plain(prompt) for prompt in prompts]
+    monitored = {
+        name: [float(x) for x in function(readable, list(texts))] for name, function in trainer.monitors.items()
+    }
+    without_penalty = shape_scores(scores.total, torch.ones_like(ended), args, trainer.progress)
+    trainer.metrics.count_experience(
+        experience,
+        completions,
+        raw=scores.raw,
+        shaped=shape_scores(scores.total, ended, args, trainer.progress),
+        at_clip=None if args.reward_clip is None else without_penalty.abs() >= args.reward_clip,
+        disagreement=scores.disagreement,
+        longest_prompt=trainer.longest_prompt,
+        monitored=monitored,
+    )
+    mask, kl = experience.response_mask.bool(), experience.kl
+    kl_sequence = torch.where(mask, kl, torch.zeros_like(kl)).sum(dim=1)
+    gold: Sequence[float | None] = monitored.get("gold", [None] * len(prompts))
+    columns = (prompts, texts, scores.raw.tolist(), gold, kl_sequence.tolist(), ended.tolist())
+    trainer.latest_samples = [Sample(*values) for values in zip(*columns, strict=True)]
+
+
+def _end_sampling(trainer: "PPOTrainer", experience: Experience) -> None:
+    """Count the episodes, and let the KL of this rollout decide the coefficient of the next, or the end."""
+    args, mask = trainer.args, experience.response_mask.bool()
+    kl_sequence = torch.where(mask, experience.kl, torch.zeros_like(experience.kl)).sum(dim=1)
+    count, kl, _ = moments_of_all(trainer.accelerator, kl_sequence)
+    trainer.progress.episodes += int(count)
+    trainer.metrics.count("kl_coef", trainer.progress.kl_coef, 1)
+    if args.kl_target is not None:
+        trainer.progress.adapt(kl, target=args.kl_target, horizon=args.kl_horizon, episodes=int(count))
+    if args.kl_limit is not None and kl > args.kl_limit:
+        trainer.stopped = (
+            f"ppo: stopped after {trainer.episodes} episodes: the KL, {kl:.1f} nats an answer, is over "
+            f"kl_limit={args.kl_limit:g}."
+        )
+        if trainer.accelerator.is_main_process:
+            warnings.warn(trainer.stopped, stacklevel=2)

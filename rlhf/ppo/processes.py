@@ -1,0 +1,52 @@
+"""What several processes do together: means and variances over all of them, and stopping where one of them fails."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rlhf.errors import TrainingError
+from rlhf.objectives.masked import masked_sums, mean_and_variance
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def mean_and_variance_of_all(accelerator: Accelerator, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance (1/n) of the values under a mask, over all processes; called by all of them together."""
+    return mean_and_variance(accelerator.reduce(masked_sums(values, mask), reduction="sum"))
+
+
+def moments_of_all(accelerator: Accelerator, values: Tensor) -> tuple[float, float, float]:
+    """Return number, mean and variance (1/n) of a vector over all processes; called by all of them together."""
+    ones = torch.ones_like(values)
+    mean, variance = mean_and_variance_of_all(accelerator, values, ones)
+    count = accelerator.reduce(ones.sum(), reduction="sum")
+    return count.item(), mean.item(), variance.item()
+
+
+def run_or_stop_all(
+    accelerator: Accelerator,
+    procedure: Callable[Arguments, Result],
+    *arguments: Arguments.args,
+    **keywords: Arguments.kwargs,
+) -> Result:
+    """Return what a procedure returns; where it fails on one process, stop all of them instead of waiting for that one.
+
+    Raises:
+        TrainingError: another process failed; on that one, what it raised.
+    """
+    results: list[Result] = []
+    failure: Exception | None = None
+    try:
+        results.append(procedure(*arguments, **keywords))
+    except Exception as error:  # raised again, below
+        failure = error
+    failed = accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), reduction="sum")
+    if failure is not None:
+        raise failure
+    if failed > 0:
+        raise TrainingError("ppo: another process stopped (its error says why); nothing was updated.")
+    return results[0]

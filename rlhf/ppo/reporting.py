@@ -1,0 +1,64 @@
+"""What people are told of a run: troubles and samples at every log, and the numbers of an evaluation."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+
+from rlhf._trl import print_prompt_completions_sample
+from rlhf.errors import UserError
+from rlhf.models.text import plain
+from rlhf.ppo.metrics import RolloutMetrics
+
+if TYPE_CHECKING:
+    from rlhf.ppo.trainer import PPOTrainer
+
+
+def warn_of_trouble(trainer: "PPOTrainer", row: dict[str, float]) -> None:
+    """Warn of what is new to worry about after a rollout with these metrics, and end training where that was asked for."""
+    for sentence in trainer.progress.health.look(row):  # the same on every process
+        if trainer.args.stop_when_unhealthy:
+            trainer.stopped = trainer.stopped or sentence
+            trainer.control.should_save = trainer.control.should_training_stop = True
+        if trainer.accelerator.is_main_process:
+            warnings.warn(sentence, stacklevel=3)
+
+
+def print_samples(trainer: "PPOTrainer") -> None:
+    """Print the first of the latest answers, as many as `num_completions_to_print`."""
+    if not trainer.args.num_completions_to_print or not trainer.accelerator.is_main_process:
+        return
+    samples = trainer.latest_samples[: trainer.args.num_completions_to_print]
+    print_prompt_completions_sample(
+        [plain(sample.prompt) for sample in samples],
+        [sample.completion for sample in samples],
+        {"proxy": [sample.proxy for sample in samples]},
+        [sample.kl for sample in samples],
+        trainer.state.global_step,
+    )
+
+
+def evaluate(trainer: "PPOTrainer", dataset: Dataset | None) -> dict[str, float]:
+    """Sample and score the prompts of a dataset with the current policy, every process its share, and train nothing.
+
+    Returns:
+        the metrics of the answers, means over all processes; what was counted for the next log is left as it was.
+
+    Raises:
+        UserError: there is no dataset, or not a prompt for each process.
+    """
+    accelerator, size = trainer.accelerator, trainer.args.per_device_eval_batch_size
+    if dataset is None:
+        raise UserError("ppo: evaluation was asked for but there is no eval_dataset.")
+    if len(dataset) < accelerator.num_processes:
+        raise UserError(
+            f"ppo: {len(dataset)} evaluation prompts for {accelerator.num_processes} processes; give one to each."
+        )
+    kept_metrics, kept_samples = trainer.metrics, trainer.latest_samples
+    trainer.metrics = RolloutMetrics(accelerator)
+    indices = list(range(len(dataset)))[accelerator.process_index :: accelerator.num_processes]
+    for start in range(0, len(indices), size):
+        trainer.experience(dataset.select(indices[start : start + size]).to_list())
+    means = trainer.metrics.take()
+    trainer.metrics, trainer.latest_samples = kept_metrics, kept_samples
+    return means

@@ -1,0 +1,185 @@
+"""The table of objectives: what each needs, what it does to the pairs, and which loss it trains with (design §11).
+
+The schema's values of `reward.objective`, the planning of a vote, the denoising step, the trainers in Python and the guide's
+table are all read from here. Functions are named, not imported, so that reading the table loads no torch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+Column = Literal["margin", "confidence", "weight"]
+# What the general pair loss reads of a pair, each with the value that changes nothing.
+PAIR_COLUMNS: Mapping[str, float] = {"margin": 0.0, "confidence": 1.0, "weight": 1.0}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective needs beside pairs.
+
+    Attributes:
+        vote: preference strength of every pair, and the noise that the votes prove.
+        column: a column of the file that every pair must have.
+        or_rating_gap: a pair without that column may have `rating_gap` in its place.
+    """
+
+    vote: bool = False
+    column: Column | None = None
+    or_rating_gap: bool = False
+
+    def __str__(self) -> str:
+        if self.vote:
+            return "a vote"
+        if self.column is None:
+            return "nothing"
+        return f"`{self.column}`{' or ratings' if self.or_rating_gap else ''}"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, the columns that it reads, and the head whose scores it reads.
+
+    Attributes:
+        function: dotted name of `(chosen [b], rejected [b], *, a keyword for each column [b]) -> [b]`, in nats, unreduced.
+            It also takes `flip_rate` where a recipe sets it.
+        columns: the columns, each with the value that a pair without one has.
+        head: dotted name of the function that builds a model with that head, called as `build_reward_model` is.
+    """
+
+    function: str = "rlhf.objectives.pairwise.pair_loss"
+    columns: Mapping[str, float] = field(default_factory=lambda: PAIR_COLUMNS)
+    head: str = "rlhf.models.load.build_reward_model"
+
+
+PAIR_LOSS = Loss()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A row of the table.
+
+    Attributes:
+        name: its value in `reward.objective`.
+        summary: what it does, in half a sentence.
+        paper: where it is from; empty where it is our own.
+        needs: what it needs beside pairs.
+        apply: dotted name of the function that makes the pairs that it trains on, `(rows, config)`, or
+            `(rows, config, strength, noise)` where it needs a vote, to `Denoised`; None where pairs stay as they are.
+        loss: what it trains with.
+    """
+
+    name: str
+    summary: str
+    paper: str = ""
+    needs: Needs = Needs()
+    apply: str | None = None
+    loss: Loss = PAIR_LOSS
+
+
+VOTE = Needs(vote=True)
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective
+    for objective in (
+        Objective("bt", "Bradley-Terry on the pairs as they are", "arXiv:2203.02155 eq. 1"),
+        Objective(
+            "margin",
+            "the file's margin, or the gap of its ratings",
+            "arXiv:2307.09288 eq. 2",
+            needs=Needs(column="margin", or_rating_gap=True),
+            apply="rlhf.reward.denoise.margin_of_ratings",
+        ),
+        Objective(
+            "scaled",
+            "the gap of the ratings as weight",
+            "arXiv:2410.01257",
+            needs=Needs(column="weight", or_rating_gap=True),
+            apply="rlhf.reward.denoise.weight_of_ratings",
+        ),
+        Objective(
+            "smoothing",
+            "P(label) = 1 - `smoothing` on all pairs",
+            "arXiv:2401.06080 eq. 5",
+            apply="rlhf.reward.denoise.smooth_all",
+        ),
+        Objective("soft", "the file's confidence as P(label)", needs=Needs(column="confidence")),
+        Objective(
+            "flip",
+            "the weakest tenth of the labels flipped",
+            "arXiv:2401.06080 section 2.4",
+            needs=VOTE,
+            apply="rlhf.reward.denoise.flip",
+        ),
+        Objective(
+            "adaptive_margin",
+            "the mean strength as margin",
+            "arXiv:2401.06080 eq. 6",
+            needs=VOTE,
+            apply="rlhf.reward.denoise.adaptive_margin",
+        ),
+        Objective(
+            "flip_margin",
+            "both of these; a flipped pair's margin changes sign",
+            "arXiv:2401.06080 section 2.5",
+            needs=VOTE,
+            apply="rlhf.reward.denoise.flip_with_margin",
+        ),
+        Objective(
+            "soft_margin",
+            "smoothing where strength < 0, margin everywhere",
+            "arXiv:2401.06080 section 2.5",
+            needs=VOTE,
+            apply="rlhf.reward.denoise.smooth_with_margin",
+        ),
+        Objective(
+            "vote_soft",
+            "the share of votes that agree, as P(label)",
+            needs=VOTE,
+            apply="rlhf.reward.denoise.share_as_confidence",
+        ),
+        Objective(
+            "vote_sigmoid",
+            "σ of the calibrated mean strength, as P(label)",
+            needs=VOTE,
+            apply="rlhf.reward.denoise.strength_as_confidence",
+        ),
+        Objective(
+            "posterior",
+            "P(label) given the vote and the share of wrong labels that it proves",
+            needs=VOTE,
+            apply="rlhf.reward.denoise.posterior_as_confidence",
+        ),
+        Objective(
+            "weight",
+            "the posterior as weight",
+            needs=VOTE,
+            apply="rlhf.reward.denoise.posterior_as_weight",
+        ),
+        Objective(
+            "drop",
+            "the weakest tenth of the pairs left out",
+            needs=VOTE,
+            apply="rlhf.reward.denoise.drop",
+        ),
+    )
+}
+# A type checker reads no values, so to it an objective is any string; pydantic accepts exactly the names above.
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """Return the function that a dotted name of the table stands for, importing its module."""
+    module, _, attribute = name.rpartition(".")
+    function: Callable[..., Any] = getattr(import_module(module), attribute)
+    return function
+
+
+def objectives_table() -> str:
+    """Write the table of objectives in Markdown, as `recipes/guides/noisy_labels.md` shows it."""
+    lines = ["| `reward.objective` | needs | what it does | from |", "|---|---|---|---|"]
+    for objective in OBJECTIVES.values():
+        lines.append(f"| `{objective.name}` | {objective.needs} | {objective.summary} | {objective.paper or 'here'} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,105 @@
+"""What pages and cards read of a run, as types: `summary.json`, manifests, and the JSON lines of stages."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from rlhf.errors import UserError
+from rlhf.files import read_jsonl
+
+# Numbers by name, an interval beside a mean as `<name>_ci`, null where a run does not know: the facts of a stage, a section
+# of summary.json, a reward model's report on pairs, a pair with its two scores.
+Facts = Mapping[str, Any]
+# A row of metrics.jsonl.
+Metrics = Mapping[str, float | None]
+
+
+class Round(TypedDict):
+    """One round of `summary.json`."""
+
+    round: int
+    policy: Facts
+    reward: Facts
+    labels: Facts
+    change_in_gold: Facts | None
+    hindsight: NotRequired[Facts | None]
+
+
+class BestOf16(TypedDict):
+    """What the best of 16 answers of SFT reach, chosen by the reward model and by the true reward."""
+
+    by_reward: Facts
+    by_gold: Facts
+
+
+class Summary(TypedDict):
+    """A run in numbers: `summary.json`."""
+
+    recipe: str
+    seed: int
+    seconds: dict[str, float]
+    lab: Facts
+    sft: Facts
+    rounds: list[Round]
+    best_round: int | None
+    best_of_16: BestOf16
+    gold_gap_closed: float | None
+    evaluated_prompts: int | None
+    stopped: str | None
+
+
+class Parent(TypedDict):
+    """A stage that another one read, in the other's manifest."""
+
+    folder: str
+
+
+class Manifest(TypedDict):
+    """A finished stage: `manifest.json`."""
+
+    settings: dict[str, Any]
+    parents: dict[str, Parent]
+    facts: Facts
+    versions: dict[str, str]
+    code: str | None
+    key: str
+    seed: int
+    seconds: float
+
+
+class JudgedPrompt(TypedDict):
+    """A held-out prompt with SFT's answer and the policy's: a row of the evaluate stage's `samples.jsonl`."""
+
+    prompt: str
+    sft: str
+    policy: str
+    proxy_sft: float
+    proxy_policy: float
+    gold_sft: float | None
+    gold_policy: float | None
+    kl: float
+
+
+def read_summary(run: Path) -> Summary:
+    """Read the run in numbers.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    file = run / "summary.json"
+    if not file.is_file():
+        raise UserError(f"{run}: no summary.json; this folder holds no run.")
+    summary: Summary = json.loads(file.read_text(encoding="utf-8"))
+    return summary
+
+
+def read_manifests(run: Path) -> dict[str, Manifest]:
+    """Read the manifest of every finished stage by its folder, in the order in which the stages were finished."""
+    files = sorted(run.glob("round-*/*/manifest.json"), key=lambda file: file.stat().st_mtime)
+    return {str(file.parent.relative_to(run)): json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def read_rows(path: Path) -> list[Any]:
+    """Read the rows of a run's JSON lines, without marks of resumption; return none if the file is not there."""
+    return [row for row in read_jsonl(path) if "resumed_from" not in row] if path.is_file() else []

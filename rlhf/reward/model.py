@@ -1,0 +1,112 @@
+"""A reward model as it is used: text in, raw scalar out."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data.rows import Message, Prompt
+from rlhf.errors import UserError
+from rlhf.models.batching import batches_by_length, pad_batch, run_batches
+from rlhf.models.load import score_head
+from rlhf.models.score import score_rows
+from rlhf.models.text import encode_answers
+
+# A one-label classifier of transformers, with or without an adapter, or a module that is called like one.
+Network: TypeAlias = PreTrainedModel | PeftModel
+NO_FEATURES = "reward model: no single linear head, so its features are not known; take pairs at random."
+
+
+class RewardModel:
+    """A reward model with its tokenizer, and the scale of its scores.
+
+    Attributes:
+        model: the network, frozen.
+        tokenizer: the network's; the policy may have another one.
+        mean, std: mean and deviation of raw scores on SFT samples; `(score - mean) / std` has unit scale there.
+        conversational: whether it was trained on conversations; a prompt that is a string is then read as one user turn.
+        max_length: in tokens; longer texts lose the beginning of their prompt. Default: the model's positions.
+        batch_size: texts in a forward.
+        cut: how many texts have lost the beginning of their prompt so far.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        conversational: bool = False,
+        max_length: int | None = None,
+        batch_size: int = 64,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.mean, self.std = mean, std
+        self.conversational = conversational
+        self.max_length = position_limit(model, tokenizer) if max_length is None else max_length
+        self.batch_size = batch_size
+        self.cut = 0
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Return raw scores [n], float32 on the CPU, in the order given.
+
+        Args:
+            prompts: strings, or conversations that end with the turn to be answered.
+            responses: texts without special tokens.
+            ended: whether each answer came to its end; None if all did.
+        """
+        rows = self.encode(prompts, responses, ended)
+        was_training = self.model.training
+        self.model.eval()
+        scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
+        self.model.train(was_training)
+        return scores
+
+    @torch.no_grad()
+    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        """Return what the linear head reads at each answer's last token, [n, h], float32 on the CPU.
+
+        Raises:
+            UserError: the network has no linear head (it is an encoder).
+        """
+        head = score_head(self.model)
+        if head is None:
+            raise UserError(NO_FEATURES)
+        rows = self.encode(prompts, responses, None)
+        read: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].detach()))
+        device = next(self.model.parameters()).device
+
+        def last_features(batch: list[int]) -> Tensor:
+            ids, mask = pad_batch([rows[i] for i in batch], pad_token_id=0)
+            self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+            return read.pop()[torch.arange(len(batch)), mask.sum(dim=1) - 1].float().cpu()
+
+        try:
+            batches = batches_by_length([len(row) for row in rows], self.batch_size)
+            features = run_batches(last_features, batches)
+        finally:
+            handle.remove()
+        return torch.stack(features) if features else torch.empty(0, head.in_features)
+
+    def encode(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None
+    ) -> list[list[int]]:
+        """Return the token rows that the model reads, and count in `cut` the texts that were too long."""
+        if self.conversational:
+            prompts = [[Message(role="user", content=p)] if isinstance(p, str) else p for p in prompts]
+        rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
+        self.cut += cut
+        return rows
+
+
+def position_limit(model: Network, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens a model can read: an encoder has no positions beyond, a decoder was not trained on them."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)

@@ -1,0 +1,42 @@
+"""Sizes: every row is counted, tokens are those that the models read, and what nobody has written yet is said."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf.cost.sizes import count_sizes
+from rlhf.files import write_jsonl
+from rlhf.models.text import answer_text, encode, prompt_text
+from tests.conftest import PROMPTS
+
+
+def turn(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_rows_and_tokens_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    prompt = PROMPTS[0]
+    write_jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": prompt, "chosen": turn("yes please"), "rejected": turn("no")}] * 600
+    )
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": prompt, "completion": turn("yes")}] * 3)
+    sizes = count_sizes(tmp_path, tokenizer, longest_answer=99)
+
+    def tokens(text: str) -> int:
+        return len(encode(tokenizer, [text], conversational=True)[0])
+
+    assert sizes.rows == {"sft": 3, "pairs": 600, "test_pairs": 0, "prompts": 0, "test_prompts": 0}
+    asked = tokens(prompt_text(tokenizer, prompt))
+    assert sizes.prompts == [asked] * 512, "as many as are counted"
+    assert sizes.answers == [
+        tokens(answer_text(tokenizer, prompt, x)) - asked for x in ("yes please", "no") for _ in range(512)
+    ]
+    assert sizes.demonstrations == [tokens(answer_text(tokenizer, prompt, "yes"))] * 3
+    assert sizes.notes == []
+
+
+def test_answers_that_nobody_has_written_are_as_long_as_they_may_be(tokenizer: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:5]])
+    sizes = count_sizes(tmp_path, tokenizer, longest_answer=12)
+    assert sizes.rows["prompts"] == len(sizes.prompts) == 5
+    assert (sizes.answers, sizes.demonstrations) == ([12], [])
+    assert sizes.notes == ["No pairs yet: answers are taken to be 12 tokens long, so these are upper bounds."]

@@ -1,0 +1,73 @@
+"""`rlhf plan`: rows and steps are those of the run, and what is not known is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.pipeline.estimate import estimate
+from rlhf.recipe import load_recipe
+from tests.command import rlhf
+from tests.pipeline.test_run import RECIPE
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("plan") / "r.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def test_rows_and_steps_are_those_of_the_run(recipe_file: Path) -> None:
+    overrides = ["reward.objective=posterior", "vote.members=3", "vote.folds=3", "rounds.count=2", "rounds.prompts=20"]
+    overrides += ["rounds.responses=3", "rounds.labels=25", "ppo.total_episodes=32", "evaluate.prompts=8"]
+    run = recipe_file.parent / "x"
+    assert rlhf("run", str(recipe_file), "--out", str(run), *overrides, cwd=recipe_file.parent).returncode == 0
+    found, notes = estimate(load_recipe(recipe_file, overrides))
+    assert notes == []
+    stages = {stage.folder: stage for stage in found}
+    assert list(stages) == [
+        "round-0/sft",
+        *(f"round-1/{name}" for name in ("vote", "reward", "ppo", "evaluate")),
+        *(f"round-2/{name}" for name in ("sample", "vote", "reward", "ppo", "evaluate")),
+    ]
+    facts = {name: json.loads((run / name / "manifest.json").read_text())["facts"] for name in stages}
+
+    def last_step(folder: str) -> int:
+        rows = [json.loads(line) for line in (run / folder / "metrics.jsonl").read_text().splitlines()]
+        return int(rows[-1]["step"])
+
+    assert stages["round-0/sft"].rows == facts["round-0/sft"]["demonstrations"]
+    assert stages["round-0/sft"].tokens == 2 * facts["round-0/sft"]["tokens"]  # two epochs; all rows are counted
+    for folder in ("round-0/sft", "round-1/reward", "round-2/reward", "round-1/ppo"):
+        assert stages[folder].steps == last_step(folder), folder
+    for folder in ("round-1/reward", "round-2/reward", "round-1/vote", "round-2/vote"):
+        assert stages[folder].rows == facts[folder]["pairs"], folder
+    assert stages["round-1/ppo"].rows == facts["round-1/ppo"]["episodes"]
+    assert stages["round-2/sample"].rows == facts["round-2/sample"]["samples"]
+    assert stages["round-1/evaluate"].rows == 8 * 17
+    assert stages["round-2/evaluate"].rows == 8  # SFT's answers are there already
+    assert all(stage.seconds > 0 and stage.bytes > 0 for stage in found)
+
+
+def test_the_command_prints_it_and_writes_nothing(recipe_file: Path) -> None:
+    before = sorted(recipe_file.parent.iterdir())
+    result = rlhf("plan", str(recipe_file), cwd=recipe_file.parent)
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in ("round-0/sft", "round-1/ppo", "memory", "tokens", "steps", "time"))
+    assert sorted(recipe_file.parent.iterdir()) == before
+
+
+def test_data_on_a_hub_are_not_downloaded(base_folder: Path, tmp_path: Path) -> None:
+    text = f"name: h\nbackbone: {{model: {base_folder}}}\ndata: {{preferences: a/b, sft: a/b, max_pairs: 400%s}}\n"
+    text += "sft: {max_length: 64}\nppo: {total_episodes: 32, max_prompt_length: 20, max_completion_length: 10}\n"
+    (tmp_path / "r.yaml").write_text(text % "")
+    with pytest.raises(UserError, match=r"data.sft, data.preferences lie on a hub .* set data.max_sft"):
+        estimate(load_recipe(tmp_path / "r.yaml"))
+    (tmp_path / "r.yaml").write_text(text % ", max_sft: 100")
+    found, (note,) = estimate(load_recipe(tmp_path / "r.yaml"))
+    assert "upper bounds" in note
+    rows = {stage.folder: (stage.rows, stage.tokens) for stage in found}
+    assert rows["round-0/sft"] == (100, 100 * 64 * 3)
+    assert rows["round-1/reward"] == (400, 400 * (20 + 2 * 10))

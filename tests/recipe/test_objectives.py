@@ -1,0 +1,216 @@
+"""The table of objectives is complete, and everything that is read from it agrees with it."""
+
+import inspect
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf import OBJECTIVES
+from rlhf.errors import UserError
+from rlhf.objectives.strength import VoteStrength
+from rlhf.pipeline.plan import plan
+from rlhf.recipe import load_recipe
+from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, objectives_table, resolve
+from rlhf.recipe.schema import RewardSection
+from rlhf.reward.denoise import DenoiseConfig, Denoised, denoised
+from rlhf.reward.noise import NoiseEstimate
+
+GUIDE = Path(__file__).parents[2] / "recipes" / "guides" / "noisy_labels.md"
+VOTED = [name for name, objective in OBJECTIVES.items() if objective.needs.vote]
+
+
+# ---- The rows ----
+
+
+def test_every_row_is_whole() -> None:
+    for name, objective in OBJECTIVES.items():
+        assert objective.name == name
+        assert objective.summary
+        assert not objective.summary.endswith(".")
+        assert not (objective.needs.vote and objective.needs.column), "votes or a column of the file"
+        assert objective.needs.column is not None or not objective.needs.or_rating_gap
+        names = [objective.apply, objective.loss.function, objective.loss.head]
+        assert all(callable(resolve(dotted)) for dotted in names if dotted is not None)
+        assert set(objective.loss.columns) <= set(inspect.signature(resolve(objective.loss.function)).parameters)
+
+
+def test_functions_take_what_the_table_says() -> None:
+    for objective in OBJECTIVES.values():
+        if objective.apply is not None:
+            expected = ["rows", "config", "strength", "noise"] if objective.needs.vote else ["rows", "config"]
+            assert list(inspect.signature(resolve(objective.apply)).parameters) == expected
+
+
+def test_columns_that_a_pair_lacks_change_nothing() -> None:
+    chosen, rejected = torch.randn(5), torch.randn(5)
+    loss = resolve(PAIR_LOSS.function)
+    torch.testing.assert_close(loss(chosen, rejected, **PAIR_COLUMNS), loss(chosen, rejected), atol=0, rtol=0)
+
+
+def test_reading_the_table_loads_no_torch() -> None:
+    code = "import sys, rlhf; rlhf.OBJECTIVES; from rlhf.recipe.objectives import objectives_table; objectives_table()"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
+
+
+# ---- What is read from them ----
+
+
+def test_a_recipe_takes_exactly_the_names_of_the_table(tmp_path: Path) -> None:
+    assert RewardSection.model_json_schema()["properties"]["objective"]["enum"] == list(OBJECTIVES)
+    file = tmp_path / "r.yaml"
+    file.write_text("name: x\nlab: {}\nreward: {objective: btt}\n", encoding="utf-8")
+    *names, last = [repr(name) for name in OBJECTIVES]
+    with pytest.raises(UserError) as error:
+        load_recipe(file)
+    assert error.value.problems == [f"{file}:3: reward.objective: input should be {', '.join(names)} or {last}."]
+    with pytest.raises(UserError, match="'btt' is none of bt, margin"):
+        DenoiseConfig("btt")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_vote_is_planned_where_the_table_needs_one(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"name: x\nlab: {{}}\nreward: {{objective: {name}}}\n", encoding="utf-8")
+    recipe = load_recipe(file)
+    assert recipe.reward.needs_vote == (name in VOTED)
+    assert ("vote" in [stage.name for stage in plan(recipe)]) == (name in VOTED)
+
+
+def test_the_guide_has_the_table() -> None:
+    _, begin, rest = GUIDE.read_text(encoding="utf-8").partition("<!-- objectives -->\n")
+    assert begin, f"{GUIDE.name} has no <!-- objectives -->"
+    table, end, _ = rest.partition("<!-- /objectives -->")
+    assert end, f"{GUIDE.name} has no <!-- /objectives -->"
+    assert table.strip() == objectives_table().strip(), (
+        "python -c 'from rlhf.recipe.objectives import objectives_table as t; print(t())'"
+    )
+    assert max(len(line) for line in table.splitlines()) <= 120
+
+
+# ---- What each does: closed forms ----
+
+MEAN = torch.tensor([-2.0, -0.5, 1.0, 3.0, 0.4])
+STRENGTH = VoteStrength(MEAN, torch.ones(5), torch.tensor([0.0, 0.25, 0.5, 1.0, 0.75]), torch.full((5,), 4))
+NOISE = NoiseEstimate(flip_rate=0.25, fitted=0.2, scale=0.5, low=0.15, high=0.3)
+SMALL = {"flip_fraction": 0.4, "margin_scale": 0.5}
+POSTERIOR = [1 / (1 + math.exp(-0.5 * d) * 0.2 / 0.8) for d in MEAN.tolist()]
+
+
+def pairs(**columns: Any) -> list[Any]:
+    """Five pairs with ratings and a confidence; annotators called the last one equal."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"p{i}"}],
+            "chosen": [{"role": "assistant", "content": f"good {i}"}],
+            "rejected": [{"role": "assistant", "content": f"bad {i}"}],
+            **columns,
+        }
+        for i in range(5)
+    ]
+
+
+def rated() -> list[Any]:
+    return [
+        {**pair, "rating_gap": 1.0 + i, "confidence": 0.5 if i == 4 else 0.9}
+        for i, pair in enumerate(pairs(annotator="ann"))
+    ]
+
+
+# Of each objective the columns that it sets; None where a pair keeps what it has. Flips and drops are those of pairs 0 and 1.
+COLUMNS: dict[str, dict[str, list[float | None]]] = {
+    "bt": {},
+    "margin": {"margin": [0.5, 1.0, 1.5, 2.0, 2.5]},
+    "scaled": {"weight": [1.0, 2.0, 3.0, 4.0, 5.0]},
+    "smoothing": {"confidence": [0.8, 0.8, 0.8, 0.8, 0.8]},
+    "soft": {},
+    "flip": {"confidence": [0.1, 0.1, None, None, None]},
+    "adaptive_margin": {"margin": [-1.0, -0.25, 0.5, 1.5, None]},
+    "flip_margin": {"margin": [1.0, 0.25, 0.5, 1.5, None], "confidence": [0.1, 0.1, None, None, None]},
+    "soft_margin": {"margin": [-1.0, -0.25, 0.5, 1.5, None], "confidence": [0.8, 0.8, 1.0, 1.0, None]},
+    "vote_soft": {"confidence": [0.0, 0.25, 0.5, 1.0, None]},
+    "vote_sigmoid": {"confidence": [1 / (1 + math.exp(-0.5 * d)) for d in MEAN.tolist()[:4]] + [None]},
+    "posterior": {"confidence": [*POSTERIOR[:4], None]},
+    "weight": {"weight": [*POSTERIOR[:4], None]},
+    "drop": {},
+}
+
+
+def check(name: str) -> None:
+    """An objective does to the rated pairs what is written down above."""
+    flips, drops = name in ("flip", "flip_margin"), name == "drop"
+    expected = []
+    for i, row in enumerate(rated()):
+        values = {column: values[i] for column, values in COLUMNS[name].items() if values[i] is not None}
+        sides = {"chosen": row["rejected"], "rejected": row["chosen"]} if flips and i < 2 else {}
+        expected.append({**row, **sides, **{column: pytest.approx(value) for column, value in values.items()}})
+    rows, flipped = denoised(rated(), DenoiseConfig(name, **SMALL), STRENGTH, NOISE)
+    assert rows == (expected[2:] if drops else expected)
+    assert flipped == (2 if flips else None)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_objective_in_closed_form(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_function_of_another_objective_would_be_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = OBJECTIVES[name]
+    others = {other.apply for other in OBJECTIVES.values()} - {row.apply}
+    assert len(others) >= 12
+    for other in others:
+        monkeypatch.setitem(OBJECTIVES, name, replace(row, apply=other))
+        with pytest.raises((AssertionError, TypeError)):  # another result, or called with votes that it does not take
+            check(name)
+
+
+# ---- What each needs ----
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_is_needed_is_refused_where_it_is_missing(name: str) -> None:
+    needs, config = OBJECTIVES[name].needs, DenoiseConfig(name)
+
+    def apply(rows: list[Any], strength: VoteStrength | None = None, noise: NoiseEstimate | None = None) -> Denoised:
+        return denoised(rows, config, strength, noise)
+
+    if needs.vote:
+        with pytest.raises(AssertionError, match="plans a vote"):
+            apply(pairs())
+        with pytest.raises(AssertionError, match="comes with the votes"):
+            apply(pairs(), STRENGTH)
+        assert apply(pairs(), STRENGTH, NOISE).rows
+    elif needs.column is None:
+        assert len(apply(pairs()).rows) == 5
+    else:
+        ratings = " and no ratings" if needs.or_rating_gap else ""
+        first, *rest = pairs(**{needs.column: 0.7})
+        sentence = (
+            f"reward.objective is {name}, but 5 of 5 pairs (the first is number 0) have no '{needs.column}'{ratings}; "
+            "add it, or choose another objective."
+        )
+        with pytest.raises(UserError) as error:
+            apply(pairs())
+        assert error.value.problems == [sentence]
+        with pytest.raises(UserError, match=r"2 of 6 pairs \(the first is number 1\)"):
+            apply([first, *pairs()[:2], *rest[:3]])
+        assert apply([first, *rest]).rows == [first, *rest]
+        if needs.or_rating_gap:
+            assert [row[needs.column] for row in apply(pairs(rating_gap=2)).rows] == [2.0] * 5
+        else:
+            with pytest.raises(UserError):
+                apply(pairs(rating_gap=2))
+
+
+def test_the_table_is_written_with_its_needs() -> None:
+    rows = {line.split("`")[1]: line for line in objectives_table().splitlines()[2:]}
+    assert list(rows) == list(OBJECTIVES)
+    assert all(("| a vote |" in line) == (name in VOTED) for name, line in rows.items())
+    assert "| `margin` or ratings |" in rows["margin"]
+    assert "| `confidence` |" in rows["soft"]
