@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -29,14 +29,42 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.
     return result
 
 
+class Surprise(NamedTuple):
+    """Moments of the surprise -log π(a) of a token a that is drawn from π, at every position.
+
+    Attributes:
+        entropy: [b, r] the mean, nats.
+        variance: [b, r] nats².
+        third: [b, r] the third central moment, nats³.
+    """
+
+    entropy: Tensor
+    variance: Tensor
+    third: Tensor
+
+
 @torch.no_grad()
-def token_entropy(logits: Tensor, length: int, *, temperature: float = 1.0) -> Tensor:
-    """Return the entropy of softmax(logits / T) at the first `length` positions, [b, length], float32, nats; without gradient."""
+def token_surprise(logits: Tensor, length: int, *, temperature: float = 1.0) -> Surprise:
+    """Return the moments of the surprise under softmax(logits / T) at the first `length` positions, float32, no gradient.
+
+    With s = -log π: entropy = E[s], variance = E[s²] - E[s]², third = E[s³] - 3 E[s] E[s²] + 2 E[s]³, in passes over a few
+    rows that stay in the cache.
+
+    >>> surprise = token_surprise(torch.zeros(1, 1, 4), 1)
+    >>> round(surprise.entropy.item(), 4), round(abs(surprise.variance.item()), 4)
+    (1.3863, 0.0)
+    """
     parts = []
     for rows in _few_rows(logits):
         log_softmax = torch.log_softmax(logits[rows, :length].float() / temperature, dim=-1)
-        parts.append(-(log_softmax.exp() * log_softmax).sum(dim=-1))
-    return torch.cat(parts)
+        weighted = log_softmax.exp()
+        moments = []
+        for _ in range(3):
+            weighted.mul_(log_softmax)
+            moments.append(weighted.sum(dim=-1))
+        first, second, third = -moments[0], moments[1], -moments[2]
+        parts.append((first, (second - first**2).clamp(min=0), third - 3 * first * second + 2 * first**3))
+    return Surprise(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class _TokenLogprobs(torch.autograd.Function):
