@@ -140,7 +140,7 @@ class Trunk:
         starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         width = self.model.config.get_text_config().hidden_size
         values = np.lib.format.open_memmap(folder / FEATURES, "w+", dtype=np.float32, shape=(starts[-1], width))
-        found = Features(values, starts, rows, shares, pad_token_id)
+        features = Features(values, starts, rows, shares, pad_token_id)
         first_of_member = self._layers(self.model)[2][-self.top_layers]
         reached: list[Tensor] = []
 
@@ -152,7 +152,7 @@ class Trunk:
         device = next(self.model.parameters()).device
         try:
             for batch in tqdm(batches_by_length(lengths, SCORING_BATCH), desc="vote: trunk", disable=None):
-                packed, attention = found.inputs(batch)
+                packed, attention = features.inputs(batch)
                 positions = {"position_ids": packed.position_ids.to(device)} if shares else {}
                 try:
                     self.model(input_ids=packed.input_ids.to(device), attention_mask=attention.to(device), **positions)
@@ -163,7 +163,7 @@ class Trunk:
         finally:
             hook.remove()
         values.flush()
-        return found
+        return features
 
     def member(self) -> "Member":
         """Build a fresh member: the upper layers as the base has them, and a head with new random weights."""
