@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 
 def with_negatives(differences: Tensor) -> Tensor:
-    """Stack differences f(chosen) - f(rejected) above their negatives: [n, h] → [2n, h].
+    """Put differences f(chosen) - f(rejected) above their negatives: [n, h] → [2n, h].
 
     >>> with_negatives(torch.tensor([[1.0, -2.0]])).tolist()
     [[1.0, -2.0], [-1.0, 2.0]]
