@@ -168,7 +168,7 @@ def evaluate_command(
         str | None, typer.Option(help="Another reward model, compared on the same pairs.", show_default=False)
     ] = None,
 ) -> None:
-    """Judge a reward model: accuracy with its interval, length control, calibration, K-wise, RewardBench."""
+    """Evaluate a reward model: accuracy with its interval, length control, calibration, K-wise, RewardBench."""
     from rlhf.pipeline.model_commands import evaluate_reward_model
     from rlhf.report.terminal import evaluation_lines, evaluation_table
 
