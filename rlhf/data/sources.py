@@ -152,7 +152,7 @@ def _converted(
 
 
 def _pairs_of_rated(rated: Sequence[tuple[Line, RatedAnswer]], report: ReadReport) -> Iterator[Row[Pair]]:
-    """Make pairs of rated answers to one prompt that stand in different rows; a pair has the number of the prompt's first row."""
+    """Compare rated answers to one prompt that stand in different rows; a pair has the number of the prompt's first row."""
     if not rated:
         return
     first_line = {prompt_key(rated_answer.prompt): line for line, rated_answer in reversed(rated)}

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.layouts import find_layout
 from rlhf.data.prepare import DataSources, prepare_data
-from rlhf.data.rankings import Answer, best_answers, comparisons, group_rated, is_ranking, rankings, rated_answers
+from rlhf.data.rankings import Answer, Ranking, comparisons, group_rated, rated_answers
 from rlhf.data.read import BadRow
+from rlhf.data.rows import Messages, completion
 from rlhf.data.sources import Source, read_pairs
 from rlhf.errors import UserError
 
@@ -36,6 +38,14 @@ TREE = node(
     node("spam", "assistant", deleted=True, rank=0),
     node("unranked", "assistant"),
 )
+
+
+def rankings(row: Any) -> list[Ranking]:
+    return find_layout(row).read_rankings(row)
+
+
+def best_answers(row: Any) -> list[tuple[Messages, str]]:
+    return [(d["prompt"], completion(d)) for d in find_layout(row).read_demonstrations(row)]
 
 
 def order(row: Any) -> list[tuple[str, str, str, float]]:
@@ -65,7 +75,7 @@ THREE = [("Hi", "fair", "bad", 1.0), ("Hi", "good", "bad", 2.0), ("Hi", "good", 
     ids=["k-wise", "ranks", "scores", "flat list, best first"],
 )  # fmt: skip
 def test_every_form_of_a_ranking(row: Any) -> None:
-    assert is_ranking(row)
+    assert find_layout(row).rankings is not None
     assert order(row) == THREE
 
 
@@ -199,10 +209,10 @@ def test_leakage_is_refused_dropped_or_allowed(tmp_path: Path) -> None:
 
     with pytest.raises(UserError) as error:
         prepared("refuse")
-    said = str(error.value)
-    assert "3 training rows (2 of pairs, 1 of demonstrations)" in said
-    assert "row 7" in said
-    assert "data.leakage: drop" in said
+    sentence = str(error.value)
+    assert "3 training rows (2 of pairs, 1 of demonstrations)" in sentence
+    assert "row 7" in sentence
+    assert "data.leakage: drop" in sentence
     assert not (tmp_path / "refuse").exists()
     assert prepared("drop")["rows"] == {"sft": 1, "pairs": 38, "test_pairs": 2, "prompts": 19, "test_prompts": 2}
     allowed = prepared("allow")

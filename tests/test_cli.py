@@ -1,0 +1,42 @@
+"""The top level of the command line; what the verbs do is tested with what they call."""
+
+import os
+import sys
+from importlib import metadata
+
+import pytest
+
+from rlhf import cli
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["rlhf", *arguments])
+    return cli._exit_code()
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"rlhf-pipeline {metadata.version('rlhf-pipeline')}\n"
+
+
+def test_an_unknown_verb_is_bad_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "nonsense") == 2
+    assert "No such command 'nonsense'" in capsys.readouterr().err
+
+
+def test_label_takes_its_options_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
+) -> None:
+    assert run(monkeypatch, "label", str(tmp_path), "--status", "--port", "1", "--form", "plain") == 2
+    assert "no recipe.yaml; this folder holds no run" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_libraries_are_silenced_before_any_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cli.QUIET:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    cli._quieten_libraries()
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info", "what a person has set stays"
+    for name in cli.QUIET:
+        monkeypatch.delenv(name, raising=False)
