@@ -346,7 +346,7 @@ def test_votes_in_python_prove_the_noise_themselves(
     assert noise.fitted == pytest.approx(0.25, abs=0.06)
     assert noise.low < estimate_noise(twice, range(600)).low
     expected = posterior_confidence(twice, flip_rate=noise.fitted, scale=noise.scale)
-    assert trainer.train_dataset["confidence"] == pytest.approx(expected.tolist())
+    assert list(trainer.train_dataset["confidence"]) == pytest.approx(expected.tolist())
 
 
 def test_votes_that_are_none_are_refused(
