@@ -23,15 +23,15 @@ from rlhf import (
     SoftLabelRewardTrainer,
     VotedRewardTrainer,
 )
-from rlhf.data.rows import prompt_key
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
-from rlhf.objectives.strength import STRENGTH_COLUMNS, VoteStrength
+from rlhf.objectives.strength import STRENGTH_COLUMNS, VoteStrength, posterior_confidence
 from rlhf.recipe.objectives import Loss
 from rlhf.reward.denoise import DenoiseConfig, denoised
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.trainer import check_columns, training_columns
 from tests.conftest import PROMPTS
+from tests.objectives.test_strength import simulated
 
 
 def build(base: Path, tokenizer: Any, **settings: Any) -> Any:
@@ -303,26 +303,50 @@ def with_votes(pairs: Dataset) -> Dataset:
 def test_every_voted_objective_trains_on_what_the_pipeline_would(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], name: str
 ) -> None:
-    """The votes are the dataset's own, all four columns; the noise is given, or what these votes prove."""
+    """The votes are the dataset's own, all four columns."""
     voted = with_votes(pairs)
     numbers: dict[str, Any] = {"flip_by": "sign", "margin_scale": 0.5, "smoothing": 0.3}
-    given = NoiseEstimate(flip_rate=0.2, fitted=0.15, scale=2.0, low=0.1, high=0.3)
+    noise = NoiseEstimate(flip_rate=0.2, fitted=0.15, scale=2.0, low=0.1, high=0.3)
     strength = VoteStrength(*(torch.tensor([float(x) for x in voted[column]]) for column in STRENGTH_COLUMNS))
-    estimated = estimate_noise(strength.mean, [prompt_key(prompt) for prompt in voted["prompt"]])
-    assert estimated.fitted > 0.1, "these votes prove something"
+    trainer = VotedRewardTrainer(
+        build(base_folder, tokenizer), RewardConfig(**cpu_arguments, num_train_epochs=1), objective=name, noise=noise,
+        train_dataset=voted, eval_dataset=pairs, processing_class=tokenizer, **numbers,
+    )  # fmt: skip
+    rows, _ = denoised(voted.to_list(), DenoiseConfig(name, **numbers), strength, noise)
+    assert trainer.train_dataset["chosen"] == [row["chosen"] for row in rows]
+    for column in ("margin", "confidence", "weight"):
+        expected = [row[column] for row in rows] if column in rows[0] else None
+        assert (trainer.train_dataset[column] if column in trainer.train_dataset.column_names else None) == expected
+    assert trainer.eval_dataset["chosen"] == pairs["chosen"], "held-out labels stay as they are"
+
+
+def test_votes_in_python_prove_the_noise_themselves(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    """Without `noise`, it is estimated from the votes, and pairs of one prompt count once (each prompt stands here twice)."""
+    differences, _ = simulated(300, 0.25, sharpness=6.0)
+    rows = [
+        {
+            **pairs[i % 40],
+            "prompt": [{"role": "user", "content": f"{word} {i}"}],
+            "strength_mean": d,
+            "strength_std": 0.1,
+        }
+        | {"strength_share": float(d > 0), "strength_votes": 2}
+        for word in ("list", "List ")
+        for i, d in enumerate(differences.tolist())
+    ]
     args = RewardConfig(**cpu_arguments, num_train_epochs=1)
-    for noise in (given, None):
-        trainer = VotedRewardTrainer(
-            build(base_folder, tokenizer), args, objective=name, noise=noise, train_dataset=voted, eval_dataset=pairs,
-            processing_class=tokenizer, **numbers,
-        )  # fmt: skip
-        assert trainer.noise == (noise or estimated)
-        rows, _ = denoised(voted.to_list(), DenoiseConfig(name, **numbers), strength, noise or estimated)
-        assert trainer.train_dataset["chosen"] == [row["chosen"] for row in rows]
-        for column in ("margin", "confidence", "weight"):
-            expected = [row[column] for row in rows] if column in rows[0] else None
-            assert (trainer.train_dataset[column] if column in trainer.train_dataset.column_names else None) == expected
-        assert trainer.eval_dataset["chosen"] == pairs["chosen"], "held-out labels stay as they are"
+    trainer = VotedRewardTrainer(
+        build(base_folder, tokenizer), args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    twice = differences.repeat(2)
+    noise = estimate_noise(twice, [i % 300 for i in range(600)])
+    assert trainer.noise == noise
+    assert noise.fitted == pytest.approx(0.25, abs=0.06)
+    assert noise.low < estimate_noise(twice, range(600)).low
+    expected = posterior_confidence(twice, flip_rate=noise.fitted, scale=noise.scale)
+    assert list(trainer.train_dataset["confidence"]) == pytest.approx(expected.tolist())
 
 
 def test_votes_that_are_none_are_refused(
