@@ -73,7 +73,7 @@ def run_vote(context: StageContext) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class VoteSetup:
-    """What the members of a vote have in setup.
+    """What the members of a vote have in common.
 
     Attributes:
         base: what every member starts from.
