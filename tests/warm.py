@@ -2,7 +2,9 @@
 
 import rlhf.cli
 import rlhf.pipeline.audit
+import rlhf.pipeline.label
 import rlhf.pipeline.model_commands
+import rlhf.pipeline.reward
 import rlhf.pipeline.run
 import rlhf.pipeline.stages
 import rlhf.report.page  # noqa: F401

@@ -49,11 +49,6 @@ class ScoredPairs:
     scores_chosen: Array
     scores_rejected: Array
 
-    @classmethod
-    def unscored(cls, rows: Sequence[Pair]) -> "ScoredPairs":
-        """Wrap pairs that nothing has scored yet: all scores are 0."""
-        return cls(rows, [plain(row["prompt"]) for row in rows], np.zeros(len(rows)), np.zeros(len(rows)))
-
     @property
     def right(self) -> Array:
         """Return 1 where the chosen answer has the higher score and 0 elsewhere, [n]; a tie is wrong."""

@@ -149,7 +149,7 @@ def _by_true_reward(policy: Sequence[float], sft: Tensor, sft_scores: Tensor) ->
         "sft": of_sft,
         "policy": {**of_policy, "win_rate": rate, "win_rate_ci": interval},
         "best_of_16": {
-            "by_reward": {**_mean("gold", picked), "kl": best_of_n_kl(BEST_OF)},
+            "by_reward": {"gold": None, "kl": best_of_n_kl(BEST_OF), **_mean("gold", picked)},
             "by_gold": of_best,
         },
         "gold_gap_closed": (of_policy["gold"] - of_sft["gold"]) / gap if gap > 0 else None,

@@ -1,1 +1,1 @@
-"""Models: load, build, check, generate, save, and the four roles of PPO. Everything that touches weights lives here."""
+"""Models: load, build, check, read, sample from, save. Text, batches and log-probabilities, the same for every stage."""

@@ -38,7 +38,7 @@ class Completions:
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends an answer: the tokenizer's, and those of the model's generation configuration."""
+    """Return every id that ends an answer: the tokenizer's, and those of the model's generation configuration."""
     declared = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
     declared = [declared] if isinstance(declared, int) else list(declared or [])
     assert tokenizer.eos_token_id is not None, "check_tokenizer refuses tokenizers without an end token"
@@ -46,7 +46,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask [b, longest], padded on the left."""
+    """Return ids and mask [b, longest] of token rows, padded on the left, on the CPU."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -72,7 +72,7 @@ def generate(
         prompts: strings, or conversations that the tokenizer's chat template renders.
         max_new_tokens: an answer is cut after this many tokens.
         temperature: of the sampling, > 0.
-        max_prompt_length: longer prompts lose their beginning.
+        max_prompt_length: in tokens; longer prompts lose their beginning.
     """
     rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
     prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, tokenizer.pad_token_id))
@@ -97,9 +97,12 @@ def generate(
 def _sampled(
     model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, config: GenerationConfig, max_new_tokens: int
 ) -> Tensor:
-    """Answers [b, r] of at most so many tokens, in stretches: between two, rows that have ended leave the batch and the cache."""
+    """Sample answers [b, r] of at most so many tokens, in stretches.
+
+    Between two stretches, rows that have ended leave the batch and the cache.
+    """
     end_ids = torch.tensor(config.eos_token_id, device=prompt_ids.device)
-    found = torch.full((len(prompt_ids), max_new_tokens), config.pad_token_id, device=prompt_ids.device)
+    answers = torch.full((len(prompt_ids), max_new_tokens), config.pad_token_id, device=prompt_ids.device)
     rows, ids, mask, cache = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask, None
     done = 0
     while done < max_new_tokens and len(rows) > 0:
@@ -108,26 +111,29 @@ def _sampled(
             input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config
         )
         new = output.sequences[:, ids.shape[1] :]
-        found[rows, done : done + new.shape[1]] = new
+        answers[rows, done : done + new.shape[1]] = new
         done += new.shape[1]
-        runs = (~torch.isin(new, end_ids).any(dim=1)).nonzero().flatten()
+        unfinished = (~torch.isin(new, end_ids).any(dim=1)).nonzero().flatten()
         cache = output.past_key_values  # None where a model keeps its state elsewhere; it reads its rows again then
         if cache is not None and not all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
         ):
-            # Of fixed size, quantised, or with a linear state: nobody can leave, so all stay until the last has ended.
-            runs = torch.arange(len(rows) if len(runs) > 0 else 0, device=runs.device)
-        elif cache is not None and len(runs) < len(rows):
-            cache.batch_select_indices(runs)
-        rows, ids = rows[runs], output.sequences[runs]
-        mask = torch.cat([mask[runs], mask.new_ones(len(runs), new.shape[1])], dim=1)
-    return found[:, :done]
+            # Of fixed size, quantised, or with a linear state: no row can leave, so all stay until the last has ended.
+            unfinished = torch.arange(len(rows) if len(unfinished) > 0 else 0, device=unfinished.device)
+        elif cache is not None and len(unfinished) < len(rows):
+            cache.batch_select_indices(unfinished)
+        rows, ids = rows[unfinished], output.sequences[unfinished]
+        mask = torch.cat([mask[unfinished], mask.new_ones(len(unfinished), new.shape[1])], dim=1)
+    return answers[:, :done]
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_prompt_length: int | None
 ) -> list[list[int]]:
-    """Token rows of prompts, through the chat template where they are conversations; too long ones lose their beginning."""
+    """Return the token rows of prompts, through the chat template where these are conversations.
+
+    Prompts of more than `max_prompt_length` tokens lose their beginning.
+    """
     conversational = not isinstance(prompts[0], str)
     texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
     rows: list[list[int]] = tokenizer(texts, add_special_tokens=not conversational)["input_ids"]
@@ -144,10 +150,17 @@ def sample_texts(
     max_prompt_length: int | None = None,
     label: str | None = None,
 ) -> tuple[list[str], list[bool]]:
-    """One answer a prompt at temperature 1: the texts, and whether each ended by itself, in the order of the prompts.
+    """Sample one answer to each prompt, at temperature 1.
 
-    Batches hold prompts of like length, so that little is padding; the longest come first, so that what does not fit in memory
-    fails at once. `label` shows progress.
+    Batches hold prompts of similar length, so that little is padding; the longest come first, so that what does not fit in
+    memory fails at once.
+
+    Args:
+        batch_size: prompts that are answered together.
+        label: shows a bar of this name in a terminal.
+
+    Returns:
+        the texts, and whether each ended by itself, in the order of the prompts.
     """
     lengths = [len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)]
 
@@ -166,7 +179,7 @@ def sample_texts(
 
 
 def mask_after_end(response_ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mask [b, r] with 1 up to and including the first end token, and whether there was one [b].
+    """Return a mask [b, r] with 1 up to and including the first end token, and whether there was one [b].
 
     >>> mask_after_end(torch.tensor([[5, 1, 1], [5, 6, 7]]), [1])
     (tensor([[1, 1, 0],

@@ -1,11 +1,10 @@
-"""Loading models for each stage: full or LoRA, 4-bit or not, from a checkpoint or from an adapter."""
+"""Models as each stage loads them: full or LoRA, 4-bit or not, from a checkpoint or from an adapter."""
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -31,14 +30,24 @@ from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_templ
 
 @dataclass
 class Source:
-    """Where weights come from: `base` is a hub id or folder; `adapter` the folder of a LoRA adapter on it, if any."""
+    """Where weights come from.
+
+    Attributes:
+        base: a hub id or folder.
+        adapter: the folder of a LoRA adapter on it, if any.
+        revision: of the base, as the adapter names it.
+    """
 
     base: str
     adapter: str | None = None
     revision: str | None = None
 
     def check(self) -> None:
-        """After the base was loaded: refuse an adapter that was trained on another one."""
+        """Refuse an adapter that was trained on another base than the one that is there now; the base must be loaded first.
+
+        Raises:
+            UserError: the base's fingerprint is not the one beside the adapter.
+        """
         if self.adapter is not None:
             check_base(self.adapter, self.base, self.revision)
 
@@ -66,27 +75,34 @@ def find_source(path: str | Path) -> Source:
 
 
 def load_tokenizer(path: str | Path, *, conversational: bool, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A checked tokenizer, padding on the right (generation pads on the left by itself)."""
+    """Load a tokenizer, padding on the right (generation pads on the left by itself), and check it.
+
+    Raises:
+        UserError: as `check_tokenizer` and `freeze_template` say.
+    """
     tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="right", revision=revision or "main")
     adopt_encoder_tokens(tokenizer)
-    freeze_template(tokenizer, where=str(path))
+    freeze_template(tokenizer, name=str(path))
     if conversational and tokenizer.eos_token is not None and give_plain_template(tokenizer):
         warnings.warn(f"{path}: no chat template; conversations are written as 'Human: … Assistant: …'.", stacklevel=2)
-    check_tokenizer(tokenizer, conversational=conversational, where=str(path))
+    check_tokenizer(tokenizer, conversational=conversational, name=str(path))
     return tokenizer
 
 
-def model_settings(settings: dict[str, Any]) -> ModelConfig:
-    """TRL's `ModelConfig` from its flat keys; 4-bit weights compute in `dtype`, so that must be a 16-bit one."""
+def model_settings(settings: Mapping[str, object]) -> ModelConfig:
+    """Build TRL's `ModelConfig` from its flat keys; 4-bit weights compute in `dtype`, so that must be a 16-bit one."""
     config = ModelConfig(**settings)
     if config.load_in_4bit and config.dtype in (None, "auto", "float32"):
         config.dtype = "bfloat16"
     return config
 
 
-def _init_arguments(config: ModelConfig, quantization: BitsAndBytesConfig | None, source: Source) -> dict[str, Any]:
+def _loading_arguments(
+    config: ModelConfig, quantization: BitsAndBytesConfig | None, source: Source
+) -> dict[str, object]:
+    """Return what `from_pretrained` takes beside the base."""
     dtype = config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
-    arguments: dict[str, Any] = {
+    arguments: dict[str, object] = {
         "dtype": dtype,
         "attn_implementation": config.attn_implementation,
         "use_safetensors": True,  # a pickle can run code
@@ -102,7 +118,7 @@ def _init_arguments(config: ModelConfig, quantization: BitsAndBytesConfig | None
 
 
 def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True) -> PreTrainedModel | PeftModel:
-    """A causal model with the adapters that its folder and the settings ask for.
+    """Load a causal model with the adapters that its folder and the settings ask for.
 
     | path        | use_peft | result                                                               |
     |-------------|----------|----------------------------------------------------------------------|
@@ -113,10 +129,10 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     """
     source = find_source(path)
     quantization = get_quantization_config(config)
-    model = AutoModelForCausalLM.from_pretrained(source.base, **_init_arguments(config, quantization, source))
+    model = AutoModelForCausalLM.from_pretrained(source.base, **_loading_arguments(config, quantization, source))
     source.check()
     if quantization is not None:
-        model = _ready_for_4_bit(model)
+        model = _prepare_for_4_bit(model)
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable and config.use_peft)
         if trainable and not config.use_peft:
@@ -130,7 +146,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
 def build_reward_model(
     path: str | Path, config: ModelConfig | None = None, *, pad_token_id: int
 ) -> PreTrainedModel | PeftModel:
-    """A scalar-headed model on the weights of an SFT checkpoint or adapter.
+    """Build a model with a scalar head on the weights of an SFT checkpoint or adapter.
 
     The head is N(0, 1/(d+1)), so that first scores have about unit scale. With LoRA the task type is SEQ_CLS and the
     head is trained and saved with the adapter (any other task type leaves it random, silently). An SFT adapter becomes
@@ -140,12 +156,12 @@ def build_reward_model(
     Args:
         path: a checkpoint, or an adapter's folder.
         config: dtype, LoRA and quantisation; None is a full model in float32.
-        pad_token_id: of its tokenizer; the score is read at the last token that is not padding.
+        pad_token_id: that of its tokenizer; the score is read at the last token that is not padding.
     """
     config = model_settings({}) if config is None else config
     source = find_source(path)
     quantization = get_quantization_config(config)
-    model, missing = _with_a_head(source.base, _init_arguments(config, quantization, source))
+    model, missing = _load_with_new_head(source.base, _loading_arguments(config, quantization, source))
     source.check()
     head = score_head(model)
     if head is not None:
@@ -154,7 +170,7 @@ def build_reward_model(
     model.config.get_text_config().pad_token_id = pad_token_id
     model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     if quantization is not None:
-        model = _ready_for_4_bit(model)
+        model = _prepare_for_4_bit(model)
     if source.adapter is not None:
         adapter = LoraConfig.from_pretrained(source.adapter)
         adapter.task_type, adapter.modules_to_save, adapter.inference_mode = TaskType.SEQ_CLS, ["score"], False
@@ -164,20 +180,20 @@ def build_reward_model(
     if config.use_peft:
         adapter = adapter_settings(config)
         adapter.task_type = TaskType.SEQ_CLS
-        adapter.modules_to_save = sorted({*_modules_of(missing), *(adapter.modules_to_save or [])})
+        adapter.modules_to_save = sorted({*_new_modules(missing), *(adapter.modules_to_save or [])})
         return get_peft_model(model, adapter)
     return model
 
 
-def adapter_settings(config: ModelConfig) -> Any:
-    """TRL's LoRA settings, with the revision of the base that they are for."""
-    adapter: Any = get_peft_config(config)
+def adapter_settings(config: ModelConfig) -> LoraConfig:
+    """Return TRL's LoRA settings, with the revision of the base that they are for; `use_peft` must be on."""
+    adapter: LoraConfig = get_peft_config(config)
     adapter.revision = None if config.model_revision in (None, "main") else config.model_revision
     return adapter
 
 
-def _ready_for_4_bit(model: PreTrainedModel) -> PreTrainedModel:
-    """Norms and heads in float32, also where nothing is trained: the same numbers everywhere.
+def _prepare_for_4_bit(model: PreTrainedModel) -> PreTrainedModel:
+    """Put norms and heads in float32, also where nothing is trained: the same numbers everywhere.
 
     On CPUs with AVX512-BF16 bitsandbytes repacks a layer's weights at its first forward in evaluation mode, and from
     then on no gradient passes through it, without a word: PPO, which samples before it learns, would train nothing.
@@ -189,8 +205,11 @@ def _ready_for_4_bit(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _with_a_head(base: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
-    """A one-label classifier on a checkpoint without a head, and the parameters that started random, which is no news."""
+def _load_with_new_head(base: str, arguments: Mapping[str, object]) -> tuple[PreTrainedModel, set[str]]:
+    """Load a one-label classifier from a checkpoint without a head, and name the parameters that start random.
+
+    That some do is expected, so the library's warning about it is silenced.
+    """
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -202,20 +221,27 @@ def _with_a_head(base: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel,
     return model, set(report["missing_keys"])
 
 
-def _modules_of(parameters: Iterable[str]) -> set[str]:
-    """Modules that were not in the checkpoint and start random: with LoRA they must be trained and saved as a whole."""
+def _new_modules(parameters: Iterable[str]) -> set[str]:
+    """Return the modules that hold these parameters, which were not in the checkpoint and start random.
+
+    With LoRA they must be trained and saved as a whole.
+    """
     paths = {name.rpartition(".")[0] for name in parameters}
     return {first if (first := path.split(".")[0]) in ("score", "classifier") else path for path in paths}
 
 
 def encoder_type(model: str | Path, revision: str | None = None) -> str | None:
-    """The type of a model that reads in both directions, so that it can score answers but not write them; None of another."""
+    """Return the type of an encoder, which reads in both directions and can score answers but not write them; else None.
+
+    Args:
+        model: a checkpoint's or adapter's folder, or a hub id.
+    """
     kind: str = AutoConfig.from_pretrained(find_source(model).base, revision=revision).model_type
     return kind if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else None
 
 
 def score_head(model: torch.nn.Module) -> torch.nn.Linear | None:
-    """The linear head of a decoder reward model; None for encoders, whose classifier has layers of its own."""
+    """Return the linear head of a decoder reward model; None for encoders, whose classifier has layers of its own."""
     inner = model.base_model.model if isinstance(model, PeftModel) else model
     head = getattr(inner, "score", None)
     if head is not None and not isinstance(head, torch.nn.Linear):  # PEFT wraps a saved module
@@ -231,38 +257,38 @@ def copy_adapter(folder: str, model: PeftModel) -> None:
     """
     weights = {name: tensor for name, tensor in load_peft_weights(folder, device="cpu").items() if "lora_" in name}
     places = {name.replace(".default.", "."): p for name, p in model.named_parameters() if "lora_" in name}
-    wrong = sorted(
+    misfits = sorted(
         name
         for name in {*weights, *places}
         if name not in weights or name not in places or weights[name].shape != places[name].shape
     )
-    if wrong:
-        raise UserError(f"{folder}: this adapter does not fit the reward model, first at {wrong[0]}.")
+    if misfits:
+        raise UserError(f"{folder}: this adapter does not fit the reward model, first at {misfits[0]}.")
     for name, place in places.items():
         place.data.copy_(weights[name])
 
 
 def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedModel | PeftModel:
-    """A trained reward model as saved, checkpoint or adapter, in evaluation mode and without gradients.
+    """Load a trained reward model as it was saved, checkpoint or adapter, in evaluation mode and without gradients.
 
     Raises:
         UserError: more than one label, an adapter without a trained head, a checkpoint without one.
     """
     source = find_source(path)
     config = model_settings({"use_peft": True, "load_in_4bit": True} if load_in_4bit else {"dtype": "auto"})
-    arguments = _init_arguments(config, get_quantization_config(config), source)
+    arguments = _loading_arguments(config, get_quantization_config(config), source)
     if source.adapter is not None:
-        base, random = _with_a_head(source.base, arguments)
+        base, missing = _load_with_new_head(source.base, arguments)
         source.check()
         saved = load_peft_weights(source.adapter, device="cpu")
-        untrained = sorted(name for name in random if f"base_model.model.{name}" not in saved)
+        untrained = sorted(name for name in missing if f"base_model.model.{name}" not in saved)
         if untrained:
             raise UserError(
                 f"{path}: the adapter holds no trained {', '.join(untrained)}, so its rewards would be random; train it with "
                 "task_type SEQ_CLS."
             )
         if load_in_4bit:
-            base = _ready_for_4_bit(base)
+            base = _prepare_for_4_bit(base)
         base.config.problem_type = "regression"
         model = PeftModel.from_pretrained(base, source.adapter)
         tokenizer_pad = AutoTokenizer.from_pretrained(str(path)).pad_token_id

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -13,10 +13,10 @@ ELEMENTS_AT_ONCE = 2**20  # 4 MB of float32: what a core's cache holds
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / T) at the tokens that were sampled, [b, r], float32, nats.
+    """Return log softmax(logits / T) at the tokens that were sampled, [b, r], float32, nats.
 
     A few rows at a time: the largest tensors of PPO are its logits [b, r, vocabulary], and softmax over them is bound by memory.
-    What is worked on stays in the cache of a CPU, nothing of that size is kept beside the logits themselves, and the gradient
+    The rows at work stay in the cache of a CPU, nothing of the logits' size is kept beside them, and the gradient
     d log p_i / d z_j = (1[i = j] - softmax(z)_j) / T is written once instead of being added up from four operations.
     Log-sum-exp is taken in float32 for 16-bit logits too.
 
@@ -29,29 +29,59 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.
     return result
 
 
+class Surprise(NamedTuple):
+    """Moments of the surprise -log π(a) of a token a that is drawn from π, at every position.
+
+    Attributes:
+        entropy: [b, r] the mean, nats.
+        variance: [b, r] nats².
+        third: [b, r] the third central moment, nats³.
+    """
+
+    entropy: Tensor
+    variance: Tensor
+    third: Tensor
+
+
 @torch.no_grad()
-def token_entropy(logits: Tensor, length: int, *, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / T) at the first `length` positions, [b, length], float32, nats; without gradient."""
+def token_surprise(logits: Tensor, length: int, *, temperature: float = 1.0) -> Surprise:
+    """Return the moments of the surprise under softmax(logits / T) at the first `length` positions, float32, no gradient.
+
+    With s = -log π: entropy = E[s], variance = E[s²] - E[s]², third = E[s³] - 3 E[s] E[s²] + 2 E[s]³, in passes over a few
+    rows that stay in the cache.
+
+    >>> surprise = token_surprise(torch.zeros(1, 1, 4), 1)
+    >>> round(surprise.entropy.item(), 4), round(abs(surprise.variance.item()), 4)
+    (1.3863, 0.0)
+    """
     parts = []
     for rows in _few_rows(logits):
         log_softmax = torch.log_softmax(logits[rows, :length].float() / temperature, dim=-1)
-        parts.append(-(log_softmax.exp() * log_softmax).sum(dim=-1))
-    return torch.cat(parts)
+        weighted = log_softmax.exp()
+        moments = []
+        for _ in range(3):
+            weighted.mul_(log_softmax)
+            moments.append(weighted.sum(dim=-1))
+        first, second, third = -moments[0], moments[1], -moments[2]
+        parts.append((first, (second - first**2).clamp(min=0), third - 3 * first * second + 2 * first**3))
+    return Surprise(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    """log softmax at given tokens, with a gradient of its own: the logits are all that is kept for it."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
         length = token_ids.shape[1]
-        found = torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device)
-        normalizer = torch.empty_like(found)
+        logprobs = torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device)
+        normalizer = torch.empty_like(logprobs)
         for rows in _few_rows(logits):
             scaled = _scaled(logits[rows, :length], temperature)
             normalizer[rows] = torch.logsumexp(scaled, dim=-1)
-            found[rows] = scaled.gather(-1, token_ids[rows, :, None]).squeeze(-1) - normalizer[rows]
+            logprobs[rows] = scaled.gather(-1, token_ids[rows, :, None]).squeeze(-1) - normalizer[rows]
         ctx.save_for_backward(logits, token_ids, normalizer)
         ctx.temperature = temperature
-        return found
+        return logprobs
 
     @staticmethod
     @once_differentiable
@@ -73,17 +103,19 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _few_rows(logits: Tensor) -> Iterator[slice]:
+    """Cut the rows into slices that fit in a core's cache."""
     step = max(1, ELEMENTS_AT_ONCE // max(1, logits[0].numel()))
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits / T in float32, without a copy where there is nothing to do."""
     logits = logits.float()
     return logits if temperature == 1.0 else logits / temperature
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that do not count padding on the left: [b, t]; padding itself gets 0.
+    """Return positions [b, t] that do not count padding on the left; padding itself gets 0.
 
     >>> position_ids(torch.tensor([[0, 0, 1, 1, 1]]))
     tensor([[0, 0, 0, 1, 2]])
@@ -92,7 +124,12 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def response_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
-    """Logits [b, r + 1, vocabulary] from which each of the last r = `response_length` tokens was sampled, and one beyond."""
+    """Return the logits [b, r + 1, vocabulary] from which the last r = `response_length` tokens were sampled, and one beyond.
+
+    Args:
+        model: a causal model, with or without an adapter.
+        input_ids, attention_mask: [b, t], padding on either side.
+    """
     arguments: dict[str, Any] = {}
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     keeps_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
@@ -111,6 +148,6 @@ def response_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor,
 def response_logprobs(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> Tensor:
-    """Log-probability [b, r] of the last r = `response_length` tokens, nats, at the sampling temperature."""
+    """Return the log-probability [b, r] of the last r = `response_length` tokens, nats, at the sampling temperature."""
     logits = response_logits(model, input_ids, attention_mask, response_length)
     return token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)

@@ -1,4 +1,4 @@
-"""One encoding of the prompt: answers to one prompt in a single row, which see the shared part and not each other.
+"""Rows packed behind a shared prefix: answers to one prompt in a single row, which see the prompt and not each other.
 
     row        p p p p  a a a  b b        the common prefix once, then what is left of each answer
     segment    0 0 0 0  1 1 1  2 2
@@ -13,10 +13,11 @@ import heapq
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf.models.load import score_head
 
@@ -57,6 +58,9 @@ def pack(
     own for its score.
 
     Args:
+        groups: token ids of the sequences of each group.
+        pad_token_id: what fills a row on the right.
+        pad_to_multiple_of: round the length of the rows up to a multiple of this.
         long_row: put several groups into a row where that costs less; the row length at which attention costs as much
             as all else in a layer, about six times the hidden size. None: group i is row i.
     """
@@ -73,9 +77,9 @@ def pack(
         begin = 0
         for number in numbers:
             ids, position, segment, ends = parts[number]
-            here = slice(begin, begin + len(ids))
-            input_ids[row, here], positions[row, here] = torch.tensor(ids), torch.tensor(position)
-            group_ids[row, here], segments[row, here] = number, torch.tensor(segment)
+            columns = slice(begin, begin + len(ids))
+            input_ids[row, columns], positions[row, columns] = torch.tensor(ids), torch.tensor(position)
+            group_ids[row, columns], segments[row, columns] = number, torch.tensor(segment)
             places[number] = [(row, begin + end) for end in ends]
             begin += len(ids)
     rows, ends_ = torch.tensor([place for group in places for place in group]).unbind(dim=1)
@@ -83,22 +87,22 @@ def pack(
 
 
 def _one_group(group: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Token ids, positions and segments of a group, and where its answers end."""
+    """Return token ids, positions and segments of a group, and where its answers end."""
     shared = 0
     while shared < min(map(len, group)) - 1 and len({sequence[shared] for sequence in group}) == 1:
         shared += 1
     ids, positions, segments, ends = list(group[0][:shared]), list(range(shared)), [0] * shared, []
     for number, sequence in enumerate(group, start=1):
-        own = sequence[shared:]
-        ids += own
+        rest = sequence[shared:]
+        ids += rest
         positions += range(shared, len(sequence))
-        segments += [number] * len(own)
+        segments += [number] * len(rest)
         ends.append(len(ids) - 1)
     return ids, positions, segments, ends
 
 
 def _balanced(lengths: Sequence[int], long_row: int) -> list[list[int]]:
-    """Which groups share a row: the number of rows that costs least, groups dealt longest first to the shortest row.
+    """Choose which groups share a row: as many rows as cost least, groups dealt longest first to the shortest row.
 
     Costs are padded tokens, dearer the longer the rows are, since attention looks over a whole row.
     """
@@ -120,21 +124,21 @@ def _balanced(lengths: Sequence[int], long_row: int) -> list[list[int]]:
 
 
 def unpack(packed: Packed, *, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """The sequences that were packed, each by itself: `input_ids` and `attention_mask` [n, t], padded on the right."""
-    found = []
+    """Return the sequences that were packed, each by itself: `input_ids` and `attention_mask` [n, t], padded on the right."""
+    sequences = []
     for row, end in zip(packed.rows.tolist(), packed.ends.tolist(), strict=True):
         groups, segments = packed.groups[row], packed.segments[row]
-        mine = (groups == groups[end]) & ((segments == 0) | (segments == segments[end]))
-        found.append(packed.input_ids[row][mine])
-    ids = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=pad_token_id)
-    lengths = torch.tensor([len(sequence) for sequence in found], device=ids.device)
+        is_read = (groups == groups[end]) & ((segments == 0) | (segments == segments[end]))
+        sequences.append(packed.input_ids[row][is_read])
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
     return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
 def attention_bias(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """What is added to attention logits: 0 where a token may look, the lowest number where it may not, [b, 1, t, t].
+    """Return what is added to attention logits [b, 1, t, t]: 0 where a token may look, the lowest number where it may not.
 
-    Padding looks at itself, so that no row is without any place to look. Floats and not booleans: under eager attention
+    Padding looks at itself, so that every token has a place to look. Floats and not booleans: under eager attention
     a boolean mask is added as 0 and 1.
 
     >>> attention_bias(pack([[[7, 8], [7, 9]]], pad_token_id=0), torch.float32)[0, 0] == 0
@@ -145,16 +149,16 @@ def attention_bias(packed: Packed, dtype: torch.dtype) -> Tensor:
     groups, segments = packed.groups, packed.segments
     t = segments.shape[1]
     earlier = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
-    of_mine = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-    of_mine = of_mine & (groups[:, None, :] == groups[:, :, None])
-    looks = earlier & of_mine & (segments[:, None, :] >= 0)
-    looks = looks | torch.eye(t, dtype=torch.bool, device=segments.device)
-    bias = torch.zeros(looks.shape, dtype=dtype, device=segments.device)
-    return bias.masked_fill(~looks, torch.finfo(dtype).min)[:, None]
+    related = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    related = related & (groups[:, None, :] == groups[:, :, None])
+    visible = earlier & related & (segments[:, None, :] >= 0)
+    visible = visible | torch.eye(t, dtype=torch.bool, device=segments.device)
+    bias = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
+    return bias.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
-def obstacle(model: Any) -> str | None:
-    """Why answers of this model cannot share their prompt, or None."""
+def obstacle(model: PreTrainedModel | PeftModel) -> str | None:
+    """Say why answers cannot share their prompt in this model; None where they can."""
     if score_head(model) is None:
         return "an encoder's tokens look in both directions"
     config = model.config.get_text_config()
@@ -169,11 +173,11 @@ def obstacle(model: Any) -> str | None:
 
 
 def shared_scores(model: nn.Module, inner: nn.Module, packed: Packed) -> Tensor:
-    """Scores of all answers, [n].
+    """Return the scores of all packed answers, [n] float32, in their order.
 
     Args:
         model: what is called, so that a wrapper (data parallelism) sees its forward.
-        inner: the same without wrappers, with a `score` head.
+        inner: the same model without wrappers, with a `score` head.
     """
     bias = attention_bias(packed, _dtype(inner))
     with _every_token(inner) as outputs:
@@ -183,7 +187,10 @@ def shared_scores(model: nn.Module, inner: nn.Module, packed: Packed) -> Tensor:
 
 @torch.no_grad()
 def largest_difference(inner: nn.Module, packed: Packed, *, pad_token_id: int) -> float:
-    """Between shared and plain scores of one batch, relative to the scores where those are above 1; in evaluation mode."""
+    """Return the largest difference between shared and plain scores of one batch, in evaluation mode.
+
+    It is relative to the plain score where that is above 1 in size.
+    """
     was_training = inner.training
     inner.eval()
     ids, mask = unpack(packed, pad_token_id=pad_token_id)
@@ -194,13 +201,18 @@ def largest_difference(inner: nn.Module, packed: Packed, *, pad_token_id: int) -
 
 
 def tolerance(inner: nn.Module, mixed_precision: str) -> float:
-    """By the precision of the activations; `mixed_precision` is accelerate's: "no", "bf16", "fp16"."""
+    """Return the largest difference between shared and plain scores that sharing survives, by the activations' precision.
+
+    Args:
+        inner: a model without wrappers.
+        mixed_precision: accelerate's word for it: "no", "bf16", "fp16".
+    """
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     return TOLERANCE.get(mixed or _dtype(inner), 0.1)
 
 
 class GroupedByLength(torch.utils.data.Sampler[int]):
-    """Batches of rows of similar length, in a new order every epoch, drawn from (seed, epoch) and nothing else.
+    """Sampler of rows in batches of similar length, in a new order every epoch, drawn from (seed, epoch) and nothing else.
 
     Rows are shuffled, sorted within 50 batches at a time, cut into batches, and the batches shuffled; a ragged batch
     stays last. Rows of one group (the pairs of a ranking) stay beside each other, so most of them meet in one batch.
@@ -210,13 +222,13 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
         self, lengths: Sequence[int], batch_size: int, *, seed: int, groups: Sequence[Hashable | None] | None = None
     ):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-        together: dict[Any, list[int]] = {}
+        together: dict[tuple[str, Hashable], list[int]] = {}
         for i, group in enumerate(groups or [None] * len(lengths)):
             together.setdefault(("row", i) if group is None else ("group", group), []).append(i)
         self.units = list(together.values())
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch, also when a run is resumed within one."""
+        """Take the epoch, before each one and also when a run is resumed within one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -228,8 +240,10 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
         size = self.batch_size
         batches = []
         for start in range(0, len(units), MEGABATCH * size):
-            mega = sorted(units[start : start + MEGABATCH * size], key=lambda unit: -max(self.lengths[i] for i in unit))
-            order = [i for unit in mega for i in unit]
+            block = sorted(
+                units[start : start + MEGABATCH * size], key=lambda unit: -max(self.lengths[i] for i in unit)
+            )
+            order = [i for unit in block for i in unit]
             batches += [order[i : i + size] for i in range(0, len(order), size)]
         whole = [batch for batch in batches if len(batch) == size]
         ragged = [batch for batch in batches if len(batch) < size]
@@ -251,7 +265,7 @@ def _every_token(inner: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _dtype(inner: Any) -> torch.dtype:
-    """Of the activations: embeddings begin them, and are kept in full precision above 4-bit weights."""
+def _dtype(inner: PreTrainedModel | PeftModel) -> torch.dtype:
+    """Return the dtype of the activations: that of the embeddings, which stay in full precision above 4-bit weights."""
     dtype: torch.dtype = inner.get_input_embeddings().weight.dtype
     return dtype

@@ -1,4 +1,4 @@
-"""Writing a model so that it is the same model wherever it is read, and reading weights back."""
+"""Models are written so that they are the same wherever they are read, and weights are read back."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 
@@ -21,11 +21,11 @@ ADAPTER_BASE = "adapter_base.json"
 BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
 
-def save_model(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path) -> None:
-    """An ordinary Hugging Face folder; of a policy with a reference adapter, the policy's adapter only.
+def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder; of a policy with a reference adapter, write the policy's adapter only.
 
     Beside an adapter stands the fingerprint of its base, which every loader of this package compares: an adapter fits
-    any base of the same shape, and nobody else would notice.
+    any base of the same shape, and no other program would notice a wrong one.
     """
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
@@ -39,10 +39,11 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path)
 
 
 def base_fingerprint(base: str, revision: str | None = None) -> str:
-    """sha256 over a checkpoint's configuration and a sample of every tensor in its safetensors files.
+    """Return the sha256 of a checkpoint's configuration and of a sample of every tensor in its safetensors files.
 
-    Read from the files, so that it does not depend on the precision in which the model is loaded. The sample is each
-    tensor's name, dtype, shape, first and last row: seconds for a large model, and any training moves some of it.
+    They are read from the files, so that the fingerprint does not depend on the precision in which the model is loaded.
+    The sample is each tensor's name, dtype, shape, first and last row: it takes seconds for a large model, and any
+    training changes some of it.
 
     Args:
         base: a folder, or the id of a hub model that was loaded before (nothing is downloaded).
@@ -77,11 +78,11 @@ def check_base(adapter: str, base: str, revision: str | None = None) -> None:
     if not file.is_file():
         return
     trained_on = json.loads(file.read_text(encoding="utf-8"))["sha256"]
-    found = base_fingerprint(base, revision)
-    if found != trained_on:
+    fingerprint = base_fingerprint(base, revision)
+    if fingerprint != trained_on:
         raise UserError(
             f"{adapter}: this adapter was trained on another base than {base} now is (fingerprint {trained_on[:12]}, "
-            f"found {found[:12]}); it would load, and answer with wrong numbers. Put the old base back or train it again."
+            f"found {fingerprint[:12]}); it would load, and answer with wrong numbers. Put the old base back or train it again."
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading scores: one per text for a reward model, one per token for a critic."""
+"""Scores: one for each text from a reward model, one for each token from a critic."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -30,14 +30,16 @@ class Scorer(Protocol):
 
 @torch.no_grad()
 def score_rows(model: nn.Module, rows: Sequence[Sequence[int]], *, pad_token_id: int, batch_size: int = 64) -> Tensor:
-    """Raw scores of token rows, computed in batches of similar length and returned in the order given.
+    """Return the raw scores of token rows, computed in batches of similar length.
 
     Args:
         model: a one-label sequence classifier in evaluation mode.
         rows: token ids, without padding.
+        pad_token_id: that of the model's configuration, which finds the last token by it.
+        batch_size: rows that are scored together.
 
     Returns:
-        [n] float32 on the CPU.
+        [n] float32 on the CPU, in the order of the rows.
     """
     device = next(model.parameters()).device
 
@@ -50,9 +52,9 @@ def score_rows(model: nn.Module, rows: Sequence[Sequence[int]], *, pad_token_id:
 
 
 def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-    """The scalar head at every token.
+    """Return what the scalar head says at every token.
 
-    One function, two roles: a reward model is this at the last token of an answer, a critic is this at every one.
+    One function for two roles: a reward model is read at the last token of an answer, a critic at every token.
 
     Args:
         model: a decoder with a linear `score` head, with or without an adapter.

@@ -1,6 +1,6 @@
-"""A small model from nothing: a BPE tokenizer trained on the data, and a randomly initialised causal model."""
+"""Small models from nothing: a BPE tokenizer trained on the data, and a randomly initialised causal model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ ARCHITECTURES = ("llama", "qwen3")
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the texts, with distinct padding and end tokens and a chat template whose last token is the end.
+    """Train byte-level BPE on texts, with distinct padding and end tokens and a chat template whose last token is the end.
 
     Bytes that never occur in the texts are in the vocabulary too, so any text can be encoded and decoded again.
     """
@@ -41,13 +41,18 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: 
     )
 
 
-def build_base(folder: Path, texts: Iterable[str], *, architecture: str, settings: dict[str, Any], seed: int) -> None:
+def build_base(
+    folder: Path, texts: Iterable[str], *, architecture: str, settings: Mapping[str, object], seed: int
+) -> None:
     """Write a base checkpoint (random weights, tokenizer, chat template) in the ordinary Hugging Face layout.
 
     Args:
         folder: where to write.
-        texts, architecture, settings: as in `design_base`, which refuses what it refuses.
+        texts, architecture, settings: as in `design_base`.
         seed: of the weights.
+
+    Raises:
+        UserError: an unknown architecture or setting.
     """
     tokenizer, config = design_base(texts, architecture=architecture, settings=settings)
     set_seed(seed)
@@ -59,9 +64,9 @@ def build_base(folder: Path, texts: Iterable[str], *, architecture: str, setting
 
 
 def design_base(
-    texts: Iterable[str], *, architecture: str, settings: dict[str, Any]
+    texts: Iterable[str], *, architecture: str, settings: Mapping[str, object]
 ) -> tuple[PreTrainedTokenizerFast, PretrainedConfig]:
-    """The tokenizer and the configuration of a model from nothing.
+    """Train the tokenizer and build the configuration of a model from nothing.
 
     Args:
         texts: what the tokenizer is trained on.
@@ -75,11 +80,11 @@ def design_base(
         raise UserError(
             f"backbone.from_scratch.architecture is {architecture!r}; choose one of {', '.join(ARCHITECTURES)}."
         )
-    settings = dict(settings)
-    vocab_size = settings.pop("vocab_size", 4096)
+    values: dict[str, Any] = dict(settings)
+    vocab_size = values.pop("vocab_size", 4096)
     config_class = CONFIG_MAPPING[architecture]
     known = set(config_class().to_dict())
-    unknown = sorted(set(settings) - known)
+    unknown = sorted(set(values) - known)
     if unknown:
         raise UserError(
             [
@@ -87,18 +92,18 @@ def design_base(
                 for name in unknown
             ]
         )
-    settings.setdefault("max_position_embeddings", 1024)
-    settings.setdefault("tie_word_embeddings", True)
-    if "num_attention_heads" in settings:
-        settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
-        if "hidden_size" in settings:
-            settings.setdefault("head_dim", settings["hidden_size"] // settings["num_attention_heads"])
-    tokenizer = train_tokenizer(texts, vocab_size=vocab_size, model_max_length=settings["max_position_embeddings"])
+    values.setdefault("max_position_embeddings", 1024)
+    values.setdefault("tie_word_embeddings", True)
+    if "num_attention_heads" in values:
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        if "hidden_size" in values:
+            values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    tokenizer = train_tokenizer(texts, vocab_size=vocab_size, model_max_length=values["max_position_embeddings"])
     config = config_class(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        **settings,
+        **values,
     )
     return tokenizer, config

@@ -1,10 +1,9 @@
-"""The one place where a prompt and an answer become the text that a model reads: in training, evaluation and PPO alike."""
+"""Text as models read it: the one place where a prompt and an answer become it, in training, evaluation and PPO alike."""
 
 import datetime
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +12,7 @@ from rlhf.errors import UserError
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """What the policy reads before it answers."""
+    """Return the text that the policy reads before it answers."""
     if isinstance(prompt, str):
         return prompt
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -22,7 +21,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str, *, ended: bool = True) -> str:
-    """What the reward model reads: the prompt, the answer and, if the answer came to its end, the end token.
+    """Return the text that the reward model reads: prompt, answer and, if the answer came to its end, the end token.
 
     A chat template closes every turn, also that of an answer that was cut off; `ended=False` takes the close away
     again, so that the model can tell the two apart.
@@ -45,13 +44,17 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str,
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) -> str:
+    """Return a conversation with its answer as the chat template writes it."""
     text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
     assert isinstance(text, str)
     return text.rstrip("\n")  # the score is read at the last token, which must be the end of the answer, not a newline
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversational: bool) -> list[list[int]]:
-    """Token ids of texts built above; a chat template writes its own beginning-of-text token, a plain text gets one here."""
+    """Return the token ids of texts that the functions above built.
+
+    A chat template writes its own beginning-of-text token; a plain text gets one here.
+    """
     return tokenizer(list(texts), add_special_tokens=not conversational)["input_ids"]
 
 
@@ -63,7 +66,11 @@ def encode_answers(
     ended: Sequence[bool] | None = None,
     max_length: int | None = None,
 ) -> tuple[list[list[int]], int]:
-    """Ids of prompt and answer for a reward model; too long rows lose the beginning of the prompt, never the answer's end.
+    """Return the token ids of prompt and answer as a reward model reads them.
+
+    Args:
+        ended: whether each answer came to its end; None if all did.
+        max_length: longer rows lose the beginning of the prompt, never the end of the answer.
 
     Returns:
         the ids, and how many rows were cut.
@@ -80,14 +87,14 @@ def encode_answers(
 
 
 def _without_beginning(row: list[int], most: int, bos_token_id: int | None) -> list[int]:
-    """The last tokens of a row that is too long, still behind its begin token: an encoder reads its score there."""
+    """Return the last tokens of a row that is too long, still behind its begin token: an encoder reads its score there."""
     if len(row) <= most:
         return row
     return row[-most:] if row[0] != bos_token_id else [row[0], *row[len(row) - most + 1 :]]
 
 
 def plain(prompt: Prompt) -> str:
-    """A prompt as a person or a gold function sees it: the text of its only turn, or "role: text" for each of several."""
+    """Return a prompt as a person or a gold function sees it: the text of its only turn, or "role: text" for each turn."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -135,8 +142,11 @@ FROZEN_DATE = datetime.datetime(2024, 7, 26)
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
-def freeze_template(tokenizer: PreTrainedTokenizerBase, *, where: str) -> bool:
+def freeze_template(tokenizer: PreTrainedTokenizerBase, *, name: str) -> bool:
     """Replace a chat template's calls for today's date by a fixed one; the frozen template is saved with every model.
+
+    Args:
+        name: whose tokenizer it is, for messages.
 
     Returns:
         whether there was one.
@@ -147,43 +157,47 @@ def freeze_template(tokenizer: PreTrainedTokenizerBase, *, where: str) -> bool:
     template = tokenizer.chat_template
     if not isinstance(template, str) or not _DATE_CALL.search(template):
         if isinstance(template, str) and "strftime_now(" in template:
-            raise UserError(f"{where}: the chat template computes a date from a variable; write a fixed date into it.")
+            raise UserError(f"{name}: the chat template computes a date from a variable; write a fixed date into it.")
         return False
     tokenizer.chat_template = _DATE_CALL.sub(lambda call: repr(FROZEN_DATE.strftime(call[2])), template)
     warnings.warn(
-        f"{where}: the chat template inserts today's date; it is frozen at {FROZEN_DATE:%d %b %Y}, so that a text has one score.",
+        f"{name}: the chat template inserts today's date; it is frozen at {FROZEN_DATE:%d %b %Y}, so that a text has one score.",
         stacklevel=3,
     )
     return True
 
 
 def adopt_encoder_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """An encoder's tokenizer begins with [CLS] and ends with [SEP]; give the two the names that all others have."""
+    """Give an encoder's [CLS] and [SEP] the names that other tokenizers have for the tokens that begin and end a text."""
     if tokenizer.eos_token is None and tokenizer.cls_token is not None and tokenizer.sep_token is not None:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool, where: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool, name: str) -> None:
     """Refuse a tokenizer that would make scores or stops meaningless; give it a padding token of its own if it has none.
 
     A padding token that equals the end token hides the end of every answer from a reward model and from the loss, so
     another unused special token is taken in its place.
+
+    Args:
+        conversational: whether the data are conversations, which need a chat template.
+        name: whose tokenizer it is, for messages.
 
     Raises:
         UserError: no end token, no chat template for conversations, or no token free to be the padding token.
     """
     if tokenizer.eos_token is None:
         raise UserError(
-            f"{where}: the tokenizer has no end-of-sequence token; set `eos_token` in its tokenizer_config.json."
+            f"{name}: the tokenizer has no end-of-sequence token; set `eos_token` in its tokenizer_config.json."
         )
     if conversational and not tokenizer.chat_template:
         raise UserError(
-            f"{where}: the data are conversations but the tokenizer has no chat template; use an instruct model or plain text."
+            f"{name}: the data are conversations but the tokenizer has no chat template; use an instruct model or plain text."
         )
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, None}
-    spare: list[Any] = [
+    spare: list[str] = [
         token.content
         for _, token in sorted(tokenizer.added_tokens_decoder.items())
         if token.special
@@ -192,7 +206,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool,
     ]
     if not spare:
         raise UserError(
-            f"{where}: the tokenizer has no padding token other than its end token {tokenizer.eos_token!r}, and no reserved "
+            f"{name}: the tokenizer has no padding token other than its end token {tokenizer.eos_token!r}, and no reserved "
             "token to use instead; add one (`tokenizer.add_special_tokens({'pad_token': '<|pad|>'})`, then resize the "
             "model's embeddings) and save the checkpoint again."
         )

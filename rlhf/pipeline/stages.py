@@ -41,7 +41,7 @@ def run_lab(context: StageContext) -> dict[str, Any]:
 
 
 def run_data(context: StageContext) -> dict[str, Any]:
-    """Read, check and split what the recipe names; what it does not name comes from the lab."""
+    """Read the data that the recipe names, check and split them; what it does not name comes from the lab."""
     data, lab = context.recipe.data, context.find_parent("lab")
     named: dict[str, Any] = {
         name: [Source(**entry.model_dump()) for entry in data.sources(name)] for name in DATA_SOURCES
@@ -85,7 +85,7 @@ def base_texts(data: Path) -> list[str]:
 
 
 def run_sft(context: StageContext) -> dict[str, Any]:
-    """Fine-tune on the demonstrations; the loss is on the answers only."""
+    """Train a policy on the demonstrations; the loss is on the answers only."""
     # 1. Model and data. A model from nothing has nothing to adapt, so all of its weights are trained.
     fresh = context.find_parent("base") or context.find_parent("lab")
     base = backbone_model(context.recipe) if fresh is None else fresh / "model"

@@ -17,7 +17,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rlhf.models.logprobs import position_ids, response_logits, response_logprobs, token_entropy, token_logprobs
+from rlhf.models.logprobs import position_ids, response_logits, response_logprobs, token_logprobs, token_surprise
 from rlhf.models.save import load_weights
 from rlhf.models.score import token_scores
 
@@ -138,7 +138,7 @@ class PolicyAndCritic(nn.Module):
             logits = response_logits(self.policy, input_ids, attention_mask, response_length)
             logprobs = token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)
             if not torch.is_grad_enabled():
-                entropy = token_entropy(logits, response_length, temperature=temperature)
+                entropy = token_surprise(logits, response_length, temperature=temperature).entropy
             del logits
         if "critic" in roles:
             positions = position_ids(attention_mask)

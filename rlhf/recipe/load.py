@@ -119,7 +119,7 @@ def _check_keys(document: Document) -> Iterable[str]:
 
 
 def _check_types(document: Document) -> Iterable[str]:
-    """Report values of another type than TRL's keys, and those of a model built from nothing, have."""
+    """Report values whose type is not that of their key: TRL's keys, and those of a model built from nothing."""
     tables: list[tuple[tuple[str, ...], dict[str, Any]]] = [((name,), stage_keys(name)) for name in STAGE_SECTIONS]
     scratch = (document.values.get("backbone") or {}).get("from_scratch")
     if isinstance(scratch, dict) and scratch.get("architecture") in trl_keys():

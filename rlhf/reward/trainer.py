@@ -1,6 +1,6 @@
 """`PairRewardTrainer`: TRL's `RewardTrainer` with a loss of the table of objectives.
 
-Three methods of the parent are replaced (which columns survive, how rows become a batch, how the loss is computed) and
+Three steps of the parent are replaced (which columns survive, how rows become a batch, how the loss is computed) and
 nothing else: TRL's own arguments pass through untouched.
 """
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from rlhf._trl import DataCollatorForPreference
-from rlhf.data.rows import Messages, Prompt
+from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import score_head
 from rlhf.models.packing import (
@@ -351,7 +351,7 @@ class PairRewardTrainer(RewardTrainer):
 
 
 def _tokenize_pairs(
-    batch: Mapping[str, Sequence[Prompt | Messages]], tokenizer: PreTrainedTokenizerBase
+    batch: Mapping[str, Sequence[Prompt]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[list[int]]]:
     rows = {}
     for side in ("chosen", "rejected"):

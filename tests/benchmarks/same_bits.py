@@ -15,12 +15,12 @@ from pathlib import Path
 
 ROUNDS = """
 name: same-bits
-lab: {demonstrations: 400, pairs: 240, test_pairs: 60, hidden_size: 64, num_hidden_layers: 2}
+lab: {demonstrations: 400, pairs: 1000, test_pairs: 60, hidden_size: 64, num_hidden_layers: 2}
 sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 64, num_train_epochs: 2}
 vote: {members: 2, folds: 2}
 reward:
-  {objective: posterior, extra: swav, meta: true, meta_pool: 32, meta_prompts: 4, members: 2, learning_rate: 5.0e-4,
-   per_device_train_batch_size: 16, num_train_epochs: 1}
+  {objective: posterior, extra: swav, meta: true, meta_pool: 32, meta_prompts: 4, members: 2, learning_rate: 2.0e-3,
+   per_device_train_batch_size: 16, num_train_epochs: 2}
 ppo:
   {total_episodes: 128, per_device_train_batch_size: 16, num_mini_batches: 2, num_ppo_epochs: 2, learning_rate: 3.0e-4,
    critic_learning_rate: 1.0e-3, kl_coef: 0.1, max_completion_length: 24}

@@ -5,7 +5,7 @@ import torch
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from rlhf.models import logprobs
-from rlhf.models.logprobs import token_entropy, token_logprobs
+from rlhf.models.logprobs import token_logprobs, token_surprise
 
 
 @pytest.mark.parametrize("at_once", [1, 700, 2**20])
@@ -37,6 +37,6 @@ def test_sixteen_bit_logits_are_summed_in_float32() -> None:
 
 
 def test_entropy_of_even_logits_is_log_of_the_vocabulary() -> None:
-    torch.testing.assert_close(token_entropy(torch.zeros(1, 3, 64), 2), torch.full((1, 2), 64.0).log())
+    torch.testing.assert_close(token_surprise(torch.zeros(1, 3, 64), 2).entropy, torch.full((1, 2), 64.0).log())
     logits = torch.randn(2, 4, 30, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(token_entropy(logits, 4, temperature=0.7), entropy_from_logits(logits / 0.7))
+    torch.testing.assert_close(token_surprise(logits, 4, temperature=0.7).entropy, entropy_from_logits(logits / 0.7))

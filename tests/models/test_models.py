@@ -66,15 +66,15 @@ def test_pad_that_equals_end_is_replaced_or_refused(tokenizer: Any) -> None:
 
     wrong = copy.deepcopy(tokenizer)
     wrong.pad_token = wrong.eos_token
-    check_tokenizer(wrong, conversational=True, where="x")
+    check_tokenizer(wrong, conversational=True, name="x")
     assert wrong.pad_token == "<|pad|>", "a reserved token takes its place"
     from tests.ppo.test_ppo import bandit_tokenizer
 
     bare = bandit_tokenizer(8, pad_token="<eos>")
     with pytest.raises(UserError, match="no padding token other than its end token"):
-        check_tokenizer(bare, conversational=False, where="x")
+        check_tokenizer(bare, conversational=False, name="x")
     with pytest.raises(UserError, match="no chat template"):
-        check_tokenizer(bandit_tokenizer(8), conversational=True, where="x")
+        check_tokenizer(bandit_tokenizer(8), conversational=True, name="x")
 
 
 def test_any_text_can_be_encoded_and_decoded(tokenizer: Any) -> None:

@@ -1,12 +1,14 @@
 """Keys, manifests and checkpoint marks."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from rlhf.errors import UserError
 from rlhf.files import write_text
+from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.store import Stage, Store, mark_checkpoint, newest_checkpoint
 from rlhf.recipe.document import differences
 
@@ -20,6 +22,11 @@ def test_a_key_depends_on_settings_seed_and_parents() -> None:
     assert stages()[1].key == stages()[1].key
     assert stages()[1].key != stages(learning_rate=0.2)[1].key, "a parent's settings reach the child's key"
     assert stages()[0].key != stages(seed=1)[0].key
+
+
+def test_the_docstring_of_a_stage_lists_all_names_or_none() -> None:
+    name = str(Stage.__doc__).partition("name:")[2].partition("folder:")[0]
+    assert set(re.findall(r"\w+", name)) & set(STAGES) in (set(), set(STAGES))
 
 
 def test_a_manifest_means_done(tmp_path: Path) -> None:

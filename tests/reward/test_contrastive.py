@@ -20,8 +20,8 @@ def make(base: Path, tokenizer: Any, pairs: Dataset, arguments: dict[str, Any], 
     from trl import RewardConfig
 
     settings = {key: extra.pop(key) for key in list(extra) if key in ("use_peft", "lora_r")}
-    own = {key: extra.pop(key) for key in list(extra) if key in RewardConfig.__dataclass_fields__}
-    args = RewardConfig(**{"per_device_train_batch_size": 8, "learning_rate": 1e-3, **arguments, **own})
+    config = {key: extra.pop(key) for key in list(extra) if key in RewardConfig.__dataclass_fields__}
+    args = RewardConfig(**{"per_device_train_batch_size": 8, "learning_rate": 1e-3, **arguments, **config})
     return ContrastiveRewardTrainer(
         build(base, tokenizer, **settings), args, train_dataset=pairs, processing_class=tokenizer, **extra
     )
@@ -68,15 +68,15 @@ def test_two_views_differ_in_training_and_evaluation_has_one(
 def test_checkpointing_recomputes_the_same_views(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], extra: str
 ) -> None:
-    found = []
+    both = []
     for checkpointing in (False, True):
         trainer = make(
             base_folder, tokenizer, pairs, {**cpu_arguments, "gradient_checkpointing": checkpointing}, extra=extra
         )
         if checkpointing:
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-        found.append(gradients(trainer, first_batch(trainer)))
-    plain, checkpointed = found
+        both.append(gradients(trainer, first_batch(trainer)))
+    plain, checkpointed = both
     assert set(plain) == set(checkpointed)
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-5)
@@ -103,17 +103,17 @@ def test_the_term_counts_by_its_weight(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
     """Loss(β) - Loss(0) = β times the mean of the elements' losses, under the same dropout."""
-    found = {}
+    by_weight = {}
     for weight in (0.0, 0.5, 1.0):
         trainer = make(base_folder, tokenizer, pairs, cpu_arguments, extra="simcse", extra_weight=weight)
         trainer.model.train()
         torch.manual_seed(0)
-        found[weight] = trainer.compute_loss(
+        by_weight[weight] = trainer.compute_loss(
             trainer.model, dict(first_batch(trainer)), num_items_in_batch=torch.tensor(8)
         ).item()
         term = trainer._metrics["train"]["contrastive"][-1]
-    assert found[1.0] - found[0.0] == pytest.approx(term, abs=1e-5)
-    assert found[0.5] - found[0.0] == pytest.approx(term / 2, abs=1e-5)
+    assert by_weight[1.0] - by_weight[0.0] == pytest.approx(term, abs=1e-5)
+    assert by_weight[0.5] - by_weight[0.0] == pytest.approx(term / 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("extra", ["simcse", "swav_diff"])

@@ -37,9 +37,9 @@ META, _ = group_samples(samples())
 def make(base: Path, tokenizer: Any, pairs: Dataset, arguments: dict[str, Any], **extra: Any) -> Any:
     settings = {key: extra.pop(key) for key in list(extra) if key in ("use_peft", "lora_r")}
     cls: Any = extra.pop("cls", MetaRewardTrainer)
-    own = {key: extra.pop(key) for key in list(extra) if key in RewardConfig.__dataclass_fields__}
+    config = {key: extra.pop(key) for key in list(extra) if key in RewardConfig.__dataclass_fields__}
     usual = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "num_train_epochs": 1, "logging_steps": 1}
-    args = RewardConfig(**{**usual, **arguments, **own})
+    args = RewardConfig(**{**usual, **arguments, **config})
     if cls is MetaRewardTrainer:
         extra = {"meta_samples": META, "meta_prompts": 4, **extra}
     return cls(build(base, tokenizer, **settings), args, train_dataset=pairs, processing_class=tokenizer, **extra)
@@ -96,8 +96,8 @@ def test_one_step_is_the_formula(
     assert row["meta_spread"] == pytest.approx(spread.mean().item(), abs=1e-6)
     assert row["meta_gradient"] == pytest.approx(length.item(), rel=1e-4)
     moved = 0.0
-    for (name, found), start, gradient in zip(trainer.model.named_parameters(), theta, there, strict=True):
-        torch.testing.assert_close(found, start - alpha * gradient, atol=2e-6, rtol=1e-5, msg=name)
+    for (name, parameter), start, gradient in zip(trainer.model.named_parameters(), theta, there, strict=True):
+        torch.testing.assert_close(parameter, start - alpha * gradient, atol=2e-6, rtol=1e-5, msg=name)
         moved = max(moved, (alpha * gradient).abs().max().item())
     assert moved > 1e-3, "or the comparison says nothing"
 
@@ -136,14 +136,14 @@ def test_a_resumed_run_ends_bit_for_bit(
 def test_checkpointing_changes_nothing(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
-    found = [
+    plain, checkpointed = trainers = [
         make(base_folder, tokenizer, pairs, {**cpu_arguments, "gradient_checkpointing": on}, meta_step=0.5)
         for on in (False, True)
     ]
-    for trainer in found:
+    for trainer in trainers:
         trainer.train()
-    assert losses(found[1]) == pytest.approx(losses(found[0]), abs=1e-5)
-    spreads = [[row["meta_spread"] for row in t.state.log_history if "meta_spread" in row] for t in found]
+    assert losses(checkpointed) == pytest.approx(losses(plain), abs=1e-5)
+    spreads = [[row["meta_spread"] for row in t.state.log_history if "meta_spread" in row] for t in trainers]
     assert spreads[1] == pytest.approx(spreads[0], abs=1e-6)
 
 

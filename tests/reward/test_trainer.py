@@ -13,16 +13,24 @@ from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from rlhf import (
+    OBJECTIVES,
     AdaptiveMarginRewardTrainer,
     LabelFlipRewardTrainer,
     LabelSmoothingRewardTrainer,
     MarginRewardTrainer,
+    Objective,
     PairRewardTrainer,
     SoftLabelRewardTrainer,
+    VotedRewardTrainer,
 )
+from rlhf.data.rows import prompt_key
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
-from rlhf.reward.trainer import check_columns
+from rlhf.objectives.strength import STRENGTH_COLUMNS, VoteStrength
+from rlhf.recipe.objectives import Loss
+from rlhf.reward.denoise import DenoiseConfig, denoised
+from rlhf.reward.noise import NoiseEstimate, estimate_noise
+from rlhf.reward.trainer import check_columns, training_columns
 from tests.conftest import PROMPTS
 
 
@@ -253,9 +261,9 @@ def test_evaluation_during_training_counts_every_pair_once(
 def test_declarations_of_the_paper_correct_by_strength(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
-    """Adaptive margin and label flip from `strength_mean` are the general loss with the columns written by hand."""
-    strength = [0.3 * (i % 11) - 1.0 for i in range(len(pairs))]
-    voted = pairs.add_column("strength_mean", strength)
+    """Adaptive margin and label flip of a vote are the general loss with the columns written by hand."""
+    voted = with_votes(pairs)
+    strength = voted["strength_mean"][:]
     arguments = {**cpu_arguments, "max_steps": 3}
 
     def run(cls: Any, data: Dataset, **options: Any) -> list[float]:
@@ -269,12 +277,119 @@ def test_declarations_of_the_paper_correct_by_strength(
     weakest = sorted(range(len(pairs)), key=lambda i: (strength[i], i))[: len(pairs) // 10]
     turned = pairs.add_column("confidence", [0.0 if i in weakest else 1.0 for i in range(len(pairs))])
     assert run(LabelFlipRewardTrainer, voted) == pytest.approx(run(PairRewardTrainer, turned), abs=1e-5)
-    with pytest.raises(UserError, match="no column 'strength_mean'"):
-        run(LabelFlipRewardTrainer, pairs)
+    with pytest.raises(UserError, match="no column 'strength_share', which this objective needs"):
+        run(LabelFlipRewardTrainer, voted.remove_columns("strength_share"))
     robust = run(PairRewardTrainer, pairs, flip_rate=0.2)
     assert robust != pytest.approx(plain, abs=1e-3)
     with pytest.raises(UserError, match=r"flip_rate is 0.7"):
         run(PairRewardTrainer, pairs, flip_rate=0.7)
+
+
+def with_votes(pairs: Dataset) -> Dataset:
+    """The votes of two members on each pair: sure ones, of which a fifth contradict their label, and some that disagree."""
+    strength = [0.1 * (i % 7) + (0.0 if i % 10 == 9 else -3.0 if i % 5 == 0 else 3.0) for i in range(len(pairs))]
+    columns: dict[str, list[Any]] = {
+        "strength_mean": strength,
+        "strength_std": [0.5] * len(pairs),
+        "strength_share": [0.0 if d < -1 else 0.5 if d < 1 else 1.0 for d in strength],
+        "strength_votes": [2] * len(pairs),
+    }
+    for name, values in columns.items():
+        pairs = pairs.add_column(name, values)
+    return pairs
+
+
+@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.needs.vote])
+def test_every_voted_objective_trains_on_what_the_pipeline_would(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], name: str
+) -> None:
+    """The votes are the dataset's own, all four columns; the noise is given, or what these votes prove."""
+    voted = with_votes(pairs)
+    numbers: dict[str, Any] = {"flip_by": "sign", "margin_scale": 0.5, "smoothing": 0.3}
+    given = NoiseEstimate(flip_rate=0.2, fitted=0.15, scale=2.0, low=0.1, high=0.3)
+    strength = VoteStrength(*(torch.tensor([float(x) for x in voted[column]]) for column in STRENGTH_COLUMNS))
+    estimated = estimate_noise(strength.mean, [prompt_key(prompt) for prompt in voted["prompt"]])
+    assert estimated.fitted > 0.1, "these votes prove something"
+    args = RewardConfig(**cpu_arguments, num_train_epochs=1)
+    for noise in (given, None):
+        trainer = VotedRewardTrainer(
+            build(base_folder, tokenizer), args, objective=name, noise=noise, train_dataset=voted, eval_dataset=pairs,
+            processing_class=tokenizer, **numbers,
+        )  # fmt: skip
+        assert trainer.noise == (noise or estimated)
+        rows, _ = denoised(voted.to_list(), DenoiseConfig(name, **numbers), strength, noise or estimated)
+        assert trainer.train_dataset["chosen"] == [row["chosen"] for row in rows]
+        for column in ("margin", "confidence", "weight"):
+            expected = [row[column] for row in rows] if column in rows[0] else None
+            assert (trainer.train_dataset[column] if column in trainer.train_dataset.column_names else None) == expected
+        assert trainer.eval_dataset["chosen"] == pairs["chosen"], "held-out labels stay as they are"
+
+
+def test_votes_that_are_none_are_refused(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    model, args = build(base_folder, tokenizer), RewardConfig(**cpu_arguments, num_train_epochs=1)
+    options: dict[str, Any] = {"processing_class": tokenizer}
+    voted = with_votes(pairs)
+    with pytest.raises(UserError) as error:
+        VotedRewardTrainer(model, args, train_dataset=pairs, **options)
+    assert error.value.problems == [
+        f"reward: the dataset has no column {name!r}, which this objective needs." for name in STRENGTH_COLUMNS
+    ]
+    with pytest.raises(UserError, match="'bt' is none that needs a vote: flip, adaptive_margin"):
+        VotedRewardTrainer(model, args, objective="bt", train_dataset=voted, **options)
+    with pytest.raises(UserError, match="can't be a stream"):
+        VotedRewardTrainer(model, args, train_dataset=voted.to_iterable_dataset(), **options)
+    with pytest.raises(UserError, match=r"row 0, column 'strength_share': 1.5 is not a finite number in \[0.0, 1.0\]"):
+        bad = voted.remove_columns("strength_share").add_column("strength_share", [1.5] * len(voted))
+        VotedRewardTrainer(model, args, train_dataset=bad, **options)
+
+
+def test_declarations_make_their_columns_or_require_them(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    """Ratings serve for margins; a smoothed trainer smooths streams and evaluation data too; a missing column is a sentence."""
+    args = RewardConfig(**cpu_arguments, num_train_epochs=1, max_steps=1)
+    options: dict[str, Any] = {"processing_class": tokenizer}
+
+    def trainer(cls: Any, data: Any, **more: Any) -> Any:
+        return cls(build(base_folder, tokenizer), args, train_dataset=data, **options, **more)
+
+    rated = pairs.add_column("rating_gap", [float(i % 4) for i in range(len(pairs))])
+    margins = trainer(MarginRewardTrainer, rated, margin_scale=0.5).train_dataset["margin"]
+    assert margins == [0.5 * (i % 4) for i in range(len(pairs))]
+    for cls, column in ((MarginRewardTrainer, "margin"), (SoftLabelRewardTrainer, "confidence")):
+        with pytest.raises(UserError, match=f"no column '{column}', which this objective needs"):
+            trainer(cls, pairs)
+    stream = pairs.to_iterable_dataset()
+    smooth = trainer(LabelSmoothingRewardTrainer, stream, smoothing=0.3, eval_dataset={"held": pairs})
+    assert {row["confidence"] for row in smooth.train_dataset} == {0.7}
+    assert set(smooth.eval_dataset["held"]["confidence"]) == {0.7}
+    soft = trainer(SoftLabelRewardTrainer, pairs.add_column("confidence", [0.7] * len(pairs)), eval_dataset=pairs)
+    assert "confidence" not in soft.eval_dataset.column_names
+
+
+def hinge(chosen: torch.Tensor, rejected: torch.Tensor, *, gap: torch.Tensor) -> torch.Tensor:
+    """Another loss, with a column of its own: max(0, gap - d)."""
+    return (gap - (chosen - rejected)).clamp(min=0)
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["plain", "shared"])
+def test_another_loss_is_a_row_and_a_formula(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], share: bool
+) -> None:
+    """The trainer takes function and columns from the table's record, packed or not: with a zero head d = 0 and the loss is the gap."""
+    row = Objective("hinge", "a hinge loss", loss=Loss(f"{__name__}.hinge", columns={"gap": 1.0}))
+    rows = training_columns(
+        [{**pair, **({"gap": 3.0} if i % 2 else {})} for i, pair in enumerate(pairs)], row.loss.columns
+    )
+    model = build(base_folder, tokenizer)
+    torch.nn.init.zeros_(model.score.weight)
+    cls: Any = partial(PairRewardTrainer, loss=row.loss, share_prompts=share)
+    settings = {"learning_rate": 1e-12, "per_device_train_batch_size": len(rows)}
+    trainer = train(cls, model, tokenizer, Dataset.from_list(rows), cpu_arguments, **settings)
+    assert trainer._shares == share
+    assert losses(trainer) == pytest.approx([2.0], abs=1e-5)
 
 
 def test_streamed_rows_train_like_rows_in_memory(

@@ -110,6 +110,7 @@ def test_choices_undo_and_the_end(desk: tuple[str, LabelBook, dict[str, str]]) -
     assert session.post(url, data={"id": question(0).id, "choice": "best"}, timeout=10).status_code == 400
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs a browser and its driver"
 )
