@@ -1,4 +1,4 @@
-"""The table of objectives: what each needs, what it does to the pairs, and which loss it trains with (design §11).
+"""The table of objectives: what each needs, what it does to the pairs, and which loss it trains with.
 
 The schema's values of `reward.objective`, the planning of a vote, the denoising step, the trainers in Python and the guide's
 table are all read from here. Functions are named, not imported, so that reading the table loads no torch.
