@@ -78,7 +78,7 @@ def sharing_obstacle(policy: PeftModel, folder: str, tokenizer: PreTrainedTokeni
     return None
 
 
-def on_backbone(policy: PeftModel, folder: str) -> tuple[RewardModel, AdapterHead]:
+def add_to_backbone(policy: PeftModel, folder: str) -> tuple[RewardModel, AdapterHead]:
     """Add a reward model and a critic that starts from it to the policy's base; the reward model is checked on its probe.
 
     The head is read from the file by name: a causal model would drop it without a word.

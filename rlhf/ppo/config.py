@@ -163,10 +163,10 @@ class PPOConfig(BaseConfig):
 
     @property
     def local_rollout_size(self) -> int:
-        """Episodes a process samples for one rollout."""
+        """Return the number of episodes that a process samples for one rollout."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps made with one rollout."""
+        """Return the number of optimizer steps made with one rollout."""
         return self.num_ppo_epochs * self.num_mini_batches

@@ -23,25 +23,27 @@ class Demonstrations:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration], *, max_length: int | None):
         prompts = [row["prompt"] for row in rows]
         answers = [last_turn(row["completion"]) for row in rows]
-        whole, _ = encode_answers(tokenizer, prompts, answers, max_length=max_length)
-        asked, _ = encode_answers(tokenizer, prompts, [""] * len(rows), ended=[False] * len(rows))
-        self.rows = whole
+        self.rows, _ = encode_answers(tokenizer, prompts, answers, max_length=max_length)
+        prompt_rows, _ = encode_answers(tokenizer, prompts, [""] * len(rows), ended=[False] * len(rows))
         # What was cut off a row's beginning is missing from its prompt.
-        uncut, _ = encode_answers(tokenizer, prompts, answers)
-        self.prompts = [len(p) - (len(u) - len(w)) for p, u, w in zip(asked, uncut, whole, strict=True)]
+        uncut_rows, _ = encode_answers(tokenizer, prompts, answers)
+        self.prompt_lengths = [
+            len(prompt) - (len(uncut) - len(row))
+            for prompt, uncut, row in zip(prompt_rows, uncut_rows, self.rows, strict=True)
+        ]
         assert isinstance(tokenizer.pad_token_id, int)
         self.pad_token_id = tokenizer.pad_token_id
 
     def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draw rows with replacement: ids [n, t], padded on the right, and a mask [n, t] of the completions' tokens."""
-        chosen = torch.randint(len(self.rows), (count,)).tolist()
+        drawn = torch.randint(len(self.rows), (count,)).tolist()
         ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(self.rows[i]) for i in chosen], batch_first=True, padding_value=self.pad_token_id
+            [torch.tensor(self.rows[i]) for i in drawn], batch_first=True, padding_value=self.pad_token_id
         )
         places = torch.arange(ids.shape[1])
-        first = torch.tensor([self.prompts[i] for i in chosen])[:, None]
-        last = torch.tensor([len(self.rows[i]) for i in chosen])[:, None]
-        return ids.to(device), ((places >= first) & (places < last)).to(device)
+        starts = torch.tensor([self.prompt_lengths[i] for i in drawn])[:, None]
+        ends = torch.tensor([len(self.rows[i]) for i in drawn])[:, None]
+        return ids.to(device), ((places >= starts) & (places < ends)).to(device)
 
 
 def demonstration_loss(policy: nn.Module, ids: Tensor, is_completion: Tensor) -> Tensor:

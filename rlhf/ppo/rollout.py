@@ -86,11 +86,13 @@ class Rollout:
 
     def rows(self, index: Tensor) -> MicroBatch:
         """Return the named rows without the columns that are padding in all of them."""
-        chosen = {field.name: getattr(self, field.name)[index] for field in fields(self)}
-        prompt, answer = used_columns(chosen["attention_mask"], chosen["response_mask"])
-        whole = {name: chosen.pop(name)[:, prompt.start : answer.stop] for name in ("input_ids", "attention_mask")}
+        columns = {field.name: getattr(self, field.name)[index] for field in fields(self)}
+        prompt, answer = used_columns(columns["attention_mask"], columns["response_mask"])
+        whole_texts = {
+            name: columns.pop(name)[:, prompt.start : answer.stop] for name in ("input_ids", "attention_mask")
+        }
         width = answer.stop - prompt.stop
-        return cast(MicroBatch, whole | {name: column[:, :width] for name, column in chosen.items()})
+        return cast(MicroBatch, whole_texts | {name: column[:, :width] for name, column in columns.items()})
 
 
 def used_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:

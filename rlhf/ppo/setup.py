@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rlhf.errors import UserError
 from rlhf.models.load import score_head
 from rlhf.models.text import check_tokenizer
-from rlhf.ppo.backbone import on_backbone, sharing_obstacle
+from rlhf.ppo.backbone import add_to_backbone, sharing_obstacle
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.ptx import Demonstrations
 from rlhf.ppo.rewards import RewardFunction, RewardSource
@@ -99,7 +99,7 @@ def rewards_and_critic(
     if isinstance(policy, PeftModel) and isinstance(first, str) and kind_of(first) is FOLDER and critic is None:
         reason = sharing_obstacle(policy, first, processing_class)
         if reason is None:
-            functions[0], critic = on_backbone(policy, first)
+            functions[0], critic = add_to_backbone(policy, first)
         else:
             warnings.warn(f"ppo: the policy's base is not shared with critic and reward model: {reason}.", stacklevel=3)
 

@@ -240,7 +240,7 @@ class PPOTrainer(BaseTrainer):
     # ---- Update ----
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        """Learn from one rollout: every optimizer step of its PPO epochs, at a constant learning rate.
+        """Update policy and critic from one rollout: every optimizer step of its PPO epochs, at a constant learning rate.
 
         In a loop of one's own, `for i in range(n): trainer.update(trainer.rollout(trainer.prompts_of(i)))` does what `train()`
         does with `lr_scheduler_type="constant"`, and nothing is logged, evaluated or saved on the way.

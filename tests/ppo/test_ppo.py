@@ -1,5 +1,6 @@
 """PPO as a whole: what must hold at step 0, the bandit's known optimum, accumulation, resume."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -16,10 +17,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from trl import RLOOTrainer
 
 from rlhf import PPOConfig, PPOTrainer, load_reward_model
 from rlhf.errors import TrainingError, UserError
 from rlhf.ppo.experience import shape_scores
+from rlhf.ppo.rollout import Sample
 from tests.conftest import PROMPTS
 
 DATA = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
@@ -262,6 +265,31 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     critic = load_file(saved / "critic" / "model.safetensors")
     assert torch.equal(critic["score.weight"], second.model.critic.score.weight)
     assert AutoModelForCausalLM.from_pretrained(saved).config.vocab_size == whole.model.config.vocab_size
+
+
+def test_a_checkpoint_keeps_samples_and_the_monitors_memory_whatever_is_in_them(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """Answers hold any character, such as the separators of lines that JSON leaves as they are."""
+    trainer, _ = make(base_folder, str(reward_folder), cpu_arguments)
+    trainer.latest_samples = [Sample(PROMPTS[0], "one\u2028two\x85three\nfour", 0.5, None, 1.5, True)]
+    trainer.progress.health.look({"kl": 1.0, "share_without_eos": 0.9})
+    assert len(trainer.progress.health.look({"kl": 1.0, "share_without_eos": 0.9})) == 1
+    trainer._save(str(tmp_path / "saved"))
+    assert list(json.loads((tmp_path / "saved/ppo_state.json").read_text())["health"]) == [
+        "said", "raised", "first", "rollouts", "rewards",
+    ]  # fmt: skip
+    again, _ = make(base_folder, str(reward_folder), cpu_arguments)
+    again._load_from_checkpoint(str(tmp_path / "saved"))
+    assert again.latest_samples == trainer.latest_samples
+    assert again.progress == trainer.progress
+
+
+def test_the_first_seven_arguments_are_those_of_trls_trainers() -> None:
+    theirs = list(inspect.signature(RLOOTrainer.__init__).parameters)[:8]
+    ours = inspect.signature(PPOTrainer.__init__).parameters
+    assert [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == theirs
+    assert {"callbacks", "optimizers", "peft_config"} <= {name for name, p in ours.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def test_checkpoints_fall_between_rollouts(
