@@ -119,7 +119,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             "flip_margin",
-            "`flip` and `adaptive_margin`; a flipped pair's margin changes sign",
+            "`flip` and `adaptive_margin`; flipped margins change sign",
             "arXiv:2401.06080 section 2.5",
             needs=VOTE,
             apply="rlhf.reward.denoise.flip_with_margin",
@@ -145,7 +145,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             "posterior",
-            "P(label) given the pair's votes and the file's share of wrong labels",
+            "P(label) given the pair's votes and the share of wrong labels",
             needs=VOTE,
             apply="rlhf.reward.denoise.posterior_as_confidence",
         ),
