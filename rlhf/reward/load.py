@@ -16,7 +16,7 @@ from rlhf.invariants.scores import alone_in_batch, as_rendered, score_tolerance
 from rlhf.models.load import load_scorer, load_tokenizer
 from rlhf.models.open import expand, one_sentence, open_tokenizer
 from rlhf.models.save import save_model
-from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token
+from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read_as_saved
 from rlhf.models.text import plain
 from rlhf.reward.experts import EXPERTS, open_experts
 from rlhf.reward.model import Network, RewardModel
@@ -140,7 +140,7 @@ def _write_plain_rendering(folder: Path) -> None:
     tokenizer = load_tokenizer(folder, conversational=True)
     if any([end_at_end_token(tokenizer), add_no_tokens(tokenizer)]):
         tokenizer.save_pretrained(folder)
-    if affixes(open_tokenizer(folder)) != (0, 0):
+    if affixes(open_tokenizer(folder)) != (0, 0) and not read_as_saved(folder, tokenizer):
         warnings.warn(
             f"{folder}: this tokenizer writes begin or end tokens by itself and can't be kept from it; tokenise rendered "
             "conversations with add_special_tokens=False in other programs, or they get other scores.",
