@@ -4,11 +4,13 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from rlhf.invariants.ratio import check_ratio, largest_ratio_deviation
 from rlhf.invariants.sampler import ROUNDING, SurpriseSums, check_sampler, sampler_z, surprise_sums
 
 if TYPE_CHECKING:
-    from rlhf.ppo.rollout import Experience
+    from rlhf.ppo.rollout import Experience, MicroBatch
     from rlhf.ppo.trainer import PPOTrainer
 
 
@@ -54,3 +56,21 @@ def check_sampling(trainer: "PPOTrainer", experience: "Experience") -> None:
         trainer.checks.record(check)
         if was_held and not check.held and trainer.accelerator.is_main_process:
             warnings.warn(f"ppo: {check.message()} Its answers are weighted by π / π_vLLM instead.", stacklevel=2)
+
+
+def check_first_ratio(trainer: "PPOTrainer", logprobs: Tensor, batch: "MicroBatch") -> None:
+    """Require "ratio one" of a micro-batch of a rollout's first optimizer step, over all processes.
+
+    Where somebody leaves dropout on (`disable_dropout=False`) the ratio is noise by intent, and nothing is checked.
+
+    Args:
+        logprobs: [b, r] of the policy as it is now, nats.
+
+    Raises:
+        InvariantError: a ratio is not 1; nothing was updated.
+    """
+    if not trainer.args.disable_dropout:
+        return
+    deviation = largest_ratio_deviation(logprobs, batch["logprobs_old"], batch["response_mask"])
+    largest = trainer.accelerator.gather(deviation).max().item()
+    trainer.checks.require(check_ratio(largest, coarsest_dtype(trainer)))
