@@ -72,16 +72,10 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
 
     @app.get("/")
     def ask(request: Request, token: str | None = None, person: str | None = None) -> Response:
-        # 1. A link with a token becomes a cookie, so that the secret leaves the address bar. The last person to open a link in
-        #    a browser has `/`; each keeps a cookie of their own, by which `/?person=…` is theirs.
+        # 1. A link with a token becomes a cookie, so that the secret leaves the address bar.
         if token is not None:
             name = annotator_of(token)
-            if name is None:
-                return refused()
-            response = RedirectResponse("/", 303)
-            for cookie in (COOKIE, f"{COOKIE}_{_person_id(name)}"):
-                response.set_cookie(cookie, token, httponly=True, samesite="strict")
-            return response
+            return refused() if name is None else _remembered(name, token)
         annotator = annotator_of(request.cookies.get(COOKIE if person is None else f"{COOKIE}_{person}"))
         if annotator is None:
             return refused()
@@ -138,6 +132,14 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
 
 def _side_on_the_left(annotator: str, question: Question) -> str:
     return "second" if shows_second_on_the_left(annotator, question) else "first"
+
+
+def _remembered(annotator: str, token: str) -> Response:
+    """Return the way to the page, with two cookies: `/` is the last person's in this browser, `/?person=…` everybody's own."""
+    response = RedirectResponse("/", 303)
+    for cookie in (COOKIE, f"{COOKIE}_{_person_id(annotator)}"):
+        response.set_cookie(cookie, token, httponly=True, samesite="strict")
+    return response
 
 
 def _label(choice: str, left_side: str) -> str | None:
