@@ -270,6 +270,15 @@ def test_the_guide_to_ppo_names_every_alarm() -> None:
     assert re.findall(r"^\| ([a-zA-Z ]+) \|", section, flags=re.MULTILINE)[1:] == [concern.name for concern in CONCERNS]
 
 
+def test_the_page_of_metrics_knows_every_metric_of_ppo() -> None:
+    from rlhf.ppo.metrics import RolloutMetrics
+
+    page = text_of(Path("recipes/guides/metrics.md"))
+    names = set(re.findall(r"`([a-z_0-9]+)`", str(RolloutMetrics.__doc__))) - {"reward_clip"}
+    assert len(names) > 20
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
 def test_hooks_before_a_commit_are_the_tools_of_ci() -> None:
     hooks = yaml.safe_load(text_of(Path(".pre-commit-config.yaml")))["repos"][0]["hooks"]
     tools = [line for line in text_of(Path(".ci/run")).splitlines() if line.startswith(("ruff", "mypy"))]

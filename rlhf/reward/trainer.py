@@ -21,6 +21,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf._trl import DataCollatorForPreference
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
+from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.load import score_head
 from rlhf.models.packing import (
     GroupedByLength,
@@ -32,6 +33,7 @@ from rlhf.models.packing import (
     tolerance,
     unpack,
 )
+from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, plain
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
 
@@ -196,6 +198,8 @@ class PairRewardTrainer(RewardTrainer):
             )
         self.dropped_too_long = 0
         super().__init__(model, args, **arguments)
+        if args.disable_dropout:
+            switch_off_dropout(self.model)  # TRL's own switch reaches modules, not probabilities that layers hold
         head = score_head(self.model)
         if head is not None and getattr(self.model, "is_loaded_in_4bit", False):
             head.float()  # TRL casts all that is trained on 4-bit weights to bfloat16, too coarse for a score
@@ -221,6 +225,7 @@ class PairRewardTrainer(RewardTrainer):
         args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        end_at_end_token(processing_class)
         columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
         is_stream = not isinstance(dataset, Dataset)
         if "prompt" in columns and "chosen_ids" not in columns:
