@@ -289,8 +289,6 @@ class PPOTrainer(BaseTrainer):
                 total += super().training_step(container, {**inputs, "roles": (role,)}, num_items_in_batch)
         if "policy" not in roles:
             self._measure_policy(container, inputs)
-            for parameter in container.role_parameters("policy"):
-                parameter.grad = None  # of weights on the base that the critic reads through too
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             # The wrapper for several processes wants one backward through every parameter, so it is left out.
             for parameter in container.parameters():
