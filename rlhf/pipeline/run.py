@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.files import write_text
 from rlhf.invariants.checks import CheckBook
-from rlhf.pipeline.checks import check_arguments, check_recipe_file
+from rlhf.pipeline.checks import check_arguments, check_recipe_file, recipe_text
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stopping import reason_to_stop
@@ -56,7 +54,7 @@ def run(
     lock = store.lock() if is_main else None
     try:
         if is_main:
-            write_text(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+            write_text(out / "recipe.yaml", recipe_text(recipe))
             write_text(out / ORIGIN, json.dumps(recipe.origin, indent=1) + "\n")
 
         # 2. The stages, one after the other, until the last round or until there is a reason to stop.

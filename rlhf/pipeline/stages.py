@@ -15,6 +15,7 @@ from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.sources import Source
 from rlhf.evaluation.policies import evaluate_policies
 from rlhf.files import read_jsonl, write_jsonl
+from rlhf.invariants.checks import CheckBook
 from rlhf.lab.build import LabSettings, build_lab
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import find_source, load_policy, load_tokenizer
@@ -24,7 +25,14 @@ from rlhf.models.text import plain
 from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
-from rlhf.pipeline.training import checks_of, evaluation_rows, split_settings, train, training_arguments
+from rlhf.pipeline.training import (
+    check_nothing_lost,
+    checks_of,
+    evaluation_rows,
+    split_settings,
+    train,
+    training_arguments,
+)
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import DATA_SOURCES
@@ -144,9 +152,12 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     if len(members) > 1 and args.reward_ensemble is None:
         args.reward_ensemble = "mean"
 
+    policy, book = load_policy(start, model_config), CheckBook()
+    check_nothing_lost(context, start, policy, book)
+
     # 2. Train.
     trainer = StagePPOTrainer(
-        load_policy(start, model_config),
+        policy,
         [*members, *recipe.ppo.extra_rewards],
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
@@ -162,18 +173,18 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
 
     # 3. Save, and say what happened.
     if context.is_main:
-        policy = trainer.accelerator.unwrap_model(trainer.model).policy
-        save_model(policy, tokenizer, context.folder / "model")
+        save_model(trainer.accelerator.unwrap_model(trainer.model).policy, tokenizer, context.folder / "model")
         write_jsonl(context.folder / "samples.jsonl", [sample.as_row() for sample in trainer.latest_samples])
     if trainer.stopped is not None:
         context.say(trainer.stopped)
     rollouts = trainer.state.global_step // args.steps_per_rollout
+    book.merge(checks_of(trainer))
     return {
         "episodes": trainer.episodes,
         "rollouts": rollouts,
         "stopped": trainer.stopped,
         "warnings": trainer.progress.health.sentences,
-        "checks": checks_of(trainer),
+        "checks": book.entries,
     }
 
 
@@ -189,8 +200,11 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     reward = load_scorer_of(context.parent("reward"), device=context.device)
     first = context.find_parent("first_evaluation")
     sampled = None if first is None else read_jsonl(first / SFT_ANSWERS)
+    trained, book = context.parent("policy") / "model", CheckBook()
+    policy = load_policy(trained, model_config, trainable=False)
+    check_nothing_lost(context, trained, policy, book)
     facts, samples, sft_answers = evaluate_policies(
-        policy=load_policy(context.parent("policy") / "model", model_config, trainable=False).to(context.device).eval(),
+        policy=policy.to(context.device).eval(),
         sft=load_policy(sft, model_config, trainable=False).to(context.device).eval(),
         tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
         reward=reward,
@@ -202,7 +216,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     write_jsonl(context.folder / "samples.jsonl", samples)
     if sampled is None:
         write_jsonl(context.folder / SFT_ANSWERS, [{"completion": text, "ended": ended} for text, ended in sft_answers])
-    return facts
+    return {**facts, "checks": book.entries}
 
 
 def show_samples(context: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
