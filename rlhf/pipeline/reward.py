@@ -16,6 +16,7 @@ from rlhf.data.rows import Pair, Prompt, answer
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
+from rlhf.invariants.checks import CheckBook
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import encoder_type, load_policy, load_tokenizer
 from rlhf.models.save import save_model
@@ -24,7 +25,7 @@ from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.sampling import SAMPLES, sampling_settings
 from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
 from rlhf.pipeline.trainers import StageContrastiveRewardTrainer, StageMetaRewardTrainer, StagePairRewardTrainer
-from rlhf.pipeline.training import evaluation_rows, split_settings, train, training_arguments
+from rlhf.pipeline.training import checks_of, evaluation_rows, split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.pipeline.vote import STRENGTH
 from rlhf.recipe.objectives import OBJECTIVES, resolve
@@ -66,17 +67,19 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     domains = _domains(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None
     members = [context.folder / member_name(number) for number in range(recipe.reward.members)]
     facts: dict[str, Any]
+    book = CheckBook()
     if domains is not None:
         experts = [out / f"expert-{number}" for number in range(len(domains))]
-        dropped = sum(_fit_each(context, domains, experts, "expert"))
+        dropped = sum(_fit_each(context, domains, experts, "expert", book))
         facts = {"dropped_too_long": dropped, "experts": list(domains), "pairs": len(rows)}
     elif len(members) > 1:
         same = {str(number): rows for number in range(len(members))}
-        dropped = max(_fit_each(context, same, members, "member"))
+        dropped = max(_fit_each(context, same, members, "member", book))
         facts = {"dropped_too_long": dropped, "members": len(members), "pairs": len(rows) - dropped}
     else:
         trainer = _fit(context, rows, context.folder, "reward", recipe.seed)
         facts = {"pairs": len(trainer.train_dataset), "dropped_too_long": trainer.dropped_too_long}
+        book.merge(checks_of(trainer))
         if context.is_main:
             save_model(trainer.model, trainer.processing_class, out)
         del trainer
@@ -102,7 +105,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
         f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
     )
-    facts |= {"flipped": flipped, "mean": models[0].mean, "std": models[0].std, **report}
+    facts |= {"flipped": flipped, "mean": models[0].mean, "std": models[0].std, **report, "checks": book.entries}
 
     # 4. What it says of the policy of the round before, which was made against another reward model.
     return {**facts, "hindsight": _hindsight(context, reward)}
@@ -202,8 +205,13 @@ def _domains(rows: Sequence[Pair], weights: Mapping[str, float] | None) -> dict[
     return dict(sorted(by_source.items()))
 
 
-def _fit_each(context: StageContext, parts: Mapping[str, list[Pair]], places: Sequence[Path], kind: str) -> list[int]:
+def _fit_each(
+    context: StageContext, parts: Mapping[str, list[Pair]], places: Sequence[Path], kind: str, book: CheckBook
+) -> list[int]:
     """Train experts or members one after the other, each kept when it is done; then put them in their places.
+
+    Args:
+        book: what was checked on the way is entered here.
 
     Returns:
         how many pairs were too long for each; 0 where it was trained before this process began.
@@ -219,6 +227,7 @@ def _fit_each(context: StageContext, parts: Mapping[str, list[Pair]], places: Se
         seed = context.recipe.seed + (SEEDS_APART * number if kind == "member" else 0)
         trainer = _fit(context, rows, folder, f"{kind} {name}", seed)
         dropped[number] = trainer.dropped_too_long
+        book.merge(checks_of(trainer))
         if context.is_main:
             _append_metrics(context.folder / "metrics.jsonl", folder / "metrics.jsonl", {kind: name})
             beside = folder / "unfinished"

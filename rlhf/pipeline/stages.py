@@ -24,7 +24,7 @@ from rlhf.models.text import plain
 from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
-from rlhf.pipeline.training import evaluation_rows, split_settings, train, training_arguments
+from rlhf.pipeline.training import checks_of, evaluation_rows, split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import DATA_SOURCES
@@ -118,7 +118,13 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     if context.is_main:
         save_model(trainer.model, tokenizer, context.folder / "model")
         show_samples(context, trainer.model, tokenizer)
-    return {"demonstrations": len(lengths), "dropped": dropped, "cut": cut, "tokens": sum(lengths)}
+    return {
+        "demonstrations": len(lengths),
+        "dropped": dropped,
+        "cut": cut,
+        "tokens": sum(lengths),
+        "checks": checks_of(trainer),
+    }
 
 
 def run_ppo(context: StageContext) -> dict[str, Any]:
@@ -167,6 +173,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         "rollouts": rollouts,
         "stopped": trainer.stopped,
         "warnings": trainer.progress.health.sentences,
+        "checks": checks_of(trainer),
     }
 
 

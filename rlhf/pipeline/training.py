@@ -11,12 +11,13 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
-from transformers import ProgressCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig
 
 from rlhf.errors import TrainingError
 from rlhf.files import read_jsonl
+from rlhf.invariants.checks import CheckBook, CheckEntry
 from rlhf.models.load import model_settings
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.callbacks import CheckpointMark, FiniteGradients, MetricsFile, Progress, StopAt, StopOnSignal
@@ -108,3 +109,9 @@ def train(
         if trainer.is_world_process_zero():
             raise TrainingError(f"{error} The batch: {trainer.save_batch(folder, error.rows)}") from error
         raise
+
+
+def checks_of(trainer: Trainer) -> dict[str, CheckEntry]:
+    """Return what a trainer checked while it trained; nothing where it keeps no check book, as TRL's own do not."""
+    book = getattr(trainer, "checks", None)
+    return dict(book.entries) if isinstance(book, CheckBook) else {}

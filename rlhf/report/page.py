@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf.files import write_text
+from rlhf.report.checks import check_rows, checks_line
 from rlhf.report.figures import curves, histogram
 from rlhf.report.records import (
     Facts,
@@ -58,6 +59,8 @@ def write_report(run: Path) -> Path:
         reward_figures=reward_figures(reward, pairs) if reward else [],
         worst_pairs=worst(pairs),
         training_figures=_training_figures(run, folder),
+        checks=check_rows(summary, facts),
+        checks_line=checks_line(summary),
         data=[_reader_row(report) for report in facts.get("round-0/data", {}).get("read", [])],
         lineage=[_lineage_row(name, manifest) for name, manifest in manifests.items()],
         settings_title=f"Settings that differ from {origin['base']}"

@@ -33,6 +33,18 @@ class BestOf16(TypedDict):
     by_gold: Facts
 
 
+class CheckRow(TypedDict):
+    """A check of `summary.json`: what a run measured about itself, worst of all stages; `low` only where two-sided."""
+
+    statistic: float | None
+    low: float | None
+    bound: float
+    unit: str
+    held: bool
+    times: int
+    stage: str
+
+
 class Summary(TypedDict):
     """A run in numbers: `summary.json`."""
 
@@ -47,6 +59,7 @@ class Summary(TypedDict):
     gold_gap_closed: float | None
     evaluated_prompts: int | None
     stopped: str | None
+    checks: NotRequired[dict[str, CheckRow]]
 
 
 class Parent(TypedDict):

@@ -218,6 +218,23 @@ def test_kill_9_in_the_evaluation(finished: Path, tmp_path: Path) -> None:
     assert {**before, "seconds": 0} == {**after, "seconds": 0}
 
 
+@pytest.mark.parametrize("damage", ["replaced", "missing"])
+def test_a_finished_file_that_changed_is_refused_by_name(finished: Path, tmp_path: Path, damage: str) -> None:
+    process = begin_again_at("round-1/evaluate", finished, tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    file = tmp_path / "x/round-1/ppo/model/model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        weights = file.read_bytes()
+        file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "round-1/evaluate: Since their stage was done: x/round-1/ppo/model/model.safetensors" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 FULL_DISK = """
 import errno, sys
 from transformers import Trainer
