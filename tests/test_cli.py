@@ -37,3 +37,30 @@ def test_libraries_are_silenced_before_any_is_imported(monkeypatch: pytest.Monke
     cli._quieten_libraries()
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info", "what a person has set stays"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "name"),
+    [
+        (SystemExit(), 1, "SystemExit(None)"),
+        (SystemExit(0), 1, "SystemExit(0)"),
+        (SystemExit(3), 3, "SystemExit(3)"),
+        (SystemExit("done"), 1, "SystemExit('done')"),
+        (KeyboardInterrupt(), 1, "KeyboardInterrupt"),
+    ],
+    ids=str,
+)
+def test_foreign_code_can_not_end_a_command_with_success(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    ending: BaseException,
+    code: int,
+    name: str,
+) -> None:
+    def end(_: Path) -> Path:
+        raise ending
+
+    monkeypatch.setattr("rlhf.report.page.write_report", end)
+    assert run(monkeypatch, "report", str(tmp_path)) == code
+    assert f"Something raised {name} in the middle" in capsys.readouterr().err
