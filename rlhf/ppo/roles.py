@@ -32,11 +32,14 @@ class TokenOutputs(NamedTuple):
         logprobs: [b, r] log π(token), nats, at the sampling temperature.
         entropy: [b, r] nats; None while gradients are recorded, since nothing is made of it then.
         values: [b, r] V before the token was chosen, in normalised score units.
+        variance, third: [b, r] second and third central moment of the surprise -log π, nats² and nats³; where entropy is.
     """
 
     logprobs: Any
     entropy: Any
     values: Any
+    variance: Any = None
+    third: Any = None
 
 
 class AdapterHead(nn.Module):
@@ -133,12 +136,12 @@ class PolicyAndCritic(nn.Module):
             response_length: r, the width of the answers.
             temperature: by which the policy's logits are divided.
         """
-        logprobs = entropy = values = None
+        logprobs = entropy = values = variance = third = None
         if "policy" in roles:
             logits = response_logits(self.policy, input_ids, attention_mask, response_length)
             logprobs = token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)
             if not torch.is_grad_enabled():
-                entropy = token_surprise(logits, response_length, temperature=temperature).entropy
+                entropy, variance, third = token_surprise(logits, response_length, temperature=temperature)
             del logits
         if "critic" in roles:
             positions = position_ids(attention_mask)
@@ -148,7 +151,7 @@ class PolicyAndCritic(nn.Module):
                 else:
                     scores = token_scores(self.critic, input_ids, attention_mask, positions).float()
             values = (scores[:, -response_length - 1 : -1] - self.value_mean) / self.value_std
-        return TokenOutputs(logprobs, entropy, values)
+        return TokenOutputs(logprobs, entropy, values, variance, third)
 
     def gradient_checkpointing_enable(self, **arguments: object) -> None:
         """Switch on checkpointing in both roles."""

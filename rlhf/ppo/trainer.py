@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from rlhf._trl import BaseTrainer, disable_dropout_in_model
 from rlhf.data.functions import TextFunction
 from rlhf.errors import TrainingError
+from rlhf.invariants.checks import CheckBook
 from rlhf.models.batching import run_batches
 from rlhf.models.generate import Completions, generate
 from rlhf.objectives.kl import kl_k2, kl_k3
@@ -175,6 +176,11 @@ class PPOTrainer(BaseTrainer):
     def episodes(self) -> int:
         """Return the number of answers sampled so far, over all processes."""
         return self.progress.episodes
+
+    @property
+    def checks(self) -> CheckBook:
+        """Return what was checked so far, of a resumed run since its beginning."""
+        return self.progress.checks
 
     # ---- Rollout ----
 
