@@ -172,9 +172,7 @@ def _examine_policy(examination: Examination) -> None:
 
     # 2. What it samples, with the log-probabilities that PPO would use.
     completions = [
-        generate(
-            model, tokenizer, batch, max_new_tokens=TOKENS, temperature=args.temperature, max_prompt_length=limit
-        )
+        generate(model, tokenizer, batch, max_new_tokens=TOKENS, temperature=args.temperature, max_prompt_length=limit)
         for batch in _batches(prompts)
     ]
     examination.completions = completions[0]
@@ -206,7 +204,9 @@ def _prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt
     """Return the check that the shortest of some prompts is read as a whole."""
     lengths = [len(ids) for ids in encode_prompts(tokenizer, prompts, max_prompt_length=None)]
     sentence = prompts_too_long(lengths, limit) or ""
-    return Check("prompts fit", min(lengths), float("inf") if limit is None else limit, "tokens, the shortest", sentence)
+    return Check(
+        "prompts fit", min(lengths), float("inf") if limit is None else limit, "tokens, the shortest", sentence
+    )
 
 
 def _batches(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
@@ -325,7 +325,9 @@ def _examine_true_reward(examination: Examination) -> None:
 def _scores_given(scores: Sequence[float]) -> Check:
     """Return the check that every answer has a finite score."""
     missing = sum(not math.isfinite(score) for score in scores)
-    return Check("gives every answer a score", float(missing), 0.0, f"of {len(scores)} without one", "Return finite numbers.")
+    return Check(
+        "gives every answer a score", float(missing), 0.0, f"of {len(scores)} without one", "Return finite numbers."
+    )
 
 
 @contextmanager
