@@ -166,13 +166,16 @@ def lineage_command(
 @app.command("score")
 def score_command(model: RewardModelName) -> None:
     """Read JSON lines from standard input, write them with their scores; exit 1 at the end if a line was bad."""
+    import io
     import json
 
     from rlhf.pipeline.model_commands import score_stream
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte is its line's error
     bad = 0
     for row in score_stream(model, sys.stdin):
-        bad += "error" in row
+        bad += "score" not in row
         sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     sys.stdout.flush()
     if bad:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf.data.rows import Prompt
 from rlhf.models.batching import batches_by_length, run_batches
-from rlhf.models.text import prompt_text
+from rlhf.models.text import encode, prompt_text
 
 STRETCH = 16  # tokens after which rows that have ended leave the batch
 
@@ -170,7 +170,7 @@ def encode_prompts(
     """
     conversational = not isinstance(prompts[0], str)
     texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
-    rows: list[list[int]] = tokenizer(texts, add_special_tokens=not conversational)["input_ids"]
+    rows = encode(tokenizer, texts, conversational=conversational)
     return rows if max_prompt_length is None else [row[-max_prompt_length:] for row in rows]
 
 

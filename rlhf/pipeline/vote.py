@@ -17,6 +17,7 @@ from rlhf.data.rows import Pair, answer
 from rlhf.data.sources import pair_digest
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.load import build_reward_model, load_tokenizer
+from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
@@ -173,6 +174,7 @@ def _shared_trunk(setup: VoteSetup, folder: Path, top_layers: int) -> SharedTrun
     set_seed(0)
     revision = setup.settings.get("model_revision")
     tokenizer = load_tokenizer(setup.base, conversational=True, revision=revision)
+    end_at_end_token(tokenizer)
     assert isinstance(tokenizer.pad_token_id, int)
     model_config, _ = split_settings({"model_revision": revision or "main"})
     model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)

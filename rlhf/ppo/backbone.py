@@ -73,7 +73,7 @@ def sharing_obstacle(policy: PeftModel, folder: str, tokenizer: PreTrainedTokeni
         return "it was trained on another base than the policy's"
     if bool(reward_card(folder).get("load_in_4bit")) != bool(getattr(policy, "is_loaded_in_4bit", False)):
         return "one of the two has 4-bit weights and the other has not"
-    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+    if AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab() != tokenizer.get_vocab():
         return "it has another vocabulary"
     return None
 

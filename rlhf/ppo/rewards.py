@@ -128,7 +128,7 @@ class RewardSource:
 def as_reward_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> RewardModel:
     """Return a one-label classifier, frozen, as a reward model whose scale nobody measured; its tokenizer is loaded if absent."""
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(network.config._name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(network.config._name_or_path, trust_remote_code=False)
     return RewardModel(network.eval().requires_grad_(False), tokenizer)
 
 

@@ -8,8 +8,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.rows import Message, Prompt
+from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
+from rlhf.invariants.checks import CheckBook
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.score import score_rows
@@ -31,6 +32,8 @@ class RewardModel:
         max_length: in tokens; longer texts lose the beginning of their prompt. Default: the model's positions.
         batch_size: texts in a forward.
         cut: how many texts have lost the beginning of their prompt so far.
+        cut_answers: how many of these have lost the beginning of their answer too.
+        checks: what was checked when it was opened.
     """
 
     def __init__(
@@ -49,7 +52,8 @@ class RewardModel:
         self.conversational = conversational
         self.max_length = position_limit(model, tokenizer) if max_length is None else max_length
         self.batch_size = batch_size
-        self.cut = 0
+        self.cut = self.cut_answers = 0
+        self.checks = CheckBook()
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
@@ -95,6 +99,30 @@ class RewardModel:
             handle.remove()
         return torch.stack(features) if features else torch.empty(0, head.in_features)
 
+    @torch.no_grad()
+    def score_of_rendering(self, prompt: Messages, response: str) -> float | None:
+        """Return the score at the last token of what transformers renders and tokenises; None if that is too long.
+
+        Nothing is padded, and no padding id is looked at: it is read as model cards read it.
+        """
+        messages = [*prompt, Message(role="assistant", content=response)]
+        ids = self.tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
+        if ids.shape[1] > self.max_length:
+            return None
+        head = score_head(self.model)
+        read: list[Tensor] = []
+        handle = None if head is None else head.register_forward_hook(lambda *arguments: read.append(arguments[2]))
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            logits = self.model(input_ids=ids.to(next(self.model.parameters()).device)).logits
+        finally:
+            self.model.train(was_training)
+            if handle is not None:
+                handle.remove()
+        score: float = (read[-1][0, -1] if read else logits).float().item()
+        return score
+
     def encode(
         self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None
     ) -> list[list[int]]:
@@ -103,7 +131,29 @@ class RewardModel:
             prompts = [[Message(role="user", content=p)] if isinstance(p, str) else p for p in prompts]
         rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
         self.cut += cut
+        if cut:
+            longest = [response for row, response in zip(rows, responses, strict=True) if len(row) >= self.max_length]
+            lengths = [len(row) for row in self.tokenizer(longest, add_special_tokens=False)["input_ids"]]
+            self.cut_answers += sum(length >= self.max_length for length in lengths)
         return rows
+
+    def cuts(self, name: str) -> list[str]:
+        """Return a sentence for each way in which texts were too long for the model.
+
+        Args:
+            name: of the model, for the sentences.
+        """
+        sentences = []
+        if self.cut:
+            sentences.append(
+                f"{name}: {self.cut} texts are longer than {self.max_length} tokens and lost the beginning of their prompt."
+            )
+        if self.cut_answers:
+            sentences.append(
+                f"{name}: {self.cut_answers} answers alone are longer than that: they lost their own beginning, and answers that "
+                "end alike get the same score. Leave them out, or take a model that reads more."
+            )
+        return sentences
 
 
 def position_limit(model: Network, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -32,6 +32,7 @@ from rlhf.models.packing import (
     tolerance,
     unpack,
 )
+from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, plain
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
 
@@ -221,6 +222,7 @@ class PairRewardTrainer(RewardTrainer):
         args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        end_at_end_token(processing_class)
         columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
         is_stream = not isinstance(dataset, Dataset)
         if "prompt" in columns and "chosen_ids" not in columns:
