@@ -111,20 +111,14 @@ def plan_command(
 @app.command("doctor")
 def doctor_command(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Check what a run relies on, without training: templates, sampling, scores, reward functions; writes nothing."""
-    from rlhf.pipeline.checks import check_sources
-    from rlhf.report.terminal import findings_table
-
     recipe = load_recipe(recipe_file, overrides or [])
-    check_sources(recipe)
     with errors.status("reading the data, opening the models …"):
-        from rlhf.pipeline.doctor import examine
+        from rlhf.pipeline.doctor import examine, require_all
+        from rlhf.report.terminal import findings_table
 
         findings = examine(recipe, say=_say_aside)
     output.print(findings_table(recipe.name, findings))
-    failed = [finding for finding in findings if not finding.check.held]
-    if failed:
-        sentences = [f"{finding.subject}: {finding.check.sentence}" for finding in failed]
-        raise TrainingError("\n".join([*sentences, f"{len(failed)} of {len(findings)} checks do not hold."]))
+    require_all(findings)
     _say(f"All {len(findings)} checks hold.")
 
 

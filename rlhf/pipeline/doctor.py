@@ -27,6 +27,7 @@ from rlhf.models.load import build_reward_model, encoder_type, load_policy, load
 from rlhf.models.logprobs import response_logits, response_logprobs, token_logprobs, token_surprise
 from rlhf.models.templates import end_at_end_token, template_problems
 from rlhf.models.text import plain
+from rlhf.pipeline.checks import check_arguments, check_sources
 from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.stages import run_base, run_data, run_lab
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
@@ -107,13 +108,17 @@ def examine(recipe: Recipe, *, say: Callable[[str], None]) -> list[Finding]:
         the findings; a check that does not hold has a sentence.
 
     Raises:
-        UserError: the data can't be read at all.
+        UserError: the recipe or its data can't be read at all.
     """
+    check_sources(recipe)
     quiet_libraries()
+    model = recipe.backbone.model
+    is_encoder = model is not None and encoder_type(model, recipe.backbone.revision) is not None
+    check_arguments(recipe, until="reward" if is_encoder else None)
     torch.manual_seed(recipe.seed)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         examination = _read(recipe, Path(folder), say)
-        if recipe.backbone.model is None or encoder_type(recipe.backbone.model, recipe.backbone.revision) is None:
+        if not is_encoder:
             with examination.looking_at("policy"):
                 _examine_policy(examination)
         with examination.looking_at("reward model, untrained"):
@@ -124,6 +129,18 @@ def examine(recipe: Recipe, *, say: Callable[[str], None]) -> list[Finding]:
         with examination.looking_at("true reward"):
             _examine_true_reward(examination)
     return examination.findings
+
+
+def require_all(findings: Sequence[Finding]) -> None:
+    """Raise where a check does not hold.
+
+    Raises:
+        TrainingError: with the sentence of each that does not.
+    """
+    failed = [finding for finding in findings if not finding.check.held]
+    if failed:
+        sentences = [f"{finding.subject}: {finding.check.sentence}" for finding in failed]
+        raise TrainingError("\n".join([*sentences, f"{len(failed)} of {len(findings)} checks do not hold."]))
 
 
 def _read(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Examination:
@@ -163,12 +180,13 @@ def _examine_policy(examination: Examination) -> None:
     if end is not None:
         tokenizer.eos_token = end  # as SFT's trainer does
     end_ids = end_token_ids(model, tokenizer)
+    prompts: list[Prompt] = [row["prompt"] for row in examination.rows("prompts")]  # type: ignore[misc]
+    limit = longest_prompt(model, args)
+    if is_readable:
+        examination.enter("data.prompts", _prompt_lengths(tokenizer, prompts[: ROLLOUTS * ROWS], limit))
     examination.enter("policy", ends_reachable(tokenizer, end_ids, is_trained_here=has_sft))
     if not is_readable:
         return
-    prompts: list[Prompt] = [row["prompt"] for row in examination.rows("prompts")]  # type: ignore[misc]
-    limit = longest_prompt(model, args)
-    examination.enter("data.prompts", _prompt_lengths(tokenizer, prompts[: ROLLOUTS * ROWS], limit))
 
     # 2. What it samples, with the log-probabilities that PPO would use.
     completions = [
@@ -285,8 +303,12 @@ def _examine_new_reward_model(examination: Examination) -> None:
 
 def _examine_scores(examination: Examination, subject: str, reward: RewardModel) -> None:
     """Check the scores of a few texts of the recipe's own."""
+    texts = _texts(examination)
+    problems = template_problems(reward.tokenizer, [prompt for prompt, _ in texts])
+    if problems:
+        raise UserError(problems)
     with examination.looking_at(subject):
-        check_scores(reward, _texts(examination), name=subject)
+        check_scores(reward, texts, name=subject)
     for name, entry in reward.checks.entries.items():
         check = Check(name, entry["statistic"], entry["bound"], entry["unit"], entry["sentence"], entry["low"])
         examination.enter(subject, check)

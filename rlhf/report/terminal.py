@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlhf.report.records import Facts, Summary, read_summary
@@ -196,7 +197,7 @@ def findings_table(name: str, findings: Sequence[_Finding]) -> Table:
         subject = "" if finding.subject == before else finding.subject
         limits = f"{check.bound:.3g}" if check.low is None else f"{check.low:.3g} to {check.bound:.3g}"
         table.add_row(
-            subject,
+            escape(subject),
             check.name,
             f"{check.statistic:.3g}",
             "any" if limits == "inf" else limits,
