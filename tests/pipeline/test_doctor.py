@@ -95,7 +95,7 @@ def test_a_key_that_mends_it_is_believed(recipe_on: Any) -> None:
 
 def test_a_template_that_refuses_system_turns_is_told_with_its_data(recipe_on: Any) -> None:
     sentences = failed(examine(recipe_on(template=NO_SYSTEM, systems=4), say=lambda _: None))
-    assert "4 prompts" in sentences["data.sft"]
+    assert "have the turns system, user" in sentences["data.sft"]
     assert "System role not supported" in sentences["data.sft"]
 
 
