@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rlhf.errors import UserError
 from rlhf.models.load import find_source
 from rlhf.models.save import base_fingerprint
-from rlhf.ppo.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead
+from rlhf.ppo.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead, renamed
 from rlhf.reward.load import RewardModel, load_reward_model, reward_card
 
 HEAD = "base_model.model.score.weight"
@@ -109,7 +109,7 @@ def load_role(role: AdapterHead, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         UserError: the file and the places don't match.
     """
-    places = {name.replace(f".{role.adapter}.", "."): p for name, p in role.adapter_parameters()}
+    places = {renamed(name, role.adapter, None): p for name, p in role.adapter_parameters()}
     wrong = sorted(
         name
         for name in {*places, *weights} - {HEAD}
@@ -125,9 +125,7 @@ def load_role(role: AdapterHead, weights: dict[str, torch.Tensor]) -> None:
 def save_role(role: AdapterHead, folder: Path) -> None:
     """Write a critic as an ordinary one-label LoRA adapter."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name.replace(f".{role.adapter}.", "."): p.detach().cpu().contiguous() for name, p in role.adapter_parameters()
-    }
+    state = {renamed(name, role.adapter, None): p.detach().cpu().contiguous() for name, p in role.adapter_parameters()}
     save_file({**state, HEAD: role.head.weight.detach().cpu().contiguous()}, folder / WEIGHTS)
     config = copy.deepcopy(role.policy.peft_config[role.adapter])
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], True

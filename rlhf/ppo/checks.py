@@ -4,11 +4,25 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from rlhf.invariants.ratio import LARGEST, check_ratio, largest_ratio_deviation
+from rlhf.invariants.reference import (
+    ANSWER_TOKENS,
+    PROMPT_TOKENS,
+    ROWS,
+    START_WITHIN,
+    check_fixed,
+    check_start,
+    golden_rows,
+    mean_difference,
+)
 from rlhf.invariants.sampler import ROUNDING, SurpriseSums, check_sampler, sampler_z, surprise_sums
+from rlhf.models.generate import encode_prompts, pad_left
+from rlhf.ppo.state import GoldenBatch
 
 if TYPE_CHECKING:
-    from rlhf.ppo.rollout import Experience
+    from rlhf.ppo.rollout import Experience, MicroBatch
     from rlhf.ppo.trainer import PPOTrainer
 
 
@@ -54,3 +68,87 @@ def check_sampling(trainer: "PPOTrainer", experience: "Experience") -> None:
         trainer.checks.record(check)
         if was_held and not check.held and trainer.accelerator.is_main_process:
             warnings.warn(f"ppo: {check.message()} Its answers are weighted by π / π_vLLM instead.", stacklevel=2)
+
+
+def check_first_ratio(trainer: "PPOTrainer", logprobs: Tensor, batch: "MicroBatch") -> None:
+    """Require "ratio one" of a micro-batch of a rollout's first optimizer step, over all processes.
+
+    Where somebody leaves dropout on (`disable_dropout=False`) the ratio is noise by intent, and nothing is checked.
+
+    Args:
+        logprobs: [b, r] of the policy as it is now, nats.
+
+    Raises:
+        InvariantError: a ratio is not 1; nothing was updated.
+    """
+    if not trainer.args.disable_dropout:
+        return
+    deviation = largest_ratio_deviation(logprobs, batch["logprobs_old"], batch["response_mask"])
+    largest = trainer.accelerator.gather(deviation).max().item()
+    trainer.checks.require(check_ratio(largest, coarsest_dtype(trainer)))
+
+
+def hold_reference(trainer: "PPOTrainer") -> None:
+    """Take the golden batch before the first rollout; after a resume require "reference fixed"; let a reference that moves move.
+
+    Raises:
+        InvariantError: the reference is another than before the resume, or has moved by itself since it was last moved.
+    """
+    args, progress = trainer.args, trainer.progress
+    moves = args.reference_mixup > 0 and trainer.episodes > 0
+    if progress.golden is not None and (moves or not progress.golden.is_of_this_process):
+        require_reference(trainer)
+    if moves:
+        trainer.reference.approach(trainer.accelerator.unwrap_model(trainer.model).policy, args.reference_mixup)
+    if progress.golden is None or moves:
+        prompts = [row["prompt"] for row in trainer.train_dataset.select(range(min(ROWS, len(trainer.train_dataset))))]
+        encoded = encode_prompts(trainer.processing_class, prompts, max_prompt_length=PROMPT_TOKENS)
+        rows = golden_rows(encoded, trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size)
+        progress.golden = GoldenBatch(rows, _golden_logprobs(trainer, rows).tolist(), is_of_this_process=True)
+
+
+def require_reference(trainer: "PPOTrainer") -> None:
+    """Require "reference fixed", where a golden batch was taken.
+
+    Raises:
+        InvariantError: the reference is not what it was.
+    """
+    golden = trainer.progress.golden
+    if golden is None:
+        return
+    now = _golden_logprobs(trainer, golden.rows)
+    difference = mean_difference(now, torch.tensor(golden.logprobs))
+    exact = golden.is_of_this_process and trainer.accelerator.device.type == "cpu"
+    trainer.checks.require(check_fixed(difference, coarsest_dtype(trainer), exact=exact))
+
+
+@torch.no_grad()
+def _golden_logprobs(trainer: "PPOTrainer", rows: list[list[int]]) -> Tensor:
+    """Return what the reference says of the golden batch's answers, [rows, ANSWER_TOKENS] on the CPU, in evaluation mode."""
+    pad = trainer.processing_class.pad_token_id
+    assert isinstance(pad, int), "check_tokenizer wants one"
+    ids, mask = (x.to(trainer.accelerator.device) for x in pad_left(rows, pad))
+    model = trainer.reference.model
+    was_training = model.training
+    model.eval()
+    with trainer.accelerator.autocast():
+        logprobs = trainer.reference.logprobs(ids, mask, ANSWER_TOKENS, 1.0)
+    model.train(was_training)
+    return logprobs.cpu()
+
+
+def check_policy_is_reference(trainer: "PPOTrainer", experience: "Experience") -> None:
+    """Require "policy is reference at start" of the first rollout, over all processes, where the two are meant to be the same.
+
+    Raises:
+        InvariantError: they are not; nothing was updated.
+    """
+    if trainer.episodes > 0 or not trainer.reference.is_policy:
+        return
+    mask = experience.response_mask.bool()
+    difference = (experience.outputs.logprobs - experience.logprobs_reference).abs()[mask]
+    largest = trainer.accelerator.gather(difference.max()).max().item()
+    dtype = coarsest_dtype(trainer)
+    adapters = getattr(trainer.reference.model, "peft_config", {})
+    multiplies = any(getattr(config, "use_dora", False) for config in adapters.values())
+    trainer.checks.require(check_start(largest, LARGEST[dtype] if multiplies else START_WITHIN[dtype]))

@@ -14,6 +14,21 @@ SENTENCES = "said"  # the monitor's sentences, by their key in the file
 
 
 @dataclass
+class GoldenBatch:
+    """Token rows, and what the reference says of the answers in them (`rlhf.invariants.reference`).
+
+    Attributes:
+        rows: token ids, without padding.
+        logprobs: of the last tokens of each row, nats.
+        is_of_this_process: whether they were taken here, and not read from a checkpoint.
+    """
+
+    rows: list[list[int]]
+    logprobs: list[list[float]]
+    is_of_this_process: bool = False
+
+
+@dataclass
 class PPOState:
     """Counters and controllers, the same on every process.
 
@@ -25,6 +40,7 @@ class PPOState:
         tokens: sampled so far.
         surprise: the sums of "sampler true" over all of them.
         checks: what was checked so far.
+        golden: what the reference must go on to say; None before the first rollout.
     """
 
     episodes: int = 0
@@ -36,6 +52,7 @@ class PPOState:
     tokens: int = 0
     surprise: SurpriseSums = field(default_factory=lambda: SurpriseSums(0.0, 0.0, 0.0))
     checks: CheckBook = field(default_factory=CheckBook)
+    golden: GoldenBatch | None = None
 
     def see_rewards(self, count: float, mean: float, square: float) -> None:
         """Add a rollout's scores to the history (Chan et al.: exact, in whatever portions they come).
@@ -68,6 +85,8 @@ class PPOState:
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""
         values = {**asdict(self), "surprise": list(self.surprise), "checks": self.checks.entries}
+        if self.golden is not None:
+            del values["golden"]["is_of_this_process"]
         values["health"] = {SENTENCES: values["health"].pop("sentences"), **values["health"]}
         (folder / STATE_FILE).write_text(json.dumps(values), encoding="utf-8")
 
@@ -79,4 +98,5 @@ class PPOState:
         checks = CheckBook()
         checks.merge(values.pop("checks", {}))
         surprise = SurpriseSums(*values.pop("surprise", (0.0, 0.0, 0.0)))
-        return cls(**{**values, "health": health, "surprise": surprise, "checks": checks})
+        golden = GoldenBatch(**values.pop("golden")) if values.get("golden") else None
+        return cls(**{**values, "health": health, "surprise": surprise, "checks": checks, "golden": golden})

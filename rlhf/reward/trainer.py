@@ -21,6 +21,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf._trl import DataCollatorForPreference
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
+from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.load import score_head
 from rlhf.models.packing import (
     GroupedByLength,
@@ -197,6 +198,8 @@ class PairRewardTrainer(RewardTrainer):
             )
         self.dropped_too_long = 0
         super().__init__(model, args, **arguments)
+        if args.disable_dropout:
+            switch_off_dropout(self.model)  # TRL's own switch reaches modules, not probabilities that layers hold
         head = score_head(self.model)
         if head is not None and getattr(self.model, "is_loaded_in_4bit", False):
             head.float()  # TRL casts all that is trained on 4-bit weights to bfloat16, too coarse for a score

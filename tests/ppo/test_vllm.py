@@ -99,7 +99,7 @@ def test_an_engine_that_drifts_is_recorded_with_one_warning_and_not_stopped(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It samples at temperature 0.8 what PPO reads at 1; every token is weighted, so training goes on."""
-    monkeypatch.setattr(f"{__name__}.generate", lambda *a, **k: generate(*a, temperature=0.8, **k))
+    monkeypatch.setattr(f"{__name__}.generate", lambda *a, own=generate, **k: own(*a, temperature=0.8, **k))
     settings = {"per_device_train_batch_size": 64, "max_completion_length": 24, "total_episodes": 256}
     trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, use_vllm=True, num_mini_batches=1, **settings)
     with pytest.warns(UserWarning, match=r"'sampler true' failed.* weighted by π / π_vLLM") as warned:
