@@ -3,12 +3,14 @@
 import copy
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
+from rlhf.models.open import open_tokenizer
 
 # Stands for an answer that occurs nowhere else, so that what a template writes around it can be seen.
 MARKER = "\u241fanswer\u241f"
@@ -134,6 +136,30 @@ def add_no_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
         else:
             tokenizer._tokenizer = plain
     return affixes(tokenizer) == (0, 0)
+
+
+def read_as_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Let a saved tokenizer be read from its tokenizer.json alone, where its class would write begin and end tokens again.
+
+    Args:
+        folder: where it was saved.
+        tokenizer: as it shall be read, writing none.
+
+    Returns:
+        whether it is read like that now; the folder is as before where it is not.
+    """
+    file = folder / "tokenizer_config.json"
+    before = file.read_text(encoding="utf-8")
+    values = {**json.loads(before), "tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    again = open_tokenizer(folder)
+    texts = [text for conversation in CONVERSATIONS if (text := _render_or_none(tokenizer, conversation))]
+    if [again(text)["input_ids"] for text in texts] == [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+    ] and texts == [text for conversation in CONVERSATIONS if (text := _render_or_none(again, conversation))]:
+        return True
+    file.write_text(before, encoding="utf-8")
+    return False
 
 
 def _without_tokens(processor: dict[str, object] | None) -> dict[str, object] | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
+from rlhf.invariants.checks import Check
 from rlhf.invariants.scores import alone_in_batch, as_rendered, score_tolerance
 from rlhf.models.load import load_scorer, load_tokenizer
 from rlhf.models.open import expand, one_sentence, open_tokenizer
 from rlhf.models.save import save_model
-from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token
+from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read_as_saved
 from rlhf.models.text import plain
 from rlhf.reward.experts import EXPERTS, open_experts
 from rlhf.reward.model import Network, RewardModel
@@ -105,6 +107,9 @@ def calibrate_reward_model(
 
     Everything on the card is measured on the model as it is loaded, not as it was in memory after training: on a
     4-bit base the two differ by the rounding of the adapter.
+
+    Raises:
+        TrainingError: scores are not finite, depend on the batch, or are not those of what the template renders.
     """
     facts = facts or {}
     conversational = any(not isinstance(prompt, str) for prompt, _ in samples)
@@ -118,6 +123,8 @@ def calibrate_reward_model(
             f"{folder}: the trained model's scores are not finite numbers; lower reward.learning_rate, or train in bfloat16 "
             "or float32."
         )
+    for check in score_checks(reward, list(zip(prompts, responses, strict=True))):
+        reward.checks.require(check)
     reward.mean, reward.std = scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
     probe_scores = reward.score(prompts[:PROBE_SIZE], responses[:PROBE_SIZE]).tolist()
     probe = zip(prompts, responses, probe_scores, strict=False)
@@ -140,7 +147,7 @@ def _write_plain_rendering(folder: Path) -> None:
     tokenizer = load_tokenizer(folder, conversational=True)
     if any([end_at_end_token(tokenizer), add_no_tokens(tokenizer)]):
         tokenizer.save_pretrained(folder)
-    if affixes(open_tokenizer(folder)) != (0, 0):
+    if affixes(open_tokenizer(folder)) != (0, 0) and not read_as_saved(folder, tokenizer):
         warnings.warn(
             f"{folder}: this tokenizer writes begin or end tokens by itself and can't be kept from it; tokenise rendered "
             "conversations with add_special_tokens=False in other programs, or they get other scores.",
@@ -263,32 +270,44 @@ def open_reward_model(name: str) -> RewardModel:
 
 
 def check_scores(reward: RewardModel, texts: Sequence[tuple[Prompt, str]], *, name: str | Path) -> None:
-    """Check that a text has one score, alone and in a batch, and that it is the one at the end of what its template renders.
+    """Refuse a reward model whose scores depend on the batch or are not those of what its template renders.
 
-    Both checks are entered in `reward.checks`. Of the texts the shortest, a middle and the longest are scored.
+    The checks are entered in `reward.checks`.
 
     Raises:
-        UserError: a check does not hold.
+        UserError: a check does not hold; scores are not finite.
     """
-    ordered = sorted(texts, key=lambda text: len(plain(text[0])) + len(text[1]))
-    texts = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
-    prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
-    together = reward.score(prompts, responses)
-    alone = torch.cat([reward.score([prompt], [response]) for prompt, response in texts])
-    dtype = reward.model.dtype
-    checks = [alone_in_batch(alone, together, dtype=dtype)]
-    if type(reward) is RewardModel:  # experts have several heads, and each text several scores
-        own = [None if isinstance(x, str) else reward.score_of_rendering(x, response) for x, response in texts]
-        read = [i for i, score in enumerate(own) if score is not None]
-        if read:
-            scores = torch.tensor([score for score in own if score is not None])
-            checks.append(as_rendered(together[read], scores, dtype=dtype))
-    if not together.isfinite().all():
+    checks = score_checks(reward, texts)
+    if not all(math.isfinite(check.statistic) for check in checks):
         raise UserError(
-            f"{name}: its scores are not finite numbers ({together.tolist()}); its weights hold NaN or infinite values, or are "
-            "too large for their dtype. Train or copy it again."
+            f"{name}: its scores are not finite numbers; its weights hold NaN or infinite values, or are too large for their "
+            "dtype. Train or copy it again."
         )
     for check in checks:
         reward.checks.record(check)
         if not check.held:
             raise UserError(f"{name}: {check.message()}")
+
+
+def score_checks(reward: RewardModel, texts: Sequence[tuple[Prompt, str]]) -> list[Check]:
+    """Compare scores alone, in a batch, and at the end of what the model's template renders.
+
+    Of the texts the shortest, a middle and the longest are scored. Experts have several scores a text and are compared
+    alone and in a batch only.
+    """
+    ordered = sorted(texts, key=lambda text: len(plain(text[0])) + len(text[1]))
+    texts = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
+    cut = (reward.cut, reward.cut_answers)
+    together = reward.score(prompts, responses)
+    alone = torch.cat([reward.score([prompt], [response]) for prompt, response in texts])
+    reward.cut, reward.cut_answers = cut
+    dtype = reward.model.dtype
+    checks = [alone_in_batch(alone, together, dtype=dtype)]
+    if type(reward) is RewardModel:
+        own = [None if isinstance(x, str) else reward.score_of_rendering(x, response) for x, response in texts]
+        read = [i for i, score in enumerate(own) if score is not None]
+        if read:
+            scores = torch.tensor([score for score in own if score is not None])
+            checks.append(as_rendered(together[read], scores, dtype=dtype))
+    return checks

@@ -54,7 +54,7 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
     except TemplateError as error:
         reason = f"the chat template refuses these turns: {error}"
     except (UserError, TrainingError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        reason = f"can't be scored: {error or type(error).__name__}".splitlines()[0]
+        reason = f"can't be scored: {str(error) or type(error).__name__}".splitlines()[0]
     else:
         return [x if math.isfinite(x) else f"the score is not a finite number ({x})" for x in scores]
     return [reason] if len(lines) == 1 else [_scores(reward, [line])[0] for line in lines]
