@@ -278,7 +278,7 @@ def label_command(
     if export is not None:
         _say(f"{export}: {export_to(run, export, form)} pairs")
     if import_ is not None:
-        counts = import_from(run, import_)
+        counts = import_from(run, import_, say=_say)
         _say(f"{import_}: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
     if export is not None or import_ is not None or status:
         for line in progress_lines(run):

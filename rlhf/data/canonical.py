@@ -1,12 +1,12 @@
 """Plain pairs, conversations, HH transcripts, demonstrations and prompts into canonical rows (`rlhf.data.rows`).
 
-Beside its answers a pair may have `margin`, `confidence` (or `soft_label`), `weight`, `annotator`, `source`, `subset`, `id`
-and `agree`.
+Beside its answers a pair may have `margin`, `confidence` (or `soft_label`), `weight`, ratings of both answers
+(`chosen_rating`, `rejected_rating`), `annotator`, `source`, `subset`, `id` and `agree`.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, PromptRow, assistant_turn, user_turn
@@ -15,6 +15,12 @@ ROLES = ("system", "user", "assistant")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 EXTRAS: tuple[Literal["annotator", "source", "subset", "id"], ...] = ("annotator", "source", "subset", "id")
 LONG_PROMPT = 20_000
+# Columns with a rating of each answer, as published: the chosen one's and the rejected one's.
+RATINGS = tuple(
+    (form.format("chosen", word), form.format("rejected", word))
+    for word in ("rating", "score")
+    for form in ("{0}_{1}", "{1}_{0}", "{0}-{1}")
+)
 BOUNDS: dict[Literal["margin", "confidence", "weight"], tuple[float, float]] = {
     "margin": (-math.inf, math.inf),
     "confidence": (0.0, 1.0),
@@ -51,7 +57,28 @@ def pair(row: Mapping[str, object]) -> Pair:
         value = row.get(column, row.get("soft_label") if column == "confidence" else None)
         if value is not None:
             canonical[column] = _number(value, column, low, high)
+    gap = rating_gap(row)
+    if gap is not None:
+        canonical["rating_gap"] = gap
     return {**canonical, **extras_of(row)}
+
+
+def rating_gap(row: Mapping[str, object]) -> float | None:
+    """Return how much higher the chosen answer is rated than the rejected one, in the file's unit; None without ratings.
+
+    Below 0 the ratings contradict the label.
+
+    >>> rating_gap({"chosen_rating": 5, "rejected_rating": 2})
+    3.0
+    """
+    for names in RATINGS:
+        values = [row.get(name) for name in names]
+        numbers = [
+            float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+        ]
+        if len(numbers) == len(names):
+            return numbers[0] - numbers[1]
+    return None
 
 
 def extras_of(row: Mapping[str, object]) -> Extras:
@@ -68,8 +95,10 @@ def extras_of(row: Mapping[str, object]) -> Extras:
 
 def oddities(canonical: PromptRow) -> list[str]:
     """Return what is unusual about a canonical row that is kept all the same, each as the end of a sentence."""
-    prompt = canonical["prompt"]
+    prompt, values = canonical["prompt"], cast(Mapping[str, object], canonical)
     notes = []
+    if isinstance(gap := values.get("rating_gap"), float) and gap <= 0:
+        notes.append("its ratings contradict its label" if gap < 0 else "its two answers are rated alike")
     if sum(len(message["content"]) for message in prompt) > LONG_PROMPT:
         notes.append(f"its prompt has more than {LONG_PROMPT} characters")
     if sum(message["role"] == "system" for message in prompt) > 1:

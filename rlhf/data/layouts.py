@@ -48,6 +48,7 @@ class Layout:
         ratings: the row's answers with a rating of their own; they are compared with those of other rows with their prompt.
         demonstrations: the row's demonstrations, if they are not the chosen or best answers.
         prompts: the row's prompts, if they are not those of its demonstrations.
+        direction: which answer is the better one, as a sentence for a person; None where the columns' names say it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Layout:
     ratings: Callable[[Any], list[RatedAnswer]] | None = None
     demonstrations: Callable[[Any], list[Demonstration]] | None = None
     prompts: Callable[[Any], list[PromptRow]] | None = None
+    direction: str | None = None
 
     def read_pairs(self, row: object) -> list[Pair]:
         """Return a row's pairs; none where answers are compared across rows (`ratings`)."""
@@ -94,6 +96,7 @@ LAYOUTS = (
         "the row is a list of messages (`text` or `content`) that ends in answers, best first; score: minus the place",
         matches=lambda row: isinstance(row, list),
         rankings=ranked_list,
+        direction="answers in a list: the first is the best",
     ),
     Layout(
         "OASST tree",
@@ -101,10 +104,12 @@ LAYOUTS = (
         matches=lambda row: tree_root(row) is not None,
         rankings=message_tree,
         demonstrations=tree_demonstrations,
+        direction="`rank` in a tree: the lowest is the best",
     ),
     Layout(
         "signed strength",
-        "`response_1`, `response_2` and a preference, above 0 where the second is better; scores: 0 and the preference",
+        "`response_1`, `response_2` and a preference, a scale above 0 where the second is better (scores: 0 and the "
+        "preference), or a code or word for one of them (`rlhf.data.direction`)",
         matches=lambda row: second_response(row) is not None,
         rankings=signed_strength,
     ),
@@ -119,12 +124,14 @@ LAYOUTS = (
         "`responses` (or `answers`, `completions`), each with `score`, `overall_score` or `rank`; score, or minus the rank",
         matches=is_k_wise,
         rankings=k_wise,
+        direction="answers with `score` or `rank`: the highest score, or the lowest rank, is the best",
     ),
     Layout(
         "rated answers",
         "`response` with `helpfulness`, or `messages` with `attributes`; rows of one prompt are compared by helpfulness",
         matches=is_rated,
         ratings=rated_answers,
+        direction="`helpfulness`: the highest is the best",
         demonstrations=lambda row: [demonstration(row)],
         prompts=lambda row: [prompt_only(row)],
     ),

@@ -163,21 +163,39 @@ def signed_strength(row: Mapping[str, object]) -> list[Ranking]:
     Raises:
         BadRow: no preference, one of 0, or a response without text.
     """
-    strength = next((row[name] for name in PREFERENCES if row.get(name) is not None), None)
-    if strength is None:
+    preference = preference_of(row)
+    if preference is None:
         raise BadRow(f"two responses without a preference ({', '.join(PREFERENCES)})")
-    value = _finite(strength, "the preference")
+    value = _finite(preference[1], "the preference")
     if value == 0:
         raise BadRow("no preference between the two responses (strength 0)")
     prompt = messages(row.get("prompt", row.get("context")), "prompt")
-    first = row.get("response_1", row.get("response1"))
-    texts = [text if isinstance(text, str) else _text_of(text) for text in (first, second_response(row))]
+    texts = [response_text(response) for response in (first_response(row), second_response(row))]
     return [Ranking(prompt, [Answer(texts[0], 0.0), Answer(texts[1], value)], extras_of(row))]
+
+
+def preference_of(row: Mapping[str, object]) -> tuple[str, object] | None:
+    """Return the column that says which of two responses is better, and its value; None if the row has none."""
+    return next(((name, row[name]) for name in PREFERENCES if row.get(name) is not None), None)
+
+
+def first_response(row: Mapping[str, object]) -> object:
+    """Return the first of two responses; None if the row has none."""
+    return row.get("response_1", row.get("response1"))
 
 
 def second_response(row: Mapping[str, object]) -> object:
     """Return the second of two responses; None if the row has none."""
     return row.get("response_2", row.get("response2"))
+
+
+def response_text(response: object) -> str:
+    """Return the text of a response, which is a text or a message.
+
+    Raises:
+        BadRow: it has none.
+    """
+    return response if isinstance(response, str) else _text_of(response)
 
 
 def right_and_wrong(row: Mapping[str, object]) -> list[Ranking]:

@@ -1,5 +1,6 @@
 """Rows out of files and hub datasets, one at a time, so that one bad line costs one line."""
 
+import codecs
 import gzip
 import json
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ EXAMPLES_KEPT = 5
 class ReadReport:
     """The rows that a reader kept and dropped, with the first rows of each reason (1-based lines for text files).
 
-    `noted` counts what is unusual about rows that were kept, or about parts of them that were not.
+    `noted` counts what is unusual about rows that were kept, or about parts of them that were not. `directions` says by layout
+    or column which answer is taken for the better one, with the first row as an example; those of `evident` need not be told
+    to a person, for the columns' names say it.
     """
 
     source: str
@@ -26,6 +29,8 @@ class ReadReport:
     dropped: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[int]] = field(default_factory=dict)
+    directions: dict[str, str] = field(default_factory=dict)
+    evident: set[str] = field(default_factory=set)
 
     def drop(self, row: int, reason: str) -> None:
         """Count a row that is left out."""
@@ -36,6 +41,13 @@ class ReadReport:
         """Count something unusual about a row that is kept."""
         self.noted[remark] = self.noted.get(remark, 0) + count
         self._example(row, remark)
+
+    def direct(self, name: str, sentence: str, *, evident: bool = False) -> None:
+        """Record which answer of a layout or column is taken for the better one; the first sentence stays."""
+        if name not in self.directions:
+            self.directions[name] = sentence
+            if evident:
+                self.evident.add(name)
 
     def _example(self, row: int, reason: str) -> None:
         rows = self.examples.setdefault(reason, [])
@@ -51,11 +63,13 @@ class ReadReport:
             "dropped": self.dropped,
             "noted": self.noted,
             "examples": self.examples,
+            "directions": list(self.directions.values()),
         }
 
     def sentences(self) -> list[str]:
         """Return the counts as sentences for a person."""
         lines = [f"{self.source}: {self.kept} of {self.rows} rows kept."]
+        lines += [f"  {sentence}" for name, sentence in self.directions.items() if name not in self.evident]
         for counts, verb in ((self.dropped, "left out"), (self.noted, "noted")):
             for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
                 shown = self.examples[reason]
@@ -71,7 +85,7 @@ class BadRow(Exception):
 def read_rows(source: str, report: ReadReport, *, split: str = "train") -> Iterator[tuple[int, Any]]:
     """Read the rows of a local file or a hub dataset, each with its number; count unreadable lines in the report.
 
-    A row is an object, or a list of messages (a ranked list).
+    A row is an object, or a list of messages (a ranked list). A byte order mark at the head of a line or file is no part of it.
 
     Args:
         source: a path ending in .json, .jsonl, .json.gz, .jsonl.gz or .parquet, or a hub dataset id.
@@ -114,6 +128,7 @@ def _open(path: Path) -> BinaryIO:
 def _json_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             report.rows += 1
@@ -133,7 +148,7 @@ def _json_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
 def _json_array(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
         try:
-            rows = json.loads(file.read().decode("utf-8"))
+            rows = json.loads(file.read().decode("utf-8-sig"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(
                 f"{path}: not valid JSON ({error}); one object a line belongs into a .jsonl file."

@@ -2,15 +2,17 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from rlhf.data.canonical import oddities
-from rlhf.data.layouts import find_layout
-from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated
+from rlhf.data.direction import Side, directions, example, has_two_responses
+from rlhf.data.layouts import Layout, find_layout
+from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated, preference_of
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.data.rows import Demonstration, Pair, PromptRow, answer, prompt_key
+from rlhf.data.tidy import tidied
 from rlhf.errors import UserError
 
 Canonical = TypeVar("Canonical", bound=PromptRow, covariant=True)
@@ -23,19 +25,26 @@ class Source:
     Attributes:
         fraction: of its prompts, by a seeded draw; all rows of a prompt stay together.
         max_rows: at most so many rows, by a seeded draw.
+        preference: what the values of its preference column mean, where the file itself does not say it.
     """
 
     source: str
     fraction: float = 1.0
     max_rows: int | None = None
+    preference: Mapping[str, Side] | None = None
 
 
 class Line(NamedTuple):
-    """A row as it was read, its number in its file, and whether the file itself calls it a test row."""
+    """A row as the layouts read it, its number in its file, and whether the file itself calls it a test row.
+
+    Attributes:
+        direction: the column that says which of its answers is better, and a sentence that says how; None where its layout does.
+    """
 
     number: int
     row: Any
     is_test: bool
+    direction: tuple[str, str] | None = None
 
 
 @dataclass
@@ -99,9 +108,9 @@ def read_pair_rows(source: str, *, split: str = "train") -> tuple[list[Row[Pair]
 def read_rankings(source: str, *, split: str = "test") -> list[Ranking]:
     """Read the rankings of three answers or more in one source; `read_pairs` reports what is wrong with other rows."""
     rankings: list[Ranking] = []
-    for _, row in read_rows(source, ReadReport(source), split=split):
+    for line in _lines(Source(source), ReadReport(source), split):
         try:
-            rankings += [ranking for ranking in find_layout(row).read_rankings(row) if len(ranking.answers) > 2]
+            rankings += [r for r in find_layout(line.row).read_rankings(line.row) if len(r.answers) > 2]
         except BadRow:
             continue
     return rankings
@@ -118,10 +127,18 @@ def to_pairs(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Pair]]:
         pairs = layout.read_pairs(line.row)
         if layout.rankings is not None:
             report.note(line.number, "pairs made of rankings", count=len(pairs))
+        if pairs:
+            _say_direction(line, layout, pairs[0], report)
         return pairs
 
     yield from _converted(lines, report, pairs_of)
     yield from _pairs_of_rated(rated, report)
+
+
+def _say_direction(line: Line, layout: Layout, first: Pair, report: ReadReport) -> None:
+    name, sentence = line.direction or (layout.name, layout.direction or "`chosen` and `rejected`")
+    evident = line.direction is None and layout.direction is None
+    report.direct(name, example(sentence, answer(first, "chosen")), evident=evident)
 
 
 def to_demonstrations(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Demonstration]]:
@@ -164,6 +181,7 @@ def _pairs_of_rated(rated: Sequence[tuple[Line, RatedAnswer]], report: ReadRepor
         line = first_line[prompt_key(ranking.prompt)]
         pairs = comparisons(ranking)
         report.note(line.number, "pairs made of rated answers", count=len(pairs))
+        _say_direction(line, find_layout(line.row), pairs[0], report)
         for canonical in pairs:
             yield Row(canonical, line.number, report, line.is_test)
 
@@ -188,7 +206,7 @@ def read_sources(
     for source in sources:
         report = ReadReport(f"{source.source} ({content})")
         reports.append(report)
-        read = list(convert(_lines(source.source, report, split), report))
+        read = list(convert(_lines(source, report, split), report))
         train = [row for row in read if not row.is_test]
         if source.fraction < 1:
             kept = [row for row in train if share_of(row, f"{seed}:fraction") < source.fraction]
@@ -199,9 +217,28 @@ def read_sources(
     return rows
 
 
-def _lines(source: str, report: ReadReport, split: str) -> Iterator[Line]:
-    for number, row in read_rows(source, report, split=split):
-        yield Line(number, row, isinstance(row, dict) and row.get("split") == "test" and split == "train")
+def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
+    """Read a whole file, and yield its rows as the layouts read them: tidied, two responses as chosen and rejected.
+
+    Raises:
+        UserError: nobody can know which of two responses is better.
+    """
+    numbered = list(read_rows(source.source, report, split=split))
+    rows = tidied([row for _, row in numbered])
+    by_column = directions((row for row, _ in rows), source.source, source.preference)
+    for (number, _), (row, remarks) in zip(numbered, rows, strict=True):
+        for remark in remarks:
+            report.note(number, remark)
+        is_test = isinstance(row, dict) and row.get("split") == "test" and split == "train"
+        if not has_two_responses(row) or (preference := preference_of(row)) is None:
+            yield Line(number, row, is_test)
+            continue
+        column, value = preference
+        direction = by_column[column]
+        try:
+            yield Line(number, direction.as_pair(row), is_test, (column, direction.sentence(value)))
+        except BadRow as reason:
+            report.drop(number, str(reason))
 
 
 def share_of(row: Row[Canonical], salt: str) -> float:

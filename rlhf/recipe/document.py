@@ -12,6 +12,9 @@ import yaml
 from rlhf.errors import UserError
 
 MAX_BYTES = 1_000_000
+VALUES_AS_KEYS = (
+    "preference",
+)  # the mapping whose keys are values of a data file: 1 or true there, as they are written
 Place = str  # "file:line"
 KeyPath = tuple[str, ...]
 
@@ -121,7 +124,7 @@ def _construct(
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = loader.construct_object(key_node)
+            key = key_node.value if path[-1:] == VALUES_AS_KEYS else loader.construct_object(key_node)
             key_line = key_node.start_mark.line + 1
             if not isinstance(key, str):
                 problems.append(f"{file}:{key_line}: the key {key!r} is not a string; quote it.")

@@ -3,9 +3,9 @@
 import json
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from rlhf.recipe.objectives import OBJECTIVES, ObjectiveName
 
@@ -78,12 +78,23 @@ class BackboneSection(Section):
     from_scratch: dict[str, Any] | None = None
 
 
+def _with_text_keys(value: object) -> object:
+    """Return a mapping with its keys as text, as JSON and a resolved recipe write them: YAML reads 1 and true as themselves."""
+    return {str(key): side for key, side in value.items()} if isinstance(value, dict) else value
+
+
 class SourceEntry(Section):
-    """One source of a mixture: a hub id or local file, the fraction of its prompts to take, a cap."""
+    """One source of a mixture: a hub id or local file, the fraction of its prompts to take, a cap.
+
+    `preference` says what the values of its preference column mean, where the file does not: `{0: first, 1: second}`.
+    """
 
     source: str
     fraction: float = Field(1.0, gt=0, le=1)
     max_rows: int | None = Field(None, ge=1)
+    preference: Annotated[
+        dict[str, Literal["first", "second", "tie"]] | None, BeforeValidator(_with_text_keys), Field(min_length=1)
+    ] = None
 
 
 class DataSection(Section):

@@ -139,14 +139,19 @@ def margin_of_ratings(rows: list[Pair], config: DenoiseConfig) -> Denoised:
 
 
 def weight_of_ratings(rows: list[Pair], config: DenoiseConfig) -> Denoised:
-    """Set the weight, where the file has none, to the gap of its ratings: w = g (scaled Bradley-Terry).
+    """Set the weight, where the file has none, to the gap of its ratings: w = max(g, 0) (scaled Bradley-Terry).
+
+    A pair whose ratings contradict its label (g < 0) has no weight: a negative one would teach the label turned round.
 
     >>> pair: Pair = {"prompt": [], "chosen": [], "rejected": [], "rating_gap": 2.0}
     >>> weight_of_ratings([pair], DenoiseConfig("scaled")).rows[0]["weight"]
     2.0
     """
     return Denoised(
-        [row if row.get("weight") is not None else {**row, "weight": float(row["rating_gap"])} for row in rows]
+        [
+            row if row.get("weight") is not None else {**row, "weight": max(0.0, float(row["rating_gap"]))}
+            for row in rows
+        ]
     )
 
 

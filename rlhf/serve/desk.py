@@ -3,15 +3,17 @@
 import getpass
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
 import yaml
 
+from rlhf.data.direction import example
 from rlhf.data.label_files import Format, export_questions, read_verdicts
 from rlhf.data.labelbook import BOOK, LabelBook
-from rlhf.data.labels import agreement, tally
+from rlhf.data.labels import Question, Verdict, agreement, tally
+from rlhf.data.read import ReadReport
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 
@@ -52,8 +54,11 @@ def export_to(run: Path, file: Path, form: str) -> int:
     return len(rows)
 
 
-def import_from(run: Path, file: Path) -> dict[str, int]:
+def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = None) -> dict[str, int]:
     """Take a file's verdicts into the book; those that can't count are written beside it.
+
+    Args:
+        say: told what the numbers of the file mean, and which of its lines can't be read.
 
     Returns:
         how many were `taken`, and how many were not, by reason.
@@ -62,9 +67,13 @@ def import_from(run: Path, file: Path) -> dict[str, int]:
         UserError: no such file, or nothing in it.
     """
     book, number, _ = open_book(run)
-    verdicts, refused = read_verdicts(str(file))
+    report = ReadReport(str(file))
+    verdicts, refused = read_verdicts(str(file), report)
     questions = book.questions(number)
-    asked = {question.id for question in questions}
+    asked = {question.id: question for question in questions}
+    if say is not None:
+        for sentence in _reading(report, verdicts, asked):
+            say(f"{file}: {sentence}")
     book.record([verdict for verdict in verdicts if verdict.id in asked])
     quarantine = [*refused, *tally(questions, verdicts).quarantine]
     if quarantine:
@@ -74,6 +83,20 @@ def import_from(run: Path, file: Path) -> dict[str, int]:
     for row in quarantine:
         counts[row["reason"]] = counts.get(row["reason"], 0) + 1
     return counts
+
+
+def _reading(report: ReadReport, verdicts: Sequence[Verdict], asked: Mapping[str, Question]) -> Iterator[str]:
+    """Say what a file's numbers mean, with the first decided pair as an example, and which lines can't be read."""
+    decided = (v for v in verdicts if v.id in asked and v.label in ("first", "second"))
+    first = next(decided, None)
+    for sentence in report.directions.values():
+        if first is None:
+            yield f"{sentence}."
+        else:
+            question = asked[first.id]
+            yield example(sentence, question.first if first.label == "first" else question.second)
+    for reason, count in report.dropped.items():
+        yield f"{count} lines left out: {reason} (line {', '.join(map(str, report.examples[reason]))})."
 
 
 def progress_lines(run: Path) -> Sequence[str]:

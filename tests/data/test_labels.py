@@ -1,6 +1,7 @@
 """Verdicts become pairs: every way in which a label file can be wrong is counted, and nothing counts twice."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from sklearn.metrics import cohen_kappa_score
 from rlhf.data.label_files import export_questions, read_verdicts
 from rlhf.data.labelbook import LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, question_id, tally
+from rlhf.data.read import ReadReport
 from rlhf.errors import UserError
+from rlhf.serve.desk import import_from
 
 
 def question(number: int, round_number: int = 2) -> Question:
@@ -132,3 +135,118 @@ def test_files_of_three_forms_come_back(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="no rows"):
         read_verdicts(str(tmp_path / "empty.jsonl"))
+
+
+def labelled(folder: Path, labels: Sequence[Any]) -> tuple[list[str], list[str], list[str]]:
+    """Write a label a question, and return the verdicts by question, the reasons of what is none, and what is said."""
+    rows = [{"id": f"q{i}", "label": label, "annotator": "a"} for i, label in enumerate(labels)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = ReadReport("labels")
+    verdicts, refused = read_verdicts(str(folder / "labels.jsonl"), report)
+    assert len(verdicts) + len(refused) == len(labels)
+    by_id = {v.id: v.label for v in verdicts}
+    return (
+        [by_id.get(f"q{i}", "-") for i in range(len(labels))],
+        [r["reason"] for r in refused],
+        list(report.directions.values()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 1, 0, 1], "first second first second"),
+        (["0", "1", "0"], "first second first"),
+        ([0.0, 1.0, None], "first second -"),
+        ([0, 1, "tie", "skip"], "first second tie skip"),
+        ([1, 2, 1], "first second first"),
+        (["1", "2", "="], "first second tie"),
+        ([1, 2, 0], "first second tie"),
+        ([2, 0], "second tie"),
+        ([1, 1], "first first"),
+        ([2, 1, 3], "second first -"),
+        ([0, 0], "- -"),
+        ([0, 1, 3], "- - -"),
+        ([True, False], "- -"),
+        (["A", "b", "c"], "first second tie"),
+        (["left", "RIGHT", "equal", ""], "first second tie -"),
+        (["response_1", "model_b", "First "], "first second first"),
+        (["both", "?"], "- -"),
+    ],
+    ids=str,
+)
+def test_labels_are_read_by_the_whole_file(tmp_path: Path, labels: list[Any], expected: str) -> None:
+    verdicts, reasons, _ = labelled(tmp_path, labels)
+    assert verdicts == expected.split()
+    blank = sum(label is None or label == "" for label in labels)
+    assert reasons.count("no label yet") == blank
+    assert reasons.count("unknown label") == len(reasons) - blank
+
+
+def test_what_the_numbers_of_a_label_file_mean_is_said(tmp_path: Path) -> None:
+    said = labelled(tmp_path, [1, 0])[2]
+    assert said == ["`label` holds {0, 1}; 0: the first is better; 1: the second is better"]
+    assert labelled(tmp_path, [2, 0, 1])[2][0].startswith("`label` holds {0, 1, 2}; 0: a tie; 1: the first")
+    assert labelled(tmp_path, ["first", "B"])[2] == [], "words say it themselves"
+
+
+def test_an_import_says_it_with_an_example(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("rounds: {annotators_per_pair: 1}\n")
+    LabelBook(tmp_path / "labels.sqlite").ask(FIVE)
+    lines = [json.dumps({"id": q.id, "label": i % 2, "annotator": "a"}) for i, q in enumerate(FIVE)]
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, "{broken"]) + "\n")
+    said: list[str] = []
+    assert import_from(tmp_path, tmp_path / "in.jsonl", say=said.append) == {"taken": 5}
+    verdicts = {v.id: v.label for v in LabelBook(tmp_path / "labels.sqlite").verdicts(2)}
+    assert [verdicts[q.id] for q in FIVE] == ["first", "second", "first", "second", "first"]
+    assert said == [
+        f'{tmp_path / "in.jsonl"}: `label` holds {{0, 1}}; 0: the first is better; 1: the second is better: chosen = "yes 0"',
+        f"{tmp_path / 'in.jsonl'}: 1 lines left out: not valid JSON (line 6).",
+    ]
+
+
+def control(name: str | None, *choices: str, selected: str | None = None) -> dict[str, Any]:
+    value = {"selected": selected} if selected else {"choices": list(choices)}
+    return {"type": "choices", "value": value} | ({} if name is None else {"from_name": name})
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        ([control("safety", "second"), control("preference", "first")], "first"),
+        ([control("preference", "second"), control("safety", "first")], "second"),
+        ([control("safety", "first"), control("preference", selected="right")], "second"),
+        ([control("better", "second")], "second"),
+        ([control(None, "tie")], "tie"),
+        ([control("rating"), control("better", "first")], "first"),
+        ([control("safety", "second"), control("better", "first")], "several choices"),
+        ([control("safety", "unsafe"), control("better", "first")], "several choices"),
+        ([control("preference", "first", "second")], "several choices"),
+        ([control("safety", "first"), control("preference")], "no label yet"),
+        ([], "no label yet"),
+    ],
+)
+def test_a_task_with_several_controls(tmp_path: Path, results: list[Any], expected: str) -> None:
+    (task,) = export_questions(FIVE[:1], "label-studio")
+    task["annotations"] = [{"completed_by": 7, "result": results}]
+    (tmp_path / "studio.json").write_text(json.dumps([task]))
+    verdicts, refused = read_verdicts(str(tmp_path / "studio.json"))
+    assert [v.label for v in verdicts] + [r["reason"].split(";")[0] for r in refused] == [expected]
+
+
+def test_where_one_task_names_the_control_no_other_is_asked(tmp_path: Path) -> None:
+    tasks = export_questions(FIVE[:2], "label-studio")
+    tasks[0]["annotations"] = [{"result": [control("safety", "first")]}]
+    tasks[1]["annotations"] = [{"result": [control("safety", "first"), control("preference", "second")]}]
+    (tmp_path / "studio.json").write_text(json.dumps(tasks))
+    verdicts, refused = read_verdicts(str(tmp_path / "studio.json"))
+    assert [(v.id, v.label) for v in verdicts] == [(FIVE[1].id, "second")]
+    assert [r["reason"] for r in refused] == ["no label yet"]
+
+
+def test_numbers_in_an_export_are_read_by_the_whole_file_too(tmp_path: Path) -> None:
+    records = export_questions(FIVE[:2], "argilla")
+    for value, record in enumerate(records):
+        record["responses"] = {"preference": [{"value": value, "user_id": "u"}]}
+    (tmp_path / "argilla.json").write_text(json.dumps(records))
+    assert [v.label for v in read_verdicts(str(tmp_path / "argilla.json"))[0]] == ["first", "second"]

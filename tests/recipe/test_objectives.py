@@ -208,6 +208,12 @@ def test_what_is_needed_is_refused_where_it_is_missing(name: str) -> None:
                 apply(pairs(rating_gap=2))
 
 
+def test_ratings_against_the_label_give_no_weight() -> None:
+    """A negative weight would teach the label turned round."""
+    rows = [{"prompt": [], "chosen": [], "rejected": [], "rating_gap": gap} for gap in (-2.0, 0.0, 1.5)]
+    assert [row["weight"] for row in denoised(rows, DenoiseConfig("scaled")).rows] == [0.0, 0.0, 1.5]
+
+
 def test_the_table_is_written_with_its_needs() -> None:
     rows = {line.split("`")[1]: line for line in objectives_table().splitlines()[2:]}
     assert list(rows) == list(OBJECTIVES)

@@ -1,0 +1,225 @@
+"""Which of two responses a file calls the better one: decided for the whole file, and said with an example.
+
+A file with two responses and a preference may mean many things by it. The values of its whole column decide:
+
+| values | meaning |
+|---|---|
+| stated in the recipe (`preference: {0: first, 1: second}`) | as stated |
+| words: first, second, left, right, A, B, response_1, model_b, …; tie, both, equal, … | as they say |
+| 1 and 2, beside them 0 | the number of the response in `response_1` and `response_2`; 0 is a tie |
+| a scale with both signs, such as -3 … 3 (HelpSteer2-preference) | below 0 the first is better, above 0 the second |
+| anything else, such as 0 and 1, -1 and 1, true and false, 1 … 7 | refused, for nobody can know |
+
+A column that is called a strength is a scale whatever its values, unless all of eight rows or more point to one side: in a
+random order of the responses that happens to one file of eight rows in 2^7, and to no larger one that anybody will see.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeGuard
+
+from rlhf.data.layouts import find_layout
+from rlhf.data.rankings import first_response, preference_of, response_text, second_response, signed_strength
+from rlhf.data.read import BadRow
+from rlhf.errors import UserError
+
+Side = Literal["first", "second", "tie"]
+NAMES: dict[str, Side] = {
+    **dict.fromkeys(("first", "a", "one", "left"), "first"),
+    **dict.fromkeys(("second", "b", "two", "right"), "second"),
+}
+TIES = ("tie", "tied", "both", "equal", "draw", "same", "neither", "both good", "both bad", "tie (bothbad)")
+# `response_1`, "Model A", `assistant-b`: a number behind such a word is the number of the response.
+NUMBERED = re.compile(r"(?:response|model|answer|option|assistant|output|candidate|completion)[ _-]?(1|2|a|b)")
+STRENGTHS = ("preference_strength", "strength")
+ONE_SIDED_ROWS = 8
+SHOWN_CODES = 7
+WORDS_FOR: dict[Side, str] = {"first": "the first is better", "second": "the second is better", "tie": "a tie"}
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What the values of a file's preference column say.
+
+    Attributes:
+        column: its name.
+        codes: all values of the file, as `code_of` writes them.
+        sides: code → side; None where the values are a signed scale, above 0 where the second response is better.
+    """
+
+    column: str
+    codes: tuple[str, ...]
+    sides: Mapping[str, Side] | None
+
+    def side(self, value: object) -> Side | None:
+        """Return which response a value calls better; None where it calls neither so."""
+        code = code_of(value)
+        if self.sides is not None:
+            return self.sides.get(code)
+        number = _number(code)
+        if number is None:
+            return None
+        return "first" if number < 0 else "second" if number > 0 else "tie"
+
+    def sentence(self, value: object) -> str:
+        """Return what a value means.
+
+        >>> Direction("preference", ("1", "2"), {"1": "first", "2": "second"}).sentence(1)
+        '`preference` 1 of {1, 2}: the first is better'
+        """
+        side = self.side(value)
+        meaning = "no side" if side is None else WORDS_FOR[side]
+        return f"`{self.column}` {code_of(value)} of {shown_codes(self.codes)}: {meaning}"
+
+    def as_pair(self, row: Mapping[str, object]) -> Mapping[str, object]:
+        """Return a row with `chosen` and `rejected` in place of its two responses; a row of a signed scale stays as it is.
+
+        Raises:
+            BadRow: a tie, or a value that names neither side.
+        """
+        preference = preference_of(row)
+        if self.sides is None or preference is None:
+            return row
+        side = self.side(preference[1])
+        if side is None:
+            raise BadRow("the preference names neither of the two responses")
+        if side == "tie":
+            raise BadRow("no preference between the two responses (a tie)")
+        texts = [response_text(first_response(row)), response_text(second_response(row))]
+        chosen, rejected = texts if side == "first" else texts[::-1]
+        names = ("response_1", "response1", "response_2", "response2", "context")
+        rest = {name: value for name, value in row.items() if name not in names}
+        return {**rest, "prompt": row.get("prompt", row.get("context")), "chosen": chosen, "rejected": rejected}
+
+
+def directions(rows: Iterable[object], source: str, stated: Mapping[str, Side] | None = None) -> dict[str, Direction]:
+    """Look at a whole file, and decide what each of its preference columns says.
+
+    Args:
+        source: the file's name, for the sentence of a refusal.
+        stated: what the recipe says about its values.
+
+    Returns:
+        column → direction; empty where no row has two responses and a preference.
+
+    Raises:
+        UserError: the values may mean either, and nothing states which; or it is stated, and there is no such column.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if has_two_responses(row) and (preference := preference_of(row)) is not None:
+            column, value = preference
+            codes = counts.setdefault(column, {})
+            codes[code_of(value)] = codes.get(code_of(value), 0) + 1
+    if stated is not None and not counts:
+        raise UserError(
+            f"{source}: `preference` is stated for it, but no row has two responses and a preference; take the key out."
+        )
+    return {column: _decide(column, codes, source, stated) for column, codes in counts.items()}
+
+
+def has_two_responses(row: object) -> TypeGuard[Mapping[str, object]]:
+    """Return whether a row is of the layout with two responses and a preference."""
+    return isinstance(row, Mapping) and find_layout(row).rankings is signed_strength
+
+
+def named_side(word: str) -> Side | None:
+    """Return the response that a word names: first or second; None if it names neither.
+
+    >>> [named_side(word) for word in ("A", "response_2", "left", "3")]
+    ['first', 'second', 'first', None]
+    """
+    plain = word.strip().lower()
+    if match := NUMBERED.fullmatch(plain):
+        return "first" if match[1] in ("1", "a") else "second"
+    return NAMES.get(plain)
+
+
+def numbered_sides(codes: Iterable[str]) -> dict[str, Side] | None:
+    """Return what 1 and 2, and beside them 0, mean: the number of the response, and a tie; None for other numbers.
+
+    A file without a 2 may count from 0, so its 1 says nothing.
+    """
+    meaning: dict[str, Side] = {"1": "first", "2": "second", "0": "tie"}
+    return {code: meaning[code] for code in codes} if "2" in codes and set(codes) <= meaning.keys() else None
+
+
+def code_of(value: object) -> str:
+    """Return a value in the form in which values of files and recipes are compared.
+
+    >>> [code_of(value) for value in (1, 1.0, "1", "A ", True, -0.5)]
+    ['1', '1', '1', 'a', 'true', '-0.5']
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value).strip().lower()
+    number = _number(text)
+    return text if number is None else f"{number:g}"
+
+
+def shown_codes(codes: Iterable[str]) -> str:
+    """Return the values of a file for a person, smallest first: `{1, 2}`; the ends only where they are many."""
+    ordered = sorted(codes, key=lambda code: (_number(code) is None, _number(code) or 0.0, code))
+    if len(ordered) > SHOWN_CODES:
+        ordered = [*ordered[:2], "…", ordered[-1]]
+    return "{" + ", ".join(ordered) + "}"
+
+
+def example(sentence: str, chosen: str) -> str:
+    """Return a direction's sentence with the beginning of the answer that it makes the chosen one, on one line."""
+    text = " ".join(chosen.split())
+    text = text if len(text) <= 60 else text[:59] + "…"
+    return f"{sentence}: chosen = {json.dumps(text, ensure_ascii=False)}"
+
+
+def _decide(column: str, counts: Mapping[str, int], source: str, stated: Mapping[str, Side] | None) -> Direction:
+    codes = tuple(counts)
+    if stated is not None:
+        return Direction(column, codes, {code_of(value): side for value, side in stated.items()})
+    numbers = {code: number for code in codes if (number := _number(code)) is not None}
+    words = [code for code in codes if code not in numbers]
+    named = {code: side for code in words if (side := named_side(code)) is not None}
+    sides: dict[str, Side] = {**named, **{code: "tie" for code in words if code in TIES}}
+    if {"true", "false"} & set(words):
+        raise _unstated(column, codes, source)
+    if not numbers:
+        return Direction(column, codes, sides)
+    numbered = numbered_sides(numbers)
+    if numbered is not None and column not in STRENGTHS:
+        return Direction(column, codes, {**sides, **numbered})
+    rows = sum(counts[code] for code, number in numbers.items() if number)
+    if named or not _is_scale(column, set(numbers.values()) - {0.0}, rows):
+        raise _unstated(column, codes, source)
+    return Direction(column, codes, None)
+
+
+def _is_scale(column: str, numbers: set[float], rows: int) -> bool:
+    """Tell whether numbers other than 0 are strengths with a sign."""
+    has_both_signs = min(numbers, default=0.0) < 0 < max(numbers, default=0.0)
+    if column in STRENGTHS:
+        return has_both_signs or rows < ONE_SIDED_ROWS
+    return not numbers or (has_both_signs and numbers != {-1.0, 1.0})
+
+
+def _unstated(column: str, codes: Iterable[str], source: str) -> UserError:
+    decided = [code for code in codes if code not in TIES]
+    shown = shown_codes(decided)
+    ends = sorted(decided, key=lambda code: (_number(code) is None, _number(code) or 0.0, code))
+    low, high = ends[0], ends[-1] if len(ends) > 1 else ends[0]
+    meaning = f"{low}: first, {high}: second" if low != high else f"{low}: first"
+    return UserError(
+        f"{source}: `{column}` holds {shown}, which does not say which of the two responses is better. State it beside the "
+        f"source in the recipe, such as {{source: …, preference: {{{meaning}}}}} (each value is first, second or tie); or give "
+        "the file columns that say it: `chosen` and `rejected`, or `preference_strength`, below 0 where the first is better "
+        "and above 0 where the second is."
+    )
+
+
+def _number(code: str) -> float | None:
+    try:
+        number = float(code)
+    except ValueError:
+        return None
+    return number if number == number and abs(number) != float("inf") else None
