@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.errors import UserError
+from rlhf.models.adapters import adapter_places, of_backbone
 from rlhf.models.open import (
     ADAPTER_CONFIG,
     adapter_weights,
@@ -202,7 +203,10 @@ def build_reward_model(
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
         adapter = LoraConfig.from_pretrained(source.adapter)
-        adapter.task_type, adapter.modules_to_save, adapter.inference_mode = TaskType.SEQ_CLS, ["score"], False
+        names = [name for name, _ in model.named_modules()]
+        whole = [module for module in adapter.modules_to_save or [] if any(name.endswith(module) for name in names)]
+        adapter.modules_to_save = sorted({"score", *whole})  # without an output layer, which a reward model has not
+        adapter.task_type, adapter.inference_mode = TaskType.SEQ_CLS, False
         model = get_peft_model(model, adapter)
         copy_adapter(source.adapter, model)
         return model if config.use_peft else model.merge_and_unload()
@@ -263,13 +267,18 @@ def score_head(model: torch.nn.Module) -> torch.nn.Linear | None:
 
 
 def copy_adapter(folder: str, model: PeftModel) -> None:
-    """Copy the LoRA weights of a causal adapter into the same places of another model's adapter.
+    """Copy what a causal adapter trained into the same places of another model's adapter: LoRA factors, DoRA's magnitudes, and
+    whole modules, such as embeddings. What it trained of the output layer has no place there and is left out.
 
     Raises:
         UserError: the two do not have the same places and ranks.
     """
-    weights = {name: tensor for name, tensor in adapter_weights(folder).items() if "lora_" in name}
-    places = {name.replace(".default.", "."): p for name, p in model.named_parameters() if "lora_" in name}
+    weights = {
+        name: tensor
+        for name, tensor in adapter_weights(folder).items()
+        if of_backbone(name, model) and ".base_layer." not in name
+    }
+    places = {name: place for name, place in adapter_places(model).items() if of_backbone(name, model)}
     misfits = sorted(
         name
         for name in {*weights, *places}

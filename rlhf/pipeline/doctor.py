@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf._trl import disable_dropout_in_model
 from rlhf.data.rows import Pair, Prompt, answer
 from rlhf.errors import TrainingError, UserError
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import Check
 from rlhf.invariants.ends import SAMPLED, ends_reachable, policy_ends, prompts_too_long
-from rlhf.invariants.forward import batched_forward, repeated_forward
+from rlhf.invariants.forward import batched_forward
+from rlhf.invariants.ratio import check_ratio, largest_ratio_deviation
 from rlhf.invariants.sampler import ROUNDING, SurpriseSums, check_sampler, surprise_sums
+from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions, encode_prompts, end_token_ids, generate
 from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer
 from rlhf.models.logprobs import response_logits, response_logprobs, token_logprobs, token_surprise
@@ -255,7 +256,7 @@ def _sampler_check(model: PreTrainedModel, completions: Sequence[Completions], t
 
 
 def _forward_checks(model: PreTrainedModel, completions: Completions, args: PPOConfig) -> list[Check]:
-    """Return the checks of one batch of answers: each alone, and all of them a second time as they are trained on."""
+    """Return the checks of one batch of answers: each alone, and all of them a second time in training mode."""
     ids, mask, answers, answer_mask = next(_few_rows(completions))
     length, keep = answers.shape[1], answer_mask.bool()
     together = response_logprobs(model, ids, mask, length, args.temperature)
@@ -266,11 +267,11 @@ def _forward_checks(model: PreTrainedModel, completions: Completions, args: PPOC
         alone.append(logprobs[0])
     checks = [batched_forward(torch.cat(alone), together[keep], dtype=model.dtype)]
     if args.disable_dropout:
-        disable_dropout_in_model(model)
+        switch_off_dropout(model)
         model.train()
-        first, second = (response_logprobs(model, ids, mask, length, args.temperature)[keep] for _ in range(2))
+        again = response_logprobs(model, ids, mask, length, args.temperature)
         model.eval()
-        checks.append(repeated_forward(first, second, dtype=model.dtype))
+        checks.append(check_ratio(largest_ratio_deviation(again, together, keep).item(), model.dtype))
     return checks
 
 

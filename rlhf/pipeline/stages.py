@@ -28,7 +28,14 @@ from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
 from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
-from rlhf.pipeline.training import evaluation_rows, split_settings, train, training_arguments
+from rlhf.pipeline.training import (
+    check_nothing_lost,
+    checks_of,
+    evaluation_rows,
+    split_settings,
+    train,
+    training_arguments,
+)
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import DATA_SOURCES
@@ -156,9 +163,12 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     if len(members) > 1 and args.reward_ensemble is None:
         args.reward_ensemble = "mean"
 
+    policy, book = load_policy(start, model_config), CheckBook()
+    check_nothing_lost(context, start, policy, book)
+
     # 2. Train.
     trainer = StagePPOTrainer(
-        load_policy(start, model_config),
+        policy,
         [*members, *recipe.ppo.extra_rewards],
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
@@ -170,24 +180,23 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     )
     if reference != start:
         trainer.reference.load(Path(reference))
-    checks = CheckBook()
-    check_ends_before_ppo(context, trainer, checks)
+    check_ends_before_ppo(context, trainer, book)
     train(trainer, context.folder, label="ppo", say=context.say, stop_at="epoch")  # an epoch is a rollout
 
     # 3. Save, and say what happened.
     if context.is_main:
-        policy = trainer.accelerator.unwrap_model(trainer.model).policy
-        save_model(policy, tokenizer, context.folder / "model")
+        save_model(trainer.accelerator.unwrap_model(trainer.model).policy, tokenizer, context.folder / "model")
         write_jsonl(context.folder / "samples.jsonl", [sample.as_row() for sample in trainer.latest_samples])
     if trainer.stopped is not None:
         context.say(trainer.stopped)
     rollouts = trainer.state.global_step // args.steps_per_rollout
+    book.merge(checks_of(trainer))
     return {
         "episodes": trainer.episodes,
         "rollouts": rollouts,
         "stopped": trainer.stopped,
         "warnings": trainer.progress.health.sentences,
-        "checks": checks.entries,
+        "checks": book.entries,
     }
 
 
@@ -203,8 +212,11 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     reward = load_scorer_of(context.parent("reward"), device=context.device)
     first = context.find_parent("first_evaluation")
     sampled = None if first is None else read_jsonl(first / SFT_ANSWERS)
+    trained, book = context.parent("policy") / "model", CheckBook()
+    policy = load_policy(trained, model_config, trainable=False)
+    check_nothing_lost(context, trained, policy, book)
     facts, samples, sft_answers = evaluate_policies(
-        policy=load_policy(context.parent("policy") / "model", model_config, trainable=False).to(context.device).eval(),
+        policy=policy.to(context.device).eval(),
         sft=load_policy(sft, model_config, trainable=False).to(context.device).eval(),
         tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
         reward=reward,
@@ -216,7 +228,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     write_jsonl(context.folder / "samples.jsonl", samples)
     if sampled is None:
         write_jsonl(context.folder / SFT_ANSWERS, [{"completion": text, "ended": ended} for text, ended in sft_answers])
-    return facts
+    return {**facts, "checks": book.entries}
 
 
 def show_samples(context: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

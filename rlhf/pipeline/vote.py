@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
@@ -135,8 +136,9 @@ def vote(
     def member_differences(member: int, trained: list[int], judged: list[int]) -> Tensor:
         place, label = folder / f"member-{member}", f"vote {member + 1}/{members}"
         file = place / DIFFERENCES
-        if file.is_file():
-            return load_file(file)["differences"]
+        kept = _kept_differences(file)
+        if kept is not None:
+            return kept
         place.mkdir(parents=True, exist_ok=True)
         # Members differ in the order of their pairs and in the first weights of head and adapter.
         member_seed = seed * 1000 + member + 1
@@ -151,6 +153,14 @@ def vote(
 
     strength = vote_strength(collect_votes(plan, member_differences))
     return strength, estimate_noise(strength.mean, [plain(row["prompt"]) for row in rows])
+
+
+def _kept_differences(file: Path) -> Tensor | None:
+    """Return the votes of a member that was trained before; None where there are none, or the file is damaged."""
+    try:
+        return load_file(file)["differences"]
+    except (OSError, SafetensorError, KeyError):
+        return None
 
 
 class SharedTrunk(NamedTuple):

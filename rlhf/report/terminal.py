@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf.report.checks import checks_line
 from rlhf.report.records import Facts, Summary, read_summary
 from rlhf.report.rounds import known_columns, last_evaluated, number
 
@@ -37,6 +38,9 @@ def show_summary(out: Path, output: Console) -> None:
         output.print(_rounds_table(summary))
     if summary["gold_gap_closed"] is not None:
         output.print(f"gold gap closed: {summary['gold_gap_closed']:.3f}", markup=False)
+    line = checks_line(summary)
+    if line is not None:
+        output.print(line, markup=False)
     total = sum(summary["seconds"].values())
     output.print(f"{out / 'report.html'}   {out / 'summary.json'}   {total:.0f} s", markup=False, soft_wrap=True)
 
