@@ -116,7 +116,6 @@ def examine(recipe: Recipe, *, say: Callable[[str], None]) -> list[Finding]:
     model = recipe.backbone.model
     is_encoder = model is not None and encoder_type(model, recipe.backbone.revision) is not None
     check_arguments(recipe, until="reward" if is_encoder else None)
-    torch.manual_seed(recipe.seed)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         examination = _read(recipe, Path(folder), say)
         if not is_encoder:
@@ -190,6 +189,7 @@ def _examine_policy(examination: Examination) -> None:
         return
 
     # 2. What it samples, with the log-probabilities that PPO would use.
+    torch.manual_seed(recipe.seed)
     completions = [
         generate(model, tokenizer, batch, max_new_tokens=TOKENS, temperature=args.temperature, max_prompt_length=limit)
         for batch in _batches(prompts)
