@@ -23,6 +23,7 @@ from rlhf.recipe import Recipe, load_recipe
 
 PACKAGE = "rlhf-pipeline"
 WAITING = 3
+TYPER_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt; a real Ctrl-C is `interrupt.Interrupted`
 # Libraries announce things that a recipe's reader can't act on.
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1"}
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -373,7 +374,8 @@ def _quieten_libraries() -> None:
 def _exit_code() -> int:
     """Run the command line; return its exit code."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
     except UserError as error:
         for problem in error.problems:
             _say_aside(problem, style="red")
@@ -387,6 +389,19 @@ def _exit_code() -> int:
     except interrupt.Interrupted as interruption:
         errors.print(f"{interruption}: stopped. The same command goes on from the last checkpoint.", markup=False)
         return 128 + interruption.signum
+    except (
+        SystemExit,
+        KeyboardInterrupt,
+        typer.Abort,
+    ) as ending:  # ours end otherwise: code of a person or of a library
+        code = ending.code if isinstance(ending, SystemExit) else None
+        name = f"SystemExit({code!r})" if isinstance(ending, SystemExit) else "KeyboardInterrupt"
+        _say_aside(
+            f"Something raised {name} in the middle, which is no end of this command: a function of your own, or a library. "
+            "Finished stages are intact; the same command goes on.",
+            style="red",
+        )
+        return code if isinstance(code, int) and code else 1
     except Exception as error:
         usage = getattr(error, "exit_code", None)
         if usage is None:

@@ -99,7 +99,7 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
 
     Raises:
         UserError: a file that an earlier stage wrote is not what it was.
-        TrainingError: the disk is full; whatever else the stage raises.
+        TrainingError: the disk is full, or foreign code tried to end the process; whatever else the stage raises.
     """
     if not is_main and not STAGES[stage.name].together:
         store.wait_until_done(stage)
@@ -123,6 +123,11 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
             book.merge(facts.get("checks", {}))
             facts["checks"] = book.entries
             store.finish(stage, facts, seconds)
+    except (SystemExit, KeyboardInterrupt) as ending:
+        raise TrainingError(
+            f"{stage.folder}: something raised {type(ending).__name__} in the middle of this stage, most likely a function of your "
+            "own (evaluate.gold, ppo.extra_rewards); let it raise an exception that says what is wrong. The same command goes on."
+        ) from ending
     except Exception as error:
         if not is_disk_full(error):
             raise

@@ -20,7 +20,7 @@ REWARD_KEYS = ("accuracy", "accuracy_ci", "accuracy_true", "accuracy_true_ci", "
 def write_summary(
     recipe: Recipe, stages: Sequence[Stage], store: Store, *, stopped: str | None = None
 ) -> dict[str, Any]:
-    """Collect the manifests of all stages done so far into `RUN/summary.json` (contract: design §6).
+    """Collect the manifests of all stages done so far into `RUN/summary.json` (its keys are a contract).
 
     Args:
         stopped: why the run ended before its last stage, where a rule or missing labels ended it.

@@ -20,9 +20,10 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.errors import UserError
+from rlhf.models.adapters import saved_name
 from rlhf.models.load import find_source
 from rlhf.models.save import base_fingerprint
-from rlhf.ppo.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead, renamed
+from rlhf.ppo.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead
 from rlhf.reward.load import RewardModel, load_reward_model, reward_card
 
 HEAD = "base_model.model.score.weight"
@@ -47,9 +48,10 @@ class AdapterScorer(nn.Module):
         dtype: torch.dtype = self.role.policy.dtype
         return dtype
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SequenceClassifierOutput:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SequenceClassifierOutput:
         """Return scores [n, 1] at the last token of rows padded on the right; in evaluation mode, whatever the policy is in."""
         policy = self.role.policy
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         was_training = policy.training
         policy.eval()
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -109,7 +111,7 @@ def load_role(role: AdapterHead, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         UserError: the file and the places don't match.
     """
-    places = {renamed(name, role.adapter, None): p for name, p in role.adapter_parameters()}
+    places = {saved_name(name, role.adapter): p for name, p in role.adapter_parameters()}
     wrong = sorted(
         name
         for name in {*places, *weights} - {HEAD}
@@ -125,7 +127,7 @@ def load_role(role: AdapterHead, weights: dict[str, torch.Tensor]) -> None:
 def save_role(role: AdapterHead, folder: Path) -> None:
     """Write a critic as an ordinary one-label LoRA adapter."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {renamed(name, role.adapter, None): p.detach().cpu().contiguous() for name, p in role.adapter_parameters()}
+    state = {saved_name(name, role.adapter): p.detach().cpu().contiguous() for name, p in role.adapter_parameters()}
     save_file({**state, HEAD: role.head.weight.detach().cpu().contiguous()}, folder / WEIGHTS)
     config = copy.deepcopy(role.policy.peft_config[role.adapter])
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], True
