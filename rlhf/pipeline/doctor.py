@@ -195,14 +195,14 @@ def _examine_policy(examination: Examination) -> None:
         for batch in _batches(prompts)
     ]
     examination.completions = completions[0]
-    examination.enter("policy", _sampler_check(model, completions, args.temperature))
+    examination.enter("policy", sampling_check(model, completions, args.temperature))
     if not has_sft:
         longest = args.max_completion_length
         answers = generate(model, tokenizer, prompts[:SAMPLED], max_new_tokens=longest, max_prompt_length=limit)
         examination.enter("policy", policy_ends(answers.ended.tolist(), max_new_tokens=longest))
 
     # 3. The same text alone, in a batch, and a second time as it is trained.
-    examination.enter("policy", *_forward_checks(model, completions[0], args))
+    examination.enter("policy", *forward_checks(model, completions[0], args))
 
 
 def _examine_turns(examination: Examination, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -241,7 +241,7 @@ def _few_rows(completions: Completions) -> Iterator[tuple[Tensor, Tensor, Tensor
     yield from zip(*(column.split(FEW) for column in columns), strict=True)
 
 
-def _sampler_check(model: PreTrainedModel, completions: Sequence[Completions], temperature: float) -> Check:
+def sampling_check(model: PreTrainedModel, completions: Sequence[Completions], temperature: float) -> Check:
     """Return the check "sampler true" of some rollouts as one."""
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     for rollout in completions:
@@ -255,7 +255,7 @@ def _sampler_check(model: PreTrainedModel, completions: Sequence[Completions], t
     return check_sampler(SurpriseSums(*sums.tolist()), tests=1, rounding=ROUNDING[model.dtype] * tokens)
 
 
-def _forward_checks(model: PreTrainedModel, completions: Completions, args: PPOConfig) -> list[Check]:
+def forward_checks(model: PreTrainedModel, completions: Completions, args: PPOConfig) -> list[Check]:
     """Return the checks of one batch of answers: each alone, and all of them a second time in training mode."""
     ids, mask, answers, answer_mask = next(_few_rows(completions))
     length, keep = answers.shape[1], answer_mask.bool()
