@@ -21,6 +21,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf._trl import DataCollatorForPreference
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
+from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.load import score_head
 from rlhf.models.packing import (
@@ -160,6 +161,7 @@ class PairRewardTrainer(RewardTrainer):
         flip_rate: the share ε of labels that are wrong at random, for the likelihood of flipped labels.
 
     Takes what `trl.RewardTrainer` takes; without `args` it trains for one epoch, and it warns above one.
+    `checks` is the record of what was checked while it trained.
     A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations) is turned into ids by the same function
     that evaluation and PPO use.
 
@@ -196,7 +198,8 @@ class PairRewardTrainer(RewardTrainer):
                 f"num_train_epochs={args.num_train_epochs}: reward models overfit after one epoch (arXiv:2203.02155, 2401.06080).",
                 stacklevel=2,
             )
-        self.dropped_too_long = 0
+        self.dropped_too_long = self._evaluated_pairs = 0
+        self.checks = CheckBook()
         super().__init__(model, args, **arguments)
         if args.disable_dropout:
             switch_off_dropout(self.model)  # TRL's own switch reaches modules, not probabilities that layers hold
@@ -343,6 +346,7 @@ class PairRewardTrainer(RewardTrainer):
             )
 
     def _record(self, rewards_chosen: Tensor, rewards_rejected: Tensor, tokens: Tensor) -> None:
+        """Enter a batch's means into TRL's lists, whose means are logged; in evaluation, the means over all pairs so far."""
         mode = "train" if self.model.training else "eval"
         gather = self.accelerator.gather_for_metrics
         chosen, rejected = gather(rewards_chosen), gather(rewards_rejected)
@@ -350,9 +354,21 @@ class PairRewardTrainer(RewardTrainer):
             self._total_train_tokens += int(gather(tokens).sum())
         metrics = self._metrics[mode]
         metrics["num_tokens"] = [self._total_train_tokens]
-        metrics["accuracy"].append((chosen > rejected).float().mean().item())
-        metrics["margin"].append((chosen - rejected).mean().item())
-        metrics["mean_reward"].append(torch.cat([chosen, rejected]).mean().item())
+        means = {
+            "accuracy": (chosen > rejected).float().mean().item(),
+            "margin": (chosen - rejected).mean().item(),
+            "mean_reward": torch.cat([chosen, rejected]).mean().item(),
+        }
+        if mode == "train":
+            for name, mean in means.items():
+                metrics[name].append(mean)
+            return
+        # The last batch may be smaller, so one entry a name takes the place of one a batch.
+        before = self._evaluated_pairs if metrics["accuracy"] else 0  # TRL empties the lists at every log
+        self._evaluated_pairs = before + len(chosen)
+        for name, mean in means.items():
+            so_far = metrics[name][0] if before else 0.0
+            metrics[name] = [so_far + (mean - so_far) * len(chosen) / self._evaluated_pairs]
 
 
 def _tokenize_pairs(
