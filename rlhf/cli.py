@@ -109,6 +109,20 @@ def plan_command(
         _say(note)
 
 
+@app.command("doctor")
+def doctor_command(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Check what a run relies on, without training: templates, sampling, scores, reward functions; writes nothing."""
+    recipe = load_recipe(recipe_file, overrides or [])
+    with errors.status("reading the data, opening the models …"):
+        from rlhf.pipeline.doctor import examine, require_all
+        from rlhf.report.terminal import findings_table
+
+        findings = examine(recipe, say=_say_aside)
+    output.print(findings_table(recipe.name, findings))
+    require_all(findings)
+    _say(f"All {len(findings)} checks hold.")
+
+
 def _stage_command(stage: str) -> None:
     def command(recipe_file: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
         _run(recipe_file, overrides, out, dry_run=False, until=stage)

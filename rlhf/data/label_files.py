@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from rlhf.data.direction import code_of, named_side, numbered_sides, shown_codes
@@ -104,7 +105,8 @@ def read_verdicts(path: str, report: ReadReport | None = None) -> tuple[list[Ver
 def _entries(rows: Sequence[NumberedRow]) -> Iterator[Entry]:
     """Yield what each annotator wrote, in any of the three forms."""
     if rows and all(isinstance(row, dict) and "annotations" in row and "data" in row for _, row in rows):
-        form: Callable[[int, Any], Iterable[Entry]] = _label_studio
+        is_named = any(result.get("from_name") == CONTROL for _, task in rows for result in _results(task))
+        form: Callable[[int, Any], Iterable[Entry]] = partial(_label_studio, is_named=is_named)
     elif rows and all(isinstance(row, dict) and "responses" in row and "fields" in row for _, row in rows):
         form = _argilla
     else:
@@ -121,7 +123,12 @@ def _plain(number: int, row: object) -> Iterator[Entry]:
     yield Answered(number, row["id"], row.get("label"), annotator, _seconds(row.get("seconds")))
 
 
-def _label_studio(number: int, task: ExportedRow) -> Iterator[Entry]:
+def _label_studio(number: int, task: ExportedRow, *, is_named: bool) -> Iterator[Entry]:
+    """Yield the annotations of a task.
+
+    Args:
+        is_named: the export has a control with our name, so that no other control is asked.
+    """
     question = str(task["data"].get("id", ""))
     for annotation in task["annotations"]:
         annotator = annotation.get("completed_by", "unnamed")
@@ -129,21 +136,24 @@ def _label_studio(number: int, task: ExportedRow) -> Iterator[Entry]:
         if annotation.get("was_cancelled"):
             yield Answered(number, question, "skip", annotator, _seconds(annotation.get("lead_time")))
             continue
-        choices = _choices(annotation.get("result", []))
+        results = [r for r in annotation.get("result", []) if not is_named or r.get("from_name") == CONTROL]
+        choices = _choices(results)
         if len({json.dumps(choice) for choice in choices}) > 1:
-            yield Unusable(
-                number, f"several controls or choices, and none of them alone is named {CONTROL!r}", question
-            )
+            yield Unusable(number, f"several choices; name the control of the preference {CONTROL!r}", question)
         else:
             label = choices[0] if choices else None
             yield Answered(number, question, label, annotator, _seconds(annotation.get("lead_time")))
 
 
+def _results(task: ExportedRow) -> Iterator[ExportedRow]:
+    for annotation in task["annotations"]:
+        yield from annotation.get("result", [])
+
+
 def _choices(results: Sequence[ExportedRow]) -> list[object]:
-    """Return what was chosen at the control that asks for the preference; at all controls where none has its name."""
-    named = [result for result in results if result.get("from_name") == CONTROL]
+    """Return what was chosen at the controls of an annotation."""
     choices: list[object] = []
-    for result in named or results:
+    for result in results:
         value = result.get("value", {})
         if value.get("selected"):
             choices.append(value["selected"])

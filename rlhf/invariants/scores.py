@@ -32,12 +32,12 @@ def alone_in_batch(alone: Tensor, together: Tensor, *, dtype: torch.dtype) -> Ch
     return _agreement(ALONE, alone, together, dtype, sentence)
 
 
-def as_rendered(scores: Tensor, own: Tensor, *, dtype: torch.dtype) -> Check:
+def as_rendered(scores: Tensor, expected: Tensor, *, dtype: torch.dtype) -> Check:
     """Compare scores with those that the network gives at the last token of what the tokenizer's template renders.
 
     Args:
         scores: [n] raw scores as they are used.
-        own: [n] of transformers' own rendering and tokens, one text in a forward, no padding.
+        expected: [n] of transformers' own rendering and tokens, one text in a forward, no padding.
         dtype: in which the model computes.
     """
     sentence = (
@@ -45,7 +45,7 @@ def as_rendered(scores: Tensor, own: Tensor, *, dtype: torch.dtype) -> Check:
         "template that writes something after the end of an answer, begin tokens written twice, a padding id that stands "
         "in the text (pad_token_id in config.json)."
     )
-    return _agreement(RENDERED, scores, own, dtype, sentence)
+    return _agreement(RENDERED, scores, expected, dtype, sentence)
 
 
 def _agreement(name: str, first: Tensor, second: Tensor, dtype: torch.dtype, sentence: str) -> Check:

@@ -73,7 +73,11 @@ def _saved_tensors(files: Iterable[Path]) -> Iterable[tuple[str, Tensor]]:
 
 def _loaded_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's tensors by their names in an ordinary model: of adapters the trained one, of whole modules the copy."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    saved = model.state_dict(
+        keep_vars=True
+    ).keys()  # a buffer that no file holds, such as Llama's rotary one, is nobody's loss
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
     if not isinstance(model, PeftModel):
         return tensors
     others = [name for name in model.peft_config if name != ADAPTER]

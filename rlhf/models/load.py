@@ -1,6 +1,7 @@
 """Models as each stage loads them: full or LoRA, 4-bit or not, from a checkpoint or from an adapter."""
 
 import json
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def _base_folder(base: str, config: Path) -> str:
     if expanded.is_dir():
         return str(expanded)
     if not expanded.is_absolute():
-        for folder in config.absolute().parents:
+        for folder in Path(os.path.abspath(config)).parents:
             if (folder / expanded / "config.json").is_file():
                 return str(folder / expanded)
         if base.count("/") < 2 and not base.startswith("."):

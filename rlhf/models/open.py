@@ -37,15 +37,15 @@ def one_sentence(name: str | Path) -> Iterator[None]:
 
 def _reason(name: str | Path, error: Exception) -> str:
     """Return why a model could not be opened, in one line."""
-    said = str(error).strip()
-    if "trust_remote_code" in said or "custom code" in said:
+    message = str(error).strip()
+    if "trust_remote_code" in message or "custom code" in message:
         return (
             "this model wants to run code of its own (`auto_map` in its files), and remote code is never run; use one whose "
             "architecture transformers has."
         )
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return f"a JSON file of this model can't be read ({said}); copy the model again."
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+        return f"a JSON file of this model can't be read ({message}); copy the model again."
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     if type(error).__name__ == "SafetensorError":
         return f"its safetensors file is cut off or damaged ({first}); copy the model again."

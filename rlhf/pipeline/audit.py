@@ -46,6 +46,8 @@ def audit(
     `strength_votes`, `probability_wrong`, `suspicious`); `cleaned.jsonl`, canonical pairs without the suspicious ones;
     `audit.html`. A killed audit goes on with the member it was at; a finished one is not repeated.
 
+    `contradictions` lists the rows, 0-based, whose own ratings contradict their label; `rating_ties` counts those rated alike.
+
     Args:
         pairs: a file or hub dataset in any accepted form.
         model: what the members start from: a folder or hub id, decoder or encoder.
@@ -80,6 +82,7 @@ def audit(
         right = posterior_confidence(strength.mean, flip_rate=noise.flip_rate, scale=noise.scale)
     suspicious = [i for i in torch.argsort(right, stable=True).tolist() if right[i] < 0.5]
     audited = Audited(rows, strength, 1 - right, frozenset(suspicious))
+    contradicting = [i for i, row in enumerate(rows) if (row.values.get("rating_gap") or 0) < 0]
     length = length_bias(values, strength)
     alarm = length_alarm(length["correlation_with_strength"])
     if alarm is not None:
@@ -95,6 +98,9 @@ def audit(
         "noise_rate": {"mean": noise.flip_rate, "low": noise.low, "high": noise.high},
         "buckets": _deciles(audited),
         "suspicious": list(dict.fromkeys(rows[i].number - 1 for i in suspicious)),
+        "directions": list(report.directions.values()),
+        "contradictions": [rows[i].number - 1 for i in contradicting],
+        "rating_ties": sum(row.values.get("rating_gap") == 0 for row in rows),
         "length": {**length, "alarm": alarm},
         "by": {name: _agreement(audited, name) for name in ("annotator", "source", "subset")},
         "vote": {**shape, **asdict(noise), "settings": settings},
@@ -104,8 +110,15 @@ def audit(
     # 3. Files; the JSON, which says that all is there, last.
     _write_parquet(out / "pairs.parquet", audited)
     _write_cleaned(out / "cleaned.jsonl", audited)
-    shown = [_shown(audited, i) for i in suspicious[:SHOWN]]
-    write_audit_page(out / "audit.html", result, shown, strength.mean.tolist(), strength.std.tolist())
+    shown, contradictions = ([_shown(audited, i) for i in part[:SHOWN]] for part in (suspicious, contradicting))
+    write_audit_page(
+        out / "audit.html",
+        result,
+        shown,
+        strength.mean.tolist(),
+        strength.std.tolist(),
+        contradictions=contradictions,
+    )
     shutil.rmtree(out / WORK)
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
@@ -257,6 +270,7 @@ def _shown(audited: Audited, i: int) -> dict[str, Any]:
         "strength_std": strength.std[i].item(),
         "strength_votes": int(strength.votes[i]),
         "probability_wrong": audited.wrong[i].item(),
+        "rating_gap": row.values.get("rating_gap"),
     }
 
 

@@ -13,17 +13,20 @@ from trl import SFTConfig
 
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.sources import Source
+from rlhf.errors import UserError
 from rlhf.evaluation.policies import evaluate_policies
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
+from rlhf.invariants.ends import require_reachable_end
 from rlhf.lab.build import LabSettings, build_lab
-from rlhf.models.generate import sample_texts
+from rlhf.models.generate import end_token_ids, sample_texts
 from rlhf.models.load import find_source, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
 from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
+from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
 from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import (
@@ -105,13 +108,21 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     set_seed(context.recipe.seed)  # an adapter's first weights are random
     tokenizer = load_tokenizer(base, conversational=True, revision=context.recipe.backbone.revision)
     model = load_policy(base, model_config)
-    rows = Dataset.from_list(read_jsonl(context.data / "sft.jsonl"))
+    demonstrations = read_jsonl(context.data / "sft.jsonl")
+    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in demonstrations], source="data.sft")
+    rows = Dataset.from_list(demonstrations)
 
     # 2. Train.
     args = training_arguments(SFTConfig, settings, context.folder, context.recipe.seed)
     trainer = StageSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    checks = CheckBook()
+    require_reachable_end(checks, tokenizer, end_token_ids(model, tokenizer), stage="sft", is_trained_here=True)
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     dropped = len(rows) - len(lengths)
+    if not lengths:
+        raise UserError(
+            f"sft: the prompts of all {len(rows)} demonstrations alone fill max_length={args.max_length}; raise sft.max_length."
+        )
     if dropped:
         context.say(
             f"sft: {dropped} of {len(rows)} demonstrations were left out: their prompts alone fill max_length={args.max_length}."
@@ -132,7 +143,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
         "dropped": dropped,
         "cut": cut,
         "tokens": sum(lengths),
-        "checks": checks_of(trainer),
+        "checks": checks.entries,
     }
 
 
@@ -170,6 +181,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     )
     if reference != start:
         trainer.reference.load(Path(reference))
+    check_ends_before_ppo(context, trainer, book)
     train(trainer, context.folder, label="ppo", say=context.say, stop_at="epoch")  # an epoch is a rollout
 
     # 3. Save, and say what happened.

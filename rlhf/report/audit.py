@@ -21,6 +21,8 @@ def write_audit_page(
     suspicious: Sequence[Mapping[str, object]],
     means: Sequence[float],
     deviations: Sequence[float],
+    *,
+    contradictions: Sequence[Mapping[str, object]] = (),
 ) -> Path:
     """Write the page of an audit; return its path.
 
@@ -29,6 +31,7 @@ def write_audit_page(
         suspicious: the most suspicious pairs: `row`, `prompt`, `chosen`, `rejected`, `strength_mean`, `strength_std`,
             `strength_votes`, `probability_wrong`.
         means, deviations: strength of every pair.
+        contradictions: as `suspicious`, with `rating_gap`: the pairs whose ratings contradict their label.
     """
     deciles = result["buckets"]
     labels = [str(i + 1) for i in range(len(deciles))]
@@ -46,21 +49,24 @@ def write_audit_page(
     ]
     if any(deviations):  # all 0 where each pair has a single vote
         figures.insert(1, ("Disagreement among members", "", histogram({"pairs": deviations}, x="deviation")))
-    rows = [
-        {**row, **dict(zip(("chosen", "rejected"), mark(str(row["chosen"]), str(row["rejected"])), strict=True))}
-        for row in suspicious
-    ]
     page = render(
         "audit.html.jinja",
         title=f"Audit of {Path(result['pairs']).name}",
         result=result,
         verdict=_verdict(result),
         figures=[(title, note, Markup(svg)) for title, note, svg in figures],
-        suspicious=rows,
+        suspicious=[_marked(row) for row in suspicious],
+        contradictions=[_marked(row) for row in contradictions],
         groups={name: table for name, table in result["by"].items() if table},
     )
     write_text(target, page)
     return target
+
+
+def _marked(row: Mapping[str, object]) -> dict[str, object]:
+    """Return a pair with the words marked in which its answers differ."""
+    texts = mark(str(row["chosen"]), str(row["rejected"]))
+    return {**row, "chosen": texts[0], "rejected": texts[1]}
 
 
 def mark(first: str, second: str) -> tuple[Markup, Markup]:
@@ -94,6 +100,11 @@ def _verdict(result: Facts) -> list[str]:
         f"{dropped} of {result['rows']} rows were left out before the vote; the longer answer is the chosen one in "
         f"{longer:.0%} of the pairs."
     )
+    contradictions, ties = len(result["contradictions"]), result["rating_ties"]
+    if contradictions or ties:
+        sentences.append(
+            f"The file's own ratings contradict the label of {contradictions} pairs and are alike in {ties}."
+        )
     if result["length"]["alarm"] is not None:
         sentences.append(result["length"]["alarm"])
     return sentences

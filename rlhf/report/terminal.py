@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlhf.report.checks import checks_line
@@ -161,3 +162,51 @@ def _more(report: Facts, against: str | None) -> list[str]:
         if benchmark:
             lines.append(", ".join(f"{section} {value:.3f}" for section, value in benchmark.items()))
     return lines
+
+
+class _Check(Protocol):
+    """What was measured and how much is allowed, as `rlhf.invariants.checks` says it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def statistic(self) -> float: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def bound(self) -> float: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def held(self) -> bool: ...
+
+
+class _Finding(Protocol):
+    """A check of one thing, as `rlhf.pipeline.doctor` makes it."""
+
+    @property
+    def subject(self) -> str: ...
+    @property
+    def check(self) -> _Check: ...
+
+
+def findings_table(name: str, findings: Sequence[_Finding]) -> Table:
+    """Build the table of `rlhf doctor`: one row a check."""
+    table = Table(title=f"{name}: what can be checked before anything is trained")
+    for heading in ("of", "check", "measured", "allowed", "unit", ""):
+        table.add_column(heading, justify="right" if heading in ("measured", "allowed") else "left")
+    before = None
+    for finding in findings:
+        check = finding.check
+        subject = "" if finding.subject == before else finding.subject
+        limits = f"{check.bound:.3g}" if check.low is None else f"{check.low:.3g} to {check.bound:.3g}"
+        table.add_row(
+            escape(subject),
+            check.name,
+            f"{check.statistic:.3g}",
+            "any" if limits == "inf" else limits,
+            check.unit,
+            "[green]holds[/]" if check.held else "[red]FAILS[/]",
+        )
+        before = finding.subject
+    return table

@@ -305,9 +305,9 @@ def score_checks(reward: RewardModel, texts: Sequence[tuple[Prompt, str]]) -> li
     dtype = reward.model.dtype
     checks = [alone_in_batch(alone, together, dtype=dtype)]
     if type(reward) is RewardModel:
-        own = [None if isinstance(x, str) else reward.score_of_rendering(x, response) for x, response in texts]
-        read = [i for i, score in enumerate(own) if score is not None]
+        expected = [None if isinstance(x, str) else reward.score_of_rendering(x, response) for x, response in texts]
+        read = [i for i, score in enumerate(expected) if score is not None]
         if read:
-            scores = torch.tensor([score for score in own if score is not None])
+            scores = torch.tensor([score for score in expected if score is not None])
             checks.append(as_rendered(together[read], scores, dtype=dtype))
     return checks

@@ -115,7 +115,8 @@ class RewardModel:
         was_training = self.model.training
         self.model.eval()
         try:
-            logits = self.model(input_ids=ids.to(next(self.model.parameters()).device)).logits
+            ids = ids.to(next(self.model.parameters()).device)
+            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         finally:
             self.model.train(was_training)
             if handle is not None:

@@ -64,21 +64,19 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
         return HTMLResponse(text, status, headers)
 
     def annotator_of(token: str | None) -> str | None:
-        return next((name for name, secret in tokens.items() if hmac.compare_digest(secret, token or "")), None)
+        given = (token or "").encode("utf-8", "surrogatepass")
+        return next((name for name, secret in tokens.items() if hmac.compare_digest(secret.encode(), given)), None)
 
     def refused() -> HTMLResponse:
         return page("refused", status=403)
 
     @app.get("/")
-    def ask(request: Request, token: str | None = None) -> Response:
+    def ask(request: Request, token: str | None = None, person: str | None = None) -> Response:
         # 1. A link with a token becomes a cookie, so that the secret leaves the address bar.
         if token is not None:
-            if annotator_of(token) is None:
-                return refused()
-            response = RedirectResponse("/", 303)
-            response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
-            return response
-        annotator = annotator_of(request.cookies.get(COOKIE))
+            name = annotator_of(token)
+            return refused() if name is None else _remembered(name, token)
+        annotator = annotator_of(request.cookies.get(COOKIE if person is None else f"{COOKIE}_{person}"))
         if annotator is None:
             return refused()
 
@@ -86,38 +84,84 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
         done, total = book.progress(round_number, wanted=wanted)
         answered = [v for v in book.verdicts(round_number) if v.annotator == annotator]
         shared = {"annotator": annotator, "done": done, "total": total, "answered": len(answered)}
+        shared["token"] = tokens[annotator]
         question = book.next_for(annotator, round_number, wanted=wanted)
         if question is None:
             times = sorted(v.seconds for v in answered if v.seconds is not None)
             median = times[len(times) // 2] if times else None
             agreed = agreement(book.verdicts(round_number))
             return page("done", {**shared, "median": median, "agreement": agreed})
+        left_side = _side_on_the_left(annotator, question)
         left, right = question.first, question.second
-        if shows_second_on_the_left(annotator, question):
+        if left_side == "second":
             left, right = right, left
         shown = f"{time.time():.3f}"
-        return page("ask", {**shared, "question": question, "left": left, "right": right, "shown": shown})
+        drawn = {"left": left, "right": right, "left_side": left_side, "shown": shown}
+        return page("ask", {**shared, "question": question, **drawn})
 
     @app.post("/")
     async def answer(request: Request) -> Response:
-        annotator = annotator_of(request.cookies.get(COOKIE))
+        # 1. The form says for whom it was drawn; the cookie may by now be that of somebody else in the same browser.
+        form = _form(await request.body())
+        if form is None:
+            return page("unknown", status=400)
+        cookie = request.cookies.get(COOKIE)
+        annotator = annotator_of(form.get("token", cookie))
         if annotator is None:
             return refused()
-        form = {name: values[0] for name, values in parse_qs((await request.body()).decode("utf-8")).items()}
+        is_last = annotator == annotator_of(cookie)
+        following = RedirectResponse("/" if is_last else f"/?person={_person_id(annotator)}", 303)
         if form.get("choice") == "undo":
             book.undo(annotator, round_number)
-            return RedirectResponse("/", 303)
+            return following
+
+        # 2. What was clicked is a side of the page as it was drawn, what is recorded a side of the question.
         asked = {question.id: question for question in book.questions(round_number)}
         question = asked.get(form.get("id", ""))
-        if question is None or form.get("choice") not in CHOICES:
+        if question is None:
             return page("unknown", status=400)
-        choice = form["choice"]
-        if choice in ("left", "right"):
-            choice = "second" if (choice == "left") == shows_second_on_the_left(annotator, question) else "first"
-        book.record([Verdict(question.id, choice, annotator, _seconds(form.get("shown")))])
-        return RedirectResponse("/", 303)
+        left_side = form.get("left_side", _side_on_the_left(annotator, question))
+        label = _label(form.get("choice", ""), left_side)
+        if label is None:
+            return page("unknown", status=400)
+        book.record([Verdict(question.id, label, annotator, _seconds(form.get("shown")))])
+        return following
 
     return app
+
+
+def _side_on_the_left(annotator: str, question: Question) -> str:
+    return "second" if shows_second_on_the_left(annotator, question) else "first"
+
+
+def _remembered(annotator: str, token: str) -> Response:
+    """Return the way to the page, with two cookies: `/` is the last person's in this browser, `/?person=…` everybody's own."""
+    response = RedirectResponse("/", 303)
+    for cookie in (COOKIE, f"{COOKIE}_{_person_id(annotator)}"):
+        response.set_cookie(cookie, token, httponly=True, samesite="strict")
+    return response
+
+
+def _label(choice: str, left_side: str) -> str | None:
+    """Return what a click means for the question, whose `left_side` stood on the left; None for what no page sends."""
+    if choice not in CHOICES or left_side not in ("first", "second"):
+        return None
+    if choice in ("left", "right"):
+        return "first" if (choice == "left") == (left_side == "first") else "second"
+    return choice
+
+
+def _form(body: bytes) -> dict[str, str] | None:
+    """Return the fields of a form, the first value of each; None for what is no text."""
+    try:
+        return {name: values[0] for name, values in parse_qs(body.decode("utf-8")).items()}
+    except ValueError:
+        return None
+
+
+def _person_id(annotator: str) -> str:
+    """Return a name for a person's cookie: letters and digits, whatever the annotator is called."""
+    return hashlib.sha256(annotator.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def _seconds(shown: str | None) -> float | None:

@@ -219,9 +219,9 @@ def control(name: str | None, *choices: str, selected: str | None = None) -> dic
         ([control("better", "second")], "second"),
         ([control(None, "tie")], "tie"),
         ([control("rating"), control("better", "first")], "first"),
-        ([control("safety", "second"), control("better", "first")], "several controls"),
-        ([control("safety", "unsafe"), control("better", "first")], "several controls"),
-        ([control("preference", "first", "second")], "several controls"),
+        ([control("safety", "second"), control("better", "first")], "several choices"),
+        ([control("safety", "unsafe"), control("better", "first")], "several choices"),
+        ([control("preference", "first", "second")], "several choices"),
         ([control("safety", "first"), control("preference")], "no label yet"),
         ([], "no label yet"),
     ],
@@ -231,7 +231,17 @@ def test_a_task_with_several_controls(tmp_path: Path, results: list[Any], expect
     task["annotations"] = [{"completed_by": 7, "result": results}]
     (tmp_path / "studio.json").write_text(json.dumps([task]))
     verdicts, refused = read_verdicts(str(tmp_path / "studio.json"))
-    assert [v.label for v in verdicts] + [r["reason"].split(" or ")[0] for r in refused] == [expected]
+    assert [v.label for v in verdicts] + [r["reason"].split(";")[0] for r in refused] == [expected]
+
+
+def test_where_one_task_names_the_control_no_other_is_asked(tmp_path: Path) -> None:
+    tasks = export_questions(FIVE[:2], "label-studio")
+    tasks[0]["annotations"] = [{"result": [control("safety", "first")]}]
+    tasks[1]["annotations"] = [{"result": [control("safety", "first"), control("preference", "second")]}]
+    (tmp_path / "studio.json").write_text(json.dumps(tasks))
+    verdicts, refused = read_verdicts(str(tmp_path / "studio.json"))
+    assert [(v.id, v.label) for v in verdicts] == [(FIVE[1].id, "second")]
+    assert [r["reason"] for r in refused] == ["no label yet"]
 
 
 def test_numbers_in_an_export_are_read_by_the_whole_file_too(tmp_path: Path) -> None:

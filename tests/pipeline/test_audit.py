@@ -103,6 +103,38 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
         audit(file, str(base_folder), tmp_path / "full", **arguments)
 
 
+def test_ratings_that_contradict_the_label_are_listed(base_folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": f"{WORDS[i % 11]} {i}",
+            "chosen": f"yes {i}",
+            "rejected": f"no {i}",
+            "chosen_rating": 4,
+            "rejected_rating": 2,
+        }
+        for i in range(40)
+    ]
+    rows[7] |= {"chosen_rating": 1}
+    rows[9] |= {"rejected_rating": 4.0}
+    rows[30] |= {"chosen_rating": 1.5}
+    file = tmp_path / "rated.jsonl"
+    file.write_text("{broken\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    said: list[str] = []
+    recipe = load_recipe(tmp_path / "r.yaml")
+    result = audit(str(file), str(base_folder), tmp_path / "out", members=None, recipe=recipe, say=said.append)
+    assert result["contradictions"] == [8, 31], "0-based lines of the file"
+    assert result["rating_ties"] == 1
+    assert result["directions"] == ['`chosen` and `rejected`: chosen = "yes 0"']
+    assert "  2 noted: kept, though its ratings contradict its label (row 9, 32)" in said
+    assert json.loads((tmp_path / "out" / "audit.json").read_text())["contradictions"] == [8, 31]
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert "contradict the label of 2 pairs and are alike in 1" in page
+    section = page.split("Ratings against the label")[1].split("<h2>")[0]
+    assert section.count("<tr>") == 3
+    assert "-0.5" in section
+
+
 def test_bad_questions_are_sentences(base_folder: Path, noisy: tuple[str, set[int]], tmp_path: Path) -> None:
     file, _ = noisy
     arguments: dict[str, Any] = {"recipe": None, "say": lambda _: None}

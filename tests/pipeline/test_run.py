@@ -182,6 +182,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "epoch_steps", "save_steps", "after"),
     KILLS,
@@ -283,6 +284,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(finished: Path, tmp_path: Path) -> None:
     """The third checkpoint of the reward model cannot be written: one sentence, exit 1, and the second is resumed from."""
     (tmp_path / "r.yaml").write_text(RECIPE)
@@ -530,6 +532,7 @@ reward: {experts: gate, use_peft: true, lora_r: 4}
 """
 
 
+@pytest.mark.slow
 def test_any_loss_any_term_and_the_extra_step_in_one_run(tmp_path: Path) -> None:
     """Flipped labels' likelihood, SwAV and MetaRM, on answers that the run samples from its own SFT policy."""
     (tmp_path / "r.yaml").write_text(RECIPE)

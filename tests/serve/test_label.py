@@ -172,3 +172,91 @@ def test_two_people_label_twenty_pairs_by_keyboard(desk: tuple[str, LabelBook, d
     assert labels["ann", question(9).id] == "skip"
     assert sum(label == "first" for label in labels.values()) == 38
     assert agreement(book.verdicts(2))["pairs"][0]["agree"] == pytest.approx(18 / 19)
+
+
+def fields(page: str) -> dict[str, str]:
+    """Return the hidden fields of the page's form, as a browser would send them."""
+    return dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', page))
+
+
+def click_good(page: str) -> dict[str, str]:
+    """Return what a browser sends when somebody clicks on the good answer."""
+    left = re.search(r'id="left">([^<]*)<', page)
+    assert left is not None
+    return fields(page) | {"choice": "left" if left[1].startswith("good") else "right"}
+
+
+def test_two_people_in_one_browser_keep_their_clicks_apart(desk: tuple[str, LabelBook, dict[str, str]]) -> None:
+    """Both have a page open while the one cookie jar holds the token of whoever came last."""
+    url, book, tokens = desk
+    browser = requests.Session()
+    pages = {name: browser.get(url, params={"token": tokens[name]}, timeout=10).text for name in ("ann", "bob")}
+    for i in range(20):
+        for name in ("ann", "bob") if i % 2 else ("bob", "ann"):
+            assert f"<span>{name}</span>" in pages[name], "the page that follows is the same person's"
+            assert fields(pages[name])["id"] == question(i).id
+            reply = browser.post(url, data=click_good(pages[name]), timeout=10)
+            assert tokens[name] not in reply.url
+            pages[name] = reply.text
+    labels = {(v.annotator, v.id): v.label for v in book.verdicts(2)}
+    for name in ("ann", "bob"):
+        assert [labels[name, question(i).id] for i in range(20)] == ["first"] * 20
+        assert "Nothing left for you to label" in pages[name]
+    swapped = [shows_second_on_the_left("ann", question(i)) != shows_second_on_the_left("bob", question(i)) for i in range(20)]  # fmt: skip
+    assert any(swapped), "or else a cookie could not have turned anything round"
+    browser.post(url, data=fields(pages["ann"]) | {"choice": "undo"}, timeout=10)
+    left = {(v.annotator, v.id) for v in book.verdicts(2)}
+    assert len(left) == 39
+    assert ("bob", question(19).id) in left, "she takes back her own"
+
+
+def test_a_page_means_what_it_showed(desk: tuple[str, LabelBook, dict[str, str]]) -> None:
+    """A form is read by the side that it was drawn with, and its token by itself, without any cookie."""
+    url, book, tokens = desk
+    form = {"id": question(1).id, "token": tokens["bob"], "choice": "left"}
+    for left_side in ("first", "second"):
+        assert requests.post(url, data=form | {"left_side": left_side}, timeout=10).status_code == 403, (
+            "no page follows"
+        )
+        assert [(v.annotator, v.label) for v in book.verdicts(2)] == [("bob", left_side)]
+    assert requests.post(url, data=form | {"left_side": "third"}, timeout=10).status_code == 400
+    session = requests.Session()
+    session.get(url, params={"token": tokens["ann"]}, timeout=10)
+    assert session.post(url, data=form | {"token": "guess"}, timeout=10).status_code == 403, "a cookie mends no token"
+    assert len(book.verdicts(2)) == 1
+
+
+@pytest.mark.parametrize("text", ["é", "\u2028", "漢字", "\ud83d", "\x00", "a" * 5000], ids=ascii)
+def test_odd_tokens_cookies_and_bodies_are_the_senders_fault(
+    desk: tuple[str, LabelBook, dict[str, str]], text: str
+) -> None:
+    url, book, tokens = desk
+    raw = text.encode("utf-8", "surrogatepass")
+    percent = "".join(f"%{byte:02x}" for byte in raw)
+    good = {"Cookie": f"rlhf_annotator={tokens['ann']}"}
+    replies = [
+        requests.get(f"{url}?token={percent}", timeout=10),
+        requests.get(f"{url}?person={percent}", headers=good, timeout=10),
+        requests.post(url, data=b"token=" + raw, timeout=10),
+        requests.post(url, data=f"token={percent}", timeout=10),
+        requests.post(url, data=b"id=\xff\xfe&choice=left", headers=good, timeout=10),
+        requests.post(url, data=b"id=" + raw + b"&choice=" + raw, headers=good, timeout=10),
+    ]
+    if b"\x00" not in raw:
+        replies.append(requests.get(url, headers={"Cookie": b"rlhf_annotator=" + raw}, timeout=10))
+    assert all(400 <= reply.status_code < 500 for reply in replies), [reply.status_code for reply in replies]
+    assert book.verdicts() == []
+
+
+def test_an_annotator_with_any_name(tmp_path: Path) -> None:
+    from starlette.testclient import TestClient
+
+    book = LabelBook(tmp_path / "labels.sqlite")
+    book.ask([question(1)])
+    names = ["Ägypt; ann=1", "李 四"]
+    tokens = annotator_tokens(book.path, names)
+    client = TestClient(label_app(book, 2, tokens, wanted=2, title="t"))
+    pages = {name: client.get("/", params={"token": tokens[name]}).text for name in names}
+    for name in names:
+        assert client.post("/", data=click_good(pages[name])).status_code == 200
+    assert {(v.annotator, v.label) for v in book.verdicts()} == {(name, "first") for name in names}
