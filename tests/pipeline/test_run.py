@@ -62,6 +62,12 @@ def test_the_contract_of_a_run(finished: Path) -> None:
     assert {"accuracy", "accuracy_true", "ece", "length_baseline"} <= set(only["reward"])
     assert {"proxy", "gold", "kl", "win_rate"} <= set(only["policy"])
     assert {"gold", "kl"} <= set(summary["best_of_16"]["by_reward"])
+    names = {"finished files unchanged", "nothing lost", "KL agrees with evaluation"}
+    assert names <= set(summary["checks"])
+    for name, check in summary["checks"].items():
+        assert set(check) == {"statistic", "low", "bound", "unit", "held", "times", "stage"}
+        assert check["held"] or name == "policy ends", name
+        assert (run / check["stage"] / "manifest.json").is_file()
     # The definition, from the parts.
     best, sft = summary["best_of_16"]["by_gold"]["gold"], summary["sft"]["gold"]
     assert summary["gold_gap_closed"] == pytest.approx((only["policy"]["gold"] - sft) / (best - sft))
@@ -86,6 +92,7 @@ def test_the_contract_of_a_run(finished: Path) -> None:
     assert [row["episodes"] for row in rows] == [16, 32, 48, 64]
     assert "resumed_from" not in (run / "round-0/sft/metrics.jsonl").read_text()
     page = (run / "report.html").read_text()
+    assert "What this run checked" in page
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
