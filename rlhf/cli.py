@@ -396,11 +396,8 @@ def _exit_code() -> int:
     ) as ending:  # ours end otherwise: code of a person or of a library
         code = ending.code if isinstance(ending, SystemExit) else None
         name = f"SystemExit({code!r})" if isinstance(ending, SystemExit) else "KeyboardInterrupt"
-        _say_aside(
-            f"Something raised {name} in the middle, which is no end of this command: a function of your own, or a library. "
-            "Finished stages are intact; the same command goes on.",
-            style="red",
-        )
+        sentence = f"Something raised {name} in the middle, which is no end of this command: a function of yours, or a library."
+        _say_aside(f"{sentence} Finished stages are intact; the same command goes on.", style="red")
         return code if isinstance(code, int) and code else 1
     except Exception as error:
         usage = getattr(error, "exit_code", None)
