@@ -151,8 +151,8 @@ def _vote_settings(model: str, members: int | None, recipe: Recipe | None) -> tu
         return recipe.vote_settings(), shape | ({} if members is None else {"members": members})
     try:
         depth = open_config(find_source(model).base).get_text_config().num_hidden_layers
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: {str(error).strip().splitlines()[0]}") from error
+    except UserError as error:
+        raise UserError([f"--model {problem}" for problem in error.problems]) from error
     count = MEMBERS if members is None else members
     trunk = min(TOP_LAYERS, depth - 1) or None
     return dict(DEFAULTS), {
