@@ -191,7 +191,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     if trainer.stopped is not None:
         context.say(trainer.stopped)
     rollouts = trainer.state.global_step // args.steps_per_rollout
-    book.merge(checks_of(trainer))
+    book.merge(checks_of(trainer, *(source.function for source in trainer.rewards.sources)))
     return {
         "episodes": trainer.episodes,
         "rollouts": rollouts,
@@ -230,6 +230,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     if sampled is None:
         write_jsonl(context.folder / SFT_ANSWERS, [{"completion": text, "ended": ended} for text, ended in sft_answers])
     compare_kl(context, samples, book)
+    book.merge(checks_of(reward))
     return {**facts, "checks": book.entries}
 
 
