@@ -74,12 +74,6 @@ NEEDS = (
         lambda v: v["meta"],
         "reward.meta is not true",
     ),
-    Needs(
-        "reward",
-        ("meta_pool", "meta_responses"),
-        lambda v: v["meta_samples"] is None,
-        "reward.meta_samples names the answers, so none are sampled",
-    ),
     Needs("reward", ("expert_weights",), lambda v: v["experts"] is not None, "reward.experts is not set"),
     Needs("ppo", ("kl_horizon",), lambda v: v["kl_target"] is not None, "ppo.kl_target is not set"),
     Needs(
