@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
-from rlhf.models.templates import affixes, closing, rendered
+from rlhf.models.templates import MARKER, affixes, closing, rendered
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -36,6 +36,35 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str,
         return prompt + answer.removesuffix(tokenizer.eos_token) + end
     text = rendered(tokenizer, [*prompt, Message(role="assistant", content=answer)])
     return text if ended else text.removesuffix(closing(tokenizer, prompt))
+
+
+def closed_text(tokenizer: PreTrainedTokenizerBase, text: str, *, conversational: bool, ended: bool = True) -> str:
+    """Return a text that somebody else rendered, prompt and answer in one, with its close neither missing nor doubled.
+
+    Padding around it goes, as do whatever end and padding tokens it ends in; then follows what the tokenizer's own template
+    writes after an answer, or the end token, if the answer came to its end.
+    """
+    close = closing(tokenizer, [Message(role="user", content="")]) if conversational else ""
+    close = close or tokenizer.eos_token
+    padding = [tokenizer.pad_token] if tokenizer.pad_token else []
+    while any(text.startswith(token) for token in padding):
+        text = text.removeprefix(padding[0])
+    for token in (close.strip(), tokenizer.eos_token, *padding) * 2:
+        while token and text.rstrip().endswith(token):
+            text = text.rstrip().removesuffix(token)
+    return text + close if ended else text
+
+
+def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Tell whether a prompt was rendered by a chat template: it holds a special token, or ends as the tokenizer's own does."""
+    special = set(tokenizer.all_special_tokens)
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if any(token in prompt for token in special):
+        return True
+    if not tokenizer.chat_template:
+        return False
+    opening = prompt_text(tokenizer, [Message(role="user", content=MARKER)]).rpartition(MARKER)[2]
+    return bool(opening.strip()) and prompt.endswith(opening)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversational: bool) -> list[list[int]]:
@@ -70,7 +99,14 @@ def encode_answers(
     texts = [answer_text(tokenizer, p, a, ended=e) for p, a, e in zip(prompts, answers, ended, strict=True)]
     flags = [not isinstance(prompt, str) for prompt in prompts]
     assert len(set(flags)) <= 1, "a batch is either conversational or not"
-    rows = encode(tokenizer, texts, conversational=flags[0]) if texts else []
+    return encode_texts(tokenizer, texts, conversational=bool(flags and flags[0]), max_length=max_length)
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversational: bool, max_length: int | None
+) -> tuple[list[list[int]], int]:
+    """Return the token ids of texts that end in an answer, and how many rows were cut; arguments as in `encode_answers`."""
+    rows = encode(tokenizer, texts, conversational=conversational) if texts else []
     if max_length is None:
         return rows, 0
     cut = sum(len(row) > max_length for row in rows)

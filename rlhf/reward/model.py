@@ -14,7 +14,7 @@ from rlhf.invariants.checks import CheckBook
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.score import score_rows
-from rlhf.models.text import encode_answers
+from rlhf.models.text import closed_text, encode_answers, encode_texts, is_rendered
 
 # A one-label classifier of transformers, with or without an adapter, or a module that is called like one.
 Network: TypeAlias = PreTrainedModel | PeftModel
@@ -65,7 +65,31 @@ class RewardModel:
             responses: texts without special tokens.
             ended: whether each answer came to its end; None if all did.
         """
-        rows = self.encode(prompts, responses, ended)
+        return self._score_rows(self.encode(prompts, responses, ended))
+
+    def score_texts(self, texts: Sequence[str], *, ended: Sequence[bool] | None = None) -> Tensor:
+        """Return raw scores [n] of texts that a template has rendered already, prompt and answer in one.
+
+        No second template is laid around them; the end token is there once (`closed_text`).
+
+        Args:
+            texts: as a policy read and wrote them.
+            ended: whether each answer came to its end; None if all did.
+        """
+        flags = [True] * len(texts) if ended is None else ended
+        whole = [
+            closed_text(self.tokenizer, text, conversational=self.conversational, ended=flag)
+            for text, flag in zip(texts, flags, strict=True)
+        ]
+        rows, cut = encode_texts(self.tokenizer, whole, conversational=self.conversational, max_length=self.max_length)
+        self.cut += cut
+        return self._score_rows(rows)
+
+    def is_rendered(self, prompt: str) -> bool:
+        """Tell whether a prompt is text that a chat template has rendered already."""
+        return is_rendered(self.tokenizer, prompt)
+
+    def _score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
         was_training = self.model.training
         self.model.eval()
         scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)

@@ -70,6 +70,8 @@ def test_an_engine_that_is_the_policy_changes_nothing(
     assert used.syncs == 3, "once a rollout"
     assert used.settings["top_p"] == 1.0
     assert used.settings["top_k"] == 0
+    assert used.settings["min_p"] == 0
+    assert used.settings["repetition_penalty"] == 1
     template = trainer.processing_class.apply_chat_template(PROMPTS[0], add_generation_prompt=True, tokenize=False)
     expected = trainer.processing_class(template, add_special_tokens=False)["input_ids"]
     assert expected in used.asked, "ids of the rendered conversation, not padded"
