@@ -104,6 +104,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         for folder in members
     ]
     reward = models[0] if len(models) == 1 else RewardEnsemble(models)
+    book.merge(checks_of(*models))
 
     # 3. Held-out pairs.
     scored = score_pairs(reward, read_jsonl(context.test_pairs), label="reward: held-out pairs")

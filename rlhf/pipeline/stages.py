@@ -24,6 +24,7 @@ from rlhf.models.load import find_source, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
+from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
 from rlhf.pipeline.sampling import sampling_settings
@@ -190,7 +191,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     if trainer.stopped is not None:
         context.say(trainer.stopped)
     rollouts = trainer.state.global_step // args.steps_per_rollout
-    book.merge(checks_of(trainer))
+    book.merge(checks_of(trainer, *(source.function for source in trainer.rewards.sources)))
     return {
         "episodes": trainer.episodes,
         "rollouts": rollouts,
@@ -228,6 +229,8 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     write_jsonl(context.folder / "samples.jsonl", samples)
     if sampled is None:
         write_jsonl(context.folder / SFT_ANSWERS, [{"completion": text, "ended": ended} for text, ended in sft_answers])
+    compare_kl(context, samples, book)
+    book.merge(checks_of(reward))
     return {**facts, "checks": book.entries}
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import nn
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig
 
@@ -126,10 +126,18 @@ def train(
         raise
 
 
-def checks_of(trainer: Trainer) -> dict[str, CheckEntry]:
-    """Return what a trainer checked while it trained; nothing where it keeps no check book, as TRL's own do not."""
-    book = getattr(trainer, "checks", None)
-    return dict(book.entries) if isinstance(book, CheckBook) else {}
+def checks_of(*owners: object) -> dict[str, CheckEntry]:
+    """Return what trainers checked while they trained, and reward models or ensembles of them when they were opened.
+
+    Of whatever keeps no check book, as TRL's own trainers and plain functions do not, there is nothing.
+    """
+    joined = CheckBook()
+    for owner in owners:
+        for part in (owner, *getattr(owner, "members", ())):
+            book = getattr(part, "checks", None)
+            if isinstance(book, CheckBook):
+                joined.merge(book.entries)
+    return joined.entries
 
 
 def check_nothing_lost(context: StageContext, folder: str | Path, model: nn.Module, book: CheckBook) -> None:

@@ -141,6 +141,7 @@ def test_two_rounds_are_as_the_recipe_says(finished: Path) -> None:
         assert f"{entry['policy']['gold']:.3f}" in card, "each round's card has that round's numbers"
 
 
+@pytest.mark.slow
 def test_killed_at_every_boundary_it_does_the_rest_and_nothing_twice(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

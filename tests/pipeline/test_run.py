@@ -62,6 +62,12 @@ def test_the_contract_of_a_run(finished: Path) -> None:
     assert {"accuracy", "accuracy_true", "ece", "length_baseline"} <= set(only["reward"])
     assert {"proxy", "gold", "kl", "win_rate"} <= set(only["policy"])
     assert {"gold", "kl"} <= set(summary["best_of_16"]["by_reward"])
+    names = {"finished files unchanged", "nothing lost", "KL agrees with evaluation"}
+    assert names <= set(summary["checks"])
+    for name, check in summary["checks"].items():
+        assert set(check) == {"statistic", "low", "bound", "unit", "held", "times", "stage"}
+        assert check["held"] or name == "policy ends", name
+        assert (run / check["stage"] / "manifest.json").is_file()
     # The definition, from the parts.
     best, sft = summary["best_of_16"]["by_gold"]["gold"], summary["sft"]["gold"]
     assert summary["gold_gap_closed"] == pytest.approx((only["policy"]["gold"] - sft) / (best - sft))
@@ -86,6 +92,7 @@ def test_the_contract_of_a_run(finished: Path) -> None:
     assert [row["episodes"] for row in rows] == [16, 32, 48, 64]
     assert "resumed_from" not in (run / "round-0/sft/metrics.jsonl").read_text()
     page = (run / "report.html").read_text()
+    assert "What this run checked" in page
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
@@ -175,6 +182,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "epoch_steps", "save_steps", "after"),
     KILLS,
@@ -276,6 +284,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(finished: Path, tmp_path: Path) -> None:
     """The third checkpoint of the reward model cannot be written: one sentence, exit 1, and the second is resumed from."""
     (tmp_path / "r.yaml").write_text(RECIPE)
@@ -523,6 +532,7 @@ reward: {experts: gate, use_peft: true, lora_r: 4}
 """
 
 
+@pytest.mark.slow
 def test_any_loss_any_term_and_the_extra_step_in_one_run(tmp_path: Path) -> None:
     """Flipped labels' likelihood, SwAV and MetaRM, on answers that the run samples from its own SFT policy."""
     (tmp_path / "r.yaml").write_text(RECIPE)
