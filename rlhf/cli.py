@@ -15,7 +15,6 @@ from typing import Annotated, TextIO
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.pipeline import interrupt
@@ -36,9 +35,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, as many as you like.", show_default=False)
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]", show_default=False)]
-RewardModelName = Annotated[
-    str, typer.Argument(help="A reward model's folder, or a hub id with one label.", show_default=False)
-]
+RewardModelName = Annotated[str, typer.Argument(help="A reward model's folder, or a hub id.", show_default=False)]
 
 
 def _print_version(is_asked: bool) -> None:
@@ -120,7 +117,6 @@ def doctor_command(recipe_file: RecipeFile, overrides: Overrides = None) -> None
         findings = examine(recipe, say=_say_aside)
     output.print(findings_table(recipe.name, findings))
     require_all(findings)
-    _say(f"All {len(findings)} checks hold.")
 
 
 def _stage_command(stage: str) -> None:
@@ -213,16 +209,10 @@ def audit_command(
 ) -> None:
     """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
     from rlhf.pipeline.audit import audit
+    from rlhf.report.terminal import audit_line
 
     result = audit(pairs, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=_say_aside)
-    noise = result["noise_rate"]
-    verdict = (
-        f"about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and {noise['high']:.1%}); "
-        f"{len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}"
-    )
-    if result["vote"]["scale"] == 0:
-        verdict = "the votes agree with the labels no more than chance, so they say nothing about them"
-    _say(f"{result['kept_pairs']} pairs; {verdict}")
+    _say(audit_line(result))
     _say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
 
 
@@ -326,15 +316,13 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
 def _show_plan(recipe: Recipe, out: Path) -> None:
     from rlhf.pipeline.plan import plan
     from rlhf.pipeline.store import Store
+    from rlhf.report.terminal import plan_table
 
-    store = Store(out)
-    table = Table(title=f"{recipe.name}, seed {recipe.seed}, into {out} (dry run, nothing was written)")
-    for heading in ("stage", "reads", "state"):
-        table.add_column(heading)
-    for stage in plan(recipe):
-        state = "done" if store.is_done(stage) else "to do"
-        table.add_row(stage.folder, ", ".join(parent.folder for parent in stage.parents.values()) or "-", state)
-    output.print(table)
+    store, stages = Store(out), plan(recipe)
+    done = {stage.folder for stage in stages if store.is_done(stage)}
+    output.print(
+        plan_table(f"{recipe.name}, seed {recipe.seed}, into {out} (dry run, nothing was written)", stages, done)
+    )
 
 
 def _print_warning(

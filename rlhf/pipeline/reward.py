@@ -23,6 +23,7 @@ from rlhf.models.save import save_model
 from rlhf.models.score import Scorer
 from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.ends import refuse_unreadable_turns
 from rlhf.pipeline.sampling import SAMPLES, sampling_settings
 from rlhf.pipeline.store import CHECKPOINTS, MANIFEST, MARK, METRICS, is_whole, mark_checkpoint, read_record
 from rlhf.pipeline.trainers import StageContrastiveRewardTrainer, StageMetaRewardTrainer, StagePairRewardTrainer
@@ -159,6 +160,7 @@ def _fit(
     args = training_arguments(RewardConfig, settings, folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
+    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in rows], source="reward: pairs")
     loss = OBJECTIVES[section.objective].loss
     model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id)
     check_nothing_lost(context, sft, model, book)

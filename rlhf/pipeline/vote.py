@@ -23,6 +23,7 @@ from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.ends import refuse_unreadable_turns
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
@@ -184,6 +185,7 @@ def _shared_trunk(setup: VoteSetup, folder: Path, top_layers: int) -> SharedTrun
     set_seed(0)
     revision = setup.settings.get("model_revision")
     tokenizer = load_tokenizer(setup.base, conversational=True, revision=revision)
+    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in setup.rows], source="vote: pairs")
     end_at_end_token(tokenizer)
     assert isinstance(tokenizer.pad_token_id, int)
     model_config, _ = split_settings({"model_revision": revision or "main"})
@@ -230,6 +232,7 @@ def _independent(
     model_config, args = setup.arguments(folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(setup.base, conversational=True, revision=setup.settings.get("model_revision"))
+    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in setup.rows], source="vote: pairs")
     model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))

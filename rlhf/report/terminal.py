@@ -1,6 +1,6 @@
 """Tables and sentences at the terminal: a finished run, an estimate, an evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -67,6 +67,26 @@ def _rounds_table(summary: Summary) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*row.values())
+    return table
+
+
+class _Stage(Protocol):
+    """A planned stage, as `rlhf.pipeline.store` knows it."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def parents(self) -> Mapping[str, "_Stage"]: ...
+
+
+def plan_table(title: str, stages: Sequence[_Stage], done: Container[str]) -> Table:
+    """Build the table of a dry run: what each stage reads, and whether its folder is among those that are done."""
+    table = Table(title=title)
+    for heading in ("stage", "reads", "state"):
+        table.add_column(heading)
+    for stage in stages:
+        state = "done" if stage.folder in done else "to do"
+        table.add_row(stage.folder, ", ".join(parent.folder for parent in stage.parents.values()) or "-", state)
     return table
 
 
@@ -192,7 +212,11 @@ class _Finding(Protocol):
 
 def findings_table(name: str, findings: Sequence[_Finding]) -> Table:
     """Build the table of `rlhf doctor`: one row a check."""
-    table = Table(title=f"{name}: what can be checked before anything is trained")
+    held = sum(finding.check.held for finding in findings)
+    caption = f"{held} of {len(findings)} checks hold."
+    table = Table(
+        title=f"{name}: what can be checked before anything is trained", caption=caption, caption_justify="left"
+    )
     for heading in ("of", "check", "measured", "allowed", "unit", ""):
         table.add_column(heading, justify="right" if heading in ("measured", "allowed") else "left")
     before = None
@@ -210,3 +234,15 @@ def findings_table(name: str, findings: Sequence[_Finding]) -> Table:
         )
         before = finding.subject
     return table
+
+
+def audit_line(result: Facts) -> str:
+    """Return what `rlhf audit` found, in one line."""
+    noise = result["noise_rate"]
+    verdict = (
+        f"about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and {noise['high']:.1%}); "
+        f"{len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}"
+    )
+    if result["vote"]["scale"] == 0:
+        verdict = "the votes agree with the labels no more than chance, so they say nothing about them"
+    return f"{result['kept_pairs']} pairs; {verdict}"

@@ -37,22 +37,24 @@ SYSTEM = {"role": "system", "content": "be brief"}
 def run(base_folder: Path, tmp_path: Path) -> Any:
     """A function from a chat template and settings to the end of `rlhf sft` on a few demonstrations, some with a system turn."""
 
-    def start(template: str, *settings: str, systems: int = 0) -> Result:
+    def start(template: str, *settings: str, systems: int = 0, stage: str = "sft", objective: str = "bt") -> Result:
         shutil.copytree(base_folder, tmp_path / "base")
         (tmp_path / "base/chat_template.jinja").write_text(template)
         answers = [[{"role": "assistant", "content": word}] for word in WORDS]
         prompts = [[SYSTEM, *prompt] if i < systems else prompt for i, prompt in enumerate(PROMPTS)]
         sft = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=False)]
         pairs = [
-            {"prompt": p, "chosen": a, "rejected": b} for p, a, b in zip(PROMPTS, answers, answers[1:], strict=False)
+            {"prompt": p, "chosen": a, "rejected": b} for p, a, b in zip(prompts, answers, answers[1:], strict=False)
         ]
         for name, rows in (("sft", sft), ("preferences", pairs)):
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = "sft: sft.jsonl, " if stage == "sft" else ""
         (tmp_path / "r.yaml").write_text(
-            "name: ends\nbackbone: {model: base}\ndata: {sft: sft.jsonl, preferences: preferences.jsonl, test_fraction: 0.2}\n"
+            f"name: ends\nbackbone: {{model: base}}\ndata: {{{data}preferences: preferences.jsonl, test_fraction: 0.2}}\n"
+            f"reward: {{objective: {objective}}}\n"
             "sft: {num_train_epochs: 1, per_device_train_batch_size: 8}\nppo: {max_completion_length: 4}\n"
         )
-        return rlhf("sft", "r.yaml", *settings, "--out", "x", cwd=tmp_path)
+        return rlhf(stage, "r.yaml", *settings, "--out", "x", cwd=tmp_path)
 
     return start
 
@@ -76,6 +78,15 @@ def test_a_template_that_refuses_system_turns_says_how_many_there_are(run: Any) 
     result = run(NO_SYSTEM, systems=3)
     assert result.returncode == 2, result.stderr
     assert "data.sft: 3 prompts" in result.stderr
+    assert "System role not supported" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("stage", "objective"), [("reward", "bt"), ("vote", "flip")])
+def test_so_do_the_stages_that_read_pairs(run: Any, stage: str, objective: str) -> None:
+    result = run(NO_SYSTEM, systems=len(PROMPTS), stage=stage, objective=objective)
+    assert result.returncode == 2, result.stderr
+    assert f"{stage}: pairs: " in result.stderr
     assert "System role not supported" in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
 
