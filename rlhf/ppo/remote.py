@@ -14,9 +14,10 @@ from rlhf.models.text import last_turn, plain
 class RemoteReward:
     """A reward server as a reward function: a whole batch a request, a bounded number of tries, then an error.
 
-    `query` holds prompt and answer in one text, for servers that read nothing else; `prompts` (strings, or whole
-    conversations), `responses` and `ended` (ours) each alone. The reply may be `{"rewards": [...]}` or, as older servers say,
-    `{"scores": [...]}`; a server that had to cut texts says how many under `cut`, which is told once.
+    `query` holds prompt and answer in one text and `prompts` the prompts as texts, for servers that read nothing else;
+    `messages` (the prompts as they are, conversations whole), `responses` and `ended` are ours. The reply may be
+    `{"rewards": [...]}` or, as older servers say, `{"scores": [...]}`; a server that had to cut texts says how many under
+    `cut`, which is told once.
 
     Args:
         url: of the endpoint, e.g. http://host:5000/get_reward.
@@ -48,7 +49,8 @@ class RemoteReward:
         readable = [plain(prompt) for prompt in prompts]
         body: dict[str, object] = {
             "query": [f"{prompt}\n{answer}" for prompt, answer in zip(readable, answers, strict=True)],
-            "prompts": list(prompts),
+            "prompts": readable,
+            "messages": list(prompts),
             "responses": answers,
             "ended": [True] * len(answers) if ended is None else list(ended),
         }

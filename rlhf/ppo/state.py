@@ -25,7 +25,7 @@ class GoldenBatch:
 
     rows: list[list[int]]
     logprobs: list[list[float]]
-    is_of_this_process: bool = False
+    is_of_this_process: bool = field(default=False, compare=False)
 
 
 @dataclass
@@ -51,7 +51,7 @@ class PPOState:
     health: Health = field(default_factory=Health)
     tokens: int = 0
     surprise: SurpriseSums = field(default_factory=lambda: SurpriseSums(0.0, 0.0, 0.0))
-    checks: CheckBook = field(default_factory=CheckBook)
+    checks: CheckBook = field(default_factory=CheckBook, compare=False)
     golden: GoldenBatch | None = None
 
     def see_rewards(self, count: float, mean: float, square: float) -> None:

@@ -16,11 +16,13 @@ from rlhf.reward.model import RewardModel
 class Batch(BaseModel):
     """Answers to score, in one of two forms.
 
-    Ours: `prompts` (strings, or conversations) with `responses`, and `ended` where some answers were cut off. OpenRLHF's:
-    `query` = prompt and answer in one text, with `prompts` beside them or not.
+    Ours: `prompts` (strings, or conversations) with `responses`, and `ended` where some answers were cut off; a client that
+    must keep `prompts` to texts, for other servers, sends conversations as `messages`, which count then. OpenRLHF's: `query` =
+    prompt and answer in one text, with `prompts` beside them or not.
     """
 
     prompts: list[str | list[dict[str, str]]] | None = None
+    messages: list[str | list[dict[str, str]]] | None = None
     responses: list[str] | None = None
     ended: list[bool] | None = None
     query: list[str] | None = None
@@ -32,10 +34,12 @@ class Batch(BaseModel):
             HTTPException: 422, with a sentence, where there are none of either form or lengths differ.
         """
         answers = self.query if self.responses is None else self.responses
-        if answers is None or (self.prompts is None and self.query is None):
+        if answers is None or (self.responses is not None and self.prompts is None and self.messages is None):
             raise HTTPException(422, "send `prompts` and `responses`, or `query`.")
         if self.prompts is not None and len(answers) != len(self.prompts):
             raise HTTPException(422, f"{len(self.prompts)} prompts and {len(answers)} answers.")
+        if self.messages is not None and len(answers) != len(self.messages):
+            raise HTTPException(422, f"{len(self.messages)} values of `messages` and {len(answers)} answers.")
         if self.ended is not None and len(answers) != len(self.ended):
             raise HTTPException(422, f"{len(answers)} answers and {len(self.ended)} values of `ended`.")
         return len(answers)
@@ -90,10 +94,8 @@ def score_batch(reward: RewardModel, batch: Batch) -> list[float]:
     prompts = cast(list[Prompt] | None, batch.prompts)
     try:
         if batch.responses is not None:
-            assert prompts is not None or batch.query is not None, "checked"
-            if prompts is None:
-                raise HTTPException(422, "`responses` need their `prompts`.")
-            return reward.score(prompts, batch.responses, ended=batch.ended).tolist()
+            asked = cast(list[Prompt], batch.prompts if batch.messages is None else batch.messages)
+            return reward.score(asked, batch.responses, ended=batch.ended).tolist()
         queries = batch.query or []
         if prompts is None or not reward.conversational or all(_is_rendered(reward, prompt) for prompt in prompts):
             return reward.score_texts(queries, ended=batch.ended).tolist()

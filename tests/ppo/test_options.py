@@ -266,8 +266,9 @@ def test_a_reward_server_gets_whole_batches_and_second_chances(url: str) -> None
     assert scores.tolist() == [float(len(text)) for text in query]
     assert [body["query"] for body in Server.seen] == [query] * 3, "the whole batch each time"
     assert Server.seen[0]["responses"] == TWO.texts
-    assert Server.seen[0]["prompts"] == PROMPTS[:2], "conversations, with their roles"
-    assert Server.seen[0]["ended"] == [True, True]
+    assert Server.seen[0]["prompts"] == [prompt[0]["content"] for prompt in PROMPTS[:2]]
+    assert Server.seen[0]["messages"] == PROMPTS[:2]
+    assert Server.seen[0]["ended"] == TWO.ended.tolist()
 
 
 def test_a_reward_server_that_is_down_or_counts_wrong_stops_before_the_update(

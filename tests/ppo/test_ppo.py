@@ -377,9 +377,9 @@ def test_a_constant_reward_moves_nothing_by_itself(
 def test_empty_answers_are_answers(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
     """A policy that ends at once: texts without a character, one token each, finite everything."""
     trainer, rows = make(base_folder, str(reward_folder), cpu_arguments)
-    head = trainer.model.policy.get_output_embeddings()
     end = torch.tensor([trainer.processing_class.eos_token_id])
-    head.register_forward_hook(lambda _, __, out: out.index_fill(-1, end, 30.0))
+    for model in (trainer.model.policy, trainer.reference.model):
+        model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, end, 30.0))
     trainer.train()
     assert {sample.completion for sample in trainer.latest_samples} == {""}
     assert [row["length"] for row in rows.rows] == [1.0] * 3
