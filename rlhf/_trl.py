@@ -9,10 +9,7 @@ from typing import Any
 from trl.trainer.base_config import _BaseConfig as BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
-from trl.trainer.utils import (
-    disable_dropout_in_model,
-    print_prompt_completions_sample,
-)
+from trl.trainer.utils import print_prompt_completions_sample
 
 
 def vllm_generation() -> Any:
@@ -26,7 +23,6 @@ __all__ = [
     "BaseConfig",
     "BaseTrainer",
     "DataCollatorForPreference",
-    "disable_dropout_in_model",
     "print_prompt_completions_sample",
     "vllm_generation",
 ]

@@ -15,7 +15,6 @@ from typing import Annotated, TextIO
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.pipeline import interrupt
@@ -23,6 +22,7 @@ from rlhf.recipe import Recipe, load_recipe
 
 PACKAGE = "rlhf-pipeline"
 WAITING = 3
+TYPER_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt; a real Ctrl-C is `interrupt.Interrupted`
 # Libraries announce things that a recipe's reader can't act on.
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1"}
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -35,9 +35,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, as many as you like.", show_default=False)
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]", show_default=False)]
-RewardModelName = Annotated[
-    str, typer.Argument(help="A reward model's folder, or a hub id with one label.", show_default=False)
-]
+RewardModelName = Annotated[str, typer.Argument(help="A reward model's folder, or a hub id.", show_default=False)]
 
 
 def _print_version(is_asked: bool) -> None:
@@ -108,6 +106,19 @@ def plan_command(
         _say(note)
 
 
+@app.command("doctor")
+def doctor_command(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Check what a run relies on, without training: templates, sampling, scores, reward functions; writes nothing."""
+    recipe = load_recipe(recipe_file, overrides or [])
+    with errors.status("reading the data, opening the models …"):
+        from rlhf.pipeline.doctor import examine, require_all
+        from rlhf.report.terminal import findings_table
+
+        findings = examine(recipe, say=_say_aside)
+    output.print(findings_table(recipe.name, findings))
+    require_all(findings)
+
+
 def _stage_command(stage: str) -> None:
     def command(recipe_file: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
         _run(recipe_file, overrides, out, dry_run=False, until=stage)
@@ -146,13 +157,16 @@ def lineage_command(
 @app.command("score")
 def score_command(model: RewardModelName) -> None:
     """Read JSON lines from standard input, write them with their scores; exit 1 at the end if a line was bad."""
+    import io
     import json
 
     from rlhf.pipeline.model_commands import score_stream
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte is its line's error
     bad = 0
     for row in score_stream(model, sys.stdin):
-        bad += "error" in row
+        bad += "score" not in row
         sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     sys.stdout.flush()
     if bad:
@@ -195,16 +209,10 @@ def audit_command(
 ) -> None:
     """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
     from rlhf.pipeline.audit import audit
+    from rlhf.report.terminal import audit_line
 
     result = audit(pairs, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=_say_aside)
-    noise = result["noise_rate"]
-    verdict = (
-        f"about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and {noise['high']:.1%}); "
-        f"{len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}"
-    )
-    if result["vote"]["scale"] == 0:
-        verdict = "the votes agree with the labels no more than chance, so they say nothing about them"
-    _say(f"{result['kept_pairs']} pairs; {verdict}")
+    _say(audit_line(result))
     _say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
 
 
@@ -308,15 +316,13 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
 def _show_plan(recipe: Recipe, out: Path) -> None:
     from rlhf.pipeline.plan import plan
     from rlhf.pipeline.store import Store
+    from rlhf.report.terminal import plan_table
 
-    store = Store(out)
-    table = Table(title=f"{recipe.name}, seed {recipe.seed}, into {out} (dry run, nothing was written)")
-    for heading in ("stage", "reads", "state"):
-        table.add_column(heading)
-    for stage in plan(recipe):
-        state = "done" if store.is_done(stage) else "to do"
-        table.add_row(stage.folder, ", ".join(parent.folder for parent in stage.parents.values()) or "-", state)
-    output.print(table)
+    store, stages = Store(out), plan(recipe)
+    done = {stage.folder for stage in stages if store.is_done(stage)}
+    output.print(
+        plan_table(f"{recipe.name}, seed {recipe.seed}, into {out} (dry run, nothing was written)", stages, done)
+    )
 
 
 def _print_warning(
@@ -356,7 +362,8 @@ def _quieten_libraries() -> None:
 def _exit_code() -> int:
     """Run the command line; return its exit code."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
     except UserError as error:
         for problem in error.problems:
             _say_aside(problem, style="red")
@@ -370,6 +377,16 @@ def _exit_code() -> int:
     except interrupt.Interrupted as interruption:
         errors.print(f"{interruption}: stopped. The same command goes on from the last checkpoint.", markup=False)
         return 128 + interruption.signum
+    except (
+        SystemExit,
+        KeyboardInterrupt,
+        typer.Abort,
+    ) as ending:  # ours end otherwise: code of a person or of a library
+        code = ending.code if isinstance(ending, SystemExit) else None
+        name = f"SystemExit({code!r})" if isinstance(ending, SystemExit) else "KeyboardInterrupt"
+        sentence = f"Something raised {name} in the middle, which is no end of this command: a function of yours, or a library."
+        _say_aside(f"{sentence} Finished stages are intact; the same command goes on.", style="red")
+        return code if isinstance(code, int) and code else 1
     except Exception as error:
         usage = getattr(error, "exit_code", None)
         if usage is None:

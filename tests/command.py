@@ -4,6 +4,7 @@ A cold start loads torch and TRL for several seconds, which the suite would pay 
 is the same: its own memory, its own signals, killed by SIGKILL like any other. Some tests start cold all the same.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -56,8 +57,14 @@ class Process:
 
 
 def rlhf(*arguments: str, cwd: Path) -> Result:
-    """The command, run to its end."""
-    return Process(arguments, cwd).wait()
+    """The command, run to its end; in every finished run of the suite PPO's KL and the evaluation's agree."""
+    result = Process(arguments, cwd).wait()
+    if "--out" in arguments and result.returncode == 0:
+        summary = cwd / arguments[arguments.index("--out") + 1] / "summary.json"
+        checks = json.loads(summary.read_text(encoding="utf-8"))["checks"] if summary.is_file() else {}
+        check = checks.get("KL agrees with evaluation")
+        assert check is None or check["held"], check
+    return result
 
 
 def wait_for(condition: Any, process: Process | None = None, *, seconds: float = 120) -> None:

@@ -1,4 +1,4 @@
-"""Who may import whom (design §2), read from the source, imports inside functions included; and what starts without torch."""
+"""Who may import whom, read from the source, imports inside functions included; and what starts without torch."""
 
 import ast
 import subprocess

@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -25,18 +26,41 @@ def test_an_unknown_verb_is_bad_input(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_label_takes_its_options_by_name(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run(monkeypatch, "label", str(tmp_path), "--status", "--port", "1", "--form", "plain") == 2
     assert "no recipe.yaml; this folder holds no run" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_libraries_are_silenced_before_any_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in cli.QUIET:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    monkeypatch.setattr(os, "environ", {"TRANSFORMERS_VERBOSITY": "info"})
     cli._quieten_libraries()
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info", "what a person has set stays"
-    for name in cli.QUIET:
-        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "name"),
+    [
+        (SystemExit(), 1, "SystemExit(None)"),
+        (SystemExit(0), 1, "SystemExit(0)"),
+        (SystemExit(3), 3, "SystemExit(3)"),
+        (SystemExit("done"), 1, "SystemExit('done')"),
+        (KeyboardInterrupt(), 1, "KeyboardInterrupt"),
+    ],
+    ids=str,
+)
+def test_foreign_code_can_not_end_a_command_with_success(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    ending: BaseException,
+    code: int,
+    name: str,
+) -> None:
+    def end(_: Path) -> Path:
+        raise ending
+
+    monkeypatch.setattr("rlhf.report.page.write_report", end)
+    assert run(monkeypatch, "report", str(tmp_path)) == code
+    assert f"Something raised {name} in the middle" in capsys.readouterr().err

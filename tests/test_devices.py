@@ -26,6 +26,7 @@ from rlhf.pipeline.run import run as run_recipe
 from rlhf.pipeline.vote import vote
 from rlhf.ppo.backbone import AdapterScorer
 from rlhf.recipe import load_recipe
+from rlhf.reward import load as reward_load
 from rlhf.reward import model as reward_model
 from rlhf.reward.frozen_trunk import Trunk
 from rlhf.reward.load import save_reward_model
@@ -191,18 +192,19 @@ evaluate: {prompts: 16}
 def test_a_whole_run_of_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what lies between the trainers: sampling, selecting, scoring, judging. No trainer lives to its first log."""
     monkeypatch.setattr(StageContext, "device", property(lambda _: str(ACCELERATOR)))
-    put_by_default, score_rows, scored = reward_model._place, reward_model.score_rows, []
+    put_by_default, score_rows, scored = reward_load._place, reward_model.score_rows, []
 
     def seen(model: nn.Module, *arguments: Any, **keys: Any) -> torch.Tensor:
         is_on_backbone = isinstance(model, AdapterScorer)  # checked on its probe before the trainer moves both
         scored.append(is_on_backbone or everything_is_there(model))
         return score_rows(model, *arguments, **keys)
 
-    def put_there(model: Any, facts: dict[str, Any], device: Any) -> Any:
-        return put_by_default(model, facts, device or ACCELERATOR)  # an accelerator that is there is the default
+    def put_there(model: Any, device: Any, *, load_in_4bit: bool) -> Any:
+        # An accelerator that is there is the default.
+        return put_by_default(model, device or ACCELERATOR, load_in_4bit=load_in_4bit)
 
     monkeypatch.setattr(reward_model, "score_rows", seen)
-    monkeypatch.setattr(reward_model, "_place", put_there)
+    monkeypatch.setattr(reward_load, "_place", put_there)
     (tmp_path / "r.yaml").write_text(RECIPE)
     run_recipe(load_recipe(tmp_path / "r.yaml"), tmp_path / "run", say=lambda _: None)
     assert (tmp_path / "run/summary.json").is_file()

@@ -1,4 +1,4 @@
-"""Plain words: docstrings begin with a verb, and local names say what they hold (design §10)."""
+"""Plain words: docstrings begin with a verb, and local names say what they hold."""
 
 import ast
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Sampling answers: one function for sampling, evaluation and PPO."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf.data.rows import Prompt
 from rlhf.models.batching import batches_by_length, run_batches
-from rlhf.models.text import prompt_text
+from rlhf.models.text import encode, prompt_text
 
 STRETCH = 16  # tokens after which rows that have ended leave the batch
 
@@ -53,6 +54,47 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
+def sampling_settings(*, temperature: float, pad_token_id: int, end_ids: Sequence[int]) -> GenerationConfig:
+    """Return the settings under which every answer is sampled: the model's whole distribution at a temperature.
+
+    Args:
+        temperature: of the sampling, > 0.
+        pad_token_id: what stands behind an end token.
+        end_ids: the ids that end an answer; all that is taken over of what a checkpoint declares.
+    """
+    return GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=pad_token_id,
+        eos_token_id=list(end_ids),
+        use_cache=True,
+        return_dict_in_generate=True,
+    )
+
+
+@contextmanager
+def without_declared_settings(model: torch.nn.Module) -> Iterator[None]:
+    """Give a model, and every model that it wraps, a blank generation configuration for a while.
+
+    `generate` fills what its caller left open from the model's own configuration, which is that of the checkpoint:
+    suppressed tokens, penalties, beams, min-p. PEFT's wrapper hands its own down to the base at every call.
+    """
+    declared = [(m, m.__dict__["generation_config"]) for m in model.modules() if "generation_config" in m.__dict__]
+    owners = {id(module) for module, _ in declared}
+    for module, _ in declared:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module in model.modules():  # a wrapper may have written its own for the first time
+            if id(module) not in owners:
+                module.__dict__.pop("generation_config", None)
+        for module, config in declared:
+            module.generation_config = config
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -63,7 +105,7 @@ def generate(
     temperature: float = 1.0,
     max_prompt_length: int | None = None,
 ) -> Completions:
-    """Sample one answer to each prompt from the model's whole distribution (top-k and top-p off, whatever it declares).
+    """Sample one answer to each prompt from the model's whole distribution, whatever its checkpoint declares.
 
     Anything narrower would sample from another distribution than the one whose log-probabilities PPO computes.
 
@@ -77,17 +119,9 @@ def generate(
     rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
     prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, tokenizer.pad_token_id))
     end_ids = end_token_ids(model, tokenizer)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=end_ids,
-        use_cache=True,
-        return_dict_in_generate=True,
-    )
-    response_ids = _sampled(model, prompt_ids, prompt_mask, config, max_new_tokens)
+    settings = sampling_settings(temperature=temperature, pad_token_id=tokenizer.pad_token_id, end_ids=end_ids)
+    with without_declared_settings(model):
+        response_ids = _sampled(model, prompt_ids, prompt_mask, settings, max_new_tokens)
     response_mask, ended = mask_after_end(response_ids, end_ids)
     kept = [row[mask].tolist() for row, mask in zip(response_ids, response_mask.bool(), strict=True)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
@@ -136,7 +170,7 @@ def encode_prompts(
     """
     conversational = not isinstance(prompts[0], str)
     texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
-    rows: list[list[int]] = tokenizer(texts, add_special_tokens=not conversational)["input_ids"]
+    rows = encode(tokenizer, texts, conversational=conversational)
     return rows if max_prompt_length is None else [row[-max_prompt_length:] for row in rows]
 
 

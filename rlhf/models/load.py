@@ -1,6 +1,7 @@
 """Models as each stage loads them: full or LoRA, 4-bit or not, from a checkpoint or from an adapter."""
 
 import json
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,21 +10,28 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
-from peft.utils.save_and_load import load_peft_weights
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.errors import UserError
+from rlhf.models.adapters import adapter_places, of_backbone
+from rlhf.models.open import (
+    ADAPTER_CONFIG,
+    adapter_weights,
+    expand,
+    one_sentence,
+    open_config,
+    open_network,
+    open_tokenizer,
+    put_adapter,
+)
 from rlhf.models.save import check_base
 from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_template, give_plain_template
 
@@ -55,37 +63,60 @@ class Source:
 def find_source(path: str | Path) -> Source:
     """Tell a full checkpoint from an adapter folder.
 
+    A relative folder in an adapter's configuration is looked for from the working directory, then from the adapter's
+    folder and those above it, so that a run can be used from anywhere.
+
     Raises:
-        UserError: an adapter that does not say what it is for, or whose base has been moved.
+        UserError: an adapter that does not say what it is for, or whose base is not there.
     """
-    config = Path(path) / "adapter_config.json"
+    path = expand(path)
+    config = Path(path) / ADAPTER_CONFIG
     if not config.is_file():
-        return Source(base=str(path))
-    values = json.loads(config.read_text(encoding="utf-8"))
-    base = values["base_model_name_or_path"]
-    if base is None:
+        return Source(base=path)
+    with one_sentence(path):
+        values = json.loads(config.read_text(encoding="utf-8"))
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    if not isinstance(base, str) or not base:
         raise UserError(
             f"{config}: base_model_name_or_path is empty, so nobody can tell which model this adapter is for."
         )
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise UserError(
-            f"{config}: its base model {base} is not there any more; write its new place into base_model_name_or_path."
-        )
-    return Source(base=base, adapter=str(path), revision=values.get("revision"))
+    return Source(base=_base_folder(base, config), adapter=path, revision=values.get("revision"))
 
 
-def load_tokenizer(path: str | Path, *, conversational: bool, revision: str | None = None) -> PreTrainedTokenizerBase:
+def _base_folder(base: str, config: Path) -> str:
+    """Return the folder of an adapter's base, or its hub id as it is."""
+    expanded = Path(expand(base))
+    if expanded.is_dir():
+        return str(expanded)
+    if not expanded.is_absolute():
+        for folder in Path(os.path.abspath(config)).parents:
+            if (folder / expanded / "config.json").is_file():
+                return str(folder / expanded)
+        if base.count("/") < 2 and not base.startswith("."):
+            return base  # a hub id
+    raise UserError(
+        f"{config}: its base model {base} is not there any more; write its new place into base_model_name_or_path."
+    )
+
+
+def load_tokenizer(
+    path: str | Path, *, conversational: bool, revision: str | None = None, pads: bool = True
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer, padding on the right (generation pads on the left by itself), and check it.
 
+    Args:
+        conversational: whether the data are conversations, which need a chat template.
+        pads: whether it needs a padding token of its own; scoring does not.
+
     Raises:
-        UserError: as `check_tokenizer` and `freeze_template` say.
+        UserError: as `open_tokenizer`, `check_tokenizer` and `freeze_template` say.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="right", revision=revision or "main")
+    tokenizer = open_tokenizer(path, revision)
     adopt_encoder_tokens(tokenizer)
     freeze_template(tokenizer, name=str(path))
     if conversational and tokenizer.eos_token is not None and give_plain_template(tokenizer):
         warnings.warn(f"{path}: no chat template; conversations are written as 'Human: … Assistant: …'.", stacklevel=2)
-    check_tokenizer(tokenizer, conversational=conversational, name=str(path))
+    check_tokenizer(tokenizer, conversational=conversational, name=str(path), pads=pads)
     return tokenizer
 
 
@@ -105,7 +136,6 @@ def _loading_arguments(
     arguments: dict[str, object] = {
         "dtype": dtype,
         "attn_implementation": config.attn_implementation,
-        "use_safetensors": True,  # a pickle can run code
     }
     revision = config.model_revision if source.adapter is None else source.revision  # an adapter knows its base's
     if revision not in (None, "main"):
@@ -129,12 +159,12 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     """
     source = find_source(path)
     quantization = get_quantization_config(config)
-    model = AutoModelForCausalLM.from_pretrained(source.base, **_loading_arguments(config, quantization, source))
+    model, _ = open_network(AutoModelForCausalLM, source.base, _loading_arguments(config, quantization, source))
     source.check()
     if quantization is not None:
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
-        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=trainable and config.use_peft)
+        model = put_adapter(model, source.adapter, trainable=trainable and config.use_peft)
         if trainable and not config.use_peft:
             return model.merge_and_unload()
         return model
@@ -161,7 +191,8 @@ def build_reward_model(
     config = model_settings({}) if config is None else config
     source = find_source(path)
     quantization = get_quantization_config(config)
-    model, missing = _load_with_new_head(source.base, _loading_arguments(config, quantization, source))
+    arguments = {**_loading_arguments(config, quantization, source), "num_labels": 1}
+    model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
     source.check()
     head = score_head(model)
     if head is not None:
@@ -173,7 +204,10 @@ def build_reward_model(
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
         adapter = LoraConfig.from_pretrained(source.adapter)
-        adapter.task_type, adapter.modules_to_save, adapter.inference_mode = TaskType.SEQ_CLS, ["score"], False
+        names = [name for name, _ in model.named_modules()]
+        whole = [module for module in adapter.modules_to_save or [] if any(name.endswith(module) for name in names)]
+        adapter.modules_to_save = sorted({"score", *whole})  # without an output layer, which a reward model has not
+        adapter.task_type, adapter.inference_mode = TaskType.SEQ_CLS, False
         model = get_peft_model(model, adapter)
         copy_adapter(source.adapter, model)
         return model if config.use_peft else model.merge_and_unload()
@@ -205,22 +239,6 @@ def _prepare_for_4_bit(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _load_with_new_head(base: str, arguments: Mapping[str, object]) -> tuple[PreTrainedModel, set[str]]:
-    """Load a one-label classifier from a checkpoint without a head, and name the parameters that start random.
-
-    That some do is expected, so the library's warning about it is silenced.
-    """
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=1, output_loading_info=True, **arguments
-        )
-    finally:
-        logging.set_verbosity(before)
-    return model, set(report["missing_keys"])
-
-
 def _new_modules(parameters: Iterable[str]) -> set[str]:
     """Return the modules that hold these parameters, which were not in the checkpoint and start random.
 
@@ -236,7 +254,7 @@ def encoder_type(model: str | Path, revision: str | None = None) -> str | None:
     Args:
         model: a checkpoint's or adapter's folder, or a hub id.
     """
-    kind: str = AutoConfig.from_pretrained(find_source(model).base, revision=revision).model_type
+    kind: str = open_config(find_source(model).base, revision).model_type
     return kind if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else None
 
 
@@ -250,13 +268,18 @@ def score_head(model: torch.nn.Module) -> torch.nn.Linear | None:
 
 
 def copy_adapter(folder: str, model: PeftModel) -> None:
-    """Copy the LoRA weights of a causal adapter into the same places of another model's adapter.
+    """Copy what a causal adapter trained into the same places of another model's adapter: LoRA factors, DoRA's magnitudes, and
+    whole modules, such as embeddings. What it trained of the output layer has no place there and is left out.
 
     Raises:
         UserError: the two do not have the same places and ranks.
     """
-    weights = {name: tensor for name, tensor in load_peft_weights(folder, device="cpu").items() if "lora_" in name}
-    places = {name.replace(".default.", "."): p for name, p in model.named_parameters() if "lora_" in name}
+    weights = {
+        name: tensor
+        for name, tensor in adapter_weights(folder).items()
+        if of_backbone(name, model) and ".base_layer." not in name
+    }
+    places = {name: place for name, place in adapter_places(model).items() if of_backbone(name, model)}
     misfits = sorted(
         name
         for name in {*weights, *places}
@@ -278,9 +301,10 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
     config = model_settings({"use_peft": True, "load_in_4bit": True} if load_in_4bit else {"dtype": "auto"})
     arguments = _loading_arguments(config, get_quantization_config(config), source)
     if source.adapter is not None:
-        base, missing = _load_with_new_head(source.base, arguments)
+        arguments["num_labels"] = 1
+        base, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
         source.check()
-        saved = load_peft_weights(source.adapter, device="cpu")
+        saved = adapter_weights(source.adapter)
         untrained = sorted(name for name in missing if f"base_model.model.{name}" not in saved)
         if untrained:
             raise UserError(
@@ -290,18 +314,13 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
         if load_in_4bit:
             base = _prepare_for_4_bit(base)
         base.config.problem_type = "regression"
-        model = PeftModel.from_pretrained(base, source.adapter)
-        tokenizer_pad = AutoTokenizer.from_pretrained(str(path)).pad_token_id
-        model.config.get_text_config().pad_token_id = tokenizer_pad
+        model = put_adapter(base, source.adapter)
+        model.config.get_text_config().pad_token_id = open_tokenizer(path).pad_token_id
     else:
-        labels = AutoConfig.from_pretrained(source.base).num_labels
+        labels = open_config(source.base).num_labels
         if labels != 1:
             raise UserError(f"{path}: a reward model has one label, this one has {labels}.")
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source.base, output_loading_info=True, **arguments
-        )
-        if report["missing_keys"]:
-            raise UserError(
-                f"{path}: no trained weights for {sorted(report['missing_keys'])}; this is not a trained reward model."
-            )
+        model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
+        if missing:
+            raise UserError(f"{path}: no trained weights for {sorted(missing)}; this is not a trained reward model.")
     return model.eval().requires_grad_(False)

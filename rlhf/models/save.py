@@ -30,10 +30,12 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
     else:
+        config: Any = model.peft_config["default"]
+        if Path(config.base_model_name_or_path).is_dir():  # so that it is found from any working directory
+            config.base_model_name_or_path = str(Path(config.base_model_name_or_path).absolute())
         model.save_pretrained(folder, selected_adapters=["default"])
-        base: Any = model.peft_config["default"].base_model_name_or_path
-        revision = model.peft_config["default"].revision
-        facts = {"base": base, "sha256": base_fingerprint(base, revision)}
+        base = config.base_model_name_or_path
+        facts = {"base": base, "sha256": base_fingerprint(base, config.revision)}
         (folder / ADAPTER_BASE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
 

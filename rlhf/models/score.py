@@ -1,6 +1,7 @@
 """Scores: one for each text from a reward model, one for each token from a critic."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -29,13 +30,15 @@ class Scorer(Protocol):
 
 
 @torch.no_grad()
-def score_rows(model: nn.Module, rows: Sequence[Sequence[int]], *, pad_token_id: int, batch_size: int = 64) -> Tensor:
+def score_rows(
+    model: nn.Module, rows: Sequence[Sequence[int]], *, pad_token_id: int | None, batch_size: int = 64
+) -> Tensor:
     """Return the raw scores of token rows, computed in batches of similar length.
 
     Args:
         model: a one-label sequence classifier in evaluation mode.
         rows: token ids, without padding.
-        pad_token_id: that of the model's configuration, which finds the last token by it.
+        pad_token_id: the tokenizer's; None where it has none.
         batch_size: rows that are scored together.
 
     Returns:
@@ -44,11 +47,41 @@ def score_rows(model: nn.Module, rows: Sequence[Sequence[int]], *, pad_token_id:
     device = next(model.parameters()).device
 
     def score(batch: list[int]) -> list[float]:
-        ids, mask = pad_batch([rows[i] for i in batch], pad_token_id=pad_token_id)
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        texts = [rows[i] for i in batch]
+        with padding_of(model, pad_token_id, texts) as pad:
+            ids, mask = pad_batch(texts, pad_token_id=pad)
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         return logits.squeeze(-1).float().tolist()
 
     return torch.tensor(run_batches(score, batches_by_length([len(row) for row in rows], batch_size)))
+
+
+@contextmanager
+def padding_of(model: nn.Module, pad_token_id: int | None, rows: Sequence[Sequence[int]]) -> Iterator[int]:
+    """Give a classifier, for a while, a padding id that none of the rows ends in; the value is that id.
+
+    A decoder of transformers reads its score at the last token that is not its configuration's padding id, whatever
+    the attention mask says. Where that id ends a text (many checkpoints pad with the end token) or is not the one in
+    the batch, it reads another token. An encoder reads its first token and may count positions by its own padding id,
+    so there the configuration decides.
+    """
+    config = getattr(model, "config", None)
+    configs = [] if config is None else list({id(c): c for c in (config, config.get_text_config())}.values())
+    declared = configs[-1].pad_token_id if configs else None
+    if score_head(model) is None and isinstance(declared, int):
+        yield declared
+        return
+    last = {row[-1] for row in rows if row}
+    candidates = [pad_token_id, *range(len(last) + 1)]
+    pad = next(x for x in candidates if x is not None and x not in last)
+    before = [c.pad_token_id for c in configs]
+    for c in configs:
+        c.pad_token_id = pad
+    try:
+        yield pad
+    finally:
+        for c, value in zip(configs, before, strict=True):
+            c.pad_token_id = value
 
 
 def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.rows import Messages, Prompt
+from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
+from rlhf.models.templates import MARKER, affixes, closing, rendered
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """Return the text that the policy reads before it answers."""
     if isinstance(prompt, str):
         return prompt
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
+    return rendered(tokenizer, prompt, asks=True)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str, *, ended: bool = True) -> str:
-    """Return the text that the reward model reads: prompt, answer and, if the answer came to its end, the end token.
+    """Return the text that the reward model reads: what its own chat template writes, to the last character.
 
     A chat template closes every turn, also that of an answer that was cut off; `ended=False` takes the close away
-    again, so that the model can tell the two apart.
+    again, so that the model can tell the two apart. A prompt that is a string gets the answer and, if it came to its
+    end, the end token. Templates of reward models that are trained here end in the end token (`end_at_end_token`).
 
     Args:
         prompt: a string, or messages ending with the turn to be answered.
@@ -34,28 +34,48 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str,
     end = tokenizer.eos_token if ended else ""
     if isinstance(prompt, str):
         return prompt + answer.removesuffix(tokenizer.eos_token) + end
-    text = _rendered(tokenizer, prompt, answer)
-    if ended:
-        return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
-    # What the template writes after any answer, seen on one that occurs nowhere else.
-    marker = "\u241fanswer\u241f"
-    closing = _rendered(tokenizer, prompt, marker).rpartition(marker)[2]
-    return text.removesuffix(closing)
+    text = rendered(tokenizer, [*prompt, Message(role="assistant", content=answer)])
+    return text if ended else text.removesuffix(closing(tokenizer, prompt))
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) -> str:
-    """Return a conversation with its answer as the chat template writes it."""
-    text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
-    assert isinstance(text, str)
-    return text.rstrip("\n")  # the score is read at the last token, which must be the end of the answer, not a newline
+def closed_text(tokenizer: PreTrainedTokenizerBase, text: str, *, conversational: bool, ended: bool = True) -> str:
+    """Return a text that somebody else rendered, prompt and answer in one, with its close neither missing nor doubled.
+
+    Padding around it goes, as do whatever end and padding tokens it ends in; then follows what the tokenizer's own template
+    writes after an answer, or the end token, if the answer came to its end.
+    """
+    close = closing(tokenizer, [Message(role="user", content="")]) if conversational else ""
+    close = close or tokenizer.eos_token
+    padding = [tokenizer.pad_token] if tokenizer.pad_token else []
+    while any(text.startswith(token) for token in padding):
+        text = text.removeprefix(padding[0])
+    for token in (close.strip(), tokenizer.eos_token, *padding) * 2:
+        while token and text.rstrip().endswith(token):
+            text = text.rstrip().removesuffix(token)
+    return text + close if ended else text
+
+
+def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Tell whether a prompt was rendered by a chat template: it holds a special token, or ends as the tokenizer's own does."""
+    special = set(tokenizer.all_special_tokens)
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if any(token in prompt for token in special):
+        return True
+    if not tokenizer.chat_template:
+        return False
+    opening = prompt_text(tokenizer, [Message(role="user", content=MARKER)]).rpartition(MARKER)[2]
+    return bool(opening.strip()) and prompt.endswith(opening)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversational: bool) -> list[list[int]]:
     """Return the token ids of texts that the functions above built.
 
-    A chat template writes its own beginning-of-text token; a plain text gets one here.
+    A chat template writes its own beginning-of-text token; a plain text gets one here, where the tokenizer writes one.
+    What the tokenizer would append by itself is left out: a prompt goes on, and an answer that ended has its end token.
     """
-    return tokenizer(list(texts), add_special_tokens=not conversational)["input_ids"]
+    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=not conversational)["input_ids"]
+    appended = 0 if conversational else affixes(tokenizer)[1]
+    return [row[:-appended] for row in rows] if appended else rows
 
 
 def encode_answers(
@@ -79,7 +99,14 @@ def encode_answers(
     texts = [answer_text(tokenizer, p, a, ended=e) for p, a, e in zip(prompts, answers, ended, strict=True)]
     flags = [not isinstance(prompt, str) for prompt in prompts]
     assert len(set(flags)) <= 1, "a batch is either conversational or not"
-    rows = encode(tokenizer, texts, conversational=flags[0]) if texts else []
+    return encode_texts(tokenizer, texts, conversational=bool(flags and flags[0]), max_length=max_length)
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversational: bool, max_length: int | None
+) -> tuple[list[list[int]], int]:
+    """Return the token ids of texts that end in an answer, and how many rows were cut; arguments as in `encode_answers`."""
+    rows = encode(tokenizer, texts, conversational=conversational) if texts else []
     if max_length is None:
         return rows, 0
     cut = sum(len(row) > max_length for row in rows)
@@ -173,7 +200,7 @@ def adopt_encoder_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool, name: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool, name: str, pads: bool = True) -> None:
     """Refuse a tokenizer that would make scores or stops meaningless; give it a padding token of its own if it has none.
 
     A padding token that equals the end token hides the end of every answer from a reward model and from the loss, so
@@ -182,6 +209,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool,
     Args:
         conversational: whether the data are conversations, which need a chat template.
         name: whose tokenizer it is, for messages.
+        pads: whether a padding token of its own is needed; without, one is taken where there is one.
 
     Raises:
         UserError: no end token, no chat template for conversations, or no token free to be the padding token.
@@ -204,6 +232,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool,
         and token.content not in used
         and any(x in token.content for x in ("pad", "PAD", "reserved", "extra", "unused", "endoftext"))
     ]
+    if not spare and not pads:
+        return
     if not spare:
         raise UserError(
             f"{name}: the tokenizer has no padding token other than its end token {tokenizer.eos_token!r}, and no reserved "

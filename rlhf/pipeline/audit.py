@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
 from scipy.stats import spearmanr
-from transformers import AutoConfig
 
 from rlhf.data.read import is_local
 from rlhf.data.rows import Pair, answer
@@ -20,6 +19,7 @@ from rlhf.data.sources import Row, read_pair_rows
 from rlhf.errors import UserError
 from rlhf.files import digest, file_digest, write_jsonl, write_text
 from rlhf.models.load import find_source
+from rlhf.models.open import open_config
 from rlhf.models.text import plain
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
 from rlhf.pipeline.training import quiet_libraries
@@ -150,9 +150,9 @@ def _vote_settings(model: str, members: int | None, recipe: Recipe | None) -> tu
         shape = recipe.vote.shape()
         return recipe.vote_settings(), shape | ({} if members is None else {"members": members})
     try:
-        depth = AutoConfig.from_pretrained(find_source(model).base).get_text_config().num_hidden_layers
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: {str(error).strip().splitlines()[0]}") from error
+        depth = open_config(find_source(model).base).get_text_config().num_hidden_layers
+    except UserError as error:
+        raise UserError([f"--model {problem}" for problem in error.problems]) from error
     count = MEMBERS if members is None else members
     trunk = min(TOP_LAYERS, depth - 1) or None
     return dict(DEFAULTS), {

@@ -84,6 +84,22 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
 
+def drop_torn_line(path: Path) -> bool:
+    """Cut off a last line of a file of JSON lines whose writing was cut off, and return whether there was one."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
+    try:
+        json.loads(last or b"0")
+    except ValueError:  # a line of zeros, which a disk that lost power leaves
+        whole = whole[: -len(last)]
+    if whole != content:
+        path.write_bytes(whole)
+    return whole != content
+
+
 class StopOnSignal(TrainerCallback):
     """After SIGTERM or Ctrl-C: a checkpoint, then the end. All processes agree on the step.
 
@@ -113,10 +129,14 @@ class StopOnSignal(TrainerCallback):
 
 
 class CheckpointMark(TrainerCallback):
-    """Declare a checkpoint whole after the Trainer has written all of it."""
+    """Declare a checkpoint whole after the Trainer has written all of it, on every process."""
+
+    def __init__(self, trainer: Trainer):
+        self.accelerator = trainer.accelerator
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the mark last."""
+        self.accelerator.wait_for_everyone()  # each process writes its random state, and the mark holds its digest
         if state.is_world_process_zero:
             mark_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

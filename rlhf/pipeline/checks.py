@@ -18,14 +18,15 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
     """Refuse a folder that was made by another recipe, before anything is touched.
 
     Raises:
-        UserError: with every setting that differs; or the folder holds something else altogether.
+        UserError: with every setting that differs; or the folder holds something else altogether, or its recipe is damaged.
     """
     file = out / "recipe.yaml"
     if not file.is_file():
-        if out.is_dir() and any(entry.name != ".lock" for entry in out.iterdir()):
+        is_run = (out / "round-0").is_dir()  # its stages say by their keys whether they are this recipe's
+        if out.is_dir() and not is_run and any(entry.name != ".lock" for entry in out.iterdir()):
             raise UserError(f"{out}: not empty and not a run of this pipeline; choose another --out.")
         return
-    before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    before = _written_recipe(file, recipe)
     changes = differences(before, recipe.resolved())
     if changes:
         raise UserError(
@@ -34,6 +35,31 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
                 *(f"  {change}" for change in changes),
             ]
         )
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Return what is written to `RUN/recipe.yaml`."""
+    return yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def _written_recipe(file: Path, recipe: Recipe) -> dict[str, Any]:
+    """Read a run's resolved recipe.
+
+    Raises:
+        UserError: the file is damaged, or holds no more than the beginning of this very recipe.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        before = yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError):
+        text, before = "", None
+    complete = recipe_text(recipe)
+    if not isinstance(before, dict) or (text != complete and complete.startswith(text)):
+        raise UserError(
+            f"{file}: cut off or damaged. Delete this file, and the same command writes it again; whether the stages are this "
+            "recipe's is then compared by their own records."
+        )
+    return before
 
 
 def check_sources(recipe: Recipe) -> None:

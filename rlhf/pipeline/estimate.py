@@ -7,7 +7,7 @@ a hub only the recipe's caps are known.
 import tempfile
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 from trl import RewardConfig, SFTConfig
 
 from rlhf.cost.estimate import Estimate, Estimator
@@ -17,6 +17,7 @@ from rlhf.data.read import is_local
 from rlhf.errors import UserError
 from rlhf.evaluation.policies import BEST_OF
 from rlhf.models.load import find_source, load_tokenizer
+from rlhf.models.open import open_config
 from rlhf.models.scratch import design_base
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.plan import plan, stages_until
@@ -77,10 +78,10 @@ def model_and_sizes(recipe: Recipe, folder: Path) -> tuple[PretrainedConfig, Siz
     name: str | Path | None = parents["lab"] / "model" if parents else recipe.backbone.model
     assert name is not None, "the recipe's check wants a backbone, a lab or from_scratch"
     try:
-        config = AutoConfig.from_pretrained(find_source(name).base, revision=recipe.backbone.revision)
+        config = open_config(find_source(name).base, recipe.backbone.revision)
         tokenizer = load_tokenizer(name, conversational=True, revision=recipe.backbone.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"backbone.model: {name}: {str(error).strip().splitlines()[0]}") from error
+    except UserError as error:
+        raise UserError(f"backbone.model: {error}") from error
     if hub:
         return config, sizes_from_caps(recipe, hub)
     return config, count_sizes(data / "data", tokenizer, longest_answer=longest_answer)

@@ -1,13 +1,11 @@
 """Where a model came from, read from manifests alone."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from rich.tree import Tree
 
 from rlhf.errors import UserError
-from rlhf.pipeline.store import MANIFEST
+from rlhf.pipeline.store import MANIFEST, read_record
 
 
 def lineage(run: Path, stage: str | None = None) -> Tree:
@@ -32,7 +30,8 @@ def lineage(run: Path, stage: str | None = None) -> Tree:
 
 def _branch(run: Path, folder: str, role: str | None) -> Tree:
     """Draw one stage and, under it, its parents."""
-    manifest: dict[str, Any] = json.loads((run / folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_record(run / folder / MANIFEST)
+    assert manifest is not None, "a stage that was read is done"
     versions = manifest["versions"]
     made_with = (
         f"trl {versions['trl']}, torch {versions['torch']}, code {manifest['code'] or versions['rlhf-pipeline']}"

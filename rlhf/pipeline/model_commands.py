@@ -1,23 +1,25 @@
 """Commands on a finished model: score lines with it, evaluate it, export it."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 
+from rlhf.data.rows import Pair, answer
 from rlhf.data.sources import read_pairs, read_rankings
 from rlhf.errors import UserError
-from rlhf.evaluation.pairs import compare, pair_report, ranking_report, score_pairs
+from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs
 from rlhf.files import write_text
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings
 from rlhf.models.save import save_model
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
 from rlhf.reward.experts import EXPERTS
-from rlhf.reward.load import CARD, load_reward_model, open_reward_model
+from rlhf.reward.load import CARD, load_reward_model, open_reward_model, reward_card, template_digest
+from rlhf.reward.model import RewardModel
 from rlhf.reward.score_jsonl import score_lines
 
 
@@ -51,25 +53,58 @@ def evaluate_reward_model(
     for name, source, (rows, counts) in zip(names, data, sources, strict=True):
         for sentence in counts.sentences():
             say(sentence)
-        scored = score_pairs(reward, rows, label=name)
+        scored = _finite(score_pairs(reward, rows, label=name), model, name)
+        alike = _alike_after_cut(reward, rows)
+        if alike:
+            say(
+                f"{name}: {alike} of {len(rows)} pairs have two answers that are the same in the last {reward.max_length} tokens, "
+                f"which are all that {model} reads; they count as ties."
+            )
         reports[name] = pair_report(scored)
         rankings = read_rankings(source)
         if rankings:
             reports[name]["rankings"] = ranking_report(reward, rankings, label=f"{name}: rankings")
         if other is not None:
-            by_other = score_pairs(other, rows, label=f"{name}: {against}")
+            by_other = _finite(score_pairs(other, rows, label=f"{name}: {against}"), str(against), name)
             reports[name]["against"] = {"accuracy": float(by_other.right.mean()), **compare(scored, by_other)}
         reports[name]["read"] = counts.as_dict()
         shown[name] = scored.samples()
     for scorer, which in ((reward, model), (other, against)):
-        if scorer is not None and scorer.cut:
-            say(
-                f"{which}: {scorer.cut} texts are longer than {scorer.max_length} tokens and lost the beginning of their prompt."
-            )
+        for sentence in scorer.cuts(str(which)) if scorer is not None else []:
+            say(sentence)
     result = {"model": model, "against": against, "data": reports}
     write_text(out, json.dumps(result, indent=1) + "\n")
     write_evaluation(out.with_suffix(".html"), result, shown)
     return result
+
+
+def _finite(scored: ScoredPairs, model: str, name: str) -> ScoredPairs:
+    """Return scored pairs as they are.
+
+    Raises:
+        UserError: a score is not a finite number.
+    """
+    bad = int((~np.isfinite(scored.scores_chosen) | ~np.isfinite(scored.scores_rejected)).sum())
+    if bad:
+        raise UserError(
+            f"{model}: the scores of {bad} of {len(scored.rows)} pairs of {name} are not finite numbers; its weights or its dtype "
+            "can't hold them."
+        )
+    return scored
+
+
+def _alike_after_cut(reward: RewardModel, rows: Sequence[Pair]) -> int:
+    """Count the pairs whose two answers differ, but not in what a model reads of them."""
+    cut = (reward.cut, reward.cut_answers)
+    if not reward.cut_answers:
+        return 0
+    prompts = [row["prompt"] for row in rows]
+    sides = [reward.encode(prompts, [answer(row, side) for row in rows], None) for side in ("chosen", "rejected")]
+    reward.cut, reward.cut_answers = cut
+    return sum(
+        chosen == rejected and answer(row, "chosen") != answer(row, "rejected")
+        for row, chosen, rejected in zip(rows, *sides, strict=True)
+    )
 
 
 def export_model(model: Path, out: Path) -> None:
@@ -77,16 +112,22 @@ def export_model(model: Path, out: Path) -> None:
 
     Raises:
         UserError: the target is not empty; the model was trained on 4-bit weights, which can't be merged exactly; it is
-            several experts.
+            several experts; weights are missing or not finite.
     """
     quiet_libraries()
+    model = model.expanduser()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty; choose a new folder.")
     if not (model / CARD).is_file():
         merged = load_policy(model, model_settings({}))
+        bad = [parameter for parameter, values in merged.named_parameters() if not values.isfinite().all()]
+        if bad:
+            raise UserError(
+                f"{model}: {len(bad)} tensors hold values that are not finite numbers, the first is {bad[0]}."
+            )
         save_model(merged, load_tokenizer(model, conversational=True), out)
         return
-    card = json.loads((model / CARD).read_text(encoding="utf-8"))
+    card = reward_card(model)
     if card.get("load_in_4bit"):
         raise UserError(
             f"{model}: trained on 4-bit weights; merging rounds them again and changes the scores. Serve base and adapter."
@@ -101,6 +142,7 @@ def export_model(model: Path, out: Path) -> None:
     network = network.merge_and_unload() if isinstance(network, PeftModel) else network
     network.config.problem_type = "regression"
     save_model(network, reward.tokenizer, out)
-    shutil.copy(model / CARD, out / CARD)
+    card["chat_template_sha256"] = template_digest(reward.tokenizer)
+    write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
     assert find_source(out).adapter is None, "a merged model has no adapter"
     load_reward_model(out)

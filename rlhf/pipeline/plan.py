@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from rlhf.data.read import is_local
 from rlhf.errors import UserError
-from rlhf.files import file_digest
+from rlhf.pipeline.digests import known_digest, named_digests
 from rlhf.pipeline.store import Stage
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 
@@ -67,6 +67,7 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
     if recipe.lab is None and recipe.data.sft is None:
         return {"data": data}  # the backbone can answer already, and takes SFT's place
     settings = recipe.sft.model_dump() | {"backbone": backbone} | _sampling(recipe) | _gold(recipe)
+    settings |= _files(recipe.backbone.model, recipe.evaluate.gold)
     return {"data": data, "sft": add("sft", "round-0/sft", settings, data=data, **origins)}
 
 
@@ -86,6 +87,7 @@ def _round(
     folder, config, rounds = f"round-{number}", recipe.reward, recipe.rounds
     backbone = {} if "sft" in start else {"backbone": recipe.backbone.model_dump(exclude_none=True)}
     sampling, gold = _sampling(recipe), _gold(recipe)
+    model, function = None if "sft" in start else recipe.backbone.model, recipe.evaluate.gold
 
     # 1. Answers of the latest policy, where they are labelled or where MetaRM ascends on them.
     labels_answers = rounds.labels_from != "dataset" and (number > 1 or rounds.first == "sampled")
@@ -96,7 +98,7 @@ def _round(
         size = {"prompts": config.meta_pool, "responses": config.meta_responses}
         if labels_answers:
             size = rounds.sampling()
-        settings = {**size, **backbone, **sampling}
+        settings = {**size, **backbone, **sampling, **_files(model)}
         sample = {"sample": add("sample", f"{folder}/sample", settings, **start, **policy_before)}
 
     # 2. Their labels, joined with those of the rounds before.
@@ -106,20 +108,20 @@ def _round(
         select = add("select", f"{folder}/select", rounds.selection(), **start, **sample, **known)
         lab = {} if recipe.lab is None else recipe.lab.model_dump(include={"annotators", "flip_rate"})
         earlier = {"earlier": before["label"]} if "label" in before else {}
-        settings = rounds.labelling() | {"round": number} | lab | gold
+        settings = rounds.labelling() | {"round": number} | lab | gold | _files(function)
         label = {"label": add("label", f"{folder}/label", settings, **start, select=select, **earlier)}
     elif rounds.labels_from == "dataset" and rounds.count > 1:
-        settings = rounds.labelling() | {"round": number, "of": rounds.count} | gold
+        settings = rounds.labelling() | {"round": number, "of": rounds.count} | gold | _files(function)
         label = {"label": add("label", f"{folder}/label", settings, **start)}
 
     # 3. Vote and reward model.
     vote: dict[str, Stage] = {}
     if config.needs_vote:
-        settings = recipe.vote.model_dump() | recipe.vote_settings() | backbone | gold
+        settings = recipe.vote.model_dump() | recipe.vote_settings() | backbone | gold | _files(model, function)
         vote = {"vote": add("vote", f"{folder}/vote", settings, **start, **label)}
-    settings = config.model_dump() | backbone | sampling | gold
+    settings = config.model_dump() | backbone | sampling | gold | _files(model, function)
     if config.meta and not samples_for_meta:
-        settings["meta_sha256"] = file_digest(Path(str(config.meta_samples)).expanduser())
+        settings["meta_sha256"] = known_digest(Path(str(config.meta_samples)).expanduser())
     evaluations: dict[str, Stage] = {
         role: before[role] for role in ("latest_evaluation", "older_evaluation") if role in before
     }
@@ -127,12 +129,12 @@ def _round(
     reward = add("reward", f"{folder}/reward", settings, **start, **parents)
 
     # 4. PPO, and its evaluation; SFT's answers are those of the first one and are not sampled again.
-    settings = recipe.ppo.model_dump() | backbone | gold
+    settings = recipe.ppo.model_dump() | backbone | gold | _files(model, function, *recipe.ppo.extra_rewards)
     if before and rounds.start == "previous":
         settings |= {"reference": rounds.reference}
     continued = policy_before if rounds.start == "previous" else {}
     policy = add("ppo", f"{folder}/ppo", settings, **start, reward=reward, **continued)
-    settings = recipe.evaluate.model_dump() | backbone | sampling
+    settings = recipe.evaluate.model_dump() | backbone | sampling | _files(model, function)
     first = {"first_evaluation": before["first_evaluation"]} if before else {}
     evaluation = add("evaluate", f"{folder}/evaluate", settings, **start, reward=reward, policy=policy, **first)
     older = {"older_evaluation": before["latest_evaluation"]} if before else {}
@@ -156,7 +158,13 @@ def _gold(recipe: Recipe) -> dict[str, Any]:
     return {"gold": recipe.evaluate.gold}
 
 
+def _files(*names: str | None) -> dict[str, dict[str, str]]:
+    """Return the digests of the code files and local models that a stage reads by these names, if there are any."""
+    digests = named_digests(names)
+    return {"files": digests} if digests else {}
+
+
 def _local_digests(recipe: Recipe) -> dict[str, str]:
     """Return the sha256 of every local data file, by which a changed file makes another data stage."""
     files = {entry.source for name in DATA_SOURCES for entry in recipe.data.sources(name) if is_local(entry.source)}
-    return {file: file_digest(Path(file).expanduser()) for file in sorted(files) if Path(file).expanduser().is_file()}
+    return {file: known_digest(Path(file).expanduser()) for file in sorted(files) if Path(file).expanduser().is_file()}

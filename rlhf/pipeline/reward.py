@@ -16,15 +16,25 @@ from rlhf.data.rows import Pair, Prompt, answer
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
+from rlhf.invariants.checks import CheckBook
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import encoder_type, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.score import Scorer
+from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.ends import refuse_unreadable_turns
 from rlhf.pipeline.sampling import SAMPLES, sampling_settings
-from rlhf.pipeline.store import CHECKPOINTS, MANIFEST
+from rlhf.pipeline.store import CHECKPOINTS, MANIFEST, MARK, METRICS, is_whole, mark_checkpoint, read_record
 from rlhf.pipeline.trainers import StageContrastiveRewardTrainer, StageMetaRewardTrainer, StagePairRewardTrainer
-from rlhf.pipeline.training import evaluation_rows, split_settings, train, training_arguments
+from rlhf.pipeline.training import (
+    check_nothing_lost,
+    checks_of,
+    evaluation_rows,
+    split_settings,
+    train,
+    training_arguments,
+)
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.pipeline.vote import STRENGTH
 from rlhf.recipe.objectives import OBJECTIVES, resolve
@@ -66,16 +76,17 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     domains = _domains(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None
     members = [context.folder / member_name(number) for number in range(recipe.reward.members)]
     facts: dict[str, Any]
+    book = CheckBook()
     if domains is not None:
         experts = [out / f"expert-{number}" for number in range(len(domains))]
-        dropped = sum(_fit_each(context, domains, experts, "expert"))
+        dropped = sum(_fit_each(context, domains, experts, "expert", book))
         facts = {"dropped_too_long": dropped, "experts": list(domains), "pairs": len(rows)}
     elif len(members) > 1:
         same = {str(number): rows for number in range(len(members))}
-        dropped = max(_fit_each(context, same, members, "member"))
+        dropped = max(_fit_each(context, same, members, "member", book))
         facts = {"dropped_too_long": dropped, "members": len(members), "pairs": len(rows) - dropped}
     else:
-        trainer = _fit(context, rows, context.folder, "reward", recipe.seed)
+        trainer = _fit(context, rows, context.folder, "reward", recipe.seed, book)
         facts = {"pairs": len(trainer.train_dataset), "dropped_too_long": trainer.dropped_too_long}
         if context.is_main:
             save_model(trainer.model, trainer.processing_class, out)
@@ -93,6 +104,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         for folder in members
     ]
     reward = models[0] if len(models) == 1 else RewardEnsemble(models)
+    book.merge(checks_of(*models))
 
     # 3. Held-out pairs.
     scored = score_pairs(reward, read_jsonl(context.test_pairs), label="reward: held-out pairs")
@@ -102,7 +114,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
         f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
     )
-    facts |= {"flipped": flipped, "mean": models[0].mean, "std": models[0].std, **report}
+    facts |= {"flipped": flipped, "mean": models[0].mean, "std": models[0].std, **report, "checks": book.entries}
 
     # 4. What it says of the policy of the round before, which was made against another reward model.
     return {**facts, "hindsight": _hindsight(context, reward)}
@@ -132,21 +144,26 @@ def training_pairs(context: StageContext) -> Denoised:
     vote = context.find_parent("vote")
     if vote is not None:
         strength = attach_strength(rows, read_jsonl(vote / STRENGTH))
-        manifest = json.loads((vote / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_record(vote / MANIFEST)
+        assert manifest is not None, "a parent is done"
         noise = NoiseEstimate(**manifest["facts"]["noise"])
     return denoised(rows, DenoiseConfig(**context.recipe.reward.denoise_config()), strength, noise)
 
 
-def _fit(context: StageContext, rows: Sequence[Pair], folder: Path, label: str, seed: int) -> StageTrainer:
-    """Train one reward model on some pairs; head, order and dropout follow the seed."""
+def _fit(
+    context: StageContext, rows: Sequence[Pair], folder: Path, label: str, seed: int, book: CheckBook
+) -> StageTrainer:
+    """Train one reward model on some pairs; head, order and dropout follow the seed, and what is checked goes into the book."""
     recipe, section, sft = context.recipe, context.recipe.reward, context.sft_model
     model_config, settings = split_settings(context.trl_settings("reward"))
     settings.setdefault("num_train_epochs", 1)
     args = training_arguments(RewardConfig, settings, folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
+    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in rows], source="reward: pairs")
     loss = OBJECTIVES[section.objective].loss
     model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id)
+    check_nothing_lost(context, sft, model, book)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
     arguments: dict[str, Any] = {
@@ -170,6 +187,7 @@ def _fit(context: StageContext, rows: Sequence[Pair], folder: Path, label: str, 
     else:
         trainer = StagePairRewardTrainer(model, args, **arguments)
     train(trainer, folder, label=label, say=context.say)
+    book.merge(checks_of(trainer))
     return trainer
 
 
@@ -202,8 +220,13 @@ def _domains(rows: Sequence[Pair], weights: Mapping[str, float] | None) -> dict[
     return dict(sorted(by_source.items()))
 
 
-def _fit_each(context: StageContext, parts: Mapping[str, list[Pair]], places: Sequence[Path], kind: str) -> list[int]:
+def _fit_each(
+    context: StageContext, parts: Mapping[str, list[Pair]], places: Sequence[Path], kind: str, book: CheckBook
+) -> list[int]:
     """Train experts or members one after the other, each kept when it is done; then put them in their places.
+
+    Args:
+        book: what was checked on the way is entered here.
 
     Returns:
         how many pairs were too long for each; 0 where it was trained before this process began.
@@ -212,22 +235,25 @@ def _fit_each(context: StageContext, parts: Mapping[str, list[Pair]], places: Se
     for number, (name, rows) in enumerate(parts.items()):
         folder = context.folder / CHECKPOINTS / f"{kind}-{number}"
         kept = folder / "model"
-        if kept.is_dir():
+        if is_whole(kept):
             context.say(f"reward: {kind} {name} was trained before")
             continue
         folder.mkdir(parents=True, exist_ok=True)
         seed = context.recipe.seed + (SEEDS_APART * number if kind == "member" else 0)
-        trainer = _fit(context, rows, folder, f"{kind} {name}", seed)
+        trainer = _fit(context, rows, folder, f"{kind} {name}", seed, book)
         dropped[number] = trainer.dropped_too_long
         if context.is_main:
-            _append_metrics(context.folder / "metrics.jsonl", folder / "metrics.jsonl", {kind: name})
+            _append_metrics(context.folder / METRICS, folder / METRICS, {kind: name})
             beside = folder / "unfinished"
             shutil.rmtree(beside, ignore_errors=True)
             save_model(trainer.model, trainer.processing_class, beside)
+            mark_checkpoint(beside)
+            shutil.rmtree(kept, ignore_errors=True)
             beside.replace(kept)
     if context.is_main:
         for number, place in enumerate(places):
-            shutil.copytree(context.folder / CHECKPOINTS / f"{kind}-{number}" / "model", place)
+            source = context.folder / CHECKPOINTS / f"{kind}-{number}" / "model"
+            shutil.copytree(source, place, ignore=shutil.ignore_patterns(MARK))
     return dropped
 
 
@@ -235,7 +261,9 @@ def _append_metrics(metrics: Path, of_one: Path, name: Mapping[str, str]) -> Non
     """Append the metrics of one expert or member to those of the stage, its steps counted on from the last one there."""
     if not of_one.is_file():  # training may end before it logs
         return
-    before = read_jsonl(metrics)[-1]["step"] if metrics.is_file() else 0
+    drop_torn_line(metrics)
+    earlier = read_jsonl(metrics) if metrics.is_file() else []
+    before = earlier[-1]["step"] if earlier else 0
     rows = [row for row in read_jsonl(of_one) if "step" in row]
     with metrics.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**row, "step": row["step"] + before, **name}) + "\n" for row in rows)

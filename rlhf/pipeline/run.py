@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlhf.errors import TrainingError, Waiting
+from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.files import write_text
-from rlhf.pipeline.checks import check_arguments, check_recipe_file
+from rlhf.invariants.checks import CheckBook
+from rlhf.pipeline.checks import check_arguments, check_recipe_file, recipe_text
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stopping import reason_to_stop
@@ -49,12 +48,13 @@ def run(
 
     # 1. The folder must be new, or hold this very recipe; what is still to do must be possible.
     check_recipe_file(recipe, out)
-    if not all(store.is_done(stage) for stage in stages):
+    done = [store.is_done(stage) for stage in stages]  # asked of all of them: a later one may be of changed files
+    if not all(done):
         check_arguments(recipe, until=until)
     lock = store.lock() if is_main else None
     try:
         if is_main:
-            write_text(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+            write_text(out / "recipe.yaml", recipe_text(recipe))
             write_text(out / ORIGIN, json.dumps(recipe.origin, indent=1) + "\n")
 
         # 2. The stages, one after the other, until the last round or until there is a reason to stop.
@@ -98,13 +98,20 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
     """Run one stage and write its manifest, or wait for the process that does.
 
     Raises:
-        TrainingError: the disk is full; whatever else the stage raises.
+        UserError: a file that an earlier stage wrote is not what it was.
+        TrainingError: the disk is full, or foreign code tried to end the process; whatever else the stage raises.
     """
     if not is_main and not STAGES[stage.name].together:
         store.wait_until_done(stage)
         return
     from rlhf.pipeline.context import StageContext  # torch is loaded when the first stage runs
 
+    book = CheckBook()
+    if is_main:
+        book.record(store.check_files(stage.parents.values()))
+        unchanged = book.entries["finished files unchanged"]
+        if not unchanged["held"]:
+            raise UserError(f"{stage.folder}: {unchanged['sentence']}")
     folder = store.open(stage) if is_main else store.wait_until_open(stage)
     parents = {role: store.path(parent) for role, parent in stage.parents.items()}
     begin = time.monotonic()
@@ -113,7 +120,14 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
         facts = STAGES[stage.name].load()(StageContext(recipe, folder, parents, say, is_main, stage.settings))
         seconds = time.monotonic() - begin
         if is_main:
+            book.merge(facts.get("checks", {}))
+            facts["checks"] = book.entries
             store.finish(stage, facts, seconds)
+    except (SystemExit, KeyboardInterrupt) as ending:
+        raise TrainingError(
+            f"{stage.folder}: something raised {type(ending).__name__} in the middle of this stage, most likely a function of your "
+            "own (evaluate.gold, ppo.extra_rewards); let it raise an exception that says what is wrong. The same command goes on."
+        ) from ending
     except Exception as error:
         if not is_disk_full(error):
             raise

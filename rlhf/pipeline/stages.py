@@ -13,18 +13,30 @@ from trl import SFTConfig
 
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.sources import Source
+from rlhf.errors import UserError
 from rlhf.evaluation.policies import evaluate_policies
 from rlhf.files import read_jsonl, write_jsonl
+from rlhf.invariants.checks import CheckBook
+from rlhf.invariants.ends import require_reachable_end
 from rlhf.lab.build import LabSettings, build_lab
-from rlhf.models.generate import sample_texts
+from rlhf.models.generate import end_token_ids, sample_texts
 from rlhf.models.load import find_source, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
+from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
+from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
 from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
-from rlhf.pipeline.training import evaluation_rows, split_settings, train, training_arguments
+from rlhf.pipeline.training import (
+    check_nothing_lost,
+    checks_of,
+    evaluation_rows,
+    split_settings,
+    train,
+    training_arguments,
+)
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import DATA_SOURCES
@@ -96,13 +108,21 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     set_seed(context.recipe.seed)  # an adapter's first weights are random
     tokenizer = load_tokenizer(base, conversational=True, revision=context.recipe.backbone.revision)
     model = load_policy(base, model_config)
-    rows = Dataset.from_list(read_jsonl(context.data / "sft.jsonl"))
+    demonstrations = read_jsonl(context.data / "sft.jsonl")
+    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in demonstrations], source="data.sft")
+    rows = Dataset.from_list(demonstrations)
 
     # 2. Train.
     args = training_arguments(SFTConfig, settings, context.folder, context.recipe.seed)
     trainer = StageSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    checks = CheckBook()
+    require_reachable_end(checks, tokenizer, end_token_ids(model, tokenizer), stage="sft", is_trained_here=True)
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     dropped = len(rows) - len(lengths)
+    if not lengths:
+        raise UserError(
+            f"sft: the prompts of all {len(rows)} demonstrations alone fill max_length={args.max_length}; raise sft.max_length."
+        )
     if dropped:
         context.say(
             f"sft: {dropped} of {len(rows)} demonstrations were left out: their prompts alone fill max_length={args.max_length}."
@@ -118,7 +138,13 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     if context.is_main:
         save_model(trainer.model, tokenizer, context.folder / "model")
         show_samples(context, trainer.model, tokenizer)
-    return {"demonstrations": len(lengths), "dropped": dropped, "cut": cut, "tokens": sum(lengths)}
+    return {
+        "demonstrations": len(lengths),
+        "dropped": dropped,
+        "cut": cut,
+        "tokens": sum(lengths),
+        "checks": checks.entries,
+    }
 
 
 def run_ppo(context: StageContext) -> dict[str, Any]:
@@ -138,9 +164,12 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     if len(members) > 1 and args.reward_ensemble is None:
         args.reward_ensemble = "mean"
 
+    policy, book = load_policy(start, model_config), CheckBook()
+    check_nothing_lost(context, start, policy, book)
+
     # 2. Train.
     trainer = StagePPOTrainer(
-        load_policy(start, model_config),
+        policy,
         [*members, *recipe.ppo.extra_rewards],
         args,
         train_dataset=Dataset.from_list(read_jsonl(context.data / "prompts.jsonl")),
@@ -152,21 +181,23 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     )
     if reference != start:
         trainer.reference.load(Path(reference))
+    check_ends_before_ppo(context, trainer, book)
     train(trainer, context.folder, label="ppo", say=context.say, stop_at="epoch")  # an epoch is a rollout
 
     # 3. Save, and say what happened.
     if context.is_main:
-        policy = trainer.accelerator.unwrap_model(trainer.model).policy
-        save_model(policy, tokenizer, context.folder / "model")
+        save_model(trainer.accelerator.unwrap_model(trainer.model).policy, tokenizer, context.folder / "model")
         write_jsonl(context.folder / "samples.jsonl", [sample.as_row() for sample in trainer.latest_samples])
     if trainer.stopped is not None:
         context.say(trainer.stopped)
     rollouts = trainer.state.global_step // args.steps_per_rollout
+    book.merge(checks_of(trainer, *(source.function for source in trainer.rewards.sources)))
     return {
         "episodes": trainer.episodes,
         "rollouts": rollouts,
         "stopped": trainer.stopped,
         "warnings": trainer.progress.health.sentences,
+        "checks": book.entries,
     }
 
 
@@ -182,8 +213,11 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     reward = load_scorer_of(context.parent("reward"), device=context.device)
     first = context.find_parent("first_evaluation")
     sampled = None if first is None else read_jsonl(first / SFT_ANSWERS)
+    trained, book = context.parent("policy") / "model", CheckBook()
+    policy = load_policy(trained, model_config, trainable=False)
+    check_nothing_lost(context, trained, policy, book)
     facts, samples, sft_answers = evaluate_policies(
-        policy=load_policy(context.parent("policy") / "model", model_config, trainable=False).to(context.device).eval(),
+        policy=policy.to(context.device).eval(),
         sft=load_policy(sft, model_config, trainable=False).to(context.device).eval(),
         tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
         reward=reward,
@@ -195,7 +229,9 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     write_jsonl(context.folder / "samples.jsonl", samples)
     if sampled is None:
         write_jsonl(context.folder / SFT_ANSWERS, [{"completion": text, "ended": ended} for text, ended in sft_answers])
-    return facts
+    compare_kl(context, samples, book)
+    book.merge(checks_of(reward))
+    return {**facts, "checks": book.entries}
 
 
 def show_samples(context: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,12 +1,14 @@
 """`summary.json`: the run in numbers. What a run does not know is null, never invented."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.files import read_jsonl, write_text
+from rlhf.invariants.checks import Check, CheckEntry
 from rlhf.pipeline.stopping import change_since_last_round, is_worse, win_tie_lose
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import Recipe
@@ -18,7 +20,7 @@ REWARD_KEYS = ("accuracy", "accuracy_ci", "accuracy_true", "accuracy_true_ci", "
 def write_summary(
     recipe: Recipe, stages: Sequence[Stage], store: Store, *, stopped: str | None = None
 ) -> dict[str, Any]:
-    """Collect the manifests of all stages done so far into `RUN/summary.json` (contract: design §6).
+    """Collect the manifests of all stages done so far into `RUN/summary.json` (its keys are a contract).
 
     Args:
         stopped: why the run ended before its last stage, where a rule or missing labels ended it.
@@ -61,10 +63,39 @@ def write_summary(
         "gold_gap_closed": last.get("gold_gap_closed"),
         "evaluated_prompts": last.get("n"),
         "stopped": stopped,
+        "checks": joined_checks({folder: values.get("checks") or {} for folder, values in facts.items()}),
     }
     write_text(store.root / "summary.json", json.dumps(summary, indent=1) + "\n")
     _link_best(store.root, _best(rounds))
     return summary
+
+
+def joined_checks(by_stage: Mapping[str, Mapping[str, CheckEntry]]) -> dict[str, dict[str, object]]:
+    """Join the checks of all stages by name: the figures of the one that came nearest to its bound, or beyond it.
+
+    Args:
+        by_stage: entries of each stage's check book, by the stage's folder.
+
+    Returns:
+        `statistic`, `low`, `bound`, `unit` and `held` of the worst entry, the `stage` that it is from, and `times`, how often
+        all stages together looked. A statistic that is not finite is null.
+    """
+    checks: dict[str, dict[str, object]] = {}
+    worst: dict[str, float] = {}
+    times: dict[str, int] = {}
+    for stage, entries in by_stage.items():
+        for name, entry in entries.items():
+            times[name] = times.get(name, 0) + entry["times"]
+            statistic = entry["statistic"]
+            check = Check(name, statistic, entry["bound"], entry["unit"], entry["sentence"], entry["low"])
+            if name not in checks or check.closeness > worst[name]:
+                worst[name] = check.closeness
+                checks[name] = {
+                    "statistic": statistic if math.isfinite(statistic) else None,
+                    **{key: entry[key] for key in ("low", "bound", "unit", "held")},
+                    "stage": stage,
+                }
+    return {name: {**values, "times": times[name]} for name, values in checks.items()}
 
 
 def _round(

@@ -11,16 +11,28 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
+from torch import nn
 from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig
 
 from rlhf.errors import TrainingError
 from rlhf.files import read_jsonl
+from rlhf.invariants.checks import CheckBook, CheckEntry
+from rlhf.invariants.tensors import nothing_lost
 from rlhf.models.load import model_settings
 from rlhf.pipeline import interrupt
-from rlhf.pipeline.callbacks import CheckpointMark, FiniteGradients, MetricsFile, Progress, StopAt, StopOnSignal
-from rlhf.pipeline.store import CHECKPOINTS, newest_checkpoint
+from rlhf.pipeline.callbacks import (
+    CheckpointMark,
+    FiniteGradients,
+    MetricsFile,
+    Progress,
+    StopAt,
+    StopOnSignal,
+    drop_torn_line,
+)
+from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.store import CHECKPOINTS, METRICS, newest_checkpoint
 from rlhf.pipeline.trainers import KeepsBatches
 from rlhf.recipe.schema import trl_keys
 
@@ -88,13 +100,17 @@ def train(
     """
     checkpoint, broken = newest_checkpoint(folder / CHECKPOINTS)
     if broken and trainer.is_world_process_zero():
-        say(f"{label}: leaves out {', '.join(path.name for path in broken)}, whose writing was cut off")
+        names = ", ".join(path.name for path in broken)
+        say(f"{label}: leaves out {names}, whose writing was cut off or whose files are damaged")
         for path in broken:
             shutil.rmtree(path)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(MetricsFile(folder / "metrics.jsonl", resumed=checkpoint is not None))
-    trainer.add_callback(CheckpointMark())
+    metrics = folder / METRICS
+    if checkpoint is not None and trainer.is_world_process_zero() and drop_torn_line(metrics):
+        say(f"{label}: leaves out the last line of {METRICS}, whose writing was cut off")
+    trainer.add_callback(MetricsFile(metrics, resumed=checkpoint is not None))
+    trainer.add_callback(CheckpointMark(trainer))
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress(label))
     if checkpoint is not None:
@@ -108,3 +124,30 @@ def train(
         if trainer.is_world_process_zero():
             raise TrainingError(f"{error} The batch: {trainer.save_batch(folder, error.rows)}") from error
         raise
+
+
+def checks_of(*owners: object) -> dict[str, CheckEntry]:
+    """Return what trainers checked while they trained, and reward models or ensembles of them when they were opened.
+
+    Of whatever keeps no check book, as TRL's own trainers and plain functions do not, there is nothing.
+    """
+    joined = CheckBook()
+    for owner in owners:
+        for part in (owner, *getattr(owner, "members", ())):
+            book = getattr(part, "checks", None)
+            if isinstance(book, CheckBook):
+                joined.merge(book.entries)
+    return joined.entries
+
+
+def check_nothing_lost(context: StageContext, folder: str | Path, model: nn.Module, book: CheckBook) -> None:
+    """Compare what an earlier stage saved with the model that was loaded or built from it, before it is trained.
+
+    Args:
+        folder: a path where a stage made it; a hub id or folder as the recipe names it is nobody's to vouch for.
+
+    Raises:
+        InvariantError: a tensor was lost on the way.
+    """
+    if context.is_main and isinstance(folder, Path):
+        book.require(nothing_lost(folder, model))

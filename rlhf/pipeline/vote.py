@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
@@ -17,10 +18,12 @@ from rlhf.data.rows import Pair, answer
 from rlhf.data.sources import pair_digest
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.load import build_reward_model, load_tokenizer
+from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.ends import refuse_unreadable_turns
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
@@ -134,8 +137,9 @@ def vote(
     def member_differences(member: int, trained: list[int], judged: list[int]) -> Tensor:
         place, label = folder / f"member-{member}", f"vote {member + 1}/{members}"
         file = place / DIFFERENCES
-        if file.is_file():
-            return load_file(file)["differences"]
+        kept = _kept_differences(file)
+        if kept is not None:
+            return kept
         place.mkdir(parents=True, exist_ok=True)
         # Members differ in the order of their pairs and in the first weights of head and adapter.
         member_seed = seed * 1000 + member + 1
@@ -150,6 +154,14 @@ def vote(
 
     strength = vote_strength(collect_votes(plan, member_differences))
     return strength, estimate_noise(strength.mean, [plain(row["prompt"]) for row in rows])
+
+
+def _kept_differences(file: Path) -> Tensor | None:
+    """Return the votes of a member that was trained before; None where there are none, or the file is damaged."""
+    try:
+        return load_file(file)["differences"]
+    except (OSError, SafetensorError, KeyError):
+        return None
 
 
 class SharedTrunk(NamedTuple):
@@ -173,6 +185,8 @@ def _shared_trunk(setup: VoteSetup, folder: Path, top_layers: int) -> SharedTrun
     set_seed(0)
     revision = setup.settings.get("model_revision")
     tokenizer = load_tokenizer(setup.base, conversational=True, revision=revision)
+    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in setup.rows], source="vote: pairs")
+    end_at_end_token(tokenizer)
     assert isinstance(tokenizer.pad_token_id, int)
     model_config, _ = split_settings({"model_revision": revision or "main"})
     model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)
@@ -218,6 +232,7 @@ def _independent(
     model_config, args = setup.arguments(folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(setup.base, conversational=True, revision=setup.settings.get("model_revision"))
+    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in setup.rows], source="vote: pairs")
     model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.errors import UserError
+from rlhf.models.adapters import saved_name
 from rlhf.models.load import find_source
 from rlhf.models.save import base_fingerprint
 from rlhf.ppo.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead
@@ -47,9 +48,10 @@ class AdapterScorer(nn.Module):
         dtype: torch.dtype = self.role.policy.dtype
         return dtype
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SequenceClassifierOutput:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SequenceClassifierOutput:
         """Return scores [n, 1] at the last token of rows padded on the right; in evaluation mode, whatever the policy is in."""
         policy = self.role.policy
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         was_training = policy.training
         policy.eval()
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -73,7 +75,7 @@ def sharing_obstacle(policy: PeftModel, folder: str, tokenizer: PreTrainedTokeni
         return "it was trained on another base than the policy's"
     if bool(reward_card(folder).get("load_in_4bit")) != bool(getattr(policy, "is_loaded_in_4bit", False)):
         return "one of the two has 4-bit weights and the other has not"
-    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+    if AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab() != tokenizer.get_vocab():
         return "it has another vocabulary"
     return None
 
@@ -109,7 +111,7 @@ def load_role(role: AdapterHead, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         UserError: the file and the places don't match.
     """
-    places = {name.replace(f".{role.adapter}.", "."): p for name, p in role.adapter_parameters()}
+    places = {saved_name(name, role.adapter): p for name, p in role.adapter_parameters()}
     wrong = sorted(
         name
         for name in {*places, *weights} - {HEAD}
@@ -125,9 +127,7 @@ def load_role(role: AdapterHead, weights: dict[str, torch.Tensor]) -> None:
 def save_role(role: AdapterHead, folder: Path) -> None:
     """Write a critic as an ordinary one-label LoRA adapter."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name.replace(f".{role.adapter}.", "."): p.detach().cpu().contiguous() for name, p in role.adapter_parameters()
-    }
+    state = {saved_name(name, role.adapter): p.detach().cpu().contiguous() for name, p in role.adapter_parameters()}
     save_file({**state, HEAD: role.head.weight.detach().cpu().contiguous()}, folder / WEIGHTS)
     config = copy.deepcopy(role.policy.peft_config[role.adapter])
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from rlhf.ppo.checks import require_reference
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.rollout import MicroBatch, Rollout, shuffled_minibatches
 
@@ -93,3 +94,7 @@ class EndOfRollout(TrainerCallback):
             self.wanted[name] = False
         if self.trainer.stopped is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Require that the reference is still what it was."""
+        require_reference(self.trainer)

@@ -10,6 +10,7 @@ from torch import nn
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.save import load_weights
 from rlhf.ppo.backbone import restore_role, save_role
+from rlhf.ppo.checks import require_reference
 from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead
 from rlhf.ppo.rollout import Sample
 from rlhf.ppo.state import PPOState
@@ -22,7 +23,12 @@ REFERENCE, SAMPLES, CRITIC = "reference.safetensors", "latest_samples.jsonl", "c
 
 
 def write_checkpoint(trainer: "PPOTrainer", folder: Path) -> None:
-    """Write the policy at the root as an ordinary model, the critic under `critic/`, counters in `ppo_state.json`."""
+    """Write the policy at the root as an ordinary model, the critic under `critic/`, counters in `ppo_state.json`.
+
+    Raises:
+        InvariantError: the reference has moved; nothing is written.
+    """
+    require_reference(trainer)
     folder.mkdir(parents=True, exist_ok=True)
     container = trainer.accelerator.unwrap_model(trainer.model)
     selected = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(container.policy, PeftModel) else {}

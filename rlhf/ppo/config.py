@@ -58,7 +58,9 @@ class PPOConfig(BaseConfig):
     )
     cliprange_dual: float | None = field(
         default=None,
-        metadata={"help": "Bound on the loss of a bad token, in advantages; 3 where it is used; None: off."},
+        metadata={
+            "help": "Bound on the loss of a token of negative advantage, in advantages; the usual value is 3; None: off."
+        },
     )
     critic_warmup: int = field(
         default=0,

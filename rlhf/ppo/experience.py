@@ -18,6 +18,7 @@ from rlhf.objectives.advantage import generalized_advantage, token_rewards
 from rlhf.objectives.kl import kl_k1
 from rlhf.objectives.masked import whiten
 from rlhf.objectives.ppo import explained_variance, truncated_importance
+from rlhf.ppo.checks import check_policy_is_reference, check_sampling, hold_reference
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.processes import mean_and_variance_of_all, moments_of_all, run_or_stop_all
 from rlhf.ppo.rewards import Scores
@@ -30,12 +31,17 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def make_rollout(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Rollout:
-    """Return one batch of experience with an advantage for every token, whitened over all processes."""
+    """Return one batch of experience with an advantage for every token, whitened over all processes.
+
+    Raises:
+        InvariantError: the answers were not sampled from the policy, or the reference is not what it is taken for.
+    """
     # 1. Experience, with a reference that has followed so far; the history of rewards grows by it before it is used.
     args, accelerator = trainer.args, trainer.accelerator
-    if args.reference_mixup > 0 and trainer.episodes > 0:
-        trainer.reference.approach(accelerator.unwrap_model(trainer.model).policy, args.reference_mixup)
+    hold_reference(trainer)
     experience = run_or_stop_all(accelerator, trainer.experience, rows)
+    check_policy_is_reference(trainer, experience)
+    check_sampling(trainer, experience)
     mask, values = experience.response_mask, experience.outputs.values
     if args.running_reward_norm:
         count, mean, variance = moments_of_all(accelerator, experience.scores)

@@ -1,5 +1,6 @@
 """The ptx mixture: demonstrations beside PPO's own loss, so that the policy forgets less (InstructGPT, arXiv:2203.02155 eq. 2)."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Demonstration
 from rlhf.models.logprobs import token_logprobs
+from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, last_turn
 
 
@@ -21,6 +23,8 @@ class Demonstrations:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration], *, max_length: int | None):
+        tokenizer = copy.copy(tokenizer)
+        end_at_end_token(tokenizer)
         prompts = [row["prompt"] for row in rows]
         answers = [last_turn(row["completion"]) for row in rows]
         self.rows, _ = encode_answers(tokenizer, prompts, answers, max_length=max_length)

@@ -15,6 +15,7 @@ from rlhf.errors import TrainingError
 from rlhf.models.generate import Completions
 from rlhf.objectives.ensemble import combined
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.remote import RemoteReward
 from rlhf.ppo.rollout import PromptRow
 from rlhf.ppo.source_kinds import kind_of
 from rlhf.reward.load import RewardModel
@@ -95,11 +96,14 @@ class RewardSource:
         """Call a function as TRL does: its scores [b], and its rewards of single tokens [b, r] where it gives such."""
         mask = completions.response_mask.bool()
         ids = [row[keep].tolist() for row, keep in zip(completions.response_ids, mask, strict=True)]
+        arguments: dict[str, Any] = {**columns}
+        if isinstance(function, RemoteReward):
+            arguments["ended"] = completions.ended.tolist()
         answers: Any = function(
             prompts=list(prompts),
             completions=as_completions(prompts, completions.texts),
             completion_ids=ids,
-            **columns,
+            **arguments,
         )
         if inspect.isawaitable(answers):
             answers = _wait_for(answers)
@@ -128,7 +132,7 @@ class RewardSource:
 def as_reward_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> RewardModel:
     """Return a one-label classifier, frozen, as a reward model whose scale nobody measured; its tokenizer is loaded if absent."""
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(network.config._name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(network.config._name_or_path, trust_remote_code=False)
     return RewardModel(network.eval().requires_grad_(False), tokenizer)
 
 

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.save_and_load import load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from rlhf.errors import UserError
 from rlhf.models.logprobs import position_ids, response_logits, response_logprobs, token_logprobs, token_surprise
 from rlhf.models.save import load_weights
 from rlhf.models.score import token_scores
@@ -32,11 +34,14 @@ class TokenOutputs(NamedTuple):
         logprobs: [b, r] log π(token), nats, at the sampling temperature.
         entropy: [b, r] nats; None while gradients are recorded, since nothing is made of it then.
         values: [b, r] V before the token was chosen, in normalised score units.
+        variance, third: [b, r] second and third central moment of the surprise -log π, nats² and nats³; where entropy is.
     """
 
     logprobs: Any
     entropy: Any
     values: Any
+    variance: Any = None
+    third: Any = None
 
 
 class AdapterHead(nn.Module):
@@ -59,7 +64,7 @@ class AdapterHead(nn.Module):
 
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the adapter's weights, by their names in the policy."""
-        return [(name, p) for name, p in self.policy.named_parameters() if f".{self.adapter}." in name]
+        return [(name, p) for name, p in self.policy.named_parameters() if belongs_to(name, self.adapter)]
 
     def role_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of adapter and head."""
@@ -133,12 +138,12 @@ class PolicyAndCritic(nn.Module):
             response_length: r, the width of the answers.
             temperature: by which the policy's logits are divided.
         """
-        logprobs = entropy = values = None
+        logprobs = entropy = values = variance = third = None
         if "policy" in roles:
             logits = response_logits(self.policy, input_ids, attention_mask, response_length)
             logprobs = token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)
             if not torch.is_grad_enabled():
-                entropy = token_surprise(logits, response_length, temperature=temperature).entropy
+                entropy, variance, third = token_surprise(logits, response_length, temperature=temperature)
             del logits
         if "critic" in roles:
             positions = position_ids(attention_mask)
@@ -148,7 +153,7 @@ class PolicyAndCritic(nn.Module):
                 else:
                     scores = token_scores(self.critic, input_ids, attention_mask, positions).float()
             values = (scores[:, -response_length - 1 : -1] - self.value_mean) / self.value_std
-        return TokenOutputs(logprobs, entropy, values)
+        return TokenOutputs(logprobs, entropy, values, variance, third)
 
     def gradient_checkpointing_enable(self, **arguments: object) -> None:
         """Switch on checkpointing in both roles."""
@@ -166,10 +171,11 @@ class Reference:
         model: a frozen model of its own, or a PEFT model that also holds the policy.
         adapter: with a PEFT model, the adapter that is the reference, or None for the base without any.
         shared: whether `model` also holds the policy, so that adapters must be switched.
+        is_policy: whether it is the policy as PPO finds it, until `load` gives it other weights.
     """
 
-    def __init__(self, model: nn.Module, *, adapter: str | None = None, shared: bool = False):
-        self.model, self.adapter, self.shared = model, adapter, shared
+    def __init__(self, model: nn.Module, *, adapter: str | None = None, shared: bool = False, is_policy: bool = True):
+        self.model, self.adapter, self.shared, self.is_policy = model, adapter, shared, is_policy
 
     @torch.no_grad()
     def logprobs(self, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float) -> Tensor:
@@ -191,24 +197,32 @@ class Reference:
         """Return what makes this reference another model than its base, by the policy's names of it; empty where it is the base."""
         if not self.shared:
             return dict(self.model.named_parameters())
-        mark = f".{self.adapter}."
+        if self.adapter is None:
+            return {}
         named = self.model.named_parameters()
-        return {name.replace(mark, f".{POLICY_ADAPTER}."): p for name, p in named if mark in name}
+        return {renamed(name, self.adapter, POLICY_ADAPTER): p for name, p in named if belongs_to(name, self.adapter)}
 
     def load(self, folder: Path) -> None:
         """Take the weights of a saved policy: of an adapter on the same base, or of a whole model.
 
         A reference that is the base itself stays what it is.
+
+        Raises:
+            UserError: the saved adapter lacks a weight that the reference has a place for.
         """
-        weights = self.weights()
-        if not weights:
+        self.is_policy = False
+        if not self.weights():
             return
         if not self.shared:
             load_weights(self.model, folder)
             return
+        assert isinstance(self.model, PeftModel)
         saved = load_peft_weights(str(folder), device="cpu")
-        for name, weight in weights.items():
-            weight.data.copy_(saved[name.replace(f".{POLICY_ADAPTER}.", ".")])
+        places = get_peft_model_state_dict(self.model, adapter_name=REFERENCE_ADAPTER, save_embedding_layers=False)
+        missing = sorted(set(places) - set(saved))
+        if missing:
+            raise UserError(f"ppo: {folder} does not fit the reference, which also has {missing[0]}.")
+        set_peft_model_state_dict(self.model, saved, adapter_name=REFERENCE_ADAPTER)
 
     @torch.no_grad()
     def approach(self, policy: nn.Module, rate: float) -> None:
@@ -224,37 +238,97 @@ def make_reference(policy: nn.Module, *, adapter_was_trained: bool) -> Reference
     """Return the reference of a policy at the moment PPO starts.
 
     Without LoRA it is a frozen copy. With an adapter fresh from PPO's own settings it is the base without adapters;
-    with an adapter that SFT trained it is a frozen copy of that adapter beside it.
+    with an adapter that SFT trained it is a frozen copy of that adapter beside it. Either way modules that are trained
+    as a whole (`modules_to_save`) have a frozen one of their own there.
+
+    Raises:
+        UserError: weights of the base itself are trained, or the adapter is a prompt and no layer.
     """
     if not isinstance(policy, PeftModel):
         return Reference(copy.deepcopy(policy).eval().requires_grad_(False))
+    check_adapter(policy)
     if not adapter_was_trained:
-        return Reference(policy, adapter=None, shared=True)
+        return Reference(policy, adapter=None, shared=True, is_policy=adds_nothing(policy))
     policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[POLICY_ADAPTER])
     for name, parameter in policy.named_parameters():
-        if f".{REFERENCE_ADAPTER}." in name:
-            source = policy.get_parameter(name.replace(f".{REFERENCE_ADAPTER}.", f".{POLICY_ADAPTER}."))
+        if belongs_to(name, REFERENCE_ADAPTER):
+            source = policy.get_parameter(renamed(name, REFERENCE_ADAPTER, POLICY_ADAPTER))
             parameter.data.copy_(source.data)
             parameter.requires_grad_(False)
     return Reference(policy, adapter=REFERENCE_ADAPTER, shared=True)
+
+
+def check_adapter(policy: PeftModel) -> None:
+    """Refuse what would move the base under the other roles on it.
+
+    Raises:
+        UserError: saying what to change.
+    """
+    if policy.peft_config[POLICY_ADAPTER].is_prompt_learning:
+        raise UserError(
+            "ppo: the policy's adapter is a learnt prompt, which can't be switched off for the reference; use LoRA."
+        )
+    on_base = [n for n, p in policy.named_parameters() if p.requires_grad and not belongs_to(n, POLICY_ADAPTER)]
+    if on_base:
+        raise UserError(
+            f"ppo: {len(on_base)} weights of the base are trained beside the adapter, first {on_base[0]}; the reference would move "
+            "with them. Set bias='none' and freeze the base; name modules that shall be trained whole in lora_modules_to_save."
+        )
+
+
+def adds_nothing(policy: PeftModel) -> bool:
+    """Tell whether the policy's LoRA adapter is fresh: of each pair of factors one is still zero."""
+    zero = [
+        not p.any().item()
+        for name, p in policy.named_parameters()
+        if belongs_to(name, POLICY_ADAPTER) and (".lora_B." in name or ".lora_embedding_A." in name)
+    ]
+    return bool(zero) and all(zero)
+
+
+def belongs_to(name: str, adapter: str) -> bool:
+    """Tell whether a weight of this name belongs to an adapter.
+
+    >>> belongs_to("q.lora_A.critic.weight", "critic"), belongs_to("embed.lora_embedding_A.critic", "critic")
+    (True, True)
+    """
+    return adapter in name.split(".")
+
+
+def renamed(name: str, adapter: str, other: str | None) -> str:
+    """Return the name of the same weight of another adapter; with None, as in an adapter's file.
+
+    >>> renamed("q.lora_A.critic.weight", "critic", "default"), renamed("e.lora_embedding_A.critic", "critic", None)
+    ('q.lora_A.default.weight', 'e.lora_embedding_A')
+    """
+    parts = [other if part == adapter else part for part in name.split(".")]
+    return ".".join(part for part in parts if part is not None)
 
 
 @contextmanager
 def active_adapter(model: PeftModel, adapter: str | None) -> Iterator[None]:
     """Run under another adapter, or under none, without touching any parameter's `requires_grad`.
 
+    Modules that an adapter trains as a whole are switched with it: for an adapter that has none of its own, the base's.
+
     PEFT's own `set_adapter` also turns gradients on and off. Do not leave this context between a checkpointed forward
     and its backward: the recomputation would use the wrong adapter, silently.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     try:
         for layer in layers:
-            if adapter is None:
+            if adapter is None or not _has_adapter(layer, adapter):
                 layer._disable_adapters = True
             else:
-                layer._active_adapter = [adapter]
+                layer._active_adapter, layer._disable_adapters = [adapter], False
         yield
     finally:
         for layer, (active, disabled) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def _has_adapter(layer: BaseTunerLayer | AuxiliaryTrainingWrapper, adapter: str) -> bool:
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        return adapter in layer._adapters
+    return adapter in layer._get_available_adapters()

@@ -47,13 +47,15 @@ def policy_and_tokenizer(
         UserError: a second adapter; a tokenizer without an end token, a chat template or a padding token to be had.
     """
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        model = AutoModelForCausalLM.from_pretrained(
+            model, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
+        )
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise UserError("ppo: the model has an adapter already, which PPO will train; drop peft_config.")
         model = get_peft_model(model, peft_config)
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
     check_tokenizer(processing_class, conversational=conversational, name="ppo")
     model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     return model, processing_class

@@ -4,11 +4,28 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rlhf.invariants.checks import CheckBook
+from rlhf.invariants.sampler import SurpriseSums
 from rlhf.objectives.kl import adapted_kl_coef
 from rlhf.ppo.health import Health
 
 STATE_FILE = "ppo_state.json"
 SENTENCES = "said"  # the monitor's sentences, by their key in the file
+
+
+@dataclass
+class GoldenBatch:
+    """Token rows, and what the reference says of the answers in them (`rlhf.invariants.reference`).
+
+    Attributes:
+        rows: token ids, without padding.
+        logprobs: of the last tokens of each row, nats.
+        is_of_this_process: whether they were taken here, and not read from a checkpoint.
+    """
+
+    rows: list[list[int]]
+    logprobs: list[list[float]]
+    is_of_this_process: bool = False
 
 
 @dataclass
@@ -20,6 +37,10 @@ class PPOState:
         kl_coef: β of this rollout.
         reward_count, reward_mean, reward_square: number, mean and summed squared deviation of all scores so far.
         health: the monitor's memory.
+        tokens: sampled so far.
+        surprise: the sums of "sampler true" over all of them.
+        checks: what was checked so far.
+        golden: what the reference must go on to say; None before the first rollout.
     """
 
     episodes: int = 0
@@ -28,6 +49,10 @@ class PPOState:
     reward_mean: float = 0.0
     reward_square: float = 0.0
     health: Health = field(default_factory=Health)
+    tokens: int = 0
+    surprise: SurpriseSums = field(default_factory=lambda: SurpriseSums(0.0, 0.0, 0.0))
+    checks: CheckBook = field(default_factory=CheckBook)
+    golden: GoldenBatch | None = None
 
     def see_rewards(self, count: float, mean: float, square: float) -> None:
         """Add a rollout's scores to the history (Chan et al.: exact, in whatever portions they come).
@@ -52,9 +77,16 @@ class PPOState:
         """Move β towards a KL of `target` nats an answer."""
         self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=target, horizon=horizon, episodes=episodes)
 
+    def see_surprise(self, sums: SurpriseSums, tokens: int) -> None:
+        """Add a rollout's tokens to the sums over all tokens of the run."""
+        self.surprise = SurpriseSums(*(before + now for before, now in zip(self.surprise, sums, strict=True)))
+        self.tokens += tokens
+
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""
-        values = asdict(self)
+        values = {**asdict(self), "surprise": list(self.surprise), "checks": self.checks.entries}
+        if self.golden is not None:
+            del values["golden"]["is_of_this_process"]
         values["health"] = {SENTENCES: values["health"].pop("sentences"), **values["health"]}
         (folder / STATE_FILE).write_text(json.dumps(values), encoding="utf-8")
 
@@ -63,4 +95,8 @@ class PPOState:
         """Read it from a checkpoint."""
         values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         health = Health(sentences=values["health"].pop(SENTENCES), **values["health"])
-        return cls(**{**values, "health": health})
+        checks = CheckBook()
+        checks.merge(values.pop("checks", {}))
+        surprise = SurpriseSums(*values.pop("surprise", (0.0, 0.0, 0.0)))
+        golden = GoldenBatch(**values.pop("golden")) if values.get("golden") else None
+        return cls(**{**values, "health": health, "surprise": surprise, "checks": checks, "golden": golden})

@@ -16,15 +16,18 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, set_seed
 
-from rlhf._trl import BaseTrainer, disable_dropout_in_model
+from rlhf._trl import BaseTrainer
 from rlhf.data.functions import TextFunction
 from rlhf.errors import TrainingError
+from rlhf.invariants.checks import CheckBook
 from rlhf.models.batching import run_batches
+from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions, generate
 from rlhf.objectives.kl import kl_k2, kl_k3
 from rlhf.objectives.ppo import clipped_policy, clipped_value
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
 from rlhf.ppo.checkpoint import read_checkpoint, write_checkpoint
+from rlhf.ppo.checks import check_first_ratio
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import gather_experience, make_rollout
 from rlhf.ppo.metrics import RolloutMetrics
@@ -132,7 +135,7 @@ class PPOTrainer(BaseTrainer):
         container = PolicyAndCritic(model, critic, value_mean=mean, value_std=std)
         if args.disable_dropout:
             for part in (container, self.reference.model):
-                disable_dropout_in_model(part)
+                switch_off_dropout(part)
 
         # 4. Rollouts are the Trainer's epochs.
         episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
@@ -175,6 +178,11 @@ class PPOTrainer(BaseTrainer):
     def episodes(self) -> int:
         """Return the number of answers sampled so far, over all processes."""
         return self.progress.episodes
+
+    @property
+    def checks(self) -> CheckBook:
+        """Return what was checked so far, of a resumed run since its beginning."""
+        return self.progress.checks
 
     # ---- Rollout ----
 
@@ -281,8 +289,6 @@ class PPOTrainer(BaseTrainer):
                 total += super().training_step(container, {**inputs, "roles": (role,)}, num_items_in_batch)
         if "policy" not in roles:
             self._measure_policy(container, inputs)
-            for parameter in container.role_parameters("policy"):
-                parameter.grad = None  # of weights on the base that the critic reads through too
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             # The wrapper for several processes wants one backward through every parameter, so it is left out.
             for parameter in container.parameters():
@@ -310,7 +316,8 @@ class PPOTrainer(BaseTrainer):
         """Sum the clipped policy and value losses: a mean over the answer tokens of the whole optimizer step, on all processes.
 
         Raises:
-            TrainingError: it is not finite; nothing has been updated by this step then.
+            TrainingError: it is not finite, or (`InvariantError`) a ratio of the rollout's first step is not 1; nothing has
+                been updated by this step then.
         """
         args, mask, roles = self.args, inputs["response_mask"], inputs.get("roles", self.trained_roles)
         outputs = model(inputs["input_ids"], inputs["attention_mask"], mask.shape[1], args.temperature, roles)
@@ -350,6 +357,8 @@ class PPOTrainer(BaseTrainer):
             cliprange_dual=args.cliprange_dual,
         )
         is_first = self.state.global_step % args.steps_per_rollout == 0
+        if is_first:
+            check_first_ratio(self, logprobs, inputs)
         self.metrics.count_update(losses, logprobs, inputs, cliprange=args.cliprange, is_first=is_first)
         if args.kl_estimator != "k1":
             penalty = (kl_k2 if args.kl_estimator == "k2" else kl_k3)(logprobs, inputs["logprobs_reference"])

@@ -47,6 +47,8 @@ class VllmSampler:
                 temperature=args.temperature,
                 top_p=1.0,
                 top_k=0,
+                min_p=0.0,
+                repetition_penalty=1.0,
                 max_completion_length=args.max_completion_length,
                 logprobs=0,
             )

@@ -21,6 +21,7 @@ from rlhf.recipe.schema import (
     stage_keys,
     trl_keys,
 )
+from rlhf.recipe.unused import unused_keys
 
 TYPE_NAMES = {
     "bool": "true or false",
@@ -188,6 +189,8 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         if settings.get("load_in_4bit") and not settings.get("use_peft"):
             place = document.place((stage, "load_in_4bit"))
             yield f"{place}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
+    for path, sentence in unused_keys(recipe):
+        yield f"{document.place(path)}: {sentence}"
 
 
 def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""The table of objectives: what each needs, what it does to the pairs, and which loss it trains with (design §11).
+"""The table of objectives: what each needs, what it does to the pairs, and which loss it trains with.
 
 The schema's values of `reward.objective`, the planning of a vote, the denoising step, the trainers in Python and the guide's
 table are all read from here. Functions are named, not imported, so that reading the table loads no torch.
@@ -119,7 +119,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             "flip_margin",
-            "both of these; a flipped pair's margin changes sign",
+            "`flip` and `adaptive_margin`; flipped margins change sign",
             "arXiv:2401.06080 section 2.5",
             needs=VOTE,
             apply="rlhf.reward.denoise.flip_with_margin",
@@ -145,7 +145,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             "posterior",
-            "P(label) given the vote and the share of wrong labels that it proves",
+            "P(label) given the pair's votes and the share of wrong labels",
             needs=VOTE,
             apply="rlhf.reward.denoise.posterior_as_confidence",
         ),

@@ -1,6 +1,5 @@
 """`report.html`: verdict, policy, reward model, data, lineage, how to reproduce. One file that can be sent to a colleague."""
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf.files import write_text
+from rlhf.report.checks import check_rows, checks_line
 from rlhf.report.figures import curves, histogram
 from rlhf.report.records import (
     Facts,
@@ -18,6 +18,7 @@ from rlhf.report.records import (
     Manifest,
     Metrics,
     Summary,
+    read_json,
     read_manifests,
     read_rows,
     read_summary,
@@ -44,7 +45,7 @@ def write_report(run: Path) -> Path:
     facts = {name: manifest["facts"] for name, manifest in manifests.items()}
     reward = facts.get(f"{folder}/reward")
     pairs: list[Facts] = read_rows(run / folder / "reward" / "samples.jsonl") if reward else []
-    origin = _json(run / "origin.json") or {"file": "recipe.yaml", "base": None, "overrides": [], "differences": []}
+    origin = _origin(run / "origin.json")
     page = render(
         "page.html.jinja",
         title=f"{summary['recipe']}, seed {summary['seed']}",
@@ -58,6 +59,8 @@ def write_report(run: Path) -> Path:
         reward_figures=reward_figures(reward, pairs) if reward else [],
         worst_pairs=worst(pairs),
         training_figures=_training_figures(run, folder),
+        checks=check_rows(summary, facts),
+        checks_line=checks_line(summary),
         data=[_reader_row(report) for report in facts.get("round-0/data", {}).get("read", [])],
         lineage=[_lineage_row(name, manifest) for name, manifest in manifests.items()],
         settings_title=f"Settings that differ from {origin['base']}"
@@ -258,5 +261,7 @@ def _series(rows: Sequence[Metrics], x: str, y: str, *, sort: bool = False) -> t
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _origin(path: Path) -> dict[str, Any]:
+    """Return which file and overrides the recipe came from; a folder that does not say is its own recipe."""
+    unknown: dict[str, Any] = {"file": "recipe.yaml", "base": None, "overrides": [], "differences": []}
+    return read_json(path) if path.is_file() else unknown

@@ -1,6 +1,7 @@
 """What pages and cards read of a run, as types: `summary.json`, manifests, and the JSON lines of stages."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -33,6 +34,18 @@ class BestOf16(TypedDict):
     by_gold: Facts
 
 
+class CheckRow(TypedDict):
+    """A check of `summary.json`: what a run measured about itself, worst of all stages; `low` only where two-sided."""
+
+    statistic: float | None
+    low: float | None
+    bound: float
+    unit: str
+    held: bool
+    times: int
+    stage: str
+
+
 class Summary(TypedDict):
     """A run in numbers: `summary.json`."""
 
@@ -47,6 +60,7 @@ class Summary(TypedDict):
     gold_gap_closed: float | None
     evaluated_prompts: int | None
     stopped: str | None
+    checks: NotRequired[dict[str, CheckRow]]
 
 
 class Parent(TypedDict):
@@ -85,21 +99,62 @@ def read_summary(run: Path) -> Summary:
     """Read the run in numbers.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, or the file is damaged.
     """
     file = run / "summary.json"
     if not file.is_file():
         raise UserError(f"{run}: no summary.json; this folder holds no run.")
-    summary: Summary = json.loads(file.read_text(encoding="utf-8"))
+    summary: Summary = read_json(file)
     return summary
 
 
 def read_manifests(run: Path) -> dict[str, Manifest]:
-    """Read the manifest of every finished stage by its folder, in the order in which the stages were finished."""
+    """Read the manifest of every finished stage by its folder, in the order in which the stages were finished.
+
+    Raises:
+        UserError: one is damaged.
+    """
     files = sorted(run.glob("round-*/*/manifest.json"), key=lambda file: file.stat().st_mtime)
-    return {str(file.parent.relative_to(run)): json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {str(file.parent.relative_to(run)): read_json(file) for file in files}
+
+
+def read_json(file: Path) -> Any:
+    """Read a file of JSON.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(
+            f"{file}: cut off or damaged; `rlhf run` with the same recipe and --out says what to do, or writes it again."
+        ) from None
 
 
 def read_rows(path: Path) -> list[Any]:
-    """Read the rows of a run's JSON lines, without marks of resumption; return none if the file is not there."""
-    return [row for row in read_jsonl(path) if "resumed_from" not in row] if path.is_file() else []
+    """Read the rows of a run's JSON lines, without marks of resumption; return none if the file is not there.
+
+    A last line whose writing was cut off is left out, and said.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        rows = read_jsonl(path)
+    except ValueError:
+        rows = _rows_before_torn_line(path)
+        warnings.warn(f"{path}: its last line was cut off and is left out.", stacklevel=2)
+    return [row for row in rows if "resumed_from" not in row]
+
+
+def _rows_before_torn_line(path: Path) -> list[Any]:
+    *lines, _ = path.read_bytes().rstrip(b"\n").split(b"\n")
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise UserError(
+            f"{path}: a line in its middle is damaged; delete the stage's folder to make it again."
+        ) from None

@@ -1,12 +1,14 @@
 """Tables and sentences at the terminal: a finished run, an estimate, an evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from rlhf.report.checks import checks_line
 from rlhf.report.records import Facts, Summary, read_summary
 from rlhf.report.rounds import known_columns, last_evaluated, number
 
@@ -36,6 +38,9 @@ def show_summary(out: Path, output: Console) -> None:
         output.print(_rounds_table(summary))
     if summary["gold_gap_closed"] is not None:
         output.print(f"gold gap closed: {summary['gold_gap_closed']:.3f}", markup=False)
+    line = checks_line(summary)
+    if line is not None:
+        output.print(line, markup=False)
     total = sum(summary["seconds"].values())
     output.print(f"{out / 'report.html'}   {out / 'summary.json'}   {total:.0f} s", markup=False, soft_wrap=True)
 
@@ -62,6 +67,26 @@ def _rounds_table(summary: Summary) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*row.values())
+    return table
+
+
+class _Stage(Protocol):
+    """A planned stage, as `rlhf.pipeline.store` knows it."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def parents(self) -> Mapping[str, "_Stage"]: ...
+
+
+def plan_table(title: str, stages: Sequence[_Stage], done: Container[str]) -> Table:
+    """Build the table of a dry run: what each stage reads, and whether its folder is among those that are done."""
+    table = Table(title=title)
+    for heading in ("stage", "reads", "state"):
+        table.add_column(heading)
+    for stage in stages:
+        state = "done" if stage.folder in done else "to do"
+        table.add_row(stage.folder, ", ".join(parent.folder for parent in stage.parents.values()) or "-", state)
     return table
 
 
@@ -157,3 +182,67 @@ def _more(report: Facts, against: str | None) -> list[str]:
         if benchmark:
             lines.append(", ".join(f"{section} {value:.3f}" for section, value in benchmark.items()))
     return lines
+
+
+class _Check(Protocol):
+    """What was measured and how much is allowed, as `rlhf.invariants.checks` says it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def statistic(self) -> float: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def bound(self) -> float: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def held(self) -> bool: ...
+
+
+class _Finding(Protocol):
+    """A check of one thing, as `rlhf.pipeline.doctor` makes it."""
+
+    @property
+    def subject(self) -> str: ...
+    @property
+    def check(self) -> _Check: ...
+
+
+def findings_table(name: str, findings: Sequence[_Finding]) -> Table:
+    """Build the table of `rlhf doctor`: one row a check."""
+    held = sum(finding.check.held for finding in findings)
+    caption = f"{held} of {len(findings)} checks hold."
+    table = Table(
+        title=f"{name}: what can be checked before anything is trained", caption=caption, caption_justify="left"
+    )
+    for heading in ("of", "check", "measured", "allowed", "unit", ""):
+        table.add_column(heading, justify="right" if heading in ("measured", "allowed") else "left")
+    before = None
+    for finding in findings:
+        check = finding.check
+        subject = "" if finding.subject == before else finding.subject
+        limits = f"{check.bound:.3g}" if check.low is None else f"{check.low:.3g} to {check.bound:.3g}"
+        table.add_row(
+            escape(subject),
+            check.name,
+            f"{check.statistic:.3g}",
+            "any" if limits == "inf" else limits,
+            check.unit,
+            "[green]holds[/]" if check.held else "[red]FAILS[/]",
+        )
+        before = finding.subject
+    return table
+
+
+def audit_line(result: Facts) -> str:
+    """Return what `rlhf audit` found, in one line."""
+    noise = result["noise_rate"]
+    verdict = (
+        f"about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and {noise['high']:.1%}); "
+        f"{len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}"
+    )
+    if result["vote"]["scale"] == 0:
+        verdict = "the votes agree with the labels no more than chance, so they say nothing about them"
+    return f"{result['kept_pairs']} pairs; {verdict}"

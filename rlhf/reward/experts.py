@@ -113,6 +113,14 @@ class ExpertRewards(RewardModel):
         """Return the combined scores [n], float32 on the CPU, in the order given."""
         return (self.weights_of(prompts) * self.score_each(prompts, responses, ended=ended)).sum(dim=1)
 
+    def score_texts(self, texts: Sequence[str], *, ended: Sequence[bool] | None = None) -> Tensor:
+        """Refuse texts that hold prompt and answer in one: experts are weighed by the prompt.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("experts need prompt and answer apart; send `prompts` and `responses`.")
+
     def score_each(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
     ) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
-from rlhf.errors import UserError
+from rlhf.errors import TrainingError, UserError
+from rlhf.invariants.checks import Check
+from rlhf.invariants.scores import alone_in_batch, as_rendered, score_tolerance
 from rlhf.models.load import load_scorer, load_tokenizer
+from rlhf.models.open import expand, one_sentence, open_tokenizer
 from rlhf.models.save import save_model
+from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read_as_saved
+from rlhf.models.text import plain
 from rlhf.reward.experts import EXPERTS, open_experts
 from rlhf.reward.model import Network, RewardModel
 
@@ -31,8 +37,18 @@ __all__ = [
 
 CARD = "reward_model.json"
 PROBE_SIZE = 8
-# float32 on another machine or batch layout moves a score by about 1e-5; another model moves it by 0.1.
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Texts of different lengths, for a model that has no probe.
+FIXED_TEXTS: list[tuple[Prompt, str]] = [
+    ([{"role": "user", "content": question}], answer)
+    for question, answer in (
+        ("Which is larger, two or three?", "Three."),
+        ("Name a river.", "One of them is the Danube, which runs through ten countries on its way to the Black Sea."),
+        (
+            "Why is the sky blue? Please answer in a few words, so that a child would understand it.",
+            "Air scatters blue light.",
+        ),
+    )
+]
 
 
 class ProbeRow(TypedDict):
@@ -91,19 +107,31 @@ def calibrate_reward_model(
 
     Everything on the card is measured on the model as it is loaded, not as it was in memory after training: on a
     4-bit base the two differ by the rounding of the adapter.
+
+    Raises:
+        TrainingError: scores are not finite, depend on the batch, or are not those of what the template renders.
     """
     facts = facts or {}
     conversational = any(not isinstance(prompt, str) for prompt, _ in samples)
+    if conversational:
+        _write_plain_rendering(folder)
     reward = _read(folder, conversational=conversational, load_in_4bit=bool(facts.get("load_in_4bit")), device=device)
     prompts, responses = [prompt for prompt, _ in samples], [response for _, response in samples]
     scores = reward.score(prompts, responses, ended=ended)
+    if not scores.isfinite().all():
+        raise TrainingError(
+            f"{folder}: the trained model's scores are not finite numbers; lower reward.learning_rate, or train in bfloat16 "
+            "or float32."
+        )
+    for check in score_checks(reward, list(zip(prompts, responses, strict=True))):
+        reward.checks.require(check)
     reward.mean, reward.std = scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
     probe_scores = reward.score(prompts[:PROBE_SIZE], responses[:PROBE_SIZE]).tolist()
     probe = zip(prompts, responses, probe_scores, strict=False)
     card = {
         "mean": reward.mean,
         "std": reward.std,
-        "chat_template_sha256": _template_digest(reward.tokenizer),
+        "chat_template_sha256": template_digest(reward.tokenizer),
         "probe": [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in probe],
         **facts,
     }
@@ -111,8 +139,26 @@ def calibrate_reward_model(
     return reward
 
 
-def _template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
+def _write_plain_rendering(folder: Path) -> None:
+    """Change a saved tokenizer so that every program that renders a conversation with it scores what was trained.
+
+    The template ends in the end token, and begin tokens are the template's alone. Most tokenizers stay as they are.
+    """
+    tokenizer = load_tokenizer(folder, conversational=True)
+    if any([end_at_end_token(tokenizer), add_no_tokens(tokenizer)]):
+        tokenizer.save_pretrained(folder)
+    if affixes(open_tokenizer(folder)) != (0, 0) and not read_as_saved(folder, tokenizer):
+        warnings.warn(
+            f"{folder}: this tokenizer writes begin or end tokens by itself and can't be kept from it; tokenise rendered "
+            "conversations with add_special_tokens=False in other programs, or they get other scores.",
+            stacklevel=4,
+        )
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the sha256 of a tokenizer's chat template, as it stands on a card."""
+    template = tokenizer.chat_template or ""
+    return hashlib.sha256((template if isinstance(template, str) else json.dumps(template)).encode()).hexdigest()
 
 
 def _read(folder: Path, *, conversational: bool, load_in_4bit: bool, device: str | torch.device | None) -> RewardModel:
@@ -139,10 +185,14 @@ def reward_card(path: str | Path) -> Card:
     Raises:
         UserError: the folder holds none.
     """
-    file = Path(path) / CARD
+    file = Path(expand(path)) / CARD
     if not file.is_file():
         raise UserError(f"{path}: no {CARD}; this folder holds no reward model of this pipeline.")
-    card: Card = json.loads(file.read_text(encoding="utf-8"))
+    with one_sentence(path):
+        card: Card = json.loads(file.read_text(encoding="utf-8"))
+        missing = sorted(Card.__required_keys__ - set(card))
+    if missing:
+        raise UserError(f"{file}: no {', '.join(missing)}; copy the reward model again.")
     return card
 
 
@@ -159,7 +209,7 @@ def load_reward_model(
         UserError: the folder holds no reward model, its head is missing, or the probe scores come out differently
             (another base, a changed template, weights of another run).
     """
-    folder = Path(path)
+    folder = Path(expand(path))
     card = reward_card(folder)
     conversational = any(not isinstance(row["prompt"], str) for row in card["probe"])
     if network is not None:
@@ -170,6 +220,8 @@ def load_reward_model(
         reward = _read(folder, conversational=conversational, load_in_4bit=in_4_bit, device=device)
     reward.mean, reward.std = card["mean"], card["std"]
     _check(reward, card, folder)
+    if card["probe"]:
+        check_scores(reward, [(row["prompt"], row["response"]) for row in card["probe"]], name=folder)
     return reward
 
 
@@ -179,14 +231,15 @@ def _check(reward: RewardModel, card: Card, folder: Path) -> None:
     Raises:
         UserError: another chat template, or other scores on the probe.
     """
-    if _template_digest(reward.tokenizer) != card["chat_template_sha256"]:
+    if template_digest(reward.tokenizer) != card["chat_template_sha256"]:
         raise UserError(
             f"{folder}: the chat template is not the one that this reward model was trained with; it would score other texts. "
             "Put the saved one back (chat_template.jinja)."
         )
+    end_at_end_token(reward.tokenizer)  # folders of earlier versions hold the policy's template
     scores = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
     expected = torch.tensor([row["score"] for row in card["probe"]])
-    tolerance = PROBE_TOLERANCE.get(reward.model.dtype, 0.1)
+    tolerance = score_tolerance(reward.model.dtype)
     difference = (scores - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, card["std"]):
         raise UserError(
@@ -199,14 +252,62 @@ def open_reward_model(name: str) -> RewardModel:
     """Open a reward model of this pipeline, or any one-label classifier in a folder or on the hub, which nothing vouches for.
 
     Raises:
-        UserError: as `load_reward_model`; nothing there that could score.
+        UserError: as `load_reward_model`; nothing there that could score; scores that depend on the batch or are not
+            those of what the model's template renders.
     """
+    name = expand(name)
     if (Path(name) / CARD).is_file():
         return load_reward_model(name)
     try:
-        tokenizer = load_tokenizer(name, conversational=True)
+        tokenizer = load_tokenizer(name, conversational=True, pads=False)
         model = load_scorer(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no reward model there ({str(error).strip().splitlines()[0]})") from error
+    except UserError as error:
+        raise UserError(f"{name}: no reward model there ({str(error).removeprefix(f'{name}: ')})") from error
     warnings.warn(f"{name}: no {CARD}, so its scores are not checked against stored ones.", stacklevel=2)
-    return RewardModel(_place(model, None, load_in_4bit=False), tokenizer, conversational=True)
+    reward = RewardModel(_place(model, None, load_in_4bit=False), tokenizer, conversational=True)
+    check_scores(reward, FIXED_TEXTS, name=name)
+    return reward
+
+
+def check_scores(reward: RewardModel, texts: Sequence[tuple[Prompt, str]], *, name: str | Path) -> None:
+    """Refuse a reward model whose scores depend on the batch or are not those of what its template renders.
+
+    The checks are entered in `reward.checks`.
+
+    Raises:
+        UserError: a check does not hold; scores are not finite.
+    """
+    checks = score_checks(reward, texts)
+    if not all(math.isfinite(check.statistic) for check in checks):
+        raise UserError(
+            f"{name}: its scores are not finite numbers; its weights hold NaN or infinite values, or are too large for their "
+            "dtype. Train or copy it again."
+        )
+    for check in checks:
+        reward.checks.record(check)
+        if not check.held:
+            raise UserError(f"{name}: {check.message()}")
+
+
+def score_checks(reward: RewardModel, texts: Sequence[tuple[Prompt, str]]) -> list[Check]:
+    """Compare scores alone, in a batch, and at the end of what the model's template renders.
+
+    Of the texts the shortest, a middle and the longest are scored. Experts have several scores a text and are compared
+    alone and in a batch only.
+    """
+    ordered = sorted(texts, key=lambda text: len(plain(text[0])) + len(text[1]))
+    texts = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
+    cut = (reward.cut, reward.cut_answers)
+    together = reward.score(prompts, responses)
+    alone = torch.cat([reward.score([prompt], [response]) for prompt, response in texts])
+    reward.cut, reward.cut_answers = cut
+    dtype = reward.model.dtype
+    checks = [alone_in_batch(alone, together, dtype=dtype)]
+    if type(reward) is RewardModel:
+        expected = [None if isinstance(x, str) else reward.score_of_rendering(x, response) for x, response in texts]
+        read = [i for i, score in enumerate(expected) if score is not None]
+        if read:
+            scores = torch.tensor([score for score in expected if score is not None])
+            checks.append(as_rendered(together[read], scores, dtype=dtype))
+    return checks

@@ -8,12 +8,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.rows import Message, Prompt
+from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
+from rlhf.invariants.checks import CheckBook
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.score import score_rows
-from rlhf.models.text import encode_answers
+from rlhf.models.text import closed_text, encode_answers, encode_texts, is_rendered
 
 # A one-label classifier of transformers, with or without an adapter, or a module that is called like one.
 Network: TypeAlias = PreTrainedModel | PeftModel
@@ -31,6 +32,8 @@ class RewardModel:
         max_length: in tokens; longer texts lose the beginning of their prompt. Default: the model's positions.
         batch_size: texts in a forward.
         cut: how many texts have lost the beginning of their prompt so far.
+        cut_answers: how many of these have lost the beginning of their answer too.
+        checks: what was checked when it was opened.
     """
 
     def __init__(
@@ -49,7 +52,8 @@ class RewardModel:
         self.conversational = conversational
         self.max_length = position_limit(model, tokenizer) if max_length is None else max_length
         self.batch_size = batch_size
-        self.cut = 0
+        self.cut = self.cut_answers = 0
+        self.checks = CheckBook()
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
@@ -61,7 +65,31 @@ class RewardModel:
             responses: texts without special tokens.
             ended: whether each answer came to its end; None if all did.
         """
-        rows = self.encode(prompts, responses, ended)
+        return self._score_rows(self.encode(prompts, responses, ended))
+
+    def score_texts(self, texts: Sequence[str], *, ended: Sequence[bool] | None = None) -> Tensor:
+        """Return raw scores [n] of texts that a template has rendered already, prompt and answer in one.
+
+        No second template is laid around them; the end token is there once (`closed_text`).
+
+        Args:
+            texts: as a policy read and wrote them.
+            ended: whether each answer came to its end; None if all did.
+        """
+        flags = [True] * len(texts) if ended is None else ended
+        whole = [
+            closed_text(self.tokenizer, text, conversational=self.conversational, ended=flag)
+            for text, flag in zip(texts, flags, strict=True)
+        ]
+        rows, cut = encode_texts(self.tokenizer, whole, conversational=self.conversational, max_length=self.max_length)
+        self.cut += cut
+        return self._score_rows(rows)
+
+    def is_rendered(self, prompt: str) -> bool:
+        """Tell whether a prompt is text that a chat template has rendered already."""
+        return is_rendered(self.tokenizer, prompt)
+
+    def _score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
         was_training = self.model.training
         self.model.eval()
         scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
@@ -95,6 +123,31 @@ class RewardModel:
             handle.remove()
         return torch.stack(features) if features else torch.empty(0, head.in_features)
 
+    @torch.no_grad()
+    def score_of_rendering(self, prompt: Messages, response: str) -> float | None:
+        """Return the score at the last token of what transformers renders and tokenises; None if that is too long.
+
+        Nothing is padded, and no padding id is looked at: it is read as model cards read it.
+        """
+        messages = [*prompt, Message(role="assistant", content=response)]
+        ids = self.tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
+        if ids.shape[1] > self.max_length:
+            return None
+        head = score_head(self.model)
+        read: list[Tensor] = []
+        handle = None if head is None else head.register_forward_hook(lambda *arguments: read.append(arguments[2]))
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            ids = ids.to(next(self.model.parameters()).device)
+            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        finally:
+            self.model.train(was_training)
+            if handle is not None:
+                handle.remove()
+        score: float = (read[-1][0, -1] if read else logits).float().item()
+        return score
+
     def encode(
         self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None
     ) -> list[list[int]]:
@@ -103,7 +156,29 @@ class RewardModel:
             prompts = [[Message(role="user", content=p)] if isinstance(p, str) else p for p in prompts]
         rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
         self.cut += cut
+        if cut:
+            longest = [response for row, response in zip(rows, responses, strict=True) if len(row) >= self.max_length]
+            lengths = [len(row) for row in self.tokenizer(longest, add_special_tokens=False)["input_ids"]]
+            self.cut_answers += sum(length >= self.max_length for length in lengths)
         return rows
+
+    def cuts(self, name: str) -> list[str]:
+        """Return a sentence for each way in which texts were too long for the model.
+
+        Args:
+            name: of the model, for the sentences.
+        """
+        sentences = []
+        if self.cut:
+            sentences.append(
+                f"{name}: {self.cut} texts are longer than {self.max_length} tokens and lost the beginning of their prompt."
+            )
+        if self.cut_answers:
+            sentences.append(
+                f"{name}: {self.cut_answers} answers alone are longer than that: they lost their own beginning, and answers that "
+                "end alike get the same score. Leave them out, or take a model that reads more."
+            )
+        return sentences
 
 
 def position_limit(model: Network, tokenizer: PreTrainedTokenizerBase) -> int:

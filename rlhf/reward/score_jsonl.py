@@ -1,13 +1,17 @@
 """Scores for JSON lines: a line in, a line out, in order, whatever is wrong with some of them."""
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
 
 from rlhf.data.canonical import messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Messages, completion
+from rlhf.errors import TrainingError, UserError
 from rlhf.models.score import Scorer
 
 BATCH = 256
@@ -32,17 +36,37 @@ def score_lines(reward: Scorer, lines: Iterable[str]) -> Iterator[dict[str, Any]
     while batch := list(islice(remaining, BATCH)):  # itertools.batched came with Python 3.12
         parsed = [_parse(line) for line in batch]
         good = [line for line in parsed if isinstance(line, _Line)]
-        scores = iter(reward.score([x.prompt for x in good], [x.response for x in good]).tolist() if good else [])
+        scores = iter(_scores(reward, good))
         for line in parsed:
-            yield {**line.row, "score": next(scores)} if isinstance(line, _Line) else {"error": line}
+            score = next(scores) if isinstance(line, _Line) else line
+            if isinstance(line, _Line) and isinstance(score, float):
+                yield {**line.row, "score": score}
+            else:
+                yield {"error": score}
+
+
+def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
+    """Return each line's score, or why it has none; where one line fails, all of its batch are scored one by one."""
+    if not lines:
+        return []
+    try:
+        scores = reward.score([line.prompt for line in lines], [line.response for line in lines]).tolist()
+    except TemplateError as error:
+        reason = f"the chat template refuses these turns: {error}"
+    except (UserError, TrainingError, ValueError, TypeError, LookupError, RuntimeError) as error:
+        reason = f"can't be scored: {str(error) or type(error).__name__}".splitlines()[0]
+    else:
+        return [x if math.isfinite(x) else f"the score is not a finite number ({x})" for x in scores]
+    return [reason] if len(lines) == 1 else [_scores(reward, [line])[0] for line in lines]
 
 
 def _parse(line: str) -> _Line | str:
     """Parse a line; one that can't be scored gives the reason instead."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.removeprefix("\ufeff"), parse_constant=_refuse_constant)
         if not isinstance(row, dict):
             raise BadRow("not a JSON object")
+        json.dumps(row, ensure_ascii=False).encode()
         if row.get("messages") is not None:
             turns = messages(row["messages"], "messages")
             if len(turns) < 2 or turns[-1]["role"] != "assistant":
@@ -55,6 +79,15 @@ def _parse(line: str) -> _Line | str:
             raise BadRow("neither 'prompt' and 'response' nor 'messages'")
     except json.JSONDecodeError as error:
         return f"not valid JSON: {error}"
+    except UnicodeEncodeError:
+        return "a lone surrogate, which is no text"
+    except RecursionError:
+        return "not valid JSON: nested too deeply"
     except BadRow as reason:
         return str(reason)
     return _Line(row, prompt, response)
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and infinities, which JSON does not have."""
+    raise BadRow(f"not valid JSON: {name}")

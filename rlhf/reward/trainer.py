@@ -18,22 +18,24 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
-from rlhf._trl import DataCollatorForPreference
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
+from rlhf.invariants.checks import CheckBook
+from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.load import score_head
 from rlhf.models.packing import (
     GroupedByLength,
     Packed,
     largest_difference,
     obstacle,
-    pack,
     shared_scores,
     tolerance,
     unpack,
 )
+from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, plain
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
+from rlhf.reward.collator import PairCollator
 
 RANGES = {
     "confidence": (0.0, 1.0), "weight": (0.0, inf),
@@ -56,58 +58,6 @@ def training_columns(
         | {name: neutral[name] if row.get(name) is None else row[name] for name in used}
         for row in rows
     ]
-
-
-@dataclass
-class PairCollator(DataCollatorForPreference):
-    """TRL's collator, carrying every column that the loss reads and not only `margin`.
-
-    With `shared`, both answers of a pair lie in one row, and so do all answers of the pairs of one `group`, each once
-    (`rlhf.models.packing`).
-    """
-
-    shared: bool = False
-    long_row: int | None = None
-    columns: tuple[str, ...] = tuple(PAIR_COLUMNS)
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pad to `input_ids` [2b, t] (chosen above rejected) and `attention_mask`, or pack; and a float [b] per column.
-
-        Packed batches also hold `pairs` [b, 2]: which answers are the chosen and the rejected one of each pair.
-        """
-        if self.shared:
-            groups, pairs = _answers(examples)
-            packed = pack(
-                groups,
-                pad_token_id=self.pad_token_id,
-                pad_to_multiple_of=self.pad_to_multiple_of,
-                long_row=self.long_row,
-            )
-            batch = {**vars(packed), "pairs": torch.tensor(pairs)}
-        else:
-            names = ("chosen_ids", "rejected_ids")
-            batch = super().torch_call([{name: row[name] for name in names} for row in examples])
-        for column in self.columns:
-            if column in examples[0]:
-                batch[column] = torch.tensor([row[column] for row in examples], dtype=torch.float)
-        return batch
-
-
-def _answers(examples: list[dict[str, Any]]) -> tuple[list[list[list[int]]], list[list[int]]]:
-    """Collect the different answers of each group, and for each pair the places of its two among all answers."""
-    groups: dict[tuple[str, object], dict[tuple[int, ...], int]] = {}
-    members = []
-    for number, row in enumerate(examples):
-        key = ("row", number) if row.get("group") is None else ("group", row["group"])
-        answers = groups.setdefault(key, {})
-        sides = [tuple(row["chosen_ids"]), tuple(row["rejected_ids"])]
-        members.append((key, [answers.setdefault(side, len(answers)) for side in sides]))
-    starts, count = {}, 0
-    for key, answers in groups.items():
-        starts[key] = count
-        count += len(answers)
-    pairs = [[starts[key] + place for place in places] for key, places in members]
-    return [[list(answer) for answer in answers] for answers in groups.values()], pairs
 
 
 @dataclass
@@ -158,6 +108,7 @@ class PairRewardTrainer(RewardTrainer):
         flip_rate: the share ε of labels that are wrong at random, for the likelihood of flipped labels.
 
     Takes what `trl.RewardTrainer` takes; without `args` it trains for one epoch, and it warns above one.
+    `checks` is the record of what was checked while it trained.
     A dataset with `prompt`, `chosen` and `rejected` (strings, or conversations) is turned into ids by the same function
     that evaluation and PPO use.
 
@@ -194,8 +145,11 @@ class PairRewardTrainer(RewardTrainer):
                 f"num_train_epochs={args.num_train_epochs}: reward models overfit after one epoch (arXiv:2203.02155, 2401.06080).",
                 stacklevel=2,
             )
-        self.dropped_too_long = 0
+        self.dropped_too_long = self._evaluated_pairs = 0
+        self.checks = CheckBook()
         super().__init__(model, args, **arguments)
+        if args.disable_dropout:
+            switch_off_dropout(self.model)  # TRL's own switch reaches modules, not probabilities that layers hold
         head = score_head(self.model)
         if head is not None and getattr(self.model, "is_loaded_in_4bit", False):
             head.float()  # TRL casts all that is trained on 4-bit weights to bfloat16, too coarse for a score
@@ -221,6 +175,7 @@ class PairRewardTrainer(RewardTrainer):
         args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        end_at_end_token(processing_class)
         columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
         is_stream = not isinstance(dataset, Dataset)
         if "prompt" in columns and "chosen_ids" not in columns:
@@ -338,6 +293,7 @@ class PairRewardTrainer(RewardTrainer):
             )
 
     def _record(self, rewards_chosen: Tensor, rewards_rejected: Tensor, tokens: Tensor) -> None:
+        """Enter a batch's means into TRL's lists, whose means are logged; in evaluation, the means over all pairs so far."""
         mode = "train" if self.model.training else "eval"
         gather = self.accelerator.gather_for_metrics
         chosen, rejected = gather(rewards_chosen), gather(rewards_rejected)
@@ -345,9 +301,18 @@ class PairRewardTrainer(RewardTrainer):
             self._total_train_tokens += int(gather(tokens).sum())
         metrics = self._metrics[mode]
         metrics["num_tokens"] = [self._total_train_tokens]
-        metrics["accuracy"].append((chosen > rejected).float().mean().item())
-        metrics["margin"].append((chosen - rejected).mean().item())
-        metrics["mean_reward"].append(torch.cat([chosen, rejected]).mean().item())
+        # In evaluation the last batch may be smaller, so one entry a name takes the place of one a batch.
+        # TRL empties the lists at every log.
+        before = self._evaluated_pairs if mode == "eval" and metrics["accuracy"] else 0
+        self._evaluated_pairs = before + len(chosen)
+        both = torch.cat([chosen, rejected])
+        columns = {"accuracy": (chosen > rejected).float(), "margin": chosen - rejected, "mean_reward": both}
+        for name, column in columns.items():
+            mean = column.mean().item()
+            if before:
+                so_far = metrics[name].pop()
+                mean = so_far + (mean - so_far) * len(chosen) / self._evaluated_pairs
+            metrics[name].append(mean)
 
 
 def _tokenize_pairs(

@@ -29,6 +29,7 @@ from rlhf.models.load import (
 )
 from rlhf.models.logprobs import position_ids, response_logprobs
 from rlhf.models.save import base_fingerprint, save_model
+from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import answer_text, check_tokenizer, encode_answers, plain
 from rlhf.ppo.roles import PolicyAndCritic, active_adapter, make_reference
 from tests.conftest import PROMPTS, WORDS
@@ -50,6 +51,9 @@ def test_a_template_that_ends_in_a_newline_still_ends_in_the_end_token(tokenizer
 
     chatml = copy.deepcopy(tokenizer)
     chatml.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    assert answer_text(chatml, PROMPT, "yes").endswith("yes" + tokenizer.eos_token + "\n"), "a template not made here"
+    assert answer_text(chatml, PROMPT, "yes", ended=False).endswith("yes")
+    assert end_at_end_token(chatml)
     assert answer_text(chatml, PROMPT, "yes").endswith("yes" + tokenizer.eos_token)
     assert answer_text(chatml, PROMPT, "yes", ended=False).endswith("yes")
 

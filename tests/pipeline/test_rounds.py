@@ -141,6 +141,7 @@ def test_two_rounds_are_as_the_recipe_says(finished: Path) -> None:
         assert f"{entry['policy']['gold']:.3f}" in card, "each round's card has that round's numbers"
 
 
+@pytest.mark.slow
 def test_killed_at_every_boundary_it_does_the_rest_and_nothing_twice(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,7 +315,9 @@ def test_a_judge_stops_at_its_budget(finished: Path, tmp_path: Path, judge_url: 
 
 def test_a_dataset_is_dealt_out_over_the_rounds(finished: Path, tmp_path: Path) -> None:
     run = again(finished, tmp_path, keep=("round-0",))
-    made = recipe(tmp_path, "rounds.labels_from=dataset", "reward.meta=false", "rounds.age_weight=1.0")
+    made = recipe(
+        tmp_path, "rounds.labels_from=dataset", "reward.meta=false", "reward.meta_pool=512", "rounds.age_weight=1.0"
+    )
     start(made, run, until="label")
     half = rows(run / "round-1/label/pairs.jsonl")
     everything = rows(run / "round-0/data/data/pairs.jsonl")

@@ -62,6 +62,12 @@ def test_the_contract_of_a_run(finished: Path) -> None:
     assert {"accuracy", "accuracy_true", "ece", "length_baseline"} <= set(only["reward"])
     assert {"proxy", "gold", "kl", "win_rate"} <= set(only["policy"])
     assert {"gold", "kl"} <= set(summary["best_of_16"]["by_reward"])
+    names = {"finished files unchanged", "nothing lost", "KL agrees with evaluation"}
+    assert names <= set(summary["checks"])
+    for name, check in summary["checks"].items():
+        assert set(check) == {"statistic", "low", "bound", "unit", "held", "times", "stage"}
+        assert check["held"] or name == "policy ends", name
+        assert (run / check["stage"] / "manifest.json").is_file()
     # The definition, from the parts.
     best, sft = summary["best_of_16"]["by_gold"]["gold"], summary["sft"]["gold"]
     assert summary["gold_gap_closed"] == pytest.approx((only["policy"]["gold"] - sft) / (best - sft))
@@ -86,6 +92,7 @@ def test_the_contract_of_a_run(finished: Path) -> None:
     assert [row["episodes"] for row in rows] == [16, 32, 48, 64]
     assert "resumed_from" not in (run / "round-0/sft/metrics.jsonl").read_text()
     page = (run / "report.html").read_text()
+    assert "What this run checked" in page
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
@@ -175,6 +182,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "epoch_steps", "save_steps", "after"),
     KILLS,
@@ -217,6 +225,50 @@ def test_kill_9_in_the_evaluation(finished: Path, tmp_path: Path) -> None:
     assert {**before, "seconds": 0} == {**after, "seconds": 0}
 
 
+@pytest.mark.parametrize(
+    ("stage", "damaged"), [("round-0/sft", "complete.json"), ("round-1/ppo", "critic/model.safetensors")]
+)
+def test_a_damaged_checkpoint_gives_way_to_the_older_one(
+    finished: Path, tmp_path: Path, stage: str, damaged: str
+) -> None:
+    """The mark cut off, or a file of the right size full of zeros, and a last metric that was cut off: said, and the same bits."""
+    until = stage.split("/")[1]
+    process = begin_again_at(stage, finished, tmp_path, "--until", until)
+    checkpoints = tmp_path / "x" / stage / "checkpoints"
+    wait_for((checkpoints / "checkpoint-8/complete.json").is_file, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest, older = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))[:2]
+    file = newest / damaged
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[: size // 2] if damaged == "complete.json" else bytes(size))
+    with (tmp_path / "x" / stage / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 9, "lo')
+    result = rlhf("run", "r.yaml", "--out", "x", "--until", until, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"leaves out {newest.name}, whose writing was cut off or whose files are damaged" in result.stdout
+    assert f"goes on from {older.name}" in result.stdout
+    assert "leaves out the last line of metrics.jsonl" in result.stdout
+    assert digests(tmp_path / "x", stage) == digests(finished / "x", stage)
+
+
+@pytest.mark.parametrize("damage", ["replaced", "missing"])
+def test_a_finished_file_that_changed_is_refused_by_name(finished: Path, tmp_path: Path, damage: str) -> None:
+    process = begin_again_at("round-1/evaluate", finished, tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    file = tmp_path / "x/round-1/ppo/model/model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        weights = file.read_bytes()
+        file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "round-1/evaluate: Since their stage was done: x/round-1/ppo/model/model.safetensors" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 FULL_DISK = """
 import errno, sys
 from transformers import Trainer
@@ -232,6 +284,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(finished: Path, tmp_path: Path) -> None:
     """The third checkpoint of the reward model cannot be written: one sentence, exit 1, and the second is resumed from."""
     (tmp_path / "r.yaml").write_text(RECIPE)
@@ -479,6 +532,7 @@ reward: {experts: gate, use_peft: true, lora_r: 4}
 """
 
 
+@pytest.mark.slow
 def test_any_loss_any_term_and_the_extra_step_in_one_run(tmp_path: Path) -> None:
     """Flipped labels' likelihood, SwAV and MetaRM, on answers that the run samples from its own SFT policy."""
     (tmp_path / "r.yaml").write_text(RECIPE)

@@ -8,8 +8,9 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.files import write_text
+from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.stage_table import STAGES
-from rlhf.pipeline.store import Stage, Store, mark_checkpoint, newest_checkpoint
+from rlhf.pipeline.store import MARK, Stage, Store, mark_checkpoint, newest_checkpoint
 from rlhf.recipe.document import differences
 
 
@@ -72,18 +73,74 @@ def test_an_unfinished_stage_keeps_its_checkpoints_only_if_it_is_the_same(tmp_pa
     assert not (folder / "checkpoints").exists()
 
 
-def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
-    for step in (10, 20, 100):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "model").write_text("12345")
-        if step != 100:
-            mark_checkpoint(folder)
-    first, second, third = (tmp_path / f"checkpoint-{step}" for step in (10, 20, 100))
+def checkpoints(folder: Path) -> tuple[Path, Path, Path]:
+    """Three checkpoints, of which the last has no mark."""
+    places = [folder / f"checkpoint-{step}" for step in (10, 20, 100)]
+    for place in places:
+        (place / "critic").mkdir(parents=True)
+        (place / "model").write_text("12345")
+        (place / "critic" / "model").write_text("678")
+    mark_checkpoint(places[0])
+    mark_checkpoint(places[1])
+    return places[0], places[1], places[2]
+
+
+def damage(file: Path, kind: str) -> None:
+    """Leave a file as a crash or a disk without power leaves it."""
+    content = file.read_bytes()
+    if kind == "missing":
+        file.unlink()
+    elif kind == "cut off":
+        file.write_bytes(content[:-1])
+    elif kind == "zeros":
+        file.write_bytes(bytes(len(content)))
+    elif kind == "empty":
+        file.write_bytes(b"")
+
+
+DAMAGES = ["missing", "cut off", "zeros", "empty"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("name", ["model", "critic/model", MARK])
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path, name: str, kind: str) -> None:
+    first, second, third = checkpoints(tmp_path)
     assert newest_checkpoint(tmp_path) == (second, [third]), "100 has no mark"
-    (second / "model").write_text("123")
-    assert newest_checkpoint(tmp_path) == (first, [third, second]), "20 is truncated"
+    damage(second / name, kind)
+    assert newest_checkpoint(tmp_path) == (first, [third, second])
     assert newest_checkpoint(tmp_path / "nowhere") == (None, [])
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", '{"model": 5}', "{}\x00"])
+def test_a_mark_of_another_form_is_no_mark(tmp_path: Path, content: str) -> None:
+    first, second, third = checkpoints(tmp_path)
+    (second / MARK).write_text(content)
+    assert newest_checkpoint(tmp_path) == (first, [third, second])
+
+
+@pytest.mark.parametrize("kind", DAMAGES[1:])
+@pytest.mark.parametrize("name", ["manifest.json", "started.json"])
+def test_a_damaged_record_is_a_sentence(tmp_path: Path, name: str, kind: str) -> None:
+    store, (sft, _) = Store(tmp_path), stages()
+    store.open(sft)
+    if name == "manifest.json":
+        store.finish(sft, {}, 1.0)
+    damage(store.path(sft) / name, kind)
+    with pytest.raises(UserError, match=rf"{name}: cut off or damaged.* delete .*round-0/sft"):
+        store.is_done(sft)
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 2, "lo', "\x00\x00\x00", "\x00\x00\n", '{"step": 2, "lo\n'])
+def test_a_torn_last_line_is_cut_off_and_no_other(tmp_path: Path, torn: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1}\n{"resumed_from": 1}\n'
+    file.write_text(whole + torn)
+    assert drop_torn_line(file) == bool(torn)
+    assert file.read_text() == whole
+    file.write_text(torn)
+    drop_torn_line(file)
+    assert file.read_text() == ""
+    assert not drop_torn_line(tmp_path / "nowhere")
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:

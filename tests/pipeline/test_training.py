@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from trl import RewardConfig, SFTConfig
 
 from rlhf import PPOConfig, build_reward_model
 from rlhf.errors import TrainingError
+from rlhf.invariants.checks import Check, CheckBook
 from rlhf.pipeline.trainers import StagePairRewardTrainer, StagePPOTrainer, StageSFTTrainer
-from rlhf.pipeline.training import train
+from rlhf.pipeline.training import checks_of, train
 from tests.conftest import PROMPTS
 
 
@@ -118,3 +120,14 @@ def test_a_reward_that_is_not_finite_stops_with_the_answers_saved(
     assert [row["score"] for row in saved].count("nan") == 1
     assert saved[0]["prompt"] in PROMPTS
     assert trainer.state.global_step == 1, "the first rollout was learnt from, the second was not"
+
+
+def test_checks_of_trainers_models_and_ensembles_are_joined() -> None:
+    """The worse entry of each name stays, and its looks are added; what keeps no book has none."""
+    first, second = CheckBook(), CheckBook()
+    first.record(Check("score alone = in a batch", 0.1, 1.0, "points", "Because."))
+    second.record(Check("score alone = in a batch", 0.9, 1.0, "points", "Because."))
+    ensemble = SimpleNamespace(members=[SimpleNamespace(checks=first), SimpleNamespace(checks=second)])
+    joined = checks_of(ensemble, len, SimpleNamespace(checks=None))
+    assert joined["score alone = in a batch"]["statistic"] == 0.9
+    assert joined["score alone = in a batch"]["times"] == 2

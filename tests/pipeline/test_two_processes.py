@@ -73,6 +73,7 @@ if dist.is_initialized():  # a process that ends with the group's threads alive 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("layout", ["separate", "shared"])
 def test_two_processes_make_the_step_of_one(
@@ -133,6 +134,7 @@ evaluate: {prompts: 24}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE)

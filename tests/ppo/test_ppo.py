@@ -126,6 +126,7 @@ def bandit_tokenizer(size: int, pad_token: str = "<pad>") -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=pad_token, eos_token="<eos>", unk_token="<unk>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["k1", "k2"])
 def test_bandit_reaches_the_known_optimum(estimator: str, cpu_arguments: dict[str, Any]) -> None:
     """One token, one prompt: the KL-regularised optimum is π* ∝ π_ref exp(r / β), and PPO must reach it.

@@ -70,6 +70,8 @@ def test_an_engine_that_is_the_policy_changes_nothing(
     assert used.syncs == 3, "once a rollout"
     assert used.settings["top_p"] == 1.0
     assert used.settings["top_k"] == 0
+    assert used.settings["min_p"] == 0
+    assert used.settings["repetition_penalty"] == 1
     template = trainer.processing_class.apply_chat_template(PROMPTS[0], add_generation_prompt=True, tokenize=False)
     expected = trainer.processing_class(template, add_special_tokens=False)["input_ids"]
     assert expected in used.asked, "ids of the rendered conversation, not padded"
@@ -93,6 +95,21 @@ def test_tokens_of_an_engine_that_rounds_count_by_how_likely_they_were(
     weighted, plain = (trainer._policy_losses(batch["logprobs_old"], x)[keep] for x in (batch, ones))
     torch.testing.assert_close(weighted, 3 * plain, atol=1e-4, rtol=1e-3)
     assert truncated_importance(torch.zeros(2), torch.tensor([-5.0, 5.0]), limit=2.0)[0] == 2.0
+
+
+def test_an_engine_that_drifts_is_recorded_with_one_warning_and_not_stopped(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It samples at temperature 0.8 what PPO reads at 1; every token is weighted, so training goes on."""
+    monkeypatch.setattr(f"{__name__}.generate", lambda *a, own=generate, **k: own(*a, temperature=0.8, **k))
+    settings = {"per_device_train_batch_size": 64, "max_completion_length": 24, "total_episodes": 256}
+    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, use_vllm=True, num_mini_batches=1, **settings)
+    with pytest.warns(UserWarning, match=r"'sampler true' failed.* weighted by π / π_vLLM") as warned:
+        trainer.train()
+    assert sum("sampler true" in str(warning.message) for warning in warned) == 1
+    assert len(rows.rows) == 4
+    assert all(row["sampler_z"] < -5 for row in rows.rows)
+    assert not trainer.checks.entries["sampler true"]["held"]
 
 
 @pytest.mark.parametrize(("broken", "said"), [("empty", "or an empty one"), ("silent", "without the log-probability")])

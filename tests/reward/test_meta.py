@@ -234,6 +234,7 @@ if dist.is_initialized():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_processes_make_the_steps_of_one(base_folder: Path, pairs: Dataset, tmp_path: Path) -> None:
     """1 x 16 and 2 x 8, the meta prompts (five, so unevenly) dealt out: same loss, gradient and spread at every step."""

@@ -4,8 +4,10 @@ import json
 from collections.abc import Sequence
 
 import torch
+from jinja2 import TemplateError
 
 from rlhf.data.rows import Prompt
+from rlhf.errors import UserError
 from rlhf.reward.score_jsonl import BATCH, score_lines
 
 
@@ -42,3 +44,50 @@ def test_more_lines_than_a_batch() -> None:
     lines = [json.dumps({"prompt": "a", "response": "x" * (i % 5)}) if i % 7 else "?" for i in range(2 * BATCH + 3)]
     rows = list(score_lines(Lengths(), lines))
     assert [row.get("score") for row in rows] == [float(i % 5) if i % 7 else None for i in range(len(lines))]
+
+
+class Particular(Lengths):
+    """Refuses a batch that holds a text it can't read, as a template, a tokenizer or a network may."""
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> torch.Tensor:
+        for text in responses:
+            if text in ERRORS:
+                raise ERRORS[text]
+        return torch.tensor([float("nan") if text == "nan" else float(len(text)) for text in responses])
+
+
+ERRORS = {
+    "template": TemplateError("roles must alternate"),
+    "value": ValueError("no\nway"),
+    "type": TypeError(""),
+    "user": UserError("not this one"),
+}
+
+
+def test_a_line_that_cannot_be_scored_is_the_only_one_without_a_score() -> None:
+    texts = ["aa", "template", "bbb", "value", "type", "user", "nan", "c"]
+    rows = list(score_lines(Particular(), [json.dumps({"prompt": "a", "response": text}) for text in texts]))
+    assert [row.get("score") for row in rows] == [2.0, None, 3.0, None, None, None, None, 1.0]
+    assert rows[1] == {"error": "the chat template refuses these turns: roles must alternate"}
+    assert rows[3] == {"error": "can't be scored: no"}
+    assert rows[4] == {"error": "can't be scored: TypeError"}
+    assert rows[5] == {"error": "can't be scored: not this one"}
+    assert "not a finite number" in rows[6]["error"]
+
+
+def test_odd_lines() -> None:
+    good = json.dumps({"prompt": "a", "response": "xx"})
+    surrogate = '{"prompt": "a", "response": "x", "id": "\\ud800"}'
+    lines = [
+        "\ufeff" + good, surrogate, surrogate.replace('"id"', '"x"').replace("response", "prompt2"), '{"prompt": NaN}',
+        '{"prompt": "a", "response": "x", "weight": -Infinity}', "[" * 100_000, good.replace("xx", "x\u2028y"), good,
+    ]  # fmt: skip
+    rows = list(score_lines(Lengths(), lines))
+    assert [row.get("score") for row in rows] == [2.0, None, None, None, None, None, 3.0, 2.0]
+    assert rows[1] == {"error": "a lone surrogate, which is no text"}
+    assert rows[3] == {"error": "not valid JSON: NaN"}
+    assert rows[4] == {"error": "not valid JSON: -Infinity"}
+    assert rows[5]["error"].startswith("not valid JSON")
+    "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows).encode()

@@ -28,6 +28,7 @@ from rlhf.models.load import build_reward_model, load_scorer, model_settings
 from rlhf.objectives.strength import STRENGTH_COLUMNS, VoteStrength, posterior_confidence
 from rlhf.recipe.objectives import Loss
 from rlhf.reward.denoise import DenoiseConfig, denoised
+from rlhf.reward.model import RewardModel
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.trainer import check_columns, training_columns
 from tests.conftest import PROMPTS
@@ -135,7 +136,6 @@ def test_confidence_weight_and_smoothing_reach_the_loss(
 def test_it_learns_a_planted_preference(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
-    from rlhf.reward.model import RewardModel
 
     with pytest.warns(UserWarning, match="overfit after one epoch"):
         trainer = train(
@@ -157,7 +157,6 @@ def test_lora_trains_and_saves_the_head(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path, four_bit: bool
 ) -> None:
     from rlhf.reward.load import load_reward_model, save_reward_model
-    from rlhf.reward.model import RewardModel
 
     settings = {"use_peft": True, "lora_r": 4, "load_in_4bit": four_bit}
     if four_bit:
@@ -240,7 +239,6 @@ def test_evaluation_during_training_counts_every_pair_once(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], share: bool
 ) -> None:
     """13 held-out pairs in batches of 4: the loss and accuracy that follow from scores of one pair at a time."""
-    from rlhf.reward.model import RewardModel
 
     model = build(base_folder, tokenizer)
     args = RewardConfig(**cpu_arguments, per_device_eval_batch_size=4, num_train_epochs=1)
@@ -426,3 +424,25 @@ def test_streamed_rows_train_like_rows_in_memory(
     assert stream.column_names is None
     found = train(PairRewardTrainer, build(base_folder, tokenizer), tokenizer, stream, arguments)
     assert losses(found) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 40])
+def test_evaluation_is_over_all_pairs_whatever_the_batches(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], size: int
+) -> None:
+    """13 pairs in batches of `size`, the last one ragged: the means are those of the 13, at every evaluation."""
+    held_out = pairs.select(range(13))
+    args = RewardConfig(**cpu_arguments, num_train_epochs=1, per_device_eval_batch_size=size)
+    model = build(base_folder, tokenizer)
+    trainer = PairRewardTrainer(model, args, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer)
+    reward = RewardModel(model, tokenizer, conversational=True)
+    chosen, rejected = (
+        reward.score(held_out["prompt"], [answer[-1]["content"] for answer in held_out[side]])
+        for side in ("chosen", "rejected")
+    )
+    for _ in range(2):
+        metrics = trainer.evaluate()
+        assert metrics["eval_accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+        assert metrics["eval_margin"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-4)
+        assert metrics["eval_mean_reward"] == pytest.approx(torch.cat([chosen, rejected]).mean().item(), abs=1e-4)
+    assert trainer.checks.entries == {}

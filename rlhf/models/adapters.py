@@ -1,0 +1,38 @@
+"""Names of an adapter's weights: as PEFT holds them in a model, and as it writes them into `adapter_model.safetensors`."""
+
+from peft import PeftModel
+from torch import nn
+
+ADAPTER = "default"
+INSIDE = "base_model.model."  # what PEFT puts before every name of the model inside it
+
+
+def saved_name(name: str, adapter: str = ADAPTER) -> str:
+    """Return the name by which PEFT writes a parameter of an adapter: LoRA factors, DoRA's magnitudes, whole modules.
+
+    >>> saved_name("base_model.model.model.embed_tokens.modules_to_save.default.weight")
+    'base_model.model.model.embed_tokens.weight'
+    >>> saved_name("base_model.model.q_proj.lora_magnitude_vector.default.weight")
+    'base_model.model.q_proj.lora_magnitude_vector'
+    >>> saved_name("base_model.model.model.embed_tokens.lora_embedding_A.default")
+    'base_model.model.model.embed_tokens.lora_embedding_A'
+    """
+    if name.endswith(f".lora_magnitude_vector.{adapter}.weight"):
+        name = name.removesuffix(".weight")
+    name = name.replace(f".modules_to_save.{adapter}.", ".")
+    return name.removesuffix(f".{adapter}").replace(f".{adapter}.", ".")
+
+
+def adapter_places(model: PeftModel, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """Return the parameters of an adapter in a model, by the names by which PEFT writes them."""
+    marks = (f".modules_to_save.{adapter}.", f".{adapter}.", f".{adapter}")
+    return {
+        saved_name(name, adapter): parameter
+        for name, parameter in model.named_parameters()
+        if marks[0] in name or ("lora_" in name and (marks[1] in name or name.endswith(marks[2])))
+    }
+
+
+def of_backbone(name: str, model: PeftModel) -> bool:
+    """Return whether a saved name is of the layers below the heads, which models for all tasks have in common."""
+    return name.startswith(f"{INSIDE}{model.base_model.model.base_model_prefix}.")

@@ -1,0 +1,166 @@
+"""The one place that opens a model: no remote code, safetensors only, every tensor accounted for, one sentence a fault."""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from rlhf.errors import TrainingError, UserError, Waiting
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NAMED = 4  # tensors that a sentence names before it says how many more there are
+
+
+@contextmanager
+def one_sentence(name: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a model is opened into one sentence about it; too little memory stays what it is.
+
+    Raises:
+        UserError: naming the folder or hub id.
+    """
+    try:
+        yield
+    except (UserError, TrainingError, Waiting, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # from transformers, PEFT, safetensors, the hub's client, json: each has its own
+        raise UserError(f"{name}: {_reason(name, error)}") from error
+
+
+def _reason(name: str | Path, error: Exception) -> str:
+    """Return why a model could not be opened, in one line."""
+    message = str(error).strip()
+    if "trust_remote_code" in message or "custom code" in message:
+        return (
+            "this model wants to run code of its own (`auto_map` in its files), and remote code is never run; use one whose "
+            "architecture transformers has."
+        )
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"a JSON file of this model can't be read ({message}); copy the model again."
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    if type(error).__name__ == "SafetensorError":
+        return f"its safetensors file is cut off or damaged ({first}); copy the model again."
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+        return "no model there (neither config.json nor adapter_config.json)."
+    return f"can't be opened as a model ({type(error).__name__}: {first})"
+
+
+def expand(path: str | Path) -> str:
+    """Return a folder or hub id with `~` spelt out."""
+    return str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
+
+
+def open_config(name: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """Read a model's configuration.
+
+    Raises:
+        UserError: it can't be read, or wants code of its own.
+    """
+    with one_sentence(name):
+        return AutoConfig.from_pretrained(expand(name), revision=revision or "main", trust_remote_code=False)
+
+
+def open_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Read a tokenizer, padding on the right, as it was saved.
+
+    Raises:
+        UserError: it can't be read, or wants code of its own.
+    """
+    with one_sentence(name):
+        return AutoTokenizer.from_pretrained(
+            expand(name), padding_side="right", revision=revision or "main", trust_remote_code=False
+        )
+
+
+def open_network(
+    kind: Any, name: str | Path, arguments: Mapping[str, object], *, new_head: bool = False
+) -> tuple[PreTrainedModel, set[str]]:
+    """Read a network's weights from safetensors, and account for every tensor.
+
+    Args:
+        kind: the Auto class of the network.
+        arguments: what `from_pretrained` takes beside the name.
+        new_head: whether a head on top may start random; transformers' warning about it is silenced then.
+
+    Returns:
+        the network, and the parameters that start random.
+
+    Raises:
+        UserError: it can't be read; tensors are missing that are no part of a new head, or have another shape.
+    """
+    before = logging.get_verbosity()
+    with one_sentence(name):
+        logging.set_verbosity_error()
+        try:
+            model, report = kind.from_pretrained(
+                expand(name),
+                **{**arguments, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True},
+            )
+        finally:
+            logging.set_verbosity(before)
+    missing, unused = set(report["missing_keys"]), set(report["unexpected_keys"])
+    prefix = f"{model.base_model_prefix}."
+    random = {key for key in missing if not (new_head and (not key.startswith(prefix) or ".pooler." in key))}
+    if random:
+        raise UserError(
+            f"{name}: the checkpoint has no {_names(random)}, so these weights would be random; it is not whole, or not a "
+            f"model of this kind ({type(model).__name__})."
+        )
+    if new_head:  # the old head is left behind on purpose
+        unused = {key for key in unused if key.startswith(prefix)}
+    if unused:
+        warnings.warn(f"{name}: {type(model).__name__} has no place for {_names(unused)}; not used.", stacklevel=3)
+    return model, missing
+
+
+def _names(keys: set[str]) -> str:
+    """Return the first of some tensors' names, and how many more there are."""
+    listed = sorted(keys)
+    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
+    return ", ".join(listed[:NAMED]) + more
+
+
+def adapter_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Read an adapter's weights from its safetensors file, on the CPU.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    folder = Path(expand(folder))
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; weights in other formats can run code and are not read.")
+    with one_sentence(folder):
+        weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
+    return weights
+
+
+def put_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base, and account for every tensor.
+
+    Raises:
+        UserError: it can't be read; tensors of the adapter are missing or fit nowhere.
+    """
+    saved = set(adapter_weights(folder))
+    with one_sentence(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # named below
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    missing = {key for key in expected - saved if key.rpartition(".")[0]}
+    if missing:
+        raise UserError(f"{folder}: the adapter has no {_names(missing)}, so it is not whole; copy or train it again.")
+    unused = {key for key in saved - expected if "lora_" in key}
+    if unused:
+        raise UserError(
+            f"{folder}: the base model has no place for {_names(unused)}; the adapter belongs to another architecture."
+        )
+    return adapted

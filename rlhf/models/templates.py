@@ -1,0 +1,235 @@
+"""Chat templates: how they close an answer, what they refuse, and whether two of them write the same text."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.rows import Message, Messages, Prompt
+from rlhf.errors import UserError
+from rlhf.models.open import open_tokenizer
+
+# Stands for an answer that occurs nowhere else, so that what a template writes around it can be seen.
+MARKER = "\u241fanswer\u241f"
+_USER, _ANSWER = Message(role="user", content="Which one?"), Message(role="assistant", content=MARKER)
+CONVERSATIONS: tuple[Messages, ...] = (
+    [_USER, _ANSWER],
+    [_USER, Message(role="assistant", content="That one."), Message(role="user", content="  And now?\n"), _ANSWER],
+    [Message(role="system", content="Be short."), _USER, _ANSWER],
+)
+
+# A newline after `{% set … %}` is dropped by `trim_blocks` and lets the original begin a line, as it did; `{{ '' }}` keeps
+# `lstrip_blocks` from taking white space away from its end.
+_ENDED_TEMPLATE = (
+    "{% set rlhf_text %}\n@ORIGINAL@{{ '' }}{% endset %}"
+    "{%- if add_generation_prompt or messages[-1]['role'] != 'assistant' -%}{{- rlhf_text -}}"
+    "{%- elif rlhf_text.rstrip().endswith(eos_token) -%}{{- rlhf_text.rstrip() -}}"
+    "{%- else -%}{{- rlhf_text.rstrip('\\n') + eos_token -}}{%- endif -%}"
+)
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, asks: bool = False) -> str:
+    """Return a conversation as the chat template writes it.
+
+    Args:
+        asks: whether the text ends where the next answer begins.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+    assert isinstance(text, str)
+    return text
+
+
+def closing(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> str:
+    """Return what the chat template writes after any answer to a prompt."""
+    return rendered(tokenizer, [*prompt, _ANSWER]).rpartition(MARKER)[2]
+
+
+def end_at_end_token(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Change a chat template so that a text whose last turn is an answer ends in the end token, and in nothing after it.
+
+    A reward model that is trained here reads its score there. Templates that write a newline after the end token, or
+    another token in its place, are wrapped; prompts stay as they are. The wrapped template is saved with the model,
+    so that every other program that renders it scores the same text.
+
+    Returns:
+        whether the template had to be wrapped.
+
+    Raises:
+        UserError: the wrapped template does not write what the original wrote.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template or tokenizer.eos_token is None:
+        return False
+    try:
+        end = closing(tokenizer, [_USER])
+    except Exception:  # whatever a template raises; it is reported where the data are rendered
+        return False
+    if end.endswith(tokenizer.eos_token):
+        return False
+    wrapped = copy.copy(tokenizer)
+    original = template.removesuffix("\n")  # as jinja does at the end of a template
+    _set_template(wrapped, _ENDED_TEMPLATE.replace("@ORIGINAL@", original))
+    for conversation in CONVERSATIONS:
+        expected = _render_or_none(tokenizer, conversation)
+        if expected is None:
+            continue
+        text = expected.rstrip() if expected.rstrip().endswith(tokenizer.eos_token) else None
+        text = expected.rstrip("\n") + tokenizer.eos_token if text is None else text
+        prompts = [_render_or_none(x, conversation[:-1], asks=True) for x in (tokenizer, wrapped)]
+        if _render_or_none(wrapped, conversation) != text or prompts[0] != prompts[1]:
+            raise UserError(
+                f"{tokenizer.name_or_path}: the chat template writes {end!r} after an answer and can't be made to end in "
+                f"{tokenizer.eos_token!r}, where a reward model reads its score; let it end there and save it again."
+            )
+    _set_template(tokenizer, wrapped.chat_template)
+    return True
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, template: object) -> None:
+    """Replace the template, or the default one of several."""
+    several = tokenizer.chat_template
+    tokenizer.chat_template = {**several, "default": template} if isinstance(several, dict) else template
+
+
+def _render_or_none(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, asks: bool = False) -> str | None:
+    """Return a rendered conversation, or None where the template refuses it."""
+    try:
+        return rendered(tokenizer, messages, asks=asks)
+    except Exception:  # a template may raise anything
+        return None
+
+
+def affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Return how many tokens the tokenizer writes by itself before and after a plain text."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    before = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+    return before, len(whole) - len(bare) - before
+
+
+def add_no_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Keep a tokenizer from writing begin and end tokens by itself, because its chat template writes them.
+
+    Programs that tokenise a rendered conversation without `add_special_tokens=False`, such as the pipeline of
+    transformers, then read the same tokens as this package.
+
+    Returns:
+        whether it wrote any, and writes none now.
+    """
+    if affixes(tokenizer) == (0, 0):
+        return False
+    for name in ("add_bos_token", "add_eos_token"):
+        if getattr(tokenizer, name, None):
+            setattr(tokenizer, name, False)
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if affixes(tokenizer) != (0, 0) and isinstance(backend, Tokenizer):
+        values = json.loads(backend.to_str())
+        values["post_processor"] = _without_tokens(values["post_processor"])
+        plain = Tokenizer.from_str(json.dumps(values))
+        if plain.post_processor is not None:
+            backend.post_processor = plain.post_processor
+        else:
+            tokenizer._tokenizer = plain
+    return affixes(tokenizer) == (0, 0)
+
+
+def read_as_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Let a saved tokenizer be read from its tokenizer.json alone, where its class would write begin and end tokens again.
+
+    Args:
+        folder: where it was saved.
+        tokenizer: as it shall be read, writing none.
+
+    Returns:
+        whether it is read like that now; the folder is as before where it is not.
+    """
+    file = folder / "tokenizer_config.json"
+    before = file.read_text(encoding="utf-8")
+    values = {**json.loads(before), "tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    again = open_tokenizer(folder)
+    texts = [text for conversation in CONVERSATIONS if (text := _render_or_none(tokenizer, conversation))]
+    if [again(text)["input_ids"] for text in texts] == [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+    ] and texts == [text for conversation in CONVERSATIONS if (text := _render_or_none(again, conversation))]:
+        return True
+    file.write_text(before, encoding="utf-8")
+    return False
+
+
+def _without_tokens(processor: dict[str, object] | None) -> dict[str, object] | None:
+    """Return a post-processor of the tokenizers library without the steps that write tokens."""
+    if processor is None or processor["type"] in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
+        return None
+    if processor["type"] == "Sequence":
+        steps = processor["processors"]
+        assert isinstance(steps, list)
+        kept = [step for step in map(_without_tokens, steps) if step is not None]
+        return {**processor, "processors": kept} if kept else None
+    return processor
+
+
+def same_text(tokenizer_a: PreTrainedTokenizerBase, tokenizer_b: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a reward model would read the same text and the same ids through either tokenizer.
+
+    Both are compared as reward models are trained: the text ends in the end token.
+    """
+    copies = [copy.copy(tokenizer_a), copy.copy(tokenizer_b)]
+    for tokenizer in copies:
+        end_at_end_token(tokenizer)
+    for conversation in CONVERSATIONS:
+        texts = [_render_or_none(tokenizer, conversation) for tokenizer in copies]
+        if texts[0] != texts[1]:
+            return False
+        if texts[0] is not None:
+            rows = [tokenizer(texts[0], add_special_tokens=False)["input_ids"] for tokenizer in copies]
+            if rows[0] != rows[1]:
+                return False
+    return True
+
+
+def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token with which the chat template ends an answer, in a list; an empty one where it writes nothing there.
+
+    It is the first special token after the answer; where there is none, the first token that is not white space.
+    """
+    if not tokenizer.chat_template:
+        return []
+    end = closing(tokenizer, [_USER]).strip()
+    ids: list[int] = tokenizer(end, add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ([token for token in ids if token in special] or ids)[:1]
+
+
+def template_problems(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
+    """Return a sentence for each kind of conversation among the prompts that the chat template refuses.
+
+    One prompt of each order of roles is rendered, with and without an answer.
+    """
+    first: dict[tuple[str, ...], int] = {}
+    counts: dict[tuple[str, ...], int] = {}
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            roles = tuple(message["role"] for message in prompt)
+            first.setdefault(roles, row)
+            counts[roles] = counts.get(roles, 0) + 1
+    problems = []
+    for roles, row in first.items():
+        prompt = prompts[row]
+        assert not isinstance(prompt, str)
+        try:
+            rendered(tokenizer, prompt, asks=True)
+            rendered(tokenizer, [*prompt, _ANSWER])
+        except Exception as error:  # a template may raise anything
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            problems.append(
+                f"{counts[roles]} prompts (the first is row {row}) have the turns {', '.join(roles)}, which the chat template of "
+                f"{tokenizer.name_or_path} refuses: {reason}. Leave these turns out or fold them into the user's, or give the "
+                "tokenizer a chat_template that takes them."
+            )
+    return problems

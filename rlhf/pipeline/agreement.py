@@ -1,0 +1,48 @@
+"""After an evaluation: its KL beside the last one that PPO logged, where both are measured to the same reference."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.files import read_jsonl
+from rlhf.invariants.agreement import kl_agrees
+from rlhf.invariants.checks import CheckBook
+from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.store import METRICS
+
+FEWEST_ANSWERS = 8
+
+
+def compare_kl(context: StageContext, samples: Sequence[Mapping[str, Any]], book: CheckBook) -> None:
+    """Enter the check, and note it where it does not hold; say why where the two can't be compared.
+
+    Args:
+        samples: the evaluation's answers, each with its `kl` in nats.
+    """
+    policy = context.parent("policy")
+    logged = [row["kl"] for row in read_jsonl(policy / METRICS) if "kl" in row] if (policy / METRICS).is_file() else []
+    last_rollout = [row["kl"] for row in read_jsonl(policy / "samples.jsonl")]
+    evaluated = [row["kl"] for row in samples]
+    reason = _why_not(context)
+    if len(logged) < 2 or min(len(last_rollout), len(evaluated)) < FEWEST_ANSWERS:
+        reason = reason or "two logged rollouts and eight answers of each are needed"
+    if reason is not None:
+        context.say(f"evaluate: its KL is not compared with PPO's: {reason}.")
+        return
+    check = kl_agrees(logged, last_rollout, evaluated)
+    book.record(check)
+    if not check.held:
+        warnings.warn(f"evaluate: {check.message()}", stacklevel=2)
+
+
+def _why_not(context: StageContext) -> str | None:
+    """Return why PPO's KL is another one than the evaluation's, which is to SFT, at temperature 1; None where it is not."""
+    recipe = context.recipe
+    settings = recipe.ppo.trl_settings()
+    if settings.get("temperature", 1.0) != 1.0:
+        return f"PPO samples at a temperature of {settings['temperature']:g}, the evaluation at 1"
+    if settings.get("reference_mixup", 0.0) > 0:
+        return "ppo.reference_mixup moves the reference"
+    if context.round > 1 and recipe.rounds.start == "previous" and recipe.rounds.reference == "previous":
+        return "PPO's reference is the policy of the round before, the evaluation's is SFT"
+    return None

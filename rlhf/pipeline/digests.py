@@ -1,0 +1,68 @@
+"""Digests of files: of what a recipe names beside its data (code, models), and of what stages wrote. Loads no torch."""
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from rlhf.files import file_digest
+
+# Of a model's folder, what a loader reads: weights, configuration, tokenizer, template, a reward model's card.
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+
+
+def known_digest(path: Path) -> str:
+    """Return the sha256 of a file, read once a process for as long as its size and time of change stay."""
+    stat = path.stat()
+    return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    return file_digest(path)
+
+
+def named_digests(names: Iterable[str | None]) -> dict[str, str]:
+    """Return the sha256 of every local file that some names of a recipe stand for, by its path as the recipe has it.
+
+    A name is a function's `FILE.py:function`, or a model: a folder, of which every file that a loader reads counts, and of an
+    adapter its base too. Addresses, hub ids and None stand for no local file, nor does what a FILE.py imports.
+    """
+    files: dict[str, Path] = {}
+    for name in names:
+        if name is not None and not name.startswith(("http://", "https://")):
+            files |= _code_file(name) if ".py:" in name else _model_files(name)
+    return {name: known_digest(path) for name, path in sorted(files.items())}
+
+
+def _code_file(name: str) -> dict[str, Path]:
+    file = name.rpartition(":")[0]
+    path = Path(file).expanduser()
+    return {file: path} if path.is_file() else {}
+
+
+def _model_files(name: str) -> dict[str, Path]:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return {}
+    places = [folder, *sorted(folder.glob("expert-*/"))]
+    files = {
+        f"{name.rstrip('/')}/{path.relative_to(folder)}": path
+        for place in places
+        for path in place.iterdir()
+        if path.suffix in MODEL_SUFFIXES and path.is_file()
+    }
+    base = _base_of_adapter(folder)
+    return files if base is None or Path(base).expanduser() == folder else files | _model_files(base)
+
+
+def _base_of_adapter(folder: Path) -> str | None:
+    """Return what an adapter says that its base is; None where the folder holds no adapter, or one that can't be read."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        file = folder / "expert-0" / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return base if isinstance(base, str) else None

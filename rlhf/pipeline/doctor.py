@@ -1,0 +1,368 @@
+"""`rlhf doctor`: everything that a run checks about itself and that needs no training, on a few rows of the recipe's own data.
+
+The data are read, and a model from nothing is built, by the run's own stages in a folder that is thrown away.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data.rows import Pair, Prompt, answer
+from rlhf.errors import TrainingError, UserError
+from rlhf.files import read_jsonl
+from rlhf.invariants.checks import Check
+from rlhf.invariants.ends import SAMPLED, ends_reachable, policy_ends, prompts_too_long
+from rlhf.invariants.forward import batched_forward
+from rlhf.invariants.ratio import check_ratio, largest_ratio_deviation
+from rlhf.invariants.sampler import ROUNDING, SurpriseSums, check_sampler, surprise_sums
+from rlhf.models.dropout import switch_off_dropout
+from rlhf.models.generate import Completions, encode_prompts, end_token_ids, generate
+from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer
+from rlhf.models.logprobs import response_logits, response_logprobs, token_logprobs, token_surprise
+from rlhf.models.templates import end_at_end_token, template_problems
+from rlhf.models.text import plain
+from rlhf.pipeline.checks import check_arguments, check_sources
+from rlhf.pipeline.context import StageContext, backbone_model
+from rlhf.pipeline.stages import run_base, run_data, run_lab
+from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
+from rlhf.pipeline.true_reward import load_true_reward
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.rewards import RewardSource, other_columns
+from rlhf.ppo.setup import longest_prompt
+from rlhf.recipe.schema import Recipe
+from rlhf.reward.load import check_scores
+from rlhf.reward.model import RewardModel
+
+ROLLOUTS, ROWS, TOKENS = 2, 64, 32  # what "sampler true" looks at
+FEW = 8  # rows of the other checks
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured of one thing.
+
+    Attributes:
+        subject: what was looked at: "policy", "data.sft", a reward source's name.
+        check: what must hold, what was measured and how much is allowed.
+    """
+
+    subject: str
+    check: Check
+
+
+@dataclass
+class Examination:
+    """What is known so far.
+
+    Attributes:
+        recipe: the recipe.
+        context: of the PPO stage, with the data as a parent.
+        base: the folder or hub id of the model that everything starts from.
+        say: tell the person at the terminal.
+        findings: in the order in which they were made.
+        completions: answers of the policy to the first prompts, once there are some.
+    """
+
+    recipe: Recipe
+    context: StageContext
+    base: str | Path
+    say: Callable[[str], None]
+    findings: list[Finding] = field(default_factory=list)
+    completions: Completions | None = None
+
+    def enter(self, subject: str, *checks: Check) -> None:
+        """Enter checks of one thing."""
+        self.findings += [Finding(subject, check) for check in checks]
+
+    def refuse(self, subject: str, sentence: str) -> None:
+        """Enter that something can't be used at all, and why."""
+        self.enter(subject, Check("can be used", 1.0, 0.0, "faults", sentence))
+
+    @contextmanager
+    def looking_at(self, subject: str) -> Iterator[None]:
+        """Turn what goes wrong with one thing into a finding, and go on with the next."""
+        try:
+            yield
+        except (UserError, TrainingError) as error:
+            self.refuse(subject, str(error))
+
+    def rows(self, name: str) -> list[dict[str, object]]:
+        """Return the rows of a file of the data stage, none where there is no such file."""
+        file = self.context.data / f"{name}.jsonl"
+        return read_jsonl(file) if file.is_file() else []
+
+
+def examine(recipe: Recipe, *, say: Callable[[str], None]) -> list[Finding]:
+    """Run every check that needs no training; write nothing but into a folder that is thrown away.
+
+    Args:
+        say: tell the person at the terminal what the readers of the data say.
+
+    Returns:
+        the findings; a check that does not hold has a sentence.
+
+    Raises:
+        UserError: the recipe or its data can't be read at all.
+    """
+    check_sources(recipe)
+    quiet_libraries()
+    model = recipe.backbone.model
+    is_encoder = model is not None and encoder_type(model, recipe.backbone.revision) is not None
+    check_arguments(recipe, until="reward" if is_encoder else None)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        examination = _read(recipe, Path(folder), say)
+        if not is_encoder:
+            with examination.looking_at("policy"):
+                _examine_policy(examination)
+        with examination.looking_at("reward model, untrained"):
+            _examine_new_reward_model(examination)
+        for name in recipe.ppo.extra_rewards:
+            with examination.looking_at(name):
+                _examine_source(examination, name)
+        with examination.looking_at("true reward"):
+            _examine_true_reward(examination)
+    return examination.findings
+
+
+def require_all(findings: Sequence[Finding]) -> None:
+    """Raise where a check does not hold.
+
+    Raises:
+        TrainingError: with the sentence of each that does not.
+    """
+    failed = [finding for finding in findings if not finding.check.held]
+    if failed:
+        sentences = [f"{finding.subject}: {finding.check.sentence}" for finding in failed]
+        raise TrainingError("\n".join([*sentences, f"{len(failed)} of {len(findings)} checks do not hold."]))
+
+
+def _read(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Examination:
+    """Read the data and build what a run builds without training: the lab, a model from nothing."""
+    parents: dict[str, Path] = {}
+    if recipe.lab is not None:
+        parents["lab"] = folder / "round-0/lab"
+        run_lab(StageContext(recipe, parents["lab"], {}, say))
+    data = folder / "round-0/data"
+    run_data(StageContext(recipe, data, parents, say))
+    base: str | Path
+    if recipe.backbone.from_scratch is not None:
+        base = folder / "round-0/base/model"
+        run_base(StageContext(recipe, base.parent, {"data": data}, say))
+    elif recipe.lab is not None and recipe.backbone.model is None:
+        base = parents["lab"] / "model"
+    else:
+        base = backbone_model(recipe)
+    context = StageContext(recipe, folder / "round-1/ppo", {"data": data}, say)
+    return Examination(recipe, context, base, say)
+
+
+# ---- The policy ----
+
+
+def _examine_policy(examination: Examination) -> None:
+    """Check the model that the policy starts from: what its template writes and accepts, how it samples and computes."""
+    # 1. The tokenizer, the template and the prompts.
+    recipe, context = examination.recipe, examination.context
+    model_config, settings = split_settings(context.trl_settings("ppo"))
+    args = training_arguments(PPOConfig, settings, context.folder, recipe.seed)
+    tokenizer = load_tokenizer(examination.base, conversational=True, revision=recipe.backbone.revision)
+    is_readable = _examine_turns(examination, tokenizer)
+    model = load_policy(examination.base, model_config, trainable=False).to(context.device).eval()
+    has_sft = recipe.lab is not None or recipe.data.sft is not None
+    end = recipe.sft.trl_settings().get("eos_token") if has_sft else None
+    if end is not None:
+        tokenizer.eos_token = end  # as SFT's trainer does
+    end_ids = end_token_ids(model, tokenizer)
+    prompts: list[Prompt] = [row["prompt"] for row in examination.rows("prompts")]  # type: ignore[misc]
+    limit = longest_prompt(model, args)
+    if is_readable:
+        examination.enter("data.prompts", _prompt_lengths(tokenizer, prompts[: ROLLOUTS * ROWS], limit))
+    examination.enter("policy", ends_reachable(tokenizer, end_ids, is_trained_here=has_sft))
+    if not is_readable:
+        return
+
+    # 2. What it samples, with the log-probabilities that PPO would use.
+    torch.manual_seed(recipe.seed)
+    completions = [
+        generate(model, tokenizer, batch, max_new_tokens=TOKENS, temperature=args.temperature, max_prompt_length=limit)
+        for batch in _batches(prompts)
+    ]
+    examination.completions = completions[0]
+    examination.enter("policy", sampling_check(model, completions, args.temperature))
+    if not has_sft:
+        longest = args.max_completion_length
+        answers = generate(model, tokenizer, prompts[:SAMPLED], max_new_tokens=longest, max_prompt_length=limit)
+        examination.enter("policy", policy_ends(answers.ended.tolist(), max_new_tokens=longest))
+
+    # 3. The same text alone, in a batch, and a second time as it is trained.
+    examination.enter("policy", *forward_checks(model, completions[0], args))
+
+
+def _examine_turns(examination: Examination, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Check that the chat template accepts the turns of every file's prompts; return whether it accepts those of PPO."""
+    is_readable = True
+    for name in ("sft", "pairs", "prompts"):
+        prompts: list[Prompt] = [row["prompt"] for row in examination.rows(name)]  # type: ignore[misc]
+        problems = template_problems(tokenizer, prompts)
+        sentence = " ".join(problems)
+        if prompts:
+            check = Check("template accepts the turns", float(len(problems)), 0.0, "orders of roles refused", sentence)
+            examination.enter(f"data.{name}", check)
+        is_readable = not problems
+    return is_readable
+
+
+def _prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], limit: int | None) -> Check:
+    """Return the check that the shortest of some prompts is read as a whole."""
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, prompts, max_prompt_length=None)]
+    sentence = prompts_too_long(lengths, limit) or ""
+    return Check(
+        "prompts fit", min(lengths), float("inf") if limit is None else limit, "tokens, the shortest", sentence
+    )
+
+
+def _batches(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Return the prompts of the rollouts; few prompts come again."""
+    return [[prompts[(i * ROWS + j) % len(prompts)] for j in range(ROWS)] for i in range(ROLLOUTS)]
+
+
+def _few_rows(completions: Completions) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield whole texts, their masks, the answers and their masks, [8, …] each: logits of more rows take much memory."""
+    ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
+    mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
+    columns = (ids, mask, completions.response_ids, completions.response_mask)
+    yield from zip(*(column.split(FEW) for column in columns), strict=True)
+
+
+def sampling_check(model: PreTrainedModel, completions: Sequence[Completions], temperature: float) -> Check:
+    """Return the check "sampler true" of some rollouts as one."""
+    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+    for rollout in completions:
+        for ids, mask, answers, answer_mask in _few_rows(rollout):
+            length = answers.shape[1]
+            logits = response_logits(model, ids, mask, length)
+            logprobs = token_logprobs(logits, answers, temperature=temperature)
+            surprise = token_surprise(logits, length, temperature=temperature)
+            sums += surprise_sums(logprobs, *surprise, answer_mask).cpu()
+            tokens += int(answer_mask.sum())
+    return check_sampler(SurpriseSums(*sums.tolist()), tests=1, rounding=ROUNDING[model.dtype] * tokens)
+
+
+def forward_checks(model: PreTrainedModel, completions: Completions, args: PPOConfig) -> list[Check]:
+    """Return the checks of one batch of answers: each alone, and all of them a second time in training mode."""
+    ids, mask, answers, answer_mask = next(_few_rows(completions))
+    length, keep = answers.shape[1], answer_mask.bool()
+    together = response_logprobs(model, ids, mask, length, args.temperature)
+    alone = []
+    for row, seen, answered in zip(ids, mask.bool(), keep, strict=True):
+        text = row[seen][None]
+        logprobs = response_logprobs(model, text, torch.ones_like(text), int(answered.sum()), args.temperature)
+        alone.append(logprobs[0])
+    checks = [batched_forward(torch.cat(alone), together[keep], dtype=model.dtype)]
+    if args.disable_dropout:
+        switch_off_dropout(model)
+        model.train()
+        again = response_logprobs(model, ids, mask, length, args.temperature)
+        model.eval()
+        checks.append(check_ratio(largest_ratio_deviation(again, together, keep).item(), model.dtype))
+    return checks
+
+
+# ---- Rewards ----
+
+
+def _texts(examination: Examination) -> list[tuple[Prompt, str]]:
+    """Return a few prompts with answers: those of the pairs, or, where there are none, the policy's."""
+    pairs: list[Pair] = examination.rows("pairs")[:FEW]  # type: ignore[assignment]
+    if pairs:
+        return [(row["prompt"], answer(row, "chosen")) for row in pairs]
+    if examination.completions is None:
+        raise UserError("there are neither pairs nor answers of the policy to score.")
+    prompts = [row["prompt"] for row in examination.rows("prompts")[:FEW]]
+    return list(zip(prompts, examination.completions.texts, strict=False))  # type: ignore[arg-type]
+
+
+def _examine_new_reward_model(examination: Examination) -> None:
+    """Check that scores of the base, with the head that reward training starts from, depend on a text alone."""
+    recipe = examination.recipe
+    model_config, _ = split_settings(examination.context.trl_settings("reward"))
+    model_config.use_peft = False  # a fresh adapter changes no score
+    tokenizer = load_tokenizer(examination.base, conversational=True, revision=recipe.backbone.revision)
+    assert isinstance(tokenizer.pad_token_id, int), "check_tokenizer gives every tokenizer a padding token"
+    end_at_end_token(tokenizer)
+    model = build_reward_model(examination.base, model_config, pad_token_id=tokenizer.pad_token_id)
+    reward = RewardModel(model.to(examination.context.device).eval(), tokenizer, conversational=True)
+    _examine_scores(examination, "reward model, untrained", reward)
+
+
+def _examine_scores(examination: Examination, subject: str, reward: RewardModel) -> None:
+    """Check the scores of a few texts of the recipe's own."""
+    texts = _texts(examination)
+    problems = template_problems(reward.tokenizer, [prompt for prompt, _ in texts])
+    if problems:
+        raise UserError(problems)
+    with examination.looking_at(subject):
+        check_scores(reward, texts, name=subject)
+    for name, entry in reward.checks.entries.items():
+        check = Check(name, entry["statistic"], entry["bound"], entry["unit"], entry["sentence"], entry["low"])
+        examination.enter(subject, check)
+
+
+def _examine_source(examination: Examination, name: str) -> None:
+    """Open a reward source, check its scores where it is a model, and else ask it once."""
+    with _foreign(name):
+        source = RewardSource(name)
+    if isinstance(source.function, RewardModel):
+        source.function.model.to(examination.context.device)
+        _examine_scores(examination, name, source.function)
+        return
+    completions = examination.completions
+    if completions is None:
+        raise UserError("there are no answers of the policy to score.")
+    rows = examination.rows("prompts")
+    rows = [rows[i % len(rows)] for i in range(len(completions.texts))]
+    with _foreign(name):
+        scores, _ = source([row["prompt"] for row in rows], completions, other_columns(rows))  # type: ignore[misc]
+    examination.enter(name, _scores_given(scores.tolist()))
+
+
+def _examine_true_reward(examination: Examination) -> None:
+    """Ask the true reward of a few texts, where one is known."""
+    with _foreign("evaluate.gold"):
+        gold = load_true_reward(examination.recipe)
+    if gold is None:
+        return
+    texts = _texts(examination)
+    with _foreign("evaluate.gold"):
+        values = gold([plain(prompt) for prompt, _ in texts], [response for _, response in texts])
+    examination.enter("true reward", _scores_given(values))
+
+
+def _scores_given(scores: Sequence[float]) -> Check:
+    """Return the check that every answer has a finite score."""
+    missing = sum(not math.isfinite(score) for score in scores)
+    return Check(
+        "gives every answer a score", float(missing), 0.0, f"of {len(scores)} without one", "Return finite numbers."
+    )
+
+
+@contextmanager
+def _foreign(subject: str) -> Iterator[None]:
+    """Turn what a function of a person's own raises into a sentence.
+
+    Raises:
+        UserError: naming the exception.
+    """
+    try:
+        yield
+    except (UserError, TrainingError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{subject} raised {type(error).__name__}: {error}") from error

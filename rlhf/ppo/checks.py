@@ -1,0 +1,154 @@
+"""What PPO checks about itself at every rollout and update: the formulas are `rlhf.invariants`, the models are the trainer's."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf.invariants.ratio import LARGEST, check_ratio, largest_ratio_deviation
+from rlhf.invariants.reference import (
+    ANSWER_TOKENS,
+    PROMPT_TOKENS,
+    ROWS,
+    START_WITHIN,
+    check_fixed,
+    check_start,
+    golden_rows,
+    mean_difference,
+)
+from rlhf.invariants.sampler import ROUNDING, SurpriseSums, check_sampler, sampler_z, surprise_sums
+from rlhf.models.generate import encode_prompts, pad_left
+from rlhf.ppo.state import GoldenBatch
+
+if TYPE_CHECKING:
+    from rlhf.ppo.rollout import Experience, MicroBatch
+    from rlhf.ppo.trainer import PPOTrainer
+
+
+def coarsest_dtype(trainer: "PPOTrainer") -> torch.dtype:
+    """Return the type with the fewest digits that the policy computes in: autocast's, or its weights' (4-bit ones: 16)."""
+    policy = trainer.accelerator.unwrap_model(trainer.model).policy
+    if trainer.accelerator.mixed_precision == "fp16":
+        return torch.float16
+    if trainer.accelerator.mixed_precision == "bf16" or getattr(policy, "is_loaded_in_4bit", False):
+        return torch.bfloat16
+    if policy.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return torch.float16  # TF32 has as many digits
+    dtype: torch.dtype = policy.dtype
+    return dtype
+
+
+def check_sampling(trainer: "PPOTrainer", experience: "Experience") -> None:
+    """Require "sampler true" of a rollout and of all rollouts so far as one, over all processes, and log its z.
+
+    Each rollout looks twice, so a run of n rollouts looks 2 n times. Where an engine samples whose difference is weighted
+    away (vLLM), the check is recorded, with one warning, and nothing stops.
+
+    Raises:
+        InvariantError: the tokens were not sampled from the policy; nothing was updated.
+    """
+    # 1. The sums of this rollout and of the run.
+    outputs, mask = experience.outputs, experience.response_mask
+    local = surprise_sums(outputs.logprobs, outputs.entropy, outputs.variance, outputs.third, mask)
+    table = torch.cat([local, mask.sum().to(local)[None]])
+    *sums, tokens = trainer.accelerator.reduce(table, reduction="sum").tolist()
+    rollout, progress = SurpriseSums(*sums), trainer.progress
+    progress.see_surprise(rollout, int(tokens))
+    trainer.metrics.count("sampler_z", sampler_z(rollout), 1)
+
+    # 2. Both looks.
+    tests, rounding = 2 * max(1, int(trainer.args.num_train_epochs)), ROUNDING[coarsest_dtype(trainer)]
+    for total, count in ((rollout, tokens), (progress.surprise, progress.tokens)):
+        check = check_sampler(total, tests=tests, rounding=rounding * count)
+        if trainer.vllm is None:
+            trainer.checks.require(check)
+            continue
+        was_held = check.name not in trainer.checks.entries or trainer.checks.entries[check.name]["held"]
+        trainer.checks.record(check)
+        if was_held and not check.held and trainer.accelerator.is_main_process:
+            warnings.warn(f"ppo: {check.message()} Its answers are weighted by π / π_vLLM instead.", stacklevel=2)
+
+
+def check_first_ratio(trainer: "PPOTrainer", logprobs: Tensor, batch: "MicroBatch") -> None:
+    """Require "ratio one" of a micro-batch of a rollout's first optimizer step, over all processes.
+
+    Where somebody leaves dropout on (`disable_dropout=False`) the ratio is noise by intent, and nothing is checked.
+
+    Args:
+        logprobs: [b, r] of the policy as it is now, nats.
+
+    Raises:
+        InvariantError: a ratio is not 1; nothing was updated.
+    """
+    if not trainer.args.disable_dropout:
+        return
+    deviation = largest_ratio_deviation(logprobs, batch["logprobs_old"], batch["response_mask"])
+    largest = trainer.accelerator.gather(deviation).max().item()
+    trainer.checks.require(check_ratio(largest, coarsest_dtype(trainer)))
+
+
+def hold_reference(trainer: "PPOTrainer") -> None:
+    """Take the golden batch before the first rollout; after a resume require "reference fixed"; let a reference that moves move.
+
+    Raises:
+        InvariantError: the reference is another than before the resume, or has moved by itself since it was last moved.
+    """
+    args, progress = trainer.args, trainer.progress
+    moves = args.reference_mixup > 0 and trainer.episodes > 0
+    if progress.golden is not None and (moves or not progress.golden.is_of_this_process):
+        require_reference(trainer)
+    if moves:
+        trainer.reference.approach(trainer.accelerator.unwrap_model(trainer.model).policy, args.reference_mixup)
+    if progress.golden is None or moves:
+        prompts = [row["prompt"] for row in trainer.train_dataset.select(range(min(ROWS, len(trainer.train_dataset))))]
+        encoded = encode_prompts(trainer.processing_class, prompts, max_prompt_length=PROMPT_TOKENS)
+        rows = golden_rows(encoded, trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size)
+        progress.golden = GoldenBatch(rows, _golden_logprobs(trainer, rows).tolist(), is_of_this_process=True)
+
+
+def require_reference(trainer: "PPOTrainer") -> None:
+    """Require "reference fixed", where a golden batch was taken.
+
+    Raises:
+        InvariantError: the reference is not what it was.
+    """
+    golden = trainer.progress.golden
+    if golden is None:
+        return
+    now = _golden_logprobs(trainer, golden.rows)
+    difference = mean_difference(now, torch.tensor(golden.logprobs))
+    exact = golden.is_of_this_process and trainer.accelerator.device.type == "cpu"
+    trainer.checks.require(check_fixed(difference, coarsest_dtype(trainer), exact=exact))
+
+
+@torch.no_grad()
+def _golden_logprobs(trainer: "PPOTrainer", rows: list[list[int]]) -> Tensor:
+    """Return what the reference says of the golden batch's answers, [rows, ANSWER_TOKENS] on the CPU, in evaluation mode."""
+    pad = trainer.processing_class.pad_token_id
+    assert isinstance(pad, int), "check_tokenizer wants one"
+    ids, mask = (x.to(trainer.accelerator.device) for x in pad_left(rows, pad))
+    model = trainer.reference.model
+    was_training = model.training
+    model.eval()
+    with trainer.accelerator.autocast():
+        logprobs = trainer.reference.logprobs(ids, mask, ANSWER_TOKENS, 1.0)
+    model.train(was_training)
+    return logprobs.cpu()
+
+
+def check_policy_is_reference(trainer: "PPOTrainer", experience: "Experience") -> None:
+    """Require "policy is reference at start" of the first rollout, over all processes, where the two are meant to be the same.
+
+    Raises:
+        InvariantError: they are not; nothing was updated.
+    """
+    if trainer.episodes > 0 or not trainer.reference.is_policy:
+        return
+    mask = experience.response_mask.bool()
+    difference = (experience.outputs.logprobs - experience.logprobs_reference).abs()[mask]
+    largest = trainer.accelerator.gather(difference.max()).max().item()
+    dtype = coarsest_dtype(trainer)
+    adapters = getattr(trainer.reference.model, "peft_config", {})
+    multiplies = any(getattr(config, "use_dora", False) for config in adapters.values())
+    trainer.checks.require(check_start(largest, LARGEST[dtype] if multiplies else START_WITHIN[dtype]))

@@ -1,0 +1,162 @@
+"""Keys that a recipe sets and that no stage would use: each is an error that names what decides instead."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.recipe.schema import STAGE_SECTIONS, Recipe, stage_keys
+
+# What PEFT and TRL make an adapter of.
+ADAPTER_KEYS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_dora",
+    "use_rslora",
+)
+BITS_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant")
+VLLM_KEYS = ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_importance_sampling_clip_max", "vllm_max_model_length")
+FLIPS, MARGINS = ("flip", "flip_margin", "drop"), ("margin", "adaptive_margin", "flip_margin", "soft_margin")
+SMOOTHS = ("smoothing", "soft_margin")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Keys of a section that are read only where other keys of it say so.
+
+    Attributes:
+        keys: the dependent ones.
+        met: whether the section's values say so; a key that is not set has its default there.
+        reason: what decides, in words that follow "is not used: ".
+    """
+
+    section: str
+    keys: tuple[str, ...]
+    met: Callable[[Mapping[str, Any]], bool]
+    reason: str
+
+
+def _objective_is(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda values: values["objective"] in names
+
+
+NEEDS = (
+    Needs(
+        "reward", ("flip_by", "flip_fraction"), _objective_is(*FLIPS), f"reward.objective is none of {', '.join(FLIPS)}"
+    ),
+    Needs("reward", ("flip_fraction",), lambda v: v["flip_by"] == "rank", "reward.flip_by: sign decides by itself"),
+    Needs("reward", ("smoothing",), _objective_is(*SMOOTHS), f"reward.objective is none of {', '.join(SMOOTHS)}"),
+    Needs("reward", ("smoothing_mask",), _objective_is("soft_margin"), "reward.objective is not soft_margin"),
+    Needs(
+        "reward",
+        ("margin_scale", "margin_clip"),
+        _objective_is(*MARGINS),
+        f"reward.objective is none of {', '.join(MARGINS)}",
+    ),
+    Needs(
+        "reward",
+        ("extra_weight", "extra_temperature", "prototypes", "dropout"),
+        lambda v: v["extra"] is not None,
+        "reward.extra is not set",
+    ),
+    Needs(
+        "reward",
+        ("prototypes",),
+        lambda v: v["extra"] in (None, "swav", "swav_diff"),
+        "prototypes are for swav, swav_diff",
+    ),
+    Needs(
+        "reward",
+        ("meta_pool", "meta_responses", "meta_prompts", "meta_step", "meta_normalized"),
+        lambda v: v["meta"],
+        "reward.meta is not true",
+    ),
+    Needs("reward", ("expert_weights",), lambda v: v["experts"] is not None, "reward.experts is not set"),
+    Needs("ppo", ("kl_horizon",), lambda v: v["kl_target"] is not None, "ppo.kl_target is not set"),
+    Needs(
+        "ppo",
+        ("reward_ensemble_strength",),
+        lambda v: v["reward_ensemble"] in ("uncertainty", "soft_min"),
+        "ppo.reward_ensemble is neither uncertainty nor soft_min",
+    ),
+    Needs("ppo", (*VLLM_KEYS, "vllm_server_base_url"), lambda v: v["use_vllm"], "ppo.use_vllm is not true"),
+    Needs("ppo", ("vllm_server_base_url",), lambda v: v["vllm_mode"] == "server", "ppo.vllm_mode is not server"),
+    Needs(
+        "ppo",
+        ("num_train_epochs",),
+        lambda v: v["total_episodes"] is None,
+        "ppo.total_episodes decides how long it trains",
+    ),
+)
+
+
+def unused_keys(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield the section and key of every value that no stage would use, and a sentence that names what decides instead.
+
+    A key that says what holds anyway (a default, or the value of the SFT adapter that decides) is no error; nor are LoRA's keys
+    beside an explicit `use_peft: false`, by which LoRA is switched off on the command line.
+    """
+    for name in STAGE_SECTIONS:
+        values = _values(recipe, name)
+        for needs in NEEDS:
+            if needs.section == name and not needs.met(values):
+                yield from _not_used(recipe, name, needs.keys, needs.reason)
+        if not values["load_in_4bit"]:
+            yield from _not_used(recipe, name, BITS_KEYS, f"{name}.load_in_4bit is not true")
+        yield from _not_used(
+            recipe, name, ("model_init_kwargs",), f"the stage loads its model itself; set {name}.dtype or the like"
+        )
+        if _set_keys(recipe, name).get("use_peft") is None and not values["use_peft"]:
+            yield from _not_used(recipe, name, ADAPTER_KEYS, f"{name}.use_peft is not true")
+    yield from _decided_by_sft(recipe)
+
+
+def _decided_by_sft(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield the adapter keys of later stages that differ from those of SFT's adapter, which those stages go on with."""
+    is_fresh = recipe.backbone.from_scratch is not None or recipe.backbone.model is None
+    has_sft = recipe.lab is not None or recipe.data.sft is not None
+    adapter = _values(recipe, "sft")
+    if not has_sft or is_fresh or not adapter["use_peft"]:
+        return
+    for name in ("reward", "vote", "ppo"):
+        if _set_keys(recipe, name).get("use_peft") is False:
+            continue
+        for key, value in _set_keys(recipe, name).items():
+            if key in ADAPTER_KEYS and value != adapter[key]:
+                yield (
+                    (name, key),
+                    f"{name}.{key} is {value!r}, which is not used: after a LoRA SFT every later stage goes on with SFT's adapter, "
+                    f"and sft.{key} is {adapter[key]!r}. Set sft.{key}, or leave {name}.{key} out.",
+                )
+
+
+def _not_used(
+    recipe: Recipe, section: str, keys: tuple[str, ...], reason: str
+) -> Iterator[tuple[tuple[str, str], str]]:
+    defaults = _defaults(section)
+    for key, value in _set_keys(recipe, section).items():
+        if key in keys and value != defaults.get(key):
+            yield (section, key), f"{section}.{key} is {value!r}, which is not used: {reason}."
+
+
+def _set_keys(recipe: Recipe, section: str) -> dict[str, Any]:
+    """Return the keys of a section that the recipe sets, ours and TRL's."""
+    model = getattr(recipe, section)
+    ours = {key: getattr(model, key) for key in model.model_fields_set if key in type(model).model_fields}
+    return {**ours, **model.trl_settings()}
+
+
+def _defaults(section: str) -> dict[str, Any]:
+    """Return what a key that is not set stands for: our own defaults, and TRL's."""
+    trl = {key: entry.get("default") for key, entry in stage_keys(section).items()}
+    fields = Recipe.model_fields[section].get_default(call_default_factory=True)
+    return {**trl, **fields.model_dump()}
+
+
+def _values(recipe: Recipe, section: str) -> dict[str, Any]:
+    """Return a section's values; a member of the vote takes what it does not set itself from the reward section."""
+    below = _set_keys(recipe, "reward") if section == "vote" else {}
+    return {**_defaults(section), **below, **_set_keys(recipe, section)}

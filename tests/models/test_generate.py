@@ -1,0 +1,130 @@
+"""Sampling is ours alone: nothing that a checkpoint's generation configuration declares acts, but for its end tokens."""
+
+import copy
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from rlhf.models.generate import end_token_ids, generate, sampling_settings, without_declared_settings
+from tests.conftest import PROMPTS
+
+# A value of each key that changes which tokens are drawn (or ends in an error) where it acts.
+ACTING: dict[str, Any] = {
+    "max_length": 3, "min_length": 60, "min_new_tokens": 12, "max_time": 1e-9, "stop_strings": ["e"], "num_beams": 3,
+    "use_mtp": True, "cache_implementation": "no such cache", "max_cache_len": 1, "min_p": 0.4, "top_h": 0.1, "typical_p": 0.1,
+    "epsilon_cutoff": 0.3, "eta_cutoff": 0.3, "repetition_penalty": 9.0, "encoder_repetition_penalty": 9.0,
+    "no_repeat_ngram_size": 1, "encoder_no_repeat_ngram_size": 1, "bad_words_ids": [[i] for i in range(20, 200)],
+    "forced_bos_token_id": 9, "forced_eos_token_id": 9, "exponential_decay_length_penalty": (1, 9.0),
+    "suppress_tokens": list(range(20, 200)), "begin_suppress_tokens": list(range(20, 200)), "sequence_bias": [[[25], 90.0]],
+    "guidance_scale": 9.0, "watermarking_config": {"bias": 9.0}, "num_return_sequences": 2,
+    "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1, "low_memory": True, "penalty_alpha": 0.6, "dola_layers": "high",
+    "diversity_penalty": 2.0, "num_beam_groups": 3, "constraints": [1], "force_words_ids": [[9]], "token_healing": True,
+    "prefill_chunk_size": 2, "remove_invalid_values": True, "renormalize_logits": True, "early_stopping": True,
+    "length_penalty": 4.0, "cache_config": {"nbits": 2}, "is_assistant": True, "num_assistant_tokens": 3,
+    "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.9, "max_matching_ngram_size": 2,
+    "assistant_lookbehind": 3, "target_lookbehind": 3, "assistant_ensemble_weight": 0.9, "speculation_type": "mtp",
+    "do_sample": False, "temperature": 0.01, "top_k": 1, "top_p": 0.01, "max_new_tokens": 2, "use_cache": False,
+    "return_dict_in_generate": False, "pad_token_id": 9, "bos_token_id": 9, "decoder_start_token_id": 9,
+    "output_attentions": True, "output_hidden_states": True, "output_scores": True, "output_logits": True,
+    "compile_config": None, "disable_compile": True, "continuous_batching_config": None,
+}  # fmt: skip
+# What `transformers` itself would let act through the settings that are passed, on this model: the test can fail.
+SEEN_TO_ACT = (
+    "min_p", "typical_p", "epsilon_cutoff", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens", "sequence_bias", "guidance_scale", "num_beams", "watermarking_config",
+    "forced_eos_token_id",
+)  # fmt: skip
+ENDS = "eos_token_id"
+BOOKKEEPING = {"transformers_version", "_from_model_config"}
+
+
+def drawn(model: Any, tokenizer: Any) -> list[list[int]]:
+    torch.manual_seed(0)
+    return generate(model, tokenizer, PROMPTS[:4], max_new_tokens=12).response_ids.tolist()
+
+
+@pytest.fixture
+def model(base_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base_folder).eval()
+
+
+def test_the_table_names_every_key_of_the_class() -> None:
+    assert set(vars(GenerationConfig())) - {ENDS, *BOOKKEEPING} == set(ACTING)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_no_key_that_the_checkpoint_declares_acts(model: Any, tokenizer: Any, adapter: bool) -> None:
+    if adapter:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])).eval()
+    inner = model.base_model.model if adapter else model
+    expected = drawn(model, tokenizer)
+    declared = copy.deepcopy(inner.generation_config)
+    for key, value in ACTING.items():
+        inner.generation_config = copy.deepcopy(declared)
+        setattr(
+            inner.generation_config,
+            key,
+            GenerationConfig(**{key: value}).watermarking_config if "water" in key else value,
+        )
+        assert drawn(model, tokenizer) == expected, key
+        assert getattr(inner.generation_config, key) is not None or value is None, "put back"
+
+
+def test_they_would_act_without_the_blank_configuration(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = drawn(model, tokenizer)
+    monkeypatch.setattr("rlhf.models.generate.without_declared_settings", lambda _: nullcontext())
+    declared = copy.deepcopy(model.generation_config)
+    silent = []
+    for key in SEEN_TO_ACT:
+        model.generation_config = copy.deepcopy(declared)
+        value = ACTING[key]
+        setattr(
+            model.generation_config,
+            key,
+            GenerationConfig(**{key: value}).watermarking_config if "water" in key else value,
+        )
+        try:
+            if drawn(model, tokenizer) == expected:
+                silent.append(key)
+        except Exception:  # an error is an effect too
+            continue
+    assert not silent
+
+
+def test_the_file_of_a_checkpoint(base_folder: Path, tokenizer: Any, tmp_path: Path, model: Any) -> None:
+    folder = tmp_path / "declares"
+    shutil.copytree(base_folder, folder)
+    file = folder / "generation_config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values |= {"suppress_tokens": list(range(20, 200)), "min_p": 0.3, "repetition_penalty": 3.0, "num_beams": 4}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    narrow = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert narrow.generation_config.min_p == 0.3
+    assert drawn(narrow, tokenizer) == drawn(model, tokenizer)
+    assert narrow.generation_config.min_p == 0.3, "saved as it came"
+
+
+def test_end_tokens_are_taken_over(model: Any, tokenizer: Any) -> None:
+    model.generation_config.eos_token_id = [30, 31]
+    assert end_token_ids(model, tokenizer) == sorted({30, 31, tokenizer.eos_token_id})
+    settings = sampling_settings(temperature=0.7, pad_token_id=0, end_ids=[1, 2])
+    assert (settings.eos_token_id, settings.temperature, settings.top_k, settings.top_p) == ([1, 2], 0.7, 0, 1.0)
+
+
+def test_the_configuration_comes_back_after_an_error(model: Any) -> None:
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    before = model.generation_config
+    with pytest.raises(RuntimeError, match="stop"), without_declared_settings(wrapped):
+        assert model.generation_config is not before
+        raise RuntimeError("stop")
+    assert model.generation_config is before
+    assert wrapped.generation_config is before

@@ -1,0 +1,147 @@
+"""A run goes on with the same things, or says what changed: code files, reward folders, local models, finished files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf.errors import UserError
+from rlhf.pipeline.digests import named_digests
+from rlhf.pipeline.plan import plan
+from rlhf.pipeline.run import run
+from rlhf.pipeline.store import Stage, Store
+from rlhf.recipe import load_recipe
+from rlhf.recipe.schema import Recipe
+
+STAGES = ["round-0/data", "round-0/sft", "round-1/reward", "round-1/ppo", "round-1/evaluate"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+    """Return what loads a recipe that names one thing of each kind; nothing of it has to be real."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("lm", "base", "adapter", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("a card")
+        for file in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+            (tmp_path / name / file).write_text(f"{{}} {name}")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    (tmp_path / "gold.py").write_text("def score(p, c): return [1.0 for _ in c]\n")
+    (tmp_path / "rules.py").write_text("def score(p, c): return [1.0 for _ in c]\n")
+    for name in ("sft", "pairs", "meta"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+
+    def load(*overrides: str) -> Recipe:
+        document = {
+            "name": "t",
+            "backbone": {"model": "lm"},
+            "data": {"sft": "sft.jsonl", "preferences": "pairs.jsonl"},
+            "reward": {"meta": True, "meta_samples": "meta.jsonl"},
+            "ppo": {"extra_rewards": ["rules.py:score", "other", "adapter", "http://localhost:1/get_reward"]},
+            "evaluate": {"gold": "gold.py:score"},
+        }
+        Path("r.yaml").write_text(yaml.safe_dump(document))
+        return load_recipe("r.yaml", overrides)
+
+    return load
+
+
+def finish_all(stages: list[Stage], out: Path) -> None:
+    store = Store(out)
+    for stage in stages:
+        folder = store.open(stage)
+        (folder / "weights").write_text(stage.folder)
+        store.finish(stage, {}, 0.0)
+
+
+CHANGED = {
+    "rules.py": "round-1/ppo",
+    "gold.py": "round-0/sft",
+    "other/model.safetensors": "round-1/ppo",
+    "other/chat_template.jinja": "round-1/ppo",
+    "adapter/tokenizer.json": "round-1/ppo",
+    "base/model.safetensors": "round-1/ppo",  # of the adapter
+    "lm/model.safetensors": "round-0/sft",
+    "lm/config.json": "round-0/sft",
+    "lm/tokenizer.json": "round-0/sft",
+    "sft.jsonl": "round-0/data",
+    "meta.jsonl": "round-1/reward",
+}
+
+
+@pytest.mark.parametrize("state", ["finished", "begun"])
+@pytest.mark.parametrize(("file", "first"), CHANGED.items())
+def test_what_a_stage_reads_may_not_change_between_two_attempts(
+    recipe: Callable[..., Recipe], tmp_path: Path, file: str, first: str, state: str
+) -> None:
+    loaded = recipe()
+    stages, out = plan(loaded), tmp_path / "out"
+    assert [stage.folder for stage in stages] == STAGES
+    place = STAGES.index(first)
+    finish_all(stages if state == "finished" else stages[:place], out)
+    if state == "begun":
+        checkpoint = Store(out).open(stages[place]) / "checkpoints" / "checkpoint-4"
+        checkpoint.mkdir(parents=True)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(loaded.resolved()))
+    before = sorted(out.rglob("*"))
+    (tmp_path / file).write_text('{"base_model_name_or_path": "base", "something": "else"}')
+    with pytest.raises(UserError) as error:
+        run(recipe(), out, say=lambda _: None)
+    message = str(error.value)
+    assert message.startswith(f"{out}/{first}: {'made' if state == 'finished' else 'begun'} with other")
+    assert ("meta_sha256 was" if file == "meta.jsonl" else f"{file} has changed") in message
+    assert "take the change back" in message
+    assert sorted(out.rglob("*")) == before, "nothing is touched"
+
+
+def test_the_backbone_counts_where_there_is_no_sft(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    before = {stage.folder: stage.key for stage in plan(recipe("data.sft=null"))}
+    (tmp_path / "lm" / "model.safetensors").write_text("other")
+    after = {stage.folder: stage.key for stage in plan(recipe("data.sft=null"))}
+    assert [folder for folder in before if before[folder] == after[folder]] == ["round-0/data"]
+
+
+def test_cards_are_no_part_of_a_model_and_names_elsewhere_have_no_digest(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    before = [stage.key for stage in plan(recipe())]
+    (tmp_path / "other" / "README.md").write_text("another card")
+    assert [stage.key for stage in plan(recipe())] == before
+    assert named_digests([None, "http://x/get_reward", "some/hub-model", "gone.py:score"]) == {}
+
+
+def test_a_recipe_that_names_nothing_local_keeps_its_keys(recipe: Callable[..., Recipe]) -> None:
+    overrides = ("backbone.model=hub/model", "ppo.extra_rewards=[]", "evaluate.gold=null", "reward.meta=false")
+    stages = plan(recipe(*overrides, "reward.meta_samples=null"))
+    assert not any("files" in stage.settings for stage in stages)
+
+
+def test_files_of_finished_stages_are_compared_before_they_are_used(tmp_path: Path) -> None:
+    first = Stage("sft", "round-0/sft", {}, 0)
+    store = Store(tmp_path)
+    finish_all([first], tmp_path)
+    (store.path(first) / "metrics.jsonl").write_text("{}")
+    check = store.check_files([first])
+    assert (check.name, check.held, check.statistic) == ("finished files unchanged", True, 0.0)
+    weights = store.path(first) / "weights"
+    weights.write_text("round-0/SFT")  # of the same size
+    check = store.check_files([first])
+    assert not check.held
+    assert f"{weights} has changed" in check.sentence
+    weights.unlink()
+    assert f"{weights} is not there any more" in store.check_files([first]).sentence
+
+
+def test_a_file_is_read_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    monkeypatch.setattr("rlhf.pipeline.digests.file_digest", lambda path: reads.append(path) or "digest")
+    file = tmp_path / "model.safetensors"
+    file.write_text("a")
+    for _ in range(3):
+        named_digests([str(tmp_path)])
+    assert len(reads) == 1
+    file.write_text("ab")
+    named_digests([str(tmp_path)])
+    assert len(reads) == 2

@@ -1,0 +1,144 @@
+"""A key that a stage accepts and does not use is an error that names what decides instead."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.recipe import load_recipe
+from rlhf.recipe.unused import ADAPTER_KEYS, NEEDS
+
+VALUES: dict[str, Any] = {
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["all-linear"],
+    "lora_target_parameters": ["experts"],
+    "lora_modules_to_save": ["embed_tokens"],
+    "use_dora": True,
+    "use_rslora": True,
+}
+OTHERS: dict[str, Any] = {"lora_r": 8, "lora_alpha": 64, "lora_dropout": 0.5, "lora_target_modules": ["q_proj"]}
+
+
+def recipe(tmp_path: Path, **sections: dict[str, Any]) -> Path:
+    document = {"name": "x", "backbone": {"model": "m"}, "data": {"sft": "s.jsonl", "preferences": "p.jsonl"}}
+    file = tmp_path / "r.yaml"
+    file.write_text(json.dumps({**document, **sections}))
+    return file
+
+
+def problem(file: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_recipe(file, overrides)
+    assert len(error.value.problems) == 1
+    return error.value.problems[0]
+
+
+@pytest.mark.parametrize("section", ["reward", "vote", "ppo"])
+@pytest.mark.parametrize("key", ADAPTER_KEYS)
+def test_after_a_lora_sft_its_adapter_decides(tmp_path: Path, section: str, key: str) -> None:
+    on = {"use_peft": True}
+    file = recipe(tmp_path, sft=on, **{section: {**on, key: VALUES[key]}})
+    said = problem(file)
+    assert f"{section}.{key} is {VALUES[key]!r}, which is not used: after a LoRA SFT" in said
+    assert f"Set sft.{key}" in said
+    assert said.startswith(str(file)), "with its line"
+    load_recipe(recipe(tmp_path, sft={**on, key: VALUES[key]}, **{section: {**on, key: VALUES[key]}}))
+    if key in OTHERS:
+        both = {"sft": {**on, key: VALUES[key]}, section: {**on, key: OTHERS[key]}}
+        assert f"sft.{key} is {VALUES[key]!r}" in problem(recipe(tmp_path, **both))
+
+
+@pytest.mark.parametrize("key", ADAPTER_KEYS)
+def test_an_adapter_of_its_own_is_used_after_a_full_sft_or_on_a_fresh_model(tmp_path: Path, key: str) -> None:
+    on = {"use_peft": True}
+    load_recipe(recipe(tmp_path, reward={**on, key: VALUES[key]}, ppo={**on, key: VALUES[key]}))
+    load_recipe(recipe(tmp_path, data={"preferences": "p"}, sft=on, reward={**on, key: VALUES[key]}))
+    scratch = {"backbone": {"from_scratch": {"architecture": "llama"}}, "sft": on}
+    load_recipe(recipe(tmp_path, **scratch, reward={**on, key: VALUES[key]}))
+
+
+@pytest.mark.parametrize("section", ["sft", "reward", "vote", "ppo"])
+@pytest.mark.parametrize("key", ADAPTER_KEYS)
+def test_without_lora_its_keys_do_nothing(tmp_path: Path, section: str, key: str) -> None:
+    file = recipe(tmp_path, **{section: {key: VALUES[key]}})
+    assert f"{section}.{key} is {VALUES[key]!r}, which is not used: {section}.use_peft is not true" in problem(file)
+    load_recipe(file, [f"{section}.use_peft=false"])  # LoRA is switched off by name
+
+
+DEPENDENT: dict[str, Any] = {
+    "flip_by": "sign",
+    "flip_fraction": 0.2,
+    "smoothing": 0.3,
+    "smoothing_mask": "all",
+    "margin_scale": 2.0,
+    "margin_clip": 1.0,
+    "extra_weight": 0.5,
+    "extra_temperature": 0.5,
+    "prototypes": 7,
+    "dropout": 0.2,
+    "meta_pool": 9,
+    "meta_responses": 3,
+    "meta_prompts": 3,
+    "meta_step": 0.5,
+    "meta_normalized": False,
+    "expert_weights": {"a": 1.0},
+    "kl_horizon": 5,
+    "reward_ensemble_strength": 2.0,
+    "vllm_mode": "server",
+    "vllm_gpu_memory_utilization": 0.5,
+    "vllm_importance_sampling_clip_max": 3.0,
+    "vllm_max_model_length": 100,
+    "vllm_server_base_url": "http://x",
+    "num_train_epochs": 2.0,
+}
+# By dependent key, what makes it count; where nothing is listed, `reason` can't be taken away in a test of one section.
+MEANT: dict[str, dict[str, Any]] = {
+    "flip_by": {"objective": "flip"},
+    "flip_fraction": {"objective": "drop"},
+    "smoothing": {"objective": "smoothing"},
+    "smoothing_mask": {"objective": "soft_margin"},
+    "margin_scale": {"objective": "margin"},
+    "margin_clip": {"objective": "flip_margin"},
+    "extra_weight": {"extra": "simcse"},
+    "extra_temperature": {"extra": "simcse"},
+    "prototypes": {"extra": "swav"},
+    "dropout": {"extra": "swav"},
+    **{key: {"meta": True} for key in DEPENDENT if key.startswith("meta_")},
+    "expert_weights": {"experts": "weights"},
+    "kl_horizon": {"kl_target": 3.0},
+    "reward_ensemble_strength": {"reward_ensemble": "soft_min"},
+    **{key: {"use_vllm": True} for key in DEPENDENT if key.startswith("vllm_")},
+    "vllm_server_base_url": {"use_vllm": True, "vllm_mode": "server"},
+    "num_train_epochs": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), sorted({(needs.section, key) for needs in NEEDS for key in needs.keys}), ids="-".join
+)
+def test_a_key_that_waits_for_another_is_named_without_it(tmp_path: Path, section: str, key: str) -> None:
+    values = {key: DEPENDENT[key], **({"total_episodes": 8} if key == "num_train_epochs" else {})}
+    file = recipe(tmp_path, **{section: values})
+    with pytest.raises(UserError) as error:
+        load_recipe(file)
+    assert all(f"{section}.{key} is {DEPENDENT[key]!r}, which is not used: " in said for said in error.value.problems)
+    load_recipe(recipe(tmp_path, **{section: {key: DEPENDENT[key], **MEANT[key]}}))
+
+
+def test_a_default_that_is_written_down_is_no_error(tmp_path: Path) -> None:
+    load_recipe(recipe(tmp_path, reward={"smoothing": 0.2, "lora_r": 16}, ppo={"kl_horizon": 10000, "lora_alpha": 32}))
+
+
+def test_arguments_of_a_model_that_the_stage_loads_itself(tmp_path: Path) -> None:
+    file = recipe(tmp_path, ppo={"model_init_kwargs": {"dtype": "bfloat16"}})
+    assert (
+        "ppo.model_init_kwargs is {'dtype': 'bfloat16'}, which is not used: the stage loads its model itself"
+        in problem(file)
+    )
+    assert "bnb_4bit_quant_type is 'fp4', which is not used: sft.load_in_4bit" in problem(
+        recipe(tmp_path, sft={"bnb_4bit_quant_type": "fp4"})
+    )
