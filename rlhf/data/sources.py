@@ -11,7 +11,7 @@ from rlhf.data.direction import Side, directions, example, has_two_responses
 from rlhf.data.layouts import Layout, find_layout
 from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated, preference_of
 from rlhf.data.read import BadRow, ReadReport, read_rows
-from rlhf.data.rows import Demonstration, Pair, PromptRow, answer, prompt_key
+from rlhf.data.rows import Demonstration, Pair, PromptRow, answer, completion, prompt_key
 from rlhf.data.tidy import tidied
 from rlhf.errors import UserError
 
@@ -128,22 +128,30 @@ def to_pairs(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Pair]]:
         if layout.rankings is not None:
             report.note(line.number, "pairs made of rankings", count=len(pairs))
         if pairs:
-            _say_direction(line, layout, pairs[0], report)
+            _say_direction(line, layout, answer(pairs[0], "chosen"), report)
         return pairs
 
     yield from _converted(lines, report, pairs_of)
     yield from _pairs_of_rated(rated, report)
 
 
-def _say_direction(line: Line, layout: Layout, first: Pair, report: ReadReport) -> None:
+def _say_direction(line: Line, layout: Layout, better: str, report: ReadReport) -> None:
     name, sentence = line.direction or (layout.name, layout.direction or "`chosen` and `rejected`")
     evident = line.direction is None and layout.direction is None
-    report.direct(name, example(sentence, answer(first, "chosen")), evident=evident)
+    report.direct(name, example(sentence, better), evident=evident)
 
 
 def to_demonstrations(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Demonstration]]:
-    """Convert rows to demonstrations."""
-    return _converted(lines, report, lambda line: find_layout(line.row).read_demonstrations(line.row))
+    """Convert rows to demonstrations; where they are the better answers, say which these are."""
+
+    def demonstrations_of(line: Line) -> list[Demonstration]:
+        layout = find_layout(line.row)
+        demonstrations = layout.read_demonstrations(line.row)
+        if demonstrations and (line.direction is not None or layout.rankings is not None):
+            _say_direction(line, layout, completion(demonstrations[0]), report)
+        return demonstrations
+
+    return _converted(lines, report, demonstrations_of)
 
 
 def to_prompts(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[PromptRow]]:
@@ -181,7 +189,7 @@ def _pairs_of_rated(rated: Sequence[tuple[Line, RatedAnswer]], report: ReadRepor
         line = first_line[prompt_key(ranking.prompt)]
         pairs = comparisons(ranking)
         report.note(line.number, "pairs made of rated answers", count=len(pairs))
-        _say_direction(line, find_layout(line.row), pairs[0], report)
+        _say_direction(line, find_layout(line.row), answer(pairs[0], "chosen"), report)
         for canonical in pairs:
             yield Row(canonical, line.number, report, line.is_test)
 

@@ -219,7 +219,8 @@ def test_a_recipe_states_it_by_numbers_words_and_truth_values(tmp_path: Path) ->
     assert entry.preference == {"0": "first", "1": "second", "tie": "tie"}
     source = Source(**entry.model_dump() | {"source": str(tmp_path / "x.jsonl")})
     facts = prepare_data(tmp_path / "out", DataSources(sft=[Source(source.source, preference=source.preference)], preferences=[source], test_fraction=0.5), seed=0)  # fmt: skip
-    assert any("`preference` 0 of {0, 1}: the first is better" in line for line in facts["sentences"])
+    said = [line for line in facts["sentences"] if "`preference` 0 of {0, 1}: the first is better: chosen = " in line]
+    assert len(said) == 2, "for the pairs, and for the demonstrations that are made of them"
     assert {answer(row, "chosen").split()[0] for row in read_jsonl(tmp_path / "out" / "pairs.jsonl")} == {"yes"}
     (tmp_path / "r.yaml").write_text(text % "{true: first, false: second}")
     (entry,) = load_recipe(tmp_path / "r.yaml").data.sources("preferences")
