@@ -289,10 +289,6 @@ def test_a_reward_server_that_is_down_or_counts_wrong_stops_before_the_update(
 # ---- PPO-max and KL ----
 
 
-def _without_record(state: PPOState) -> dict[str, object]:
-    return {name: value for name, value in vars(state).items() if name not in ("checks", "golden")}
-
-
 def test_the_kl_coefficient_adapts_and_comes_back_with_a_resume(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -308,12 +304,7 @@ def test_the_kl_coefficient_adapts_and_comes_back_with_a_resume(
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for key in ("kl_coef", "reward", "loss", "kl"):
         assert again.rows[-1][key] == rows.rows[-1][key], key
-    assert _without_record(resumed.progress) == _without_record(trainer.progress)
-    assert resumed.progress.golden is not None
-    assert resumed.progress.golden.logprobs == trainer.progress.golden.logprobs
-    # What was checked is the same, but for a reference that is now compared with numbers of another process.
-    held = {name: entry["held"] for name, entry in trainer.progress.checks.entries.items()}
-    assert {name: entry["held"] for name, entry in resumed.progress.checks.entries.items()} == held
+    assert resumed.progress == trainer.progress
     assert trainer.progress.reward_count == 48
 
 
