@@ -31,12 +31,14 @@ class Needs:
         keys: the dependent ones.
         met: whether the section's values say so; a key that is not set has its default there.
         reason: what decides, in words that follow "is not used: ".
+        switch: a key that is true or false; written as false, it switches the others off by name, and they are left alone.
     """
 
     section: str
     keys: tuple[str, ...]
     met: Callable[[Mapping[str, Any]], bool]
     reason: str
+    switch: str | None = None
 
 
 def _objective_is(*names: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -73,6 +75,7 @@ NEEDS = (
         ("meta_pool", "meta_responses", "meta_prompts", "meta_step", "meta_normalized"),
         lambda v: v["meta"],
         "reward.meta is not true",
+        switch="meta",
     ),
     Needs("reward", ("expert_weights",), lambda v: v["experts"] is not None, "reward.experts is not set"),
     Needs("ppo", ("kl_horizon",), lambda v: v["kl_target"] is not None, "ppo.kl_target is not set"),
@@ -82,7 +85,7 @@ NEEDS = (
         lambda v: v["reward_ensemble"] in ("uncertainty", "soft_min"),
         "ppo.reward_ensemble is neither uncertainty nor soft_min",
     ),
-    Needs("ppo", (*VLLM_KEYS, "vllm_server_base_url"), lambda v: v["use_vllm"], "ppo.use_vllm is not true"),
+    Needs("ppo", (*VLLM_KEYS, "vllm_server_base_url"), lambda v: v["use_vllm"], "ppo.use_vllm is not true", "use_vllm"),
     Needs("ppo", ("vllm_server_base_url",), lambda v: v["vllm_mode"] == "server", "ppo.vllm_mode is not server"),
     Needs(
         "ppo",
@@ -96,20 +99,21 @@ NEEDS = (
 def unused_keys(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield the section and key of every value that no stage would use, and a sentence that names what decides instead.
 
-    A key that says what holds anyway (a default, or the value of the SFT adapter that decides) is no error; nor are LoRA's keys
-    beside an explicit `use_peft: false`, by which LoRA is switched off on the command line.
+    A key that says what holds anyway (a default, or the value of the SFT adapter that decides) is no error; nor are the keys of
+    what is switched off by name, as `reward.meta=false` and `reward.use_peft=false` do on the command line.
     """
     for name in STAGE_SECTIONS:
-        values = _values(recipe, name)
+        values, written = _values(recipe, name), _set_keys(recipe, name)
         for needs in NEEDS:
-            if needs.section == name and not needs.met(values):
+            is_off_by_name = needs.switch is not None and written.get(needs.switch) is False
+            if needs.section == name and not needs.met(values) and not is_off_by_name:
                 yield from _not_used(recipe, name, needs.keys, needs.reason)
-        if not values["load_in_4bit"]:
+        if not values["load_in_4bit"] and written.get("load_in_4bit") is None:
             yield from _not_used(recipe, name, BITS_KEYS, f"{name}.load_in_4bit is not true")
         yield from _not_used(
             recipe, name, ("model_init_kwargs",), f"the stage loads its model itself; set {name}.dtype or the like"
         )
-        if _set_keys(recipe, name).get("use_peft") is None and not values["use_peft"]:
+        if written.get("use_peft") is None and not values["use_peft"]:
             yield from _not_used(recipe, name, ADAPTER_KEYS, f"{name}.use_peft is not true")
     yield from _decided_by_sft(recipe)
 

@@ -33,6 +33,15 @@ def test_no_false_alarm_while_the_kl_grows_as_it_may(rollouts: int, size: int, g
     assert alarms == 0
 
 
+def test_one_update_may_move_the_kl_however_many_answers_there_are() -> None:
+    """Without scatter what is left of the bound is the change of the next rollout, here at quadratic growth."""
+    logged = [0.0, 1.0, 4.0, 9.0]
+    check = kl_agrees(logged, [9.0] * 8, [16.0] * 8)
+    assert check.bound == pytest.approx(7 / 5 * 5)
+    assert check.held
+    assert not kl_agrees(logged, [9.0] * 8, [16.1] * 8).held
+
+
 def test_a_reference_that_moves_with_the_policy_is_noted() -> None:
     """The figures of issue 25: the log ends at 0.95 where the evaluation measures 3.66."""
     rng = random.Random(0)

@@ -129,6 +129,23 @@ def test_a_key_that_waits_for_another_is_named_without_it(tmp_path: Path, sectio
     load_recipe(recipe(tmp_path, **{section: {key: DEPENDENT[key], **MEANT[key]}}))
 
 
+@pytest.mark.parametrize(
+    ("values", "switch"),
+    [
+        ({"reward": {"meta_pool": 12, "meta_step": 0.5}}, "reward.meta=false"),
+        ({"ppo": {"vllm_mode": "colocate", "vllm_max_model_length": 9}}, "ppo.use_vllm=false"),
+        ({"sft": {"bnb_4bit_quant_type": "fp4"}}, "sft.load_in_4bit=false"),
+    ],
+)
+def test_what_is_switched_off_by_name_leaves_its_keys_alone(
+    tmp_path: Path, values: dict[str, Any], switch: str
+) -> None:
+    file = recipe(tmp_path, **values)
+    with pytest.raises(UserError, match="which is not used"):
+        load_recipe(file)
+    load_recipe(file, [switch])
+
+
 def test_a_default_that_is_written_down_is_no_error(tmp_path: Path) -> None:
     load_recipe(recipe(tmp_path, reward={"smoothing": 0.2, "lora_r": 16}, ppo={"kl_horizon": 10000, "lora_alpha": 32}))
 
