@@ -45,7 +45,7 @@ def _reason(name: str | Path, error: Exception) -> str:
         )
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return f"a JSON file of this model can't be read ({message}); copy the model again."
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     if type(error).__name__ == "SafetensorError":
         return f"its safetensors file is cut off or damaged ({first}); copy the model again."
