@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class Examination:
         except (UserError, TrainingError) as error:
             self.refuse(subject, str(error))
 
-    def rows(self, name: str) -> list[dict[str, object]]:
+    def rows(self, name: str) -> list[Any]:
         """Return the rows of a file of the data stage, none where there is no such file."""
         file = self.context.data / f"{name}.jsonl"
         return read_jsonl(file) if file.is_file() else []
@@ -180,7 +181,7 @@ def _examine_policy(examination: Examination) -> None:
     if end is not None:
         tokenizer.eos_token = end  # as SFT's trainer does
     end_ids = end_token_ids(model, tokenizer)
-    prompts: list[Prompt] = [row["prompt"] for row in examination.rows("prompts")]  # type: ignore[misc]
+    prompts: list[Prompt] = [row["prompt"] for row in examination.rows("prompts")]
     limit = longest_prompt(model, args)
     if is_readable:
         examination.enter("data.prompts", _prompt_lengths(tokenizer, prompts[: ROLLOUTS * ROWS], limit))
@@ -209,7 +210,7 @@ def _examine_turns(examination: Examination, tokenizer: PreTrainedTokenizerBase)
     """Check that the chat template accepts the turns of every file's prompts; return whether it accepts those of PPO."""
     is_readable = True
     for name in ("sft", "pairs", "prompts"):
-        prompts: list[Prompt] = [row["prompt"] for row in examination.rows(name)]  # type: ignore[misc]
+        prompts: list[Prompt] = [row["prompt"] for row in examination.rows(name)]
         problems = template_problems(tokenizer, prompts)
         sentence = " ".join(problems)
         if prompts:
@@ -280,13 +281,13 @@ def forward_checks(model: PreTrainedModel, completions: Completions, args: PPOCo
 
 def _texts(examination: Examination) -> list[tuple[Prompt, str]]:
     """Return a few prompts with answers: those of the pairs, or, where there are none, the policy's."""
-    pairs: list[Pair] = examination.rows("pairs")[:FEW]  # type: ignore[assignment]
+    pairs: list[Pair] = examination.rows("pairs")[:FEW]
     if pairs:
         return [(row["prompt"], answer(row, "chosen")) for row in pairs]
     if examination.completions is None:
         raise UserError("there are neither pairs nor answers of the policy to score.")
     prompts = [row["prompt"] for row in examination.rows("prompts")[:FEW]]
-    return list(zip(prompts, examination.completions.texts, strict=False))  # type: ignore[arg-type]
+    return list(zip(prompts, examination.completions.texts, strict=False))
 
 
 def _examine_new_reward_model(examination: Examination) -> None:
@@ -329,7 +330,7 @@ def _examine_source(examination: Examination, name: str) -> None:
     rows = examination.rows("prompts")
     rows = [rows[i % len(rows)] for i in range(len(completions.texts))]
     with _foreign(name):
-        scores, _ = source([row["prompt"] for row in rows], completions, other_columns(rows))  # type: ignore[misc]
+        scores, _ = source([row["prompt"] for row in rows], completions, other_columns(rows))
     examination.enter(name, _scores_given(scores.tolist()))
 
 
