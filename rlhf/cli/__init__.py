@@ -1,0 +1,120 @@
+"""The command line: parse, call, print.
+
+Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 3 waiting for people's labels, 130/143 interrupted.
+"""
+
+import atexit
+import logging
+import os
+import sys
+import warnings
+from importlib import metadata
+from typing import Annotated, TextIO
+
+import typer
+
+# The verbs enter themselves, in the order of `rlhf --help`.
+# isort: off
+import rlhf.cli.runs
+import rlhf.cli.models
+import rlhf.cli.labels  # noqa: F401
+
+# isort: on
+from rlhf.cli.console import app, errors, say_aside
+from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.pipeline import interrupt
+
+PACKAGE = "rlhf-pipeline"
+WAITING = 3
+TYPER_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt; a real Ctrl-C is `interrupt.Interrupted`
+# Libraries announce things that a recipe's reader can't act on.
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"{PACKAGE} {metadata.version(PACKAGE)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top_level(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning as the sentence it is, without the line of code that raised it."""
+    say_aside(f"Note: {message}")
+
+
+def main() -> None:
+    """Run the command line and turn what happened into an exit code."""
+    _quieten_libraries()
+    interrupt.install()
+    warnings.showwarning = _print_warning
+    code = [1]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Gloo's threads sometimes abort a process in its last moment, after all is written. What is registered first runs last.
+        atexit.register(lambda: os._exit(code[0]))
+    code[0] = _exit_code()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code[0])
+
+
+def _quieten_libraries() -> None:
+    """Set what silences libraries; they read it when they are first imported, which no command has done yet."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _exit_code() -> int:
+    """Run the command line; return its exit code."""
+    try:
+        if app(standalone_mode=False) == TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
+    except UserError as error:
+        for problem in error.problems:
+            say_aside(problem, style="red")
+        return 2
+    except TrainingError as error:
+        say_aside(str(error), style="red")
+        return 1
+    except Waiting as state:
+        say_aside(str(state), style="yellow")
+        return WAITING
+    except interrupt.Interrupted as interruption:
+        errors.print(f"{interruption}: stopped. The same command goes on from the last checkpoint.", markup=False)
+        return 128 + interruption.signum
+    except (
+        SystemExit,
+        KeyboardInterrupt,
+        typer.Abort,
+    ) as ending:  # ours end otherwise: code of a person or of a library
+        code = ending.code if isinstance(ending, SystemExit) else None
+        name = f"SystemExit({code!r})" if isinstance(ending, SystemExit) else "KeyboardInterrupt"
+        sentence = f"Something raised {name} in the middle, which is no end of this command: a function of yours, or a library."
+        say_aside(f"{sentence} Finished stages are intact; the same command goes on.", style="red")
+        return code if isinstance(code, int) and code else 1
+    except Exception as error:
+        usage = getattr(error, "exit_code", None)
+        if usage is None:
+            raise
+        getattr(error, "show", lambda: None)()
+        return int(usage)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

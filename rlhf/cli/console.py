@@ -1,0 +1,30 @@
+"""What every verb shares: the application, its arguments, and how lines are printed."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+# A pipe has no width; at rich's 80 columns tables would lose their numbers.
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+errors = Console(stderr=True, highlight=False)
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, as many as you like.", show_default=False)
+]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]", show_default=False)]
+RewardModelName = Annotated[str, typer.Argument(help="A reward model's folder, or a hub id.", show_default=False)]
+
+
+def say(line: str) -> None:
+    """Print a line to standard output as it is, however wide the terminal."""
+    output.print(line, markup=False, soft_wrap=True)
+
+
+def say_aside(line: str, *, style: str | None = None) -> None:
+    """Print a line to standard error as it is."""
+    errors.print(line, style=style, markup=False, soft_wrap=True)

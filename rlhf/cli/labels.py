@@ -1,0 +1,62 @@
+"""The verbs of data and labels: audit, label."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf.cli.console import app, say, say_aside
+from rlhf.recipe import load_recipe
+
+
+@app.command("audit")
+def audit_command(
+    pairs: Annotated[
+        str, typer.Argument(help="A file of preferences in any form, or a hub dataset.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="What the voters start from: a folder or hub id.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    members: Annotated[int | None, typer.Option(help="Number of voters. [default: 10]", show_default=False)] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Its vote and reward sections say how voters are trained.", show_default=False)
+    ] = None,
+) -> None:
+    """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
+    from rlhf.pipeline.audit import audit
+    from rlhf.report.terminal import audit_line
+
+    result = audit(pairs, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=say_aside)
+    say(audit_line(result))
+    say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
+
+
+@app.command("label")
+def label_command(
+    run: Annotated[Path, typer.Argument(help="A run that waits for labels.", show_default=False)],
+    *,
+    annotator: Annotated[
+        list[str] | None, typer.Option(help="Who labels; once for each person. [default: you]", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 is everybody.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where.")] = 8765,
+    status: Annotated[bool, typer.Option(help="Say how far people are, and stop.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Write the open pairs to this file.", show_default=False)] = None,
+    form: Annotated[str, typer.Option(help="Of the exported file: plain, label-studio or argilla.")] = "plain",
+    import_: Annotated[
+        Path | None,
+        typer.Option("--import", help="Take labels from this file, of any of the three forms.", show_default=False),
+    ] = None,
+) -> None:
+    """Label pairs for a run: a page with one link a person; or as files, out and in."""
+    from rlhf.serve.desk import export_to, import_from, progress_lines, serve_page
+
+    if export is not None:
+        say(f"{export}: {export_to(run, export, form)} pairs")
+    if import_ is not None:
+        counts = import_from(run, import_, say=say)
+        say(f"{import_}: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
+    if export is not None or import_ is not None or status:
+        for line in progress_lines(run):
+            say(line)
+        return
+    serve_page(run, annotator, host=host, port=port, say=say)

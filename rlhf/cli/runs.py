@@ -1,0 +1,151 @@
+"""The verbs of runs: run, one stage, check, plan, doctor, report, lineage."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from rlhf.cli.console import Out, Overrides, RecipeFile, app, errors, output, say, say_aside
+from rlhf.errors import UserError
+from rlhf.recipe import Recipe, load_recipe
+
+
+@app.command("run")
+def run_command(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, show the plan, write nothing.")] = False,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Run a recipe from SFT to a report. The same command again goes on where it stopped."""
+    _run(recipe_file, overrides, out, dry_run=dry_run, until=until)
+
+
+@app.command("check")
+def check_command(
+    recipe_files: Annotated[list[Path], typer.Argument(help="Recipes.", show_default=False)],
+    show: Annotated[bool, typer.Option(help="Print the resolved recipe.")] = False,
+) -> None:
+    """Validate recipes; every mistake is named with its line."""
+    problems: list[str] = []
+    for file in recipe_files:
+        try:
+            recipe = load_recipe(file)
+        except UserError as error:
+            problems += error.problems
+            continue
+        output.print(f"{file}: fine", markup=False)
+        if show:
+            output.print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True), markup=False)
+    if problems:
+        raise UserError(problems)
+
+
+@app.command("plan")
+def plan_command(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Estimate rows, tokens, steps, memory and time of every stage, before any weights are loaded; writes nothing."""
+    from rlhf.pipeline.checks import check_arguments, check_sources
+    from rlhf.report.terminal import estimates_table
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    check_sources(recipe)
+    with errors.status("counting the data, timing one and two layers of the model …"):
+        check_arguments(recipe, until=until)
+        from rlhf.pipeline.estimate import estimate
+
+        estimates, notes = estimate(recipe, until=until)
+    output.print(estimates_table(recipe.name, estimates))
+    for note in notes:
+        say(note)
+
+
+@app.command("doctor")
+def doctor_command(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Check what a run relies on, without training: templates, sampling, scores, reward functions; writes nothing."""
+    recipe = load_recipe(recipe_file, overrides or [])
+    with errors.status("reading the data, opening the models …"):
+        from rlhf.pipeline.doctor import examine, require_all
+        from rlhf.report.terminal import findings_table
+
+        findings = examine(recipe, say=say_aside)
+    output.print(findings_table(recipe.name, findings))
+    require_all(findings)
+
+
+def _stage_command(stage: str) -> None:
+    def command(recipe_file: RecipeFile, overrides: Overrides = None, out: Out = None) -> None:
+        _run(recipe_file, overrides, out, dry_run=False, until=stage)
+
+    command.__doc__ = f"Run a recipe up to and including {stage}; what is done before is not repeated."
+    app.command(stage)(command)
+
+
+for _stage in ("sft", "vote", "reward", "ppo"):
+    _stage_command(_stage)
+
+
+@app.command("report")
+def report_command(run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]) -> None:
+    """Write the HTML page of a run again, and the cards of its models."""
+    from rlhf.report.cards import write_cards
+    from rlhf.report.page import write_report
+
+    for file in (write_report(run), *write_cards(run)):
+        say(f"{file}")
+
+
+@app.command("lineage")
+def lineage_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
+    stage: Annotated[
+        str | None, typer.Argument(help="A stage's folder in it. [default: the last one]", show_default=False)
+    ] = None,
+) -> None:
+    """Show where a model came from: every stage above it, with settings, versions and data."""
+    from rlhf.pipeline.lineage import lineage
+
+    output.print(lineage(run, stage))
+
+
+def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
+    from rlhf.pipeline.checks import check_arguments, check_recipe_file, check_sources
+    from rlhf.pipeline.run import run
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    check_sources(recipe)
+    out = out or Path("runs") / recipe.name
+    if dry_run:
+        check_recipe_file(recipe, out)
+        check_arguments(recipe)
+        _show_plan(recipe, out)
+        return
+    is_main = int(os.environ.get("RANK", "0")) == 0
+
+    def say(line: str) -> None:
+        if is_main:
+            say(line)
+
+    run(recipe, out, until=until, say=say)
+    if is_main:
+        from rlhf.report.terminal import show_summary
+
+        show_summary(out, output)
+
+
+def _show_plan(recipe: Recipe, out: Path) -> None:
+    from rlhf.pipeline.plan import plan
+    from rlhf.pipeline.store import Store
+    from rlhf.report.terminal import plan_table
+
+    store, stages = Store(out), plan(recipe)
+    done = {stage.folder for stage in stages if store.is_done(stage)}
+    output.print(
+        plan_table(f"{recipe.name}, seed {recipe.seed}, into {out} (dry run, nothing was written)", stages, done)
+    )
