@@ -61,8 +61,9 @@ class RewardModel:
         """Return raw scores [n], float32 on the CPU, in the order given.
 
         Args:
-            prompts: strings, or conversations that end with the turn to be answered.
-            responses: texts without special tokens.
+            prompts: conversations that end with the turn to be answered, or strings: the user's words, or what the chat
+                template has rendered of a conversation.
+            responses: texts, with or without their end token.
             ended: whether each answer came to its end; None if all did.
         """
         return self._score_rows(self.encode(prompts, responses, ended))
@@ -152,9 +153,15 @@ class RewardModel:
         self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None
     ) -> list[list[int]]:
         """Return the token rows that the model reads, and count in `cut` the texts that were too long."""
-        if self.conversational:
-            prompts = [[Message(role="user", content=p)] if isinstance(p, str) else p for p in prompts]
-        rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
+        conversational = self.conversational or any(not isinstance(prompt, str) for prompt in prompts)
+        rows, cut = encode_answers(
+            self.tokenizer,
+            prompts,
+            responses,
+            ended=ended,
+            max_length=self.max_length,
+            conversational=conversational,
+        )
         self.cut += cut
         if cut:
             longest = [response for row, response in zip(rows, responses, strict=True) if len(row) >= self.max_length]
