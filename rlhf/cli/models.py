@@ -65,17 +65,34 @@ def export_command(
 
 @app.command("serve")
 def serve_command(
-    model: RewardModelName,
-    host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 is everybody.")] = "127.0.0.1",
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of reward models or ensembles, or hub ids; NAME=FOLDER gives one another name.",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 is everybody, with a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where.")] = 5000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RLHF_SERVE_TOKEN", help="What clients must send as `Authorization: Bearer …`.", show_default=False
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.", min=0.1)] = 60.0,
+    queue: Annotated[int, typer.Option(help="Texts that may wait, for each model.", min=1)] = 65_536,
+    batch_tokens: Annotated[int, typer.Option(help="Most tokens in a forward, padding included.", min=1)] = 16_384,
 ) -> None:
-    """Serve a reward model: POST /get_reward, as OpenRLHF's clients and `ppo.extra_rewards` ask."""
+    """Serve reward models: POST /score, /rank, /get_reward (OpenRLHF's), /classify (vLLM's)."""
     try:
-        import uvicorn
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError("rlhf serve: install the server first (pip install '.[serve]').") from error
-    from rlhf.serve.reward import open_app
+    from rlhf.serve.reward import Limits
+    from rlhf.serve.run import serve_models
 
-    served = open_app(model)
-    output.print(f"http://{host}:{port}/get_reward", markup=False)
-    uvicorn.run(served, host=host, port=port, log_level="warning")
+    limits = Limits(seconds=timeout, waiting_texts=queue, batch_tokens=batch_tokens)
+    serve_models(models, host=host, port=port, token=token, limits=limits, say=say)
