@@ -156,6 +156,13 @@ def paths_of_this_package(folder: Path, saved: Saved, reward: RewardModel) -> Sc
         for name, (asked, answered) in forms.items():
             body = {"prompts": asked, "responses": answered}
             yield f"/get_reward, {name}", posted(client, "/get_reward", body)["rewards"]
+            yield f"/score, {name}", posted(client, "/score", body)["scores"]
+        yield "/score, whole", posted(client, "/score", {"messages": saved.whole})["scores"]
+        for name, reader in {"its own template": reward.tokenizer, "the policy's template": tokenizer}.items():
+            texts = [reader.apply_chat_template(x, tokenize=False) for x in saved.whole]
+            yield f"/classify, {name}", classes(posted(client, "/classify", {"input": texts}))
+        each = [classes(posted(client, "/classify", {"messages": x})) for x in saved.whole]
+        yield "/classify, messages", torch.cat(each)
         yield from queries(client, saved, asking)
 
 
@@ -164,6 +171,11 @@ def posted(client: TestClient, path: str, body: dict[str, Any]) -> dict[str, Any
     reply = client.post(path, json=body)
     assert reply.status_code == 200, reply.text
     return {k: torch.tensor(v) if k in ("rewards", "scores") else v for k, v in reply.json().items()}
+
+
+def classes(reply: dict[str, Any]) -> torch.Tensor:
+    """Return the scores in a reply as vLLM's clients read them."""
+    return torch.tensor([entry["probs"][0] for entry in sorted(reply["data"], key=lambda entry: entry["index"])])
 
 
 def queries(client: TestClient, saved: Saved, asking: list[str]) -> Scores:
