@@ -47,20 +47,15 @@ ASKED: list[tuple[Turns, str]] = [
 
 
 class Saved(NamedTuple):
-    """A family's tokenizer, as a policy has it, and the folders of its reward models: full, adapter, merged by `rlhf export`."""
+    """A family's tokenizer, as a policy has it, the folders of its reward models by kind, and what they are asked."""
 
-    family: Family
     tokenizer: Any
     folders: dict[str, Path]
-
-    @property
-    def asked(self) -> list[tuple[Turns, str]]:
-        """Prompts and answers, without a system turn where the template has no place for one."""
-        return [(prompt, answer) for prompt, answer in ASKED if self.family.system or SYSTEM not in prompt]
+    asked: list[tuple[Turns, str]]
 
     @property
     def whole(self) -> list[Turns]:
-        """The same, as whole conversations."""
+        """What they are asked, as whole conversations."""
         return [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in self.asked]
 
 
@@ -77,8 +72,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def saved(request: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A family's models, saved as the pipeline saves them, with every trained weight moved away from its start."""
-    family, root = FAMILIES[request.param], tmp_path_factory.mktemp("family")
+    """Models of one family."""
+    return save_family(FAMILIES[request.param], base, tmp_path_factory.mktemp("family"))
+
+
+def save_family(family: Family, base: Path, root: Path) -> Saved:
+    """Save models as the pipeline saves them, full, adapter, and merged by `rlhf export`, every trained weight moved."""
     family.build().save_pretrained(root / "policy")
     tokenizer = load_tokenizer(root / "policy", conversational=True)
     for kind in ("full", "lora"):
@@ -90,7 +89,8 @@ def saved(request: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) ->
                 parameter.data += 0.05 * torch.randn_like(parameter)
         save_reward_model(root / kind, model, tokenizer, samples=[(ONE, "yes " * (i + 1)) for i in range(8)])
     export_model(root / "lora", root / "exported")
-    return Saved(family, tokenizer, {kind: root / kind for kind in KINDS})
+    asked = [(prompt, answer) for prompt, answer in ASKED if family.system or SYSTEM not in prompt]
+    return Saved(tokenizer, {kind: root / kind for kind in KINDS}, asked)
 
 
 def opened(folder: Path) -> tuple[Any, Any]:
