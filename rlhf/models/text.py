@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
 from rlhf.models.templates import MARKER, affixes, closing, rendered
+from rlhf.models.typed import as_words, encode_words, is_marked, spelled
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -56,10 +57,12 @@ def closed_text(tokenizer: PreTrainedTokenizerBase, text: str, *, conversational
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
-    """Tell whether a prompt was rendered by a chat template: it holds a special token, or ends as the tokenizer's own does."""
-    special = set(tokenizer.all_special_tokens)
-    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if any(token in prompt for token in special):
+    """Tell whether a prompt was rendered by a chat template: it begins or ends with a special token, or ends as the own one does.
+
+    A special token in its middle alone was typed by somebody.
+    """
+    text, special = prompt.strip(), spelled(tokenizer)
+    if special.match(text) or any(match.end() == len(text) for match in special.finditer(text)):
         return True
     if not tokenizer.chat_template:
         return False
@@ -72,10 +75,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversa
 
     A chat template writes its own beginning-of-text token; a plain text gets one here, where the tokenizer writes one.
     What the tokenizer would append by itself is left out: a prompt goes on, and an answer that ended has its end token.
+    Special tokens are read as such, but for those that `as_words` has marked: people typed them, and they are words.
     """
     rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=not conversational)["input_ids"]
-    appended = 0 if conversational else affixes(tokenizer)[1]
-    return [row[:-appended] for row in rows] if appended else rows
+    before, appended = (0, 0) if conversational else affixes(tokenizer)
+    rows = [row[:-appended] for row in rows] if appended else rows
+    typed = [i for i, text in enumerate(texts) if is_marked(text)]
+    for i, words in zip(typed, encode_words(tokenizer, [texts[i] for i in typed]), strict=True):
+        rows[i] = rows[i][:before] + words
+    return rows
 
 
 def encode_answers(
@@ -88,6 +96,9 @@ def encode_answers(
 ) -> tuple[list[list[int]], int]:
     """Return the token ids of prompt and answer as a reward model reads them.
 
+    Special tokens that somebody typed, in an answer or in the messages of a prompt, are words. A prompt that is a string is
+    read as it stands, for whoever gives one has rendered it.
+
     Args:
         ended: whether each answer came to its end; None if all did.
         max_length: longer rows lose the beginning of the prompt, never the end of the answer.
@@ -96,10 +107,21 @@ def encode_answers(
         the ids, and how many rows were cut.
     """
     ended = [True] * len(prompts) if ended is None else ended
-    texts = [answer_text(tokenizer, p, a, ended=e) for p, a, e in zip(prompts, answers, ended, strict=True)]
+    texts = [
+        answer_text(tokenizer, prompt if isinstance(prompt, str) else as_words(tokenizer, prompt), words, ended=flag)
+        for prompt, words, flag in zip(prompts, _answers_as_words(tokenizer, prompts, answers), ended, strict=True)
+    ]
     flags = [not isinstance(prompt, str) for prompt in prompts]
     assert len(set(flags)) <= 1, "a batch is either conversational or not"
     return encode_texts(tokenizer, texts, conversational=bool(flags and flags[0]), max_length=max_length)
+
+
+def _answers_as_words(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str]
+) -> list[str]:
+    """Return answers with typed special tokens marked; behind a plain text, an end token at the end is the answer's own."""
+    ends = [tokenizer.eos_token if isinstance(prompt, str) else "" for prompt in prompts]
+    return [as_words(tokenizer, text.removesuffix(end)) for text, end in zip(answers, ends, strict=True)]
 
 
 def encode_texts(
