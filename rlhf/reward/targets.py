@@ -117,7 +117,7 @@ def find_kind(server: Server, golden: Golden) -> Kind:
     paths = server.paths()
     if not paths:
         return _kind_by_trial(server, golden)
-    if "/get_reward" in paths and (server.endpoint in (None, "/get_reward", "/score")):
+    if "/get_reward" in paths and server.endpoint != "/pooling":
         described = "requestBody" in paths["/get_reward"].get("post", {})
         return "ours" if described else "openrlhf"
     if "/classify" in paths and server.endpoint in (None, "/classify"):
@@ -202,8 +202,10 @@ def server_forms(
         Form("/score", "/score", prompts_and_answers, _rewards),
         Form("/get_reward with responses", "/get_reward", prompts_and_answers, _rewards),
         Form("/get_reward with query", "/get_reward", queries_and_ends, _rewards),
-        Form("/classify with input", "/classify", rendered, _classes),
+        Form("/classify with input", "/classify", rendered, _classes, closes=True),
     ]
+    if conversational:
+        forms.append(Form("/classify with messages", "/classify", conversation, _classes, single=True, closes=True))
     return [
         form
         for form in forms

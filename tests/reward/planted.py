@@ -46,28 +46,28 @@ class Served:
         return self.model.score(backbone(input_ids=ids).last_hidden_state)[:, -1, 0].float()
 
     @torch.no_grad()
-    def scores(self, texts: list[str]) -> list[float]:
+    def scores(self, texts: list[str], *, activated: bool = True) -> list[float]:
         rows = [self.ids(self.tokenizer(text)["input_ids"]) for text in texts]
-        return self.order(self.activation(self.batch(rows)).tolist())
+        scores = self.batch(rows)
+        return self.order((self.activation(scores) if activated else scores).tolist())
 
     def app(self) -> FastAPI:
-        """vLLM's `/classify` and `/pooling` and OpenRLHF's `/get_reward`; `app.docs` says which it describes."""
+        """vLLM's `/classify` and `/pooling`, as far as verify asks."""
         app = FastAPI()
 
-        async def texts_of(request: Request) -> list[str]:
+        async def scores_of(request: Request) -> list[float]:
             body = await request.json()
-            if "messages" in body:
-                return [self.conversation(body["messages"])]
-            return [self.texts(text) for text in body["input"]]
+            asked = [self.conversation(body["messages"])] if "messages" in body else map(self.texts, body["input"])
+            return self.scores(list(asked), activated=body.get("use_activation", True))
 
         @app.post("/classify")
         async def classify(request: Request) -> Any:
-            scores = self.scores(await texts_of(request))
+            scores = await scores_of(request)
             return {"data": [{"index": i, "label": "r", "probs": [x], "num_classes": 1} for i, x in enumerate(scores)]}
 
         @app.post("/pooling")
         async def pooling(request: Request) -> Any:
-            scores = self.scores(await texts_of(request))
+            scores = await scores_of(request)
             return {"data": [{"index": i, "object": "pooling", "data": [x]} for i, x in enumerate(scores)]}
 
         return app

@@ -21,7 +21,8 @@ from rlhf.pipeline.model_commands import export_model
 from rlhf.reward.verify import Answers, Hypothesis, diagnose, sigmoid
 from rlhf.serve.reward import reward_app
 from tests.conftest import PROMPTS
-from tests.reward.planted import Served, listening
+from tests.models.test_templates import ALL
+from tests.reward.planted import Served, listening, make_reward_model
 
 
 def check(target: str | Path, against: Path, **changes: Any) -> dict[str, Any]:
@@ -140,6 +141,8 @@ def test_a_planted_fault_is_named_and_no_other(name: str, address: str, reward_f
     assert verdict["kind"] == "vllm-classify"
     assert named(verdict) == PLANTED[name][1]
     assert not verdict["held"]
+    if name == "sigmoid":
+        assert verdict["notes"][-1] == 'With "use_activation": false in the request, its scores are right.'
 
 
 @pytest.mark.parametrize("kind", ["vllm-classify", "vllm-pooling", "openrlhf"])
@@ -149,6 +152,27 @@ def test_healthy_servers_pass(kind: str, address: str, reward_folder: Path) -> N
     assert verdict["held"], verdict["faults"]
     assert verdict["kind"] == kind
     assert all(form["largest_alone"] < 1e-5 for form in verdict["forms"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "template", "dtype"),
+    [("gemma", "gemma", torch.float32), ("qwen3", "chatml", torch.bfloat16), ("gpt2", "padded", torch.bfloat16)],
+)
+def test_no_false_alarm_over_families(architecture: str, template: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Served with eager attention, scored here with sdpa: other kernels. Twenty: tests/benchmarks/verify_healthy.py."""
+    make_reward_model(tmp_path, architecture=architecture, template=ALL[template], dtype=dtype, seed=0)
+    doubled, missing = Served(tmp_path), Served(tmp_path)
+    doubled.ids = lambda ids: [doubled.tokenizer.bos_token_id, *ids]
+    missing.ids = lambda ids: ids[1:]
+    apps = {"healthy": Served(tmp_path).app(), "doubled": doubled.app(), "missing": missing.app()}
+    with listening(apps) as url:
+        verdict = check(f"{url}/healthy", tmp_path)
+        assert verdict["held"], verdict["faults"]
+        assert verdict["dtype"] == str(dtype).removeprefix("torch.")
+        if template == "gemma":  # which writes a begin token
+            for name in ("doubled", "missing"):
+                faults = set().union(*named(check(f"{url}/{name}", tmp_path)).values())
+                assert faults == {f"begin_token_{name}"}
 
 
 def test_our_own_server_passes_in_every_form(reward_folder: Path) -> None:
