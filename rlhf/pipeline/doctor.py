@@ -22,11 +22,20 @@ from rlhf.invariants.checks import Check
 from rlhf.invariants.ends import SAMPLED, ends_reachable, policy_ends, prompts_too_long
 from rlhf.invariants.forward import batched_forward
 from rlhf.invariants.ratio import check_ratio, largest_ratio_deviation
-from rlhf.invariants.sampler import ROUNDING, SurpriseSums, check_sampler, surprise_sums
+from rlhf.invariants.sampler import (
+    ROUNDING,
+    MomentSums,
+    check_counts,
+    check_sampler,
+    count_sums,
+    halves_of_rows,
+    sampled_counts,
+    surprise_sums,
+)
 from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions, encode_prompts, end_token_ids, generate
 from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer
-from rlhf.models.logprobs import response_logits, response_logprobs, token_logprobs, token_surprise
+from rlhf.models.logprobs import ExpectedCounts, response_logits, response_logprobs, token_logprobs, token_surprise
 from rlhf.models.templates import end_at_end_token, template_problems
 from rlhf.models.text import plain
 from rlhf.pipeline.checks import check_arguments, check_sources
@@ -196,7 +205,7 @@ def _examine_policy(examination: Examination) -> None:
         for batch in _batches(prompts)
     ]
     examination.completions = completions[0]
-    examination.enter("policy", sampling_check(model, completions, args.temperature))
+    examination.enter("policy", *sampling_checks(model, completions, args.temperature))
     if not has_sft:
         longest = args.max_completion_length
         answers = generate(model, tokenizer, prompts[:SAMPLED], max_new_tokens=longest, max_prompt_length=limit)
@@ -242,18 +251,24 @@ def _few_rows(completions: Completions) -> Iterator[tuple[Tensor, Tensor, Tensor
     yield from zip(*(column.split(FEW) for column in columns), strict=True)
 
 
-def sampling_check(model: PreTrainedModel, completions: Sequence[Completions], temperature: float) -> Check:
-    """Return the check "sampler true" of some rollouts as one."""
-    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+def sampling_checks(model: PreTrainedModel, completions: Sequence[Completions], temperature: float) -> list[Check]:
+    """Return the checks "sampler true" and "token counts true" of some rollouts as one."""
+    surprise, vocabulary = torch.zeros(4, dtype=torch.float64), model.config.get_text_config().vocab_size
+    sampled, expected = torch.zeros(2, 2, vocabulary, dtype=torch.float64, device=model.device)
     for rollout in completions:
         for ids, mask, answers, answer_mask in _few_rows(rollout):
             length = answers.shape[1]
             logits = response_logits(model, ids, mask, length)
             logprobs = token_logprobs(logits, answers, temperature=temperature)
-            surprise = token_surprise(logits, length, temperature=temperature)
-            sums += surprise_sums(logprobs, *surprise, answer_mask).cpu()
-            tokens += int(answer_mask.sum())
-    return check_sampler(SurpriseSums(*sums.tolist()), tests=1, rounding=ROUNDING[model.dtype] * tokens)
+            counts = ExpectedCounts(halves_of_rows(answer_mask), expected)
+            moments = token_surprise(logits, length, temperature=temperature, expected=counts)
+            surprise += surprise_sums(logprobs, *moments, answer_mask).cpu()
+            sampled += sampled_counts(answers, answer_mask, vocabulary)
+    rounding = ROUNDING[model.dtype]
+    return [
+        check_sampler(MomentSums(*surprise.tolist()), tests=2, rounding=rounding),
+        check_counts(count_sums(sampled, expected), tests=2, rounding=rounding),
+    ]
 
 
 def forward_checks(model: PreTrainedModel, completions: Completions, args: PPOConfig) -> list[Check]:

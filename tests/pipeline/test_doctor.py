@@ -75,7 +75,7 @@ def test_a_lab_recipe_is_sound_and_nothing_is_written(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("ends reachable", "sampler true", "policy alone = in a batch", "score as its template renders"):
         assert name in result.stdout
-    assert "11 of 11 checks hold." in result.stdout
+    assert "12 of 12 checks hold." in result.stdout
     assert [file.name for file in tmp_path.iterdir()] == ["r.yaml"]
 
 
