@@ -1,5 +1,6 @@
 """Models as each stage loads them: full or LoRA, 4-bit or not, from a checkpoint or from an adapter."""
 
+import copy
 import json
 import os
 import warnings
@@ -11,6 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -194,12 +196,7 @@ def build_reward_model(
     arguments = {**_loading_arguments(config, quantization, source), "num_labels": 1}
     model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
     source.check()
-    head = score_head(model)
-    if head is not None:
-        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    model.config.problem_type = "regression"
-    model.config.get_text_config().pad_token_id = pad_token_id
-    model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+    _start_head(model, pad_token_id)
     if quantization is not None:
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
@@ -217,6 +214,42 @@ def build_reward_model(
         adapter.modules_to_save = sorted({*_new_modules(missing), *(adapter.modules_to_save or [])})
         return get_peft_model(model, adapter)
     return model
+
+
+def _start_head(model: PreTrainedModel, pad_token_id: int) -> None:
+    """Draw a new scalar head from N(0, 1/(d+1)), and write into the configuration what a reward model's says."""
+    head = score_head(model)
+    if head is not None:
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    model.config.problem_type = "regression"
+    model.config.get_text_config().pad_token_id = pad_token_id
+    model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+
+
+def reward_model_on(policy: PreTrainedModel | PeftModel, *, pad_token_id: int) -> PreTrainedModel | None:
+    """Return a model with a new scalar head on a causal model's own layers, which are neither copied nor read again.
+
+    Returns:
+        what `build_reward_model` gives for the same checkpoint without LoRA; None for an adapter, 4-bit weights, and
+        architectures whose scoring class has other layers or no linear head.
+    """
+    if isinstance(policy, PeftModel) or getattr(policy, "is_quantized", False):
+        return None
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return None
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    prefix, head = policy.base_model_prefix, score_head(model)
+    layers = getattr(policy, prefix, None)
+    if head is None or type(getattr(model, prefix, None)) is not type(layers):
+        return None
+    setattr(model, prefix, layers)
+    place = {"dtype": policy.dtype, "device": policy.device}
+    model.score = torch.nn.Linear(head.in_features, 1, bias=False, **place)
+    _start_head(model, pad_token_id)
+    return model.eval()
 
 
 def adapter_settings(config: ModelConfig) -> LoraConfig:
