@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.errors import UserError
-from rlhf.models.adapters import adapter_places, of_backbone
+from rlhf.models.adapters import INSIDE, adapter_places, of_backbone
+from rlhf.models.merge import merge_adapter
 from rlhf.models.open import (
     ADAPTER_CONFIG,
     adapter_weights,
@@ -168,7 +169,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     if source.adapter is not None:
         model = put_adapter(model, source.adapter, trainable=trainable and config.use_peft)
         if trainable and not config.use_peft:
-            return model.merge_and_unload()
+            return merge_adapter(model)
         return model
     if config.use_peft and trainable:
         return get_peft_model(model, adapter_settings(config))
@@ -200,6 +201,13 @@ def build_reward_model(
     if quantization is not None:
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
+        if not any(name.startswith(f"{INSIDE}{model.base_model_prefix}.") for name in adapter_weights(source.adapter)):
+            if config.use_peft:
+                raise UserError(
+                    f"{path}: this adapter trains the output layer alone, which a reward model has not, so there is nothing for "
+                    "its adapter to start from. Name layers below it in sft.lora_target_modules, or set reward.use_peft: false."
+                )
+            return model
         adapter = LoraConfig.from_pretrained(source.adapter)
         names = [name for name, _ in model.named_modules()]
         whole = [module for module in adapter.modules_to_save or [] if any(name.endswith(module) for name in names)]
@@ -207,7 +215,7 @@ def build_reward_model(
         adapter.task_type, adapter.inference_mode = TaskType.SEQ_CLS, False
         model = get_peft_model(model, adapter)
         copy_adapter(source.adapter, model)
-        return model if config.use_peft else model.merge_and_unload()
+        return model if config.use_peft else merge_adapter(model)
     if config.use_peft:
         adapter = adapter_settings(config)
         adapter.task_type = TaskType.SEQ_CLS
