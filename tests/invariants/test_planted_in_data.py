@@ -72,7 +72,7 @@ class SplitEverywhere(io.BytesIO):
 
 def separated(place: Place, *, is_split: bool) -> str:
     rows = [
-        {"prompt": f"one{x}two", "chosen": "yes", "rejected": "no"}
+        {"prompt": f"{ord(x)} one{x}two", "chosen": "yes", "rejected": "no"}
         for x in "\u2028\u2029\u0085\u001c\u001d\u001e\x0b\x0c"
     ]
     write_jsonl(place.folder / "pairs.jsonl", rows)
