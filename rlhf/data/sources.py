@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from rlhf.data.canonical import oddities
@@ -16,6 +17,9 @@ from rlhf.data.tidy import tidied
 from rlhf.errors import UserError
 
 Canonical = TypeVar("Canonical", bound=PromptRow, covariant=True)
+
+
+FIRST_ROWS = 100  # of a file whose layout is looked at before a run
 
 
 @dataclass(frozen=True)
@@ -247,6 +251,20 @@ def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
             yield Line(number, direction.as_pair(row), is_test, (column, direction.sentence(value)))
         except BadRow as reason:
             report.drop(number, str(reason))
+
+
+def check_directions(source: Source) -> None:
+    """Refuse a file of which nobody can know which of two responses is better, without keeping its rows.
+
+    Of a file whose first rows have another layout, no more than these are read.
+
+    Raises:
+        UserError: as `directions` says; or the file can't be read.
+    """
+    rows = (row for _, row in read_rows(source.source, ReadReport(source.source)))
+    first = list(islice(rows, FIRST_ROWS))
+    if source.preference is not None or any(has_two_responses(row) for row in first):
+        directions(chain(first, rows), source.source, source.preference)
 
 
 def share_of(row: Row[Canonical], salt: str) -> float:

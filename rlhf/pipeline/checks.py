@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from rlhf.data.read import ReadReport, is_local, read_rows
+from rlhf.data.sources import Source, check_directions
 from rlhf.errors import UserError
 from rlhf.ppo.source_kinds import source_problem
 from rlhf.recipe.document import differences
@@ -63,17 +64,12 @@ def _written_recipe(file: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Refuse a recipe that names local files which are not there.
+    """Refuse a recipe that names local files which are not there, or labels of which nobody can know what they mean.
 
     Raises:
-        UserError: naming all that are missing.
+        UserError: naming all of them.
     """
-    problems = [
-        f"data.{name}: {entry.source}: no such file."
-        for name in DATA_SOURCES
-        for entry in recipe.data.sources(name)
-        if is_local(entry.source) and not Path(entry.source).expanduser().is_file()
-    ]
+    problems = list(_source_problems(recipe))
     if recipe.reward.meta_samples is not None and not Path(recipe.reward.meta_samples).expanduser().is_file():
         problems.append(f"reward.meta_samples: {recipe.reward.meta_samples}: no such file.")
     for key, name in [
@@ -85,6 +81,24 @@ def check_sources(recipe: Recipe) -> None:
             problems.append(f"{key}: {problem}")
     if problems:
         raise UserError(problems)
+
+
+def _source_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with the local files of the data section, each file read once."""
+    entries = {
+        (entry.source, repr(entry.preference)): (name, Source(**entry.model_dump()))
+        for name in DATA_SOURCES
+        for entry in recipe.data.sources(name)
+        if is_local(entry.source)
+    }
+    for name, source in entries.values():
+        if not Path(source.source).expanduser().is_file():
+            yield f"data.{name}: {source.source}: no such file."
+            continue
+        try:
+            check_directions(source)
+        except UserError as error:
+            yield from (f"data.{name}: {problem}" for problem in error.problems)
 
 
 def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:

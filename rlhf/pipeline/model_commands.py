@@ -14,6 +14,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs
 from rlhf.files import write_text
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings
+from rlhf.models.merge import merge_adapter
 from rlhf.models.save import save_model
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
@@ -139,7 +140,7 @@ def export_model(model: Path, out: Path) -> None:
         )
     reward = load_reward_model(model, device="cpu")
     network: Any = reward.model
-    network = network.merge_and_unload() if isinstance(network, PeftModel) else network
+    network = merge_adapter(network) if isinstance(network, PeftModel) else network
     network.config.problem_type = "regression"
     save_model(network, reward.tokenizer, out)
     card["chat_template_sha256"] = template_digest(reward.tokenizer)

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BloomConfig,
+    FalconConfig,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
@@ -95,6 +96,7 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "opt": (OPTConfig, {**SIZE, "ffn_dim": 64, "num_hidden_layers": 2, "word_embed_proj_dim": 32, "dropout": 0.1}
             | {"attention_dropout": 0.1, "activation_dropout": 0.1, "layerdrop": 0.1}),
     "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.1, "resid_pdrop": 0.1}),
+    "falcon": (FalconConfig, {**SIZE, "num_hidden_layers": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}),
     "bloom": (BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}),
 }  # fmt: skip
 
