@@ -18,6 +18,7 @@ from rlhf.models.merge import merge_adapter
 from rlhf.models.save import save_model
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
+from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.experts import EXPERTS
 from rlhf.reward.load import CARD, load_reward_model, open_reward_model, reward_card, template_digest
 from rlhf.reward.model import RewardModel
@@ -146,4 +147,4 @@ def export_model(model: Path, out: Path) -> None:
     card["chat_template_sha256"] = template_digest(reward.tokenizer)
     write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
     assert find_source(out).adapter is None, "a merged model has no adapter"
-    load_reward_model(out)
+    write_certificate(out / CERTIFICATE, certify(load_reward_model(out)))
