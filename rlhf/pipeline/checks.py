@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from rlhf.data.read import ReadReport, is_local, read_rows
+from rlhf.data.tables import local_files
 from rlhf.errors import UserError
 from rlhf.ppo.source_kinds import source_problem
 from rlhf.recipe.document import differences
@@ -72,7 +73,7 @@ def check_sources(recipe: Recipe) -> None:
         f"data.{name}: {entry.source}: no such file."
         for name in DATA_SOURCES
         for entry in recipe.data.sources(name)
-        if is_local(entry.source) and not Path(entry.source).expanduser().is_file()
+        if is_local(entry.source) and not local_files(entry.source)
     ]
     if recipe.reward.meta_samples is not None and not Path(recipe.reward.meta_samples).expanduser().is_file():
         problems.append(f"reward.meta_samples: {recipe.reward.meta_samples}: no such file.")
