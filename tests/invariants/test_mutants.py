@@ -25,7 +25,7 @@ from rlhf.models.generate import Completions, generate
 from rlhf.models.load import load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
 from rlhf.models.templates import template_problems
-from rlhf.pipeline.doctor import sampling_checks
+from rlhf.pipeline.policy_checks import sampling_checks
 from rlhf.reward.load import check_scores, load_reward_model
 from tests.conftest import PROMPTS, WORDS
 

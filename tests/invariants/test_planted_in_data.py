@@ -11,11 +11,12 @@ import torch
 from fastapi.testclient import TestClient
 
 from rlhf.data.functions import load_function
-from rlhf.data.sources import Source, check_directions, read_pairs
+from rlhf.data.sources import Source, read_pairs
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.invariants.scores import as_rendered
 from rlhf.models.open import open_config
+from rlhf.pipeline.checks import check_directions
 from rlhf.ppo.remote import RemoteReward
 from rlhf.reward.load import load_reward_model
 from rlhf.serve.reward import reward_app
@@ -97,7 +98,8 @@ def served(place: Place, without: tuple[str, ...]) -> str:
     place.patch.setattr("rlhf.ppo.remote.post_json", post)
     prompts = [[SYSTEM, *prompt] for prompt in PROMPTS[:4]]
     answers, ended = [" ".join(WORDS[: n + 1]) for n in range(4)], [True, False, True, False]
-    scores = RemoteReward("http://server/get_reward")(prompts, answers, ended=ended)
+    with client:  # the server's worker lives as long
+        scores = RemoteReward("http://server/get_reward")(prompts, answers, ended=ended)
     check = as_rendered(torch.tensor(scores), reward.score(prompts, answers, ended=ended), dtype=torch.float32)
     return "" if check.held else check.sentence
 
