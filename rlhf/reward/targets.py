@@ -117,17 +117,14 @@ def find_kind(server: Server, golden: Golden) -> Kind:
     paths = server.paths()
     if not paths:
         return _kind_by_trial(server, golden)
-    if "/get_reward" in paths and (server.endpoint in (None, "/get_reward", "/score")):
+    if "/get_reward" in paths and server.endpoint != "/pooling":
         described = "requestBody" in paths["/get_reward"].get("post", {})
         return "ours" if described else "openrlhf"
     if "/classify" in paths and server.endpoint in (None, "/classify"):
         return "vllm-classify"
     if "/pooling" in paths and server.endpoint in (None, "/pooling"):
         return "vllm-pooling"
-    raise UserError(
-        f"{server.root}: none of {', '.join(ENDPOINTS)} of a reward server is there ({', '.join(list(paths)[:6])} are); correct "
-        "the address, or say what it is (--kind)."
-    )
+    raise UserError(_nothing_there(server, f"{', '.join(list(paths)[:6])} are"))
 
 
 def _kind_by_trial(server: Server, golden: Golden) -> Kind:
@@ -146,7 +143,16 @@ def _kind_by_trial(server: Server, golden: Golden) -> Kind:
                 problems.append(str(error))
             else:
                 return kind
-    raise UserError(problems)
+    telling = [problem for problem in problems if "status 404" not in problem]
+    raise UserError(telling[0] if telling else _nothing_there(server, "nothing else either, as far as it says"))
+
+
+def _nothing_there(server: Server, others: str) -> str:
+    """Return the sentence for a server without any endpoint that is known here."""
+    return (
+        f"{server.root}: none of {', '.join(ENDPOINTS)} of a reward server is there ({others}); correct the address, or say "
+        "what it is (--kind)."
+    )
 
 
 def server_forms(
@@ -196,8 +202,10 @@ def server_forms(
         Form("/score", "/score", prompts_and_answers, _rewards),
         Form("/get_reward with responses", "/get_reward", prompts_and_answers, _rewards),
         Form("/get_reward with query", "/get_reward", queries_and_ends, _rewards),
-        Form("/classify with input", "/classify", rendered, _classes),
+        Form("/classify with input", "/classify", rendered, _classes, closes=True),
     ]
+    if conversational:
+        forms.append(Form("/classify with messages", "/classify", conversation, _classes, single=True, closes=True))
     return [
         form
         for form in forms
