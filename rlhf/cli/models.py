@@ -95,7 +95,14 @@ def serve_command(
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.", min=0.1)] = 60.0,
     queue: Annotated[int, typer.Option(help="Texts that may wait, for each model.", min=1)] = 65_536,
-    batch_tokens: Annotated[int, typer.Option(help="Most tokens in a forward, padding included.", min=1)] = 16_384,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens in a forward, padding included. [default: 1024 on a CPU, 16384 on a GPU]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve reward models: POST /score, /rank, /get_reward (OpenRLHF's), /classify (vLLM's)."""
     try:

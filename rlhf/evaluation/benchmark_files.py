@@ -336,7 +336,7 @@ FORMATS = (
         "three answers a side: concise, detailed, with markdown",
         _rm_bench,
         rm_bench,
-        lambda rows: _share(rows, _has_styles) >= 0.5,
+        lambda rows: _share(rows, _has_styles) >= 0.5 and any("domain" in row or "subset" in row for row in rows),
         RM_BENCH,
         parts_are_published=True,
     ),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,8 @@ def evaluate_models(
 
     # 1. All data are read and all models are opened before anything is scored, so that all that is wrong is said at once.
     problems: list[str] = []
+    if not out.resolve().parent.is_dir():
+        problems.append(f"--out {out}: no such folder; make it first.")
     names = data_names(data)
     sets = [_attempt(problems, _read, name, source) for name, source in zip(names, data, strict=True)]
     rewards = [_attempt(problems, open_reward_model, model) for model in models]
@@ -131,7 +134,9 @@ def evaluate_models(
     for data_set in data_sets:
         scored = []
         for model, reward in zip(models, opened, strict=True):
+            started = time.monotonic()
             scored.append(_score(reward, data_set, model))
+            say(f"{data_set.name}: scored with {model} in {time.monotonic() - started:.0f} s.")
             alike = _alike_after_cut(reward, scored[-1].pairs.rows)
             if alike:
                 say(
@@ -149,6 +154,7 @@ def evaluate_models(
         "data": reports,
     }
     if probes:
+        say("Probes: the answers are edited and scored again, seven times.")
         items = [item for data_set in data_sets for item in data_set.items]
         result["probes"] = [
             {"model": model, **probe(reward, items, special=_end_token(reward), label=f"probes: {model}")}
@@ -270,7 +276,7 @@ def _figures(data_set: _Data, scored: Sequence[_Scored]) -> dict[str, dict[str, 
         differences = [{"difference": gap[figure]["value"], "difference_ci": gap[figure]["ci"]} for gap in gaps]
         entries = zip(values, [{}, *differences], strict=True)
         figures[figure] = {
-            "n": int(np.count_nonzero(weights)),
+            "n": len({arithmetic.clusters[i] for i in np.nonzero(weights)[0].tolist()}),
             **{name: rule[figure] for name, rule in rules.items()},
             "models": [{**value[figure], **difference} for value, difference in entries],
         }

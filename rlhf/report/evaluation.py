@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import ascii_uppercase
 
 from markupsafe import Markup
 
 from rlhf.files import write_text
-from rlhf.report.evaluation_terminal import bias_sentence, length_sentence, with_interval
+from rlhf.report.evaluation_terminal import bias_sentence, length_sentence, letters, with_interval
 from rlhf.report.figures import curves, effects
 from rlhf.report.records import Facts
 from rlhf.report.render import render, reward_facts, reward_figures, worst
@@ -47,14 +46,14 @@ def write_evaluation(target: Path, result: Facts, pairs: Mapping[str, Sequence[F
                 "worst": worst(pairs[name]),
             }
         )
-    letters = dict(zip(ascii_uppercase, result["models"], strict=False))
+    named = dict(zip(letters(result["models"]), result["models"], strict=True))
     page = render(
         "evaluation.html.jinja",
         title=f"Evaluation of {result['model']}",
-        letters=letters if len(letters) > 1 else {},
-        columns=list(letters) if len(letters) > 1 else ["score"],
+        letters=named if len(named) > 1 else {},
+        columns=list(named) if len(named) > 1 else ["score"],
         sections=sections,
-        probes=[_probe(letter, entry) for letter, entry in zip(letters, result.get("probes", []), strict=False)],
+        probes=[_probe(letter, entry) for letter, entry in zip(named, result.get("probes", []), strict=False)],
     )
     write_text(target, page)
     return target
@@ -76,7 +75,7 @@ def _more(report: Facts) -> list[tuple[str, str, str]]:
 def _models(report: Facts) -> list[tuple[str, str, str]]:
     """Return each model's letter, its accuracy, and how it differs from the first."""
     rows = []
-    for letter, entry in zip(ascii_uppercase, report["models"], strict=False):
+    for letter, entry in zip(letters(report["models"]), report["models"], strict=True):
         note = "the first"
         if "difference" in entry:
             difference = with_interval(entry["difference"], entry["difference_ci"], sign=True)

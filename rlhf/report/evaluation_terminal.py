@@ -1,7 +1,6 @@
 """Tables and sentences of `rlhf evaluate` at the terminal."""
 
 from collections.abc import Sequence
-from string import ascii_uppercase
 
 from rich.markup import escape
 from rich.table import Table
@@ -10,6 +9,15 @@ from rlhf.report.records import Facts
 
 # A subset of which a length rule gets this share says little about a model that is right there.
 LENGTH_SOLVES = 0.9
+
+
+def letters(models: Sequence[object]) -> list[str]:
+    """Return a letter for each model, which stands for its long name: A, B, … Z, then A26, A27, …
+
+    >>> letters(["x", "y"])
+    ['A', 'B']
+    """
+    return [chr(ord("A") + i) if i < 26 else f"A{i}" for i in range(len(models))]
 
 
 def evaluation_tables(result: Facts) -> list[Table]:
@@ -26,10 +34,12 @@ def evaluation_lines(result: Facts) -> list[str]:
     """Return what only some evaluations have, one sentence a line: models' names, rankings, differences, length rules, biases."""
     lines = []
     if len(result["models"]) > 1:
-        lines += [f"{letter}: {model}" for letter, model in zip(ascii_uppercase, result["models"], strict=False)]
+        lines += [
+            f"{letter}: {model}" for letter, model in zip(letters(result["models"]), result["models"], strict=True)
+        ]
     for name, report in result["data"].items():
         lines += [f"{name}: {line}" for line in _more(report, result["models"])]
-    for letter, entry in zip(ascii_uppercase, result.get("probes", []), strict=False):
+    for letter, entry in zip(letters(result["models"]), result.get("probes", []), strict=False):
         who = f"{letter}: " if len(result["models"]) > 1 else ""
         lines.append(who + bias_sentence(entry))
     return lines
@@ -82,7 +92,7 @@ def _overview(result: Facts) -> Table:
     for heading in (*headings, "longer\nwins", "length-\ncontrolled", "ties", "ECE", "T"):
         table.add_column(heading, justify="left" if heading in ("data", "model") else "right")
     for name, report in result["data"].items():
-        for letter, entry in zip(ascii_uppercase, report["models"], strict=False):
+        for letter, entry in zip(letters(report["models"]), report["models"], strict=True):
             low, high = entry["accuracy_ci"]
             controlled, temperature = entry["accuracy_length_controlled"], entry["temperature"]
             difference = "difference" in entry and with_interval(entry["difference"], entry["difference_ci"], sign=True)
@@ -106,11 +116,11 @@ def _figures(name: str, report: Facts, models: Sequence[str]) -> Table:
     """Build the table of a benchmark's figures, models beside each other, and what length rules get on the same rows."""
     table = Table(title=f"{escape(name)}: {report['benchmark']}, its own arithmetic")
     table.add_column("figure")
-    for letter in ascii_uppercase[: len(models)]:
+    for letter in letters(models):
         table.add_column(letter if len(models) > 1 else "score", justify="right")
         if letter != "A":
             table.add_column(f"{letter} minus A", justify="right")
-    for heading in ("longer\nwins", "shorter\nwins", "rows"):
+    for heading in ("longer\nwins", "shorter\nwins", "prompts"):
         table.add_column(heading, justify="right")
     for figure, entry in report["figures"].items():
         cells = []
@@ -126,7 +136,7 @@ def _probes(probes: Sequence[Facts]) -> Table:
     answers = probes[0]["answers"]
     table = Table(title=f"Probes: change of the score by an edit of {answers} answers, in deviations of the score")
     table.add_column("edit")
-    for letter in ascii_uppercase[: len(probes)]:
+    for letter in letters(probes):
         table.add_column(letter if len(probes) > 1 else "effect", justify="right")
         table.add_column("rises", justify="right")
     for name in probes[0]["effects"]:

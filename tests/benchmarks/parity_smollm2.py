@@ -29,7 +29,8 @@ from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.pipeline.model_commands import export_model
-from rlhf.serve.reward import reward_app
+from rlhf.serve.models import ServedModel
+from rlhf.serve.reward import Limits, serve_app
 from tests.reward.test_parity import Saved, classes, one_by_one, opened, posted
 
 Scores = Iterator[tuple[str, torch.Tensor]]
@@ -38,8 +39,8 @@ Scores = Iterator[tuple[str, torch.Tensor]]
 def short_pairs(source: str, most_characters: int, count: int) -> list[Pair]:
     """Return the first pairs of a file that are short; the first half is trained on, the second half scored."""
     rows, _ = read_pairs(source)
-    length = {i: len(json.dumps(row["prompt"])) + len(answer(row, "chosen")) for i, row in enumerate(rows)}
-    return [row for i, row in enumerate(rows) if length[i] < most_characters][:count]
+    texts = ["".join(turn["content"] for turn in [*row["prompt"], *row["chosen"], *row["rejected"]]) for row in rows]
+    return [row for row, text in zip(rows, texts, strict=True) if len(text) < most_characters][:count]
 
 
 def train(base: Path, pairs: list[Pair], steps: int, out: Path) -> None:
@@ -90,9 +91,8 @@ def paths_of_this_package(folder: Path, saved: Saved) -> Scores:
     command = [sys.executable, "-m", "rlhf", "score", str(folder)]
     printed = subprocess.run(command, input=lines, capture_output=True, text=True, check=True).stdout
     yield "rlhf score", torch.tensor([json.loads(line)["score"] for line in printed.splitlines()])
-    whole = [
-        tokenizer.apply_chat_template(x, tokenize=False) for x in saved.whole
-    ]  # ends in the end token and a newline
+    # The policy's template ends an answer in the end token and a newline.
+    whole = [tokenizer.apply_chat_template(x, tokenize=False) for x in saved.whole]
     asking = [tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True) for x in prompts]
     bodies: dict[str, dict[str, Any]] = {
         "prompts and responses": {"prompts": prompts, "responses": answers},
@@ -102,7 +102,7 @@ def paths_of_this_package(folder: Path, saved: Saved) -> Scores:
         "query, end token": {"query": [x.rstrip() for x in whole], "prompts": asking},
         "query, no end token": {"query": [x.rstrip().removesuffix(end) for x in whole]},
     }
-    with TestClient(reward_app(reward, "reward")) as client:
+    with TestClient(serve_app([ServedModel("reward", [reward])], limits=Limits(seconds=3600))) as client:
         for name, body in bodies.items():
             yield f"/get_reward, {name}", posted(client, "/get_reward", body)["rewards"]
         yield "/score", posted(client, "/score", {"messages": saved.whole})["scores"]
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--most-characters", type=int, default=500)
+    parser.add_argument("--most-characters", type=int, default=200)
     parser.add_argument("--vllm")
     parser.add_argument("--vllm-lora")
     arguments = parser.parse_args()

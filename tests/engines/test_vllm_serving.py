@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 import torch
+from typer.testing import CliRunner
 
+from rlhf.cli import app as command
 from tests.engines import vllm
 from tests.reward.families import FAMILIES
 from tests.reward.test_parity import Saved, base, classes, one_by_one, opened, save_family
@@ -88,3 +90,11 @@ def test_vllm_gives_the_same_scores(server: Server) -> None:
     worst = {path: (x - expected).abs().max().item() for path, x in scores.items()}
     print({path: f"{difference:.1e}" for path, difference in worst.items()})
     assert max(worst.values()) < TOLERANCE, worst
+
+
+def test_verify_holds(server: Server) -> None:
+    """`rlhf verify URL --against MODEL` finds no fault in vLLM's server."""
+    arguments = ["verify", server.address, "--against", str(server.folder), "--name", NAME, "--timeout", "300"]
+    result = CliRunner().invoke(command, arguments)
+    print(result.output)
+    assert result.exit_code == 0, result.output

@@ -248,7 +248,11 @@ def write(path: Path, rows: Any) -> str:
             "RM-Bench",
             ["chat easy", "chat normal", "chat hard", "chat", "easy", "normal", "hard", "Overall"],
         ),
-        ([{k: v for k, v in STYLED[0].items() if k != "domain"}], "RM-Bench", ["easy", "normal", "hard", "Overall"]),
+        (
+            [{**{k: v for k, v in STYLED[0].items() if k != "domain"}, "subset": "alpacaeval"}],
+            "RM-Bench",
+            ["easy", "normal", "hard", "Overall"],
+        ),
         (PPE_VOTES, "PPE human preference", ["instruction following", "Overall"]),
         (PPE_VERIFIED, "PPE correctness", ["pairs", "best of K"]),
         (JUDGE, "JudgeBench", ["knowledge", "coding", "Overall"]),
@@ -294,8 +298,11 @@ def test_safety_is_one_domain(tmp_path: Path) -> None:
 def test_ordinary_data_are_none(tmp_path: Path) -> None:
     pairs = [{"prompt": "a", "chosen": "yes", "rejected": "no", "subset": "mine"}]
     several = [{"prompt": "a", "chosen": ["yes"], "rejected": ["no", "never"], "subset": "mine"}]
+    three = [{"prompt": "a", "chosen": ["x", "y", "z"], "rejected": ["u", "v", "w"]}]
     ranked = [{"prompt": "a", "responses": [{"content": "x", "score": 1}, {"content": "y", "score": 0}]}]
-    assert [read_benchmark(write(tmp_path / "file.jsonl", rows)) for rows in (pairs, several, ranked)] == [None] * 3
+    assert [read_benchmark(write(tmp_path / "file.jsonl", rows)) for rows in (pairs, several, three, ranked)] == [
+        None
+    ] * 4
 
 
 @pytest.mark.parametrize(

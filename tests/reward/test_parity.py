@@ -65,6 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["head_dim"] = 32  # vLLM's kernels for CPUs have none for smaller heads
     config = LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, max_position_embeddings=1024, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
