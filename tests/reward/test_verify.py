@@ -156,7 +156,7 @@ def test_healthy_servers_pass(kind: str, address: str, reward_folder: Path) -> N
 
 @pytest.mark.parametrize(
     ("architecture", "template", "dtype"),
-    [("gemma", "gemma", torch.float32), ("qwen3", "chatml", torch.bfloat16), ("gpt2", "padded", torch.bfloat16)],
+    [("gemma", "gemma", torch.float32), ("qwen3", "chatml", torch.bfloat16)],
 )
 def test_no_false_alarm_over_families(architecture: str, template: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Served with eager attention, scored here with sdpa: other kernels. Twenty: tests/benchmarks/verify_healthy.py."""
