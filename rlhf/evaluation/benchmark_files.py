@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.canonical import messages
-from rlhf.data.direction import named_side
+from rlhf.data.messages import messages
 from rlhf.data.read import BadRow, ReadReport, is_local, read_rows
 from rlhf.data.rows import Messages, user_turn
+from rlhf.data.sides import named_side
 from rlhf.errors import UserError
 from rlhf.evaluation.benchmarks import (
     REWARD_BENCH,

@@ -10,8 +10,10 @@ from peft import PeftModel
 from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings
+from rlhf.models.merge import merge_adapter
 from rlhf.models.save import save_model
 from rlhf.pipeline.training import quiet_libraries
+from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.experts import EXPERTS
 from rlhf.reward.load import CARD, load_reward_model, open_reward_model, reward_card, template_digest
 from rlhf.reward.score_jsonl import score_lines
@@ -55,10 +57,10 @@ def export_model(model: Path, out: Path) -> None:
         )
     reward = load_reward_model(model, device="cpu")
     network: Any = reward.model
-    network = network.merge_and_unload() if isinstance(network, PeftModel) else network
+    network = merge_adapter(network) if isinstance(network, PeftModel) else network
     network.config.problem_type = "regression"
     save_model(network, reward.tokenizer, out)
     card["chat_template_sha256"] = template_digest(reward.tokenizer)
     write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
     assert find_source(out).adapter is None, "a merged model has no adapter"
-    load_reward_model(out)
+    write_certificate(out / CERTIFICATE, certify(load_reward_model(out)))

@@ -37,7 +37,9 @@ def show_summary(out: Path, output: Console) -> None:
     if len(summary["rounds"]) > 1:
         output.print(_rounds_table(summary))
     if summary["gold_gap_closed"] is not None:
-        output.print(f"gold gap closed: {summary['gold_gap_closed']:.3f}", markup=False)
+        interval = summary.get("gold_gap_closed_ci")
+        span = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+        output.print(f"gold gap closed: {summary['gold_gap_closed']:.3f}{span}", markup=False)
     line = checks_line(summary)
     if line is not None:
         output.print(line, markup=False)
