@@ -31,21 +31,34 @@ def score_command(model: RewardModelName) -> None:
 
 @app.command("evaluate")
 def evaluate_command(
-    model: RewardModelName,
-    data: Annotated[list[str], typer.Argument(help="Files of pairs or rankings, or hub datasets.", show_default=False)],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL [MODEL...] DATA...",
+            help="Reward models (the first name, and every folder), then files of pairs, rankings or a published benchmark, "
+            "or hub datasets (NAME or NAME:SPLIT).",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Where to write the JSON; the page lies beside it.", show_default=False)],
     against: Annotated[
-        str | None, typer.Option(help="Another reward model, compared on the same pairs.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Another reward model on the same pairs, also of the hub; as often as you like.", show_default=False
+        ),
     ] = None,
+    probes: Annotated[bool, typer.Option("--probes", help="Measure biases by minimal edits of the answers.")] = False,
 ) -> None:
-    """Evaluate a reward model: accuracy with its interval, length control, calibration, K-wise, RewardBench."""
-    from rlhf.pipeline.model_commands import evaluate_reward_model
-    from rlhf.report.terminal import evaluation_lines, evaluation_table
+    """Evaluate reward models: accuracy with its interval, length rules, calibration, published benchmarks, biases."""
+    from rlhf.pipeline.evaluate import evaluate_models, models_and_data
+    from rlhf.report.evaluation_terminal import evaluation_lines, evaluation_tables
 
     if out.suffix == ".html":
         raise UserError(f"--out {out}: the report is JSON; name it .json, and the page beside it is .html.")
-    result = evaluate_reward_model(model, data, out, against=against, say=say_aside)
-    output.print(evaluation_table(result))
+    models, data = models_and_data(names)
+    result = evaluate_models([*models, *(against or [])], data, out, probes=probes, say=say_aside)
+    for table in evaluation_tables(result):
+        output.print(table)
     for line in evaluation_lines(result):
         say(line)
     say(f"{out}   {out.with_suffix('.html')}")
@@ -82,7 +95,14 @@ def serve_command(
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.", min=0.1)] = 60.0,
     queue: Annotated[int, typer.Option(help="Texts that may wait, for each model.", min=1)] = 65_536,
-    batch_tokens: Annotated[int, typer.Option(help="Most tokens in a forward, padding included.", min=1)] = 16_384,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens in a forward, padding included. [default: 1024 on a CPU, 16384 on a GPU]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve reward models: POST /score, /rank, /get_reward (OpenRLHF's), /classify (vLLM's)."""
     try:

@@ -1,16 +1,26 @@
 """The rows that everything after the readers works on, as types; and what is asked of them everywhere."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from typing import Literal, NotRequired, TypedDict
 
 Side = Literal["chosen", "rejected"]
+TIE = 0.5  # the confidence of a pair whose answers were called equal
 
 
 class Message(TypedDict):
-    """One turn of a conversation: `role` is system, user or assistant."""
+    """One turn of a conversation: `role` is system, user, assistant or tool.
+
+    `tool_calls` are the assistant's, as chat templates read them: `{type, id, function: {name, arguments}}`; `name` and
+    `tool_call_id` say which tool answers which of them.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, object]]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
 
 
 Messages = list[Message]
@@ -101,4 +111,13 @@ def prompt_key(prompt: Prompt) -> str:
     """
     turns = user_turn(prompt) if isinstance(prompt, str) else prompt
     text = "\x1f".join(f"{turn['role']}\x1e{' '.join(turn['content'].split()).casefold()}" for turn in turns)
+    if any("tool_calls" in turn for turn in turns):
+        text += json.dumps([turn.get("tool_calls") for turn in turns], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def has_tools(row: Mapping[str, object]) -> bool:
+    """Return whether a canonical row holds a tool call or a tool's turn, which not every chat template can write."""
+    parts = (row.get(name) for name in ("prompt", "chosen", "rejected", "completion"))
+    turns = (turn for part in parts if isinstance(part, list) for turn in part)
+    return any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns)

@@ -190,6 +190,11 @@ def _notes(certificate: Certificate, tolerance: float, forms: Iterable[Form]) ->
             f"{', '.join(closing)}: such requests close every text, so answers that were cut off are not asked about; they are "
             "scored as if they had ended."
         )
+    if typed := [text["name"] for text in certificate["golden"] if not text["as_rendered"]]:
+        notes.append(
+            f"{', '.join(typed)}: special tokens that a person typed are words to this model. Programs that tokenise rendered text "
+            "can't tell them from the template's and are not asked about them; where people type freely, serve with `rlhf serve`."
+        )
     scores = [text["score"] for text in certificate["golden"]]
     mean = sum(scores) / len(scores)
     spread = root_mean_square([score - mean for score in scores])

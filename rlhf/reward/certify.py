@@ -15,7 +15,7 @@ from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.invariants.scores import score_tolerance
-from rlhf.models.text import answer_text, encode
+from rlhf.models.text import answer_text, encode, encode_answers
 from rlhf.reward.model import Network, RewardModel
 
 CERTIFICATE = "certificate.json"
@@ -44,7 +44,9 @@ class GoldenText(NamedTuple):
 class Golden(TypedDict):
     """A golden text as a reward model read it, and its score.
 
-    `text` is exactly what was read, `ids` its tokens. `score` was computed by itself, without padding.
+    `text` is what the chat template writes, `ids` what was read. `as_rendered` says whether a program that tokenises the text
+    reads the same ids: where special tokens that a person typed are words to the model, other programs can't know that.
+    `score` was computed by itself, without padding.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Golden(TypedDict):
     ended: bool
     text: str
     ids: list[int]
+    as_rendered: bool
     score: float
 
 
@@ -112,9 +115,18 @@ def certify(reward: RewardModel) -> Certificate:
     golden = []
     for text, score in zip(texts, scores, strict=True):
         whole = _whole(reward.tokenizer, text, conversational=reward.conversational)
-        (ids,) = encode(reward.tokenizer, [whole], conversational=reward.conversational)
+        ids = _ids(reward.tokenizer, text, conversational=reward.conversational)
+        (plain_ids,) = encode(reward.tokenizer, [whole], conversational=reward.conversational)
         golden.append(
-            Golden(name=text.name, messages=text.messages, ended=text.ended, text=whole, ids=ids, score=score)
+            Golden(
+                name=text.name,
+                messages=text.messages,
+                ended=text.ended,
+                text=whole,
+                ids=ids,
+                as_rendered=ids == plain_ids,
+                score=score,
+            )
         )
     return Certificate(
         conversational=reward.conversational,
@@ -137,11 +149,10 @@ def readable_texts(reward: RewardModel) -> tuple[list[GoldenText], dict[str, str
             left_out[text.name] = "the model reads plain text, which has no turns"
             continue
         try:
-            whole = _whole(tokenizer, text, conversational=conversational)
+            length = len(_ids(tokenizer, text, conversational=conversational))
         except Exception as error:  # a chat template may raise anything
             left_out[text.name] = f"the chat template refuses it: {error}".splitlines()[0]
             continue
-        length = len(encode(tokenizer, [whole], conversational=conversational)[0])
         if length > reward.max_length:
             left_out[text.name] = f"it has {length} tokens, and the model reads {reward.max_length}"
         else:
@@ -189,6 +200,13 @@ def _whole(tokenizer: PreTrainedTokenizerBase, text: GoldenText, *, conversation
     """Return the text that the model reads."""
     prompt = prompt_of(text, conversational=conversational)
     return answer_text(tokenizer, prompt, text.messages[-1]["content"], ended=text.ended)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: GoldenText, *, conversational: bool) -> list[int]:
+    """Return the ids that the model reads."""
+    prompt = prompt_of(text, conversational=conversational)
+    (ids,), _ = encode_answers(tokenizer, [prompt], [text.messages[-1]["content"]], ended=[text.ended])
+    return ids
 
 
 def scores_alone(reward: RewardModel, texts: Sequence[GoldenText]) -> list[float]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.rows import Message
 from rlhf.models.load import score_head
 from rlhf.models.score import score_rows
-from rlhf.models.templates import closing, rendered
+from rlhf.models.templates import affixes, closing, rendered
 from rlhf.models.text import encode, prompt_text
 from rlhf.reward.certify import Golden, computed_in, prompt_of
 from rlhf.reward.model import RewardModel
@@ -130,8 +130,9 @@ def _renderings(reward: RewardModel) -> Iterator[_Reading]:
         "template_twice", "the rendered text is taken for a user's words, and an answer opened", all_again(True)
     )
     yield _Reading("template_twice", "the rendered text is taken for an answer", as_answer)
+    by_itself = (False, True) if affixes(tokenizer) != (0, 0) else (False,)
     for between in ("\n", "", " ", "\n\n"):
-        for begins in (False, True):
+        for begins in by_itself:
             for end in (tokenizer.eos_token, ""):
                 yield _Reading("template_missing", _join_detail(between, end), _joined(tokenizer, between, end, begins))
 

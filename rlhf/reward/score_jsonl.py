@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from rlhf.data.canonical import messages
+from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Prompt, completion, user_turn
 from rlhf.errors import TrainingError, UserError

@@ -14,6 +14,8 @@ from rlhf.reward.experts import ExpertRewards
 from rlhf.reward.load import CARD, load_reward_model, open_reward_model
 from rlhf.reward.model import RewardModel
 
+# A CPU is busy with a thousand tokens, and more of them leave its cache; a GPU wants as many as there are.
+TOKENS_ON_CPU, TOKENS_ON_GPU = 1024, 16_384
 # What tokenizers and chat templates raise at texts that they can't take.
 REFUSALS = (TemplateError, UserError, TrainingError, ValueError, TypeError, LookupError, RuntimeError, OverflowError)
 
@@ -78,6 +80,12 @@ class ServedModel:
         if len(self.members) > 1:
             return "ensemble"
         return "experts" if isinstance(self.members[0], ExpertRewards) else "reward model"
+
+    @property
+    def batch_tokens(self) -> int:
+        """Return how many tokens a forward should have."""
+        is_on_cpu = next(self.members[0].model.parameters()).device.type == "cpu"
+        return TOKENS_ON_CPU if is_on_cpu else TOKENS_ON_GPU
 
     @property
     def max_length(self) -> int:

@@ -68,13 +68,14 @@ class Limits:
         body_bytes: of a request's body.
         waiting_texts: in the queue of each model; the one request that comes to an empty queue may have more.
         seconds: until a request has its scores, or is given up.
-        batch_tokens, batch_texts: of one forward, padding included.
+        batch_tokens: of one forward, padding included; None: as the model's device wants it.
+        batch_texts: of one forward.
     """
 
     body_bytes: int = 32 * 2**20
     waiting_texts: int = 65_536
     seconds: float = 60.0
-    batch_tokens: int = 16_384
+    batch_tokens: int | None = None
     batch_texts: int = 64
 
 
@@ -96,7 +97,7 @@ def serve_app(models: Sequence[ServedModel], *, token: str | None = None, limits
         model.name: Worker(
             model,
             metrics,
-            batch_tokens=limits.batch_tokens,
+            batch_tokens=limits.batch_tokens or model.batch_tokens,
             batch_texts=limits.batch_texts,
             most_waiting=limits.waiting_texts,
         )
@@ -275,9 +276,16 @@ async def _say_http_error(request: Request, error: Exception) -> Response:
 async def _say_mistakes(request: Request, error: Exception) -> Response:
     """Say what is wrong with a body, without what was in it: it may be long, and no text at all."""
     assert isinstance(error, RequestValidationError)
-    mistakes = []
-    for mistake in error.errors()[:SHOWN]:
-        place = ".".join(str(part) for part in mistake["loc"][1:])
-        mistakes.append(f"{place}: {mistake['msg']}" if place else mistake["msg"])
-    more = len(error.errors()) - SHOWN
-    return _problem(request, 422, "; ".join(mistakes) + (f"; and {more} more" if more > 0 else "") + ".")
+    mistakes = error.errors()
+    sentence = "; ".join(_mistake(mistake) for mistake in mistakes[:SHOWN])
+    more = len(mistakes) - SHOWN
+    return _problem(request, 422, sentence + (f"; and {more} more" if more > 0 else "") + ".")
+
+
+def _mistake(mistake: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in mistake["loc"][1:])
+    if mistake["type"] == "json_invalid":
+        return f"the body is not valid JSON: {mistake.get('ctx', {}).get('error', '')} at character {place}"
+    if mistake["type"] == "model_attributes_type" and not place:
+        return "send a JSON object, with Content-Type: application/json"
+    return f"{place}: {mistake['msg']}" if place else str(mistake["msg"])

@@ -6,12 +6,14 @@ import socket
 from collections.abc import Callable, Sequence
 
 import uvicorn
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf.errors import UserError
 from rlhf.serve.models import open_models
 from rlhf.serve.reward import Limits, serve_app
 
 TOKEN = "RLHF_SERVE_TOKEN"
+BACKLOG = 2048
 KEEP_ALIVE = 75  # seconds; longer than load balancers keep an idle connection, so that they close it and not we
 
 
@@ -37,7 +39,9 @@ def serve_models(
     listening = _bind(host, port)
 
     # 2. The models; nobody can connect before they are there.
+    disable_progress_bar()
     app = serve_app(open_models(names), token=token, limits=limits)
+    listening.listen(BACKLOG)
     address, port = listening.getsockname()[:2]
     say(f"http://{f'[{address}]' if ':' in address else address}:{port}/get_reward   /score /rank /classify /docs")
 
