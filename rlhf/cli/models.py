@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import RewardModelName, app, output, say, say_aside
+from rlhf.cli.console import Columns, RewardModelName, app, output, say, say_aside, source_of
 from rlhf.errors import TrainingError, UserError
 
 
@@ -32,11 +32,17 @@ def score_command(model: RewardModelName) -> None:
 @app.command("evaluate")
 def evaluate_command(
     model: RewardModelName,
-    data: Annotated[list[str], typer.Argument(help="Files of pairs or rankings, or hub datasets.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pairs or rankings: files, hub datasets, or {source: …} as in a recipe.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Where to write the JSON; the page lies beside it.", show_default=False)],
     against: Annotated[
         str | None, typer.Option(help="Another reward model, compared on the same pairs.", show_default=False)
     ] = None,
+    columns: Columns = None,
 ) -> None:
     """Evaluate a reward model: accuracy with its interval, length control, calibration, K-wise, RewardBench."""
     from rlhf.pipeline.model_commands import evaluate_reward_model
@@ -44,7 +50,8 @@ def evaluate_command(
 
     if out.suffix == ".html":
         raise UserError(f"--out {out}: the report is JSON; name it .json, and the page beside it is .html.")
-    result = evaluate_reward_model(model, data, out, against=against, say=say_aside)
+    sources = [source_of(text, columns) for text in data]
+    result = evaluate_reward_model(model, sources, out, against=against, say=say_aside)
     output.print(evaluation_table(result))
     for line in evaluation_lines(result):
         say(line)

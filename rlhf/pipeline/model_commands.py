@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
-from rlhf.data.rows import Pair, answer
-from rlhf.data.sources import read_pairs, read_rankings
+from rlhf.data.read import ReadReport
+from rlhf.data.rows import TIE, Pair, answer
+from rlhf.data.sources import Source, read_pairs, read_rankings
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs
 from rlhf.files import write_text
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings
 from rlhf.models.save import save_model
+from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
 from rlhf.reward.experts import EXPERTS
@@ -30,27 +32,29 @@ def score_stream(model: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def evaluate_reward_model(
-    model: str, data: Sequence[str], out: Path, *, against: str | None, say: Callable[[str], None]
+    model: str, data: Sequence[str | Source], out: Path, *, against: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Evaluate a reward model on every data set; write `{"model", "data": {name: report}}`, and a page beside it.
 
     Args:
-        data: files or hub datasets of pairs, rankings or trees.
+        data: files or hub datasets of pairs, rankings or trees. Ties are left out: nothing can be right about them.
         against: another reward model, compared on the same pairs.
 
     Raises:
         UserError: a data set without a usable pair; two of the same name.
     """
     quiet_libraries()
-    names = [Path(source).name.split(".")[0] for source in data]
+    given = [Source(source) if isinstance(source, str) else source for source in data]
+    names = [Path(source.source).name.split(".")[0] for source in given]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate: two data sets have the same name ({', '.join(names)}); rename a file.")
-    sources = [read_pairs(source) for source in data]
+    template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
+    sources = [_decided(source.source, *read_pairs(source, fit=template)) for source in given]
     reward = open_reward_model(model)
     other = None if against is None else open_reward_model(against)
     reports: dict[str, dict[str, Any]] = {}
     shown: dict[str, list[dict[str, Any]]] = {}
-    for name, source, (rows, counts) in zip(names, data, sources, strict=True):
+    for name, source, (rows, counts) in zip(names, given, sources, strict=True):
         for sentence in counts.sentences():
             say(sentence)
         scored = _finite(score_pairs(reward, rows, label=name), model, name)
@@ -76,6 +80,23 @@ def evaluate_reward_model(
     write_text(out, json.dumps(result, indent=1) + "\n")
     write_evaluation(out.with_suffix(".html"), result, shown)
     return result
+
+
+def _decided(name: str, rows: list[Pair], report: ReadReport) -> tuple[list[Pair], ReadReport]:
+    """Return the pairs whose label calls one answer better, and the report, which counts the others.
+
+    Raises:
+        UserError: all are ties.
+    """
+    decided = [row for row in rows if row.get("confidence") != TIE]
+    if not decided:
+        raise UserError(f"{name}: all of its pairs are ties, which nothing can be right about.")
+    ties = len(rows) - len(decided)
+    if ties:
+        report.dropped["a tie, which nothing can be right about"] = ties
+        report.examples["a tie, which nothing can be right about"] = []
+        report.kept -= ties
+    return decided, report
 
 
 def _finite(scored: ScoredPairs, model: str, name: str) -> ScoredPairs:
