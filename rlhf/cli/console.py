@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rlhf.data.sources import Source
+from rlhf.recipe import load_source
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # A pipe has no width; at rich's 80 columns tables would lose their numbers.
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -17,7 +20,16 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, as many as you like.", show_default=False)
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]", show_default=False)]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Which column is which: prompt=question,chosen=answers.good,…", show_default=False),
+]
 RewardModelName = Annotated[str, typer.Argument(help="A reward model's folder, or a hub id.", show_default=False)]
+
+
+def source_of(text: str, columns: str | None) -> Source:
+    """Return a source of data that was named on the command line."""
+    return Source(**load_source(text, columns=columns).model_dump())
 
 
 def say(line: str) -> None:

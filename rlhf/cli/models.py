@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import RewardModelName, app, output, say, say_aside
+from rlhf.cli.console import Columns, RewardModelName, app, output, say, say_aside, source_of
 from rlhf.errors import TrainingError, UserError
 
 
@@ -36,7 +36,7 @@ def evaluate_command(
         typer.Argument(
             metavar="MODEL [MODEL...] DATA...",
             help="Reward models (the first name, and every folder), then files of pairs, rankings or a published benchmark, "
-            "or hub datasets (NAME or NAME:SPLIT).",
+            "hub datasets (NAME or NAME:SPLIT), or {source: …} as in a recipe.",
             show_default=False,
         ),
     ],
@@ -48,6 +48,7 @@ def evaluate_command(
         ),
     ] = None,
     probes: Annotated[bool, typer.Option("--probes", help="Measure biases by minimal edits of the answers.")] = False,
+    columns: Columns = None,
 ) -> None:
     """Evaluate reward models: accuracy with its interval, length rules, calibration, published benchmarks, biases."""
     from rlhf.pipeline.evaluate import evaluate_models, models_and_data
@@ -56,7 +57,8 @@ def evaluate_command(
     if out.suffix == ".html":
         raise UserError(f"--out {out}: the report is JSON; name it .json, and the page beside it is .html.")
     models, data = models_and_data(names)
-    result = evaluate_models([*models, *(against or [])], data, out, probes=probes, say=say_aside)
+    sources = [source_of(text, columns) for text in data]
+    result = evaluate_models([*models, *(against or [])], sources, out, probes=probes, say=say_aside)
     for table in evaluation_tables(result):
         output.print(table)
     for line in evaluation_lines(result):

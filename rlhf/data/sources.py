@@ -167,7 +167,7 @@ def to_pairs(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Pair]]:
 def _say_direction(line: Line, layout: Layout, better: str, report: ReadReport) -> None:
     name, sentence = line.direction or (layout.name, layout.direction or "`chosen` and `rejected`")
     evident = line.direction is None and layout.direction is None
-    report.direct(name, example(sentence, better), evident=evident)
+    report.direct(name, example(sentence, better or "(a tool call)"), evident=evident)
 
 
 def to_demonstrations(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Demonstration]]:

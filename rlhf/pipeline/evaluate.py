@@ -12,10 +12,10 @@ import numpy as np
 
 from rlhf.data.rankings import Ranking
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import Pair, answer
-from rlhf.data.sources import read_pairs, read_rankings
+from rlhf.data.rows import TIE, Pair, answer
+from rlhf.data.sources import Fit, Source, read_pairs, read_rankings
 from rlhf.errors import UserError
-from rlhf.evaluation.benchmark_files import Benchmark, choose_split, read_benchmark
+from rlhf.evaluation.benchmark_files import Benchmark, named_split, read_benchmark
 from rlhf.evaluation.benchmarks import (
     OVERALL,
     Arithmetic,
@@ -37,6 +37,8 @@ from rlhf.evaluation.pairs import (
 )
 from rlhf.evaluation.probes import probe
 from rlhf.files import write_text
+from rlhf.models.load import find_source, load_tokenizer
+from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
 from rlhf.reward.load import open_reward_model
@@ -46,6 +48,7 @@ from rlhf.statistics import Array
 # What each model's entry has of its report on the pairs.
 MODEL_KEYS = ("accuracy", "accuracy_ci", "ties", "ece", "accuracy_length_controlled", "temperature")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+UNDECIDED = "a tie, which nothing can be right about"
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,15 @@ class _Scored:
 def models_and_data(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell the models from the data in what was named: the first name and every folder are models, all else is data.
 
+    A folder that `datasets` saved is data, and so is a mapping (`{source: …}`).
+
     Raises:
         UserError: no data were named.
     """
     models, data = [names[0]], list[str]()
     for name in names[1:]:
-        is_data = is_local(name) or (HUB_NAME.fullmatch(name) and not Path(name).is_dir())
+        is_hub_name = HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
+        is_data = name.lstrip().startswith("{") or is_local(name) or is_hub_name
         (data if is_data else models).append(name)
     if not data:
         raise UserError(
@@ -101,13 +107,19 @@ def models_and_data(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def evaluate_models(
-    models: Sequence[str], data: Sequence[str], out: Path, *, probes: bool = False, say: Callable[[str], None]
+    models: Sequence[str],
+    data: Sequence[str | Source],
+    out: Path,
+    *,
+    probes: bool = False,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Evaluate reward models on every data set; write the result as JSON, and a page beside it.
 
     Args:
         models: the first is the one that the others are compared with, on the same pairs.
-        data: files or hub datasets of pairs, rankings, trees or published benchmarks.
+        data: files or hub datasets of pairs, rankings, trees or published benchmarks. Ties are left out, for nothing can be
+            right about them; tool calls are written by the first model's chat template.
         probes: whether minimal edits of the same answers are scored too.
 
     Raises:
@@ -119,8 +131,10 @@ def evaluate_models(
     problems: list[str] = []
     if not out.resolve().parent.is_dir():
         problems.append(f"--out {out}: no such folder; make it first.")
-    names = data_names(data)
-    sets = [_attempt(problems, _read, name, source) for name, source in zip(names, data, strict=True)]
+    sources = [Source(source) if isinstance(source, str) else source for source in data]
+    names = data_names([source.source for source in sources])
+    fit = ToolTemplate(lambda: load_tokenizer(find_source(models[0]).base, conversational=True, pads=False), models[0])
+    sets = [_attempt(problems, _read, name, source, fit) for name, source in zip(names, sources, strict=True)]
     rewards = [_attempt(problems, open_reward_model, model) for model in models]
     if problems:
         raise UserError(problems)
@@ -184,7 +198,7 @@ def data_names(data: Sequence[str]) -> list[str]:
     return names
 
 
-def _attempt(problems: list[str], function: Callable[..., Any], *arguments: str) -> Any:
+def _attempt(problems: list[str], function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function gives; enter what a person did wrong in `problems`, and return None."""
     try:
         return function(*arguments)
@@ -193,17 +207,40 @@ def _attempt(problems: list[str], function: Callable[..., Any], *arguments: str)
         return None
 
 
-def _read(name: str, source: str) -> _Data:
-    """Read one data set as the benchmark that it is, or as ordinary pairs with their rankings."""
-    benchmark = read_benchmark(source)
+def _read(name: str, source: Source, fit: Fit) -> _Data:
+    """Read one data set as the benchmark that it is, or as ordinary pairs with their rankings.
+
+    Raises:
+        UserError: there is no usable pair, or no benchmark that is whole.
+    """
+    source = named_split(source)
+    # Rows that were chosen, or columns that were named, make ordinary pairs also of a benchmark.
+    is_whole = source == Source(source.source, config=source.config, split=source.split)
+    benchmark = read_benchmark(source) if is_whole else None
     if benchmark is not None:
         return _Data(name, benchmark.items, benchmark.arithmetic, [], [], benchmark, benchmark.report)
-    hub_name, split = choose_split(source)
-    rows, report = read_pairs(hub_name, split=split)
+    rows, report = _decided(source.source, *read_pairs(source, fit=fit))
     items = [Item(row["prompt"], [answer(row, "chosen"), answer(row, "rejected")], [1, 0], [(0, 1)]) for row in rows]
     pairs = by_pairs(items)
     arithmetic = Arithmetic(pairs.outcomes, pairs.clusters, {"accuracy": pairs.figures[OVERALL]})
-    return _Data(name, items, arithmetic, rows, read_rankings(hub_name, split=split), None, report)
+    return _Data(name, items, arithmetic, rows, read_rankings(source), None, report)
+
+
+def _decided(name: str, rows: list[Pair], report: ReadReport) -> tuple[list[Pair], ReadReport]:
+    """Return the pairs whose label calls one answer better, and the report, which counts the others.
+
+    Raises:
+        UserError: all are ties.
+    """
+    decided = [row for row in rows if row.get("confidence") != TIE]
+    if not decided:
+        raise UserError(f"{name}: all of its pairs are ties, which nothing can be right about.")
+    ties = len(rows) - len(decided)
+    if ties:
+        report.dropped[UNDECIDED] = ties
+        report.examples[UNDECIDED] = []
+        report.kept -= ties
+    return decided, report
 
 
 def _score(reward: RewardModel, data_set: _Data, model: str) -> _Scored:
