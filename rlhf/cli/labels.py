@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import app, say, say_aside
+from rlhf.cli.console import Compared, app, say, say_aside
 from rlhf.recipe import load_recipe
 
 
@@ -20,12 +20,14 @@ def audit_command(
     recipe: Annotated[
         Path | None, typer.Option(help="Its vote and reward sections say how voters are trained.", show_default=False)
     ] = None,
+    compare: Compared = None,
 ) -> None:
     """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
     from rlhf.pipeline.audit import audit
     from rlhf.report.terminal import audit_line
 
-    result = audit(pairs, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=say_aside)
+    settings = load_recipe(recipe) if recipe else None
+    result = audit(pairs, model, out, members=members, recipe=settings, say=say_aside, compare=compare)
     say(audit_line(result))
     say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
 

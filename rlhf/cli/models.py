@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import RewardModelName, app, output, say, say_aside
+from rlhf.cli.console import Compared, RewardModelName, app, output, say, say_aside
 from rlhf.errors import TrainingError, UserError
 
 
@@ -16,12 +16,13 @@ def score_command(model: RewardModelName) -> None:
     import io
     import json
 
+    from rlhf.data.limits import bounded_lines
     from rlhf.pipeline.model_commands import score_stream
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte is its line's error
     bad = 0
-    for row in score_stream(model, sys.stdin):
+    for row in score_stream(model, bounded_lines(sys.stdin.readline)):
         bad += "score" not in row
         sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     sys.stdout.flush()
@@ -37,6 +38,7 @@ def evaluate_command(
     against: Annotated[
         str | None, typer.Option(help="Another reward model, compared on the same pairs.", show_default=False)
     ] = None,
+    compare: Compared = None,
 ) -> None:
     """Evaluate a reward model: accuracy with its interval, length control, calibration, K-wise, RewardBench."""
     from rlhf.pipeline.model_commands import evaluate_reward_model
@@ -44,7 +46,7 @@ def evaluate_command(
 
     if out.suffix == ".html":
         raise UserError(f"--out {out}: the report is JSON; name it .json, and the page beside it is .html.")
-    result = evaluate_reward_model(model, data, out, against=against, say=say_aside)
+    result = evaluate_reward_model(model, data, out, against=against, say=say_aside, compare_as=compare or "answers")
     output.print(evaluation_table(result))
     for line in evaluation_lines(result):
         say(line)

@@ -28,7 +28,7 @@ from rlhf.data.rankings import (
     tree_root,
     usable,
 )
-from rlhf.data.rows import Demonstration, Pair, PromptRow
+from rlhf.data.rows import Demonstration, Pair, PromptRow, asked
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Layout:
             return self.demonstrations(row)
         if self.rankings is not None:
             return [best_demonstration(ranking) for ranking in self.read_rankings(row)]
-        return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in self.read_pairs(row)]
+        return [{"prompt": asked(pair, "chosen"), "completion": pair["chosen"][-1:]} for pair in self.read_pairs(row)]
 
     def read_prompts(self, row: object) -> list[PromptRow]:
         """Return a row's prompts."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import Pair, PromptRow
+from rlhf.data.rows import Compare, Pair, PromptRow
 from rlhf.data.sources import (
     Canonical,
     Row,
@@ -48,6 +48,7 @@ class DataSources:
     max_prompts: int | None = None
     max_pairs_per_prompt: int | None = None
     leakage: Literal["refuse", "drop", "allow"] = "refuse"
+    compare: Compare = "answers"
 
 
 def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, Any]:
@@ -118,12 +119,12 @@ def _read_pairs(sources: DataSources, reports: list[ReadReport], seed: int) -> t
     pairs: Rows[Pair] = Rows()
     held_out: set[str] = set()
     for source in sources.preferences:
-        read = read_sources([source], to_pairs, reports, "pairs", seed)
+        read = read_sources([source], to_pairs, reports, "pairs", seed, compare=sources.compare)
         if len(sources.preferences) > 1:
             for row in read.train + read.test:
                 row.values.setdefault("source", source.source)
         if not sources.test and not read.test and not is_local(source.source):
-            read.test = _hub_test_side(source, reports, seed)
+            read.test = _hub_test_side(source, reports, seed, sources.compare)
         if not sources.test and not read.test:
             read.test = [row for row in read.train if _is_held_out(row, sources.test_fraction, seed)]
             held_out |= {row.key for row in read.test}
@@ -131,7 +132,9 @@ def _read_pairs(sources: DataSources, reports: list[ReadReport], seed: int) -> t
         pairs = Rows(pairs.train + read.train, pairs.test + read.test)
     if sources.test:
         drop_rows(pairs.test, "marked as test, but data.test is given")
-        given = read_sources(sources.test, to_pairs, reports, "pairs, test", seed, split="test")
+        given = read_sources(
+            sources.test, to_pairs, reports, "pairs, test", seed, split="test", compare=sources.compare
+        )
         pairs.test = given.train + given.test
     return Rows(deduplicated(pairs.train), deduplicated(pairs.test)), held_out
 
@@ -160,11 +163,12 @@ def _read_prompts(
     return Rows(prompts.train, _unique(prompts.test)), held_out
 
 
-def _hub_test_side(source: Source, reports: list[ReadReport], seed: int) -> list[Row[Pair]]:
+def _hub_test_side(source: Source, reports: list[ReadReport], seed: int, compare: Compare) -> list[Row[Pair]]:
     """Read a hub dataset's own test split; return no row if it has none."""
     before = len(reports)
     try:
-        return read_sources([Source(source.source)], to_pairs, reports, "pairs, test", seed, split="test").train
+        test = [Source(source.source)]
+        return read_sources(test, to_pairs, reports, "pairs, test", seed, split="test", compare=compare).train
     except UserError as error:
         if isinstance(error.__cause__, ValueError) and "split" in str(error.__cause__).lower():
             del reports[before:]

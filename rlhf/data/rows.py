@@ -4,6 +4,9 @@ import hashlib
 from typing import Literal, NotRequired, TypedDict
 
 Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
+# What of two sides is compared: answers to one prompt, or whole conversations, which may part before their last turn.
+Compare = Literal["answers", "conversations"]
 
 
 class Message(TypedDict):
@@ -39,10 +42,11 @@ class Extras(TypedDict, total=False):
 class Pair(Extras):
     """A canonical preference pair, TRL's conversational format.
 
-    `prompt` ends with the turn to be answered; `chosen` and `rejected` are one assistant message each. The columns that
-    follow stand only where a file, annotators or a vote gave them: `margin` in nats, `confidence` P(chosen is better) in
-    [0, 1], `weight` ≥ 0, `group` the ranking that a pair was made of, `rating_gap` in the source's own unit, `round` in
-    which it was labelled, and the mean and deviation of the rewards' differences over a vote's members (`strength_…`).
+    `prompt` ends with the turn to be answered; `chosen` and `rejected` are one assistant message each, or, where whole
+    conversations are compared, all turns from the one that answers the prompt to an assistant's last. The columns that follow
+    stand only where a file, annotators or a vote gave them: `margin` in nats, `confidence` P(chosen is better) in [0, 1],
+    `weight` ≥ 0, `group` the ranking that a pair was made of, `rating_gap` in the source's own unit, `round` in which it was
+    labelled, and the mean and deviation of the rewards' differences over a vote's members (`strength_…`).
     """
 
     prompt: Messages
@@ -77,13 +81,38 @@ def assistant_turn(text: str) -> Messages:
 
 
 def answer(row: Pair, side: Side) -> str:
-    """Return the text of one side's answer.
+    """Return the text of one side's answer: of its last turn, where it has several.
 
     >>> pair: Pair = {"prompt": [], "chosen": [{"role": "assistant", "content": "yes"}], "rejected": []}
     >>> answer(pair, "chosen")
     'yes'
     """
-    return row[side][0]["content"]
+    return row[side][-1]["content"]
+
+
+def asked(row: Pair, side: Side) -> Messages:
+    """Return the conversation that one side's answer ends: the prompt, and that side's own turns before its last."""
+    return [*row["prompt"], *row[side][:-1]] if len(row[side]) > 1 else row["prompt"]
+
+
+def told(row: Pair, side: Side) -> str:
+    """Return all that one side says after the prompt, for people: its answer, or its turns, each with who speaks."""
+    turns = row[side]
+    return answer(row, side) if len(turns) == 1 else "\n\n".join(f"{x['role']}: {x['content']}" for x in turns)
+
+
+def parting_turn(row: Pair) -> int | None:
+    """Return the turn, counted from 1, at which two sides part, if that is before the last of one; else None.
+
+    >>> pair: Pair = {"prompt": [], "chosen": user_turn("a") + assistant_turn("b"), "rejected": user_turn("a")}
+    >>> parting_turn(pair)
+    2
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if len(chosen) == len(rejected) == 1:
+        return None
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(rejected))
+    return len(row["prompt"]) + shared + 1
 
 
 def completion(row: Demonstration) -> str:

@@ -4,14 +4,14 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from rlhf.data.canonical import oddities
 from rlhf.data.direction import Side, directions, example, has_two_responses
 from rlhf.data.layouts import Layout, find_layout
 from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated, preference_of
 from rlhf.data.read import BadRow, ReadReport, read_rows
-from rlhf.data.rows import Demonstration, Pair, PromptRow, answer, completion, prompt_key
+from rlhf.data.rows import Compare, Demonstration, Pair, PromptRow, answer, completion, parting_turn, prompt_key, told
 from rlhf.data.tidy import tidied
 from rlhf.errors import UserError
 
@@ -75,29 +75,34 @@ Convert = Callable[[Iterable[Line], ReadReport], Iterator[Row[Canonical]]]
 
 def pair_digest(row: Pair) -> str:
     """Return what identifies a pair, whichever of its answers is called the chosen one: 24 characters of a sha256."""
-    answers = sorted((answer(row, "chosen"), answer(row, "rejected")))
+    answers = sorted((told(row, "chosen"), told(row, "rejected")))
     text = "\x1f".join((prompt_key(row["prompt"]), *answers))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def read_pairs(source: str, *, split: str = "test") -> tuple[list[Pair], ReadReport]:
+def read_pairs(source: str, *, split: str = "test", compare: Compare = "answers") -> tuple[list[Pair], ReadReport]:
     """Read all pairs of one source, in any accepted layout, repeats and contradictions left out.
+
+    Args:
+        compare: as in `read_sources`.
 
     Raises:
         UserError: there is none.
     """
-    rows, report = read_pair_rows(source, split=split)
+    rows, report = read_pair_rows(source, split=split, compare=compare)
     return [row.values for row in rows], report
 
 
-def read_pair_rows(source: str, *, split: str = "train") -> tuple[list[Row[Pair]], ReadReport]:
+def read_pair_rows(
+    source: str, *, split: str = "train", compare: Compare = "answers"
+) -> tuple[list[Row[Pair]], ReadReport]:
     """Read all pairs of one source, each with the number of the row that it was read from; otherwise as `read_pairs`.
 
     Raises:
         UserError: there is none.
     """
     reports: list[ReadReport] = []
-    read = read_sources([Source(source)], to_pairs, reports, "pairs", 0, split=split)
+    read = read_sources([Source(source)], to_pairs, reports, "pairs", 0, split=split, compare=compare)
     rows = deduplicated(read.train + read.test)
     count_kept(reports, [rows])
     if not rows:
@@ -202,6 +207,7 @@ def read_sources(
     seed: int,
     *,
     split: str = "train",
+    compare: Compare = "answers",
 ) -> Rows[Canonical]:
     """Read the canonical rows of all sources, fractions and caps applied.
 
@@ -209,12 +215,15 @@ def read_sources(
         convert: `to_pairs`, `to_demonstrations` or `to_prompts`.
         reports: a report of each source is added here.
         content: what is read, in the report's words.
+        compare: whether pairs whose sides part before the last turn are compared as whole conversations, or left out.
     """
     rows: Rows[Canonical] = Rows()
     for source in sources:
         report = ReadReport(f"{source.source} ({content})")
         reports.append(report)
         read = list(convert(_lines(source, report, split), report))
+        if compare == "answers":
+            read = _without_parted(read)
         train = [row for row in read if not row.is_test]
         if source.fraction < 1:
             kept = [row for row in train if share_of(row, f"{seed}:fraction") < source.fraction]
@@ -249,6 +258,19 @@ def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
             report.drop(number, str(reason))
 
 
+def _without_parted(rows: Sequence[Row[Canonical]]) -> list[Row[Canonical]]:
+    """Leave out pairs whose sides part before the last turn, and say where."""
+    kept = []
+    for row in rows:
+        turn = parting_turn(cast(Pair, row.values)) if "chosen" in row.values else None
+        if turn is None:
+            kept.append(row)
+        else:
+            reason = f"chosen and rejected part at turn {turn}, before the last; whole conversations are compared by"
+            row.report.drop(row.number, f"{reason} data.compare: conversations (--compare conversations)")
+    return kept
+
+
 def share_of(row: Row[Canonical], salt: str) -> float:
     """Return a number in [0, 1) that is the same for all rows of a prompt."""
     return share_of_text(row.key, salt)
@@ -277,7 +299,7 @@ def deduplicated(rows: Sequence[Row[Pair]]) -> list[Row[Pair]]:
     """Keep each pair once; drop a pair that stands in both orders both times, for nobody knows which is right."""
 
     def identity(row: Row[Pair]) -> tuple[str, frozenset[str], str]:
-        chosen, rejected = answer(row.values, "chosen").strip(), answer(row.values, "rejected").strip()
+        chosen, rejected = told(row.values, "chosen").strip(), told(row.values, "rejected").strip()
         return row.key, frozenset((chosen, rejected)), chosen
 
     orders: dict[tuple[str, frozenset[str]], set[str]] = {}

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from rlhf.data.rankings import Ranking
-from rlhf.data.rows import Pair, Prompt, Side, answer
+from rlhf.data.rows import Pair, Prompt, Side, answer, asked, told
 from rlhf.evaluation.benchmarks import reward_bench, reward_bench_2
 from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.score import Scorer
@@ -57,7 +57,7 @@ class ScoredPairs:
     @property
     def length_differences(self) -> Array:
         """Return the characters of the chosen answer minus those of the rejected one, [n]."""
-        return np.array([len(answer(row, "chosen")) - len(answer(row, "rejected")) for row in self.rows], dtype=float)
+        return np.array([len(told(row, "chosen")) - len(told(row, "rejected")) for row in self.rows], dtype=float)
 
     def samples(self) -> list[dict[str, Any]]:
         """Return every pair as texts with its scores, for people."""
@@ -65,8 +65,8 @@ class ScoredPairs:
         return [
             {
                 "prompt": prompt,
-                "chosen": answer(row, "chosen"),
-                "rejected": answer(row, "rejected"),
+                "chosen": told(row, "chosen"),
+                "rejected": told(row, "rejected"),
                 "score_chosen": float(chosen),
                 "score_rejected": float(rejected),
             }
@@ -75,7 +75,7 @@ class ScoredPairs:
 
 
 def score_pairs(reward: Scorer, rows: Sequence[Pair], *, label: str = "score") -> ScoredPairs:
-    """Score both sides of every pair; an answer that stands in several pairs is scored once.
+    """Score both sides of every pair, each behind its own conversation; an answer that stands in several pairs is scored once.
 
     Args:
         label: what the progress bar says.
@@ -83,18 +83,18 @@ def score_pairs(reward: Scorer, rows: Sequence[Pair], *, label: str = "score") -
     keys: dict[tuple[str, str], int] = {}
     unique: list[tuple[Prompt, str]] = []
 
-    def place(row: Pair, prompt: str, side: Side) -> int:
-        key = (prompt, answer(row, side))
+    def place(row: Pair, side: Side) -> int:
+        prompt = asked(row, side)
+        key = (plain(prompt), answer(row, side))
         if key not in keys:
             keys[key] = len(unique)
-            unique.append((row["prompt"], key[1]))
+            unique.append((prompt, key[1]))
         return keys[key]
 
-    prompts = [plain(row["prompt"]) for row in rows]
-    chosen = [place(row, prompt, "chosen") for row, prompt in zip(rows, prompts, strict=True)]
-    rejected = [place(row, prompt, "rejected") for row, prompt in zip(rows, prompts, strict=True)]
+    chosen = [place(row, "chosen") for row in rows]
+    rejected = [place(row, "rejected") for row in rows]
     scores = _scores(reward, unique, label)
-    return ScoredPairs(rows, prompts, scores[chosen], scores[rejected])
+    return ScoredPairs(rows, [plain(row["prompt"]) for row in rows], scores[chosen], scores[rejected])
 
 
 def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None = None) -> dict[str, Any]:

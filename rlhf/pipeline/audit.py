@@ -14,7 +14,7 @@ import torch
 from scipy.stats import spearmanr
 
 from rlhf.data.read import is_local
-from rlhf.data.rows import Pair, answer
+from rlhf.data.rows import Compare, Pair, told
 from rlhf.data.sources import Row, read_pair_rows
 from rlhf.errors import UserError
 from rlhf.files import digest, file_digest, write_jsonl, write_text
@@ -38,7 +38,14 @@ WORK = "work"
 
 
 def audit(
-    pairs: str, model: str, out: Path, *, members: int | None, recipe: Recipe | None, say: Callable[[str], None]
+    pairs: str,
+    model: str,
+    out: Path,
+    *,
+    members: int | None,
+    recipe: Recipe | None,
+    say: Callable[[str], None],
+    compare: Compare | None = None,
 ) -> dict[str, Any]:
     """Vote on every pair out of fold and write what follows from it.
 
@@ -53,6 +60,8 @@ def audit(
         model: what the members start from: a folder or hub id, decoder or encoder.
         members: number of voters; default 10, or the recipe's.
         recipe: its `vote` and `reward` sections say how members are trained.
+        compare: whether pairs that part before their last turn are compared as whole conversations; default "answers", or the
+            recipe's `data.compare`.
 
     Raises:
         UserError: nothing usable in the file; the folder holds something else; an impossible vote.
@@ -60,6 +69,8 @@ def audit(
     quiet_libraries()
     settings, shape = _vote_settings(model, members, recipe)
     source = file_digest(Path(pairs).expanduser()) if is_local(pairs) and Path(pairs).expanduser().is_file() else pairs
+    compare = compare or ("answers" if recipe is None else recipe.data.compare)
+    source = source if compare == "answers" else f"{source} {compare}"
     key = digest({"pairs": source, "model": model, "settings": settings, "shape": shape})
     finished = _finished(out, key)
     if finished is not None:
@@ -67,7 +78,7 @@ def audit(
         return finished
 
     # 1. Read, count, vote.
-    rows, report = read_pair_rows(pairs)
+    rows, report = read_pair_rows(pairs, compare=compare)
     for sentence in report.sentences():
         say(sentence)
     values: list[Any] = [row.values for row in rows]
@@ -211,7 +222,7 @@ def length_bias(pairs: Sequence[Pair], strength: VoteStrength) -> dict[str, Any]
         how often the longer answer is the chosen one, ties half, with its interval; and Spearman's correlation of the strength
         with the difference in characters, None where either is the same for all pairs.
     """
-    differences = np.array([len(answer(row, "chosen")) - len(answer(row, "rejected")) for row in pairs], float)
+    differences = np.array([len(told(row, "chosen")) - len(told(row, "rejected")) for row in pairs], float)
     mean, interval = clustered_mean(
         ((differences > 0) + 0.5 * (differences == 0)).tolist(), [plain(row["prompt"]) for row in pairs]
     )
@@ -264,8 +275,8 @@ def _shown(audited: Audited, i: int) -> dict[str, Any]:
     return {
         "row": row.number - 1,
         "prompt": plain(row.values["prompt"]),
-        "chosen": answer(row.values, "chosen"),
-        "rejected": answer(row.values, "rejected"),
+        "chosen": told(row.values, "chosen"),
+        "rejected": told(row.values, "rejected"),
         "strength_mean": strength.mean[i].item(),
         "strength_std": strength.std[i].item(),
         "strength_votes": int(strength.votes[i]),

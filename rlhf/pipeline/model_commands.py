@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
-from rlhf.data.rows import Pair, answer
+from rlhf.data.rows import SIDES, Compare, Pair, answer, asked, told
 from rlhf.data.sources import read_pairs, read_rankings
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs
@@ -23,20 +23,27 @@ from rlhf.reward.model import RewardModel
 from rlhf.reward.score_jsonl import score_lines
 
 
-def score_stream(model: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Score JSON lines with a reward model."""
+def score_stream(model: str, lines: Iterable[str | None]) -> Iterator[dict[str, Any]]:
+    """Score JSON lines with a reward model; None is a line that was too long to be read."""
     quiet_libraries()
     yield from score_lines(open_reward_model(model), lines)
 
 
 def evaluate_reward_model(
-    model: str, data: Sequence[str], out: Path, *, against: str | None, say: Callable[[str], None]
+    model: str,
+    data: Sequence[str],
+    out: Path,
+    *,
+    against: str | None,
+    say: Callable[[str], None],
+    compare_as: Compare = "answers",
 ) -> dict[str, Any]:
     """Evaluate a reward model on every data set; write `{"model", "data": {name: report}}`, and a page beside it.
 
     Args:
         data: files or hub datasets of pairs, rankings or trees.
         against: another reward model, compared on the same pairs.
+        compare_as: whether pairs that part before their last turn are left out, or compared as whole conversations.
 
     Raises:
         UserError: a data set without a usable pair; two of the same name.
@@ -45,7 +52,7 @@ def evaluate_reward_model(
     names = [Path(source).name.split(".")[0] for source in data]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate: two data sets have the same name ({', '.join(names)}); rename a file.")
-    sources = [read_pairs(source) for source in data]
+    sources = [read_pairs(source, compare=compare_as) for source in data]
     reward = open_reward_model(model)
     other = None if against is None else open_reward_model(against)
     reports: dict[str, dict[str, Any]] = {}
@@ -98,11 +105,10 @@ def _alike_after_cut(reward: RewardModel, rows: Sequence[Pair]) -> int:
     cut = (reward.cut, reward.cut_answers)
     if not reward.cut_answers:
         return 0
-    prompts = [row["prompt"] for row in rows]
-    sides = [reward.encode(prompts, [answer(row, side) for row in rows], None) for side in ("chosen", "rejected")]
+    sides = [reward.encode([asked(r, side) for r in rows], [answer(r, side) for r in rows], None) for side in SIDES]
     reward.cut, reward.cut_answers = cut
     return sum(
-        chosen == rejected and answer(row, "chosen") != answer(row, "rejected")
+        chosen == rejected and told(row, "chosen") != told(row, "rejected")
         for row, chosen, rejected in zip(rows, *sides, strict=True)
     )
 
