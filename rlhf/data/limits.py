@@ -19,7 +19,7 @@ MOST_LEVELS = 200  # of lists and objects within each other
 MOST_RATIO = (
     200  # of what a compressed file holds to what it takes; texts of people reach 10, and tables of one word 100
 )
-RATIO_FROM = 16 * MIB  # small files may be as dense as they like
+RATIO_FROM = 4 * MIB  # small files may be as dense as they like
 MOST_FILE = 1024 * MIB  # of a .json file, which can only be read as one piece
 LOOKED_AT = 64 * 1024  # at the head of a file, for bytes that no text holds
 
