@@ -4,21 +4,21 @@ Beside its answers a pair may have `margin`, `confidence` (or `soft_label`), `we
 (`chosen_rating`, `rejected_rating`), `annotator`, `source`, `subset`, `id` and `agree`.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Literal, cast
 
+from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, PromptRow, assistant_turn, user_turn
+from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, PromptRow, assistant_turn
 
-ROLES = ("system", "user", "assistant")
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 EXTRAS: tuple[Literal["annotator", "source", "subset", "id"], ...] = ("annotator", "source", "subset", "id")
 LONG_PROMPT = 20_000
 # Columns with a rating of each answer, as published: the chosen one's and the rejected one's.
 RATINGS = tuple(
     (form.format("chosen", word), form.format("rejected", word))
-    for word in ("rating", "score")
+    for word in ("rating", "score", "avg_rating")
     for form in ("{0}_{1}", "{1}_{0}", "{0}-{1}")
 )
 BOUNDS: dict[Literal["margin", "confidence", "weight"], tuple[float, float]] = {
@@ -53,10 +53,10 @@ def pair(row: Mapping[str, object]) -> Pair:
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side[0]["role"] != "assistant" or side[-1]["role"] != "assistant":
             raise BadRow(f"{name} is not an assistant's answer")
-        check_answer(side[-1]["content"], name)
+        _check_answer_turn(side[-1], name)
         for turn in side[:-1]:
             _check_encodable(turn["content"])
-    if [turn["content"].strip() for turn in chosen] == [turn["content"].strip() for turn in rejected]:
+    if [_said(turn) for turn in chosen] == [_said(turn) for turn in rejected]:
         raise BadRow("chosen and rejected are the same")
     canonical: Pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     for column, (low, high) in BOUNDS.items():
@@ -72,11 +72,14 @@ def pair(row: Mapping[str, object]) -> Pair:
 def rating_gap(row: Mapping[str, object]) -> float | None:
     """Return how much higher the chosen answer is rated than the rejected one, in the file's unit; None without ratings.
 
-    Below 0 the ratings contradict the label.
+    Below 0 the ratings contradict the label. A canonical row has it already.
 
     >>> rating_gap({"chosen_rating": 5, "rejected_rating": 2})
     3.0
     """
+    given = row.get("rating_gap")
+    if isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
+        return float(given)
     for names in RATINGS:
         values = [row.get(name) for name in names]
         numbers = [
@@ -129,7 +132,7 @@ def demonstration(row: Mapping[str, object]) -> Demonstration:
         raise BadRow("neither 'messages' nor 'prompt' and 'completion'")
     if not turns or turns[-1]["role"] != "assistant":
         raise BadRow("the last turn is not an assistant's answer")
-    check_answer(turns[-1]["content"], "the answer")
+    _check_answer_turn(turns[-1], "the answer")
     check_prompt(turns[:-1])
     return {"prompt": turns[:-1], "completion": turns[-1:]}
 
@@ -153,66 +156,15 @@ def prompt_only(row: Mapping[str, object]) -> PromptRow:
     return {"prompt": turns}
 
 
-def messages(value: object, name: str) -> Messages:
-    """Return messages that are given as messages, as an HH transcript, or as a plain text (one turn of the user).
-
-    Raises:
-        BadRow: another type, an unknown role, a content that is no text.
-    """
-    if isinstance(value, str):
-        if value.lstrip().startswith(HUMAN.strip()):
-            turns = transcript(value)
-            is_open = name == "prompt" and turns[-1] == {"role": "assistant", "content": ""}
-            return turns[:-1] if is_open else turns
-        return user_turn(value)
-    if not isinstance(value, list):
-        raise BadRow(f"{name} is neither text nor messages")
-    turns = []
-    for message in value:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise BadRow(f"{name} is not a list of messages with role and content")
-        if message["role"] not in ROLES:
-            raise BadRow(f"unknown role {message['role']!r}")
-        if not isinstance(message["content"], str):
-            raise BadRow(f"a message of {name} has no text")
-        turns.append(Message(role=message["role"], content=message["content"]))
-    return turns
-
-
-def transcript(text: str) -> Messages:
-    r"""Split an HH transcript ("\n\nHuman: … \n\nAssistant: …") into turns, each stripped; a speaker's turns in a row are joined.
-
-    Raises:
-        BadRow: the text does not begin with a human's turn.
-    """
-    text = text if text.startswith("\n\n") else "\n\n" + text.lstrip()
-    if not text.startswith(HUMAN):
-        raise BadRow("a transcript that does not begin with a human's turn")
-    turns: Messages = []
-    position = 0
-    while position < len(text):
-        is_human = text.startswith(HUMAN, position)
-        start = position + len(HUMAN if is_human else ASSISTANT)
-        next_turns = [place for mark in (HUMAN, ASSISTANT) if (place := text.find(mark, start)) != -1]
-        end = min(next_turns, default=len(text))
-        role, content = ("user" if is_human else "assistant"), text[start:end].strip()
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n\n" + content
-        else:
-            turns.append({"role": role, "content": content})
-        position = end
-    return turns
-
-
 def check_prompt(turns: Messages) -> None:
     """Refuse a prompt that nobody can answer.
 
     Raises:
-        BadRow: empty, not ending with a user's turn, or no text.
+        BadRow: empty, not ending with a user's turn or a tool's, or no text.
     """
     if not turns:
         raise BadRow("the prompt is empty")
-    if turns[-1]["role"] != "user":
+    if turns[-1]["role"] not in ("user", "tool"):
         raise BadRow("the prompt does not end with a user's turn")
     if not turns[-1]["content"].strip():
         raise BadRow("the prompt's last turn is empty")
@@ -232,6 +184,18 @@ def check_answer(content: object, name: str) -> str:
         raise BadRow(f"{name} is empty")
     _check_encodable(content)
     return content
+
+
+def _check_answer_turn(turn: Message, name: str) -> None:
+    """Refuse an answer that says nothing and calls no tool."""
+    if not turn.get("tool_calls"):
+        check_answer(turn["content"], name)
+
+
+def _said(turn: Message) -> str:
+    """Return all that tells two answers apart."""
+    calls = turn.get("tool_calls")
+    return turn["content"].strip() + (json.dumps(calls, sort_keys=True) if calls else "")
 
 
 def _split(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:

@@ -15,28 +15,18 @@ random order of the responses that happens to one file of eight rows in 2^7, and
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
 from rlhf.data.layouts import find_layout
 from rlhf.data.rankings import first_response, preference_of, response_text, second_response, signed_strength
 from rlhf.data.read import BadRow
+from rlhf.data.sides import TIES, WORDS_FOR, Side, code_of, named_side, number_of, numbered_sides, shown_codes
 from rlhf.errors import UserError
 
-Side = Literal["first", "second", "tie"]
-NAMES: dict[str, Side] = {
-    **dict.fromkeys(("first", "a", "one", "left"), "first"),
-    **dict.fromkeys(("second", "b", "two", "right"), "second"),
-}
-TIES = ("tie", "tied", "both", "equal", "draw", "same", "neither", "both good", "both bad", "tie (bothbad)")
-# `response_1`, "Model A", `assistant-b`: a number behind such a word is the number of the response.
-NUMBERED = re.compile(r"(?:response|model|answer|option|assistant|output|candidate|completion)[ _-]?(1|2|a|b)")
 STRENGTHS = ("preference_strength", "strength")
 ONE_SIDED_ROWS = 8
-SHOWN_CODES = 7
-WORDS_FOR: dict[Side, str] = {"first": "the first is better", "second": "the second is better", "tie": "a tie"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class Direction:
         code = code_of(value)
         if self.sides is not None:
             return self.sides.get(code)
-        number = _number(code)
+        number = number_of(code)
         if number is None:
             return None
         return "first" if number < 0 else "second" if number > 0 else "tie"
@@ -125,48 +115,6 @@ def has_two_responses(row: object) -> TypeGuard[Mapping[str, object]]:
     return isinstance(row, Mapping) and find_layout(row).rankings is signed_strength
 
 
-def named_side(word: str) -> Side | None:
-    """Return the response that a word names: first or second; None if it names neither.
-
-    >>> [named_side(word) for word in ("A", "response_2", "left", "3")]
-    ['first', 'second', 'first', None]
-    """
-    plain = word.strip().lower()
-    if match := NUMBERED.fullmatch(plain):
-        return "first" if match[1] in ("1", "a") else "second"
-    return NAMES.get(plain)
-
-
-def numbered_sides(codes: Iterable[str]) -> dict[str, Side] | None:
-    """Return what 1 and 2, and beside them 0, mean: the number of the response, and a tie; None for other numbers.
-
-    A file without a 2 may count from 0, so its 1 says nothing.
-    """
-    meaning: dict[str, Side] = {"1": "first", "2": "second", "0": "tie"}
-    return {code: meaning[code] for code in codes} if "2" in codes and set(codes) <= meaning.keys() else None
-
-
-def code_of(value: object) -> str:
-    """Return a value in the form in which values of files and recipes are compared.
-
-    >>> [code_of(value) for value in (1, 1.0, "1", "A ", True, -0.5)]
-    ['1', '1', '1', 'a', 'true', '-0.5']
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = str(value).strip().lower()
-    number = _number(text)
-    return text if number is None else f"{number:g}"
-
-
-def shown_codes(codes: Iterable[str]) -> str:
-    """Return the values of a file for a person, smallest first: `{1, 2}`; the ends only where they are many."""
-    ordered = sorted(codes, key=lambda code: (_number(code) is None, _number(code) or 0.0, code))
-    if len(ordered) > SHOWN_CODES:
-        ordered = [*ordered[:2], "…", ordered[-1]]
-    return "{" + ", ".join(ordered) + "}"
-
-
 def example(sentence: str, chosen: str) -> str:
     """Return a direction's sentence with the beginning of the answer that it makes the chosen one, on one line."""
     text = " ".join(chosen.split())
@@ -178,7 +126,7 @@ def _decide(column: str, counts: Mapping[str, int], source: str, stated: Mapping
     codes = tuple(counts)
     if stated is not None:
         return Direction(column, codes, {code_of(value): side for value, side in stated.items()})
-    numbers = {code: number for code in codes if (number := _number(code)) is not None}
+    numbers = {code: number for code in codes if (number := number_of(code)) is not None}
     words = [code for code in codes if code not in numbers]
     named = {code: side for code in words if (side := named_side(code)) is not None}
     sides: dict[str, Side] = {**named, **{code: "tie" for code in words if code in TIES}}
@@ -206,7 +154,7 @@ def _is_scale(column: str, numbers: set[float], rows: int) -> bool:
 def _unstated(column: str, codes: Iterable[str], source: str) -> UserError:
     decided = [code for code in codes if code not in TIES]
     shown = shown_codes(decided)
-    ends = sorted(decided, key=lambda code: (_number(code) is None, _number(code) or 0.0, code))
+    ends = sorted(decided, key=lambda code: (number_of(code) is None, number_of(code) or 0.0, code))
     low, high = ends[0], ends[-1] if len(ends) > 1 else ends[0]
     meaning = f"{low}: first, {high}: second" if low != high else f"{low}: first"
     return UserError(
@@ -215,11 +163,3 @@ def _unstated(column: str, codes: Iterable[str], source: str) -> UserError:
         "the file columns that say it: `chosen` and `rejected`, or `preference_strength`, below 0 where the first is better "
         "and above 0 where the second is."
     )
-
-
-def _number(code: str) -> float | None:
-    try:
-        number = float(code)
-    except ValueError:
-        return None
-    return number if number == number and abs(number) != float("inf") else None

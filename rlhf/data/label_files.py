@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from rlhf.data.direction import code_of, named_side, numbered_sides, shown_codes
 from rlhf.data.labels import Question, Verdict
 from rlhf.data.read import ReadReport, read_rows
+from rlhf.data.sides import code_of, named_side, numbered_sides, shown_codes
 from rlhf.errors import UserError
 
 Format = Literal["plain", "label-studio", "argilla"]
 ExportedRow = Mapping[str, Any]  # foreign JSON: a task of Label Studio, a record of Argilla
 NumberedRow = tuple[int, Any]  # a row as it was read, with its number
 CONTROL = "preference"  # the question's name in what is exported for Label Studio and Argilla
-# What people write for no side; `rlhf.data.direction` has the words for the first and the second.
+# What people write for no side; `rlhf.data.sides` has the words for the first and the second.
 OTHER_WORDS = {"tie": "tie", "c": "tie", "=": "tie", "equal": "tie", "skip": "skip"}
 
 
@@ -73,6 +73,8 @@ def read_verdicts(path: str, report: ReadReport | None = None) -> tuple[list[Ver
     `label` is first, second, tie or skip; a, A or 1 mean the first, and so on. Where a file holds the numbers 0 and 1 only, 0
     means the first and 1 the second; beside 1 and 2, 0 is a tie.
 
+    Of Label Studio: its JSON, or with our ids its CSV and TSV. Of Argilla: `to_json`, `to_list`, or a data set of `to_datasets`.
+
     Args:
         report: told which number means what, and which lines can't be read.
 
@@ -103,12 +105,14 @@ def read_verdicts(path: str, report: ReadReport | None = None) -> tuple[list[Ver
 
 
 def _entries(rows: Sequence[NumberedRow]) -> Iterator[Entry]:
-    """Yield what each annotator wrote, in any of the three forms."""
-    if rows and all(isinstance(row, dict) and "annotations" in row and "data" in row for _, row in rows):
-        is_named = any(result.get("from_name") == CONTROL for _, task in rows for result in _results(task))
-        form: Callable[[int, Any], Iterable[Entry]] = partial(_label_studio, is_named=is_named)
-    elif rows and all(isinstance(row, dict) and "responses" in row and "fields" in row for _, row in rows):
-        form = _argilla
+    """Yield what each annotator wrote, in any of the forms."""
+    form: Callable[[int, Any], Iterable[Entry]]
+    if rows and all(is_task(row) for _, row in rows):
+        form = partial(task_entries, is_named=any(is_control_named(task) for _, task in rows))
+    elif rows and all(is_record(row) for _, row in rows):
+        form = record_entries
+    elif rows and all(is_short_task(row) for _, row in rows):
+        form = short_task_entries
     else:
         form = _plain
     for number, row in rows:
@@ -123,11 +127,25 @@ def _plain(number: int, row: object) -> Iterator[Entry]:
     yield Answered(number, row["id"], row.get("label"), annotator, _seconds(row.get("seconds")))
 
 
-def _label_studio(number: int, task: ExportedRow, *, is_named: bool) -> Iterator[Entry]:
+def is_task(row: object) -> bool:
+    """Return whether a row is a task of Label Studio's JSON export."""
+    return isinstance(row, dict) and isinstance(row.get("annotations"), list) and isinstance(row.get("data"), dict)
+
+
+def is_control_named(task: ExportedRow) -> bool:
+    """Return whether a task has a control with our name, so that no other control is asked."""
+    return any(
+        result.get("from_name") == CONTROL
+        for annotation in task["annotations"]
+        for result in annotation.get("result") or []
+    )
+
+
+def task_entries(number: int, task: ExportedRow, *, is_named: bool) -> Iterator[Entry]:
     """Yield the annotations of a task.
 
     Args:
-        is_named: the export has a control with our name, so that no other control is asked.
+        is_named: only the control with our name is asked.
     """
     question = str(task["data"].get("id", ""))
     for annotation in task["annotations"]:
@@ -136,8 +154,8 @@ def _label_studio(number: int, task: ExportedRow, *, is_named: bool) -> Iterator
         if annotation.get("was_cancelled"):
             yield Answered(number, question, "skip", annotator, _seconds(annotation.get("lead_time")))
             continue
-        results = [r for r in annotation.get("result", []) if not is_named or r.get("from_name") == CONTROL]
-        choices = _choices(results)
+        results = [r for r in annotation.get("result") or [] if not is_named or r.get("from_name") == CONTROL]
+        choices = [choice for result in results for choice in _choices(result.get("value", {}))]
         if len({json.dumps(choice) for choice in choices}) > 1:
             yield Unusable(number, f"several choices; name the control of the preference {CONTROL!r}", question)
         else:
@@ -145,25 +163,58 @@ def _label_studio(number: int, task: ExportedRow, *, is_named: bool) -> Iterator
             yield Answered(number, question, label, annotator, _seconds(annotation.get("lead_time")))
 
 
-def _results(task: ExportedRow) -> Iterator[ExportedRow]:
-    for annotation in task["annotations"]:
-        yield from annotation.get("result", [])
+def is_short_task(row: object) -> bool:
+    """Return whether a row is an annotation of Label Studio's JSON-MIN, CSV or TSV export."""
+    return isinstance(row, dict) and "annotation_id" in row and CONTROL in row
 
 
-def _choices(results: Sequence[ExportedRow]) -> list[object]:
-    """Return what was chosen at the controls of an annotation."""
-    choices: list[object] = []
-    for result in results:
-        value = result.get("value", {})
-        if value.get("selected"):
-            choices.append(value["selected"])
-        choices += value.get("choices") or []
-    return choices
+def short_task_entries(number: int, row: ExportedRow) -> Iterator[Entry]:
+    """Yield the one annotation of a row; its `id` is the question's in CSV and TSV, and Label Studio's own in JSON-MIN."""
+    if not isinstance(row.get("id"), str):
+        yield Unusable(number, "no id of ours: Label Studio's JSON-MIN puts its own in its place; export as JSON")
+        return
+    label = short_label(row)
+    yield Answered(number, row["id"], label, str(row.get("annotator") or "unnamed"), _seconds(row.get("lead_time")))
 
 
-def _argilla(number: int, record: ExportedRow) -> Iterator[Entry]:
-    for response in record["responses"].get(CONTROL, []):
-        yield Answered(number, str(record["id"]), response.get("value"), str(response.get("user_id", "unnamed")))
+def short_label(row: ExportedRow) -> object:
+    """Return what was chosen in a row of Label Studio's short exports: a word, or `[{"selected": …}]`, in a table as JSON."""
+    value = row[CONTROL]
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    values = value if isinstance(value, list) else [value]
+    choices = [choice for entry in values for choice in (_choices(entry) if isinstance(entry, dict) else [entry])]
+    return choices[0] if len(choices) == 1 else None
+
+
+def _choices(value: Mapping[str, Any]) -> list[object]:
+    """Return what was chosen at a control: one side (pairwise), or choices."""
+    chosen = [value["selected"]] if value.get("selected") else []
+    return [*chosen, *(value.get("choices") or [])]
+
+
+def is_record(row: object) -> bool:
+    """Return whether a row is a record of Argilla: nested (`to_json`, `to_list`), or flat (`to_list(flatten=True)`, a data set)."""
+    if not isinstance(row, dict):
+        return False
+    return ("responses" in row and "fields" in row) or f"{CONTROL}.responses" in row
+
+
+def record_entries(number: int, record: ExportedRow) -> Iterator[Entry]:
+    """Yield the responses to a record's question of our name; of a flat record, which says so, those that were submitted."""
+    question = str(record.get("id"))
+    if "fields" in record:
+        for response in (record["responses"] or {}).get(CONTROL) or []:
+            yield Answered(number, question, response.get("value"), str(response.get("user_id", "unnamed")))
+        return
+    labels = record[f"{CONTROL}.responses"] or []
+    users = record.get(f"{CONTROL}.responses.users") or ["unnamed"] * len(labels)
+    states = record.get(f"{CONTROL}.responses.status") or ["submitted"] * len(labels)
+    for label, user, state in zip(labels, users, states, strict=True):
+        yield Answered(number, question, label if state == "submitted" else "skip", str(user))
 
 
 def _meanings(labels: Sequence[object]) -> dict[str, str]:

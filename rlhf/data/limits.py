@@ -27,7 +27,7 @@ TOO_LONG = f"longer than {MOST_LINE // MIB} MiB"
 TOO_DEEP = f"nested deeper than {MOST_LEVELS} levels"
 
 
-class _Unreadable(Exception):
+class Unreadable(Exception):
     """What is wrong with a file from here on."""
 
 
@@ -35,7 +35,7 @@ class _Unpacked(io.RawIOBase):
     """What a gzip file holds, as far as it is no bomb.
 
     Raises:
-        _Unreadable: on reading, where it is damaged, cut off, or holds more than `MOST_RATIO` times what it takes.
+        Unreadable: on reading, where it is damaged, cut off, or holds more than `MOST_RATIO` times what it takes.
     """
 
     def __init__(self, path: Path):
@@ -52,10 +52,10 @@ class _Unpacked(io.RawIOBase):
         try:
             content = self._file.read1(len(buffer))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise _Unreadable(f"the compressed file is cut off or damaged ({error})") from None
+            raise Unreadable(f"the compressed file is cut off or damaged ({error})") from None
         self._count += len(content)
         if self._count > max(RATIO_FROM, MOST_RATIO * self._packed.tell()):
-            raise _Unreadable(
+            raise Unreadable(
                 f"the file unpacks to more than {MOST_RATIO} times its size, as no texts of people do; unpack it yourself if it is "
                 "in order"
             )
@@ -80,7 +80,7 @@ def open_text(path: Path) -> BinaryIO:
     file = io.BufferedReader(raw, LOOKED_AT)
     try:
         head = file.peek(LOOKED_AT)
-    except _Unreadable as reason:
+    except Unreadable as reason:
         raise UserError(f"{path}: row 1: {reason}.") from None
     if head.startswith(b"\x1f\x8b"):
         raise UserError(f"{path}: row 1: this is a gzip file; let its name end in .gz.")
@@ -102,7 +102,7 @@ def numbered_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes | No
     try:
         for number, line in enumerate(bounded_lines(file.readline), start=1):
             yield number, line
-    except _Unreadable as reason:
+    except Unreadable as reason:
         raise UserError(f"{path}: row {number + 1}: {reason}.") from None
 
 
@@ -129,7 +129,7 @@ def read_whole(file: BinaryIO, path: Path) -> bytes:
     """
     try:
         content = file.read(MOST_FILE + 1)
-    except _Unreadable as reason:
+    except Unreadable as reason:
         raise UserError(f"{path}: {reason}.") from None
     if len(content) > MOST_FILE:
         raise UserError(

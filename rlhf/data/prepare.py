@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import Compare, Pair, PromptRow
+from rlhf.data.rows import TIE, Compare, Pair, PromptRow
 from rlhf.data.sources import (
     Canonical,
+    Fit,
     Row,
     Rows,
     Source,
@@ -24,10 +25,12 @@ from rlhf.data.sources import (
     to_pairs,
     to_prompts,
 )
+from rlhf.data.tables import saved_splits
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 
 HELD_OUT = "held out: its prompt is on the test side"
+UNTESTABLE = "a tie, which nothing can be tested on"
 LEAK = "its prompt is on the test side that was given"
 # Rows by what they are: pairs, prompts, demonstrations; or by file.
 Parts = Mapping[str, Sequence[Row[PromptRow]]]
@@ -51,7 +54,7 @@ class DataSources:
     compare: Compare = "answers"
 
 
-def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, Any]:
+def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | None = None) -> dict[str, Any]:
     """Write `sft.jsonl`, `pairs.jsonl`, `test_pairs.jsonl`, `prompts.jsonl` and `test_prompts.jsonl`.
 
     Splits are by prompt: all rows of one prompt lie on one side. The test side is what `data.test`, rows that say
@@ -59,6 +62,9 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
     prompts held out. No prompt of the test side is practised on in SFT, reward training or PPO: where we hold out, the
     training rows of that prompt are left out; where the files themselves put a prompt on both sides, that is refused,
     unless `leakage` says to drop those training rows or to allow them.
+
+    Args:
+        fit: writes tool calls as the model's chat template does (`rlhf.models.tools`); without it, their rows are left out.
 
     Returns:
         `rows`, how many were written by file; `read`, what every reader kept and dropped; `sentences`, the same in words.
@@ -69,10 +75,10 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
     reports: list[ReadReport] = []
 
     # 1. Pairs, prompts, demonstrations; and which prompts are held out.
-    pairs, held_out = _read_pairs(sources, reports, seed)
-    prompts, also_held_out = _read_prompts(sources, pairs, reports, seed)
+    pairs, held_out = _read_pairs(sources, reports, seed, fit)
+    prompts, also_held_out = _read_prompts(sources, pairs, reports, seed, fit)
     held_out |= also_held_out
-    sft = read_sources(sources.sft, to_demonstrations, reports, "demonstrations", seed)
+    sft = read_sources(sources.sft, to_demonstrations, reports, "demonstrations", seed, fit=fit)
     drop_rows(sft.test, "marked as test")
 
     # 2. Nothing of the test side stays on the training side.
@@ -110,7 +116,9 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int) -> dict[str, 
 # ---- Reading ----
 
 
-def _read_pairs(sources: DataSources, reports: list[ReadReport], seed: int) -> tuple[Rows[Pair], set[str]]:
+def _read_pairs(
+    sources: DataSources, reports: list[ReadReport], seed: int, fit: Fit | None
+) -> tuple[Rows[Pair], set[str]]:
     """Read all pairs.
 
     Returns:
@@ -119,12 +127,12 @@ def _read_pairs(sources: DataSources, reports: list[ReadReport], seed: int) -> t
     pairs: Rows[Pair] = Rows()
     held_out: set[str] = set()
     for source in sources.preferences:
-        read = read_sources([source], to_pairs, reports, "pairs", seed, compare=sources.compare)
+        read = read_sources([source], to_pairs, reports, "pairs", seed, fit=fit, compare=sources.compare)
         if len(sources.preferences) > 1:
             for row in read.train + read.test:
                 row.values.setdefault("source", source.source)
-        if not sources.test and not read.test and not is_local(source.source):
-            read.test = _hub_test_side(source, reports, seed, sources.compare)
+        if not sources.test and not read.test and _may_have_test_side(source):
+            read.test = _own_test_side(source, reports, seed, fit, sources.compare)
         if not sources.test and not read.test:
             read.test = [row for row in read.train if _is_held_out(row, sources.test_fraction, seed)]
             held_out |= {row.key for row in read.test}
@@ -133,27 +141,28 @@ def _read_pairs(sources: DataSources, reports: list[ReadReport], seed: int) -> t
     if sources.test:
         drop_rows(pairs.test, "marked as test, but data.test is given")
         given = read_sources(
-            sources.test, to_pairs, reports, "pairs, test", seed, split="test", compare=sources.compare
+            sources.test, to_pairs, reports, "pairs, test", seed, split="test", fit=fit, compare=sources.compare
         )
         pairs.test = given.train + given.test
-    return Rows(deduplicated(pairs.train), deduplicated(pairs.test)), held_out
+    decided = [row for row in pairs.test if row.values.get("confidence") != TIE]
+    return Rows(deduplicated(pairs.train), deduplicated(keep_only(pairs.test, decided, UNTESTABLE))), held_out
 
 
 def _read_prompts(
-    sources: DataSources, pairs: Rows[Pair], reports: list[ReadReport], seed: int
+    sources: DataSources, pairs: Rows[Pair], reports: list[ReadReport], seed: int, fit: Fit | None
 ) -> tuple[Rows[PromptRow], set[str]]:
     """Read the prompts of their own file, or else take those of the pairs.
 
     Returns:
         the prompts, those of the test side each once, and the prompts that are held out from a file without a test side.
     """
-    prompts = read_sources(sources.prompts, to_prompts, reports, "prompts", seed)
+    prompts = read_sources(sources.prompts, to_prompts, reports, "prompts", seed, fit=fit)
     held_out: set[str] = set()
     if not sources.prompts:  # what is left out of these is no loss to report
         derived = ReadReport("the pairs' prompts")
         prompts.train = [Row({"prompt": row.values["prompt"]}, row.number, derived) for row in pairs.train]
     if sources.test_prompts:
-        given = read_sources(sources.test_prompts, to_prompts, reports, "prompts, test", seed, split="test")
+        given = read_sources(sources.test_prompts, to_prompts, reports, "prompts, test", seed, split="test", fit=fit)
         prompts.test = given.train + given.test
     elif sources.prompts and not prompts.test:
         prompts.test = [row for row in prompts.train if _is_held_out(row, sources.test_fraction, seed)]
@@ -163,12 +172,23 @@ def _read_prompts(
     return Rows(prompts.train, _unique(prompts.test)), held_out
 
 
-def _hub_test_side(source: Source, reports: list[ReadReport], seed: int, compare: Compare) -> list[Row[Pair]]:
-    """Read a hub dataset's own test split; return no row if it has none."""
+def _may_have_test_side(source: Source) -> bool:
+    """Tell whether a source may have a test split of its own, and was not asked for another than its training split."""
+    if source.split not in (None, "train"):
+        return False
+    return not is_local(source.source) or "test" in saved_splits(source.source)
+
+
+def _own_test_side(
+    source: Source, reports: list[ReadReport], seed: int, fit: Fit | None, compare: Compare
+) -> list[Row[Pair]]:
+    """Read the test split of a hub dataset or a saved folder; return no row if it has none."""
     before = len(reports)
+    whole = replace(source, split="test", fraction=1.0, max_rows=None)
     try:
-        test = [Source(source.source)]
-        return read_sources(test, to_pairs, reports, "pairs, test", seed, split="test", compare=compare).train
+        return read_sources(
+            [whole], to_pairs, reports, "pairs, test", seed, split="test", fit=fit, compare=compare
+        ).train
     except UserError as error:
         if isinstance(error.__cause__, ValueError) and "split" in str(error.__cause__).lower():
             del reports[before:]
@@ -233,19 +253,26 @@ def _write(folder: Path, written: Parts, reports: Sequence[ReadReport]) -> None:
     if empty:
         details = [sentence for report in reports for sentence in report.sentences()]
         raise UserError([f"data: nothing is left for {', '.join(empty)}.", *details])
-    _check_columns([row.values for row in written.get("pairs", [])])
+    _check_columns(written.get("pairs", []))
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in written.items():
         write_jsonl(folder / f"{name}.jsonl", [row.values for row in rows])
 
 
-def _check_columns(pairs: Sequence[PromptRow]) -> None:
-    """Refuse a column that only some pairs have: it can't be trained on, and nothing is filled in."""
-    columns = {name for row in pairs for name in row} & {"margin", "confidence", "weight"}
+def _check_columns(pairs: Sequence[Row[PromptRow]]) -> None:
+    """Refuse a column that only some pairs have: it can't be trained on, and nothing is filled in.
+
+    A confidence that a layout makes says that annotators called the answers equal, or did not agree: pairs without are certain.
+    """
+    columns = {name for row in pairs for name in row.values if name != "confidence" or not row.makes_confidence}
     problems = [
         f"data.preferences: {missing} of {len(pairs)} pairs have no {name!r}; give it to all or to none."
-        for name in sorted(columns)
-        if (missing := sum(name not in row for row in pairs))
+        for name in sorted(columns & {"margin", "confidence", "weight"})
+        if (
+            missing := sum(
+                name not in row.values and not (name == "confidence" and row.makes_confidence) for row in pairs
+            )
+        )
     ]
     if problems:
         raise UserError(problems)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from rlhf.data.canonical import check_answer, check_prompt, extras_of, messages
+from rlhf.data.canonical import check_answer, check_prompt, extras_of
+from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, assistant_turn, prompt_key
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.limits import TOO_DEEP, TOO_LONG, is_too_deep, numbered_lines, open_text, read_whole
+from rlhf.data.tables import TABLES, is_pattern, is_saved, matched_files, saved_rows, table_rows
 from rlhf.errors import UserError
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", *TABLES)
 # What ends so is meant as a file, whether or not it can be read.
 FILE_SUFFIXES = (
-    *SUFFIXES, ".csv", ".tsv", ".txt", ".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".arrow", ".feather", ".ndjson", ".xlsx",
+    *SUFFIXES, ".txt", ".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".arrow", ".feather", ".ndjson", ".xlsx",
     ".yaml", ".yml", ".db", ".sqlite",
 )  # fmt: skip
 EXAMPLES_KEPT = 5
@@ -25,7 +26,7 @@ class ReadReport:
 
     `noted` counts what is unusual about rows that were kept, or about parts of them that were not. `directions` says by layout
     or column which answer is taken for the better one, with the first row as an example; those of `evident` need not be told
-    to a person, for the columns' names say it.
+    to a person, for the columns' names say it. `last` is the highest number of a row that was seen.
     """
 
     source: str
@@ -36,9 +37,11 @@ class ReadReport:
     examples: dict[str, list[int]] = field(default_factory=dict)
     directions: dict[str, str] = field(default_factory=dict)
     evident: set[str] = field(default_factory=set)
+    last: int = 0
 
     def drop(self, row: int, reason: str) -> None:
         """Count a row that is left out."""
+        self.last = max(self.last, row)
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self._example(row, reason)
 
@@ -53,6 +56,14 @@ class ReadReport:
             self.directions[name] = sentence
             if evident:
                 self.evident.add(name)
+
+    def add(self, part: "ReadReport", before: int) -> None:
+        """Take over what was counted in one of several files, whose rows come behind `before` others."""
+        self.rows += part.rows
+        for reason, count in part.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+            for row in part.examples[reason]:
+                self._example(before + row, reason)
 
     def _example(self, row: int, reason: str) -> None:
         rows = self.examples.setdefault(reason, [])
@@ -87,20 +98,36 @@ class BadRow(Exception):
     """A row that cannot be used, with the reason."""
 
 
-def read_rows(source: str, report: ReadReport, *, split: str = "train") -> Iterator[tuple[int, Any]]:
-    """Read the rows of a local file or a hub dataset, each with its number; count unreadable lines in the report.
+def read_rows(
+    source: str, report: ReadReport, *, split: str = "train", config: str | None = None, is_named: bool = False
+) -> Iterator[tuple[int, Any]]:
+    """Read the rows of a source, each with its number; count unreadable lines in the report.
 
     A row is an object, or a list of messages (a ranked list). A byte order mark at the head of a line or file is no part of it.
+    Several files are read as one, in the order of their names: the numbers run on.
 
     Args:
-        source: a path ending in .json, .jsonl, .json.gz, .jsonl.gz or .parquet, or a hub dataset id.
-        split: of the hub dataset.
+        source: a path ending in one of `SUFFIXES`, a pattern that such paths match, a folder that `datasets` saved, or a hub
+            dataset id.
+        split: of a saved folder or hub dataset.
+        config: of a hub dataset.
+        is_named: the split was asked for by name, and does not merely say what the rows are for.
 
     Raises:
-        UserError: no such file, or a hub dataset that cannot be had.
+        UserError: no such file or split, or a hub dataset that cannot be had.
     """
     if not is_local(source):
-        yield from _hub_rows(source, split, report)
+        yield from _hub_rows(source, config, split, report)
+        return
+    if config is not None or (is_named and not is_saved(source)):
+        raise UserError(f"{source}: a local file has no config and no split; take them out.")
+    if is_pattern(source):
+        yield from _matched_rows(source, report)
+        return
+    if is_saved(source):
+        for number, row in enumerate(saved_rows(source, split, is_named=is_named), start=1):
+            report.rows += 1
+            yield number, row
         return
     path = Path(source).expanduser()
     if not path.is_file():
@@ -110,6 +137,8 @@ def read_rows(source: str, report: ReadReport, *, split: str = "train") -> Itera
     name = path.name
     if name.endswith(".parquet"):
         yield from _parquet(path, report)
+    elif name.endswith(TABLES):
+        yield from _table(path, report)
     elif name.endswith((".jsonl", ".jsonl.gz")):
         yield from _json_lines(path, report)
     else:
@@ -127,7 +156,8 @@ def is_local(source: str) -> bool:
     """
     looks_like_path = source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or "\\" in source
     path, means_file = Path(source).expanduser(), looks_like_path or source.lower().endswith(FILE_SUFFIXES)
-    return path.is_file() or (means_file and not path.is_dir())
+    is_here = path.is_file() or is_saved(source)
+    return is_here or is_pattern(source) or (means_file and not path.is_dir())
 
 
 def _parquet(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
@@ -143,6 +173,30 @@ def _parquet(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
                 yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: row {number + 1}: no parquet file, or a damaged one ({error}).") from None
+
+
+def _matched_rows(pattern: str, report: ReadReport) -> Iterator[tuple[int, Any]]:
+    """Read all files that a pattern matches as one; say with which number each begins."""
+    before = 0
+    begins = []
+    for file in matched_files(pattern):
+        part = ReadReport(file)
+        begins.append(f"{file} from {before + 1}")
+        for number, row in read_rows(file, part):
+            part.last = max(part.last, number)
+            yield before + number, row
+        report.add(part, before)
+        before += part.last
+    report.direct("files", f"{len(begins)} files, whose rows are numbered on: {', '.join(begins)}")
+
+
+def _table(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
+    for number, row in enumerate(table_rows(path), start=1):
+        report.rows += 1
+        if isinstance(row, str):
+            report.drop(number, row)
+        else:
+            yield number, row
 
 
 def _json_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
@@ -213,14 +267,15 @@ def _json_array(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
             yield number, row
 
 
-def _hub_rows(source: str, split: str, report: ReadReport) -> Iterator[tuple[int, Any]]:
+def _hub_rows(source: str, config: str | None, split: str, report: ReadReport) -> Iterator[tuple[int, Any]]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(source, split=split)
+        dataset = load_dataset(*([source] if config is None else [source, config]), split=split)
     except Exception as error:
+        name = f"{source}, config {config!r}" if config else source
         raise UserError(
-            f"{source}: cannot load the {split!r} split from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{name}: cannot load the {split!r} split from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
             f"A local file must end in {', '.join(SUFFIXES)}."
         ) from error
     for number, row in enumerate(dataset):

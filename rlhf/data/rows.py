@@ -1,19 +1,33 @@
 """The rows that everything after the readers works on, as types; and what is asked of them everywhere."""
 
 import hashlib
-from typing import Literal, NotRequired, TypedDict
+import json
+from collections.abc import Mapping
+from typing import Literal, NotRequired, TypedDict, cast
 
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
 # What of two sides is compared: answers to one prompt, or whole conversations, which may part before their last turn.
 Compare = Literal["answers", "conversations"]
+PARTED = (
+    "chosen and rejected part at turn {}, before the last; whole conversations are compared by data.compare: conversations "
+    "(--compare conversations)"
+)
+TIE = 0.5  # the confidence of a pair whose answers were called equal
 
 
 class Message(TypedDict):
-    """One turn of a conversation: `role` is system, user or assistant."""
+    """One turn of a conversation: `role` is system, user, assistant or tool.
+
+    `tool_calls` are the assistant's, as chat templates read them: `{type, id, function: {name, arguments}}`; `name` and
+    `tool_call_id` say which tool answers which of them.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, object]]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
 
 
 Messages = list[Message]
@@ -101,15 +115,16 @@ def told(row: Pair, side: Side) -> str:
     return answer(row, side) if len(turns) == 1 else "\n\n".join(f"{x['role']}: {x['content']}" for x in turns)
 
 
-def parting_turn(row: Pair) -> int | None:
-    """Return the turn, counted from 1, at which two sides part, if that is before the last of one; else None.
+def parting_turn(row: PromptRow) -> int | None:
+    """Return the turn, counted from 1, at which the sides of a pair part, if that is before the last of one; else None.
 
     >>> pair: Pair = {"prompt": [], "chosen": user_turn("a") + assistant_turn("b"), "rejected": user_turn("a")}
     >>> parting_turn(pair)
     2
     """
-    chosen, rejected = row["chosen"], row["rejected"]
-    if len(chosen) == len(rejected) == 1:
+    sides = cast(Mapping[str, Messages], row)
+    chosen, rejected = sides.get("chosen", []), sides.get("rejected", [])
+    if len(chosen) <= 1 and len(rejected) <= 1:
         return None
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(rejected))
     return len(row["prompt"]) + shared + 1
@@ -130,4 +145,20 @@ def prompt_key(prompt: Prompt) -> str:
     """
     turns = user_turn(prompt) if isinstance(prompt, str) else prompt
     text = "\x1f".join(f"{turn['role']}\x1e{' '.join(turn['content'].split()).casefold()}" for turn in turns)
+    if any("tool_calls" in turn for turn in turns):
+        text += json.dumps([turn.get("tool_calls") for turn in turns], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pair_digest(row: Pair) -> str:
+    """Return what identifies a pair, whichever of its answers is called the chosen one: 24 characters of a sha256."""
+    answers = sorted((told(row, "chosen"), told(row, "rejected")))
+    text = "\x1f".join((prompt_key(row["prompt"]), *answers))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def has_tools(row: Mapping[str, object]) -> bool:
+    """Return whether a canonical row holds a tool call or a tool's turn, which not every chat template can write."""
+    parts = (row.get(name) for name in ("prompt", "chosen", "rejected", "completion"))
+    turns = (turn for part in parts if isinstance(part, list) for turn in part)
+    return any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns)

@@ -4,14 +4,29 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from rlhf.data.canonical import oddities
-from rlhf.data.direction import Side, directions, example, has_two_responses
-from rlhf.data.layouts import Layout, find_layout
+from rlhf.data.columns import named_rows
+from rlhf.data.direction import directions, example, has_two_responses
+from rlhf.data.layouts import find_layout
+from rlhf.data.layouts.layout import Layout
 from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated, preference_of
 from rlhf.data.read import BadRow, ReadReport, read_rows
-from rlhf.data.rows import Compare, Demonstration, Pair, PromptRow, answer, completion, parting_turn, prompt_key, told
+from rlhf.data.rows import (
+    PARTED,
+    Compare,
+    Demonstration,
+    Pair,
+    PromptRow,
+    answer,
+    completion,
+    has_tools,
+    parting_turn,
+    prompt_key,
+    told,
+)
+from rlhf.data.sides import Side
 from rlhf.data.tidy import tidied
 from rlhf.errors import UserError
 
@@ -26,35 +41,52 @@ class Source:
         fraction: of its prompts, by a seeded draw; all rows of a prompt stay together.
         max_rows: at most so many rows, by a seeded draw.
         preference: what the values of its preference column mean, where the file itself does not say it.
+        columns: our names → the file's own, dots leading into nested ones, where the file's layout is none that is known.
+        label: the column that says which answer is better, where a layout has several.
+        config, split: of a hub dataset; a folder that `datasets` saved has splits too.
     """
 
     source: str
     fraction: float = 1.0
     max_rows: int | None = None
     preference: Mapping[str, Side] | None = None
+    columns: Mapping[str, str] | None = None
+    label: str | None = None
+    config: str | None = None
+    split: str | None = None
 
 
 class Line(NamedTuple):
     """A row as the layouts read it, its number in its file, and whether the file itself calls it a test row.
 
     Attributes:
-        direction: the column that says which of its answers is better, and a sentence that says how; None where its layout does.
+        direction: the column or layout that says which of its answers is better, and a sentence that says how; None where its
+            layout does.
+        makes_confidence: `confidence` comes from the layout, and may be missing in the rows beside.
     """
 
     number: int
     row: Any
     is_test: bool
     direction: tuple[str, str] | None = None
+    makes_confidence: bool = False
 
 
 @dataclass
 class Row(Generic[Canonical]):
-    """A canonical row and where it was read."""
+    """A canonical row and where it was read.
+
+    Attributes:
+        makes_confidence: `confidence` comes from the layout, and may be missing in the rows beside.
+        others: the numbers of the other rows that a pair was made of.
+    """
 
     values: Canonical
     number: int
     report: ReadReport
     is_test: bool = False
+    makes_confidence: bool = False
+    others: Sequence[int] = ()
 
     @property
     def key(self) -> str:
@@ -71,49 +103,48 @@ class Rows(Generic[Canonical]):
 
 
 Convert = Callable[[Iterable[Line], ReadReport], Iterator[Row[Canonical]]]
+# Takes a canonical row with tool calls or a tool's turns, and returns it as a model's chat template writes it; or BadRow.
+Fit = Callable[[Any], Any]
 
 
-def pair_digest(row: Pair) -> str:
-    """Return what identifies a pair, whichever of its answers is called the chosen one: 24 characters of a sha256."""
-    answers = sorted((told(row, "chosen"), told(row, "rejected")))
-    text = "\x1f".join((prompt_key(row["prompt"]), *answers))
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def read_pairs(source: str, *, split: str = "test", compare: Compare = "answers") -> tuple[list[Pair], ReadReport]:
+def read_pairs(
+    source: str | Source, *, split: str = "test", fit: Fit | None = None, compare: Compare = "answers"
+) -> tuple[list[Pair], ReadReport]:
     """Read all pairs of one source, in any accepted layout, repeats and contradictions left out.
-
-    Args:
-        compare: as in `read_sources`.
 
     Raises:
         UserError: there is none.
     """
-    rows, report = read_pair_rows(source, split=split, compare=compare)
+    rows, report = read_pair_rows(source, split=split, fit=fit, compare=compare)
     return [row.values for row in rows], report
 
 
 def read_pair_rows(
-    source: str, *, split: str = "train", compare: Compare = "answers"
+    source: str | Source, *, split: str = "train", fit: Fit | None = None, compare: Compare = "answers"
 ) -> tuple[list[Row[Pair]], ReadReport]:
     """Read all pairs of one source, each with the number of the row that it was read from; otherwise as `read_pairs`.
+
+    Args:
+        fit, compare: as in `read_sources`.
 
     Raises:
         UserError: there is none.
     """
+    source = Source(source) if isinstance(source, str) else source
     reports: list[ReadReport] = []
-    read = read_sources([Source(source)], to_pairs, reports, "pairs", 0, split=split, compare=compare)
+    read = read_sources([source], to_pairs, reports, "pairs", 0, split=split, fit=fit, compare=compare)
     rows = deduplicated(read.train + read.test)
     count_kept(reports, [rows])
     if not rows:
-        raise UserError([f"{source}: holds no usable pair.", *reports[0].sentences()])
+        raise UserError([f"{source.source}: holds no usable pair.", *reports[0].sentences()])
     return rows, reports[0]
 
 
-def read_rankings(source: str, *, split: str = "test") -> list[Ranking]:
+def read_rankings(source: str | Source, *, split: str = "test") -> list[Ranking]:
     """Read the rankings of three answers or more in one source; `read_pairs` reports what is wrong with other rows."""
+    source = Source(source) if isinstance(source, str) else source
     rankings: list[Ranking] = []
-    for line in _lines(Source(source), ReadReport(source), split):
+    for line in _lines(source, ReadReport(source.source), split):
         try:
             rankings += [r for r in find_layout(line.row).read_rankings(line.row) if len(r.answers) > 2]
         except BadRow:
@@ -152,7 +183,9 @@ def to_demonstrations(lines: Iterable[Line], report: ReadReport) -> Iterator[Row
     def demonstrations_of(line: Line) -> list[Demonstration]:
         layout = find_layout(line.row)
         demonstrations = layout.read_demonstrations(line.row)
-        if demonstrations and (line.direction is not None or layout.rankings is not None):
+        if demonstrations and line.direction is not None and line.row.get("chosen") is None:
+            report.direct(*line.direction)
+        elif demonstrations and (line.direction is not None or layout.rankings is not None):
             _say_direction(line, layout, completion(demonstrations[0]), report)
         return demonstrations
 
@@ -178,25 +211,28 @@ def _converted(
             for oddity in oddities(canonical):
                 report.note(line.number, f"kept, though {oddity}")
         for canonical in canonicals:
-            yield Row(canonical, line.number, report, line.is_test)
+            yield Row(canonical, line.number, report, line.is_test, line.makes_confidence)
 
 
 def _pairs_of_rated(rated: Sequence[tuple[Line, RatedAnswer]], report: ReadReport) -> Iterator[Row[Pair]]:
     """Compare rated answers to one prompt that stand in different rows; a pair has the number of the prompt's first row."""
     if not rated:
         return
-    first_line = {prompt_key(rated_answer.prompt): line for line, rated_answer in reversed(rated)}
+    lines_of: dict[str, list[Line]] = {}
+    for line, rated_answer in rated:
+        lines_of.setdefault(prompt_key(rated_answer.prompt), []).append(line)
     rankings, alone = group_rated([rated_answer for _, rated_answer in rated])
     if alone:
         note = "rated answers have no other answer to their prompt to be compared with"
         report.note(rated[0][0].number, note, count=alone)
     for ranking in rankings:
-        line = first_line[prompt_key(ranking.prompt)]
+        line, *others = lines_of[prompt_key(ranking.prompt)]
         pairs = comparisons(ranking)
         report.note(line.number, "pairs made of rated answers", count=len(pairs))
         _say_direction(line, find_layout(line.row), answer(pairs[0], "chosen"), report)
+        numbers = [other.number for other in others]
         for canonical in pairs:
-            yield Row(canonical, line.number, report, line.is_test)
+            yield Row(canonical, line.number, report, line.is_test, others=numbers)
 
 
 def read_sources(
@@ -207,6 +243,7 @@ def read_sources(
     seed: int,
     *,
     split: str = "train",
+    fit: Fit | None = None,
     compare: Compare = "answers",
 ) -> Rows[Canonical]:
     """Read the canonical rows of all sources, fractions and caps applied.
@@ -215,15 +252,21 @@ def read_sources(
         convert: `to_pairs`, `to_demonstrations` or `to_prompts`.
         reports: a report of each source is added here.
         content: what is read, in the report's words.
+        split: of a hub dataset that names none.
+        fit: writes tool calls and tools' turns as the chat template does; without it, rows that have them are left out.
         compare: whether pairs whose sides part before the last turn are compared as whole conversations, or left out.
     """
     rows: Rows[Canonical] = Rows()
     for source in sources:
         report = ReadReport(f"{source.source} ({content})")
         reports.append(report)
-        read = list(convert(_lines(source, report, split), report))
+        read = _fitted(convert(_lines(source, report, split), report), fit)
         if compare == "answers":
-            read = _without_parted(read)
+            turns = [parting_turn(row.values) for row in read]
+            for row, turn in zip(read, turns, strict=True):
+                if turn is not None:
+                    row.report.drop(row.number, PARTED.format(turn))
+            read = [row for row, turn in zip(read, turns, strict=True) if turn is None]
         train = [row for row in read if not row.is_test]
         if source.fraction < 1:
             kept = [row for row in train if share_of(row, f"{seed}:fraction") < source.fraction]
@@ -235,40 +278,56 @@ def read_sources(
 
 
 def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
-    """Read a whole file, and yield its rows as the layouts read them: tidied, two responses as chosen and rejected.
+    """Read a whole file, and yield its rows as the layouts read them: under our names, tidied, two responses as a pair.
 
     Raises:
-        UserError: nobody can know which of two responses is better.
+        UserError: nobody can know which of two responses is better; what the source says of the file is not so.
     """
-    numbered = list(read_rows(source.source, report, split=split))
-    rows = tidied([row for _, row in numbered])
+    # 1. Read; give the columns our names.
+    split, is_named = source.split or split, source.split is not None
+    numbered = list(read_rows(source.source, report, split=split, config=source.config, is_named=is_named))
+    named = named_rows(numbered, report, columns=source.columns, label=source.label)
+
+    # 2. Tidy; decide what two responses and a preference say.
+    rows = tidied([entry.row for entry in named])
     by_column = directions((row for row, _ in rows), source.source, source.preference)
-    for (number, _), (row, remarks) in zip(numbered, rows, strict=True):
+    for entry, (row, remarks) in zip(named, rows, strict=True):
         for remark in remarks:
-            report.note(number, remark)
+            report.note(entry.number, remark)
+        if isinstance(row, dict) and row.get("tools"):
+            report.note(entry.number, "`tools` beside a conversation is left out: no canonical row has a place for it")
         is_test = isinstance(row, dict) and row.get("split") == "test" and split == "train"
+        if entry.layout is not None and entry.meaning is not None:
+            name = f"{entry.layout.name}, ties" if entry.is_tie else entry.layout.name
+            yield Line(entry.number, row, is_test, (name, entry.meaning), entry.makes_confidence)
+            continue
         if not has_two_responses(row) or (preference := preference_of(row)) is None:
-            yield Line(number, row, is_test)
+            yield Line(entry.number, row, is_test)
             continue
         column, value = preference
         direction = by_column[column]
         try:
-            yield Line(number, direction.as_pair(row), is_test, (column, direction.sentence(value)))
+            yield Line(entry.number, direction.as_pair(row), is_test, (column, direction.sentence(value)))
         except BadRow as reason:
-            report.drop(number, str(reason))
+            report.drop(entry.number, str(reason))
 
 
-def _without_parted(rows: Sequence[Row[Canonical]]) -> list[Row[Canonical]]:
-    """Leave out pairs whose sides part before the last turn, and say where."""
-    kept = []
+def _fitted(rows: Iterable[Row[Canonical]], fit: Fit | None) -> list[Row[Canonical]]:
+    """Return the rows with tool calls as the chat template writes them; leave out those that it can't write."""
+    fitted = []
     for row in rows:
-        turn = parting_turn(cast(Pair, row.values)) if "chosen" in row.values else None
-        if turn is None:
-            kept.append(row)
-        else:
-            reason = f"chosen and rejected part at turn {turn}, before the last; whole conversations are compared by"
-            row.report.drop(row.number, f"{reason} data.compare: conversations (--compare conversations)")
-    return kept
+        if has_tools(row.values):
+            try:
+                if fit is None:
+                    raise BadRow(
+                        "tool calls or a tool's turn, which only a model's chat template can write; name the model"
+                    )
+                row.values = fit(row.values)
+            except BadRow as reason:
+                row.report.drop(row.number, str(reason))
+                continue
+        fitted.append(row)
+    return fitted
 
 
 def share_of(row: Row[Canonical], salt: str) -> float:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from rlhf.data.canonical import ROLES, messages
+from rlhf.data.messages import ROLES, messages
 from rlhf.data.rankings import is_k_wise, second_response
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Message, Messages

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, read_questions, tally
 from rlhf.data.llm_judge import LanguageModelJudge
-from rlhf.data.rows import Pair, prompt_key
+from rlhf.data.rows import TIE, Pair, prompt_key
 from rlhf.data.sources import share_of_text
 from rlhf.errors import UserError, Waiting
 from rlhf.files import read_jsonl, write_jsonl
@@ -18,7 +18,6 @@ from rlhf.models.text import plain
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
 from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
-from rlhf.reward.denoise import TIE
 from rlhf.statistics import clustered_mean
 
 FRESH, QUARANTINE = "fresh.jsonl", "quarantine.jsonl"

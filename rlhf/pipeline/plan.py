@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.data.read import is_local
+from rlhf.data.tables import local_files
 from rlhf.errors import UserError
 from rlhf.pipeline.digests import known_digest, named_digests
 from rlhf.pipeline.store import Stage
@@ -166,5 +167,11 @@ def _files(*names: str | None) -> dict[str, dict[str, str]]:
 
 def _local_digests(recipe: Recipe) -> dict[str, str]:
     """Return the sha256 of every local data file, by which a changed file makes another data stage."""
-    files = {entry.source for name in DATA_SOURCES for entry in recipe.data.sources(name) if is_local(entry.source)}
-    return {file: known_digest(Path(file).expanduser()) for file in sorted(files) if Path(file).expanduser().is_file()}
+    entries = [entry for name in DATA_SOURCES for entry in recipe.data.sources(name)]
+    files = {
+        entry.source if path == Path(entry.source).expanduser() else str(path): path
+        for entry in entries
+        if is_local(entry.source)
+        for path in local_files(entry.source)
+    }
+    return {name: known_digest(files[name]) for name in sorted(files)}

@@ -24,6 +24,7 @@ from rlhf.models.load import find_source, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
+from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
@@ -39,6 +40,7 @@ from rlhf.pipeline.training import (
 )
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
+from rlhf.recipe import Recipe
 from rlhf.recipe.schema import DATA_SOURCES
 from rlhf.reward.ensemble import load_scorer_of, member_folders
 
@@ -64,10 +66,21 @@ def run_data(context: StageContext) -> dict[str, Any]:
             named["test_prompts"] = [Source(str(lab / "data" / "test_prompts.jsonl"))]
         for name in DATA_SOURCES:
             named[name] = named[name] or [Source(str(lab / "data" / f"{name}.jsonl"))]
-    facts = prepare_data(context.folder / "data", DataSources(**others, **named), seed=context.recipe.seed)
+    sources = DataSources(**others, **named)
+    fit = _tool_template(context.recipe, lab)
+    facts = prepare_data(context.folder / "data", sources, seed=context.recipe.seed, fit=fit)
     for sentence in facts.pop("sentences"):
         context.say(sentence)
     return facts
+
+
+def _tool_template(recipe: Recipe, lab: Path | None) -> ToolTemplate | None:
+    """Return what writes tool calls as the run's base model does; None where that model is made of these data."""
+    if lab is None and recipe.backbone.model is None:
+        return None
+    base = backbone_model(recipe) if lab is None else str(lab / "model")
+    revision = recipe.backbone.revision if lab is None else None
+    return ToolTemplate(lambda: load_tokenizer(base, conversational=True, revision=revision, pads=False), base)
 
 
 def run_base(context: StageContext) -> dict[str, Any]:

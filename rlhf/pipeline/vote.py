@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
-from rlhf.data.rows import SIDES, Pair, answer, asked
-from rlhf.data.sources import pair_digest
+from rlhf.data.rows import SIDES, Pair, answer, asked, pair_digest
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.templates import end_at_end_token

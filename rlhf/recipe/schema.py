@@ -87,9 +87,15 @@ class SourceEntry(Section):
     """One source of a mixture: a hub id or local file, the fraction of its prompts to take, a cap.
 
     `preference` says what the values of its preference column mean, where the file does not: `{0: first, 1: second}`.
+    `columns` says which of its columns is which, where its layout is not known: `{prompt: question, chosen: answers.good}`.
+    `label` names the column that says which answer is better, where a layout has several (PKU-SafeRLHF).
     """
 
     source: str
+    config: str | None = None
+    split: str | None = None
+    columns: dict[str, str] | None = Field(None, min_length=1)
+    label: str | None = None
     fraction: float = Field(1.0, gt=0, le=1)
     max_rows: int | None = Field(None, ge=1)
     preference: Annotated[
@@ -97,13 +103,19 @@ class SourceEntry(Section):
     ] = None
 
 
-class DataSection(Section):
-    """Hub ids or local files (json, jsonl, gz, parquet), or a list of them; each optional where `lab:` makes it."""
+Sources = str | SourceEntry | list[str | SourceEntry]
 
-    sft: str | list[str | SourceEntry] | None = None
-    preferences: str | list[str | SourceEntry] | None = None
-    prompts: str | list[str | SourceEntry] | None = None
-    test: str | list[str | SourceEntry] | None = None
+
+class DataSection(Section):
+    """Hub ids or local files (json, jsonl, csv, tsv, gz, parquet, a pattern, a saved folder), or a list of them.
+
+    Each is optional where `lab:` makes it; `{source: …}` stands for one of which more is to be said.
+    """
+
+    sft: Sources | None = None
+    preferences: Sources | None = None
+    prompts: Sources | None = None
+    test: Sources | None = None
     test_fraction: float = Field(0.1, gt=0, lt=1)
     leakage: Literal["refuse", "drop", "allow"] = "refuse"
     compare: Literal["answers", "conversations"] = "answers"

@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from rlhf.data.rows import Pair
-from rlhf.data.sources import pair_digest
+from rlhf.data.rows import TIE, Pair, pair_digest
 from rlhf.errors import UserError
 from rlhf.objectives.strength import (
     STRENGTH_COLUMNS,
@@ -25,8 +24,6 @@ from rlhf.objectives.strength import (
 )
 from rlhf.recipe.objectives import OBJECTIVES, Objective, resolve
 from rlhf.reward.noise import NoiseEstimate
-
-TIE = 0.5  # the confidence of a pair that annotators called equal
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rlhf.evaluation.pairs import score_pairs
 from rlhf.files import read_jsonl
 from rlhf.models.load import build_reward_model
 from rlhf.pipeline.audit import audit
-from rlhf.pipeline.model_commands import evaluate_reward_model
+from rlhf.pipeline.evaluate import evaluate_models
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.trainer import PairRewardTrainer
 
@@ -110,12 +110,12 @@ def test_each_side_has_the_score_of_its_whole_conversation_alone(reward_folder: 
                 assert score == pytest.approx(reward.model(input_ids=ids).logits.item(), abs=1e-5)
     assert abs(scored.scores_chosen[0] - scored.scores_rejected[0]) > 1e-4, "their last turns alone are the same"
     said: list[str] = []
-    arguments: dict[str, Any] = {"against": None, "say": said.append}
-    whole = evaluate_reward_model(
-        str(reward_folder), [file], tmp_path / "a.json", compare_as="conversations", **arguments
+    models = [str(reward_folder)]
+    whole = evaluate_models(
+        models, [file], tmp_path / "a.json", say=said.append, compare_as="conversations", probes=True
     )
     assert whole["data"]["x"]["n"] == 4
-    assert evaluate_reward_model(str(reward_folder), [file], tmp_path / "b.json", **arguments)["data"]["x"]["n"] == 1
+    assert evaluate_models(models, [file], tmp_path / "b.json", say=said.append)["data"]["x"]["n"] == 1
 
 
 def test_training_reads_each_sides_own_turns(base_folder: Path, tokenizer: Any, cpu_arguments: dict[str, Any]) -> None:

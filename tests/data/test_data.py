@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.canonical import demonstration, pair, prompt_only, transcript
+from rlhf.data.canonical import demonstration, pair, prompt_only
+from rlhf.data.messages import transcript
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.data.rows import prompt_key

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from rlhf.data import direction as direction_module
-from rlhf.data.direction import Direction, code_of, directions, named_side, numbered_sides, shown_codes
+from rlhf.data.direction import Direction, directions
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.rows import answer
+from rlhf.data.sides import code_of, named_side, numbered_sides, shown_codes
 from rlhf.data.sources import Source, read_pair_rows, read_sources, to_pairs
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl

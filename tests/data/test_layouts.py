@@ -44,7 +44,8 @@ def test_a_row_has_the_first_layout_that_matches(name: str, row: Any) -> None:
 def test_every_layout_says_what_it_holds_in_one_way() -> None:
     assert len({layout.name for layout in LAYOUTS}) == len(LAYOUTS)
     for layout in LAYOUTS:
-        ways = [way is not None for way in (layout.pairs, layout.rankings, layout.ratings)]
+        kinds = (layout.compares, layout.renames, layout.pairs, layout.rankings, layout.ratings)
+        ways = [kind is not None for kind in kinds]
         assert sum(ways) == 1, layout.name
 
 

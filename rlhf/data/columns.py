@@ -1,0 +1,183 @@
+"""A file's own columns under our names: by a mapping that a person gives, or because the file is of a public layout."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from rlhf.data.canonical import RATINGS
+from rlhf.data.layouts import PUBLIC, find_layout
+from rlhf.data.layouts.layout import BESIDE, Layout
+from rlhf.data.read import BadRow, ReadReport
+from rlhf.data.tables import as_number
+from rlhf.errors import UserError
+
+# What a column may be called here, and which of these are numbers.
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "response_1", "response_2", "preference", "messages", "completion")
+NUMBER_COLUMNS = ("margin", "confidence", "weight", "agree", "chosen_rating", "rejected_rating", "preference_strength")
+ANSWERS = ("chosen", "rejected", "messages", "completion", "response_1", "response_2")
+
+
+class NamedRow(NamedTuple):
+    """A row under our names, and its number in its file.
+
+    Attributes:
+        layout: the public layout that it had; None if it had none.
+        meaning: what its label says; None where the columns' names say it.
+        is_tie: its label calls the answers equal.
+        makes_confidence: its `confidence` comes from the layout, and may be missing beside it.
+    """
+
+    number: int
+    row: object
+    layout: Layout | None = None
+    meaning: str | None = None
+    is_tie: bool = False
+    makes_confidence: bool = False
+
+
+def named_rows(
+    rows: Sequence[tuple[int, object]],
+    report: ReadReport,
+    *,
+    columns: Mapping[str, str] | None = None,
+    label: str | None = None,
+) -> list[NamedRow]:
+    """Return the rows of a whole file under our names; count those that can't be used in the report.
+
+    Args:
+        columns: our name → a column of the file, dots leading into nested ones and lists (`info.post`, `answers.0.text`).
+        label: the column that says which answer is better, where a layout has several.
+
+    Raises:
+        UserError: a column that no row has, or a name that is none of ours; rows of two layouts; a label that there is not.
+    """
+    if columns:
+        rows = _mapped(rows, report, columns)
+    layout = None if columns and any(name in columns for name in ANSWERS) else _public_layout(rows, report.source)
+    if label is not None and (layout is None or label not in layout.labels):
+        raise UserError(_unknown_label(report.source, label, layout))
+    if layout is None:
+        return [NamedRow(number, row) for number, row in rows]
+    named = []
+    for number, row in rows:
+        if not isinstance(row, Mapping) or not layout.has(row):
+            lacks = layout.lacks(row) if isinstance(row, Mapping) else []
+            column = f": no {lacks[0]!r}" if lacks else ""
+            report.drop(number, f"not of the file's layout, {layout.name}{column}")
+            continue
+        try:
+            plain = layout.plain(row, label)
+        except BadRow as reason:
+            report.drop(number, str(reason))
+            continue
+        makes = layout.compares is not None and "confidence" not in row
+        named.append(
+            NamedRow(number, plain.columns, layout, _sentence(layout, plain.meaning, row), plain.is_tie, makes)
+        )
+    return named
+
+
+# ---- A mapping ----
+
+
+def _mapped(
+    rows: Sequence[tuple[int, object]], report: ReadReport, columns: Mapping[str, str]
+) -> list[tuple[int, object]]:
+    """Return the rows with the columns that a mapping names under our names; they are no longer there under their own."""
+    known = {*TEXT_COLUMNS, *NUMBER_COLUMNS, *BESIDE, *(name for names in RATINGS for name in names)}
+    known |= {path for layout in PUBLIC for path in layout.columns if "." not in path}
+    problems = []
+    for name, path in columns.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            problems.append(f"{report.source}: columns: {name!r} is no column here{hint}")
+        elif rows and not any(_has(row, path) for _, row in rows):
+            number, first = rows[0]
+            names = ", ".join(first) if isinstance(first, Mapping) else "no columns"
+            problems.append(
+                f"{report.source}: row {number} has no column {path!r}, which columns.{name} names; it has {names}."
+            )
+    if problems:
+        raise UserError(problems)
+    taken = {path.partition(".")[0] for path in columns.values()}
+    mapped: list[tuple[int, object]] = []
+    for number, row in rows:
+        missing = next((path for path in columns.values() if not _has(row, path)), None)
+        if not isinstance(row, Mapping) or missing is not None:
+            report.drop(number, f"no column {missing!r}")
+            continue
+        values = {name: _value(row, path) for name, path in columns.items()}
+        values = {name: as_number(value) if name in NUMBER_COLUMNS else value for name, value in values.items()}
+        mapped.append((number, {**{name: value for name, value in row.items() if name not in taken}, **values}))
+    shown = ", ".join(f"`{path}` as {name}" for name, path in columns.items())
+    report.direct("columns", f"read by the columns that were named: {shown}")
+    return mapped
+
+
+def _has(row: object, path: str) -> bool:
+    try:
+        _value(row, path)
+    except KeyError:
+        return False
+    return True
+
+
+def _value(row: object, path: str) -> object:
+    """Return the value at a path; a column that has dots in its own name comes first."""
+    if isinstance(row, Mapping) and path in row:
+        return row[path]
+    for name in path.split("."):
+        if isinstance(row, Mapping) and name in row:
+            row = row[name]
+        elif isinstance(row, list) and name.isdigit() and int(name) < len(row):
+            row = row[int(name)]
+        else:
+            raise KeyError(path)
+    return row
+
+
+# ---- A public layout ----
+
+
+def _public_layout(rows: Sequence[tuple[int, object]], source: str) -> Layout | None:
+    """Return the public layout of a file; None if it has none.
+
+    Raises:
+        UserError: rows of it stand beside rows of another layout.
+    """
+    first_rows: dict[str, tuple[int, Layout]] = {}
+    for number, row in rows:
+        layout = find_layout(row)
+        is_anything = layout.pairs is not None and isinstance(row, Mapping) and row.get("chosen") is None
+        if not is_anything and layout.name not in first_rows:
+            first_rows[layout.name] = (number, layout)
+    public = [entry for entry in first_rows.values() if entry[1].is_public]
+    if public and len(first_rows) > 1:
+        (number, layout), (other_number, other) = sorted(first_rows.values(), key=lambda entry: entry[0])[:2]
+        raise UserError(
+            f"{source}: row {number} is of the layout {_by(layout, other)}, row {other_number} of the layout "
+            f"{_by(other, layout)}; a file has one layout, so split it."
+        )
+    return public[0][1] if public else None
+
+
+def _by(layout: Layout, other: Layout) -> str:
+    """Name a layout by a column that the other one has not."""
+    columns = [column for column in layout.columns if column not in other.columns]
+    return f"{layout.name} (by its column {columns[-1]!r})" if columns else layout.name
+
+
+def _sentence(layout: Layout, meaning: str | None, row: Mapping[str, object]) -> str:
+    """Say as what a row is read: `read as PKU-SafeRLHF: `better_response_id` 0: the first is better`."""
+    if meaning is None:
+        names = list(row)
+        meaning = ", ".join(f"`{name}`" for name in names[:8]) + (", …" if len(names) > 8 else "")
+    return f"read as {layout.name}: {meaning}"
+
+
+def _unknown_label(source: str, label: str, layout: Layout | None) -> str:
+    if layout is None or not layout.labels:
+        name = "it is of none of the layouts" if layout is None else f"{layout.name} is no layout"
+        return f"{source}: `label: {label}` is stated for it, but {name} that have several labels; take the key out."
+    return f"{source}: `label: {label}` is no label of {layout.name}; it has {' and '.join(layout.labels)}."

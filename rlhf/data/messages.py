@@ -1,0 +1,150 @@
+"""Conversations in every form that files have them in, into messages with role and content.
+
+| form | where it is from |
+|---|---|
+| a text | one turn of the user |
+| a text that begins with "Human:" | a transcript of hh-rlhf |
+| a message or a list of them, with `role` and `content` | OpenAI, transformers, TRL |
+| the same with `from` and `value` | ShareGPT, LlamaFactory |
+| `content` as a list of parts, `{"type": "text", "text": …}` | OpenAI |
+| `tool_calls`, and turns of the role `tool` | OpenAI, transformers |
+| turns from `function_call` and `observation` | LlamaFactory |
+"""
+
+import json
+from collections.abc import Mapping
+
+from rlhf.data.read import BadRow
+from rlhf.data.rows import Message, Messages, user_turn
+
+ROLES = ("system", "user", "assistant", "tool")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+# Speakers as ShareGPT and LlamaFactory name them, and the older name of OpenAI for a tool.
+SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def messages(value: object, name: str) -> Messages:
+    """Return the messages that a value holds in one of the forms above.
+
+    Args:
+        name: what the value is, for messages: "prompt".
+
+    Raises:
+        BadRow: another type, an unknown role, a content that is no text.
+    """
+    if isinstance(value, str):
+        if value.lstrip().startswith(HUMAN.strip()):
+            turns = transcript(value)
+            is_open = name == "prompt" and turns[-1] == {"role": "assistant", "content": ""}
+            return turns[:-1] if is_open else turns
+        return user_turn(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        raise BadRow(f"{name} is neither text nor messages")
+    return [_message(entry, name) for entry in value]
+
+
+def transcript(text: str) -> Messages:
+    r"""Split an HH transcript ("\n\nHuman: … \n\nAssistant: …") into turns, each stripped; a speaker's turns in a row are joined.
+
+    Raises:
+        BadRow: the text does not begin with a human's turn.
+    """
+    text = text if text.startswith("\n\n") else "\n\n" + text.lstrip()
+    if not text.startswith(HUMAN):
+        raise BadRow("a transcript that does not begin with a human's turn")
+    turns: Messages = []
+    position = 0
+    while position < len(text):
+        is_human = text.startswith(HUMAN, position)
+        start = position + len(HUMAN if is_human else ASSISTANT)
+        next_turns = [place for mark in (HUMAN, ASSISTANT) if (place := text.find(mark, start)) != -1]
+        end = min(next_turns, default=len(text))
+        role, content = ("user" if is_human else "assistant"), text[start:end].strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n\n" + content
+        else:
+            turns.append({"role": role, "content": content})
+        position = end
+    return turns
+
+
+def _message(entry: object, name: str) -> Message:
+    """Return one message, without what no model reads."""
+    if not isinstance(entry, Mapping):
+        raise BadRow(f"{name} is not a list of messages with role and content")
+    speaker, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+    calls = entry.get("tool_calls")
+    if speaker is None or ("content" not in entry and "value" not in entry and not calls):
+        raise BadRow(f"{name} is not a list of messages with role and content")
+    role = SPEAKERS.get(str(speaker), speaker)
+    if role not in ROLES:
+        raise BadRow(f"unknown role {speaker!r}")
+    if speaker == "function_call":
+        calls, content = _called(content, name), ""
+    text = "" if content is None and calls else _text(content, name)
+    message = Message(role=role, content=text)
+    if calls:
+        message["tool_calls"] = _calls(calls, name)
+    if role == "tool":
+        if isinstance(tool := entry.get("name"), str):
+            message["name"] = tool
+        if isinstance(call := entry.get("tool_call_id"), str):
+            message["tool_call_id"] = call
+    return message
+
+
+def _text(content: object, name: str) -> str:
+    """Return the text of a message, whose content is one or a list of parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content or not all(isinstance(part, Mapping) for part in content):
+        raise BadRow(f"a message of {name} has no text")
+    texts = []
+    for part in content:
+        kind, text = part.get("type"), part.get("text")
+        # Files saved as tables give every part the fields of all kinds, those of other kinds empty.
+        if not isinstance(text, str) or (kind is not None and kind not in TEXT_PARTS):
+            part_name = "a part" if kind is None else f"a part of type {kind!r}"
+            raise BadRow(f"a message of {name} holds {part_name}, which is no text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(calls: object, name: str) -> list[dict[str, object]]:
+    """Return tool calls in the form that chat templates read: the arguments as a mapping, not as JSON text."""
+    if not isinstance(calls, list):
+        raise BadRow(f"tool_calls of {name} is no list")
+    result = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow(f"a tool call of {name} names no function")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                raise BadRow(f"the arguments of a tool call of {name} are not valid JSON") from None
+        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        result.append(
+            {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+        )
+    return result
+
+
+def _called(content: object, name: str) -> list[object]:
+    """Return the calls that LlamaFactory writes as JSON text: one, or a list of them."""
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+    except ValueError:
+        raise BadRow(f"a function_call of {name} is not valid JSON") from None
+    return calls if isinstance(calls, list) else [calls]
