@@ -130,9 +130,9 @@ def choose_split(source: str) -> tuple[str, str]:
     Raises:
         UserError: a hub dataset with several splits, of which none is known to be the one.
     """
-    if is_local(source):
-        return source, SPLITS[0]
     name, colon, split = source.partition(":")
+    if is_local(source) and not (colon and Path(name).expanduser().is_dir()):
+        return source, SPLITS[0]
     if colon:
         return name, split
     from datasets import get_dataset_split_names

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from rlhf.reward.targets import (
     find_kind,
     server_forms,
 )
-from rlhf.reward.verify import DTYPES, FAULTS, Answers, Fault, agree, diagnose, root_mean_square
+from rlhf.reward.verify import DTYPES, FAULTS, Answers, Fault, Hypothesis, agree, diagnose, root_mean_square
 
 
 def certify_model(model: str, out: Path | None) -> tuple[Certificate, Path]:
@@ -150,7 +151,7 @@ def verify_target(
     as_tokens = score_of_typed_tokens(reward, golden)
     read = [_as_read(answers, scores, as_tokens) for answers in answered]
     right = all(agree(answers, mine, tolerances[expected]) for answers, mine in zip(answered, read, strict=True))
-    hypotheses = [] if right else suppose_faults(reward, golden)
+    hypotheses = [] if right else [_without(as_tokens, x) for x in suppose_faults(reward, golden)]
     for answers, mine in zip(answered, read, strict=True):
         faults += diagnose(answers, mine, hypotheses, tolerances, dtype=expected, names=names)
     notes = _notes(certificate, tolerances[expected], forms)
@@ -178,6 +179,12 @@ def verify_target(
         "faults": faults,
         "notes": notes,
     }
+
+
+def _without(places: Collection[int], hypothesis: Hypothesis) -> Hypothesis:
+    """Return a hypothesis that says nothing of some of the texts."""
+    scores = [None if i in places else score for i, score in enumerate(hypothesis.scores)]
+    return replace(hypothesis, scores=scores)
 
 
 def _as_read(answers: Answers, scores: list[float], as_tokens: Mapping[int, float]) -> list[float]:
