@@ -6,6 +6,7 @@ A benchmark's figure means something only on all of its rows, so a file with mis
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf.data.messages import messages
