@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -23,6 +23,13 @@ Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs
 Columns = Annotated[
     str | None,
     typer.Option(help="Which column is which: prompt=question,chosen=answers.good,…", show_default=False),
+]
+Compared = Annotated[
+    Literal["answers", "conversations"] | None,
+    typer.Option(
+        help="Pairs that part before their last turn: left out (answers), or compared whole (conversations).",
+        show_default=False,
+    ),
 ]
 RewardModelName = Annotated[str, typer.Argument(help="A reward model's folder, or a hub id.", show_default=False)]
 

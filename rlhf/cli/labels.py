@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import Columns, app, say, say_aside, source_of
+from rlhf.cli.console import Columns, Compared, app, say, say_aside, source_of
 from rlhf.recipe import load_recipe
 
 
@@ -45,13 +45,15 @@ def audit_command(
         Path | None, typer.Option(help="Its vote and reward sections say how voters are trained.", show_default=False)
     ] = None,
     columns: Columns = None,
+    compare: Compared = None,
 ) -> None:
     """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
     source = source_of(pairs, columns)
     from rlhf.pipeline.audit import audit
     from rlhf.report.terminal import audit_line
 
-    result = audit(source, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=say_aside)
+    settings = load_recipe(recipe) if recipe else None
+    result = audit(source, model, out, members=members, recipe=settings, say=say_aside, compare=compare)
     say(audit_line(result))
     say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
 

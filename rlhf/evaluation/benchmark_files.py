@@ -6,6 +6,7 @@ A benchmark's figure means something only on all of its rows, so a file with mis
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rlhf.data.messages import messages
@@ -128,11 +129,11 @@ def read_benchmark(source: str | Source) -> Benchmark | None:
 
 
 def named_split(source: Source) -> Source:
-    """Return a source with its split, where it is of the hub and names none: as `choose_split` has it."""
-    if source.split is not None or is_local(source.source):
+    """Return a source with its split, where it is a hub dataset's and names none: as `choose_split` has it."""
+    if source.split is not None:
         return source
     name, split = choose_split(source.source, config=source.config)
-    return replace(source, source=name, split=split)
+    return source if is_local(name) else replace(source, source=name, split=split)
 
 
 def choose_split(source: str, *, config: str | None = None) -> tuple[str, str]:
@@ -144,9 +145,9 @@ def choose_split(source: str, *, config: str | None = None) -> tuple[str, str]:
     Raises:
         UserError: a hub dataset with several splits, of which none is known to be the one.
     """
-    if is_local(source):
-        return source, SPLITS[0]
     name, colon, split = source.partition(":")
+    if is_local(source) and not (colon and Path(name).expanduser().is_dir()):
+        return source, SPLITS[0]
     if colon:
         return name, split
     from datasets import get_dataset_split_names

@@ -1,6 +1,6 @@
 """Sampling answers: one function for sampling, evaluation and PPO."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf.data.rows import Prompt
+from rlhf.data.rows import Messages, Prompt
 from rlhf.models.batching import batches_by_length, run_batches
-from rlhf.models.text import encode, prompt_text
+from rlhf.models.text import encode, encode_answers, prompt_text
+from rlhf.models.typed import as_words
 
 STRETCH = 16  # tokens after which rows that have ended leave the batch
 
@@ -166,12 +167,33 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Return the token rows of prompts, through the chat template where these are conversations.
 
-    Prompts of more than `max_prompt_length` tokens lose their beginning.
+    Special tokens that somebody typed into messages are words; a prompt that is a string is read as it stands. Prompts of
+    more than `max_prompt_length` tokens lose their beginning.
     """
     conversational = not isinstance(prompts[0], str)
-    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
+    texts = [p if isinstance(p, str) else prompt_text(tokenizer, as_words(tokenizer, p)) for p in prompts]
     rows = encode(tokenizer, texts, conversational=conversational)
     return rows if max_prompt_length is None else [row[-max_prompt_length:] for row in rows]
+
+
+def encode_demonstrations(
+    batch: Mapping[str, Sequence[Messages]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[list[int]]]:
+    """Return the columns that TRL's SFT makes of conversations: `input_ids`, and `completion_mask` with 1 on the answer.
+
+    The answer begins where the ids of the prompt and those of the whole part. Typed special tokens are words.
+
+    Args:
+        batch: `prompt`, and `completion`, one assistant message each.
+    """
+    answers = [completion[-1]["content"] for completion in batch["completion"]]
+    prompt_rows = encode_prompts(tokenizer, batch["prompt"], max_prompt_length=None)
+    rows, _ = encode_answers(tokenizer, batch["prompt"], answers)
+    masks = []
+    for prompt, row in zip(prompt_rows, rows, strict=True):
+        shared = next((i for i, (a, b) in enumerate(zip(prompt, row, strict=False)) if a != b), len(prompt))
+        masks.append([0] * shared + [1] * (len(row) - shared))
+    return {"input_ids": rows, "completion_mask": masks}
 
 
 def sample_texts(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.rows import Message, Messages, Prompt, user_turn
 from rlhf.errors import UserError
 from rlhf.models.templates import affixes, closing, end_texts, frame, rendered, without_begins, without_ends
+from rlhf.models.typed import as_words, encode_words, is_marked
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -74,14 +75,22 @@ def closed_text(tokenizer: PreTrainedTokenizerBase, text: str, *, conversational
 def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
     """Tell whether a prompt was rendered by the tokenizer's chat template, which has then written how an answer begins.
 
-    Only what holds special tokens may go on behind that, such as an empty thought. A special token alone proves nothing: a
-    person can type it.
+    Behind that may only stand tokens, such as those of an empty thought. A special token alone proves nothing, nor does such
+    an opening in the middle of a text: a person can type both. One case stays: a person's text that ends in all that the
+    template writes there is taken for rendered, for OpenRLHF sends rendered prompts as strings and says no more about them. A
+    prompt given as messages is never in doubt.
     """
     if not tokenizer.chat_template:
         return False
     around = frame(tokenizer)
     asks = around.asks.strip()
-    return bool(asks) and (prompt.rstrip().endswith(asks) or (around.asks_in_tokens and asks in prompt))
+    if not asks or asks not in prompt:
+        return False
+    behind = prompt.rpartition(asks)[2]
+    if around.asks_in_tokens:
+        for token in (*(token.content for token in tokenizer.added_tokens_decoder.values()), "<think>", "</think>"):
+            behind = behind.replace(token, "")
+    return not behind.strip()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversational: bool) -> list[list[int]]:
@@ -89,10 +98,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversa
 
     A chat template writes its own beginning-of-text token; a plain text gets one here, where the tokenizer writes one.
     What the tokenizer would append by itself is left out: a prompt goes on, and an answer that ended has its end token.
+    Special tokens are read as such, but for those that `as_words` has marked: people typed them, and they are words.
     """
     rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=not conversational)["input_ids"]
-    appended = 0 if conversational else affixes(tokenizer)[1]
-    return [row[:-appended] for row in rows] if appended else rows
+    before, appended = (0, 0) if conversational else affixes(tokenizer)
+    rows = [row[:-appended] for row in rows] if appended else rows
+    typed = [i for i, text in enumerate(texts) if is_marked(text)]
+    for i, words in zip(typed, encode_words(tokenizer, [texts[i] for i in typed]), strict=True):
+        rows[i] = rows[i][:before] + words
+    return rows
 
 
 def encode_answers(
@@ -105,6 +119,9 @@ def encode_answers(
     conversational: bool | None = None,
 ) -> tuple[list[list[int]], int]:
     """Return the token ids of prompt and answer as a reward model reads them.
+
+    Special tokens that somebody typed, in an answer or in the messages of a prompt, are words; end tokens at the end of an
+    answer are its own end. A prompt that was rendered already, or is no conversation, is read as it stands.
 
     Args:
         ended: whether each answer came to its end; None if all did.
@@ -121,12 +138,15 @@ def encode_answers(
         assert len(flags) <= 1, "a batch is either conversational or not"
         conversational = flags == {True}
     texts = []
+    ends = frame(tokenizer).ends if conversational else end_texts(tokenizer)
     for prompt, answer, flag in zip(prompts, answers, ended, strict=True):
+        words = as_words(tokenizer, without_ends(answer, ends))
         if conversational and isinstance(prompt, str) and is_rendered(tokenizer, prompt):
-            texts.append(continued_text(tokenizer, prompt, answer, ended=flag))
+            texts.append(continued_text(tokenizer, prompt, words, ended=flag))
         else:
             asked = user_turn(prompt) if conversational and isinstance(prompt, str) else prompt
-            texts.append(answer_text(tokenizer, asked, answer, ended=flag))
+            asked = asked if isinstance(asked, str) else as_words(tokenizer, asked)
+            texts.append(answer_text(tokenizer, asked, words, ended=flag))
     return encode_texts(tokenizer, texts, conversational=conversational, max_length=max_length)
 
 

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import spearmanr
 
 from rlhf.data.read import is_local
-from rlhf.data.rows import TIE, Pair, answer
+from rlhf.data.rows import TIE, Compare, Pair, told
 from rlhf.data.sources import Row, Source, read_pair_rows
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
@@ -48,6 +48,7 @@ def audit(
     members: int | None,
     recipe: Recipe | None,
     say: Callable[[str], None],
+    compare: Compare | None = None,
 ) -> dict[str, Any]:
     """Vote on every pair out of fold and write what follows from it.
 
@@ -62,6 +63,8 @@ def audit(
         model: what the members start from: a folder or hub id, decoder or encoder.
         members: number of voters; default 10, or the recipe's.
         recipe: its `vote` and `reward` sections say how members are trained.
+        compare: whether pairs that part before their last turn are compared as whole conversations; default "answers", or the
+            recipe's `data.compare`.
 
     Raises:
         UserError: nothing usable in the file; the folder holds something else; an impossible vote.
@@ -69,7 +72,9 @@ def audit(
     quiet_libraries()
     settings, shape = _vote_settings(model, members, recipe)
     source = Source(pairs) if isinstance(pairs, str) else pairs
-    key = digest({"pairs": _identity(source), "model": model, "settings": settings, "shape": shape})
+    compare = compare or ("answers" if recipe is None else recipe.data.compare)
+    identity = _identity(source) if compare == "answers" else [_identity(source), compare]
+    key = digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
     finished = _finished(out, key)
     if finished is not None:
         say(f"{out}: done before")
@@ -77,7 +82,7 @@ def audit(
 
     # 1. Read, count, vote.
     template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
-    read, report = read_pair_rows(source, fit=template)
+    read, report = read_pair_rows(source, fit=template, compare=compare)
     rows = [row for row in read if row.values.get("confidence") != TIE]
     ties = len(read) - len(rows)
     for sentence in report.sentences():
@@ -240,7 +245,7 @@ def length_bias(pairs: Sequence[Pair], strength: VoteStrength) -> dict[str, Any]
         how often the longer answer is the chosen one, ties half, with its interval; and Spearman's correlation of the strength
         with the difference in characters, None where either is the same for all pairs.
     """
-    differences = np.array([len(answer(row, "chosen")) - len(answer(row, "rejected")) for row in pairs], float)
+    differences = np.array([len(told(row, "chosen")) - len(told(row, "rejected")) for row in pairs], float)
     mean, interval = clustered_mean(
         ((differences > 0) + 0.5 * (differences == 0)).tolist(), [plain(row["prompt"]) for row in pairs]
     )
@@ -293,8 +298,8 @@ def _shown(audited: Audited, i: int) -> dict[str, Any]:
     return {
         "row": row.number - 1,
         "prompt": plain(row.values["prompt"]),
-        "chosen": answer(row.values, "chosen"),
-        "rejected": answer(row.values, "rejected"),
+        "chosen": told(row.values, "chosen"),
+        "rejected": told(row.values, "rejected"),
         "strength_mean": strength.mean[i].item(),
         "strength_std": strength.std[i].item(),
         "strength_votes": int(strength.votes[i]),

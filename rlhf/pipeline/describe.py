@@ -24,8 +24,9 @@ from rlhf.data.sources import (
 )
 from rlhf.errors import UserError
 from rlhf.files import json_lines, write_text
+from rlhf.models.generate import encode_prompts
 from rlhf.models.load import find_source, load_tokenizer
-from rlhf.models.text import encode, encode_answers, plain, prompt_text
+from rlhf.models.text import encode_answers, plain
 from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.training import quiet_libraries
 
@@ -157,7 +158,7 @@ def _shown(row: Row[Any], tokenizer: PreTrainedTokenizerBase | None) -> Iterator
         for side, answer in zip(sides, answers, strict=True):
             yield f"{side}: {answer}"
         return
-    (asked,) = encode(tokenizer, [prompt_text(tokenizer, prompt)], conversational=True)
+    (asked,) = encode_prompts(tokenizer, [prompt], max_prompt_length=None)
     yield f"prompt: {visible(tokenizer, asked)}"
     for side, ids in zip(sides, encode_answers(tokenizer, [prompt] * len(sides), answers)[0], strict=True):
         is_behind = (

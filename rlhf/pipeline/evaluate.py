@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.rankings import Ranking
-from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import TIE, Pair, answer
+from rlhf.data.read import FILE_SUFFIXES, ReadReport
+from rlhf.data.rows import SIDES, TIE, Compare, Pair, answer, asked, parting_turn, told
 from rlhf.data.sources import Fit, Source, read_pairs, read_rankings
+from rlhf.data.tables import is_pattern, is_saved
 from rlhf.errors import UserError
 from rlhf.evaluation.benchmark_files import Benchmark, named_split, read_benchmark
 from rlhf.evaluation.benchmarks import (
@@ -95,15 +96,21 @@ def models_and_data(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     models, data = [names[0]], list[str]()
     for name in names[1:]:
-        is_hub_name = HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
-        is_data = name.lstrip().startswith("{") or is_local(name) or is_hub_name
-        (data if is_data else models).append(name)
+        (data if _is_data(name) else models).append(name)
     if not data:
         raise UserError(
             "evaluate: name a file of pairs or rankings, a benchmark's file, or a dataset on the hub behind the models; "
             "folders are taken for models."
         )
     return models, data
+
+
+def _is_data(name: str) -> bool:
+    """Tell whether a name is one of data; a path that is not there is a model's, unless it ends as files do."""
+    is_file = name.lower().endswith(FILE_SUFFIXES) or Path(name).expanduser().is_file()
+    if name.lstrip().startswith("{") or is_file or is_pattern(name) or is_saved(name):
+        return True
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
 
 
 def evaluate_models(
@@ -113,6 +120,7 @@ def evaluate_models(
     *,
     probes: bool = False,
     say: Callable[[str], None],
+    compare_as: Compare = "answers",
 ) -> dict[str, Any]:
     """Evaluate reward models on every data set; write the result as JSON, and a page beside it.
 
@@ -121,6 +129,7 @@ def evaluate_models(
         data: files or hub datasets of pairs, rankings, trees or published benchmarks. Ties are left out, for nothing can be
             right about them; tool calls are written by the first model's chat template.
         probes: whether minimal edits of the same answers are scored too.
+        compare_as: whether pairs that part before their last turn are left out, or compared as whole conversations.
 
     Raises:
         UserError: a model can't be opened, a data set has no usable pair or is no whole benchmark, two have the same name.
@@ -134,7 +143,9 @@ def evaluate_models(
     sources = [Source(source) if isinstance(source, str) else source for source in data]
     names = data_names([source.source for source in sources])
     fit = ToolTemplate(lambda: load_tokenizer(find_source(models[0]).base, conversational=True, pads=False), models[0])
-    sets = [_attempt(problems, _read, name, source, fit) for name, source in zip(names, sources, strict=True)]
+    sets = [
+        _attempt(problems, _read, name, source, fit, compare_as) for name, source in zip(names, sources, strict=True)
+    ]
     rewards = [_attempt(problems, open_reward_model, model) for model in models]
     if problems:
         raise UserError(problems)
@@ -169,7 +180,7 @@ def evaluate_models(
     }
     if probes:
         say("Probes: the answers are edited and scored again, seven times.")
-        items = [item for data_set in data_sets for item in data_set.items]
+        items = [item for data_set in data_sets for item in _edited_items(data_set)]
         result["probes"] = [
             {"model": model, **probe(reward, items, special=_end_token(reward), label=f"probes: {model}")}
             for model, reward in zip(models, opened, strict=True)
@@ -182,6 +193,13 @@ def evaluate_models(
     write_text(out, json.dumps(result, indent=1) + "\n")
     write_evaluation(out.with_suffix(".html"), result, shown)
     return result
+
+
+def _edited_items(data_set: _Data) -> list[Item]:
+    """Return the items whose answers can be edited: those with one prompt for all answers."""
+    if data_set.benchmark is not None:
+        return data_set.items
+    return [item for item, row in zip(data_set.items, data_set.rows, strict=True) if parting_turn(row) is None]
 
 
 def data_names(data: Sequence[str]) -> list[str]:
@@ -207,7 +225,7 @@ def _attempt(problems: list[str], function: Callable[..., Any], *arguments: Any)
         return None
 
 
-def _read(name: str, source: Source, fit: Fit) -> _Data:
+def _read(name: str, source: Source, fit: Fit, compare_as: Compare) -> _Data:
     """Read one data set as the benchmark that it is, or as ordinary pairs with their rankings.
 
     Raises:
@@ -219,7 +237,7 @@ def _read(name: str, source: Source, fit: Fit) -> _Data:
     benchmark = read_benchmark(source) if is_whole else None
     if benchmark is not None:
         return _Data(name, benchmark.items, benchmark.arithmetic, [], [], benchmark, benchmark.report)
-    rows, report = _decided(source.source, *read_pairs(source, fit=fit))
+    rows, report = _decided(source.source, *read_pairs(source, fit=fit, compare=compare_as))
     items = [Item(row["prompt"], [answer(row, "chosen"), answer(row, "rejected")], [1, 0], [(0, 1)]) for row in rows]
     pairs = by_pairs(items)
     arithmetic = Arithmetic(pairs.outcomes, pairs.clusters, {"accuracy": pairs.figures[OVERALL]})
@@ -335,10 +353,9 @@ def _alike_after_cut(reward: RewardModel, rows: Sequence[Pair]) -> int:
     cut = (reward.cut, reward.cut_answers)
     if not reward.cut_answers:
         return 0
-    prompts = [row["prompt"] for row in rows]
-    sides = [reward.encode(prompts, [answer(row, side) for row in rows], None) for side in ("chosen", "rejected")]
+    sides = [reward.encode([asked(r, side) for r in rows], [answer(r, side) for r in rows], None) for side in SIDES]
     reward.cut, reward.cut_answers = cut
     return sum(
-        chosen == rejected and answer(row, "chosen") != answer(row, "rejected")
+        chosen == rejected and told(row, "chosen") != told(row, "rejected")
         for row, chosen, rejected in zip(rows, *sides, strict=True)
     )

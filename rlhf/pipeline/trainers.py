@@ -1,18 +1,22 @@
 """The trainers of the stages: TRL's and ours, each keeping its latest micro-batches for the case that one of them fails."""
 
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer
-from trl import SFTTrainer
+from transformers import PreTrainedTokenizerBase, Trainer
+from trl import SFTConfig, SFTTrainer
 
 from rlhf.files import write_jsonl
+from rlhf.models.generate import encode_demonstrations
 from rlhf.models.packing import Packed, unpack
+from rlhf.models.typed import is_typed
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
 from rlhf.reward.meta import MetaRewardTrainer
@@ -61,7 +65,27 @@ def _token_rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
 
 
 class StageSFTTrainer(KeepsBatches, SFTTrainer):
-    """`trl.SFTTrainer` in a stage."""
+    """`trl.SFTTrainer` in a stage: demonstrations in which somebody typed a special token are encoded here, as words."""
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: SFTConfig,
+        *others: Any,
+    ) -> Dataset | IterableDataset:
+        if isinstance(dataset, Dataset) and {"prompt", "completion"} <= set(dataset.column_names):
+            conversations = (row["prompt"] + row["completion"] for row in dataset)
+            typed = sum(is_typed(processing_class, turns) for turns in conversations if isinstance(turns, list))
+            if typed and args.assistant_only_loss:
+                warnings.warn(
+                    f"sft: {typed} of {len(dataset)} demonstrations hold typed special tokens, which assistant_only_loss can only "
+                    "read as tokens; take them out, or leave assistant_only_loss out (the loss is on the answers anyway).",
+                    stacklevel=2,
+                )
+            elif typed:
+                dataset = dataset.map(encode_demonstrations, batched=True, fn_kwargs={"tokenizer": processing_class})
+        return super()._prepare_dataset(dataset, processing_class, args, *others)
 
 
 class StagePairRewardTrainer(KeepsBatches, PairRewardTrainer):

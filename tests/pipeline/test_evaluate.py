@@ -135,6 +135,7 @@ def test_models_and_data_are_told_apart(tmp_path: Path) -> None:
     assert models_and_data(["m", mapping, folder, "*.csv"]) == (["m", folder], [mapping, "*.csv"])
     Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]).save_to_disk(tmp_path / "saved")
     assert models_and_data(["m", str(tmp_path / "saved")])[1] == [str(tmp_path / "saved")], "a folder, but of data"
+    assert models_and_data(["m", "/no/model/there", "/no/pairs.csv"]) == (["m", "/no/model/there"], ["/no/pairs.csv"])
     with pytest.raises(UserError, match="name a file of pairs or rankings"):
         models_and_data(["m", folder])
     assert data_names(["LLMBar/Natural/dataset.json", "LLMBar/GPTOut/dataset.json"]) == [
