@@ -2,10 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+
+from rlhf.data.sources import Source
+from rlhf.recipe import load_source
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # A pipe has no width; at rich's 80 columns tables would lose their numbers.
@@ -17,7 +20,23 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, as many as you like.", show_default=False)
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]", show_default=False)]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Which column is which: prompt=question,chosen=answers.good,…", show_default=False),
+]
+Compared = Annotated[
+    Literal["answers", "conversations"] | None,
+    typer.Option(
+        help="Pairs that part before their last turn: left out (answers), or compared whole (conversations).",
+        show_default=False,
+    ),
+]
 RewardModelName = Annotated[str, typer.Argument(help="A reward model's folder, or a hub id.", show_default=False)]
+
+
+def source_of(text: str, columns: str | None) -> Source:
+    """Return a source of data that was named on the command line."""
+    return Source(**load_source(text, columns=columns).model_dump())
 
 
 def say(line: str) -> None:

@@ -1,18 +1,42 @@
-"""The verbs of data and labels: audit, label."""
+"""The verbs of data and labels: data, audit, label."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import app, say, say_aside
+from rlhf.cli.console import Columns, Compared, app, say, say_aside, source_of
 from rlhf.recipe import load_recipe
+
+
+@app.command("data")
+def data_command(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="A file, a pattern, a saved folder or a hub dataset; or {source: …, split: …} as in a recipe.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Show rows as this model reads them: a folder or hub id.", show_default=False)
+    ] = None,
+    columns: Columns = None,
+    out: Annotated[Path | None, typer.Option(help="Write canonical rows to this file.", show_default=False)] = None,
+) -> None:
+    """Show what a file of data is taken for: layout, direction of its labels, rows as a model reads them, what is left out."""
+    source = source_of(file, columns)
+    from rlhf.pipeline.describe import describe_data
+
+    describe_data(source, model=model, out=out, say=say)
 
 
 @app.command("audit")
 def audit_command(
     pairs: Annotated[
-        str, typer.Argument(help="A file of preferences in any form, or a hub dataset.", show_default=False)
+        str,
+        typer.Argument(help="Preferences: a file or hub dataset, or {source: …} as in a recipe.", show_default=False),
     ],
     model: Annotated[str, typer.Option(help="What the voters start from: a folder or hub id.", show_default=False)],
     out: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
@@ -20,12 +44,16 @@ def audit_command(
     recipe: Annotated[
         Path | None, typer.Option(help="Its vote and reward sections say how voters are trained.", show_default=False)
     ] = None,
+    columns: Columns = None,
+    compare: Compared = None,
 ) -> None:
     """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
+    source = source_of(pairs, columns)
     from rlhf.pipeline.audit import audit
     from rlhf.report.terminal import audit_line
 
-    result = audit(pairs, model, out, members=members, recipe=load_recipe(recipe) if recipe else None, say=say_aside)
+    settings = load_recipe(recipe) if recipe else None
+    result = audit(source, model, out, members=members, recipe=settings, say=say_aside, compare=compare)
     say(audit_line(result))
     say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
 

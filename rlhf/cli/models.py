@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import RewardModelName, app, output, say, say_aside
+from rlhf.cli.console import Columns, Compared, RewardModelName, app, output, say, say_aside, source_of
 from rlhf.errors import TrainingError, UserError
 
 
@@ -16,12 +16,13 @@ def score_command(model: RewardModelName) -> None:
     import io
     import json
 
+    from rlhf.data.limits import bounded_lines
     from rlhf.pipeline.model_commands import score_stream
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte is its line's error
     bad = 0
-    for row in score_stream(model, sys.stdin):
+    for row in score_stream(model, bounded_lines(sys.stdin.readline)):
         bad += "score" not in row
         sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     sys.stdout.flush()
@@ -36,7 +37,7 @@ def evaluate_command(
         typer.Argument(
             metavar="MODEL [MODEL...] DATA...",
             help="Reward models (the first name, and every folder), then files of pairs, rankings or a published benchmark, "
-            "or hub datasets (NAME or NAME:SPLIT).",
+            "hub datasets (NAME or NAME:SPLIT), or {source: …} as in a recipe.",
             show_default=False,
         ),
     ],
@@ -47,7 +48,9 @@ def evaluate_command(
             help="Another reward model on the same pairs, also of the hub; as often as you like.", show_default=False
         ),
     ] = None,
+    compare: Compared = None,
     probes: Annotated[bool, typer.Option("--probes", help="Measure biases by minimal edits of the answers.")] = False,
+    columns: Columns = None,
 ) -> None:
     """Evaluate reward models: accuracy with its interval, length rules, calibration, published benchmarks, biases."""
     from rlhf.pipeline.evaluate import evaluate_models, models_and_data
@@ -56,7 +59,10 @@ def evaluate_command(
     if out.suffix == ".html":
         raise UserError(f"--out {out}: the report is JSON; name it .json, and the page beside it is .html.")
     models, data = models_and_data(names)
-    result = evaluate_models([*models, *(against or [])], data, out, probes=probes, say=say_aside)
+    sources = [source_of(text, columns) for text in data]
+    result = evaluate_models(
+        [*models, *(against or [])], sources, out, probes=probes, say=say_aside, compare_as=compare or "answers"
+    )
     for table in evaluation_tables(result):
         output.print(table)
     for line in evaluation_lines(result):

@@ -7,7 +7,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.rows import Demonstration, Pair, Prompt, Side, answer, completion
+from rlhf.data.rows import Demonstration, Pair, Prompt, Side, answer, asked, completion
 from rlhf.files import read_jsonl
 from rlhf.models.text import answer_text, encode, prompt_text
 
@@ -51,7 +51,7 @@ def count_sizes(data: Path, tokenizer: PreTrainedTokenizerBase, *, longest_answe
     prompts = [len(ids) for ids in encode(tokenizer, texts, conversational=True)]
     answers = []
     for side in SIDES:
-        whole = _lengths(tokenizer, [pair["prompt"] for pair in pairs], [answer(pair, side) for pair in pairs])
+        whole = _lengths(tokenizer, [asked(pair, side) for pair in pairs], [answer(pair, side) for pair in pairs])
         answers += [max(1, length - prompt) for length, prompt in zip(whole, prompts, strict=False)]
     note = f"No pairs yet: answers are taken to be {longest_answer} tokens long, so these are upper bounds."
     return Sizes(

@@ -38,19 +38,25 @@ def pair(row: Mapping[str, object]) -> Pair:
         if row.get(name) is None:
             raise BadRow(f"no {name!r} field")
     if row.get("prompt") is None:
-        prompt, chosen, rejected = _split_conversations(row)
+        prompt, chosen, rejected = _split(
+            _conversation(row["chosen"], "chosen"), _conversation(row["rejected"], "rejected")
+        )
     else:
         prompt = messages(row["prompt"], "prompt")
-        chosen, rejected = _one_answer(row["chosen"], "chosen"), _one_answer(row["rejected"], "rejected")
+        chosen, rejected = _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
         if isinstance(row["prompt"], str):  # an open "Assistant:" in the prompt leaves its blank to the answer
             for side in (chosen, rejected):
                 side[0]["content"] = side[0]["content"].strip()
+        if len(chosen) > 1 or len(rejected) > 1:
+            prompt, chosen, rejected = _split(prompt + chosen, prompt + rejected)
     check_prompt(prompt)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if side[0]["role"] != "assistant":
+        if side[0]["role"] != "assistant" or side[-1]["role"] != "assistant":
             raise BadRow(f"{name} is not an assistant's answer")
-        _check_answer_turn(side[0], name)
-    if _said(chosen[0]) == _said(rejected[0]):
+        _check_answer_turn(side[-1], name)
+        for turn in side[:-1]:
+            _check_encodable(turn["content"])
+    if [_said(turn) for turn in chosen] == [_said(turn) for turn in rejected]:
         raise BadRow("chosen and rejected are the same")
     canonical: Pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     for column, (low, high) in BOUNDS.items():
@@ -192,14 +198,21 @@ def _said(turn: Message) -> str:
     return turn["content"].strip() + (json.dumps(calls, sort_keys=True) if calls else "")
 
 
-def _split_conversations(row: Mapping[str, object]) -> tuple[Messages, Messages, Messages]:
-    """Split two whole conversations into the turns that they share (the prompt) and the answer of each."""
-    chosen, rejected = _conversation(row["chosen"], "chosen"), _conversation(row["rejected"], "rejected")
+def _split(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """Split two whole conversations into the turns that they share (the prompt) and the answer of each.
+
+    Where they part before the last turn of one, the prompt ends with the last turn of the user that they share, and each side
+    has several turns (`parting_turn`).
+    """
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     if len(chosen) != shared + 1 or len(rejected) != shared + 1:
-        raise BadRow("chosen and rejected have no common prompt followed by one answer each")
+        part = shared + 1
+        while shared > 0 and chosen[shared - 1]["role"] != "user":
+            shared -= 1
+        if shared == 0:
+            raise BadRow(f"chosen and rejected part at turn {part} and share no turn of the user")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
@@ -208,6 +221,13 @@ def _conversation(value: object, name: str) -> Messages:
     if isinstance(value, str) and len(turns) == 1:
         raise BadRow("no 'prompt' field, and the answers are no conversations")
     return turns
+
+
+def _answer(value: object, name: str) -> Messages:
+    """Return one answer, or the turns of a conversation from an answer to another."""
+    turns = [] if isinstance(value, str) else messages(value, name)
+    is_longer = len(turns) > 1 and turns[0]["role"] == "assistant"
+    return turns if is_longer else _one_answer(value, name)
 
 
 def _one_answer(value: object, name: str) -> Messages:

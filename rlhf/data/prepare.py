@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import TIE, Pair, PromptRow
+from rlhf.data.rows import TIE, Compare, Pair, PromptRow
 from rlhf.data.sources import (
     Canonical,
     Fit,
@@ -51,6 +51,7 @@ class DataSources:
     max_prompts: int | None = None
     max_pairs_per_prompt: int | None = None
     leakage: Literal["refuse", "drop", "allow"] = "refuse"
+    compare: Compare = "answers"
 
 
 def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | None = None) -> dict[str, Any]:
@@ -126,12 +127,12 @@ def _read_pairs(
     pairs: Rows[Pair] = Rows()
     held_out: set[str] = set()
     for source in sources.preferences:
-        read = read_sources([source], to_pairs, reports, "pairs", seed, fit=fit)
+        read = read_sources([source], to_pairs, reports, "pairs", seed, fit=fit, compare=sources.compare)
         if len(sources.preferences) > 1:
             for row in read.train + read.test:
                 row.values.setdefault("source", source.source)
         if not sources.test and not read.test and _may_have_test_side(source):
-            read.test = _own_test_side(source, reports, seed, fit)
+            read.test = _own_test_side(source, reports, seed, fit, sources.compare)
         if not sources.test and not read.test:
             read.test = [row for row in read.train if _is_held_out(row, sources.test_fraction, seed)]
             held_out |= {row.key for row in read.test}
@@ -139,7 +140,9 @@ def _read_pairs(
         pairs = Rows(pairs.train + read.train, pairs.test + read.test)
     if sources.test:
         drop_rows(pairs.test, "marked as test, but data.test is given")
-        given = read_sources(sources.test, to_pairs, reports, "pairs, test", seed, split="test", fit=fit)
+        given = read_sources(
+            sources.test, to_pairs, reports, "pairs, test", seed, split="test", fit=fit, compare=sources.compare
+        )
         pairs.test = given.train + given.test
     decided = [row for row in pairs.test if row.values.get("confidence") != TIE]
     return Rows(deduplicated(pairs.train), deduplicated(keep_only(pairs.test, decided, UNTESTABLE))), held_out
@@ -176,12 +179,16 @@ def _may_have_test_side(source: Source) -> bool:
     return not is_local(source.source) or "test" in saved_splits(source.source)
 
 
-def _own_test_side(source: Source, reports: list[ReadReport], seed: int, fit: Fit | None) -> list[Row[Pair]]:
+def _own_test_side(
+    source: Source, reports: list[ReadReport], seed: int, fit: Fit | None, compare: Compare
+) -> list[Row[Pair]]:
     """Read the test split of a hub dataset or a saved folder; return no row if it has none."""
     before = len(reports)
     whole = replace(source, split="test", fraction=1.0, max_rows=None)
     try:
-        return read_sources([whole], to_pairs, reports, "pairs, test", seed, split="test", fit=fit).train
+        return read_sources(
+            [whole], to_pairs, reports, "pairs, test", seed, split="test", fit=fit, compare=compare
+        ).train
     except UserError as error:
         if isinstance(error.__cause__, ValueError) and "split" in str(error.__cause__).lower():
             del reports[before:]

@@ -1,17 +1,22 @@
 """Rows out of files and hub datasets, one at a time, so that one bad line costs one line."""
 
 import codecs
-import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from rlhf.data.limits import TOO_DEEP, TOO_LONG, is_too_deep, numbered_lines, open_text, read_whole
 from rlhf.data.tables import TABLES, is_pattern, is_saved, matched_files, saved_rows, table_rows
 from rlhf.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", *TABLES)
+# What ends so is meant as a file, whether or not it can be read.
+FILE_SUFFIXES = (
+    *SUFFIXES, ".txt", ".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".arrow", ".feather", ".ndjson", ".xlsx",
+    ".yaml", ".yml", ".db", ".sqlite",
+)  # fmt: skip
 EXAMPLES_KEPT = 5
 
 
@@ -127,16 +132,11 @@ def read_rows(
     path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"{source}: no such file.")
+    if not source.endswith(SUFFIXES):
+        raise UserError(f"{source}: files that end in {', '.join(SUFFIXES)} can be read; this one can't.")
     name = path.name
     if name.endswith(".parquet"):
-        import pyarrow.parquet as parquet
-
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                report.rows += 1
-                yield number, row
+        yield from _parquet(path, report)
     elif name.endswith(TABLES):
         yield from _table(path, report)
     elif name.endswith((".jsonl", ".jsonl.gz")):
@@ -146,8 +146,33 @@ def read_rows(
 
 
 def is_local(source: str) -> bool:
-    """Return whether a source names a file, several or a saved folder rather than a hub dataset."""
-    return source.endswith(SUFFIXES) or is_pattern(source) or is_saved(source)
+    """Return whether a source names a file rather than a hub dataset: it is one, looks like a path, or ends as files do.
+
+    What looks like a file is never looked up on the hub, where a misspelt name could be somebody else's data set; a folder that
+    is there is for `datasets` to read.
+
+    >>> is_local("pairs.csv"), is_local("./pairs"), is_local("a/b/c"), is_local("org/name")
+    (True, True, True, False)
+    """
+    looks_like_path = source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or "\\" in source
+    path, means_file = Path(source).expanduser(), looks_like_path or source.lower().endswith(FILE_SUFFIXES)
+    is_here = path.is_file() or is_saved(source)
+    return is_here or is_pattern(source) or (means_file and not path.is_dir())
+
+
+def _parquet(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                report.rows += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: row {number + 1}: no parquet file, or a damaged one ({error}).") from None
 
 
 def _matched_rows(pattern: str, report: ReadReport) -> Iterator[tuple[int, Any]]:
@@ -174,52 +199,72 @@ def _table(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
             yield number, row
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb")
-
-
 def _json_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
+    with open_text(path) as file:
+        for number, line in numbered_lines(file, path):
+            if line is not None and not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             report.rows += 1
             try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                report.drop(number, "not UTF-8 text")
-            except json.JSONDecodeError:
-                report.drop(number, "not valid JSON")
+                row = _parse(line)
+            except BadRow as reason:
+                report.drop(number, str(reason))
             else:
-                if _is_row(row):
-                    yield number, row
-                else:
-                    report.drop(number, "not a JSON object")
+                yield number, row
+
+
+def _parse(line: bytes | None) -> Any:
+    """Return the row in a line.
+
+    Raises:
+        BadRow: there is none.
+    """
+    if line is None:
+        raise BadRow(TOO_LONG)
+    try:
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRow("not UTF-8 text") from None
+    except RecursionError:
+        raise BadRow(TOO_DEEP) from None
+    except ValueError:  # also a number of more digits than Python reads
+        raise BadRow("not valid JSON") from None
+    return _row(row)
+
+
+def _row(value: object) -> Any:
+    """Return what is a row: an object, or a list of messages.
+
+    Raises:
+        BadRow: it is neither, or has too many levels.
+    """
+    if is_too_deep(value):
+        raise BadRow(TOO_DEEP)
+    is_ranked = isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
+    if not isinstance(value, dict) and not is_ranked:
+        raise BadRow("not a JSON object")
+    return value
 
 
 def _json_array(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
-    with _open(path) as file:
-        try:
-            rows = json.loads(file.read().decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{path}: not valid JSON ({error}); one object a line belongs into a .jsonl file."
-            ) from None
+    with open_text(path) as file:
+        content = read_whole(file, path)
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise UserError(f"{path}: {TOO_DEEP}.") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); one object a line belongs into a .jsonl file.") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: a .json file must hold a list of objects.")
-    for number, row in enumerate(rows, start=1):
+    for number, value in enumerate(rows, start=1):
         report.rows += 1
-        if _is_row(row):
-            yield number, row
+        try:
+            row = _row(value)
+        except BadRow as reason:
+            report.drop(number, str(reason))
         else:
-            report.drop(number, "not a JSON object")
-
-
-def _is_row(value: object) -> bool:
-    return isinstance(value, dict) or (
-        isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
-    )
+            yield number, row
 
 
 def _hub_rows(source: str, config: str | None, split: str, report: ReadReport) -> Iterator[tuple[int, Any]]:

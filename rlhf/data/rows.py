@@ -3,9 +3,16 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict, cast
 
 Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
+# What of two sides is compared: answers to one prompt, or whole conversations, which may part before their last turn.
+Compare = Literal["answers", "conversations"]
+PARTED = (
+    "chosen and rejected part at turn {}, before the last; whole conversations are compared by data.compare: conversations "
+    "(--compare conversations)"
+)
 TIE = 0.5  # the confidence of a pair whose answers were called equal
 
 
@@ -49,10 +56,11 @@ class Extras(TypedDict, total=False):
 class Pair(Extras):
     """A canonical preference pair, TRL's conversational format.
 
-    `prompt` ends with the turn to be answered; `chosen` and `rejected` are one assistant message each. The columns that
-    follow stand only where a file, annotators or a vote gave them: `margin` in nats, `confidence` P(chosen is better) in
-    [0, 1], `weight` ≥ 0, `group` the ranking that a pair was made of, `rating_gap` in the source's own unit, `round` in
-    which it was labelled, and the mean and deviation of the rewards' differences over a vote's members (`strength_…`).
+    `prompt` ends with the turn to be answered; `chosen` and `rejected` are one assistant message each, or, where whole
+    conversations are compared, all turns from the one that answers the prompt to an assistant's last. The columns that follow
+    stand only where a file, annotators or a vote gave them: `margin` in nats, `confidence` P(chosen is better) in [0, 1],
+    `weight` ≥ 0, `group` the ranking that a pair was made of, `rating_gap` in the source's own unit, `round` in which it was
+    labelled, and the mean and deviation of the rewards' differences over a vote's members (`strength_…`).
     """
 
     prompt: Messages
@@ -87,13 +95,39 @@ def assistant_turn(text: str) -> Messages:
 
 
 def answer(row: Pair, side: Side) -> str:
-    """Return the text of one side's answer.
+    """Return the text of one side's answer: of its last turn, where it has several.
 
     >>> pair: Pair = {"prompt": [], "chosen": [{"role": "assistant", "content": "yes"}], "rejected": []}
     >>> answer(pair, "chosen")
     'yes'
     """
-    return row[side][0]["content"]
+    return row[side][-1]["content"]
+
+
+def asked(row: Pair, side: Side) -> Messages:
+    """Return the conversation that one side's answer ends: the prompt, and that side's own turns before its last."""
+    return [*row["prompt"], *row[side][:-1]] if len(row[side]) > 1 else row["prompt"]
+
+
+def told(row: Pair, side: Side) -> str:
+    """Return all that one side says after the prompt, for people: its answer, or its turns, each with who speaks."""
+    turns = row[side]
+    return answer(row, side) if len(turns) == 1 else "\n\n".join(f"{x['role']}: {x['content']}" for x in turns)
+
+
+def parting_turn(row: PromptRow) -> int | None:
+    """Return the turn, counted from 1, at which the sides of a pair part, if that is before the last of one; else None.
+
+    >>> pair: Pair = {"prompt": [], "chosen": user_turn("a") + assistant_turn("b"), "rejected": user_turn("a")}
+    >>> parting_turn(pair)
+    2
+    """
+    sides = cast(Mapping[str, Messages], row)
+    chosen, rejected = sides.get("chosen", []), sides.get("rejected", [])
+    if len(chosen) <= 1 and len(rejected) <= 1:
+        return None
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(rejected))
+    return len(row["prompt"]) + shared + 1
 
 
 def completion(row: Demonstration) -> str:
@@ -114,6 +148,13 @@ def prompt_key(prompt: Prompt) -> str:
     if any("tool_calls" in turn for turn in turns):
         text += json.dumps([turn.get("tool_calls") for turn in turns], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pair_digest(row: Pair) -> str:
+    """Return what identifies a pair, whichever of its answers is called the chosen one: 24 characters of a sha256."""
+    answers = sorted((told(row, "chosen"), told(row, "rejected")))
+    text = "\x1f".join((prompt_key(row["prompt"]), *answers))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def has_tools(row: Mapping[str, object]) -> bool:

@@ -13,7 +13,19 @@ from rlhf.data.layouts import find_layout
 from rlhf.data.layouts.layout import Layout
 from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated, preference_of
 from rlhf.data.read import BadRow, ReadReport, read_rows
-from rlhf.data.rows import Demonstration, Pair, PromptRow, answer, completion, has_tools, prompt_key
+from rlhf.data.rows import (
+    PARTED,
+    Compare,
+    Demonstration,
+    Pair,
+    PromptRow,
+    answer,
+    completion,
+    has_tools,
+    parting_turn,
+    prompt_key,
+    told,
+)
 from rlhf.data.sides import Side
 from rlhf.data.tidy import tidied
 from rlhf.errors import UserError
@@ -95,37 +107,32 @@ Convert = Callable[[Iterable[Line], ReadReport], Iterator[Row[Canonical]]]
 Fit = Callable[[Any], Any]
 
 
-def pair_digest(row: Pair) -> str:
-    """Return what identifies a pair, whichever of its answers is called the chosen one: 24 characters of a sha256."""
-    answers = sorted((answer(row, "chosen"), answer(row, "rejected")))
-    text = "\x1f".join((prompt_key(row["prompt"]), *answers))
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def read_pairs(source: str | Source, *, split: str = "test", fit: Fit | None = None) -> tuple[list[Pair], ReadReport]:
+def read_pairs(
+    source: str | Source, *, split: str = "test", fit: Fit | None = None, compare: Compare = "answers"
+) -> tuple[list[Pair], ReadReport]:
     """Read all pairs of one source, in any accepted layout, repeats and contradictions left out.
 
     Raises:
         UserError: there is none.
     """
-    rows, report = read_pair_rows(source, split=split, fit=fit)
+    rows, report = read_pair_rows(source, split=split, fit=fit, compare=compare)
     return [row.values for row in rows], report
 
 
 def read_pair_rows(
-    source: str | Source, *, split: str = "train", fit: Fit | None = None
+    source: str | Source, *, split: str = "train", fit: Fit | None = None, compare: Compare = "answers"
 ) -> tuple[list[Row[Pair]], ReadReport]:
     """Read all pairs of one source, each with the number of the row that it was read from; otherwise as `read_pairs`.
 
     Args:
-        fit: as in `read_sources`.
+        fit, compare: as in `read_sources`.
 
     Raises:
         UserError: there is none.
     """
     source = Source(source) if isinstance(source, str) else source
     reports: list[ReadReport] = []
-    read = read_sources([source], to_pairs, reports, "pairs", 0, split=split, fit=fit)
+    read = read_sources([source], to_pairs, reports, "pairs", 0, split=split, fit=fit, compare=compare)
     rows = deduplicated(read.train + read.test)
     count_kept(reports, [rows])
     if not rows:
@@ -167,7 +174,7 @@ def to_pairs(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Pair]]:
 def _say_direction(line: Line, layout: Layout, better: str, report: ReadReport) -> None:
     name, sentence = line.direction or (layout.name, layout.direction or "`chosen` and `rejected`")
     evident = line.direction is None and layout.direction is None
-    report.direct(name, example(sentence, better), evident=evident)
+    report.direct(name, example(sentence, better or "(a tool call)"), evident=evident)
 
 
 def to_demonstrations(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Demonstration]]:
@@ -237,6 +244,7 @@ def read_sources(
     *,
     split: str = "train",
     fit: Fit | None = None,
+    compare: Compare = "answers",
 ) -> Rows[Canonical]:
     """Read the canonical rows of all sources, fractions and caps applied.
 
@@ -246,12 +254,19 @@ def read_sources(
         content: what is read, in the report's words.
         split: of a hub dataset that names none.
         fit: writes tool calls and tools' turns as the chat template does; without it, rows that have them are left out.
+        compare: whether pairs whose sides part before the last turn are compared as whole conversations, or left out.
     """
     rows: Rows[Canonical] = Rows()
     for source in sources:
         report = ReadReport(f"{source.source} ({content})")
         reports.append(report)
         read = _fitted(convert(_lines(source, report, split), report), fit)
+        if compare == "answers":
+            turns = [parting_turn(row.values) for row in read]
+            for row, turn in zip(read, turns, strict=True):
+                if turn is not None:
+                    row.report.drop(row.number, PARTED.format(turn))
+            read = [row for row, turn in zip(read, turns, strict=True) if turn is None]
         train = [row for row in read if not row.is_test]
         if source.fraction < 1:
             kept = [row for row in train if share_of(row, f"{seed}:fraction") < source.fraction]
@@ -343,7 +358,7 @@ def deduplicated(rows: Sequence[Row[Pair]]) -> list[Row[Pair]]:
     """Keep each pair once; drop a pair that stands in both orders both times, for nobody knows which is right."""
 
     def identity(row: Row[Pair]) -> tuple[str, frozenset[str], str]:
-        chosen, rejected = answer(row.values, "chosen").strip(), answer(row.values, "rejected").strip()
+        chosen, rejected = told(row.values, "chosen").strip(), told(row.values, "rejected").strip()
         return row.key, frozenset((chosen, rejected)), chosen
 
     orders: dict[tuple[str, frozenset[str]], set[str]] = {}

@@ -2,12 +2,13 @@
 
 import csv
 import glob
-import gzip
+import io
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from rlhf.data.limits import Unreadable, open_text
 from rlhf.errors import UserError
 
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -96,8 +97,8 @@ def table_rows(path: Path) -> Iterator[dict[str, Any] | str]:
     number = 0  # of the last row that was read
     try:
         with _open(path) as file:
-            first = file.readline()
-            file.seek(0)
+            first = file.readline(MOST_CHARACTERS)
+        with _open(path) as file:
             separator = "\t" if ".tsv" in path.name else ";" if ";" in first and "," not in first else ","
             reader = csv.reader(file, delimiter=separator, strict=True)
             names = next(reader, [])
@@ -108,6 +109,8 @@ def table_rows(path: Path) -> Iterator[dict[str, Any] | str]:
                     yield _row(names, cells)
     except UnicodeDecodeError:
         raise UserError(f"{path}: row {number + 1} is not UTF-8 text.") from None
+    except Unreadable as reason:
+        raise UserError(f"{path}: row {number + 1}: {reason}.") from None
     except csv.Error as error:
         raise UserError(f"{path}: row {number + 1} is no row of a table ({error}).") from None
 
@@ -127,9 +130,7 @@ def as_number(cell: object) -> object:
 
 
 def _open(path: Path) -> TextIO:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(open_text(path), encoding="utf-8-sig", newline="")
 
 
 def _check_names(path: Path, names: list[str]) -> None:

@@ -77,7 +77,7 @@ def _parsed(text: object) -> list[object] | None:
         return None
     try:
         turns = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_conversation = bool(turns) and all(
         isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str) for turn in turns

@@ -5,13 +5,15 @@ A benchmark's figure means something only on all of its rows, so a file with mis
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow, ReadReport, is_local, read_rows
 from rlhf.data.rows import Messages, user_turn
 from rlhf.data.sides import named_side
+from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.evaluation.benchmarks import (
     REWARD_BENCH,
@@ -92,7 +94,7 @@ class _Format:
     parts_are_published: bool = False
 
 
-def read_benchmark(source: str) -> Benchmark | None:
+def read_benchmark(source: str | Source) -> Benchmark | None:
     """Read a file or hub dataset if it has a published benchmark's columns; otherwise return None.
 
     Args:
@@ -101,9 +103,11 @@ def read_benchmark(source: str) -> Benchmark | None:
     Raises:
         UserError: a subset is missing or unknown, or a row can't be read; no such file, dataset or split.
     """
-    report = ReadReport(source)
-    name, split = choose_split(source)
-    numbered = list(read_rows(name, report, split=split))
+    given = Source(source) if isinstance(source, str) else source
+    name, part = given.source, named_split(given)
+    report = ReadReport(name)
+    split, is_named = part.split or SPLITS[0], part.split is not None
+    numbered = list(read_rows(part.source, report, split=split, config=part.config, is_named=is_named))
     rows = [row for _, row in numbered if isinstance(row, dict)]
     columns = _common_columns(rows)
     form = next((form for form in FORMATS if columns >= set(form.columns) and form.matches(rows)), None)
@@ -117,28 +121,39 @@ def read_benchmark(source: str) -> Benchmark | None:
     ]
     problems += _subset_problems(form, items)
     if problems:
-        raise UserError([f"{source}: {form.name}: {problem}" for problem in problems])
+        raise UserError([f"{name}: {form.name}: {problem}" for problem in problems])
     report.kept = len(items)
     named = ", ".join(f"`{column}`" for column in form.columns)
-    sentence = f"{source}: read as {form.name}, for it has the columns {named}; {form.says}; {len(items)} rows."
+    sentence = f"{name}: read as {form.name}, for it has the columns {named}; {form.says}; {len(items)} rows."
     return Benchmark(form.name, sentence, items, form.arithmetic(items), report)
 
 
-def choose_split(source: str) -> tuple[str, str]:
+def named_split(source: Source) -> Source:
+    """Return a source with its split, where it is a hub dataset's and names none: as `choose_split` has it."""
+    if source.split is not None:
+        return source
+    name, split = choose_split(source.source, config=source.config)
+    return source if is_local(name) else replace(source, source=name, split=split)
+
+
+def choose_split(source: str, *, config: str | None = None) -> tuple[str, str]:
     """Return the name of a source and the split to read: the one behind its colon, else the one that holds the benchmark.
+
+    Args:
+        config: of a hub dataset.
 
     Raises:
         UserError: a hub dataset with several splits, of which none is known to be the one.
     """
-    if is_local(source):
-        return source, SPLITS[0]
     name, colon, split = source.partition(":")
+    if is_local(source) and not (colon and Path(name).expanduser().is_dir()):
+        return source, SPLITS[0]
     if colon:
         return name, split
     from datasets import get_dataset_split_names
 
     try:
-        splits = get_dataset_split_names(name)
+        splits = get_dataset_split_names(name, config)
     except Exception:  # no network or no such dataset: reading it says so
         return name, SPLITS[0]
     chosen = [known for known in SPLITS if known in splits] or (splits if len(splits) == 1 else [])

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from rlhf.data.rankings import Ranking
-from rlhf.data.rows import Pair, Prompt, answer, assistant_turn
+from rlhf.data.rows import SIDES, Pair, Prompt, answer, asked, assistant_turn, told
 from rlhf.evaluation.benchmarks import Item
 from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.score import Scorer
@@ -57,7 +57,7 @@ class ScoredPairs:
     @property
     def length_differences(self) -> Array:
         """Return the characters of the chosen answer minus those of the rejected one, [n]."""
-        return np.array([len(answer(row, "chosen")) - len(answer(row, "rejected")) for row in self.rows], dtype=float)
+        return np.array([len(told(row, "chosen")) - len(told(row, "rejected")) for row in self.rows], dtype=float)
 
     def samples(self) -> list[dict[str, Any]]:
         """Return every pair as texts with its scores, for people."""
@@ -65,8 +65,8 @@ class ScoredPairs:
         return [
             {
                 "prompt": prompt,
-                "chosen": answer(row, "chosen"),
-                "rejected": answer(row, "rejected"),
+                "chosen": told(row, "chosen"),
+                "rejected": told(row, "rejected"),
                 "score_chosen": float(chosen),
                 "score_rejected": float(rejected),
             }
@@ -75,12 +75,12 @@ class ScoredPairs:
 
 
 def score_pairs(reward: Scorer, rows: Sequence[Pair], *, label: str = "score") -> ScoredPairs:
-    """Score both sides of every pair; an answer that stands in several pairs is scored once.
+    """Score both sides of every pair, each behind its own conversation; an answer that stands in several pairs is scored once.
 
     Args:
         label: what the progress bar says.
     """
-    texts = [(row["prompt"], answer(row, side)) for side in ("chosen", "rejected") for row in rows]
+    texts: list[tuple[Prompt, str]] = [(asked(row, side), answer(row, side)) for side in SIDES for row in rows]
     scores = score_answers(reward, texts, label=label)
     return ScoredPairs(rows, [plain(row["prompt"]) for row in rows], scores[: len(rows)], scores[len(rows) :])
 

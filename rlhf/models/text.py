@@ -75,14 +75,22 @@ def closed_text(tokenizer: PreTrainedTokenizerBase, text: str, *, conversational
 def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
     """Tell whether a prompt was rendered by the tokenizer's chat template, which has then written how an answer begins.
 
-    Only what holds special tokens may go on behind that, such as an empty thought. A special token alone proves nothing: a
-    person can type it.
+    Behind that may only stand tokens, such as those of an empty thought. A special token alone proves nothing, nor does such
+    an opening in the middle of a text: a person can type both. One case stays: a person's text that ends in all that the
+    template writes there is taken for rendered, for OpenRLHF sends rendered prompts as strings and says no more about them. A
+    prompt given as messages is never in doubt.
     """
     if not tokenizer.chat_template:
         return False
     around = frame(tokenizer)
     asks = around.asks.strip()
-    return bool(asks) and (prompt.rstrip().endswith(asks) or (around.asks_in_tokens and asks in prompt))
+    if not asks or asks not in prompt:
+        return False
+    behind = prompt.rpartition(asks)[2]
+    if around.asks_in_tokens:
+        for token in (*(token.content for token in tokenizer.added_tokens_decoder.values()), "<think>", "</think>"):
+            behind = behind.replace(token, "")
+    return not behind.strip()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversational: bool) -> list[list[int]]:
@@ -112,8 +120,8 @@ def encode_answers(
 ) -> tuple[list[list[int]], int]:
     """Return the token ids of prompt and answer as a reward model reads them.
 
-    Special tokens that somebody typed are words, but for the end tokens that close an answer: they are there once. Text that a
-    template has rendered is read as it stands.
+    Special tokens that somebody typed, in an answer or in the messages of a prompt, are words; end tokens at the end of an
+    answer are its own end. A prompt that was rendered already, or is no conversation, is read as it stands.
 
     Args:
         ended: whether each answer came to its end; None if all did.
@@ -135,10 +143,10 @@ def encode_answers(
         words = as_words(tokenizer, without_ends(answer, ends))
         if conversational and isinstance(prompt, str) and is_rendered(tokenizer, prompt):
             texts.append(continued_text(tokenizer, prompt, words, ended=flag))
-            continue
-        asked = user_turn(prompt) if conversational and isinstance(prompt, str) else prompt
-        asked = asked if isinstance(asked, str) else as_words(tokenizer, asked)
-        texts.append(answer_text(tokenizer, asked, words, ended=flag))
+        else:
+            asked = user_turn(prompt) if conversational and isinstance(prompt, str) else prompt
+            asked = asked if isinstance(asked, str) else as_words(tokenizer, asked)
+            texts.append(answer_text(tokenizer, asked, words, ended=flag))
     return encode_texts(tokenizer, texts, conversational=conversational, max_length=max_length)
 
 

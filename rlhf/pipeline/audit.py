@@ -14,14 +14,17 @@ import torch
 from scipy.stats import spearmanr
 
 from rlhf.data.read import is_local
-from rlhf.data.rows import Pair, answer
-from rlhf.data.sources import Row, read_pair_rows
+from rlhf.data.rows import TIE, Compare, Pair, told
+from rlhf.data.sources import Row, Source, read_pair_rows
+from rlhf.data.tables import local_files
 from rlhf.errors import UserError
-from rlhf.files import digest, file_digest, write_jsonl, write_text
-from rlhf.models.load import find_source
+from rlhf.files import digest, file_digest, write_text
+from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.open import open_config
 from rlhf.models.text import plain
+from rlhf.models.tools import ToolTemplate
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
+from rlhf.pipeline.cleaned import write_cleaned
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
@@ -38,13 +41,20 @@ WORK = "work"
 
 
 def audit(
-    pairs: str, model: str, out: Path, *, members: int | None, recipe: Recipe | None, say: Callable[[str], None]
+    pairs: str | Source,
+    model: str,
+    out: Path,
+    *,
+    members: int | None,
+    recipe: Recipe | None,
+    say: Callable[[str], None],
+    compare: Compare | None = None,
 ) -> dict[str, Any]:
     """Vote on every pair out of fold and write what follows from it.
 
     `audit.json`; `pairs.parquet` (a row a pair: `row`, the 0-based line of the file, `strength_mean`, `strength_std`,
-    `strength_votes`, `probability_wrong`, `suspicious`); `cleaned.jsonl`, canonical pairs without the suspicious ones;
-    `audit.html`. A killed audit goes on with the member it was at; a finished one is not repeated.
+    `strength_votes`, `probability_wrong`, `suspicious`); `cleaned.jsonl`, the file's rows without those of suspicious pairs
+    (`rlhf.pipeline.cleaned`); `audit.html`. A killed audit goes on with the member it was at; a finished one is not repeated.
 
     `contradictions` lists the rows, 0-based, whose own ratings contradict their label; `rating_ties` counts those rated alike.
 
@@ -53,23 +63,34 @@ def audit(
         model: what the members start from: a folder or hub id, decoder or encoder.
         members: number of voters; default 10, or the recipe's.
         recipe: its `vote` and `reward` sections say how members are trained.
+        compare: whether pairs that part before their last turn are compared as whole conversations; default "answers", or the
+            recipe's `data.compare`.
 
     Raises:
         UserError: nothing usable in the file; the folder holds something else; an impossible vote.
     """
     quiet_libraries()
     settings, shape = _vote_settings(model, members, recipe)
-    source = file_digest(Path(pairs).expanduser()) if is_local(pairs) and Path(pairs).expanduser().is_file() else pairs
-    key = digest({"pairs": source, "model": model, "settings": settings, "shape": shape})
+    source = Source(pairs) if isinstance(pairs, str) else pairs
+    compare = compare or ("answers" if recipe is None else recipe.data.compare)
+    identity = _identity(source) if compare == "answers" else [_identity(source), compare]
+    key = digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
     finished = _finished(out, key)
     if finished is not None:
         say(f"{out}: done before")
         return finished
 
     # 1. Read, count, vote.
-    rows, report = read_pair_rows(pairs)
+    template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
+    read, report = read_pair_rows(source, fit=template, compare=compare)
+    rows = [row for row in read if row.values.get("confidence") != TIE]
+    ties = len(read) - len(rows)
     for sentence in report.sentences():
         say(sentence)
+    if ties:
+        say(f"  {ties} ties are kept as they are: nobody calls one of their answers better, so no label can be wrong.")
+    if not rows:
+        raise UserError(f"{source.source}: all of its pairs are ties, so there is no label to audit.")
     values: list[Any] = [row.values for row in rows]
     seed = 0 if recipe is None else recipe.seed
     (out / WORK).mkdir(parents=True, exist_ok=True)
@@ -88,11 +109,12 @@ def audit(
     if alarm is not None:
         say(f"audit: {alarm}")
     result = {
-        "pairs": pairs,
+        "pairs": source.source,
         "model": model,
         "rows": report.rows,
         "kept": report.kept,
         "kept_pairs": len(rows),
+        "ties": ties,
         "dropped": report.dropped,
         "dropped_rows": report.examples,
         "noise_rate": {"mean": noise.flip_rate, "low": noise.low, "high": noise.high},
@@ -109,7 +131,8 @@ def audit(
 
     # 3. Files; the JSON, which says that all is there, last.
     _write_parquet(out / "pairs.parquet", audited)
-    _write_cleaned(out / "cleaned.jsonl", audited)
+    dropped = [rows[i] for i in suspicious]
+    result["cleaned"] = write_cleaned(out / "cleaned.jsonl", source, read, dropped)
     shown, contradictions = ([_shown(audited, i) for i in part[:SHOWN]] for part in (suspicious, contradicting))
     write_audit_page(
         out / "audit.html",
@@ -122,6 +145,17 @@ def audit(
     shutil.rmtree(out / WORK)
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
+
+
+def _identity(source: Source) -> object:
+    """Return what the pairs of a source depend on: the bytes of local files, and what is said about them."""
+    files = local_files(source.source) if is_local(source.source) else []
+    digests = [file_digest(file) for file in files]
+    content: object = digests[0] if len(digests) == 1 else digests or source.source
+    stated = {
+        name: value for name, value in asdict(source).items() if name != "source" and value != getattr(Source, name)
+    }
+    return [content, stated] if stated else content
 
 
 class Audited(NamedTuple):
@@ -211,7 +245,7 @@ def length_bias(pairs: Sequence[Pair], strength: VoteStrength) -> dict[str, Any]
         how often the longer answer is the chosen one, ties half, with its interval; and Spearman's correlation of the strength
         with the difference in characters, None where either is the same for all pairs.
     """
-    differences = np.array([len(answer(row, "chosen")) - len(answer(row, "rejected")) for row in pairs], float)
+    differences = np.array([len(told(row, "chosen")) - len(told(row, "rejected")) for row in pairs], float)
     mean, interval = clustered_mean(
         ((differences > 0) + 0.5 * (differences == 0)).tolist(), [plain(row["prompt"]) for row in pairs]
     )
@@ -264,8 +298,8 @@ def _shown(audited: Audited, i: int) -> dict[str, Any]:
     return {
         "row": row.number - 1,
         "prompt": plain(row.values["prompt"]),
-        "chosen": answer(row.values, "chosen"),
-        "rejected": answer(row.values, "rejected"),
+        "chosen": told(row.values, "chosen"),
+        "rejected": told(row.values, "rejected"),
         "strength_mean": strength.mean[i].item(),
         "strength_std": strength.std[i].item(),
         "strength_votes": int(strength.votes[i]),
@@ -286,19 +320,3 @@ def _write_parquet(file: Path, audited: Audited) -> None:
         "suspicious": [i in audited.suspicious for i in range(len(rows))],
     }
     parquet.write_table(pa.table(columns), file)
-
-
-def _write_cleaned(file: Path, audited: Audited) -> None:
-    """Write the pairs that are not suspicious, each with its strength."""
-    strength = audited.strength
-    kept = [
-        {
-            **row.values,
-            "strength_mean": strength.mean[i].item(),
-            "strength_std": strength.std[i].item(),
-            "strength_votes": int(strength.votes[i]),
-        }
-        for i, row in enumerate(audited.rows)
-        if i not in audited.suspicious
-    ]
-    write_jsonl(file, kept)

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.data.rows import Pair, Prompt, answer
+from rlhf.data.rows import Pair, Prompt, answer, asked
 from rlhf.errors import TrainingError, UserError
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import Check
@@ -248,7 +248,7 @@ def _texts(examination: Examination) -> list[tuple[Prompt, str]]:
     """Return a few prompts with answers: those of the pairs, or, where there are none, the policy's."""
     pairs: list[Pair] = examination.rows("pairs")[:FEW]
     if pairs:
-        return [(row["prompt"], answer(row, "chosen")) for row in pairs]
+        return [(asked(row, "chosen"), answer(row, "chosen")) for row in pairs]
     if examination.completions is None:
         raise UserError("there are neither pairs nor answers of the policy to score.")
     prompts = [row["prompt"] for row in examination.asked[:FEW]]

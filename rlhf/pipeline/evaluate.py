@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.rankings import Ranking
-from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import Pair, answer
-from rlhf.data.sources import read_pairs, read_rankings
+from rlhf.data.read import FILE_SUFFIXES, ReadReport
+from rlhf.data.rows import SIDES, TIE, Compare, Pair, answer, asked, parting_turn, told
+from rlhf.data.sources import Fit, Source, read_pairs, read_rankings
+from rlhf.data.tables import is_pattern, is_saved
 from rlhf.errors import UserError
-from rlhf.evaluation.benchmark_files import Benchmark, choose_split, read_benchmark
+from rlhf.evaluation.benchmark_files import Benchmark, named_split, read_benchmark
 from rlhf.evaluation.benchmarks import (
     OVERALL,
     Arithmetic,
@@ -37,6 +38,8 @@ from rlhf.evaluation.pairs import (
 )
 from rlhf.evaluation.probes import probe
 from rlhf.files import write_text
+from rlhf.models.load import find_source, load_tokenizer
+from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
 from rlhf.reward.load import open_reward_model
@@ -46,6 +49,7 @@ from rlhf.statistics import Array
 # What each model's entry has of its report on the pairs.
 MODEL_KEYS = ("accuracy", "accuracy_ci", "ties", "ece", "accuracy_length_controlled", "temperature")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+UNDECIDED = "a tie, which nothing can be right about"
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,14 @@ class _Scored:
 def models_and_data(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell the models from the data in what was named: the first name and every folder are models, all else is data.
 
+    A folder that `datasets` saved is data, and so is a mapping (`{source: …}`).
+
     Raises:
         UserError: no data were named.
     """
     models, data = [names[0]], list[str]()
     for name in names[1:]:
-        is_data = is_local(name) or (HUB_NAME.fullmatch(name) and not Path(name).is_dir())
-        (data if is_data else models).append(name)
+        (data if _is_data(name) else models).append(name)
     if not data:
         raise UserError(
             "evaluate: name a file of pairs or rankings, a benchmark's file, or a dataset on the hub behind the models; "
@@ -100,15 +105,31 @@ def models_and_data(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return models, data
 
 
+def _is_data(name: str) -> bool:
+    """Tell whether a name is one of data; a path that is not there is a model's, unless it ends as files do."""
+    is_file = name.lower().endswith(FILE_SUFFIXES) or Path(name).expanduser().is_file()
+    if name.lstrip().startswith("{") or is_file or is_pattern(name) or is_saved(name):
+        return True
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
+
+
 def evaluate_models(
-    models: Sequence[str], data: Sequence[str], out: Path, *, probes: bool = False, say: Callable[[str], None]
+    models: Sequence[str],
+    data: Sequence[str | Source],
+    out: Path,
+    *,
+    probes: bool = False,
+    say: Callable[[str], None],
+    compare_as: Compare = "answers",
 ) -> dict[str, Any]:
     """Evaluate reward models on every data set; write the result as JSON, and a page beside it.
 
     Args:
         models: the first is the one that the others are compared with, on the same pairs.
-        data: files or hub datasets of pairs, rankings, trees or published benchmarks.
+        data: files or hub datasets of pairs, rankings, trees or published benchmarks. Ties are left out, for nothing can be
+            right about them; tool calls are written by the first model's chat template.
         probes: whether minimal edits of the same answers are scored too.
+        compare_as: whether pairs that part before their last turn are left out, or compared as whole conversations.
 
     Raises:
         UserError: a model can't be opened, a data set has no usable pair or is no whole benchmark, two have the same name.
@@ -119,8 +140,12 @@ def evaluate_models(
     problems: list[str] = []
     if not out.resolve().parent.is_dir():
         problems.append(f"--out {out}: no such folder; make it first.")
-    names = data_names(data)
-    sets = [_attempt(problems, _read, name, source) for name, source in zip(names, data, strict=True)]
+    sources = [Source(source) if isinstance(source, str) else source for source in data]
+    names = data_names([source.source for source in sources])
+    fit = ToolTemplate(lambda: load_tokenizer(find_source(models[0]).base, conversational=True, pads=False), models[0])
+    sets = [
+        _attempt(problems, _read, name, source, fit, compare_as) for name, source in zip(names, sources, strict=True)
+    ]
     rewards = [_attempt(problems, open_reward_model, model) for model in models]
     if problems:
         raise UserError(problems)
@@ -155,7 +180,7 @@ def evaluate_models(
     }
     if probes:
         say("Probes: the answers are edited and scored again, seven times.")
-        items = [item for data_set in data_sets for item in data_set.items]
+        items = [item for data_set in data_sets for item in _edited_items(data_set)]
         result["probes"] = [
             {"model": model, **probe(reward, items, special=_end_token(reward), label=f"probes: {model}")}
             for model, reward in zip(models, opened, strict=True)
@@ -168,6 +193,13 @@ def evaluate_models(
     write_text(out, json.dumps(result, indent=1) + "\n")
     write_evaluation(out.with_suffix(".html"), result, shown)
     return result
+
+
+def _edited_items(data_set: _Data) -> list[Item]:
+    """Return the items whose answers can be edited: those with one prompt for all answers."""
+    if data_set.benchmark is not None:
+        return data_set.items
+    return [item for item, row in zip(data_set.items, data_set.rows, strict=True) if parting_turn(row) is None]
 
 
 def data_names(data: Sequence[str]) -> list[str]:
@@ -184,7 +216,7 @@ def data_names(data: Sequence[str]) -> list[str]:
     return names
 
 
-def _attempt(problems: list[str], function: Callable[..., Any], *arguments: str) -> Any:
+def _attempt(problems: list[str], function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function gives; enter what a person did wrong in `problems`, and return None."""
     try:
         return function(*arguments)
@@ -193,17 +225,40 @@ def _attempt(problems: list[str], function: Callable[..., Any], *arguments: str)
         return None
 
 
-def _read(name: str, source: str) -> _Data:
-    """Read one data set as the benchmark that it is, or as ordinary pairs with their rankings."""
-    benchmark = read_benchmark(source)
+def _read(name: str, source: Source, fit: Fit, compare_as: Compare) -> _Data:
+    """Read one data set as the benchmark that it is, or as ordinary pairs with their rankings.
+
+    Raises:
+        UserError: there is no usable pair, or no benchmark that is whole.
+    """
+    source = named_split(source)
+    # Rows that were chosen, or columns that were named, make ordinary pairs also of a benchmark.
+    is_whole = source == Source(source.source, config=source.config, split=source.split)
+    benchmark = read_benchmark(source) if is_whole else None
     if benchmark is not None:
         return _Data(name, benchmark.items, benchmark.arithmetic, [], [], benchmark, benchmark.report)
-    hub_name, split = choose_split(source)
-    rows, report = read_pairs(hub_name, split=split)
+    rows, report = _decided(source.source, *read_pairs(source, fit=fit, compare=compare_as))
     items = [Item(row["prompt"], [answer(row, "chosen"), answer(row, "rejected")], [1, 0], [(0, 1)]) for row in rows]
     pairs = by_pairs(items)
     arithmetic = Arithmetic(pairs.outcomes, pairs.clusters, {"accuracy": pairs.figures[OVERALL]})
-    return _Data(name, items, arithmetic, rows, read_rankings(hub_name, split=split), None, report)
+    return _Data(name, items, arithmetic, rows, read_rankings(source), None, report)
+
+
+def _decided(name: str, rows: list[Pair], report: ReadReport) -> tuple[list[Pair], ReadReport]:
+    """Return the pairs whose label calls one answer better, and the report, which counts the others.
+
+    Raises:
+        UserError: all are ties.
+    """
+    decided = [row for row in rows if row.get("confidence") != TIE]
+    if not decided:
+        raise UserError(f"{name}: all of its pairs are ties, which nothing can be right about.")
+    ties = len(rows) - len(decided)
+    if ties:
+        report.dropped[UNDECIDED] = ties
+        report.examples[UNDECIDED] = []
+        report.kept -= ties
+    return decided, report
 
 
 def _score(reward: RewardModel, data_set: _Data, model: str) -> _Scored:
@@ -298,10 +353,9 @@ def _alike_after_cut(reward: RewardModel, rows: Sequence[Pair]) -> int:
     cut = (reward.cut, reward.cut_answers)
     if not reward.cut_answers:
         return 0
-    prompts = [row["prompt"] for row in rows]
-    sides = [reward.encode(prompts, [answer(row, side) for row in rows], None) for side in ("chosen", "rejected")]
+    sides = [reward.encode([asked(r, side) for r in rows], [answer(r, side) for r in rows], None) for side in SIDES]
     reward.cut, reward.cut_answers = cut
     return sum(
-        chosen == rejected and answer(row, "chosen") != answer(row, "rejected")
+        chosen == rejected and told(row, "chosen") != told(row, "rejected")
         for row, chosen, rejected in zip(rows, *sides, strict=True)
     )

@@ -19,8 +19,8 @@ from rlhf.reward.load import CARD, load_reward_model, open_reward_model, reward_
 from rlhf.reward.score_jsonl import score_lines
 
 
-def score_stream(model: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Score JSON lines with a reward model."""
+def score_stream(model: str, lines: Iterable[str | None]) -> Iterator[dict[str, Any]]:
+    """Score JSON lines with a reward model; None is a line that was too long to be read."""
     quiet_libraries()
     yield from score_lines(open_reward_model(model), lines)
 

@@ -12,7 +12,7 @@ from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
 from rlhf.data.read import ReadReport, read_rows
-from rlhf.data.rows import Pair, Prompt, answer
+from rlhf.data.rows import SIDES, Pair, Prompt, answer, asked
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
@@ -160,7 +160,7 @@ def _fit(
     args = training_arguments(RewardConfig, settings, folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
-    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in rows], source="reward: pairs")
+    refuse_unreadable_turns(tokenizer, [asked(row, side) for row in rows for side in SIDES], source="reward: pairs")
     loss = OBJECTIVES[section.objective].loss
     model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id)
     check_nothing_lost(context, sft, model, book)
@@ -297,10 +297,12 @@ def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: 
     gate = None
     if section.experts == "gate":
         rows = [row for domain in domains.values() for row in domain]
-        asked: list[Prompt] = [row["prompt"] for row in rows]
-        chosen = experts.score_each(asked, [answer(row, "chosen") for row in rows])
-        rejected = experts.score_each(asked, [answer(row, "rejected") for row in rows])
-        gate = fit_gate(experts.prompt_features(asked), (chosen - rejected) / scales[:, 1])
+        chosen, rejected = (
+            experts.score_each([asked(row, side) for row in rows], [answer(row, side) for row in rows])
+            for side in SIDES
+        )
+        features = experts.prompt_features([row["prompt"] for row in rows])
+        gate = fit_gate(features, (chosen - rejected) / scales[:, 1])
     save_experts(out, list(domains), scales, weights=None if gate else weights, gate=gate)
 
 
@@ -315,7 +317,5 @@ def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Sa
         texts, ended = sample_texts(policy, tokenizer, prompts, **sampling_settings(context.recipe))
         return Samples(list(zip(prompts, texts, strict=True)), ended)
     pairs: list[Pair] = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
-    answers: list[tuple[Prompt, str]] = [
-        (row["prompt"], text) for row in pairs for text in (answer(row, "chosen"), answer(row, "rejected"))
-    ]
+    answers: list[tuple[Prompt, str]] = [(asked(row, side), answer(row, side)) for row in pairs for side in SIDES]
     return Samples(answers, [True] * len(answers))

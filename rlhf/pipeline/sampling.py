@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from rlhf.data.labels import Question, question_id
-from rlhf.data.rows import Messages, Pair, answer, prompt_key
+from rlhf.data.rows import SIDES, Messages, Pair, answer, asked, prompt_key
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.lab.world import parse_request
@@ -191,11 +191,11 @@ def most_worth(
         count: how many are wanted; `diversity` ranks no more.
     """
     # 1. What the labels so far say about the head.
-    prompts = [row["prompt"] for row in labelled]
-    chosen, rejected = [answer(row, "chosen") for row in labelled], [answer(row, "rejected") for row in labelled]
+    chosen, rejected = (
+        ([asked(row, side) for row in labelled], [answer(row, side) for row in labelled]) for side in SIDES
+    )
     covariance = head_covariance(
-        reward.features(prompts, chosen) - reward.features(prompts, rejected),
-        reward.score(prompts, chosen) - reward.score(prompts, rejected),
+        reward.features(*chosen) - reward.features(*rejected), reward.score(*chosen) - reward.score(*rejected)
     )
 
     # 2. What each candidate would add.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rlhf.data.rows import Pair, answer
+from rlhf.data.rows import SIDES, Pair, answer, asked
 from rlhf.evaluation.gold import GoldFunction, load_gold
 from rlhf.lab.world import gold as lab_gold
 from rlhf.models.text import plain
@@ -20,7 +20,7 @@ def gold_differences(rows: Sequence[Pair], gold: GoldFunction | None) -> list[fl
     """Return the true reward of each pair's chosen answer minus that of the rejected one, or None where none is known."""
     if gold is None:
         return None
-    prompts = [plain(row["prompt"]) for row in rows]
-    chosen = gold(prompts, [answer(row, "chosen") for row in rows])
-    rejected = gold(prompts, [answer(row, "rejected") for row in rows])
+    chosen, rejected = (
+        gold([plain(asked(row, side)) for row in rows], [answer(row, side) for row in rows]) for side in SIDES
+    )
     return [a - b for a, b in zip(chosen, rejected, strict=True)]

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
-from rlhf.data.rows import Pair, answer
-from rlhf.data.sources import pair_digest
+from rlhf.data.rows import SIDES, Pair, answer, asked, pair_digest
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.templates import end_at_end_token
@@ -185,16 +184,22 @@ def _shared_trunk(setup: VoteSetup, folder: Path, top_layers: int) -> SharedTrun
     set_seed(0)
     revision = setup.settings.get("model_revision")
     tokenizer = load_tokenizer(setup.base, conversational=True, revision=revision)
-    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in setup.rows], source="vote: pairs")
+    refuse_unreadable_turns(tokenizer, [asked(row, side) for row in setup.rows for side in SIDES], source="vote: pairs")
     end_at_end_token(tokenizer)
     assert isinstance(tokenizer.pad_token_id, int)
     model_config, _ = split_settings({"model_revision": revision or "main"})
     model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)
     trunk = Trunk(model.to(args.device), top_layers=top_layers)
     longest = min(args.max_length or position_limit(model, tokenizer), position_limit(model, tokenizer))
-    prompts = [row["prompt"] for row in setup.rows]
-    chosen, _ = encode_answers(tokenizer, prompts, [answer(r, "chosen") for r in setup.rows], max_length=longest)
-    rejected, _ = encode_answers(tokenizer, prompts, [answer(r, "rejected") for r in setup.rows], max_length=longest)
+    chosen, rejected = (
+        encode_answers(
+            tokenizer,
+            [asked(row, side) for row in setup.rows],
+            [answer(row, side) for row in setup.rows],
+            max_length=longest,
+        )[0]
+        for side in SIDES
+    )
     features = trunk.features(list(zip(chosen, rejected, strict=True)), folder, pad_token_id=tokenizer.pad_token_id)
     trunk.check(features)
     rows = training_columns(setup.rows)
@@ -232,7 +237,7 @@ def _independent(
     model_config, args = setup.arguments(folder, seed)
     set_seed(seed)
     tokenizer = load_tokenizer(setup.base, conversational=True, revision=setup.settings.get("model_revision"))
-    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in setup.rows], source="vote: pairs")
+    refuse_unreadable_turns(tokenizer, [asked(row, side) for row in setup.rows for side in SIDES], source="vote: pairs")
     model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
@@ -246,7 +251,7 @@ def _independent(
     train(trainer, folder, label=label, say=setup.say)
     reward = RewardModel(trainer.model.eval(), tokenizer, conversational=True)
     rows = [setup.rows[i] for i in judged]
-    prompts = [row["prompt"] for row in rows]
-    chosen = reward.score(prompts, [answer(row, "chosen") for row in rows])
-    rejected = reward.score(prompts, [answer(row, "rejected") for row in rows])
+    chosen, rejected = (
+        reward.score([asked(row, side) for row in rows], [answer(row, side) for row in rows]) for side in SIDES
+    )
     return chosen - rejected

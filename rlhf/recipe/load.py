@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -17,6 +18,7 @@ from rlhf.recipe.schema import (
     STAGE_SECTIONS,
     Recipe,
     Section,
+    SourceEntry,
     StageSection,
     stage_keys,
     trl_keys,
@@ -70,6 +72,38 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     changes = differences(start, document.values)
     recipe._origin.update(file=str(path), base=base, overrides=list(overrides), differences=changes)
     return recipe
+
+
+def load_source(text: str, *, columns: str | None = None, key: str = "DATA") -> SourceEntry:
+    """Read a source of data as the command line has it: a name, or a mapping as in a recipe (`{source: …, split: …}`).
+
+    Args:
+        columns: `ours=theirs`, separated by commas, as `columns:` of a recipe has it.
+        key: what the text is, for messages.
+
+    Raises:
+        UserError: it is no source.
+    """
+    try:
+        values = yaml.safe_load(text) if text.lstrip().startswith("{") else {"source": text}
+    except yaml.YAMLError:
+        raise UserError(
+            f"{key} {text!r} is no mapping in YAML; write {{source: FILE, columns: {{prompt: …}}}}."
+        ) from None
+    if columns is not None:
+        parts = [part.partition("=") for part in columns.split(",")]
+        if not all(name.strip() and path.strip() for name, _, path in parts):
+            raise UserError(
+                f"--columns {columns!r}: write ours=theirs, separated by commas: prompt=question,chosen=good."
+            )
+        values["columns"] = {name.strip(): path.strip() for name, _, path in parts}
+    try:
+        return SourceEntry.model_validate(values)
+    except ValidationError as error:
+        issues = [(".".join(map(str, issue["loc"])), issue["msg"]) for issue in error.errors()]
+        raise UserError(
+            [f"{key} {text!r}: {name}: {message[0].lower()}{message[1:]}." for name, message in issues]
+        ) from None
 
 
 def _read(path: Path) -> Document:

@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from rlhf.data.rows import TIE, Pair
-from rlhf.data.sources import pair_digest
+from rlhf.data.rows import TIE, Pair, pair_digest
 from rlhf.errors import UserError
 from rlhf.objectives.strength import (
     STRENGTH_COLUMNS,

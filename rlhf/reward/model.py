@@ -15,6 +15,7 @@ from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.score import score_rows
 from rlhf.models.text import closed_text, encode_answers, encode_texts, is_rendered
+from rlhf.models.typed import is_typed
 
 # A one-label classifier of transformers, with or without an adapter, or a module that is called like one.
 Network: TypeAlias = PreTrainedModel | PeftModel
@@ -136,9 +137,12 @@ class RewardModel:
     def score_of_rendering(self, prompt: Messages, response: str) -> float | None:
         """Return the score at the last token of what transformers renders and tokenises; None if that is too long.
 
-        Nothing is padded, and no padding id is looked at: it is read as model cards read it.
+        Nothing is padded, and no padding id is looked at: it is read as model cards read it. Cards read special tokens that
+        somebody typed as tokens, so there is no such score for a text that holds some: None.
         """
         messages = [*prompt, Message(role="assistant", content=response)]
+        if is_typed(self.tokenizer, messages):
+            return None
         ids = self.tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
         if ids.shape[1] > self.max_length:
             return None

@@ -3,11 +3,11 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from rlhf.data.limits import MOST_LINE, TOO_DEEP, TOO_LONG, is_too_deep
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Prompt, completion, user_turn
@@ -26,15 +26,15 @@ class _Line(NamedTuple):
     response: str
 
 
-def score_lines(reward: Scorer, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def score_lines(reward: Scorer, lines: Iterable[str | None]) -> Iterator[dict[str, Any]]:
     """Yield the object of each line plus `score`, its raw scalar; `{"error": …}` in place of a line that can't be scored.
 
     Args:
         lines: each `{"prompt": …, "response": …}` (the prompt text or messages) or `{"messages": […]}`, whose last turn is
-            scored. Blank lines are errors too, so that line n of the output is line n of the input.
+            scored. Blank lines are errors too, so that line n of the output is line n of the input; so is None, a line that
+            was too long to be read (`bounded_lines`).
     """
-    remaining = iter(lines)
-    while batch := list(islice(remaining, BATCH)):  # itertools.batched came with Python 3.12
+    for batch in _batches(lines):
         parsed = [_parse(line, reward) for line in batch]
         good = [line for line in parsed if isinstance(line, _Line)]
         scores = iter(_scores(reward, good))
@@ -44,6 +44,20 @@ def score_lines(reward: Scorer, lines: Iterable[str]) -> Iterator[dict[str, Any]
                 yield {**line.row, "score": score}
             else:
                 yield {"error": score}
+
+
+def _batches(lines: Iterable[str | None]) -> Iterator[list[str | None]]:
+    """Cut lines into batches of at most `BATCH`, and of no more letters than one line may have, or one line more."""
+    batch: list[str | None] = []
+    letters = 0
+    for line in lines:
+        batch.append(line)
+        letters += len(line or "")
+        if len(batch) == BATCH or letters > MOST_LINE:
+            yield batch
+            batch, letters = [], 0
+    if batch:
+        yield batch
 
 
 def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
@@ -61,12 +75,16 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
     return [reason] if len(lines) == 1 else [_scores(reward, [line])[0] for line in lines]
 
 
-def _parse(line: str, reward: Scorer) -> _Line | str:
+def _parse(line: str | None, reward: Scorer) -> _Line | str:
     """Parse a line; one that can't be scored gives the reason instead."""
+    if line is None:
+        return TOO_LONG
     try:
         row = json.loads(line.removeprefix("\ufeff"), parse_constant=_refuse_constant)
         if not isinstance(row, dict):
             raise BadRow("not a JSON object")
+        if is_too_deep(row):
+            raise BadRow(TOO_DEEP)
         json.dumps(row, ensure_ascii=False).encode()
         if row.get("messages") is not None:
             turns = messages(row["messages"], "messages")
@@ -78,14 +96,14 @@ def _parse(line: str, reward: Scorer) -> _Line | str:
             prompt, response = _prompt(row["prompt"], reward), row["response"]
         else:
             raise BadRow("neither 'prompt' and 'response' nor 'messages'")
-    except json.JSONDecodeError as error:
-        return f"not valid JSON: {error}"
     except UnicodeEncodeError:
         return "a lone surrogate, which is no text"
     except RecursionError:
-        return "not valid JSON: nested too deeply"
+        return TOO_DEEP
     except BadRow as reason:
         return str(reason)
+    except ValueError as error:  # a number of more digits than Python reads
+        return f"not valid JSON: {error}"
     return _Line(row, prompt, response)
 
 

@@ -33,7 +33,7 @@ from rlhf.models.packing import (
     unpack,
 )
 from rlhf.models.templates import end_at_end_token
-from rlhf.models.text import encode_answers, plain
+from rlhf.models.text import encode_answers, last_turn
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
 from rlhf.reward.collator import PairCollator
 
@@ -320,8 +320,13 @@ def _tokenize_pairs(
 ) -> dict[str, list[list[int]]]:
     rows = {}
     for side in ("chosen", "rejected"):
-        answers = [plain(text if isinstance(text, str) else text[-1:]) for text in batch[side]]
-        rows[f"{side}_ids"], _ = encode_answers(tokenizer, batch["prompt"], answers)
+        answers = [last_turn(text) for text in batch[side]]
+        # Where whole conversations are compared, a side has turns of its own before its last.
+        prompts = [
+            [*prompt, *turns[:-1]] if isinstance(prompt, list) and isinstance(turns, list) else prompt
+            for prompt, turns in zip(batch["prompt"], batch[side], strict=True)
+        ]
+        rows[f"{side}_ids"], _ = encode_answers(tokenizer, prompts, answers)
     return rows
 
 

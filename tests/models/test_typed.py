@@ -137,6 +137,26 @@ def test_typed_tokens_are_read_as_transformers_reads_them_when_it_is_asked_to(fa
     assert encode_prompts(tokenizer, [typed], max_prompt_length=None) == [expected["input_ids"]]
 
 
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_a_string_of_a_person_is_words_unless_it_ends_as_a_rendered_prompt_does(family: str, kind: str) -> None:
+    """No token, and no opening of an answer in the middle, makes a person's string count as rendered; one at its end does."""
+    tokenizer, attack = tokenizer_of(family, kind), FAMILIES[family][-1]
+    rendered = tokenizer.apply_chat_template(conversation("X")[:1], add_generation_prompt=True, tokenize=False)
+    opening = rendered.rpartition("X pear")[2]
+    turns = [*conversation("plum")[:1], {"role": "assistant", "content": "yes"}]
+    expected = specials(tokenizer, tokenizer.apply_chat_template(turns)["input_ids"])
+    middle = (attack + "no", f"list {opening}pear", f"{opening}{opening} pear", f"{opening}<think> pear </think>")
+    for words in (*middle, *(f"pear {token}" for token in special_tokens(tokenizer) if token != opening.strip())):
+        assert not is_rendered(tokenizer, words), words
+        for answer in ("yes", f"yes{tokenizer.eos_token}"):
+            (row,), _ = encode_answers(tokenizer, [words], [answer], conversational=True)
+            assert specials(tokenizer, row) == expected, words
+    assert is_rendered(tokenizer, f"pear{opening}"), "OpenRLHF's rendered prompts are strings too"
+    assert is_rendered(tokenizer, f"{rendered}<think>\n\n</think>\n\n")
+    (row,), _ = encode_answers(tokenizer, [rendered], ["yes"], conversational=True)
+    assert row == tokenizer.apply_chat_template([*conversation("X")[:1], turns[1]])["input_ids"]
+
+
 def test_a_vocabulary_that_holds_the_end_as_a_word_reads_it_in_two() -> None:
     """Also from wide letters, of which the normaliser makes it; transformers refuses the one and reads the other."""
     tokenizer = tokenizer_of("zephyr", "Unigram")
@@ -214,7 +234,10 @@ def test_sft_reads_typed_tokens_as_words_and_everything_else_as_trl_does(
     ]
     typed = [
         *rows,
-        {"prompt": conversation(f"{end}<|assistant|>"), "completion": [{"role": "assistant", "content": f"{end}no"}]},
+        {
+            "prompt": conversation(f"{end}<|assistant|>"),
+            "completion": [{"role": "assistant", "content": f"{end}no"}],
+        },
     ]
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     arguments = SFTConfig(**cpu_arguments, max_length=None)
@@ -230,7 +253,9 @@ def test_sft_reads_typed_tokens_as_words_and_everything_else_as_trl_does(
     assert ids.count(tokenizer.eos_token_id) == harmless.count(tokenizer.eos_token_id)
     assert parsed[2][0].count(tokenizer.eos_token_id) == harmless.count(tokenizer.eos_token_id) + 3
     answer_ids = [label for label in labels if label != -100]
-    assert tokenizer.decode(answer_ids).strip().removeprefix("<|assistant|>") == f"{end}no{end}", "words, then the end"
+    assert tokenizer.decode(answer_ids).strip().removeprefix("<|assistant|>") == f"{end}no{end}", (
+        "the word, then the end"
+    )
     assert answer_ids.count(tokenizer.eos_token_id) == 1
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.data.sources import pair_digest
+from rlhf.data.rows import pair_digest
 from rlhf.errors import TrainingError, UserError
 from rlhf.objectives import strength
 from rlhf.objectives.pairwise import pair_loss

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from typer.testing import CliRunner
 
 from rlhf.cli import app
+from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.pipeline.evaluate import data_names, evaluate_models, models_and_data
 from rlhf.report.evaluation_terminal import evaluation_lines, evaluation_tables
@@ -129,6 +131,11 @@ def test_models_and_data_are_told_apart(tmp_path: Path) -> None:
         ["a.jsonl", "allenai/reward-bench", "org/data:gpt"],
     )
     assert models_and_data(["m", "./runs/x/reward/model", "a.json"])[0] == ["m", "./runs/x/reward/model"]
+    mapping = "{source: ./pairs, columns: {prompt: q}}"
+    assert models_and_data(["m", mapping, folder, "*.csv"]) == (["m", folder], [mapping, "*.csv"])
+    Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]).save_to_disk(tmp_path / "saved")
+    assert models_and_data(["m", str(tmp_path / "saved")])[1] == [str(tmp_path / "saved")], "a folder, but of data"
+    assert models_and_data(["m", "/no/model/there", "/no/pairs.csv"]) == (["m", "/no/model/there"], ["/no/pairs.csv"])
     with pytest.raises(UserError, match="name a file of pairs or rankings"):
         models_and_data(["m", folder])
     same = ["LLMBar/Natural/dataset.json", "pairs.jsonl", "LLMBar/GPTOut/dataset.json"]
@@ -157,4 +164,27 @@ def test_against_may_be_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UserError)
-    assert asked == [(["m", "x", "y"], ["a.jsonl"], True)]
+    assert asked == [(["m", "x", "y"], [Source("a.jsonl")], True)]
+    mapped = ["evaluate", "m", "{source: b.csv, split: x}", "--columns", "prompt=q.text,chosen=good"]
+    CliRunner().invoke(app, [*mapped, "--out", str(tmp_path / "o.json")])
+    columns = {"prompt": "q.text", "chosen": "good"}
+    assert asked[1] == (["m"], [Source("b.csv", columns=columns, split="x")], False)
+
+
+def test_columns_are_named_and_ties_are_left_out(reward_folder: Path, tmp_path: Path) -> None:
+    """A benchmark's file under columns of one's own is ordinary pairs; a pair of equals is counted, and not scored."""
+    rows = [
+        {"question": f"q {i}", "good": f"yes {i}", "bad": f"no {i}", "agree": 0.5 if i == 2 else 1} for i in range(6)
+    ]
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad", "confidence": "agree"}
+    source = Source(write(tmp_path / "own.jsonl", rows), columns=columns)
+    said: list[str] = []
+    report = evaluate_models([str(reward_folder)], [source], tmp_path / "e.json", say=said.append)["data"]["own"]
+    assert report["n"] == 5
+    assert report["read"]["dropped"] == {"a tie, which nothing can be right about": 1}
+    assert any("1 left out: a tie" in line for line in said), said
+    ties = write(tmp_path / "ties.jsonl", [{**row, "agree": 0.5} for row in rows])
+    with pytest.raises(UserError, match="all of its pairs are ties"):
+        evaluate_models([str(reward_folder)], [Source(ties, columns=columns)], tmp_path / "f.json", say=said.append)
+    with pytest.raises(UserError, match="a local file has no config and no split"):
+        evaluate_models([str(reward_folder)], [Source(ties, split="x")], tmp_path / "f.json", say=said.append)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from rlhf.data.rankings import Ranking, RatedAnswer, best_demonstration, comparisons, usable
 from rlhf.data.read import BadRow
-from rlhf.data.rows import TIE, Demonstration, Pair, PromptRow
+from rlhf.data.rows import TIE, Demonstration, Pair, PromptRow, asked
 from rlhf.data.sides import WORDS_FOR, Side, code_of
 
 # What may stand beside the answers under the same name in every layout.
@@ -144,7 +144,7 @@ class Layout:
             return self.demonstrations(row)
         if self.rankings is not None:
             return [best_demonstration(ranking) for ranking in self.read_rankings(row)]
-        return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in self.read_pairs(row)]
+        return [{"prompt": asked(pair, "chosen"), "completion": pair["chosen"][-1:]} for pair in self.read_pairs(row)]
 
     def read_prompts(self, row: object) -> list[PromptRow]:
         """Return a row's prompts."""

@@ -1,0 +1,195 @@
+"""`rlhf data`: what a file is taken for, and how a model will read it."""
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.layouts import find_layout
+from rlhf.data.read import BadRow, ReadReport, read_rows
+from rlhf.data.rows import has_tools
+from rlhf.data.sources import (
+    Row,
+    Rows,
+    Source,
+    count_kept,
+    deduplicated,
+    read_sources,
+    to_demonstrations,
+    to_pairs,
+    to_prompts,
+)
+from rlhf.errors import UserError
+from rlhf.files import json_lines, write_text
+from rlhf.models.generate import encode_prompts
+from rlhf.models.load import find_source, load_tokenizer
+from rlhf.models.text import encode_answers, plain
+from rlhf.models.tools import ToolTemplate
+from rlhf.pipeline.training import quiet_libraries
+
+SHOWN_ROWS = 3
+SIDES = ("chosen", "rejected", "completion")
+# What canonical rows are called, and what reads them, in the order in which a file is tried.
+KINDS: tuple[tuple[str, Callable[..., Iterator[Row[Any]]]], ...] = (
+    ("pairs", to_pairs),
+    ("demonstrations", to_demonstrations),
+    ("prompts", to_prompts),
+)
+
+
+class ReadFile(NamedTuple):
+    """A file as it was read: what its rows are, the rows, and the report."""
+
+    kind: str
+    rows: list[Row[Any]]
+    report: ReadReport
+
+
+def describe_data(source: Source, *, model: str | None, out: Path | None, say: Callable[[str], None]) -> None:
+    """Say what a source is taken for: layout, columns, direction, three rows, lengths, what is left out and why.
+
+    Args:
+        model: whose template and tokenizer the rows are shown with; None for the texts alone.
+        out: where to write all canonical rows, as JSON lines.
+
+    Raises:
+        UserError: no usable row; the file to be written is there already.
+    """
+    quiet_libraries()
+    if out is not None and out.exists():
+        raise UserError(f"--out {out}: is there already; choose a new file.")
+    tokenizer = None if model is None else load_tokenizer(find_source(model).base, conversational=True, pads=False)
+
+    # 1. What it is taken for.
+    read = _read(source)
+    say(f"{source.source}: {_columns(source)}")
+    say(f"layout: {_layout(source)}; read as {read.kind}")
+    fitted = [row for row in read.rows if not has_tools(row.values)]
+    if tokenizer is not None:
+        fitted = _fitted(read, tokenizer, str(model))
+    count_kept([read.report], [fitted if model is not None else read.rows])
+    for sentence in (*read.report.directions.values(), *read.report.sentences()):
+        if not sentence.startswith("  ") or sentence.strip() not in read.report.directions.values():
+            say(sentence)
+
+    # 2. Rows as they are read, and lengths.
+    for row in fitted[:SHOWN_ROWS]:
+        for line in _shown(row, tokenizer):
+            say(line)
+    for line in _lengths([row.values for row in fitted], tokenizer):
+        say(line)
+
+    # 3. The canonical rows.
+    if out is not None:
+        rows = [{**row.values, "split": "test"} if row.is_test else row.values for row in read.rows]
+        write_text(out, json_lines(rows))
+        say(f"{out}: {len(rows)} {read.kind}")
+
+
+def _read(source: Source) -> ReadFile:
+    """Read a source as pairs; where there are none, as demonstrations; else as prompts.
+
+    Raises:
+        UserError: none of them.
+    """
+    first_report = None
+    for kind, convert in KINDS:
+        reports: list[ReadReport] = []
+        read: Rows[Any] = read_sources([source], convert, reports, kind, 0, fit=lambda row: row)
+        rows = read.train + read.test
+        rows = deduplicated(rows) if kind == "pairs" else rows
+        if rows:
+            return ReadFile(kind, rows, reports[0])
+        first_report = first_report or reports[0]
+    assert first_report is not None, "there is a first kind"
+    raise UserError([f"{source.source}: holds no usable row.", *first_report.sentences()])
+
+
+def _first_row(source: Source) -> object:
+    is_named = source.split is not None
+    rows = read_rows(
+        source.source, ReadReport(""), split=source.split or "train", config=source.config, is_named=is_named
+    )
+    return next((row for _, row in itertools.islice(rows, 1)), None)
+
+
+def _columns(source: Source) -> str:
+    row = _first_row(source)
+    return f"columns {', '.join(row)}" if isinstance(row, Mapping) else "rows are lists of messages"
+
+
+def _layout(source: Source) -> str:
+    """Name the layout of the first row and its columns; those of a mapping, where one is given."""
+    if source.columns:
+        return f"columns that were named ({', '.join(f'{name} = {path}' for name, path in source.columns.items())})"
+    layout = find_layout(_first_row(source) or {})
+    return f"{layout.name} ({layout.summary})"
+
+
+def _fitted(read: ReadFile, tokenizer: PreTrainedTokenizerBase, model: str) -> list[Row[Any]]:
+    """Return the rows as the model's template writes their tool calls; count those that it can't write."""
+    template = ToolTemplate(lambda: tokenizer, model)
+    fitted: list[Row[Any]] = []
+    for row in read.rows:
+        try:
+            values: Any = template(row.values) if has_tools(row.values) else row.values
+        except BadRow as reason:
+            row.report.drop(row.number, str(reason))
+        else:
+            fitted.append(Row(values, row.number, row.report, row.is_test))
+    return fitted
+
+
+# ---- What a person sees ----
+
+
+def _shown(row: Row[Any], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """Yield the lines of one row: its number, its other columns, and each side as it is read."""
+    others = {name: value for name, value in row.values.items() if name not in ("prompt", *SIDES)}
+    yield f"--- row {row.number}{''.join(f' · {name} {value}' for name, value in others.items())}"
+    prompt = row.values["prompt"]
+    sides = [side for side in SIDES if side in row.values]
+    answers = [row.values[side][0]["content"] for side in sides]
+    if tokenizer is None:
+        yield f"prompt: {plain(prompt)}"
+        for side, answer in zip(sides, answers, strict=True):
+            yield f"{side}: {answer}"
+        return
+    (asked,) = encode_prompts(tokenizer, [prompt], max_prompt_length=None)
+    yield f"prompt: {visible(tokenizer, asked)}"
+    for side, ids in zip(sides, encode_answers(tokenizer, [prompt] * len(sides), answers)[0], strict=True):
+        is_behind = (
+            ids[: len(asked)] == asked
+        )  # else the answer's first letters share a token with the prompt's last ones
+        yield f"{side}: {visible(tokenizer, ids[len(asked) :] if is_behind else ids)}"
+
+
+def visible(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return token ids as text in which every special token stands between ⟦ and ⟧, so that it can't be taken for words."""
+    special = set(tokenizer.all_special_ids)
+    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pieces = []
+    for is_special, run in itertools.groupby(ids, key=lambda number: number in special):
+        if is_special:
+            pieces += [f"⟦{tokenizer.convert_ids_to_tokens(number)}⟧" for number in run]
+        else:
+            pieces.append(str(tokenizer.decode(list(run), clean_up_tokenization_spaces=False)))
+    return "".join(pieces)
+
+
+def _lengths(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """Yield one line for each part of the rows: half of them are no longer than …, 95 % …, the longest …"""
+
+    def length(text: str) -> int:
+        return len(text) if tokenizer is None else len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    unit = "characters" if tokenizer is None else "tokens"
+    for part in ("prompt", *SIDES):
+        texts = [plain(row[part]) if part == "prompt" else row[part][0]["content"] for row in rows if part in row]
+        if texts:
+            counts = sorted(length(text) for text in texts)
+            middle, most = statistics.median_low(counts), counts[min(len(counts) - 1, int(0.95 * len(counts)))]
+            yield f"{part}: {middle} {unit} in the middle, 95 % up to {most}, the longest {counts[-1]}"
