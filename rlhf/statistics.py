@@ -224,6 +224,38 @@ def auroc(values: Sequence[float], positives: Sequence[bool]) -> float:
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
 
 
+def gap_closed(
+    values: Sequence[float], start: Sequence[float], best: Sequence[float]
+) -> tuple[float | None, list[float] | None]:
+    """Return which part of the way from `start` to `best` the values go, and its 95 % percentile interval.
+
+        (mean values - mean start) / (mean best - mean start)
+
+    Prompts are drawn with replacement, the three values of one together (a paired bootstrap): a hard prompt is hard for all
+    three, and the same draw stands above and below the line. The delta method would need the same covariances and takes a
+    ratio for normal, which it is not where the gap below the line is narrow.
+
+    Args:
+        values, start, best: [prompts] each; the best of several answers of which `start` is one, so that best ≥ start.
+
+    Returns:
+        the ratio and its interval; None where there is no way to go.
+
+    >>> gap_closed([1.0, 1.0], [0.0, 0.0], [2.0, 2.0])
+    (0.5, [0.5, 0.5])
+    """
+
+    def ratio(sums: Array) -> Array:
+        gap = sums[..., 2] - sums[..., 1]
+        return np.where(gap > 0, (sums[..., 0] - sums[..., 1]) / gap, np.nan)
+
+    columns = np.stack([np.asarray(column, dtype=float) for column in (values, start, best)], axis=1)
+    value, low, high = (columns.sum(axis=0) / len(columns)).tolist()
+    if not high > low:
+        return None, None
+    return (value - low) / (high - low), clustered_statistic(columns, None, ratio)[1]
+
+
 def win_rate(first: Sequence[float], second: Sequence[float]) -> tuple[float, list[float]]:
     """Return how often `first` is better than `second` on the same prompts, ties half, with its interval.
 

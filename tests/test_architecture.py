@@ -133,7 +133,15 @@ def test_light_modules_do_not_load_torch() -> None:
 def test_importing_does_no_work() -> None:
     """A module holds definitions; what else stands at its top level completes one of them, or starts the command."""
     completes = ("for _stage in ", "_Loader.add_implicit_resolver(", "if TYPE_CHECKING:", "if __name__ == ")
-    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    definitions = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+    )
     work = [
         f"{name}:{statement.lineno} {ast.unparse(statement).splitlines()[0]}"
         for name, file in MODULES.items()

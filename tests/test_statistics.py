@@ -13,6 +13,7 @@ from rlhf.statistics import (
     calibration_table,
     clustered_mean,
     expected_calibration_error,
+    gap_closed,
     length_controlled_accuracy,
     pair_nll,
     paired_difference,
@@ -89,6 +90,38 @@ def test_win_rate_counts_ties_half() -> None:
     rate, (low, high) = win_rate([1, 0, 1, 1], [0, 1, 1, 0])
     assert rate == 0.625
     assert 0 <= low <= rate <= high <= 1
+
+
+def test_the_interval_of_the_gap_closed_covers_the_truth_in_95_of_100_sets() -> None:
+    """Prompts differ in difficulty by more than answers do. The mean of the largest of 16 normal answers is 1.76599.
+
+    Measured over more sets: 94.1 % with 64 prompts (1,500 sets), 94.8 % with 256 (600 sets).
+    """
+    rng, prompts, shift, sets = np.random.default_rng(0), 128, 0.6, 250
+    truth, covered, widths, apart = shift / 1.76599, 0, [], []
+    for _ in range(sets):
+        difficulty = rng.normal(0, 3, prompts)
+        answers = difficulty[:, None] + rng.normal(size=(prompts, 16))
+        policy = difficulty + shift + rng.normal(size=prompts)
+        value, interval = gap_closed(policy.tolist(), answers[:, 0].tolist(), answers.max(axis=1).tolist())
+        assert value is not None
+        assert interval is not None
+        assert interval[0] <= value <= interval[1]
+        covered += interval[0] <= truth <= interval[1]
+        widths.append(interval[1] - interval[0])
+        shuffled = rng.permutation(policy).tolist()
+        other = (
+            gap_closed(shuffled, answers[:, 0].tolist(), answers.max(axis=1).tolist())[1] if len(apart) < 20 else None
+        )
+        apart += [other[1] - other[0]] if other else []
+    assert covered / sets == pytest.approx(0.95, abs=0.041)  # three standard errors of 250 sets
+    assert np.mean(apart) > 2 * np.mean(widths), "unpaired, the prompts' difficulty would be in it"
+
+
+def test_no_gap_no_share_of_it() -> None:
+    assert gap_closed([1.0, 2.0], [1.0, 1.0], [1.0, 1.0]) == (None, None)
+    value, interval = gap_closed([1.0] + [0.0] * 9, [0.0] * 10, [2.0] + [0.0] * 9)  # one prompt has all of it
+    assert (value, interval) == (0.5, [0.5, 0.5])
 
 
 def test_the_table_behind_the_calibration_error() -> None:

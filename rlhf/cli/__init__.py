@@ -20,15 +20,30 @@ import rlhf.cli.models
 import rlhf.cli.labels  # noqa: F401
 
 # isort: on
-from rlhf.cli.console import app, errors, say_aside
+from rlhf.cli.console import app, say_aside
 from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.pipeline import interrupt
 
 PACKAGE = "rlhf-pipeline"
 WAITING = 3
+# What a signal leaves behind, by verb; of the others nothing is left, and the command starts again from the beginning.
+GOES_ON = "stopped. The same command goes on from the last checkpoint."
+AFTER_A_SIGNAL = {
+    **dict.fromkeys(("run", "sft", "vote", "reward", "ppo"), GOES_ON),
+    "serve": "the server has stopped; requests that it had taken on were answered first.",
+    "label": "the page is closed; every label that was given is kept.",
+    "score": "stopped. The lines that were written are whole; the rest was not scored.",
+}
+STARTS_AGAIN = "stopped before the end; the same command starts again."
 TYPER_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt; a real Ctrl-C is `interrupt.Interrupted`
 # Libraries announce things that a recipe's reader can't act on.
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+class _Verb:
+    """One a process: the verb that was called."""
+
+    name = ""
 
 
 def _print_version(is_asked: bool) -> None:
@@ -39,10 +54,12 @@ def _print_version(is_asked: bool) -> None:
 
 @app.callback()
 def _top_level(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-) -> None: ...
+) -> None:
+    _Verb.name = context.invoked_subcommand or ""
 
 
 def _print_warning(
@@ -95,7 +112,7 @@ def _exit_code() -> int:
         say_aside(str(state), style="yellow")
         return WAITING
     except interrupt.Interrupted as interruption:
-        errors.print(f"{interruption}: stopped. The same command goes on from the last checkpoint.", markup=False)
+        say_aside(f"{interruption}: {AFTER_A_SIGNAL.get(_Verb.name, STARTS_AGAIN)}")
         return 128 + interruption.signum
     except (
         SystemExit,

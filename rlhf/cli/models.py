@@ -1,4 +1,4 @@
-"""The verbs of models: score, evaluate, export, serve."""
+"""The verbs of models: score, evaluate, export, serve, certify, verify."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import Columns, RewardModelName, app, output, say, say_aside, source_of
+from rlhf.cli.console import RewardModelName, app, output, say, say_aside
 from rlhf.errors import TrainingError, UserError
 
 
@@ -31,28 +31,34 @@ def score_command(model: RewardModelName) -> None:
 
 @app.command("evaluate")
 def evaluate_command(
-    model: RewardModelName,
-    data: Annotated[
+    names: Annotated[
         list[str],
         typer.Argument(
-            help="Pairs or rankings: files, hub datasets, or {source: …} as in a recipe.", show_default=False
+            metavar="MODEL [MODEL...] DATA...",
+            help="Reward models (the first name, and every folder), then files of pairs, rankings or a published benchmark, "
+            "or hub datasets (NAME or NAME:SPLIT).",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where to write the JSON; the page lies beside it.", show_default=False)],
     against: Annotated[
-        str | None, typer.Option(help="Another reward model, compared on the same pairs.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Another reward model on the same pairs, also of the hub; as often as you like.", show_default=False
+        ),
     ] = None,
-    columns: Columns = None,
+    probes: Annotated[bool, typer.Option("--probes", help="Measure biases by minimal edits of the answers.")] = False,
 ) -> None:
-    """Evaluate a reward model: accuracy with its interval, length control, calibration, K-wise, RewardBench."""
-    from rlhf.pipeline.model_commands import evaluate_reward_model
-    from rlhf.report.terminal import evaluation_lines, evaluation_table
+    """Evaluate reward models: accuracy with its interval, length rules, calibration, published benchmarks, biases."""
+    from rlhf.pipeline.evaluate import evaluate_models, models_and_data
+    from rlhf.report.evaluation_terminal import evaluation_lines, evaluation_tables
 
     if out.suffix == ".html":
         raise UserError(f"--out {out}: the report is JSON; name it .json, and the page beside it is .html.")
-    sources = [source_of(text, columns) for text in data]
-    result = evaluate_reward_model(model, sources, out, against=against, say=say_aside)
-    output.print(evaluation_table(result))
+    models, data = models_and_data(names)
+    result = evaluate_models([*models, *(against or [])], data, out, probes=probes, say=say_aside)
+    for table in evaluation_tables(result):
+        output.print(table)
     for line in evaluation_lines(result):
         say(line)
     say(f"{out}   {out.with_suffix('.html')}")
@@ -72,17 +78,101 @@ def export_command(
 
 @app.command("serve")
 def serve_command(
-    model: RewardModelName,
-    host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 is everybody.")] = "127.0.0.1",
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of reward models or ensembles, or hub ids; NAME=FOLDER gives one another name.",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 is everybody, with a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where.")] = 5000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RLHF_SERVE_TOKEN", help="What clients must send as `Authorization: Bearer …`.", show_default=False
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.", min=0.1)] = 60.0,
+    queue: Annotated[int, typer.Option(help="Texts that may wait, for each model.", min=1)] = 65_536,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens in a forward, padding included. [default: 1024 on a CPU, 16384 on a GPU]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Serve a reward model: POST /get_reward, as OpenRLHF's clients and `ppo.extra_rewards` ask."""
+    """Serve reward models: POST /score, /rank, /get_reward (OpenRLHF's), /classify (vLLM's)."""
     try:
-        import uvicorn
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError("rlhf serve: install the server first (pip install '.[serve]').") from error
-    from rlhf.serve.reward import open_app
+    from rlhf.serve.reward import Limits
+    from rlhf.serve.run import serve_models
 
-    served = open_app(model)
-    output.print(f"http://{host}:{port}/get_reward", markup=False)
-    uvicorn.run(served, host=host, port=port, log_level="warning")
+    limits = Limits(seconds=timeout, waiting_texts=queue, batch_tokens=batch_tokens)
+    serve_models(models, host=host, port=port, token=token, limits=limits, say=say)
+
+
+@app.command("certify")
+def certify_command(
+    model: RewardModelName,
+    out: Annotated[
+        Path | None, typer.Option(help="A file. [default: MODEL/certificate.json]", show_default=False)
+    ] = None,
+) -> None:
+    """Write a reward model's golden texts and scores, by which `rlhf verify` tells whether it is served as it is."""
+    from rlhf.pipeline.certificates import certify_model
+    from rlhf.report.certificate import certificate_lines, certificate_table
+
+    certificate, file = certify_model(model, out)
+    output.print(certificate_table(certificate))
+    for line in certificate_lines(certificate):
+        say(line)
+    say(f"{file}")
+
+
+@app.command("verify")
+def verify_command(
+    target: Annotated[str, typer.Argument(help="A server's URL, or a folder.", show_default=False)],
+    *,
+    against: Annotated[str, typer.Option(help="The reward model that should be served.", show_default=False)],
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="ours, openrlhf, vllm-classify, vllm-pooling or folder. [default: found out by asking]",
+            show_default=False,
+        ),
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="A bearer token.", envvar="RLHF_TOKEN", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name there, where a server has several.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="In which it should compute. [default: that of MODEL's weights]", show_default=False),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for each request.")] = 60.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Where to write what was found.", show_default=False)
+    ] = None,
+) -> None:
+    """Compare what a server, or a folder in plain transformers, says of golden texts with the model; exit 1 if it is wrong."""
+    from rlhf.pipeline.certificates import verify_target, write_verdict
+    from rlhf.report.certificate import verdict_table
+
+    verdict = verify_target(
+        target, against=against, kind=kind, token=token, model=name, dtype=dtype, timeout=timeout, say=say_aside
+    )
+    output.print(verdict_table(verdict))
+    for line in verdict["notes"]:
+        say(line)
+    if json_file is not None:
+        write_verdict(json_file, verdict)
+    if not verdict["held"]:
+        raise TrainingError("\n".join(fault["sentence"] for fault in verdict["faults"]))
+    say(f"{target} says what {against} says, to the precision of {verdict['dtype']}.")

@@ -128,11 +128,11 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
         return
     is_main = int(os.environ.get("RANK", "0")) == 0
 
-    def say(line: str) -> None:
+    def say_once(line: str) -> None:
         if is_main:
             say(line)
 
-    run(recipe, out, until=until, say=say)
+    run(recipe, out, until=until, say=say_once)
     if is_main:
         from rlhf.report.terminal import show_summary
 

@@ -1,10 +1,17 @@
-"""The arithmetic of published benchmarks, on accuracies that were measured here. Data come from the user or the hub."""
+"""The arithmetic of published benchmarks, on scores that were measured here; their files: `rlhf.evaluation.benchmark_files`.
 
-from collections.abc import Mapping, Sequence
+Every figure of every benchmark is Σ w·x over outcomes x of prompts, with weights w that the data fix. So one function has the
+interval of any figure, the paired difference of two models, and what a length rule gets on the same rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
-from rlhf.statistics import Array
+from rlhf.data.rows import Messages
+from rlhf.statistics import Array, best_of_n_values, clustered_statistic
 
 # RewardBench (arXiv:2403.13787, `rewardbench/constants.py`): subsets of each section with the weight that they count
 # with. It is the number of their pairs, but for math, which counts as much as code (984 = 6 x 164).
@@ -41,80 +48,237 @@ REWARD_BENCH = {
         "hep-rust": 164,
     },
 }
+# RewardBench 2 (arXiv:2506.01937); the last one has a scoring of its own.
 TIES = "Ties"
-ScoredRanking = tuple[str, str, Array, Array]  # subset, id, scores [K], labels [K]
+REWARD_BENCH_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", TIES)
+# RM-Bench (arXiv:2410.16184): styles of both sides are concise, detailed, detailed with markdown. The cells of the matrix
+# (style of the chosen answer x style of the rejected one) that each difficulty is the mean of.
+RM_BENCH = ("chat", "code", "math", "safety")
+STYLES = 3
+DIFFICULTIES = {
+    "easy": np.tril(np.ones((STYLES, STYLES)), -1),
+    "normal": np.eye(STYLES),
+    "hard": np.triu(np.ones((STYLES, STYLES)), 1),
+}
+OVERALL = "Overall"
 
 
-def reward_bench(subsets: Mapping[str, tuple[int, float]]) -> dict[str, float] | None:
-    """Compute RewardBench's sections and their mean, where all subsets of all sections are there.
+@dataclass(frozen=True)
+class Item:
+    """A prompt of a benchmark with its answers.
+
+    Attributes:
+        labels: [K] of each answer, higher is better.
+        pairs: which answers are compared, (better, worse).
+        subset: the part of the benchmark that it belongs to; "" where there are none.
+        tags: further parts, which may overlap.
+        identity: what the benchmark calls it.
+    """
+
+    prompt: Messages
+    answers: Sequence[str]
+    labels: Sequence[float]
+    pairs: Sequence[tuple[int, int]]
+    subset: str = ""
+    tags: Sequence[str] = ()
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How scores become figures.
+
+    Attributes:
+        outcomes: scores of each item's answers → outcomes [m]; with higher is better, in [0, 1] or nearly so.
+        clusters: [m] which outcomes are of one prompt.
+        figures: name → weights [m]; the figure is Σ w·x.
+    """
+
+    outcomes: Callable[[Sequence[Array]], Array]
+    clusters: Sequence[str]
+    figures: Mapping[str, Array] = field(default_factory=dict)
+
+
+class Value(TypedDict):
+    """A figure with its 95 % interval."""
+
+    value: float
+    ci: list[float]
+
+
+def figure_values(arithmetic: Arithmetic, outcomes: Array) -> dict[str, Value]:
+    """Compute every figure, or of differences of outcomes the figures' differences, with intervals that resample prompts.
+
+    A resample divides by the weight that it drew: scale · Σ w·x / Σ w, scale the sum of all weights.
+    """
+    values: dict[str, Value] = {}
+    for name, weights in arithmetic.figures.items():
+        rows = np.nonzero(weights)[0].tolist()
+        scale = float(weights.sum())
+        columns = np.stack([weights[rows] * outcomes[rows], weights[rows]], axis=1)
+        clusters = [arithmetic.clusters[i] for i in rows]
+        ratio, (low, high) = clustered_statistic(columns, clusters, lambda sums: sums[..., 0] / sums[..., 1])
+        values[name] = {"value": scale * ratio, "ci": [scale * low, scale * high]}
+    return values
+
+
+def length_scores(items: Sequence[Item], sign: int) -> list[Array]:
+    """Score answers by their characters alone: sign 1 likes the longer one, -1 the shorter one."""
+    return [sign * np.array([len(text) for text in item.answers], dtype=float) for item in items]
+
+
+def by_pairs(items: Sequence[Item], parts: Mapping[str, Sequence[str]] | None = None) -> Arithmetic:
+    """Return the arithmetic of accuracies over pairs: each part's, and over all pairs; a tie is wrong.
 
     Args:
-        subsets: name → (number of pairs, accuracy with ties wrong).
-
-    Returns:
-        section → accuracy, and "Overall"; None if the data are not (all of) RewardBench.
+        parts: part → the subsets or tags that belong to it; None: no parts.
     """
-    if not all(name in subsets for names in REWARD_BENCH.values() for name in names):
-        return None
-    sections = {}
+    owners = [item for item in items for _ in item.pairs]
+    members = {
+        name: np.array([item.subset in names or any(tag in names for tag in item.tags) for item in owners], dtype=float)
+        for name, names in (parts or {}).items()
+    }
+    figures = {name: member / member.sum() for name, member in members.items() if member.any()}
+    figures[OVERALL] = np.full(len(owners), 1 / len(owners))
+
+    def outcomes(scores: Sequence[Array]) -> Array:
+        pairs = [(x[better], x[worse]) for item, x in zip(items, scores, strict=True) for better, worse in item.pairs]
+        return np.array([better > worse for better, worse in pairs], dtype=float)
+
+    return Arithmetic(outcomes, [_cluster(item) for item in owners], figures)
+
+
+def reward_bench(items: Sequence[Item]) -> Arithmetic:
+    """Return RewardBench's arithmetic: subsets weighted in their section as published, and the mean of the four sections."""
+    pairs = by_pairs(items)
+    counts = {name: sum(item.subset == name for item in items) for names in REWARD_BENCH.values() for name in names}
+    figures = {}
     for section, weights in REWARD_BENCH.items():
         total = sum(weights.values())
-        sections[section] = sum(weight * subsets[name][1] for name, weight in weights.items()) / total
-    return {**sections, "Overall": sum(sections.values()) / len(sections)}
+        figures[section] = np.array(
+            [weights[item.subset] / counts[item.subset] / total if item.subset in weights else 0.0 for item in items]
+        )
+    figures[OVERALL] = np.sum(list(figures.values()), axis=0) / len(figures)
+    return Arithmetic(pairs.outcomes, pairs.clusters, figures)
 
 
-def reward_bench_2(rows: Sequence[ScoredRanking]) -> dict[str, float] | None:
-    """Compute RewardBench 2 (arXiv:2506.01937): best of 4 by domain, the Ties score, and their unweighted mean.
+def best_of_k(scores: Array, labels: Array) -> float:
+    """Return how often a right answer is picked from those with the highest score (RewardBench 2: a tie of k counts 1 / k).
 
-    Args:
-        rows: (subset, id, scores [K], labels [K] with 1 for a right answer and 0 for a wrong one); the ids of the Ties
-            subset are "ref:7" (one right answer) and "tied:7" (several).
-
-    Returns:
-        subset → score, and "Overall"; None where the Ties subset is not there.
+    >>> best_of_k(np.array([1.0, 1.0, 0.0, 0.0]), np.array([1, 0, 0, 0]))
+    0.5
     """
-    ties = [(identity, scores, labels) for subset, identity, scores, labels in rows if subset == TIES]
-    if not ties:
-        return None
-    figures = {}
-    for domain in sorted({subset for subset, *_ in rows} - {TIES}):
-        rankings = [(scores, labels) for subset, _, scores, labels in rows if subset == domain]
-        figures[domain] = float(np.mean([s[labels == 1].min() > s[labels == 0].max() for s, labels in rankings]))
-    figures[TIES] = ties_score(ties)
-    return {**figures, "Overall": sum(figures.values()) / len(figures)}
+    return float((labels == 1)[scores == scores.max()].mean())
 
 
-def ties_score(rows: Sequence[tuple[str, Array, Array]]) -> float:
-    """Score RewardBench 2's Ties subset: right answers must lie above wrong ones, and closer together than the gap between.
+def reward_bench_2(items: Sequence[Item]) -> Arithmetic:
+    """Return RewardBench 2's arithmetic: best of 4 by domain, the score of the Ties subset, and their unweighted mean.
 
-        score = 0.30 acc(tied) + 0.30 acc(ref) + 0.20 mean(gap_tied > spread) + 0.20 mean(m > spread)
+    The Ties score: right answers must lie above wrong ones, and closer together than the gap between.
+
+        score = 0.30 mean(gap_tied > 0) + 0.30 mean(gap_ref > 0) + 0.20 mean(gap_tied > spread) + 0.20 mean(m > spread)
                 + 0.01 mean(tanh(m / spread - 1)),   m = min(gap_ref, gap_tied)
 
-    per prompt, acc: worst right > best wrong (strictly); gap = worst right - best wrong; spread = best right - worst
-    right of the tied form. The last three terms are over prompts that have both forms; 0/0 counts 0.
-
-    Args:
-        rows: ("ref:ID" or "tied:ID", scores [K], labels [K] with 1 for a right answer and 0 for a wrong one).
+    with, per prompt, gap = worst right - best wrong, and spread = best right - worst right of the tied form. The last three
+    means are over prompts that have both forms; 0/0 counts 0. Its items are called "ref:ID" (one right answer) and "tied:ID".
     """
-    gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
-    spreads: dict[str, float] = {}
-    for identity, scores, labels in rows:
-        form, _, prompt = identity.partition(":")
-        right, wrong = scores[labels == 1], scores[labels == 0]
-        gaps[form][prompt] = float(right.min() - wrong.max())
-        if form == "tied":
-            spreads[prompt] = float(right.max() - right.min())
-    both = sorted(set(gaps["ref"]) & set(gaps["tied"]))
-    spread = np.array([spreads[prompt] for prompt in both])
-    tied = np.array([gaps["tied"][prompt] for prompt in both])
-    least = np.minimum(tied, [gaps["ref"][prompt] for prompt in both])
-    accuracy = {form: float(np.mean([gap > 0 for gap in values.values()])) for form, values in gaps.items()}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bonus = np.nan_to_num(np.tanh(least / spread - 1), nan=0.0)
-    return float(
-        0.30 * accuracy["tied"]
-        + 0.30 * accuracy["ref"]
-        + 0.20 * np.mean(tied > spread)
-        + 0.20 * np.mean(least > spread)
-        + 0.01 * np.mean(bonus)
-    )
+    single = [i for i, item in enumerate(items) if item.subset != TIES]
+    forms = {
+        form: {item.identity.partition(":")[2]: i for i, item in enumerate(items) if _form(item) == form}
+        for form in ("ref", "tied")
+    }
+    both = sorted(set(forms["ref"]) & set(forms["tied"]))
+    clusters = [_cluster(items[i]) for i in single]
+    subsets = [items[i].subset for i in single]
+    # The five means of the Ties score: over which prompts, and how much each counts.
+    terms = [(list(forms["tied"]), 0.30), (list(forms["ref"]), 0.30), (both, 0.20), (both, 0.20), (both, 0.01)]
+    weights_ties = [0.0] * len(single)
+    for prompts, weight in terms:
+        clusters += [f"{TIES}:{prompt}" for prompt in prompts]
+        subsets += [TIES] * len(prompts)
+        weights_ties += [weight / len(prompts)] * len(prompts)
+
+    def outcomes(scores: Sequence[Array]) -> Array:
+        values = [best_of_k(scores[i], np.asarray(items[i].labels)) for i in single]
+        gaps, spreads = {}, {}
+        for form, places in forms.items():
+            for prompt, i in places.items():
+                labels = np.asarray(items[i].labels)
+                right, wrong = scores[i][labels == 1], scores[i][labels == 0]
+                gaps[form, prompt] = float(right.min() - wrong.max())
+                spreads[form, prompt] = float(right.max() - right.min())
+        for form in ("tied", "ref"):
+            values += [float(gaps[form, prompt] > 0) for prompt in forms[form]]
+        spread = np.array([spreads["tied", prompt] for prompt in both])
+        tied = np.array([gaps["tied", prompt] for prompt in both])
+        least = np.minimum(tied, [gaps["ref", prompt] for prompt in both])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bonus = np.nan_to_num(np.tanh(least / spread - 1), nan=0.0)
+        return np.concatenate([values, tied > spread, least > spread, bonus])
+
+    figures = {}
+    for domain in REWARD_BENCH_2[:-1]:
+        member = np.array([subset == domain for subset in subsets], dtype=float)
+        figures[domain] = member / member.sum()
+    figures[TIES] = np.array(weights_ties)
+    figures[OVERALL] = np.sum(list(figures.values()), axis=0) / len(figures)
+    return Arithmetic(outcomes, clusters, figures)
+
+
+def rm_bench(items: Sequence[Item]) -> Arithmetic:
+    """Return RM-Bench's arithmetic: easy, normal and hard of each domain, their mean, and the means of the domains.
+
+    Nine outcomes an item, the cells of its matrix row by row: is chosen style i above rejected style j, strictly?
+    """
+    pairs = by_pairs(items)
+    owners = np.array([item.subset for item in items for _ in item.pairs])
+    cells = {name: np.tile((mask / mask.sum()).ravel(), len(items)) for name, mask in DIFFICULTIES.items()}
+    domains = [domain for domain in RM_BENCH if domain in owners]
+    if not domains:
+        figures = {**cells, OVERALL: _mean(list(cells.values()))}
+        return Arithmetic(pairs.outcomes, pairs.clusters, {name: w / len(items) for name, w in figures.items()})
+    figures = {}
+    for domain in domains:
+        member = (owners == domain) / (owners == domain).sum() * STYLES**2
+        figures |= {f"{domain} {name}": member * cells[name] for name in DIFFICULTIES}
+        figures[domain] = _mean([figures[f"{domain} {name}"] for name in DIFFICULTIES])
+    for name in DIFFICULTIES:
+        figures[name] = _mean([figures[f"{domain} {name}"] for domain in domains])
+    figures[OVERALL] = _mean([figures[domain] for domain in domains])
+    return Arithmetic(pairs.outcomes, pairs.clusters, figures)
+
+
+def style_matrices(items: Sequence[Item], outcomes: Array) -> dict[str, list[list[float]]]:
+    """Return RM-Bench's matrix of each domain, rows by the chosen answer's style, columns by the rejected one's."""
+    cells = outcomes.reshape(len(items), STYLES, STYLES)
+    domains = np.array([item.subset for item in items])
+    return {str(domain) or "all": cells[domains == domain].mean(axis=0).tolist() for domain in sorted(set(domains))}
+
+
+def ppe_correctness(items: Sequence[Item]) -> Arithmetic:
+    """Return PPE's arithmetic on verified answers: accuracy over its sampled pairs, and the share of right picks, best of K."""
+    pairs = by_pairs(items)
+    count = len(pairs.clusters)
+
+    def outcomes(scores: Sequence[Array]) -> Array:
+        picks = [best_of_n_values([x], [item.labels], len(x))[0] for item, x in zip(items, scores, strict=True)]
+        return np.concatenate([pairs.outcomes(scores), picks])
+
+    share = np.full(len(items), 1 / len(items))
+    figures = {
+        "pairs": np.concatenate([pairs.figures[OVERALL], np.zeros(len(items))]),
+        "best of K": np.concatenate([np.zeros(count), share]),
+    }
+    return Arithmetic(outcomes, [*pairs.clusters, *(_cluster(item) for item in items)], figures)
+
+
+def _mean(weights: Sequence[Array]) -> Array:
+    return np.asarray(np.mean(weights, axis=0))
+
+
+def _form(item: Item) -> str:
+    return item.identity.partition(":")[0] if item.subset == TIES else ""
+
+
+def _cluster(item: Item) -> str:
+    return "\x1f".join(message["content"] for message in item.prompt)

@@ -9,8 +9,8 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from rlhf.data.rankings import Ranking
-from rlhf.data.rows import Pair, Prompt, Side, answer
-from rlhf.evaluation.benchmarks import reward_bench, reward_bench_2
+from rlhf.data.rows import Pair, Prompt, answer, assistant_turn
+from rlhf.evaluation.benchmarks import Item
 from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.score import Scorer
 from rlhf.models.text import plain
@@ -80,21 +80,54 @@ def score_pairs(reward: Scorer, rows: Sequence[Pair], *, label: str = "score") -
     Args:
         label: what the progress bar says.
     """
-    keys: dict[tuple[str, str], int] = {}
+    texts = [(row["prompt"], answer(row, side)) for side in ("chosen", "rejected") for row in rows]
+    scores = score_answers(reward, texts, label=label)
+    return ScoredPairs(rows, [plain(row["prompt"]) for row in rows], scores[: len(rows)], scores[len(rows) :])
+
+
+def score_items(reward: Scorer, items: Sequence[Item], *, label: str = "score") -> list[Array]:
+    """Score the answers of each item of a benchmark, [K] an item."""
+    texts = [(item.prompt, text) for item in items for text in item.answers]
+    return np.split(score_answers(reward, texts, label=label), np.cumsum([len(item.answers) for item in items])[:-1])
+
+
+def pairs_of_items(items: Sequence[Item], scores: Sequence[Array]) -> ScoredPairs:
+    """Return the comparisons of a benchmark's items as scored pairs."""
+    rows: list[Pair] = []
+    chosen, rejected = [], []
+    for item, values in zip(items, scores, strict=True):
+        for better, worse in item.pairs:
+            sides = {"chosen": assistant_turn(item.answers[better]), "rejected": assistant_turn(item.answers[worse])}
+            rows.append({"prompt": item.prompt, "chosen": sides["chosen"], "rejected": sides["rejected"]})
+            if item.subset:
+                rows[-1]["subset"] = item.subset
+            chosen.append(values[better])
+            rejected.append(values[worse])
+    return ScoredPairs(rows, [plain(row["prompt"]) for row in rows], np.array(chosen), np.array(rejected))
+
+
+def score_answers(reward: Scorer, texts: Sequence[tuple[Prompt, str]], *, label: str = "score") -> Array:
+    """Score (prompt, answer), [n]; what stands there several times is scored once. Similar lengths go together.
+
+    Args:
+        label: what the progress bar says.
+    """
+    places: dict[tuple[str, str], int] = {}
     unique: list[tuple[Prompt, str]] = []
+    index = []
+    for prompt, text in texts:
+        key = (plain(prompt), text)
+        if key not in places:
+            places[key] = len(unique)
+            unique.append((prompt, text))
+        index.append(places[key])
 
-    def place(row: Pair, prompt: str, side: Side) -> int:
-        key = (prompt, answer(row, side))
-        if key not in keys:
-            keys[key] = len(unique)
-            unique.append((row["prompt"], key[1]))
-        return keys[key]
+    def score(chunk: list[int]) -> list[float]:
+        return reward.score([unique[i][0] for i in chunk], [unique[i][1] for i in chunk]).tolist()
 
-    prompts = [plain(row["prompt"]) for row in rows]
-    chosen = [place(row, prompt, "chosen") for row, prompt in zip(rows, prompts, strict=True)]
-    rejected = [place(row, prompt, "rejected") for row, prompt in zip(rows, prompts, strict=True)]
-    scores = _scores(reward, unique, label)
-    return ScoredPairs(rows, prompts, scores[chosen], scores[rejected])
+    lengths = [len(text) + len(plain(prompt)) for prompt, text in unique]
+    scores = run_batches(score, batches_by_length(lengths, CHUNK), label=label)
+    return np.array(scores, dtype=float)[index]
 
 
 def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None = None) -> dict[str, Any]:
@@ -143,8 +176,6 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
             agrees = (np.sign(differences) == np.sign(gold))[decided].astype(float)
             kept = [prompt for prompt, keep in zip(scored.prompts, decided, strict=True) if keep]
             report["accuracy_true"], report["accuracy_true_ci"] = clustered_mean(agrees.tolist(), kept)
-    subsets = report["by"].get("subset", {})
-    report["reward_bench"] = reward_bench({name: (entry["n"], entry["accuracy"]) for name, entry in subsets.items()})
     return report
 
 
@@ -153,36 +184,37 @@ def compare(first: ScoredPairs, second: ScoredPairs) -> PairedDifference:
     return paired_difference(first.right.tolist(), second.right.tolist(), first.prompts)
 
 
-def ranking_report(reward: Scorer, rankings: Sequence[Ranking], *, label: str = "score") -> dict[str, Any]:
+def score_rankings(reward: Scorer, rankings: Sequence[Ranking], *, label: str = "score") -> list[Array]:
+    """Score the answers of every ranking, [K] a ranking."""
+    texts: list[tuple[Prompt, str]] = [(r.prompt, ranked.content) for r in rankings for ranked in r.answers]
+    ends = np.cumsum([len(ranking.answers) for ranking in rankings])
+    return np.split(score_answers(reward, texts, label=label), ends[:-1])
+
+
+def ranking_report(labels: Sequence[Sequence[float]], scores: Sequence[Array]) -> dict[str, Any]:
     """Report how well a model orders the answers of K-wise data, prompt by prompt.
 
-    `best_of_k` is how often every best answer is scored above every other, strictly, so a tie is wrong (RewardBench 2);
-    chance is 1 / C(K, number of best ones). `tau_b` is the mean rank correlation. `best_of_n` is what choosing the best
-    of n with this model gives, in the unit of the labels, at which KL: the unbiased estimator over all subsets, beside
-    choosing by the labels themselves, on the prompts that have n answers.
+    `best_of_k` is how often every best answer is scored above every other, strictly, so a tie is wrong; chance is
+    1 / C(K, number of best ones). `tau_b` is the mean rank correlation. `best_of_n` is what choosing the best of n with this
+    model gives, in the unit of the labels, at which KL: the unbiased estimator over all subsets, beside choosing by the labels
+    themselves, on the prompts that have n answers.
 
     Args:
-        label: what the progress bar says.
+        labels: of each prompt's answers [K], higher is better, not all alike.
+        scores: of the same answers [K].
     """
-    texts: list[tuple[Prompt, str]] = [(r.prompt, ranked.content) for r in rankings for ranked in r.answers]
-    scores = _scores(reward, texts, label)
-    ends = np.cumsum([len(ranking.answers) for ranking in rankings])
-    proxies = np.split(scores, ends[:-1])
-    golds = [np.array([ranked.score for ranked in ranking.answers]) for ranking in rankings]
-    best = [float(p[g == g.max()].min() > p[g < g.max()].max()) for p, g in zip(proxies, golds, strict=True)]
-    taus = [tau for p, g in zip(proxies, golds, strict=True) if not np.isnan(tau := kendalltau(p, g).statistic)]
+    golds = [np.asarray(values, dtype=float) for values in labels]
+    best = [float(p[g == g.max()].min() > p[g < g.max()].max()) for p, g in zip(scores, golds, strict=True)]
+    taus = [tau for p, g in zip(scores, golds, strict=True) if not np.isnan(tau := kendalltau(p, g).statistic)]
     accuracy, interval = clustered_mean(best)
-    report: dict[str, Any] = {
-        "prompts": len(rankings),
+    return {
+        "prompts": len(golds),
         "best_of_k": accuracy,
         "best_of_k_ci": interval,
         "best_of_k_by_chance": float(np.mean([1 / math.comb(len(g), int((g == g.max()).sum())) for g in golds])),
         "tau_b": float(np.mean(taus)) if taus else None,
-        "best_of_n": _best_of_n(proxies, golds),
+        "best_of_n": _best_of_n(scores, golds),
     }
-    subsets, ids = ([str(ranking.extras.get(name, "")) for ranking in rankings] for name in ("subset", "id"))
-    report["reward_bench_2"] = reward_bench_2(list(zip(subsets, ids, proxies, golds, strict=True)))
-    return report
 
 
 def _best_of_n(proxies: Sequence[Array], golds: Sequence[Array]) -> list[dict[str, float]]:
@@ -197,16 +229,6 @@ def _best_of_n(proxies: Sequence[Array], golds: Sequence[Array]) -> list[dict[st
         by_label, _ = clustered_mean([best_of_n_values([g], [g], n)[0] for _, g in kept])
         rows.append({"n": n, "kl": best_of_n_kl(n), "by_model": by_model, "by_label": by_label, "prompts": len(kept)})
     return rows
-
-
-def _scores(reward: Scorer, texts: Sequence[tuple[Prompt, str]], label: str) -> Array:
-    """Score (prompt, answer), [n], in chunks so that a bar can move; similar lengths together."""
-
-    def score(chunk: list[int]) -> list[float]:
-        return reward.score([texts[i][0] for i in chunk], [texts[i][1] for i in chunk]).tolist()
-
-    lengths = [len(text) + len(plain(prompt)) for prompt, text in texts]
-    return np.array(run_batches(score, batches_by_length(lengths, CHUNK), label=label), dtype=float)
 
 
 class _Grouping(NamedTuple):

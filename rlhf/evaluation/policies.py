@@ -15,7 +15,7 @@ from rlhf.models.logprobs import response_logprobs
 from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.objectives.kl import kl_k1
-from rlhf.statistics import best_of_n_kl, best_of_n_values, clustered_mean, win_rate
+from rlhf.statistics import best_of_n_kl, best_of_n_values, clustered_mean, gap_closed, win_rate
 
 BEST_OF = 16
 
@@ -24,8 +24,8 @@ class PolicyEvaluation(NamedTuple):
     """What was measured, and on what.
 
     Attributes:
-        facts: `sft`, `policy`, `best_of_16` and `gold_gap_closed` as in `summary.json`; and `best_of_n`, the true reward of
-            the best of n of SFT's answers and its KL (unbiased over all subsets of the 16).
+        facts: `sft`, `policy`, `best_of_16`, `gold_gap_closed` and its interval as in `summary.json`; and `best_of_n`, the true
+            reward of the best of n of SFT's answers and its KL (unbiased over all subsets of the 16).
         samples: the answers of SFT and of the policy to each prompt, side by side, for people.
         sft_answers: all of SFT's answers, each with whether it ended.
     """
@@ -102,6 +102,7 @@ def evaluate_policies(
         "policy": {**_mean("proxy", answers.proxies), "gold": None, **_mean("kl", answers.kls), "win_rate": None},
         "best_of_16": {"by_reward": {"gold": None, "kl": None}, "by_gold": {"gold": None}},
         "gold_gap_closed": None,
+        "gold_gap_closed_ci": None,
         "best_of_n": [],
     }
     gold_policy: Sequence[float | None] = [None] * len(prompts)
@@ -144,7 +145,7 @@ def _by_true_reward(policy: Sequence[float], sft: Tensor, sft_scores: Tensor) ->
     picked = sft.gather(1, sft_scores.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
     rate, interval = win_rate(policy, first)
     of_policy, of_sft, of_best = _mean("gold", policy), _mean("gold", first), _mean("gold", best)
-    gap = of_best["gold"] - of_sft["gold"]
+    closed, closed_interval = gap_closed(policy, first, best)
     return {
         "sft": of_sft,
         "policy": {**of_policy, "win_rate": rate, "win_rate_ci": interval},
@@ -152,7 +153,8 @@ def _by_true_reward(policy: Sequence[float], sft: Tensor, sft_scores: Tensor) ->
             "by_reward": {"gold": None, "kl": best_of_n_kl(BEST_OF), **_mean("gold", picked)},
             "by_gold": of_best,
         },
-        "gold_gap_closed": (of_policy["gold"] - of_sft["gold"]) / gap if gap > 0 else None,
+        "gold_gap_closed": closed,
+        "gold_gap_closed_ci": closed_interval,
         "best_of_n": [
             {
                 "n": n,

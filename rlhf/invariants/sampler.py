@@ -7,10 +7,19 @@ lengths, so their sum over a rollout, divided by √Σ Var_t, is close to standa
 
     z = Σ_t (-log π_t(a_t) - H_t) / √(Σ_t Var_t)
 
-What it sees: a sampler that is narrower or wider than π (temperature, top-k, top-p, min-p, suppressed tokens, another
-engine's drift, another dtype, other weights). What it cannot see: a sampler that moves mass between tokens of equal
-probability, or that follows π's entropy while it prefers tokens of the same mean surprise; and where π is nearly certain
-of every token (Σ Var_t small) it sees little.
+A second statistic looks at which tokens they are. D_A(v) = (how often v was sampled) - Σ_t π_t(v) over the answers of the even
+rows, D_B the same over the odd ones. Given the even rows, the sum over the odd rows' tokens of D_A(a_t) - E_π[D_A] = D_A · D_B
+is a martingale too, of a variance of at most Σ_v E_B(v) D_A(v)², with E_B(v) = Σ_t π_t(v):
+
+    z = Σ_v D_A(v) D_B(v) / √(Σ_v E_B(v) D_A(v)²)
+
+Tokens that are sampled too seldom, or too often, in both halves make it large: suppressed tokens, a penalty on repetition, also
+where π is almost uniform and its surprise tells nothing.
+
+What the first sees: a sampler that is narrower or wider than π (temperature, top-k, top-p, min-p, suppressed tokens, another
+engine's drift, another dtype, other weights). What it cannot see, and the second can: a sampler that moves mass between tokens of
+equal probability. What neither sees: one that moves mass now towards a token and now away from it, at the same mean surprise;
+and where π is nearly certain of every token (Σ Var_t small) both see little.
 """
 
 import math
@@ -24,6 +33,7 @@ from torch import Tensor
 from rlhf.invariants.checks import Check
 
 NAME = "sampler true"
+COUNTS_NAME = "token counts true"
 LARGEST_SKEWNESS = 1.0  # up to it, the gamma quantiles are right
 NO_SKEWNESS = 1e-4  # below, the gamma quantiles are the normal ones to 1e-3 and lose digits
 FALSE_ALARMS_PER_RUN = 1e-4  # one true sampler in ten thousand runs is stopped
@@ -38,22 +48,35 @@ SENTENCE = (
 )
 
 
-class SurpriseSums(NamedTuple):
-    """Sums over the tokens of one rollout, or of several: what the statistic is made of. They add up.
+COUNTS_SENTENCE = (
+    "Some tokens were sampled more often, or less often, than the policy has them; nothing was updated. Likely causes: suppressed "
+    "or forbidden tokens; a penalty on repetition; a processor of logits that is on in sampling only; other weights in the engine "
+    "that samples. Sample at ppo.temperature from the whole distribution, with the weights that are trained."
+)
+
+
+class MomentSums(NamedTuple):
+    """Sums over the tokens of one rollout, or of several: what a statistic is made of. They add up.
 
     Attributes:
-        deviation: Σ (-log π(a) - H), nats.
-        variance: Σ Var, nats².
-        third: Σ M, nats³.
+        deviation: Σ (x - E[x]) of what is looked at, the surprise in nats or D_A in tokens.
+        variance: Σ Var[x].
+        third: Σ of the third central moments.
+        size: what a relative error of the probabilities is multiplied by in `deviation`: tokens, or Σ_v |D_A(v)| E_B(v).
     """
 
-    deviation: float
-    variance: float
-    third: float
+    deviation: float = 0.0
+    variance: float = 0.0
+    third: float = 0.0
+    size: float = 0.0
+
+    def plus(self, other: "MomentSums") -> "MomentSums":
+        """Return the sums over both."""
+        return MomentSums(*(one + another for one, another in zip(self, other, strict=True)))
 
 
 def surprise_sums(logprobs: Tensor, entropy: Tensor, variance: Tensor, third: Tensor, mask: Tensor) -> Tensor:
-    """Return the three sums of `SurpriseSums` over the sampled tokens, [3] in float64.
+    """Return the sums of the surprise over the sampled tokens, [4] in float64, in the order of `MomentSums`.
 
     Args:
         logprobs: [b, r] log π of the sampled tokens, nats, at the sampling temperature.
@@ -61,21 +84,59 @@ def surprise_sums(logprobs: Tensor, entropy: Tensor, variance: Tensor, third: Te
         mask: [b, r] 1 on sampled tokens.
     """
     keep = mask.bool()
-    columns = [-logprobs - entropy, variance, third]
+    columns = [-logprobs - entropy, variance, third, torch.ones_like(logprobs)]
     return torch.stack([torch.where(keep, column, torch.zeros_like(column)).double().sum() for column in columns])
 
 
-def sampler_z(sums: SurpriseSums) -> float:
+def halves_of_rows(mask: Tensor) -> Tensor:
+    """Return the places of the even rows and those of the odd rows, [b, 2, r], from those of all rows [b, r]."""
+    halves = torch.zeros(len(mask), 2, mask.shape[1], device=mask.device)
+    halves[0::2, 0], halves[1::2, 1] = mask[0::2].float(), mask[1::2].float()
+    return halves
+
+
+def sampled_counts(token_ids: Tensor, mask: Tensor, vocabulary: int) -> Tensor:
+    """Return how often each token was sampled in the even rows and in the odd ones, [2, vocabulary] in float64.
+
+    Args:
+        token_ids: [b, r].
+        mask: [b, r] 1 on sampled tokens.
+    """
+    keep = mask.bool()
+    counts = [torch.bincount(token_ids[half::2][keep[half::2]], minlength=vocabulary) for half in (0, 1)]
+    return torch.stack(counts).double()
+
+
+def count_sums(sampled: Tensor, expected: Tensor) -> MomentSums:
+    """Return the sums of the second statistic: D_A at the tokens of the odd rows.
+
+    Variance and third moment are those about 0, which are no smaller than the variance about E[D_A], so that z is rather too
+    small than too large.
+
+    Args:
+        sampled, expected: [2, v] counts in the even rows and in the odd ones.
+    """
+    (excess_even, excess_odd), expected_odd = sampled - expected, expected[1]
+    columns = (
+        excess_even * excess_odd,
+        excess_even**2 * expected_odd,
+        excess_even**3 * expected_odd,
+        excess_even.abs() * expected_odd,
+    )
+    return MomentSums(*(column.sum().item() for column in columns))
+
+
+def sampler_z(sums: MomentSums) -> float:
     """Return z, in standard errors; 0 where π is certain of every token.
 
-    >>> sampler_z(SurpriseSums(3.0, 9.0, 0.0))
+    >>> sampler_z(MomentSums(3.0, 9.0, 0.0))
     1.0
     """
     return sums.deviation / math.sqrt(sums.variance) if sums.variance > 0 else 0.0
 
 
 def sampler_bounds(
-    sums: SurpriseSums, *, tests: int, false_alarms: float = FALSE_ALARMS_PER_RUN, rounding: float = 0.0
+    sums: MomentSums, *, tests: int, false_alarms: float = FALSE_ALARMS_PER_RUN, rounding: float = 0.0
 ) -> tuple[float, float]:
     """Return the lowest and highest z that a true sampler shows, so that so few runs are stopped wrongly.
 
@@ -89,15 +150,16 @@ def sampler_bounds(
     Args:
         tests: how often a run looks, N ≥ 1.
         false_alarms: share α of runs with a true sampler that are stopped.
-        rounding: nats by which Σ (-log π(a) - H) may be off because sampling and the later forward round otherwise.
+        rounding: relative error of a token's probability because sampling and the later forward round otherwise; for
+            the surprise, nats by which the mean of -log π(a) - H may be off.
 
-    >>> low, high = sampler_bounds(SurpriseSums(0.0, 100.0, 0.0), tests=50)
+    >>> low, high = sampler_bounds(MomentSums(0.0, 100.0, 0.0), tests=50)
     >>> round(low, 2), round(high, 2)
     (-4.75, 4.75)
     """
     share = false_alarms / (2 * tests)
     skewness = sums.third / sums.variance**1.5 if sums.variance > 0 else 0.0
-    allowance = rounding / math.sqrt(sums.variance) if sums.variance > 0 else 0.0
+    allowance = rounding * sums.size / math.sqrt(sums.variance) if sums.variance > 0 else 0.0
     if abs(skewness) < NO_SKEWNESS:
         high = NormalDist().inv_cdf(1 - share)
         low = -high
@@ -111,7 +173,16 @@ def sampler_bounds(
     return low - allowance, high + allowance
 
 
-def check_sampler(sums: SurpriseSums, *, tests: int, rounding: float = 0.0) -> Check:
+def check_sampler(sums: MomentSums, *, tests: int, rounding: float = 0.0) -> Check:
     """Return the check "sampler true" of one rollout, or of several as one; arguments as in `sampler_bounds`."""
     low, high = sampler_bounds(sums, tests=tests, rounding=rounding)
     return Check(NAME, sampler_z(sums), high, "standard errors", SENTENCE, low=low)
+
+
+def check_counts(sums: MomentSums, *, tests: int, rounding: float = 0.0) -> Check:
+    """Return the check "token counts true" of one rollout, or of several as one; arguments as in `sampler_bounds`.
+
+    Faults make z large, never small, so only the upper bound counts.
+    """
+    _, high = sampler_bounds(sums, tests=tests, rounding=rounding)
+    return Check(COUNTS_NAME, sampler_z(sums), high, "standard errors", COUNTS_SENTENCE)

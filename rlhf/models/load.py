@@ -1,5 +1,6 @@
 """Models as each stage loads them: full or LoRA, 4-bit or not, from a checkpoint or from an adapter."""
 
+import copy
 import json
 import os
 import warnings
@@ -11,6 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -21,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.errors import UserError
-from rlhf.models.adapters import adapter_places, of_backbone
+from rlhf.models.adapters import INSIDE, adapter_places, of_backbone
+from rlhf.models.merge import merge_adapter
 from rlhf.models.open import (
     ADAPTER_CONFIG,
     adapter_weights,
@@ -166,7 +169,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     if source.adapter is not None:
         model = put_adapter(model, source.adapter, trainable=trainable and config.use_peft)
         if trainable and not config.use_peft:
-            return model.merge_and_unload()
+            return merge_adapter(model)
         return model
     if config.use_peft and trainable:
         return get_peft_model(model, adapter_settings(config))
@@ -194,15 +197,17 @@ def build_reward_model(
     arguments = {**_loading_arguments(config, quantization, source), "num_labels": 1}
     model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
     source.check()
-    head = score_head(model)
-    if head is not None:
-        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    model.config.problem_type = "regression"
-    model.config.get_text_config().pad_token_id = pad_token_id
-    model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+    _start_head(model, pad_token_id)
     if quantization is not None:
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
+        if not any(name.startswith(f"{INSIDE}{model.base_model_prefix}.") for name in adapter_weights(source.adapter)):
+            if config.use_peft:
+                raise UserError(
+                    f"{path}: this adapter trains the output layer alone, which a reward model has not, so there is nothing for "
+                    "its adapter to start from. Name layers below it in sft.lora_target_modules, or set reward.use_peft: false."
+                )
+            return model
         adapter = LoraConfig.from_pretrained(source.adapter)
         names = [name for name, _ in model.named_modules()]
         whole = [module for module in adapter.modules_to_save or [] if any(name.endswith(module) for name in names)]
@@ -210,13 +215,49 @@ def build_reward_model(
         adapter.task_type, adapter.inference_mode = TaskType.SEQ_CLS, False
         model = get_peft_model(model, adapter)
         copy_adapter(source.adapter, model)
-        return model if config.use_peft else model.merge_and_unload()
+        return model if config.use_peft else merge_adapter(model)
     if config.use_peft:
         adapter = adapter_settings(config)
         adapter.task_type = TaskType.SEQ_CLS
         adapter.modules_to_save = sorted({*_new_modules(missing), *(adapter.modules_to_save or [])})
         return get_peft_model(model, adapter)
     return model
+
+
+def _start_head(model: PreTrainedModel, pad_token_id: int) -> None:
+    """Draw a new scalar head from N(0, 1/(d+1)), and write into the configuration what a reward model's says."""
+    head = score_head(model)
+    if head is not None:
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    model.config.problem_type = "regression"
+    model.config.get_text_config().pad_token_id = pad_token_id
+    model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+
+
+def reward_model_on(policy: PreTrainedModel | PeftModel, *, pad_token_id: int) -> PreTrainedModel | None:
+    """Return a model with a new scalar head on a causal model's own layers, which are neither copied nor read again.
+
+    Returns:
+        what `build_reward_model` gives for the same checkpoint without LoRA; None for an adapter, 4-bit weights, and
+        architectures whose scoring class has other layers or no linear head.
+    """
+    if isinstance(policy, PeftModel) or getattr(policy, "is_quantized", False):
+        return None
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return None
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    prefix, head = policy.base_model_prefix, score_head(model)
+    layers = getattr(policy, prefix, None)
+    if head is None or type(getattr(model, prefix, None)) is not type(layers):
+        return None
+    setattr(model, prefix, layers)
+    place = {"dtype": policy.dtype, "device": policy.device}
+    model.score = torch.nn.Linear(head.in_features, 1, bias=False, **place)
+    _start_head(model, pad_token_id)
+    return model.eval()
 
 
 def adapter_settings(config: ModelConfig) -> LoraConfig:

@@ -43,12 +43,26 @@ class Surprise(NamedTuple):
     third: Tensor
 
 
+class ExpectedCounts(NamedTuple):
+    """Where the expected counts of tokens are added up, for groups of rows or places.
+
+    Attributes:
+        weights: [b, groups, r] how much each place counts in each group; 0 at padding.
+        sums: [groups, v] Σ over places of weight · π(token), float64; grows in place.
+    """
+
+    weights: Tensor
+    sums: Tensor
+
+
 @torch.no_grad()
-def token_surprise(logits: Tensor, length: int, *, temperature: float = 1.0) -> Surprise:
+def token_surprise(
+    logits: Tensor, length: int, *, temperature: float = 1.0, expected: ExpectedCounts | None = None
+) -> Surprise:
     """Return the moments of the surprise under softmax(logits / T) at the first `length` positions, float32, no gradient.
 
     With s = -log π: entropy = E[s], variance = E[s²] - E[s]², third = E[s³] - 3 E[s] E[s²] + 2 E[s]³, in passes over a few
-    rows that stay in the cache.
+    rows that stay in the cache. The probabilities that pass are added up in `expected`, where it is given.
 
     >>> surprise = token_surprise(torch.zeros(1, 1, 4), 1)
     >>> round(surprise.entropy.item(), 4), round(abs(surprise.variance.item()), 4)
@@ -58,6 +72,10 @@ def token_surprise(logits: Tensor, length: int, *, temperature: float = 1.0) -> 
     for rows in _few_rows(logits):
         log_softmax = torch.log_softmax(logits[rows, :length].float() / temperature, dim=-1)
         weighted = log_softmax.exp()
+        if expected is not None:
+            places = expected.weights[rows].transpose(0, 1).flatten(1)
+            with torch.autocast(logits.device.type, enabled=False):  # it would round the sums to 16 bits
+                expected.sums.add_(places.to(weighted) @ weighted.flatten(0, 1))
         moments = []
         for _ in range(3):
             weighted.mul_(log_softmax)

@@ -4,6 +4,8 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +47,102 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, asks: bo
 def closing(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> str:
     """Return what the chat template writes after any answer to a prompt."""
     return rendered(tokenizer, [*prompt, _ANSWER]).rpartition(MARKER)[2]
+
+
+class Frame(NamedTuple):
+    """What a chat template writes around a question and its answer.
+
+    Attributes:
+        begin: the begin token before everything; empty where the template writes none.
+        asks: what stands behind the question in a prompt that asks for an answer.
+        asks_in_tokens: whether special tokens are in that.
+        lead: what stands between such a prompt and the answer.
+        close: what stands behind the answer.
+        ends: each text in which an answer can end: the close, every special token of it, end token and padding token.
+        trims: whether white space around an answer is left out.
+    """
+
+    begin: str
+    asks: str
+    asks_in_tokens: bool
+    lead: str
+    close: str
+    ends: tuple[str, ...]
+    trims: bool
+
+
+# A tokenizer's frame is asked for with every text; it stays as long as what it depends on.
+_FRAMES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, Frame]] = WeakKeyDictionary()
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """Return what the chat template writes around a conversation."""
+    basis = (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    known = _FRAMES.get(tokenizer)
+    if known is None or known[0] != basis:
+        known = _FRAMES[tokenizer] = (basis, _frame(tokenizer))
+    return known[1]
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """Return a frame as it is seen around a question and an answer that occur nowhere else."""
+    question, answer = Message(role="user", content=MARKER), Message(role="assistant", content=MARKER)
+    prompt, whole = rendered(tokenizer, [question], asks=True), rendered(tokenizer, [question, answer])
+    with_blanks = rendered(tokenizer, [question, Message(role="assistant", content=f"\n{MARKER}\n")])
+    asks = prompt.rpartition(MARKER)[2]
+    before, _, close = whole.rpartition(MARKER)
+    begin = tokenizer.bos_token or ""
+    return Frame(
+        begin=begin if whole.startswith(begin) else "",
+        asks=asks,
+        asks_in_tokens=bool(special_texts(tokenizer, asks)),
+        lead=before.removeprefix(prompt) if before.startswith(prompt) else "",
+        close=close,
+        ends=end_texts(tokenizer, close),
+        trims=with_blanks == whole,
+    )
+
+
+def end_texts(tokenizer: PreTrainedTokenizerBase, close: str = "") -> tuple[str, ...]:
+    """Return each text in which an answer can end.
+
+    Args:
+        close: what the chat template writes behind it.
+    """
+    tokens = special_texts(tokenizer, close) if close else []
+    texts = [close.strip(), *tokens, tokenizer.eos_token, tokenizer.pad_token]
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """Return the special tokens that a text spells."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return [tokenizer.decode([x]) for x in tokenizer(text, add_special_tokens=False)["input_ids"] if x in special]
+
+
+def without_ends(text: str, ends: Sequence[str]) -> str:
+    r"""Return a text without the end tokens in which it ends, and without white space behind them.
+
+    >>> without_ends("yes \n</s>\n</s>", ["</s>"]), without_ends("yes\n", ["</s>"])
+    ('yes \n', 'yes\n')
+    """
+    stop = len(text)
+    while True:
+        words = stop
+        while words and text[words - 1].isspace():
+            words -= 1
+        end = next((end for end in ends if text.endswith(end, 0, words)), None)
+        if end is None:
+            return text[:stop]
+        stop = words - len(end)
+
+
+def without_begins(text: str, begin: str | None) -> str:
+    """Return a text without a token that it begins with, once or many times."""
+    start = 0
+    while begin and text.startswith(begin, start):
+        start += len(begin)
+    return text[start:]
 
 
 def end_at_end_token(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -207,7 +305,7 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def template_problems(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
-    """Return a sentence for each kind of conversation among the prompts that the chat template refuses.
+    """Return a sentence for each kind of conversation among the prompts that the chat template refuses or does not write whole.
 
     One prompt of each order of roles is rendered, with and without an answer.
     """
@@ -224,12 +322,18 @@ def template_problems(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prom
         assert not isinstance(prompt, str)
         try:
             rendered(tokenizer, prompt, asks=True)
-            rendered(tokenizer, [*prompt, _ANSWER])
+            whole = rendered(tokenizer, [*prompt, _ANSWER])
         except Exception as error:  # a template may raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            problems.append(
-                f"{counts[roles]} prompts (the first is row {row}) have the turns {', '.join(roles)}, which the chat template of "
-                f"{tokenizer.name_or_path} refuses: {reason}. Leave these turns out or fold them into the user's, or give the "
-                "tokenizer a chat_template that takes them."
+            reason = f"which the chat template of {tokenizer.name_or_path} refuses: {reason}"
+        else:
+            if all(turn["role"] != "system" or turn["content"].strip() in whole for turn in prompt):
+                continue
+            reason = (
+                f"and the chat template of {tokenizer.name_or_path} leaves the system turn out once there is an answer"
             )
+        problems.append(
+            f"{counts[roles]} prompts (the first is row {row}) have the turns {', '.join(roles)}, {reason}. Leave these turns out "
+            "or fold them into the user's, or give the tokenizer a chat_template that takes them."
+        )
     return problems

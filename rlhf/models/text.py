@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.rows import Message, Messages, Prompt
+from rlhf.data.rows import Message, Messages, Prompt, user_turn
 from rlhf.errors import UserError
-from rlhf.models.templates import MARKER, affixes, closing, rendered
+from rlhf.models.templates import affixes, closing, end_texts, frame, rendered, without_begins, without_ends
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -28,43 +28,60 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str,
 
     Args:
         prompt: a string, or messages ending with the turn to be answered.
-        answer: the answer's text, without special tokens.
+        answer: the answer's text; an end token that it carries already is not doubled.
         ended: whether the answer's end token was produced.
     """
-    end = tokenizer.eos_token if ended else ""
     if isinstance(prompt, str):
-        return prompt + answer.removesuffix(tokenizer.eos_token) + end
+        return prompt + without_ends(answer, end_texts(tokenizer)) + (tokenizer.eos_token if ended else "")
+    answer = without_ends(answer, frame(tokenizer).ends)
     text = rendered(tokenizer, [*prompt, Message(role="assistant", content=answer)])
     return text if ended else text.removesuffix(closing(tokenizer, prompt))
 
 
-def closed_text(tokenizer: PreTrainedTokenizerBase, text: str, *, conversational: bool, ended: bool = True) -> str:
-    """Return a text that somebody else rendered, prompt and answer in one, with its close neither missing nor doubled.
+def continued_text(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, ended: bool = True) -> str:
+    """Return the text that the reward model reads of an answer to a prompt that a chat template has rendered already.
 
-    Padding around it goes, as do whatever end and padding tokens it ends in; then follows what the tokenizer's own template
-    writes after an answer, or the end token, if the answer came to its end.
+    It is what the template writes of the whole conversation, whether or not the prompt has its begin token, and its end the
+    white space that the template writes there.
     """
-    close = closing(tokenizer, [Message(role="user", content="")]) if conversational else ""
-    close = close or tokenizer.eos_token
-    padding = [tokenizer.pad_token] if tokenizer.pad_token else []
-    while any(text.startswith(token) for token in padding):
-        text = text.removeprefix(padding[0])
-    for token in (close.strip(), tokenizer.eos_token, *padding) * 2:
-        while token and text.rstrip().endswith(token):
-            text = text.rstrip().removesuffix(token)
-    return text + close if ended else text
+    around = frame(tokenizer)
+    bare = prompt.rstrip()
+    if bare.endswith(around.asks.rstrip()):
+        prompt = bare + around.asks[len(around.asks.rstrip()) :] + around.lead
+        answer = answer.lstrip() if around.trims else answer
+    return closed_text(tokenizer, prompt + answer, conversational=True, ended=ended)
+
+
+def closed_text(tokenizer: PreTrainedTokenizerBase, text: str, *, conversational: bool, ended: bool = True) -> str:
+    """Return a text that somebody else rendered, prompt and answer in one, its begin and its close neither missing nor doubled.
+
+    Padding around it goes, as do all begin tokens before it and all end tokens behind it. Then follow those that the
+    tokenizer's own template writes, or the end token of a plain text, the latter if the answer came to its end.
+    """
+    text = without_begins(text, tokenizer.pad_token)
+    if not conversational:
+        begin = tokenizer.bos_token if affixes(tokenizer)[0] else None  # the tokenizer writes one
+        text = without_ends(without_begins(text, begin), end_texts(tokenizer))
+        return text + tokenizer.eos_token if ended else text
+    around = frame(tokenizer)
+    text = around.begin + without_ends(without_begins(text, tokenizer.bos_token), around.ends)
+    opening = around.asks + around.lead
+    if around.trims and not text.endswith(opening):
+        text = text.rstrip()
+    return text + around.close if ended else text
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
-    """Tell whether a prompt was rendered by a chat template: it holds a special token, or ends as the tokenizer's own does."""
-    special = set(tokenizer.all_special_tokens)
-    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if any(token in prompt for token in special):
-        return True
+    """Tell whether a prompt was rendered by the tokenizer's chat template, which has then written how an answer begins.
+
+    Only what holds special tokens may go on behind that, such as an empty thought. A special token alone proves nothing: a
+    person can type it.
+    """
     if not tokenizer.chat_template:
         return False
-    opening = prompt_text(tokenizer, [Message(role="user", content=MARKER)]).rpartition(MARKER)[2]
-    return bool(opening.strip()) and prompt.endswith(opening)
+    around = frame(tokenizer)
+    asks = around.asks.strip()
+    return bool(asks) and (prompt.rstrip().endswith(asks) or (around.asks_in_tokens and asks in prompt))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversational: bool) -> list[list[int]]:
@@ -85,21 +102,32 @@ def encode_answers(
     *,
     ended: Sequence[bool] | None = None,
     max_length: int | None = None,
+    conversational: bool | None = None,
 ) -> tuple[list[list[int]], int]:
     """Return the token ids of prompt and answer as a reward model reads them.
 
     Args:
         ended: whether each answer came to its end; None if all did.
+        conversational: whether the model reads conversations; a prompt that is a string is then a user's words, or a
+            conversation that its template has rendered. None: whether the prompts are conversations.
         max_length: longer rows lose the beginning of the prompt, never the end of the answer.
 
     Returns:
         the ids, and how many rows were cut.
     """
     ended = [True] * len(prompts) if ended is None else ended
-    texts = [answer_text(tokenizer, p, a, ended=e) for p, a, e in zip(prompts, answers, ended, strict=True)]
-    flags = [not isinstance(prompt, str) for prompt in prompts]
-    assert len(set(flags)) <= 1, "a batch is either conversational or not"
-    return encode_texts(tokenizer, texts, conversational=bool(flags and flags[0]), max_length=max_length)
+    if conversational is None:
+        flags = {not isinstance(prompt, str) for prompt in prompts}
+        assert len(flags) <= 1, "a batch is either conversational or not"
+        conversational = flags == {True}
+    texts = []
+    for prompt, answer, flag in zip(prompts, answers, ended, strict=True):
+        if conversational and isinstance(prompt, str) and is_rendered(tokenizer, prompt):
+            texts.append(continued_text(tokenizer, prompt, answer, ended=flag))
+        else:
+            asked = user_turn(prompt) if conversational and isinstance(prompt, str) else prompt
+            texts.append(answer_text(tokenizer, asked, answer, ended=flag))
+    return encode_texts(tokenizer, texts, conversational=conversational, max_length=max_length)
 
 
 def encode_texts(

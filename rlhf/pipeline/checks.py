@@ -2,17 +2,23 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlhf.data.columns import named_rows
+from rlhf.data.direction import directions, has_two_responses
 from rlhf.data.read import ReadReport, is_local, read_rows
+from rlhf.data.sources import Source
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
 from rlhf.ppo.source_kinds import source_problem
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe, RewardSection
+
+FIRST_ROWS = 100  # of a file whose layout is looked at before a run
 
 
 def check_recipe_file(recipe: Recipe, out: Path) -> None:
@@ -64,17 +70,12 @@ def _written_recipe(file: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Refuse a recipe that names local files which are not there.
+    """Refuse a recipe that names local files which are not there, or labels of which nobody can know what they mean.
 
     Raises:
-        UserError: naming all that are missing.
+        UserError: naming all of them.
     """
-    problems = [
-        f"data.{name}: {entry.source}: no such file."
-        for name in DATA_SOURCES
-        for entry in recipe.data.sources(name)
-        if is_local(entry.source) and not local_files(entry.source)
-    ]
+    problems = list(_source_problems(recipe))
     if recipe.reward.meta_samples is not None and not Path(recipe.reward.meta_samples).expanduser().is_file():
         problems.append(f"reward.meta_samples: {recipe.reward.meta_samples}: no such file.")
     for key, name in [
@@ -86,6 +87,42 @@ def check_sources(recipe: Recipe) -> None:
             problems.append(f"{key}: {problem}")
     if problems:
         raise UserError(problems)
+
+
+def _source_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with the local files of the data section, each file read once."""
+    entries = {
+        repr((entry.source, entry.preference, entry.columns, entry.split)): (name, Source(**entry.model_dump()))
+        for name in DATA_SOURCES
+        for entry in recipe.data.sources(name)
+        if is_local(entry.source)
+    }
+    for name, source in entries.values():
+        if not local_files(source.source):
+            yield f"data.{name}: {source.source}: no such file."
+            continue
+        try:
+            check_directions(source)
+        except UserError as error:
+            yield from (f"data.{name}: {problem}" for problem in error.problems)
+
+
+def check_directions(source: Source) -> None:
+    """Refuse a file of which nobody can know which of two responses is better, without keeping its rows.
+
+    Of a file whose first rows have another layout, no more than these are read.
+
+    Raises:
+        UserError: as `directions` says; or the file can't be read.
+    """
+    split, is_named = source.split or "train", source.split is not None
+    report = ReadReport(source.source)
+    numbered = read_rows(source.source, report, split=split, config=source.config, is_named=is_named)
+    first = list(islice(numbered, FIRST_ROWS))
+    named = named_rows(first, report, columns=source.columns, label=source.label)
+    if source.preference is not None or any(has_two_responses(entry.row) for entry in named):
+        named = named_rows([*first, *numbered], report, columns=source.columns, label=source.label)
+        directions((entry.row for entry in named), source.source, source.preference)
 
 
 def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:

@@ -1,7 +1,8 @@
 """Digests of files: of what a recipe names beside its data (code, models), and of what stages wrote. Loads no torch."""
 
+import ast
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def _digest(path: Path, size: int, changed: int) -> str:
 def named_digests(names: Iterable[str | None]) -> dict[str, str]:
     """Return the sha256 of every local file that some names of a recipe stand for, by its path as the recipe has it.
 
-    A name is a function's `FILE.py:function`, or a model: a folder, of which every file that a loader reads counts, and of an
-    adapter its base too. Addresses, hub ids and None stand for no local file, nor does what a FILE.py imports.
+    A name is a function's `FILE.py:function`, of which the modules that it imports from its own folder count too; or a model:
+    a folder, of which every file that a loader reads counts, and of an adapter its base too. Addresses, hub ids and None stand
+    for no local file, nor do installed packages.
     """
     files: dict[str, Path] = {}
     for name in names:
@@ -38,7 +40,52 @@ def named_digests(names: Iterable[str | None]) -> dict[str, str]:
 def _code_file(name: str) -> dict[str, Path]:
     file = name.rpartition(":")[0]
     path = Path(file).expanduser()
-    return {file: path} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    beside = {str(Path(file).parent / module.relative_to(path.parent)): module for module in imported_files(path)}
+    return {file: path} | beside
+
+
+def imported_files(file: Path) -> list[Path]:
+    """Return the Python files in a file's folder and below it that it imports, and that these import; nothing is run.
+
+    What is imported by a name that is made while the code runs is not found (`importlib.import_module`). A file that is no
+    Python imports nothing; who loads it says what is wrong with it. This package itself is left out.
+    """
+    folder, waiting = file.parent, [file]
+    imported: set[Path] = set()
+    while waiting:
+        for name in _imported_names(waiting.pop(), folder):
+            for module in _module_files(folder, name):
+                if module != file and module not in imported:
+                    imported.add(module)
+                    waiting.append(module)
+    return sorted(imported)
+
+
+def _imported_names(file: Path, folder: Path) -> Iterator[tuple[str, ...]]:
+    """Yield the parts of every dotted name that a file may import; of `from a import b`, b may be a module or not."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    package = file.relative_to(folder).parent.parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else ()
+            module = (*start, *(node.module.split(".") if node.module else ()))
+            yield from ((*module, alias.name) for alias in node.names)
+
+
+def _module_files(folder: Path, name: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the files that are run when a dotted name is imported from a folder, packages first."""
+    if name[:1] == (__name__.partition(".")[0],):
+        return
+    for length in range(1, len(name) + 1):
+        place = folder.joinpath(*name[:length])
+        yield from (path for path in (place / "__init__.py", place.with_suffix(".py")) if path.is_file())
 
 
 def _model_files(name: str) -> dict[str, Path]:

@@ -12,25 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
 
 from rlhf.data.rows import Pair, Prompt, answer
 from rlhf.errors import TrainingError, UserError
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import Check
 from rlhf.invariants.ends import SAMPLED, ends_reachable, policy_ends, prompts_too_long
-from rlhf.invariants.forward import batched_forward
-from rlhf.invariants.ratio import check_ratio, largest_ratio_deviation
-from rlhf.invariants.sampler import ROUNDING, SurpriseSums, check_sampler, surprise_sums
-from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions, encode_prompts, end_token_ids, generate
-from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer
-from rlhf.models.logprobs import response_logits, response_logprobs, token_logprobs, token_surprise
+from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer, reward_model_on
 from rlhf.models.templates import end_at_end_token, template_problems
 from rlhf.models.text import plain
+from rlhf.pipeline.affordable import ANSWERS, FEW, ROWS, TOKENS, affordable_prompts
 from rlhf.pipeline.checks import check_arguments, check_sources
 from rlhf.pipeline.context import StageContext, backbone_model
+from rlhf.pipeline.policy_checks import forward_checks, sampling_checks
 from rlhf.pipeline.stages import run_base, run_data, run_lab
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
 from rlhf.pipeline.true_reward import load_true_reward
@@ -41,8 +39,7 @@ from rlhf.recipe.schema import Recipe
 from rlhf.reward.load import check_scores
 from rlhf.reward.model import RewardModel
 
-ROLLOUTS, ROWS, TOKENS = 2, 64, 32  # what "sampler true" looks at
-FEW = 8  # rows of the other checks
+LOADED_ALIKE = ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,8 @@ class Examination:
         base: the folder or hub id of the model that everything starts from.
         say: tell the person at the terminal.
         findings: in the order in which they were made.
-        completions: answers of the policy to the first prompts, once there are some.
+        policy: the policy and the settings it was loaded with, until the reward model was examined that starts from it too.
+        asked, completions: rows of the prompts, and the policy's answers to them, once there are some.
     """
 
     recipe: Recipe
@@ -76,11 +74,15 @@ class Examination:
     base: str | Path
     say: Callable[[str], None]
     findings: list[Finding] = field(default_factory=list)
+    policy: tuple[PreTrainedModel | PeftModel, ModelConfig] | None = None
+    asked: list[Any] = field(default_factory=list)
     completions: Completions | None = None
 
     def enter(self, subject: str, *checks: Check) -> None:
-        """Enter checks of one thing."""
-        self.findings += [Finding(subject, check) for check in checks]
+        """Enter checks of one thing, and say a line of each."""
+        for check in checks:
+            self.findings.append(Finding(subject, check))
+            self.say(f"{subject}: {check.name}: {'holds' if check.held else 'FAILS'}")
 
     def refuse(self, subject: str, sentence: str) -> None:
         """Enter that something can't be used at all, and why."""
@@ -175,31 +177,42 @@ def _examine_policy(examination: Examination) -> None:
     args = training_arguments(PPOConfig, settings, context.folder, recipe.seed)
     tokenizer = load_tokenizer(examination.base, conversational=True, revision=recipe.backbone.revision)
     is_readable = _examine_turns(examination, tokenizer)
+    examination.say(f"policy: opening {examination.base} …")
     model = load_policy(examination.base, model_config, trainable=False).to(context.device).eval()
+    examination.policy = model, model_config
     has_sft = recipe.lab is not None or recipe.data.sft is not None
     end = recipe.sft.trl_settings().get("eos_token") if has_sft else None
     if end is not None:
         tokenizer.eos_token = end  # as SFT's trainer does
     end_ids = end_token_ids(model, tokenizer)
-    prompts: list[Prompt] = [row["prompt"] for row in examination.rows("prompts")]
     limit = longest_prompt(model, args)
+    rows = examination.rows("prompts")[:ANSWERS]
+    lengths: list[int] = []
     if is_readable:
-        examination.enter("data.prompts", _prompt_lengths(tokenizer, prompts[: ROLLOUTS * ROWS], limit))
+        encoded = encode_prompts(tokenizer, [row["prompt"] for row in rows], max_prompt_length=None)
+        lengths = [len(ids) for ids in encoded]
+        examination.enter("data.prompts", _prompt_lengths(lengths, limit))
     examination.enter("policy", ends_reachable(tokenizer, end_ids, is_trained_here=has_sft))
     if not is_readable:
         return
 
     # 2. What it samples, with the log-probabilities that PPO would use.
+    read = [length if limit is None else min(length, limit) for length in lengths]
+    asked = [rows[i] for i in affordable_prompts(read, model.num_parameters(), device=model.device.type)]
+    examination.say(f"policy: sampling {len(asked)} answers of at most {TOKENS} tokens …")
     torch.manual_seed(recipe.seed)
-    completions = [
-        generate(model, tokenizer, batch, max_new_tokens=TOKENS, temperature=args.temperature, max_prompt_length=limit)
-        for batch in _batches(prompts)
-    ]
-    examination.completions = completions[0]
-    examination.enter("policy", sampling_check(model, completions, args.temperature))
+    completions = []
+    sampling: dict[str, Any] = {"temperature": args.temperature, "max_prompt_length": limit}
+    for start in range(0, len(asked), ROWS):
+        prompts: list[Prompt] = [row["prompt"] for row in asked[start : start + ROWS]]
+        completions.append(generate(model, tokenizer, prompts, max_new_tokens=TOKENS, **sampling))
+    examination.asked, examination.completions = asked[:ROWS], completions[0]
+    examination.enter("policy", *sampling_checks(model, completions, args.temperature))
     if not has_sft:
         longest = args.max_completion_length
-        answers = generate(model, tokenizer, prompts[:SAMPLED], max_new_tokens=longest, max_prompt_length=limit)
+        examination.say(f"policy: sampling {SAMPLED} answers of at most {longest} tokens …")
+        prompts = [row["prompt"] for row in asked[:SAMPLED]]
+        answers = generate(model, tokenizer, prompts, max_new_tokens=longest, max_prompt_length=limit)
         examination.enter("policy", policy_ends(answers.ended.tolist(), max_new_tokens=longest))
 
     # 3. The same text alone, in a batch, and a second time as it is trained.
@@ -220,60 +233,12 @@ def _examine_turns(examination: Examination, tokenizer: PreTrainedTokenizerBase)
     return is_readable
 
 
-def _prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], limit: int | None) -> Check:
-    """Return the check that the shortest of some prompts is read as a whole."""
-    lengths = [len(ids) for ids in encode_prompts(tokenizer, prompts, max_prompt_length=None)]
+def _prompt_lengths(lengths: Sequence[int], limit: int | None) -> Check:
+    """Return the check that the shortest of some prompts, given their tokens, is read as a whole."""
     sentence = prompts_too_long(lengths, limit) or ""
     return Check(
         "prompts fit", min(lengths), float("inf") if limit is None else limit, "tokens, the shortest", sentence
     )
-
-
-def _batches(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-    """Return the prompts of the rollouts; few prompts come again."""
-    return [[prompts[(i * ROWS + j) % len(prompts)] for j in range(ROWS)] for i in range(ROLLOUTS)]
-
-
-def _few_rows(completions: Completions) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield whole texts, their masks, the answers and their masks, [8, …] each: logits of more rows take much memory."""
-    ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
-    mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
-    columns = (ids, mask, completions.response_ids, completions.response_mask)
-    yield from zip(*(column.split(FEW) for column in columns), strict=True)
-
-
-def sampling_check(model: PreTrainedModel, completions: Sequence[Completions], temperature: float) -> Check:
-    """Return the check "sampler true" of some rollouts as one."""
-    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
-    for rollout in completions:
-        for ids, mask, answers, answer_mask in _few_rows(rollout):
-            length = answers.shape[1]
-            logits = response_logits(model, ids, mask, length)
-            logprobs = token_logprobs(logits, answers, temperature=temperature)
-            surprise = token_surprise(logits, length, temperature=temperature)
-            sums += surprise_sums(logprobs, *surprise, answer_mask).cpu()
-            tokens += int(answer_mask.sum())
-    return check_sampler(SurpriseSums(*sums.tolist()), tests=1, rounding=ROUNDING[model.dtype] * tokens)
-
-
-def forward_checks(model: PreTrainedModel, completions: Completions, args: PPOConfig) -> list[Check]:
-    """Return the checks of one batch of answers: each alone, and all of them a second time in training mode."""
-    ids, mask, answers, answer_mask = next(_few_rows(completions))
-    length, keep = answers.shape[1], answer_mask.bool()
-    together = response_logprobs(model, ids, mask, length, args.temperature)
-    alone = []
-    for row, seen, answered in zip(ids, mask.bool(), keep, strict=True):
-        text = row[seen][None]
-        logprobs = response_logprobs(model, text, torch.ones_like(text), int(answered.sum()), args.temperature)
-        alone.append(logprobs[0])
-    checks = [batched_forward(torch.cat(alone), together[keep], dtype=model.dtype)]
-    if args.disable_dropout:
-        switch_off_dropout(model)
-        model.train()
-        again = response_logprobs(model, ids, mask, length, args.temperature)
-        model.eval()
-        checks.append(check_ratio(largest_ratio_deviation(again, together, keep).item(), model.dtype))
-    return checks
 
 
 # ---- Rewards ----
@@ -286,7 +251,7 @@ def _texts(examination: Examination) -> list[tuple[Prompt, str]]:
         return [(row["prompt"], answer(row, "chosen")) for row in pairs]
     if examination.completions is None:
         raise UserError("there are neither pairs nor answers of the policy to score.")
-    prompts = [row["prompt"] for row in examination.rows("prompts")[:FEW]]
+    prompts = [row["prompt"] for row in examination.asked[:FEW]]
     return list(zip(prompts, examination.completions.texts, strict=False))
 
 
@@ -298,9 +263,22 @@ def _examine_new_reward_model(examination: Examination) -> None:
     tokenizer = load_tokenizer(examination.base, conversational=True, revision=recipe.backbone.revision)
     assert isinstance(tokenizer.pad_token_id, int), "check_tokenizer gives every tokenizer a padding token"
     end_at_end_token(tokenizer)
-    model = build_reward_model(examination.base, model_config, pad_token_id=tokenizer.pad_token_id)
+    model = _on_policy(examination, model_config, tokenizer.pad_token_id)
+    if model is None:
+        examination.say(f"reward model, untrained: opening {examination.base} …")
+        model = build_reward_model(examination.base, model_config, pad_token_id=tokenizer.pad_token_id)
     reward = RewardModel(model.to(examination.context.device).eval(), tokenizer, conversational=True)
     _examine_scores(examination, "reward model, untrained", reward)
+
+
+def _on_policy(examination: Examination, config: ModelConfig, pad_token_id: int) -> PreTrainedModel | None:
+    """Return a new reward model on the layers of the policy that is open already; None where the two are loaded otherwise."""
+    if examination.policy is None:
+        return None
+    (policy, policy_config), examination.policy = examination.policy, None
+    if any(getattr(policy_config, key) != getattr(config, key) for key in LOADED_ALIKE):
+        return None
+    return reward_model_on(policy, pad_token_id=pad_token_id)
 
 
 def _examine_scores(examination: Examination, subject: str, reward: RewardModel) -> None:
@@ -327,8 +305,7 @@ def _examine_source(examination: Examination, name: str) -> None:
     completions = examination.completions
     if completions is None:
         raise UserError("there are no answers of the policy to score.")
-    rows = examination.rows("prompts")
-    rows = [rows[i % len(rows)] for i in range(len(completions.texts))]
+    rows = examination.asked
     with _foreign(name):
         scores, _ = source([row["prompt"] for row in rows], completions, other_columns(rows))
     examination.enter(name, _scores_given(scores.tolist()))

@@ -1,27 +1,21 @@
-"""Commands on a finished model: score lines with it, evaluate it, export it."""
+"""Commands on a finished model: score lines with it, export it."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from peft import PeftModel
 
-from rlhf.data.read import ReadReport
-from rlhf.data.rows import TIE, Pair, answer
-from rlhf.data.sources import Source, read_pairs, read_rankings
 from rlhf.errors import UserError
-from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs
 from rlhf.files import write_text
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings
+from rlhf.models.merge import merge_adapter
 from rlhf.models.save import save_model
-from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.report.evaluation import write_evaluation
+from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.experts import EXPERTS
 from rlhf.reward.load import CARD, load_reward_model, open_reward_model, reward_card, template_digest
-from rlhf.reward.model import RewardModel
 from rlhf.reward.score_jsonl import score_lines
 
 
@@ -29,103 +23,6 @@ def score_stream(model: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Score JSON lines with a reward model."""
     quiet_libraries()
     yield from score_lines(open_reward_model(model), lines)
-
-
-def evaluate_reward_model(
-    model: str, data: Sequence[str | Source], out: Path, *, against: str | None, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Evaluate a reward model on every data set; write `{"model", "data": {name: report}}`, and a page beside it.
-
-    Args:
-        data: files or hub datasets of pairs, rankings or trees. Ties are left out: nothing can be right about them.
-        against: another reward model, compared on the same pairs.
-
-    Raises:
-        UserError: a data set without a usable pair; two of the same name.
-    """
-    quiet_libraries()
-    given = [Source(source) if isinstance(source, str) else source for source in data]
-    names = [Path(source.source).name.split(".")[0] for source in given]
-    if len(set(names)) < len(names):
-        raise UserError(f"evaluate: two data sets have the same name ({', '.join(names)}); rename a file.")
-    template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
-    sources = [_decided(source.source, *read_pairs(source, fit=template)) for source in given]
-    reward = open_reward_model(model)
-    other = None if against is None else open_reward_model(against)
-    reports: dict[str, dict[str, Any]] = {}
-    shown: dict[str, list[dict[str, Any]]] = {}
-    for name, source, (rows, counts) in zip(names, given, sources, strict=True):
-        for sentence in counts.sentences():
-            say(sentence)
-        scored = _finite(score_pairs(reward, rows, label=name), model, name)
-        alike = _alike_after_cut(reward, rows)
-        if alike:
-            say(
-                f"{name}: {alike} of {len(rows)} pairs have two answers that are the same in the last {reward.max_length} tokens, "
-                f"which are all that {model} reads; they count as ties."
-            )
-        reports[name] = pair_report(scored)
-        rankings = read_rankings(source)
-        if rankings:
-            reports[name]["rankings"] = ranking_report(reward, rankings, label=f"{name}: rankings")
-        if other is not None:
-            by_other = _finite(score_pairs(other, rows, label=f"{name}: {against}"), str(against), name)
-            reports[name]["against"] = {"accuracy": float(by_other.right.mean()), **compare(scored, by_other)}
-        reports[name]["read"] = counts.as_dict()
-        shown[name] = scored.samples()
-    for scorer, which in ((reward, model), (other, against)):
-        for sentence in scorer.cuts(str(which)) if scorer is not None else []:
-            say(sentence)
-    result = {"model": model, "against": against, "data": reports}
-    write_text(out, json.dumps(result, indent=1) + "\n")
-    write_evaluation(out.with_suffix(".html"), result, shown)
-    return result
-
-
-def _decided(name: str, rows: list[Pair], report: ReadReport) -> tuple[list[Pair], ReadReport]:
-    """Return the pairs whose label calls one answer better, and the report, which counts the others.
-
-    Raises:
-        UserError: all are ties.
-    """
-    decided = [row for row in rows if row.get("confidence") != TIE]
-    if not decided:
-        raise UserError(f"{name}: all of its pairs are ties, which nothing can be right about.")
-    ties = len(rows) - len(decided)
-    if ties:
-        report.dropped["a tie, which nothing can be right about"] = ties
-        report.examples["a tie, which nothing can be right about"] = []
-        report.kept -= ties
-    return decided, report
-
-
-def _finite(scored: ScoredPairs, model: str, name: str) -> ScoredPairs:
-    """Return scored pairs as they are.
-
-    Raises:
-        UserError: a score is not a finite number.
-    """
-    bad = int((~np.isfinite(scored.scores_chosen) | ~np.isfinite(scored.scores_rejected)).sum())
-    if bad:
-        raise UserError(
-            f"{model}: the scores of {bad} of {len(scored.rows)} pairs of {name} are not finite numbers; its weights or its dtype "
-            "can't hold them."
-        )
-    return scored
-
-
-def _alike_after_cut(reward: RewardModel, rows: Sequence[Pair]) -> int:
-    """Count the pairs whose two answers differ, but not in what a model reads of them."""
-    cut = (reward.cut, reward.cut_answers)
-    if not reward.cut_answers:
-        return 0
-    prompts = [row["prompt"] for row in rows]
-    sides = [reward.encode(prompts, [answer(row, side) for row in rows], None) for side in ("chosen", "rejected")]
-    reward.cut, reward.cut_answers = cut
-    return sum(
-        chosen == rejected and answer(row, "chosen") != answer(row, "rejected")
-        for row, chosen, rejected in zip(rows, *sides, strict=True)
-    )
 
 
 def export_model(model: Path, out: Path) -> None:
@@ -160,10 +57,10 @@ def export_model(model: Path, out: Path) -> None:
         )
     reward = load_reward_model(model, device="cpu")
     network: Any = reward.model
-    network = network.merge_and_unload() if isinstance(network, PeftModel) else network
+    network = merge_adapter(network) if isinstance(network, PeftModel) else network
     network.config.problem_type = "regression"
     save_model(network, reward.tokenizer, out)
     card["chat_template_sha256"] = template_digest(reward.tokenizer)
     write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
     assert find_source(out).adapter is None, "a merged model has no adapter"
-    load_reward_model(out)
+    write_certificate(out / CERTIFICATE, certify(load_reward_model(out)))

@@ -61,6 +61,7 @@ def write_summary(
             "by_gold": _with_intervals(by_gold, ("gold",)),
         },
         "gold_gap_closed": last.get("gold_gap_closed"),
+        "gold_gap_closed_ci": last.get("gold_gap_closed_ci"),
         "evaluated_prompts": last.get("n"),
         "stopped": stopped,
         "checks": joined_checks({folder: values.get("checks") or {} for folder, values in facts.items()}),
@@ -129,6 +130,7 @@ def _round(
             if known
             else None,
             "gold_gap_closed": evaluation.get("gold_gap_closed"),
+            "gold_gap_closed_ci": evaluation.get("gold_gap_closed_ci"),
             "words": sum(lengths) / len(lengths) if lengths else None,
             "different_answers": len(set(texts)) / len(texts) if texts else None,
             "warnings": ppo.get("warnings"),

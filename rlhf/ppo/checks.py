@@ -1,11 +1,13 @@
 """What PPO checks about itself at every rollout and update: the formulas are `rlhf.invariants`, the models are the trainer's."""
 
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rlhf.invariants.checks import Check
 from rlhf.invariants.ratio import LARGEST, check_ratio, largest_ratio_deviation
 from rlhf.invariants.reference import (
     ANSWER_TOKENS,
@@ -17,7 +19,16 @@ from rlhf.invariants.reference import (
     golden_rows,
     mean_difference,
 )
-from rlhf.invariants.sampler import ROUNDING, SurpriseSums, check_sampler, sampler_z, surprise_sums
+from rlhf.invariants.sampler import (
+    ROUNDING,
+    MomentSums,
+    check_counts,
+    check_sampler,
+    count_sums,
+    sampled_counts,
+    sampler_z,
+    surprise_sums,
+)
 from rlhf.models.generate import encode_prompts, pad_left
 from rlhf.ppo.state import GoldenBatch
 
@@ -40,34 +51,42 @@ def coarsest_dtype(trainer: "PPOTrainer") -> torch.dtype:
 
 
 def check_sampling(trainer: "PPOTrainer", experience: "Experience") -> None:
-    """Require "sampler true" of a rollout and of all rollouts so far as one, over all processes, and log its z.
+    """Require "sampler true" and "token counts true" of a rollout and of all rollouts so far as one, and log both z.
 
-    Each rollout looks twice, so a run of n rollouts looks 2 n times. Where an engine samples whose difference is weighted
-    away (vLLM), the check is recorded, with one warning, and nothing stops.
+    All processes are taken together. Each rollout looks four times, so a run of n rollouts looks 4 n times. Where an engine
+    samples whose difference is weighted away (vLLM), the checks are recorded, with one warning each, and nothing stops.
 
     Raises:
         InvariantError: the tokens were not sampled from the policy; nothing was updated.
     """
     # 1. The sums of this rollout and of the run.
-    outputs, mask = experience.outputs, experience.response_mask
-    local = surprise_sums(outputs.logprobs, outputs.entropy, outputs.variance, outputs.third, mask)
-    table = torch.cat([local, mask.sum().to(local)[None]])
-    *sums, tokens = trainer.accelerator.reduce(table, reduction="sum").tolist()
-    rollout, progress = SurpriseSums(*sums), trainer.progress
-    progress.see_surprise(rollout, int(tokens))
-    trainer.metrics.count("sampler_z", sampler_z(rollout), 1)
+    outputs, mask, progress = experience.outputs, experience.response_mask, trainer.progress
+    reduce = partial(trainer.accelerator.reduce, reduction="sum")
+    moments = surprise_sums(outputs.logprobs, outputs.entropy, outputs.variance, outputs.third, mask)
+    token_ids, expected = experience.input_ids[:, -mask.shape[1] :], experience.expected_counts
+    sampled = sampled_counts(token_ids, mask, expected.shape[1])
+    surprise, counts = MomentSums(*reduce(moments).tolist()), count_sums(reduce(sampled), reduce(expected))
+    progress.surprise, progress.counts = progress.surprise.plus(surprise), progress.counts.plus(counts)
+    trainer.metrics.count("sampler_z", sampler_z(surprise), 1)
+    trainer.metrics.count("token_counts_z", sampler_z(counts), 1)
 
-    # 2. Both looks.
-    tests, rounding = 2 * max(1, int(trainer.args.num_train_epochs)), ROUNDING[coarsest_dtype(trainer)]
-    for total, count in ((rollout, tokens), (progress.surprise, progress.tokens)):
-        check = check_sampler(total, tests=tests, rounding=rounding * count)
-        if trainer.vllm is None:
-            trainer.checks.require(check)
-            continue
-        was_held = check.name not in trainer.checks.entries or trainer.checks.entries[check.name]["held"]
-        trainer.checks.record(check)
-        if was_held and not check.held and trainer.accelerator.is_main_process:
-            warnings.warn(f"ppo: {check.message()} Its answers are weighted by π / π_vLLM instead.", stacklevel=2)
+    # 2. All looks.
+    tests, rounding = 4 * max(1, int(trainer.args.num_train_epochs)), ROUNDING[coarsest_dtype(trainer)]
+    for sums in (surprise, progress.surprise):
+        _require_of_sampler(trainer, check_sampler(sums, tests=tests, rounding=rounding))
+    for sums in (counts, progress.counts):
+        _require_of_sampler(trainer, check_counts(sums, tests=tests, rounding=rounding))
+
+
+def _require_of_sampler(trainer: "PPOTrainer", check: Check) -> None:
+    """Require a check of our own sampler; of vLLM's record it, and warn the first time that it does not hold."""
+    if trainer.vllm is None:
+        trainer.checks.require(check)
+        return
+    was_held = check.name not in trainer.checks.entries or trainer.checks.entries[check.name]["held"]
+    trainer.checks.record(check)
+    if was_held and not check.held and trainer.accelerator.is_main_process:
+        warnings.warn(f"ppo: {check.message()} Its answers are weighted by π / π_vLLM instead.", stacklevel=2)
 
 
 def check_first_ratio(trainer: "PPOTrainer", logprobs: Tensor, batch: "MicroBatch") -> None:

@@ -4,15 +4,18 @@ The second half, the update, is `PPOTrainer.training_step` and the losses below 
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError
+from rlhf.invariants.sampler import halves_of_rows
+from rlhf.models.batching import run_batches
 from rlhf.models.generate import Completions
+from rlhf.models.logprobs import ExpectedCounts
 from rlhf.models.text import plain
 from rlhf.objectives.advantage import generalized_advantage, token_rewards
 from rlhf.objectives.kl import kl_k1
@@ -22,7 +25,8 @@ from rlhf.ppo.checks import check_policy_is_reference, check_sampling, hold_refe
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.processes import mean_and_variance_of_all, moments_of_all, run_or_stop_all
 from rlhf.ppo.rewards import Scores
-from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample
+from rlhf.ppo.roles import TokenOutputs
+from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_columns
 from rlhf.ppo.state import PPOState
 
 if TYPE_CHECKING:
@@ -93,7 +97,7 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
     input_ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
     attention_mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
     mask = completions.response_mask
-    outputs, logprobs_reference = trainer._forward_in_parts(input_ids, attention_mask, mask)
+    outputs, logprobs_reference, expected_counts = _forward_in_parts(trainer, input_ids, attention_mask, mask)
     kl = kl_k1(outputs.logprobs, logprobs_reference)
     if not torch.isfinite(kl[mask.bool()]).all():
         raise TrainingError(
@@ -115,11 +119,44 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
         outputs,
         logprobs_reference,
         weights,
+        expected_counts,
     )
 
     # 3. Numbers and samples for people.
     _report(trainer, prompts, completions, scores, experience)
     return experience
+
+
+def _forward_in_parts(
+    trainer: "PPOTrainer", input_ids: Tensor, attention_mask: Tensor, mask: Tensor
+) -> tuple[TokenOutputs, Tensor, Tensor]:
+    """Run policy, critic and reference, [b, r] each; rows of like length together, so that little is padding.
+
+    Returns:
+        Outputs of policy and critic, the reference's log-probabilities, and the policy's expected counts of tokens in
+        both halves of the answers, [2, v].
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.eval()
+    halves = halves_of_rows(mask)
+    vocabulary = model.config.get_text_config().vocab_size
+    expected = torch.zeros(2, vocabulary, dtype=torch.float64, device=mask.device)
+
+    def forward(rows: list[int]) -> Iterator[tuple[Tensor, ...]]:
+        prompt, answer = used_columns(attention_mask[rows], mask[rows])
+        ids, attention = (x[rows, prompt.start : answer.stop] for x in (input_ids, attention_mask))
+        width = answer.stop - prompt.stop
+        with trainer.accelerator.autocast():
+            counts = ExpectedCounts(halves[rows, :, :width], expected)
+            outputs = model(ids, attention, width, trainer.args.temperature, expected=counts)
+            reference = trainer.reference.logprobs(ids, attention, width, trainer.args.temperature)
+        return zip(*(nn.functional.pad(x, (0, mask.shape[1] - width)) for x in (*outputs, reference)), strict=True)
+
+    # Not batches_by_length: torch puts rows of one length in another order, and sums depend on who meets in a batch.
+    order = attention_mask.sum(dim=1).argsort()
+    batches = [rows.tolist() for rows in order.split(trainer.args.per_device_train_batch_size)]
+    *outputs, reference = (torch.stack(column) for column in zip(*run_batches(forward, batches), strict=True))
+    return TokenOutputs(*outputs), reference, expected
 
 
 def shape_scores(scores: Tensor, ended: Tensor, args: PPOConfig, state: PPOState) -> Tensor:

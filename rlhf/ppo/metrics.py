@@ -19,9 +19,10 @@ class RolloutMetrics:
     the raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer, and
     `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `entropy`, nats a token;
     `nll_reference`, nats a token, of which the reference's perplexity is the exponential; `sampler_difference`,
-    |log π − log π_vLLM|, nats a token, where vLLM samples; `sampler_z`, standard errors by which the sampled tokens are
-    rarer than the policy would have them (`rlhf.invariants.sampler`); `kl_coef`; `policy_loss`, `value_loss`; `ptx_loss` of
-    demonstrations, nats a token, where they are mixed in; `clip_fraction`; `approx_kl`, ½ (log ratio)², nats a token;
+    |log π − log π_vLLM|, nats a token, where vLLM samples; `sampler_z` and `token_counts_z`, standard errors of two
+    statistics that are 0 where tokens are sampled from the policy (`rlhf.invariants.sampler`); `kl_coef`; `policy_loss`,
+    `value_loss`; `ptx_loss` of demonstrations, nats a token, where they are mixed in; `clip_fraction`; `approx_kl`,
+    ½ (log ratio)², nats a token;
     `ratio_first`, the mean ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic
     before its update; `distinct_2`, different pairs of neighbouring tokens among all; `clipped_rewards`, the share at
     `reward_clip`; `disagreement` of an ensemble's members, deviations of a score; `length`, tokens an answer;

@@ -1,5 +1,6 @@
 """Rewards from an HTTP server that speaks OpenRLHF's contract: POST {"query": [...], "prompts": [...]} → {"rewards": [...]}."""
 
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -10,6 +11,10 @@ from rlhf.data.rows import Messages, Prompt
 from rlhf.errors import TrainingError
 from rlhf.models.text import last_turn, plain
 
+# The environment variable with the token of a server that demands one; `rlhf serve` reads the same.
+TOKEN = "RLHF_SERVE_TOKEN"
+SHOWN = 300  # characters of what a server says
+
 
 class RemoteReward:
     """A reward server as a reward function: a whole batch a request, a bounded number of tries, then an error.
@@ -17,7 +22,8 @@ class RemoteReward:
     `query` holds prompt and answer in one text and `prompts` the prompts as texts, for servers that read nothing else;
     `messages` (the prompts as they are, conversations whole), `responses` and `ended` are ours. The reply may be
     `{"rewards": [...]}` or, as older servers say, `{"scores": [...]}`; a server that had to cut texts says how many under
-    `cut`, which is told once.
+    `cut`, which is told once. A server that is busy (429, 503) is asked again after the time that it names. The token in the
+    environment variable RLHF_SERVE_TOKEN is sent, if there is one.
 
     Args:
         url: of the endpoint, e.g. http://host:5000/get_reward.
@@ -55,12 +61,9 @@ class RemoteReward:
             "ended": [True] * len(answers) if ended is None else list(ended),
         }
         try:
-            reply = post_json(self.url, body, timeout=self.timeout)
+            reply = post_json(self.url, body, timeout=self.timeout, headers=_headers())
         except requests.RequestException as error:
-            raise TrainingError(
-                f"The reward server {self.url} did not answer {ATTEMPTS} times ({type(error).__name__}: {error}); nothing was "
-                "updated. Start it, and the same command goes on from the last checkpoint."
-            ) from error
+            raise TrainingError(f"The reward server {self.url} {_failure(error)}; nothing was updated.") from error
         rewards = reply.get("rewards", reply.get("scores")) if isinstance(reply, dict) else None
         if not isinstance(rewards, list) or len(rewards) != len(answers):
             raise TrainingError(
@@ -72,3 +75,30 @@ class RemoteReward:
             warnings.warn(f"The reward server {self.url} cut {cut} of {len(answers)} texts: too long.", stacklevel=2)
         self.cut += cut if isinstance(cut, int) else 0
         return [float("nan") if x is None else float(x) for x in rewards]
+
+
+def _headers() -> dict[str, str] | None:
+    token = os.environ.get(TOKEN)
+    return {"Authorization": f"Bearer {token}"} if token else None
+
+
+def _failure(error: requests.RequestException) -> str:
+    """Say what went wrong with a request, and what to do: the end of a sentence whose subject is the server."""
+    if isinstance(error, requests.JSONDecodeError):
+        return "answered with something that is not JSON; give the address of its /get_reward"
+    response = error.response
+    if response is None:
+        return (
+            f"did not answer {ATTEMPTS} times ({type(error).__name__}: {error}). Start it, and the same command goes on from the "
+            "last checkpoint"
+        )
+    try:
+        detail = str(response.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        detail = response.text
+    reason = f"status {response.status_code}: {detail[:SHOWN].strip().rstrip('.')}"
+    if response.status_code in (401, 403):
+        return f"wants another token ({reason}); set the environment variable {TOKEN}"
+    if response.status_code == 429 or response.status_code >= 500:
+        return f"did not answer {ATTEMPTS} times ({reason}). The same command goes on from the last checkpoint"
+    return f"refuses these answers ({reason})"

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rlhf.errors import UserError
-from rlhf.models.logprobs import position_ids, response_logits, response_logprobs, token_logprobs, token_surprise
+from rlhf.models.logprobs import (
+    ExpectedCounts,
+    position_ids,
+    response_logits,
+    response_logprobs,
+    token_logprobs,
+    token_surprise,
+)
 from rlhf.models.save import load_weights
 from rlhf.models.score import token_scores
 
@@ -130,6 +137,7 @@ class PolicyAndCritic(nn.Module):
         response_length: int,
         temperature: float,
         roles: Sequence[str] = ROLES,
+        expected: ExpectedCounts | None = None,
     ) -> TokenOutputs:
         """Run both roles, or one, on the same tokens.
 
@@ -137,13 +145,16 @@ class PolicyAndCritic(nn.Module):
             input_ids, attention_mask: [b, p + r] prompts padded on the left, answers padded on the right.
             response_length: r, the width of the answers.
             temperature: by which the policy's logits are divided.
+            expected: where the policy's expected counts of tokens are added up; not while gradients are recorded.
         """
         logprobs = entropy = values = variance = third = None
         if "policy" in roles:
             logits = response_logits(self.policy, input_ids, attention_mask, response_length)
             logprobs = token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)
             if not torch.is_grad_enabled():
-                entropy, variance, third = token_surprise(logits, response_length, temperature=temperature)
+                entropy, variance, third = token_surprise(
+                    logits, response_length, temperature=temperature, expected=expected
+                )
             del logits
         if "critic" in roles:
             positions = position_ids(attention_mask)

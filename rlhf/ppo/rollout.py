@@ -47,6 +47,7 @@ class Experience(NamedTuple):
         outputs: policy and critic.
         logprobs_reference: [b, r] nats.
         sampler_weights: [b, r] how much each token counts; 1 unless another engine sampled it.
+        expected_counts: [2, v] how often the policy has each token, summed over the even rows' places and the odd ones'.
     """
 
     input_ids: Tensor
@@ -59,6 +60,7 @@ class Experience(NamedTuple):
     outputs: TokenOutputs
     logprobs_reference: Tensor
     sampler_weights: Tensor
+    expected_counts: Tensor
 
 
 @dataclass

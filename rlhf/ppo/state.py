@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rlhf.invariants.checks import CheckBook
-from rlhf.invariants.sampler import SurpriseSums
+from rlhf.invariants.sampler import MomentSums
 from rlhf.objectives.kl import adapted_kl_coef
 from rlhf.ppo.health import Health
 
@@ -37,8 +37,7 @@ class PPOState:
         kl_coef: β of this rollout.
         reward_count, reward_mean, reward_square: number, mean and summed squared deviation of all scores so far.
         health: the monitor's memory.
-        tokens: sampled so far.
-        surprise: the sums of "sampler true" over all of them.
+        surprise, counts: the sums of "sampler true" and of "token counts true" over all rollouts so far.
         checks: what was checked so far.
         golden: what the reference must go on to say; None before the first rollout.
     """
@@ -49,8 +48,8 @@ class PPOState:
     reward_mean: float = 0.0
     reward_square: float = 0.0
     health: Health = field(default_factory=Health)
-    tokens: int = 0
-    surprise: SurpriseSums = field(default_factory=lambda: SurpriseSums(0.0, 0.0, 0.0))
+    surprise: MomentSums = field(default_factory=MomentSums)
+    counts: MomentSums = field(default_factory=MomentSums)
     checks: CheckBook = field(default_factory=CheckBook, compare=False)
     golden: GoldenBatch | None = None
 
@@ -77,14 +76,10 @@ class PPOState:
         """Move β towards a KL of `target` nats an answer."""
         self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=target, horizon=horizon, episodes=episodes)
 
-    def see_surprise(self, sums: SurpriseSums, tokens: int) -> None:
-        """Add a rollout's tokens to the sums over all tokens of the run."""
-        self.surprise = SurpriseSums(*(before + now for before, now in zip(self.surprise, sums, strict=True)))
-        self.tokens += tokens
-
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""
-        values = {**asdict(self), "surprise": list(self.surprise), "checks": self.checks.entries}
+        sums = {"surprise": list(self.surprise), "counts": list(self.counts)}
+        values = {**asdict(self), **sums, "checks": self.checks.entries}
         if self.golden is not None:
             del values["golden"]["is_of_this_process"]
         values["health"] = {SENTENCES: values["health"].pop("sentences"), **values["health"]}
@@ -97,6 +92,7 @@ class PPOState:
         health = Health(sentences=values["health"].pop(SENTENCES), **values["health"])
         checks = CheckBook()
         checks.merge(values.pop("checks", {}))
-        surprise = SurpriseSums(*values.pop("surprise", (0.0, 0.0, 0.0)))
+        sums = {name: MomentSums(*values.pop(name, ())) for name in ("surprise", "counts")}
         golden = GoldenBatch(**values.pop("golden")) if values.get("golden") else None
-        return cls(**{**values, "health": health, "surprise": surprise, "checks": checks, "golden": golden})
+        known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
+        return cls(**{**known, "health": health, **sums, "checks": checks, "golden": golden})

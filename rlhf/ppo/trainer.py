@@ -6,7 +6,7 @@ scheduling, logging, evaluation, saving and resuming stay the Trainer's; because
 resumed run restores the random state exactly where the next rollout begins.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from rlhf._trl import BaseTrainer
 from rlhf.data.functions import TextFunction
 from rlhf.errors import TrainingError
 from rlhf.invariants.checks import CheckBook
-from rlhf.models.batching import run_batches
 from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions, generate
 from rlhf.objectives.kl import kl_k2, kl_k3
@@ -34,8 +33,8 @@ from rlhf.ppo.metrics import RolloutMetrics
 from rlhf.ppo.ptx import demonstration_loss
 from rlhf.ppo.reporting import evaluate, print_samples, warn_of_trouble
 from rlhf.ppo.rewards import RewardFunction, Rewards
-from rlhf.ppo.roles import ROLES, PolicyAndCritic, Reference, TokenOutputs, make_reference
-from rlhf.ppo.rollout import Experience, MicroBatch, PromptRow, Rollout, Sample, hash_seed, prompt_indices, used_columns
+from rlhf.ppo.roles import ROLES, PolicyAndCritic, Reference, make_reference
+from rlhf.ppo.rollout import Experience, MicroBatch, PromptRow, Rollout, Sample, hash_seed, prompt_indices
 from rlhf.ppo.setup import (
     check_data,
     check_parallelism,
@@ -224,26 +223,6 @@ class PPOTrainer(BaseTrainer):
     def rollout(self, rows: Sequence[PromptRow]) -> Rollout:
         """Return one batch of experience with an advantage for every token, whitened over all processes."""
         return make_rollout(self, rows)
-
-    def _forward_in_parts(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[TokenOutputs, Tensor]:
-        """Run policy, critic and reference, [b, r] each; rows of like length together, so that little is padding."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
-
-        def forward(rows: list[int]) -> Iterator[tuple[Tensor, ...]]:
-            prompt, answer = used_columns(attention_mask[rows], mask[rows])
-            ids, attention = (x[rows, prompt.start : answer.stop] for x in (input_ids, attention_mask))
-            width = answer.stop - prompt.stop
-            with self.accelerator.autocast():
-                outputs = model(ids, attention, width, self.args.temperature)
-                reference = self.reference.logprobs(ids, attention, width, self.args.temperature)
-            return zip(*(nn.functional.pad(x, (0, mask.shape[1] - width)) for x in (*outputs, reference)), strict=True)
-
-        # Not batches_by_length: torch puts rows of one length in another order, and sums depend on who meets in a batch.
-        order = attention_mask.sum(dim=1).argsort()
-        batches = [rows.tolist() for rows in order.split(self.args.per_device_train_batch_size)]
-        *outputs, reference = (torch.stack(column) for column in zip(*run_batches(forward, batches), strict=True))
-        return TokenOutputs(*outputs), reference
 
     # ---- Update ----
 

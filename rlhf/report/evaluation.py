@@ -1,4 +1,4 @@
-"""The page of `rlhf evaluate`: one section a data set."""
+"""The page of `rlhf evaluate`: the models side by side, a section a data set, and their biases."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from rlhf.files import write_text
-from rlhf.report.figures import curves
+from rlhf.report.evaluation_terminal import bias_sentence, length_sentence, letters, with_interval
+from rlhf.report.figures import curves, effects
 from rlhf.report.records import Facts
 from rlhf.report.render import render, reward_facts, reward_figures, worst
 
@@ -33,38 +34,93 @@ def write_evaluation(target: Path, result: Facts, pairs: Mapping[str, Sequence[F
             {
                 "name": name,
                 "facts": reward_facts(report),
-                "more": _more(report, result["against"]),
+                "more": _more(report),
+                "models": _models(report) if len(result["models"]) > 1 else [],
+                "benchmark": report["benchmark"],
+                "benchmark_rows": _figure_rows(report) if report["benchmark"] else [],
+                "matrices": report.get("matrices", [{}])[0],
+                "length": length_sentence(report),
                 "groups": {k: v for k, v in report["by"].items() if k != "difficulty"},
                 "read": report["read"],
                 "figures": figures,
                 "worst": worst(pairs[name]),
             }
         )
+    named = dict(zip(letters(result["models"]), result["models"], strict=True))
     page = render(
-        "evaluation.html.jinja", title=f"Evaluation of {result['model']}", model=result["model"], sections=sections
+        "evaluation.html.jinja",
+        title=f"Evaluation of {result['model']}",
+        letters=named if len(named) > 1 else {},
+        columns=list(named) if len(named) > 1 else ["score"],
+        sections=sections,
+        probes=[_probe(letter, entry) for letter, entry in zip(named, result.get("probes", []), strict=False)],
     )
     write_text(target, page)
     return target
 
 
-def _more(report: Facts, against: str | None) -> list[tuple[str, str, str]]:
+def _more(report: Facts) -> list[tuple[str, str, str]]:
     """Return the facts that only some data have: name, value, note."""
+    if "rankings" not in report:
+        return []
+    ranked = report["rankings"]
+    chance = f"by chance {ranked['best_of_k_by_chance']:.3f}; {ranked['prompts']} rankings, a tie is wrong"
+    tau = "-" if ranked["tau_b"] is None else f"{ranked['tau_b']:.3f}"
+    return [
+        ("best of K is a best one", with_interval(ranked["best_of_k"], ranked["best_of_k_ci"]), chance),
+        ("Kendall's tau-b", tau, "mean over prompts"),
+    ]
+
+
+def _models(report: Facts) -> list[tuple[str, str, str]]:
+    """Return each model's letter, its accuracy, and how it differs from the first."""
     rows = []
-    if "rankings" in report:
-        ranked = report["rankings"]
-        low, high = ranked["best_of_k_ci"]
-        chance = f"by chance {ranked['best_of_k_by_chance']:.3f}; {ranked['prompts']} rankings, a tie is wrong"
-        rows.append(("best of K is a best one", f"{ranked['best_of_k']:.3f}  [{low:.3f}, {high:.3f}]", chance))
-        rows.append(
-            ("Kendall's tau-b", "-" if ranked["tau_b"] is None else f"{ranked['tau_b']:.3f}", "mean over prompts")
-        )
-    if "against" in report:
-        other = report["against"]
-        low, high = other["difference_ci"]
-        note = f"{against} has {other['accuracy']:.3f}; paired test over prompts: p = {other['p_value']:.2g}"
-        rows.append(
-            ("accuracy against the other model", f"{other['difference']:+.3f}  [{low:+.3f}, {high:+.3f}]", note)
-        )
-    for benchmark in (report["reward_bench"], report.get("rankings", {}).get("reward_bench_2")):
-        rows += [(section, f"{value:.3f}", "RewardBench") for section, value in (benchmark or {}).items()]
+    for letter, entry in zip(letters(report["models"]), report["models"], strict=True):
+        note = "the first"
+        if "difference" in entry:
+            difference = with_interval(entry["difference"], entry["difference_ci"], sign=True)
+            note = f"{difference} from A, p = {entry['p_value']:.2g} (paired over prompts)"
+        rows.append((letter, with_interval(entry["accuracy"], entry["accuracy_ci"]), note))
     return rows
+
+
+def _figure_rows(report: Facts) -> list[Facts]:
+    """Return a benchmark's figures: name, a cell a model, what length rules get, how many rows."""
+    rows: list[Facts] = []
+    for figure, entry in report["figures"].items():
+        cells = []
+        for value in entry["models"]:
+            cell = with_interval(value["value"], value["ci"])
+            if "difference" in value:
+                cell += f" ({with_interval(value['difference'], value['difference_ci'], sign=True)})"
+            cells.append(cell)
+        rows.append(
+            {"name": figure, "cells": cells, "longer": entry["longer"], "shorter": entry["shorter"], "n": entry["n"]}
+        )
+    return rows
+
+
+def _probe(letter: str, entry: Facts) -> Facts:
+    """Return one model's probes: a figure, a sentence, and a row an edit."""
+    known = {name: effect for name, effect in entry["effects"].items() if effect["effect"] is not None}
+    rows = [
+        {
+            "name": name,
+            "effect": "-" if name not in known else with_interval(effect["effect"], effect["effect_ci"], sign=True),
+            "higher": "-" if effect["higher"] is None else f"{effect['higher']:.0%}",
+            "n": effect["n"],
+            "meaning": effect["meaning"],
+        }
+        for name, effect in entry["effects"].items()
+    ]
+    drawing = effects(list(known.values()), list(known)) if known else ""
+    note = "0 is no bias; bars are 95 % intervals."
+    return {
+        "model": entry["model"],
+        "letter": letter,
+        "sentence": bias_sentence(entry),
+        "rows": rows,
+        "answers": entry["answers"],
+        "deviation": entry["deviation"],
+        "figures": [("Effects in deviations of the score", note, Markup(drawing))] if known else [],
+    }

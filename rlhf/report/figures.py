@@ -108,6 +108,25 @@ def intervals(rows: Sequence[Facts], labels: Sequence[str], *, x: str, baseline:
         return _svg(figure)
 
 
+def effects(rows: Sequence[Facts], labels: Sequence[str]) -> str:
+    """Draw effects with their intervals, one below the other, around the line of no effect; return the SVG.
+
+    Args:
+        rows: each with `effect` and `effect_ci`.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure("deviations of the score", "")
+        values = [row["effect"] for row in rows]
+        below = [max(0.0, row["effect"] - row["effect_ci"][0]) for row in rows]
+        above = [max(0.0, row["effect_ci"][1] - row["effect"]) for row in rows]
+        places = range(len(rows))
+        axes.errorbar(values, places, xerr=[below, above], color=BLUE, fmt="o", capsize=3)
+        axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
+        axes.set_yticks(list(places), list(labels))
+        axes.invert_yaxis()
+        return _svg(figure)
+
+
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.subplots()

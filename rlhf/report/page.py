@@ -147,9 +147,9 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
         ("reward model accuracy", *number(reward, "accuracy", ".3f")),
     ]
     if summary["gold_gap_closed"] is not None:
-        tiles.append(
-            ("gold gap closed", f"{summary['gold_gap_closed']:.2f}", "0 is SFT, 1 is best of 16 by true reward")
-        )
+        value, span = number({**summary}, "gold_gap_closed")
+        meaning = "0 is SFT, 1 is best of 16 by true reward"
+        tiles.append(("gold gap closed", value, f"{span}; {meaning}" if span else meaning))
     return tiles
 
 

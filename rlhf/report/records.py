@@ -58,6 +58,7 @@ class Summary(TypedDict):
     best_round: int | None
     best_of_16: BestOf16
     gold_gap_closed: float | None
+    gold_gap_closed_ci: NotRequired[list[float] | None]
     evaluated_prompts: int | None
     stopped: str | None
     checks: NotRequired[dict[str, CheckRow]]

@@ -1,4 +1,4 @@
-"""Tables and sentences at the terminal: a finished run, an estimate, an evaluation."""
+"""Tables and sentences at the terminal: a finished run, an estimate, the doctor's checks."""
 
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +37,9 @@ def show_summary(out: Path, output: Console) -> None:
     if len(summary["rounds"]) > 1:
         output.print(_rounds_table(summary))
     if summary["gold_gap_closed"] is not None:
-        output.print(f"gold gap closed: {summary['gold_gap_closed']:.3f}", markup=False)
+        interval = summary.get("gold_gap_closed_ci")
+        span = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+        output.print(f"gold gap closed: {summary['gold_gap_closed']:.3f}{span}", markup=False)
     line = checks_line(summary)
     if line is not None:
         output.print(line, markup=False)
@@ -132,56 +134,6 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def evaluation_table(result: Facts) -> Table:
-    """Build the table of `rlhf evaluate`: one row a data set."""
-    table = Table(title="95 % intervals over prompts; ties are wrong")
-    for heading in ("data", "pairs", "accuracy", "95 %", "longer\nwins", "length-\ncontrolled", "ties", "ECE", "T"):
-        table.add_column(heading, justify="left" if heading == "data" else "right")
-    for name, report in result["data"].items():
-        low, high = report["accuracy_ci"]
-        controlled, temperature = report["accuracy_length_controlled"], report["temperature"]
-        table.add_row(
-            name,
-            str(report["n"]),
-            f"{report['accuracy']:.3f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{report['length_baseline']:.3f}",
-            "-" if controlled is None else f"{controlled:.3f}",
-            str(report["ties"]),
-            f"{report['ece']:.3f}",
-            "-" if temperature is None else f"{temperature:.2f}",
-        )
-    return table
-
-
-def evaluation_lines(result: Facts) -> list[str]:
-    """Return what only some data have, one sentence a line: rankings, another model, a published benchmark's sections."""
-    return [f"{name}: {line}" for name, report in result["data"].items() for line in _more(report, result["against"])]
-
-
-def _more(report: Facts, against: str | None) -> list[str]:
-    """Return sentences about what only some data have: rankings, another model, a published benchmark's sections."""
-    lines = []
-    if "rankings" in report:
-        ranked = report["rankings"]
-        tau = "-" if ranked["tau_b"] is None else f"{ranked['tau_b']:.3f}"
-        lines.append(
-            f"{ranked['prompts']} rankings: best of K chosen in {ranked['best_of_k']:.3f} (chance "
-            f"{ranked['best_of_k_by_chance']:.3f}), Kendall tau-b {tau}."
-        )
-    if "against" in report:
-        other = report["against"]
-        low, high = other["difference_ci"]
-        lines.append(
-            f"{against} has {other['accuracy']:.3f}; difference {other['difference']:+.3f} [{low:+.3f}, {high:+.3f}], "
-            f"p = {other['p_value']:.2g} (paired, by prompt)."
-        )
-    for benchmark in (report["reward_bench"], report.get("rankings", {}).get("reward_bench_2")):
-        if benchmark:
-            lines.append(", ".join(f"{section} {value:.3f}" for section, value in benchmark.items()))
-    return lines
 
 
 class _Check(Protocol):

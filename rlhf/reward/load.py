@@ -20,6 +20,7 @@ from rlhf.models.open import expand, one_sentence, open_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read_as_saved
 from rlhf.models.text import plain
+from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.experts import EXPERTS, open_experts
 from rlhf.reward.model import Network, RewardModel
 
@@ -83,7 +84,7 @@ def save_reward_model(
     ended: Sequence[bool] | None = None,
     facts: Mapping[str, object] | None = None,
 ) -> RewardModel:
-    """Write a trained reward model with its tokenizer and card, and return the one that was read from disk again.
+    """Write a trained reward model with tokenizer, card and certificate, and return the one that was read from disk again.
 
     Args:
         model: the trained network, with or without an adapter.
@@ -103,7 +104,7 @@ def calibrate_reward_model(
     facts: Mapping[str, object] | None = None,
     device: str | torch.device | None = None,
 ) -> RewardModel:
-    """Read saved weights back, measure mean and deviation of the scores on SFT samples, and write the card.
+    """Read saved weights back, measure mean and deviation of the scores on SFT samples, and write card and certificate.
 
     Everything on the card is measured on the model as it is loaded, not as it was in memory after training: on a
     4-bit base the two differ by the rounding of the adapter.
@@ -136,6 +137,7 @@ def calibrate_reward_model(
         **facts,
     }
     (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_certificate(folder / CERTIFICATE, certify(reward))
     return reward
 
 

@@ -61,14 +61,22 @@ class RewardModel:
         """Return raw scores [n], float32 on the CPU, in the order given.
 
         Args:
-            prompts: strings, or conversations that end with the turn to be answered.
-            responses: texts without special tokens.
+            prompts: conversations that end with the turn to be answered, or strings: the user's words, or what the chat
+                template has rendered of a conversation.
+            responses: texts, with or without their end token.
             ended: whether each answer came to its end; None if all did.
         """
-        return self._score_rows(self.encode(prompts, responses, ended))
+        return self.score_rows(self.encode(prompts, responses, ended))
 
     def score_texts(self, texts: Sequence[str], *, ended: Sequence[bool] | None = None) -> Tensor:
         """Return raw scores [n] of texts that a template has rendered already, prompt and answer in one.
+
+        Arguments as in `encode_texts`.
+        """
+        return self.score_rows(self.encode_texts(texts, ended))
+
+    def encode_texts(self, texts: Sequence[str], ended: Sequence[bool] | None) -> list[list[int]]:
+        """Return the token rows of texts that a template has rendered already, and count in `cut` those that were too long.
 
         No second template is laid around them; the end token is there once (`closed_text`).
 
@@ -83,13 +91,14 @@ class RewardModel:
         ]
         rows, cut = encode_texts(self.tokenizer, whole, conversational=self.conversational, max_length=self.max_length)
         self.cut += cut
-        return self._score_rows(rows)
+        return rows
 
     def is_rendered(self, prompt: str) -> bool:
         """Tell whether a prompt is text that a chat template has rendered already."""
         return is_rendered(self.tokenizer, prompt)
 
-    def _score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return raw scores [n] of token rows, as `encode` and `encode_texts` give them, float32 on the CPU."""
         was_training = self.model.training
         self.model.eval()
         scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
@@ -152,9 +161,15 @@ class RewardModel:
         self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None
     ) -> list[list[int]]:
         """Return the token rows that the model reads, and count in `cut` the texts that were too long."""
-        if self.conversational:
-            prompts = [[Message(role="user", content=p)] if isinstance(p, str) else p for p in prompts]
-        rows, cut = encode_answers(self.tokenizer, prompts, responses, ended=ended, max_length=self.max_length)
+        conversational = self.conversational or any(not isinstance(prompt, str) for prompt in prompts)
+        rows, cut = encode_answers(
+            self.tokenizer,
+            prompts,
+            responses,
+            ended=ended,
+            max_length=self.max_length,
+            conversational=conversational,
+        )
         self.cut += cut
         if cut:
             longest = [response for row, response in zip(rows, responses, strict=True) if len(row) >= self.max_length]

@@ -10,9 +10,10 @@ from jinja2 import TemplateError
 
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Messages, completion
+from rlhf.data.rows import Prompt, completion, user_turn
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.score import Scorer
+from rlhf.reward.model import RewardModel
 
 BATCH = 256
 
@@ -21,7 +22,7 @@ class _Line(NamedTuple):
     """A line that can be scored: its object, and the prompt and the response in it."""
 
     row: dict[str, Any]
-    prompt: Messages
+    prompt: Prompt
     response: str
 
 
@@ -34,7 +35,7 @@ def score_lines(reward: Scorer, lines: Iterable[str]) -> Iterator[dict[str, Any]
     """
     remaining = iter(lines)
     while batch := list(islice(remaining, BATCH)):  # itertools.batched came with Python 3.12
-        parsed = [_parse(line) for line in batch]
+        parsed = [_parse(line, reward) for line in batch]
         good = [line for line in parsed if isinstance(line, _Line)]
         scores = iter(_scores(reward, good))
         for line in parsed:
@@ -60,7 +61,7 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
     return [reason] if len(lines) == 1 else [_scores(reward, [line])[0] for line in lines]
 
 
-def _parse(line: str) -> _Line | str:
+def _parse(line: str, reward: Scorer) -> _Line | str:
     """Parse a line; one that can't be scored gives the reason instead."""
     try:
         row = json.loads(line.removeprefix("\ufeff"), parse_constant=_refuse_constant)
@@ -71,10 +72,10 @@ def _parse(line: str) -> _Line | str:
             turns = messages(row["messages"], "messages")
             if len(turns) < 2 or turns[-1]["role"] != "assistant":
                 raise BadRow("messages must end with an assistant's answer to something")
-            prompt = turns[:-1]
-            response = completion({"prompt": prompt, "completion": turns[-1:]})
+            response = completion({"prompt": turns[:-1], "completion": turns[-1:]})
+            prompt: Prompt = turns[:-1]
         elif row.get("prompt") is not None and isinstance(row.get("response"), str):
-            prompt, response = messages(row["prompt"], "prompt"), row["response"]
+            prompt, response = _prompt(row["prompt"], reward), row["response"]
         else:
             raise BadRow("neither 'prompt' and 'response' nor 'messages'")
     except json.JSONDecodeError as error:
@@ -86,6 +87,21 @@ def _parse(line: str) -> _Line | str:
     except BadRow as reason:
         return str(reason)
     return _Line(row, prompt, response)
+
+
+def _prompt(prompt: object, reward: Scorer) -> Prompt:
+    """Return a line's prompt as messages, or as the string that it is where the reward model's template has rendered it.
+
+    A transcript "Human: … Assistant: …" is messages, but for one with end tokens in it: no person writes those.
+
+    Raises:
+        BadRow: it is neither text nor messages.
+    """
+    turns = messages(prompt, "prompt")
+    if not isinstance(prompt, str) or not isinstance(reward, RewardModel) or not reward.is_rendered(prompt):
+        return turns
+    is_transcript = turns != user_turn(prompt) and reward.tokenizer.eos_token not in prompt
+    return turns if is_transcript else prompt
 
 
 def _refuse_constant(name: str) -> None:

@@ -1,21 +1,30 @@
-"""What the checks of a run cost: the quickstart with them and without, alternating, each in a process of its own.
+"""What the checks of a run cost, and whether they raise false alarms: the quickstart with them and without, alternating.
 
-python tests/benchmarks/check_cost.py --pairs 3 --json check_cost.json
+python tests/benchmarks/check_cost.py --seeds 0-9 --pairs 3 --work cost --json check_cost.json
 
-Without: every check that costs a forward or a pass over the logits is replaced by nothing (`OFF`), in the child process alone;
-what is sampled and learnt is the same, and the two runs' policies are compared bit for bit. Seconds are those of the stages
-as their manifests say; memory is the peak resident size of the child. Run it on a quiet machine.
+Every seed runs with checks, the first `--pairs` of them without too, each run in a process of its own; finished ones are kept in
+`--work` and not repeated. Without: every check that costs a forward or a pass over the logits is replaced by nothing (`OFF`),
+in the child process alone; what is sampled and learnt is the same, and the policies of a pair are compared bit for bit.
+Cost is compared in seconds of CPU time (which other work on the machine changes little) and by the clock; memory is the
+peak resident size of the process.
 """
 
 import argparse
+import importlib
 import json
 import os
-import resource
-import statistics
+import shutil
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.models.logprobs import _few_rows as few_rows
+from rlhf.pipeline.run import run
+from rlhf.recipe import load_recipe
 
 # Name in a module → what stands there instead.
 OFF = {
@@ -27,16 +36,26 @@ OFF = {
     "rlhf.ppo.checks.require_reference": "lambda *_: None",
     "rlhf.ppo.checks.check_policy_is_reference": "lambda *_: None",
     "rlhf.reward.load.check_scores": "lambda *_, **__: None",
+    "rlhf.models.logprobs.ExpectedCounts": "lambda *_: None",
+    "rlhf.models.logprobs.token_surprise": "entropy_alone",
 }
 
 
-def child(recipe: Path, out: Path, *, checks: bool) -> None:
+@torch.no_grad()
+def entropy_alone(
+    logits: Tensor, length: int, *, temperature: float = 1.0, **_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the entropy in the place of all three moments: PPO logs it, with checks or without."""
+    parts = []
+    for rows in few_rows(logits):
+        log_softmax = torch.log_softmax(logits[rows, :length].float() / temperature, dim=-1)
+        parts.append(-log_softmax.exp().mul_(log_softmax).sum(dim=-1))
+    entropy = torch.cat(parts)
+    return entropy, entropy, entropy
+
+
+def child(recipe: Path, seed: int, out: Path, *, checks: bool) -> None:
     """Run a recipe in this process, with the checks or without."""
-    import importlib
-
-    from rlhf.pipeline.run import run
-    from rlhf.recipe import load_recipe
-
     if not checks:
         for dotted, replacement in OFF.items():
             module, _, name = dotted.rpartition(".")
@@ -46,50 +65,73 @@ def child(recipe: Path, out: Path, *, checks: bool) -> None:
             for other in list(sys.modules.values()):  # a name that was imported elsewhere stands there too
                 if getattr(other, "__name__", "").startswith("rlhf") and getattr(other, name, None) is old:
                     setattr(other, name, new)
-    run(load_recipe(recipe), out, say=lambda _: None)
-    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    run(load_recipe(recipe, [f"seed={seed}"]), out, say=lambda _: None)
 
 
-def measure(recipe: Path, folder: Path, *, checks: bool) -> dict[str, object]:
-    """Run a recipe in a process of its own; return seconds a stage, peak bytes and the policy's digest."""
-    out = folder / ("with" if checks else "without")
-    command = [sys.executable, __file__, "--child", str(recipe), str(out), *(["--checks"] if checks else [])]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "."})
-    manifests = [json.loads(file.read_text()) for file in sorted(out.glob("round-*/*/manifest.json"))]
+def measure(recipe: Path, seed: int, work: Path, *, checks: bool) -> dict[str, object]:
+    """Run a recipe in a process of its own; return seconds, CPU seconds, peak bytes, the policy's digest and the checks."""
+    name = f"{'with' if checks else 'without'}-{seed}"
+    out, kept = work / name, work / f"{name}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    command = [sys.executable, __file__, "--child", str(recipe), str(seed), str(out), *(["--checks"] if checks else [])]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": "."})
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"seed {seed}, {name}: ended with {os.waitstatus_to_exitcode(status)}")
     ppo = json.loads((out / "round-1/ppo/manifest.json").read_text())
-    weights = [file["sha256"] for file in ppo["files"] if file["path"] == "model/model.safetensors"]
-    seconds = sum(manifest["seconds"] for manifest in manifests)
-    return {"seconds": seconds, "policy": weights, **json.loads(result.stdout.splitlines()[-1])}
+    summary = json.loads((out / "summary.json").read_text())
+    result = {
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak": usage.ru_maxrss * 1024,
+        "policy": [file["sha256"] for file in ppo["files"] if file["path"] == "model/model.safetensors"],
+        "gap_closed": summary["gold_gap_closed"],
+        "checks": {name: [c["statistic"], c["bound"], c["held"]] for name, c in summary["checks"].items()},
+    }
+    kept.write_text(json.dumps(result))
+    shutil.rmtree(out)
+    return result
 
 
 def main() -> None:
-    """Measure pairs of runs, print and write."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/quickstart.yaml"))
+    parser.add_argument("--seeds", default="0-9", help="FIRST-LAST")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("check_cost"))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=2, type=Path, metavar=("RECIPE", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("RECIPE", "SEED", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--checks", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        child(*args.child, checks=args.checks)
+        recipe, seed, out = args.child
+        child(Path(recipe), int(seed), Path(out), checks=args.checks)
         return
+    args.work.mkdir(parents=True, exist_ok=True)
+    first, last = map(int, args.seeds.split("-"))
     runs: dict[bool, list[dict[str, object]]] = {True: [], False: []}
-    for pair in range(args.pairs):
-        for checks in (True, False) if pair % 2 == 0 else (False, True):
-            with tempfile.TemporaryDirectory() as folder:
-                runs[checks].append(measure(args.recipe, Path(folder), checks=checks))
+    for seed in range(first, last + 1):
+        sides = (True, False) if seed % 2 == 0 else (False, True)
+        for checks in sides if seed - first < args.pairs else (True,):
+            runs[checks].append(measure(args.recipe, seed, args.work, checks=checks))
             print("with" if checks else "without", runs[checks][-1], flush=True)
-    ratios = [float(w["seconds"]) / float(o["seconds"]) - 1 for w, o in zip(runs[True], runs[False], strict=True)]
+    pairs = list(zip(runs[True], runs[False], strict=False))
     result = {
+        "runs": len(runs[True]),
+        "alarms": sum(not held for one in runs[True] for _, _, held in one["checks"].values()),
+        "gap_closed": [one["gap_closed"] for one in runs[True]],
+        "more_cpu_time": [float(w["cpu_seconds"]) / float(o["cpu_seconds"]) - 1 for w, o in pairs],
+        "more_time": [float(w["seconds"]) / float(o["seconds"]) - 1 for w, o in pairs],
+        "more_memory": [int(w["peak"]) / int(o["peak"]) - 1 for w, o in pairs],
+        "same_bits": all(w["policy"] == o["policy"] for w, o in pairs),
         "with": runs[True],
         "without": runs[False],
-        "more_time": ratios,
-        "more_time_mean": statistics.fmean(ratios),
-        "more_memory": max(r["peak"] for r in runs[True]) / max(r["peak"] for r in runs[False]) - 1,
-        "same_bits": len({str(run["policy"]) for side in runs.values() for run in side}) == 1,
     }
-    print(json.dumps(result, indent=1))
+    print(json.dumps({name: value for name, value in result.items() if name not in ("with", "without")}, indent=1))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

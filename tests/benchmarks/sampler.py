@@ -1,4 +1,4 @@
-"""The check "sampler true": false alarms of a true sampler, and the smallest fault of sampling that one rollout shows.
+"""The checks "sampler true" and "token counts true": false alarms of a true sampler, and the smallest fault of sampling that one rollout shows.
 
 rlhf sft recipes/quickstart.yaml --out runs/q
 python tests/benchmarks/sampler.py runs/q/round-0/sft/model runs/q/round-0/data/data/prompts.jsonl --json sampler.json
@@ -8,8 +8,10 @@ each of them tokens are drawn anew, many thousands of times, from the model's ow
 (temperature, top-p, min-p, top-k). What is drawn is scored with the unchanged logits, as PPO would. Beside these, whole rollouts
 are sampled token by token, as in a run, and their z compared with the same bounds.
 
+The two halves of "token counts true" are the places before the middle and those after it.
+
 Quantiles are those of z; "beyond" is the share of rollouts outside the bounds that are derived for that share of false alarms.
-Power is the share of rollouts that are stopped at the bounds of a quickstart: α = 10⁻⁴ a run, 48 rollouts, two looks a rollout.
+Power is the share of rollouts that are stopped at the bounds of a quickstart: α = 10⁻⁴ a run, 48 rollouts, four looks a rollout.
 """
 
 import argparse
@@ -24,14 +26,16 @@ import torch
 from torch import Tensor
 
 from rlhf.files import read_jsonl
-from rlhf.invariants.sampler import SurpriseSums, sampler_bounds, sampler_z
+from rlhf.invariants.sampler import MomentSums, count_sums, sampler_bounds, sampler_z
 from rlhf.models.generate import generate
 from rlhf.models.load import load_policy, load_tokenizer, model_settings
 from rlhf.models.logprobs import response_logits, token_surprise
 
 ROLLOUT = 64 * 48  # tokens
-TESTS = 2 * 48  # looks of a quickstart
+TESTS = 4 * 48  # looks of a quickstart
+HALF = ROLLOUT // 2
 SHARE_CAUGHT = 0.9
+LEVELS = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 DRAWS = 500  # rollouts for a figure of power
 Change = Callable[[Tensor], Tensor]  # logits → logits
 
@@ -50,8 +54,8 @@ class Contexts(NamedTuple):
     third: Tensor
 
 
-def contexts_of(model, tokenizer, prompts, first: int) -> tuple[Contexts, float]:
-    """Sample answers until there are 3,072 tokens; return their places, and z of the tokens that were sampled there."""
+def contexts_of(model, tokenizer, prompts, first: int) -> tuple[Contexts, float, float]:
+    """Sample answers until there are 3,072 tokens; return their places, and both z of the tokens that were sampled there."""
     logits, tokens = [], []
     while sum(map(len, logits)) < ROLLOUT:
         batch = [prompts[(first + i) % len(prompts)] for i in range(64)]
@@ -65,20 +69,27 @@ def contexts_of(model, tokenizer, prompts, first: int) -> tuple[Contexts, float]
     places, sampled = torch.cat(logits)[:ROLLOUT], torch.cat(tokens)[:ROLLOUT]
     surprise = token_surprise(places[None], ROLLOUT)
     contexts = Contexts(places, *(column[0] for column in surprise))
-    return contexts, z_of(contexts, sampled[:, None])[0]
+    (surprise_sums,), (counts,) = sums_of(contexts, sampled[:, None]), counts_of(contexts, sampled[:, None])
+    return contexts, sampler_z(surprise_sums), sampler_z(counts)
 
 
-def sums_of(contexts: Contexts, tokens: Tensor) -> list[SurpriseSums]:
+def sums_of(contexts: Contexts, tokens: Tensor) -> list[MomentSums]:
     """Return the sums of rollouts with these tokens [3072, n]."""
     surprise = -torch.log_softmax(contexts.logits, dim=-1).gather(1, tokens)
     deviations = (surprise - contexts.entropy[:, None]).double().sum(dim=0).tolist()
     variance, third = contexts.variance.double().sum().item(), contexts.third.double().sum().item()
-    return [SurpriseSums(deviation, variance, third) for deviation in deviations]
+    return [MomentSums(deviation, variance, third, ROLLOUT) for deviation in deviations]
 
 
-def z_of(contexts: Contexts, tokens: Tensor) -> list[float]:
-    """Return z of rollouts with these tokens [3072, n]."""
-    return [sampler_z(sums) for sums in sums_of(contexts, tokens)]
+def counts_of(contexts: Contexts, tokens: Tensor) -> list[MomentSums]:
+    """Return the sums of "token counts true" of rollouts with these tokens [3072, n]."""
+    probabilities = torch.softmax(contexts.logits.double(), dim=-1)
+    expected = torch.stack([probabilities[:HALF].sum(dim=0), probabilities[HALF:].sum(dim=0)])
+    vocabulary = expected.shape[1]
+    return [
+        count_sums(torch.stack([torch.bincount(half, minlength=vocabulary) for half in column.split(HALF)]), expected)
+        for column in tokens.unbind(dim=1)
+    ]
 
 
 def draw(contexts: Contexts, change: Change, count: int) -> Tensor:
@@ -119,33 +130,61 @@ def top_k(value: int) -> Change:
     return lambda logits: logits.masked_fill(logits < logits.topk(value).values[:, -1:], float("-inf"))
 
 
-def share_beyond(all_sums: list[SurpriseSums], *, tests: int, false_alarms: float) -> float:
-    """Return the share of rollouts outside their bounds."""
-    outside = 0
-    for sums in all_sums:
-        low, high = sampler_bounds(sums, tests=tests, false_alarms=false_alarms)
-        outside += not low <= sampler_z(sums) <= high
-    return outside / len(all_sums)
+def beyond(sums: MomentSums, *, tests: int, false_alarms: float) -> bool:
+    """Return whether z of the surprise lies outside its bounds."""
+    low, high = sampler_bounds(sums, tests=tests, false_alarms=false_alarms)
+    return not low <= sampler_z(sums) <= high
 
 
-def caught(places: list[Contexts], change: Change) -> tuple[float, float]:
-    """Return the share of faulty rollouts that are stopped, and the mean of their z."""
-    all_sums = [s for contexts in places for s in sums_of(contexts, draw(contexts, change, DRAWS // len(places)))]
-    share = share_beyond(all_sums, tests=TESTS, false_alarms=1e-4)
-    return share, statistics.fmean(map(sampler_z, all_sums))
+def above(sums: MomentSums, *, tests: int, false_alarms: float) -> bool:
+    """Return whether z of the counts lies above its bound; it has no lower one, so half of the false alarms are spent."""
+    return sampler_z(sums) > sampler_bounds(sums, tests=tests, false_alarms=false_alarms)[1]
+
+
+def caught(places: list[Contexts], change: Change) -> dict[str, float]:
+    """Return the shares of faulty rollouts that are stopped, by either check and by one of them, and the means of both z."""
+    tokens = [draw(contexts, change, DRAWS // len(places)) for contexts in places]
+    surprise = [s for pair in zip(places, tokens, strict=True) for s in sums_of(*pair)]
+    counts = [s for pair in zip(places, tokens, strict=True) for s in counts_of(*pair)]
+    by_surprise = [beyond(s, tests=TESTS, false_alarms=1e-4) for s in surprise]
+    by_counts = [above(s, tests=TESTS, false_alarms=1e-4) for s in counts]
+    return {
+        "stopped": statistics.fmean(a or b for a, b in zip(by_surprise, by_counts, strict=True)),
+        "by_surprise": statistics.fmean(by_surprise),
+        "by_counts": statistics.fmean(by_counts),
+        "z_surprise": statistics.fmean(map(sampler_z, surprise)),
+        "z_counts": statistics.fmean(map(sampler_z, counts)),
+    }
 
 
 def smallest(places: list[Contexts], change_of: Callable[[float], Change], near: float, far: float) -> float:
     """Return the fault nearest to none that nine of ten rollouts show, by bisection between one that is and one that isn't."""
-    if caught(places, change_of(far))[0] < SHARE_CAUGHT:
+    if caught(places, change_of(far))["stopped"] < SHARE_CAUGHT:
         return float("nan")
     for _ in range(8):
         middle = (near + far) / 2
-        if caught(places, change_of(middle))[0] >= SHARE_CAUGHT:
+        if caught(places, change_of(middle))["stopped"] >= SHARE_CAUGHT:
             far = middle
         else:
             near = middle
     return far
+
+
+def suppressed(nth: int) -> Change:
+    """Return the change that leaves out every nth token of the vocabulary."""
+    return lambda logits: logits.masked_fill(torch.arange(logits.shape[1]) % nth == nth - 1, float("-inf"))
+
+
+def summary(z: list[float]) -> dict[str, object]:
+    """Return number, mean, deviation and quantiles of z, each quantile beside the normal's."""
+    ordered = torch.tensor(z, dtype=torch.float64)
+    levels = [level for level in LEVELS if level * len(z) >= 1 and (1 - level) * len(z) >= 1]
+    return {
+        "n": len(z),
+        "mean": statistics.fmean(z),
+        "deviation": statistics.stdev(z),
+        "quantiles": {str(level): [ordered.quantile(level).item(), NormalDist().inv_cdf(level)] for level in levels},
+    }
 
 
 def main() -> None:
@@ -164,11 +203,12 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model, conversational=True)
     model = load_policy(args.model, model_settings({}), trainable=False).eval()
     prompts = [row["prompt"] for row in read_jsonl(args.prompts)]
-    places, whole = [], []
+    places, whole, whole_counts = [], [], []
     with torch.no_grad():
         for i in range(args.whole):
-            contexts, z = contexts_of(model, tokenizer, prompts, 64 * i)
-            whole.append(z)
+            contexts, z_surprise, z_counts = contexts_of(model, tokenizer, prompts, 64 * i)
+            whole.append(z_surprise)
+            whole_counts.append(z_counts)
             if i < 20:
                 places.append(contexts)
     skewness = [(c.third.double().sum() / c.variance.double().sum() ** 1.5).item() for c in places]
@@ -176,21 +216,22 @@ def main() -> None:
         "entropy": statistics.fmean(c.entropy.mean().item() for c in places),
         "variance": statistics.fmean(c.variance.mean().item() for c in places),
         "skewness": statistics.fmean(skewness),
-        "whole": {"n": len(whole), "mean": statistics.fmean(whole), "deviation": statistics.stdev(whole)},
+        "whole": summary(whole),
+        "whole_counts": summary(whole_counts),
     }
 
     # 2. False alarms: tokens drawn anew from the model's own logits.
-    sums = [s for c in places for s in sums_of(c, draw(c, temperature(1.0), args.rollouts // len(places)))]
-    ordered = torch.tensor([sampler_z(s) for s in sums]).sort().values
-    levels = [0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999]
-    result["quantiles"] = {
-        str(level): [ordered[int(level * len(ordered))].item(), NormalDist().inv_cdf(level)] for level in levels
-    }
-    result["drawn"] = {"n": len(sums), "mean": ordered.mean().item(), "deviation": ordered.std().item()}
-    result["beyond"] = {
-        str(alpha): share_beyond(sums, tests=1, false_alarms=alpha) for alpha in (0.1, 0.05, 0.01, 0.001, 0.0001)
-    }
-    result["stopped"] = share_beyond(sums, tests=TESTS, false_alarms=1e-4)
+    drawn = [draw(c, temperature(1.0), args.rollouts // len(places)) for c in places]
+    for name, statistic, outside in (("surprise", sums_of, beyond), ("counts", counts_of, above)):
+        sums = [s for pair in zip(places, drawn, strict=True) for s in statistic(*pair)]
+        result[name] = {
+            **summary([sampler_z(s) for s in sums]),
+            "beyond": {
+                str(alpha): statistics.fmean(outside(s, tests=1, false_alarms=alpha) for s in sums)
+                for alpha in (0.1, 0.05, 0.01, 0.001, 0.0001)
+            },
+            "stopped": statistics.fmean(outside(s, tests=TESTS, false_alarms=1e-4) for s in sums),
+        }
 
     # 3. Power of one rollout.
     faults: dict[str, Change] = {
@@ -198,6 +239,7 @@ def main() -> None:
         **{f"top-p {p}": top_p(p) for p in (0.999, 0.99, 0.98, 0.95, 0.9)},
         **{f"min-p {p}": min_p(p) for p in (0.001, 0.01, 0.05)},
         **{f"top-k {k}": top_k(k) for k in (50, 20, 10)},
+        **{f"every {n}th token suppressed": suppressed(n) for n in (100, 30, 10, 3)},
     }
     result["power"] = {name: caught(places, change) for name, change in faults.items()}
     result["smallest"] = {

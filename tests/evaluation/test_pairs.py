@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from rlhf.data.rankings import Answer, Ranking
-from rlhf.evaluation.benchmarks import REWARD_BENCH, reward_bench, reward_bench_2, ties_score
-from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs
+from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs, score_rankings
 
 
 class Lengths:
@@ -89,19 +88,19 @@ def test_two_models_on_the_same_pairs() -> None:
     assert compare(good, poor)["p_value"] == pytest.approx(2 / 16, abs=0.01), "all four signs agree: 2 of 16"
 
 
-def ranking(prompt: str, *answers: tuple[str, float], **extras: Any) -> Ranking:
-    return Ranking([{"role": "user", "content": prompt}], [Answer(*answer) for answer in answers], extras)
+def ranking(prompt: str, *answers: tuple[str, float]) -> Ranking:
+    return Ranking([{"role": "user", "content": prompt}], [Answer(*answer) for answer in answers])
 
 
 def test_ranking_report() -> None:
-    report = ranking_report(
-        Lengths(),
-        [
-            ranking("a", ("xxx", 2.0), ("xx", 1.0), ("x", 0.0)),  # perfectly ordered
-            ranking("b", ("x", 2.0), ("xx", 1.0), ("xxx", 0.0)),  # the wrong way round
-            ranking("c", ("xx", 1.0), ("yy", 0.0), ("x", 0.0)),  # the best ties with another: wrong
-        ],
-    )
+    rankings = [
+        ranking("a", ("xxx", 2.0), ("xx", 1.0), ("x", 0.0)),  # perfectly ordered
+        ranking("b", ("x", 2.0), ("xx", 1.0), ("xxx", 0.0)),  # the wrong way round
+        ranking("c", ("xx", 1.0), ("yy", 0.0), ("x", 0.0)),  # the best ties with another: wrong
+    ]
+    scores = score_rankings(Lengths(), rankings)
+    assert [values.tolist() for values in scores] == [[3, 2, 1], [1, 2, 3], [2, 2, 1]]
+    report = ranking_report([[ranked.score for ranked in r.answers] for r in rankings], scores)
     assert report["best_of_k"] == pytest.approx(1 / 3)
     assert report["best_of_k_by_chance"] == pytest.approx(1 / 3)
     assert report["tau_b"] == pytest.approx((1 - 1 + 0.5) / 3)
@@ -111,60 +110,3 @@ def test_ranking_report() -> None:
     # Pairs: a → 2, 2, 1; b → 1, 0, 0; c → (xx, yy) and the like share ½.
     assert curve[2]["by_model"] == pytest.approx((5 / 3 + 1 / 3 + 1 / 2) / 3)
     assert curve[2]["kl"] == pytest.approx(math.log(2) - 0.5)
-
-
-def test_rewardbench_sections() -> None:
-    """Every subset right but math: Reasoning weighs math as much as all code (984 of 1,968)."""
-    assert REWARD_BENCH["Reasoning"]["math-prm"] == 984 == 6 * 164
-    assert {section: sum(w.values()) for section, w in REWARD_BENCH.items()} == {
-        "Chat": 358,
-        "Chat Hard": 456,
-        "Safety": 740,
-        "Reasoning": 1968,
-    }
-    subsets = {name: (n, 1.0) for weights in REWARD_BENCH.values() for name, n in weights.items()}
-    subsets["math-prm"] = (447, 0.0)
-    scores = reward_bench(subsets)
-    assert scores is not None
-    assert scores["Reasoning"] == 0.5
-    assert scores["Overall"] == pytest.approx(3.5 / 4)
-    subsets["llmbar-natural"] = (100, 0.0)
-    weighted = reward_bench(subsets)
-    assert weighted is not None
-    assert weighted["Chat Hard"] == pytest.approx(356 / 456)
-    del subsets["donotanswer"]
-    assert reward_bench(subsets) is None
-
-
-RIGHT3, ONE = np.array([1, 1, 1, 0, 0]), np.array([1, 0, 0])
-
-
-@pytest.mark.parametrize(
-    ("tied", "ref", "expected"),
-    [
-        # right answers 5.0-5.2 above wrong ones at 1: gap 4 > spread 0.2; the reference's gap is 3: tanh(14) = 1
-        ([5.0, 5.1, 5.2, 1.0, 0.0], [4.0, 1.0, 0.0], 0.3 + 0.3 + 0.2 + 0.2 + 0.01),
-        # spread 3 is larger than the gap 1: right, but not together
-        ([5.0, 8.0, 6.0, 4.0, 0.0], [9.0, 1.0, 0.0], 0.6 + 0.01 * math.tanh(1 / 3 - 1)),
-        # worst right equals best wrong: a tie is wrong; gap 0, spread 1, so tanh(-1)
-        ([1.0, 2.0, 2.0, 1.0, 0.0], [1.0, 0.0, 0.0], 0.3 + 0.01 * math.tanh(-1)),
-        # spread 0 with a positive gap: tanh(inf) = 1
-        ([2.0, 2.0, 2.0, 1.0, 0.0], [2.0, 0.0, 0.0], 1.01),
-        # everything equal: 0/0 counts nothing
-        ([1.0] * 5, [1.0] * 3, 0.0),
-    ],
-)
-def test_rewardbench_2_ties(tied: list[float], ref: list[float], expected: float) -> None:
-    rows = [("tied:1", np.array(tied), RIGHT3), ("ref:1", np.array(ref), ONE)]
-    assert ties_score(rows) == pytest.approx(expected)
-
-
-def test_rewardbench_2_is_the_mean_of_its_domains() -> None:
-    rows = [
-        ("Math", "1", np.array([2.0, 1.0, 0.0, 0.0]), np.array([1, 0, 0, 0])),
-        ("Math", "2", np.array([1.0, 1.0, 0.0, 0.0]), np.array([1, 0, 0, 0])),  # a tie with a wrong answer
-        ("Ties", "tied:1", np.array([2.0, 2.0, 2.0, 1.0, 0.0]), RIGHT3),
-        ("Ties", "ref:1", np.array([2.0, 0.0, 0.0]), ONE),
-    ]
-    assert reward_bench_2(rows) == {"Math": 0.5, "Ties": pytest.approx(1.01), "Overall": pytest.approx(1.51 / 2)}
-    assert reward_bench_2(rows[:2]) is None

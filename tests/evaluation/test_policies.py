@@ -62,3 +62,5 @@ def test_gold_figures_are_those_of_the_samples(base_folder: Path, tokenizer: Any
     assert best["by_gold"]["gold"] > facts["sft"]["gold"] > best["by_reward"]["gold"]
     expected = (facts["policy"]["gold"] - facts["sft"]["gold"]) / (best["by_gold"]["gold"] - facts["sft"]["gold"])
     assert facts["gold_gap_closed"] == pytest.approx(expected)
+    low, high = facts["gold_gap_closed_ci"]
+    assert low <= expected <= high

@@ -25,7 +25,7 @@ from rlhf.models.generate import Completions, generate
 from rlhf.models.load import load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
 from rlhf.models.templates import template_problems
-from rlhf.pipeline.doctor import sampling_check
+from rlhf.pipeline.policy_checks import sampling_checks
 from rlhf.reward.load import check_scores, load_reward_model
 from tests.conftest import PROMPTS, WORDS
 
@@ -69,20 +69,31 @@ def sampled(things: Things, **settings: Any) -> Completions:
 
 @torch.no_grad()
 def sampler(**settings: Any) -> Callable[[Things], Check]:
-    return torch.no_grad()(lambda things: sampling_check(things.model, [sampled(things, **settings)], 1.0))
+    return torch.no_grad()(lambda things: sampling_checks(things.model, [sampled(things, **settings)], 1.0)[0])
 
 
 def suppressed(things: Things) -> Check:
     with torch.no_grad():
         likely = torch.softmax(things.model(torch.arange(5, 37)[:, None]).logits[:, -1], dim=-1).mean(dim=0).topk(120)
-        return sampling_check(things.model, [sampled(things, suppress_tokens=likely.indices.tolist())], 1.0)
+        return sampling_checks(things.model, [sampled(things, suppress_tokens=likely.indices.tolist())], 1.0)[0]
+
+
+@torch.no_grad()
+def counts(**settings: Any) -> Callable[[Things], Check]:
+    """The tokens of an almost uniform policy, whose surprise tells nothing."""
+
+    def check(things: Things) -> Check:
+        things.model.lm_head.weight.mul_(0.1)
+        return sampling_checks(things.model, [sampled(things, **settings)], 1.0)[1]
+
+    return torch.no_grad()(check)
 
 
 def other_weights(things: Things) -> Check:
     with torch.no_grad():
         answers = sampled(things)
         things.model.lm_head.weight.mul_(1.3)
-        return sampling_check(things.model, [answers], 1.0)
+        return sampling_checks(things.model, [answers], 1.0)[0]
 
 
 # ---- The policy is not the same twice, alone, or at the start ----
@@ -313,6 +324,9 @@ MUTANTS = {
     "top-p at sampling": Mutant(sampler(top_p=0.85), sampler(), "sampler true", "top-p"),
     "top-k at sampling": Mutant(sampler(top_k=20), sampler(), "sampler true", "top-k"),
     "min-p at sampling": Mutant(sampler(min_p=0.1), sampler(), "sampler true", "min-p"),
+    "suppressed tokens, almost uniform": Mutant(
+        counts(suppress_tokens=list(range(40, 151))), counts(), "token counts true", "suppressed"
+    ),
     "suppressed tokens": Mutant(suppressed, sampler(), "sampler true", "suppressed tokens"),
     "other weights in the sampler": Mutant(other_weights, sampler(), "sampler true", "other weights"),
     "functional dropout, Llama": Mutant(

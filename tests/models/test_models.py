@@ -13,7 +13,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
     MistralConfig,
+    OPTConfig,
 )
 
 from rlhf import load_reward_model
@@ -25,6 +31,7 @@ from rlhf.models.load import (
     load_policy,
     load_tokenizer,
     model_settings,
+    reward_model_on,
     score_head,
 )
 from rlhf.models.logprobs import position_ids, response_logprobs
@@ -278,6 +285,33 @@ def test_a_reward_model_on_an_sft_adapter_keeps_what_sft_learnt(
     assert any("score" in name for name in trainable)
     assert isinstance(model, PeftModel) == use_peft
     assert model.config.problem_type == "regression"
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, GPT2Config, OPTConfig, BloomConfig, FalconConfig, GPTNeoXConfig])
+def test_a_reward_model_on_the_layers_of_an_open_policy_is_the_one_that_is_read(kind: Any, tmp_path: Path) -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "ffn_dim": 64}
+    config = kind(
+        vocab_size=60, **size, word_embed_proj_dim=32, initializer_range=0.3, bos_token_id=None, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, model_settings({}), trainable=False).eval()
+    torch.manual_seed(1)
+    read = build_reward_model(tmp_path, pad_token_id=0).eval()
+    torch.manual_seed(1)
+    on_policy = reward_model_on(policy, pad_token_id=0)
+    assert on_policy is not None
+    assert {p.device.type for p in on_policy.parameters()} == {"cpu"}
+    layers = getattr(policy, policy.base_model_prefix)
+    assert getattr(on_policy, on_policy.base_model_prefix) is layers
+    ids = torch.tensor([[5, 9, 7, 30], [8, 3, 0, 0]])
+    with torch.no_grad():
+        on_policy.score.weight.copy_(read.score.weight)
+        scores = [model(input_ids=ids, attention_mask=(ids > 0).long()).logits for model in (read, on_policy)]
+    assert torch.equal(*scores)
+    assert on_policy.config.to_dict().items() >= {"problem_type": "regression", "pad_token_id": 0}.items()
+    assert policy.config.pad_token_id != 0, "the policy's configuration is its own"
+    assert reward_model_on(get_peft_model(policy, LoraConfig(target_modules="all-linear")), pad_token_id=0) is None
 
 
 def test_merging_the_adapter_into_the_policy(sft_adapter: Path) -> None:

@@ -20,9 +20,10 @@ from rlhf.models.templates import (
     template_problems,
     turn_end_ids,
 )
-from rlhf.models.text import answer_text, encode, encode_answers
+from rlhf.models.text import answer_text, encode, encode_answers, give_plain_template, is_rendered
 from rlhf.reward.load import load_reward_model, open_reward_model, save_reward_model
 from tests.conftest import PROMPTS, WORDS
+from tests.reward.families import FAMILIES
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
@@ -154,6 +155,27 @@ def test_turns_that_a_template_refuses_are_named_before_anything_runs(tokenizer:
     assert "System role not supported" in problem
     assert template_problems(tokenizer, prompts) == []
     assert template_problems(tokenizer, ["a plain text"]) == []
+
+
+def test_a_system_turn_that_a_template_leaves_out_is_named() -> None:
+    """Mistral's third version writes it into a question that waits for its answer, and not into one that has it."""
+    mistral = FAMILIES["Mistral v3"].build()
+    system = [{"role": "system", "content": "Be short."}, *PROMPTS[0]]
+    (problem,) = template_problems(mistral, [PROMPTS[0], system])
+    assert problem.startswith("1 prompts (the first is row 1) have the turns system, user, and the chat template of")
+    assert "leaves the system turn out once there is an answer" in problem
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_is_rendered_if_its_template_asks_for_an_answer(name: str) -> None:
+    tokenizer = FAMILIES[name].build()
+    give_plain_template(tokenizer)
+    asks = rendered(tokenizer, PROMPTS[0], asks=True)
+    for prompt in (asks, asks.rstrip(), asks.removeprefix(tokenizer.bos_token or "?")):
+        assert is_rendered(tokenizer, prompt)
+    end = tokenizer.eos_token
+    for words in ("What is a cherry?", f"Say {end}", f"{end} and go on", f"{tokenizer.pad_token}", ""):
+        assert not is_rendered(tokenizer, words), "a person typed that"
 
 
 def adding(tokenizer: Any, *, before: bool, after: bool) -> Any:

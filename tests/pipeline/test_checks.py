@@ -1,13 +1,15 @@
 """What is refused before anything is made."""
 
+import json
 from pathlib import Path
 
 import pytest
 from trl import RewardConfig
 
 from rlhf.errors import UserError
-from rlhf.pipeline.checks import check_arguments, check_recipe_file, recipe_text
+from rlhf.pipeline.checks import check_arguments, check_recipe_file, check_sources, recipe_text
 from rlhf.recipe import load_recipe
+from tests.command import rlhf
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_anything_is_made(tmp_path: Path) -> None:
@@ -15,6 +17,48 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_is_made(tmp_pat
     file.write_text("name: x\nlab: {}\nreward: {report_to: neptune}\n")
     with pytest.raises(UserError, match=r"reward.report_to: neptune is not installed \(pip install neptune\)"):
         check_arguments(load_recipe(file))
+
+
+def rows(*codes: object, column: str = "preference") -> str:
+    return "".join(
+        json.dumps({"prompt": f"p{i}", "response_1": "a", "response_2": "b", column: code}) + "\n"
+        for i, code in enumerate(codes)
+    )
+
+
+PLAIN = '{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
+
+
+@pytest.mark.parametrize("codes", [(0, 1), (-1, 1), (1, 1), (True, False)])
+def test_codes_that_say_no_side_are_refused_before_anything_is_made(tmp_path: Path, codes: tuple[object, ...]) -> None:
+    (tmp_path / "p.jsonl").write_text(rows(*codes * 5))
+    (tmp_path / "r.yaml").write_text(
+        "name: x\nbackbone: {model: base}\ndata: {preferences: p.jsonl, sft: gone.jsonl}\n"
+    )
+    result = rlhf("run", "r.yaml", cwd=tmp_path)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "data.sft: gone.jsonl: no such file." in result.stderr, "all at once"
+    assert "data.preferences: p.jsonl: `preference` holds {" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl", "r.yaml"]
+
+
+def test_files_whose_sides_are_known_pass_and_are_read_no_further_than_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        "name: x\nbackbone: {model: base}\ndata: {preferences: [{source: p.jsonl, preference: {0: first, 1: second}}, q.jsonl]}\n"
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "p.jsonl").write_text(rows(0, 1, 0))
+    # A number of the response, of which the 2 comes last; and a file of another layout, whose end nobody has to read.
+    (tmp_path / "q.jsonl").write_text(rows(*[1] * 500, 2))
+    check_sources(recipe)
+    (tmp_path / "q.jsonl").write_text(PLAIN * 500)
+    read: list[int] = []
+    monkeypatch.setattr("rlhf.data.read.json.loads", lambda text: read.append(1) or json.JSONDecoder().decode(text))
+    check_sources(recipe)
+    assert len(read) == 3 + 100
 
 
 def test_a_shared_trunk_is_refused_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

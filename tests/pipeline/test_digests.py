@@ -103,6 +103,56 @@ def test_the_backbone_counts_where_there_is_no_sft(recipe: Callable[..., Recipe]
     assert [folder for folder in before if before[folder] == after[folder]] == ["round-0/data"]
 
 
+HELPERS = {
+    "words.py": "from plain.deep import LIST\n",
+    "plain/deep.py": "LIST = []\n",
+    "packed/__init__.py": "from . import inner\n",
+    "packed/inner.py": "from .. import words\nimport random\n",
+    "late.py": "VALUE = 1\n",
+    "nobody.py": "VALUE = 1\n",
+    "datasets/readme.txt": "a folder with the name of a package that is installed\n",
+}
+IMPORTS = """
+import json, datasets
+import packed.inner as inner
+from words import LIST
+def score(p, c):
+    import late
+    return [1.0 for _ in c]
+"""
+
+
+@pytest.mark.parametrize("helper", [name for name in HELPERS if name.endswith(".py")])
+def test_a_module_beside_a_function_may_not_change_between_two_attempts(
+    recipe: Callable[..., Recipe], tmp_path: Path, helper: str
+) -> None:
+    for name, text in HELPERS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "rules.py").write_text(IMPORTS)
+    loaded = recipe()
+    stages, out = plan(loaded), tmp_path / "out"
+    finish_all(stages, out)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(loaded.resolved()))
+    (tmp_path / helper).write_text("from words import LIST\nVALUE = 2\n")
+    if helper == "nobody.py":
+        assert [stage.key for stage in plan(recipe())] == [stage.key for stage in stages]
+        return
+    with pytest.raises(UserError, match=f"round-1/ppo: made with other .*{helper} has changed"):
+        run(recipe(), out, say=lambda _: None)
+
+
+def test_imports_are_found_from_any_folder_and_in_code_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/gold.py").write_text("import helper\nimport rlhf.errors\n")
+    (tmp_path / "here/helper.py").write_text("import gold\nthis is no Python")
+    (tmp_path / "here/rlhf.py").write_text("")
+    assert list(named_digests([f"{tmp_path}/here/gold.py:score"])) == [
+        f"{tmp_path}/here/gold.py",
+        f"{tmp_path}/here/helper.py",
+    ]
+
+
 def test_cards_are_no_part_of_a_model_and_names_elsewhere_have_no_digest(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

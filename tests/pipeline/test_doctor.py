@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from rlhf.models import load
+from rlhf.pipeline.affordable import affordable_prompts
 from rlhf.pipeline.doctor import Finding, examine
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
@@ -75,7 +77,8 @@ def test_a_lab_recipe_is_sound_and_nothing_is_written(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("ends reachable", "sampler true", "policy alone = in a batch", "score as its template renders"):
         assert name in result.stdout
-    assert "11 of 11 checks hold." in result.stdout
+    assert "12 of 12 checks hold." in result.stdout
+    assert result.stderr.count(": holds\n") == 12  # a line a check while it works, also where there is no terminal
     assert [file.name for file in tmp_path.iterdir()] == ["r.yaml"]
 
 
@@ -122,3 +125,35 @@ def test_an_encoder_is_examined_as_a_reward_model_alone(recipe_on: Any, encoder_
     findings = examine(recipe, say=lambda _: None)
     assert {finding.subject for finding in findings} == {"reward model, untrained"}
     assert not failed(findings)
+
+
+def test_each_model_is_opened_once(recipe_on: Any, reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    open_network = load.open_network
+
+    def counted(kind: Any, name: Any, *arguments: Any, **named: Any) -> Any:
+        opened.append(Path(name).name)
+        return open_network(kind, name, *arguments, **named)
+
+    monkeypatch.setattr(load, "open_network", counted)
+    recipe = recipe_on(f"ppo: {{extra_rewards: [{reward_folder}], max_completion_length: 8}}")
+    findings = examine(recipe, say=lambda _: None)
+    assert opened == ["base", reward_folder.name]
+    scores = [f.check for f in findings if f.subject == "reward model, untrained"]
+    assert [check.name for check in scores] == ["score alone = in a batch", "score as its template renders"]
+    # Other weights than the policy's are other models.
+    opened.clear()
+    examine(recipe_on("reward: {dtype: bfloat16}"), say=lambda _: None)
+    assert opened == ["base", "base"]
+
+
+def test_large_models_are_asked_the_shortest_prompts() -> None:
+    lengths = [100, 10, 50, 20] * 40
+    assert affordable_prompts(lengths, 10**6, device="cpu") == list(range(128))
+    assert affordable_prompts(lengths, 10**12, device="cuda") == list(range(128))
+    # 2e12 operations, 4 a parameter and token: 5,000 tokens of a model of 10^8, which 64 of the shortest prompts
+    # (32 of 10 + 32 tokens, 32 of 20 + 32) and 24 of the next (50 + 32) take up to 4,976.
+    chosen = affordable_prompts(lengths, 10**8, device="cpu")
+    assert sum(lengths[i] + 32 for i in chosen) == 32 * 42 + 32 * 52 + 24 * 82
+    assert chosen == sorted(chosen)  # neighbours differ in length
+    assert len(affordable_prompts(lengths, 10**12, device="cpu")) == 8

@@ -14,7 +14,8 @@ from trl import RewardConfig
 from rlhf import build_reward_model, load_reward_model
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import score_pairs
-from rlhf.pipeline.model_commands import evaluate_reward_model, score_stream
+from rlhf.pipeline.evaluate import evaluate_models
+from rlhf.pipeline.model_commands import score_stream
 from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import train
 from rlhf.recipe import load_recipe
@@ -50,9 +51,7 @@ def test_pairs_and_rankings_with_another_model_beside(
     """JSON as promised, accuracy as recomputed from scores, and the comparison with a model that is itself: no difference."""
     said: list[str] = []
     out = tmp_path / "e.json"
-    result = evaluate_reward_model(
-        str(reward_folder), [pair_file, ranking_file], out, against=str(reward_folder), say=said.append
-    )
+    result = evaluate_models([str(reward_folder)] * 2, [pair_file, ranking_file], out, say=said.append)
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     pairs, ranked = result["data"]["pairs"], result["data"]["ranked"]
     assert pairs["n"] == len(PROMPTS)
@@ -73,7 +72,7 @@ def test_pairs_and_rankings_with_another_model_beside(
     assert "best of K" in page
     assert page.count("<svg") >= 7
     with pytest.raises(UserError, match="two data sets have the same name"):
-        evaluate_reward_model(str(reward_folder), [pair_file, pair_file], out, against=None, say=said.append)
+        evaluate_models([str(reward_folder)], [pair_file, pair_file], out, say=said.append)
 
 
 def test_a_model_from_elsewhere_is_scored_but_not_vouched_for(

@@ -71,6 +71,9 @@ def test_the_contract_of_a_run(finished: Path) -> None:
     # The definition, from the parts.
     best, sft = summary["best_of_16"]["by_gold"]["gold"], summary["sft"]["gold"]
     assert summary["gold_gap_closed"] == pytest.approx((only["policy"]["gold"] - sft) / (best - sft))
+    low, high = summary["gold_gap_closed_ci"]
+    assert low < summary["gold_gap_closed"] < high
+    assert only["policy"]["gold_gap_closed_ci"] == [low, high]
     low, high = only["policy"]["gold_ci"]
     assert low <= only["policy"]["gold"] <= high
     for stage in STAGES:

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BloomConfig,
+    FalconConfig,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
@@ -39,18 +40,21 @@ def test_a_run_records_its_checks_and_resumes_their_sums(
     entry = whole.checks.entries["sampler true"]
     assert entry["held"]
     assert entry["times"] == 2 * 3, "each of three rollouts, and each time all so far"
-    assert all(abs(row["sampler_z"]) < 4 for row in rows.rows)
+    assert whole.checks.entries["token counts true"]["times"] == 2 * 3
+    assert all(abs(row["sampler_z"]) < 4 and abs(row["token_counts_z"]) < 4 for row in rows.rows)
     resumed, _ = make(base_folder, str(reward_folder), settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert resumed.progress.surprise == whole.progress.surprise
-    assert resumed.progress.tokens == whole.progress.tokens
-    for name in ("sampler true", "ratio one", "policy is reference at start"):
+    assert resumed.progress.counts == whole.progress.counts
+    assert whole.progress.counts.variance > 0
+    for name in ("sampler true", "token counts true", "ratio one", "policy is reference at start"):
         assert resumed.checks.entries[name] == whole.checks.entries[name]
     assert whole.checks.entries["reference fixed"]["bound"] == 0, "bit for bit in one process"
     assert resumed.checks.entries["reference fixed"]["bound"] == 1e-4
     values = json.loads((tmp_path / "checkpoint-8" / "ppo_state.json").read_text())
-    for name in ("checks", "surprise", "tokens", "golden"):
+    for name in ("checks", "surprise", "counts", "golden"):
         del values[name]
+    values["of_another_version"] = 1
     (tmp_path / "ppo_state.json").write_text(json.dumps(values))
     assert PPOState.load(tmp_path).checks.entries == {}, "a checkpoint from before there were checks"
 
@@ -92,6 +96,7 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "opt": (OPTConfig, {**SIZE, "ffn_dim": 64, "num_hidden_layers": 2, "word_embed_proj_dim": 32, "dropout": 0.1}
             | {"attention_dropout": 0.1, "activation_dropout": 0.1, "layerdrop": 0.1}),
     "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.1, "resid_pdrop": 0.1}),
+    "falcon": (FalconConfig, {**SIZE, "num_hidden_layers": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}),
     "bloom": (BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}),
 }  # fmt: skip
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model
 from rlhf.models.score import padding_of
-from rlhf.pipeline.model_commands import evaluate_reward_model, export_model
+from rlhf.pipeline.evaluate import evaluate_models
+from rlhf.pipeline.model_commands import export_model
 from rlhf.reward.load import CARD, load_reward_model, open_reward_model
 from rlhf.reward.model import RewardModel
 from rlhf.reward.score_jsonl import score_lines
@@ -104,9 +105,9 @@ def test_evaluate_and_export_refuse_them(
         reward.model.score.weight.data.fill_(float("nan"))
         return reward
 
-    monkeypatch.setattr("rlhf.pipeline.model_commands.open_reward_model", broken)
+    monkeypatch.setattr("rlhf.pipeline.evaluate.open_reward_model", broken)
     with pytest.raises(UserError, match="2 of 2 pairs of pairs are not finite"):
-        evaluate_reward_model("x", [str(data)], tmp_path / "out.json", against=None, say=print)
+        evaluate_models(["x"], [str(data)], tmp_path / "out.json", say=print)
     assert not (tmp_path / "out.json").exists()
     from transformers import AutoModelForCausalLM
 
@@ -129,7 +130,7 @@ def test_answers_longer_than_the_positions_are_counted(tmp_path: Path, reward_fo
     rows = [{"prompt": f"one {i}", "chosen": f"yes {long}", "rejected": f"no {long}"} for i in range(3)]
     rows.append({"prompt": "two", "chosen": "yes", "rejected": "no"})
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    evaluate_reward_model(str(reward_folder), [str(data)], tmp_path / "out.json", against=None, say=said.append)
+    evaluate_models([str(reward_folder)], [str(data)], tmp_path / "out.json", say=said.append)
     assert any("3 of 4 pairs have two answers that are the same" in sentence for sentence in said)
     assert any("answers alone are longer than that" in sentence for sentence in said)
 

@@ -1,0 +1,92 @@
+"""Merging an adapter into its base: the one place that does it, and compares what the model says before and after."""
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.errors import TrainingError
+
+# Of the largest output in size. Adding a product of factors to a weight rounds it once: about 1e-6 of the outputs in float32
+# and a few of its own roundings in 16 bits. An update that lands in another place moves them by a tenth and more.
+MERGED_WITHIN = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+TEXTS, TOKENS = 2, 24  # what is compared
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """Return the base with the adapter in its weights, which says what the two said together.
+
+    Where input and output embeddings are one weight and the adapter trains either, the update of one is none of the other,
+    and PEFT would add both to both. They become two weights first, and the configuration says so
+    (`tie_word_embeddings: false`), so that every later stage and every other program reads two.
+
+    Raises:
+        TrainingError: the merged model says something else. 4-bit weights are rounded again and not compared.
+    """
+    before = None if getattr(model, "is_quantized", False) else _outputs(model)
+    if adapts_tied_embeddings(model):
+        _untie(model.get_base_model())
+    merged: PreTrainedModel = model.merge_and_unload()
+    if before is not None:
+        after = _outputs(merged)
+        difference = (after - before).abs().max().item() / max(1.0, before.abs().max().item())
+        allowed = MERGED_WITHIN.get(merged.dtype, 0.1)
+        if not difference <= allowed:
+            raise TrainingError(
+                f"merging the adapter of {merged.name_or_path} into its base changes what the model says by {difference:.3g} of "
+                f"the largest output, allowed {allowed:.3g}; nothing was written. Likely causes: an adapter on weights that two "
+                "modules share (tied embeddings), or factors that are too large for the weights' dtype. Train without these "
+                "modules in lora_target_modules, or use base and adapter as they are."
+            )
+    return merged
+
+
+def adapts_tied_embeddings(model: nn.Module) -> bool:
+    """Return whether input and output embeddings share a weight and an adapter has factors for either."""
+    if not isinstance(model, PeftModel):
+        return False
+    source, target = _embeddings(model.get_base_model())
+    if source is None or target is None or _base_layer(source).weight is not _base_layer(target).weight:
+        return False
+    return isinstance(source, BaseTunerLayer) or isinstance(target, BaseTunerLayer)
+
+
+def _embeddings(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return the modules of input and output embeddings; None where a model has none."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None, None
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    """Return the module inside PEFT's wrapper."""
+    while isinstance(inner := getattr(module, "base_layer", getattr(module, "original_module", None)), nn.Module):
+        module = inner
+    return module
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the output embeddings a weight of their own, equal to the shared one."""
+    _, target = _embeddings(model)
+    assert target is not None, "adapts_tied_embeddings looks"
+    layer = _base_layer(target)
+    assert isinstance(layer.weight, Tensor)
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel | PeftModel) -> Tensor:
+    """Return a model's logits or scores on a few texts of random tokens, in evaluation mode."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (TEXTS, TOKENS), generator=generator).to(
+        model.device
+    )
+    was_training = model.training
+    model.eval()
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    model.train(was_training)
+    return logits.float()

@@ -1,0 +1,137 @@
+"""An adapter on embeddings that input and output share: every way out of it says what the two said together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.errors import TrainingError, UserError
+from rlhf.invariants.tensors import nothing_lost
+from rlhf.models import merge
+from rlhf.models.load import build_reward_model, load_policy, model_settings
+from rlhf.models.logprobs import response_logprobs
+from rlhf.models.save import save_model
+from rlhf.pipeline.model_commands import export_model
+from rlhf.ppo.roles import make_reference
+
+IDS = torch.randint(5, 120, (3, 16), generator=torch.Generator().manual_seed(5))
+LORA = {"use_peft": True, "lora_r": 4}
+TARGETS = {
+    "head": ["lm_head", "q_proj"],
+    "embedding": ["embed_tokens", "q_proj"],
+    "both": ["lm_head", "embed_tokens", "q_proj"],
+    "head alone": ["lm_head"],
+}
+EVERY = [(name, tied) for name in TARGETS for tied in (True, False)]
+
+
+@torch.no_grad()
+def outputs(model: Any) -> tuple[Tensor, Tensor]:
+    """Logits, and what the layers below the head give."""
+    found = model.eval()(input_ids=IDS, output_hidden_states=True)
+    return found.logits, found.hidden_states[-1]
+
+
+@torch.no_grad()
+def hidden(model: Any) -> Tensor:
+    return outputs(model)[1]
+
+
+@pytest.fixture(scope="module", params=EVERY, ids=[f"{name}, {'tied' if tied else 'untied'}" for name, tied in EVERY])
+def sft(
+    request: Any, base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Tensor, Tensor]:
+    """An SFT adapter with factors that are not 0, as the pipeline saves it; and what plain transformers and PEFT make of it."""
+    name, is_tied = request.param
+    folder = tmp_path_factory.mktemp("sft")
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    assert base.config.tie_word_embeddings
+    if not is_tied:
+        weights = base.state_dict()
+        base = AutoModelForCausalLM.from_pretrained(base_folder, tie_word_embeddings=False)
+        base.load_state_dict(weights)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    config = LoraConfig(r=4, target_modules=TARGETS[name], init_lora_weights=False, task_type="CAUSAL_LM")
+    save_model(get_peft_model(base, config), tokenizer, folder / "model")
+    again = AutoModelForCausalLM.from_pretrained(folder / "base")
+    logits, states = outputs(PeftModel.from_pretrained(again, folder / "model"))
+    return name, folder / "model", logits, states
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_exported(sft: tuple[str, Path, Tensor, Tensor], tmp_path: Path) -> None:
+    _, folder, logits, states = sft
+    export_model(folder, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    close(outputs(exported)[0], logits)
+    # Another task reads the layers below the head from the same files.
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    close(hidden(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=1)), states)
+    reward = build_reward_model(tmp_path / "out", model_settings({}), pad_token_id=config["pad_token_id"])
+    close(hidden(reward), states)
+
+
+def test_into_a_reward_model(sft: tuple[str, Path, Tensor, Tensor], tokenizer: Any, tmp_path: Path) -> None:
+    name, folder, _, states = sft
+    whole = build_reward_model(folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    close(hidden(whole), states)
+    assert nothing_lost(folder, whole).held
+    save_model(whole, tokenizer, tmp_path / "reward")
+    close(hidden(AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")), states)
+    if name == "head alone":
+        with pytest.raises(UserError, match="trains the output layer alone, which a reward model has not"):
+            build_reward_model(folder, model_settings(LORA), pad_token_id=tokenizer.pad_token_id)
+    else:
+        close(hidden(build_reward_model(folder, model_settings(LORA), pad_token_id=tokenizer.pad_token_id)), states)
+
+
+@pytest.mark.parametrize("settings", [{}, LORA], ids=["full", "LoRA"])
+def test_into_ppo(
+    sft: tuple[str, Path, Tensor, Tensor], settings: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    _, folder, logits, _ = sft
+    policy = load_policy(folder, model_settings(settings))
+    assert nothing_lost(folder, policy).held
+    close(outputs(policy)[0], logits)
+    expected = torch.log_softmax(logits[:, -9:-1], dim=-1).gather(-1, IDS[:, -8:, None]).squeeze(-1)
+    mask = torch.ones_like(IDS)
+    with torch.no_grad():
+        reference = make_reference(policy, adapter_was_trained=True)
+        close(reference.logprobs(IDS, mask, 8, 1.0), expected)
+        # A step that moves all that is trained is saved and comes back.
+        torch.manual_seed(1)
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        close(reference.logprobs(IDS, mask, 8, 1.0), expected)
+        moved = response_logprobs(policy.eval(), IDS, mask, 8, 1.0)
+    save_model(policy, tokenizer, tmp_path / "ppo")
+    with torch.no_grad():
+        again = load_policy(tmp_path / "ppo", model_settings({}))
+        close(response_logprobs(again.eval(), IDS, mask, 8, 1.0), moved)
+
+
+def test_a_merge_that_changes_what_the_model_says_is_refused(
+    sft: tuple[str, Path, Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What PEFT does by itself with one weight for two modules; and the same with two weights, which is right."""
+    _, folder, logits, _ = sft
+    is_tied = json.loads((folder.parent / "base/config.json").read_text())["tie_word_embeddings"]
+    monkeypatch.setattr(merge, "_untie", lambda model: None)
+    if is_tied:
+        with pytest.raises(TrainingError, match=r"merging the adapter of .* changes what the model says .*tied"):
+            export_model(folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:
+        close(outputs(load_policy(folder, model_settings({})))[0], logits)

@@ -1,0 +1,162 @@
+"""`rlhf evaluate`: several models, benchmarks, probes; what is wrong is said at once and nothing is written."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rlhf.cli import app
+from rlhf.errors import UserError
+from rlhf.pipeline.evaluate import data_names, evaluate_models, models_and_data
+from rlhf.report.evaluation_terminal import evaluation_lines, evaluation_tables
+from tests.conftest import PROMPTS, WORDS
+
+CONTRACT = {"n", "accuracy", "accuracy_ci", "ties", "ece", "length_baseline"}
+
+
+def write(path: Path, rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def other_folder(reward_folder: Path, tmp_path: Path) -> Path:
+    """The reward model with its head turned round: right where the other is wrong."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "other"
+    shutil.copytree(reward_folder, folder)
+    (folder / "reward_model.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    weights["score.weight"] = -weights["score.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def styled(tmp_path: Path) -> str:
+    """RM-Bench's four domains, two rows each."""
+    rows = [
+        {"prompt": f"{domain} {i}", "domain": domain, "id": f"{domain}{i}"}
+        | {side: [f"{word} {i}", f"{word} {WORDS[i]} {i}", f"- **{word}** {WORDS[i]} {i}"] for side, word in words}
+        for i in range(2)
+        for domain in ("chat", "code", "math", "safety-refuse")
+        for words in [(("chosen", "yes"), ("rejected", "no"))]
+    ]
+    return write(tmp_path / "styled.jsonl", rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*not checked against stored")
+def test_several_models_on_a_benchmark_and_on_pairs_with_probes(
+    reward_folder: Path, other_folder: Path, styled: str, tmp_path: Path
+) -> None:
+    pairs = [{"prompt": p, "chosen": f"yes {WORDS[i % 9]}", "rejected": f"no {i}"} for i, p in enumerate(PROMPTS)]
+    said: list[str] = []
+    models, data = [str(reward_folder), str(other_folder)], [styled, write(tmp_path / "pairs.jsonl", pairs)]
+    result = evaluate_models(models, data, tmp_path / "e.json", probes=True, say=said.append)
+    assert json.loads((tmp_path / "e.json").read_text()) == json.loads(json.dumps(result))
+    assert any("styled.jsonl: read as RM-Bench, for it has the columns" in line for line in said)
+    assert all(set(report) >= CONTRACT for report in result["data"].values())
+    assert result["models"] == models
+
+    # Every outcome of the second model is the opposite of the first one's, so every figure is one minus it.
+    for name, report in result["data"].items():
+        first, second = report["models"]
+        assert report["accuracy"] == first["accuracy"], name
+        assert second["accuracy"] == pytest.approx(1 - first["accuracy"])
+        assert second["difference"] == pytest.approx(1 - 2 * first["accuracy"])
+        assert report["against"]["difference"] == pytest.approx(2 * first["accuracy"] - 1), "first minus the other"
+        for figure, entry in report["figures"].items():
+            one, two = entry["models"]
+            assert two["value"] == pytest.approx(1 - one["value"]), figure
+            assert two["difference"] == pytest.approx(1 - 2 * one["value"]), figure
+            assert one["ci"][0] <= one["value"] <= one["ci"][1]
+            assert {"n", "longer", "shorter"} <= set(entry)
+    benchmark = result["data"]["styled"]
+    assert benchmark["n"] == 9 * 8
+    rules = {name: benchmark["figures"][name]["longer"] for name in ("easy", "normal", "hard")}
+    assert rules == pytest.approx({"easy": 1, "normal": 1, "hard": 0}), "style is longer; alike in style, yes is"
+    assert set(benchmark["matrices"][0]) == {"chat", "code", "math", "safety"}
+    assert benchmark["benchmark"] == "RM-Bench"
+
+    # Scores of the second model are the first one's with another sign, and so are the effects of the edits.
+    assert [entry["model"] for entry in result["probes"]] == models
+    one, two = (entry["effects"] for entry in result["probes"])
+    for name in one:
+        assert two[name]["effect"] == pytest.approx(-one[name]["effect"], abs=1e-5), name
+    assert one["batch mates"]["effect"] == pytest.approx(0, abs=1e-4)
+
+    # What people see.
+    page = (tmp_path / "e.html").read_text()
+    for words in (
+        "RM-Bench, its own arithmetic",
+        "Matrix of styles, chat",
+        "Probes, model B",
+        "Models on the same pairs",
+    ):
+        assert words in page, words
+    assert len(evaluation_tables(result)) == 3
+    lines = evaluation_lines(result)
+    assert lines[:2] == [f"A: {models[0]}", f"B: {models[1]}"]
+    assert any("(paired, by prompt)" in line for line in lines)
+    assert any(line.startswith("B: Probes:") for line in lines)
+
+
+def test_all_that_is_wrong_is_said_at_once(reward_folder: Path, styled: str, tmp_path: Path) -> None:
+    """Two models of which one can't be opened, and two bad files: three sentences, exit 2, nothing written."""
+    broken = [{"input": "q", "output_1": "a", "output_2": "b", "label": 3}]
+    bad = write(tmp_path / "llmbar.jsonl", broken)
+    arguments = [str(reward_folder), str(tmp_path / "no/model/there"), styled, bad, str(tmp_path / "none.jsonl")]
+    models, data = models_and_data(arguments)
+    with pytest.raises(UserError) as refusal:
+        evaluate_models(models, data, tmp_path / "e.json", say=lambda _: None)
+    sentences = refusal.value.problems
+    assert len(sentences) == 3, sentences
+    assert "row 1: `label` is 3, neither 1 nor 2" in sentences[0]
+    assert "none.jsonl: no such file." in sentences[1]
+    assert "no/model/there: no reward model there" in sentences[2]
+    assert not (tmp_path / "e.json").exists()
+
+
+def test_models_and_data_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    folder = str(tmp_path / "second")
+    assert models_and_data(["org/model", folder, "a.jsonl", "allenai/reward-bench", "org/data:gpt"]) == (
+        ["org/model", folder],
+        ["a.jsonl", "allenai/reward-bench", "org/data:gpt"],
+    )
+    assert models_and_data(["m", "./runs/x/reward/model", "a.json"])[0] == ["m", "./runs/x/reward/model"]
+    with pytest.raises(UserError, match="name a file of pairs or rankings"):
+        models_and_data(["m", folder])
+    assert data_names(["LLMBar/Natural/dataset.json", "LLMBar/GPTOut/dataset.json"]) == [
+        "Natural/dataset",
+        "GPTOut/dataset",
+    ]
+
+
+def test_against_may_be_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def stop(models: list[str], data: list[str], out: Path, **options: Any) -> None:
+        asked.append((models, data, options["probes"]))
+        raise UserError("enough")
+
+    monkeypatch.setattr("rlhf.pipeline.evaluate.evaluate_models", stop)
+    arguments = [
+        "evaluate",
+        "m",
+        "a.jsonl",
+        "--against",
+        "x",
+        "--against",
+        "y",
+        "--probes",
+        "--out",
+        str(tmp_path / "o.json"),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UserError)
+    assert asked == [(["m", "x", "y"], ["a.jsonl"], True)]
