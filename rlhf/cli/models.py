@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import RewardModelName, app, output, say, say_aside
+from rlhf.cli.console import Columns, RewardModelName, app, output, say, say_aside, source_of
 from rlhf.errors import TrainingError, UserError
 
 
@@ -36,7 +36,7 @@ def evaluate_command(
         typer.Argument(
             metavar="MODEL [MODEL...] DATA...",
             help="Reward models (the first name, and every folder), then files of pairs, rankings or a published benchmark, "
-            "or hub datasets (NAME or NAME:SPLIT).",
+            "or hub datasets (NAME, NAME:SPLIT, or {source: NAME, config: …} as in a recipe).",
             show_default=False,
         ),
     ],
@@ -47,6 +47,7 @@ def evaluate_command(
             help="Another reward model on the same pairs, also of the hub; as often as you like.", show_default=False
         ),
     ] = None,
+    columns: Columns = None,
     probes: Annotated[bool, typer.Option("--probes", help="Measure biases by minimal edits of the answers.")] = False,
 ) -> None:
     """Evaluate reward models: accuracy with its interval, length rules, calibration, published benchmarks, biases."""
@@ -56,7 +57,8 @@ def evaluate_command(
     if out.suffix == ".html":
         raise UserError(f"--out {out}: the report is JSON; name it .json, and the page beside it is .html.")
     models, data = models_and_data(names)
-    result = evaluate_models([*models, *(against or [])], data, out, probes=probes, say=say_aside)
+    sources = [source_of(text, columns) if columns or text.lstrip().startswith("{") else text for text in data]
+    result = evaluate_models([*models, *(against or [])], sources, out, probes=probes, say=say_aside)
     for table in evaluation_tables(result):
         output.print(table)
     for line in evaluation_lines(result):

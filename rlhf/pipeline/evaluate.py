@@ -12,8 +12,8 @@ import numpy as np
 
 from rlhf.data.rankings import Ranking
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import Pair, answer
-from rlhf.data.sources import read_pairs, read_rankings
+from rlhf.data.rows import TIE, Pair, answer
+from rlhf.data.sources import Source, read_pairs, read_rankings
 from rlhf.errors import UserError
 from rlhf.evaluation.benchmark_files import Benchmark, choose_split, read_benchmark
 from rlhf.evaluation.benchmarks import (
@@ -37,6 +37,8 @@ from rlhf.evaluation.pairs import (
 )
 from rlhf.evaluation.probes import probe
 from rlhf.files import write_text
+from rlhf.models.load import find_source, load_tokenizer
+from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
 from rlhf.reward.load import open_reward_model
@@ -45,6 +47,7 @@ from rlhf.statistics import Array
 
 # What each model's entry has of its report on the pairs.
 MODEL_KEYS = ("accuracy", "accuracy_ci", "ties", "ece", "accuracy_length_controlled", "temperature")
+TIES = "ties, which nothing can be right about"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -90,7 +93,9 @@ def models_and_data(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     models, data = [names[0]], list[str]()
     for name in names[1:]:
-        is_data = is_local(name) or (HUB_NAME.fullmatch(name) and not Path(name).is_dir())
+        is_data = (
+            is_local(name) or name.lstrip().startswith("{") or (HUB_NAME.fullmatch(name) and not Path(name).is_dir())
+        )
         (data if is_data else models).append(name)
     if not data:
         raise UserError(
@@ -101,13 +106,14 @@ def models_and_data(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def evaluate_models(
-    models: Sequence[str], data: Sequence[str], out: Path, *, probes: bool = False, say: Callable[[str], None]
+    models: Sequence[str], data: Sequence[str | Source], out: Path, *, probes: bool = False, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Evaluate reward models on every data set; write the result as JSON, and a page beside it.
 
     Args:
         models: the first is the one that the others are compared with, on the same pairs.
-        data: files or hub datasets of pairs, rankings, trees or published benchmarks.
+        data: files or hub datasets of pairs, rankings, trees or published benchmarks. Ties are left out: nothing can be right
+            about them.
         probes: whether minimal edits of the same answers are scored too.
 
     Raises:
@@ -120,7 +126,7 @@ def evaluate_models(
     if not out.resolve().parent.is_dir():
         problems.append(f"--out {out}: no such folder; make it first.")
     names = data_names(data)
-    sets = [_attempt(problems, _read, name, source) for name, source in zip(names, data, strict=True)]
+    sets = [_attempt(problems, _read, name, source, models[0]) for name, source in zip(names, data, strict=True)]
     rewards = [_attempt(problems, open_reward_model, model) for model in models]
     if problems:
         raise UserError(problems)
@@ -170,21 +176,22 @@ def evaluate_models(
     return result
 
 
-def data_names(data: Sequence[str]) -> list[str]:
+def data_names(data: Sequence[str | Source]) -> list[str]:
     """Return what each data set is called: its file's name, with the folder's where two have the same.
 
     Raises:
         UserError: two have the same name all the same.
     """
-    names = [Path(source).name.split(".")[0] for source in data]
+    paths = [Path(source.source if isinstance(source, Source) else source) for source in data]
+    names = [path.name.split(".")[0] for path in paths]
     if len(set(names)) < len(names):
-        names = [f"{Path(source).parent.name}/{name}" for name, source in zip(names, data, strict=True)]
+        names = [f"{path.parent.name}/{name}" for name, path in zip(names, paths, strict=True)]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate: two data sets have the same name ({', '.join(names)}); rename a file.")
     return names
 
 
-def _attempt(problems: list[str], function: Callable[..., Any], *arguments: str) -> Any:
+def _attempt(problems: list[str], function: Callable[..., Any], *arguments: str | Source) -> Any:
     """Return what a function gives; enter what a person did wrong in `problems`, and return None."""
     try:
         return function(*arguments)
@@ -193,17 +200,42 @@ def _attempt(problems: list[str], function: Callable[..., Any], *arguments: str)
         return None
 
 
-def _read(name: str, source: str) -> _Data:
-    """Read one data set as the benchmark that it is, or as ordinary pairs with their rankings."""
-    benchmark = read_benchmark(source)
-    if benchmark is not None:
-        return _Data(name, benchmark.items, benchmark.arithmetic, [], [], benchmark, benchmark.report)
-    hub_name, split = choose_split(source)
-    rows, report = read_pairs(hub_name, split=split)
+def _read(name: str, source: str | Source, model: str) -> _Data:
+    """Read one data set as the benchmark that it is, or as ordinary pairs with their rankings.
+
+    Args:
+        source: a benchmark has a name alone; of a `Source`, more is stated.
+        model: whose chat template writes tool calls.
+    """
+    split = "test"
+    if not isinstance(source, Source):
+        benchmark = read_benchmark(source)
+        if benchmark is not None:
+            return _Data(name, benchmark.items, benchmark.arithmetic, [], [], benchmark, benchmark.report)
+        hub_name, split = choose_split(source)
+        source = Source(hub_name)
+    template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
+    rows, report = _decided(source.source, *read_pairs(source, split=split, fit=template))
     items = [Item(row["prompt"], [answer(row, "chosen"), answer(row, "rejected")], [1, 0], [(0, 1)]) for row in rows]
     pairs = by_pairs(items)
     arithmetic = Arithmetic(pairs.outcomes, pairs.clusters, {"accuracy": pairs.figures[OVERALL]})
-    return _Data(name, items, arithmetic, rows, read_rankings(hub_name, split=split), None, report)
+    return _Data(name, items, arithmetic, rows, read_rankings(source, split=split), None, report)
+
+
+def _decided(name: str, rows: list[Pair], report: ReadReport) -> tuple[list[Pair], ReadReport]:
+    """Return the pairs whose label calls one answer better, and the report, which counts the others.
+
+    Raises:
+        UserError: all are ties.
+    """
+    decided = [row for row in rows if row.get("confidence") != TIE]
+    if not decided:
+        raise UserError(f"{name}: all of its pairs are ties, which nothing can be right about.")
+    if ties := len(rows) - len(decided):
+        report.kept -= ties
+        report.dropped[TIES] = ties
+        report.examples[TIES] = []
+    return decided, report
 
 
 def _score(reward: RewardModel, data_set: _Data, model: str) -> _Scored:

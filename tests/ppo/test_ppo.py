@@ -176,7 +176,12 @@ def test_bandit_reaches_the_known_optimum(estimator: str, cpu_arguments: dict[st
         max_grad_norm=10.0,
     )
     trainer = PPOTrainer(
-        policy, reward, args, Dataset.from_list([{"prompt": "w3 w4"}] * batch), processing_class=tokenizer, critic=critic
+        policy,
+        reward,
+        args,
+        Dataset.from_list([{"prompt": "w3 w4"}] * batch),
+        processing_class=tokenizer,
+        critic=critic,
     )
     trainer.train()
     with torch.no_grad():
