@@ -5,11 +5,13 @@ python tests/benchmarks/check_cost.py --seeds 0-9 --pairs 3 --work cost --json c
 Every seed runs with checks, the first `--pairs` of them without too, each run in a process of its own; finished ones are kept in
 `--work` and not repeated. Without: every check that costs a forward or a pass over the logits is replaced by nothing (`OFF`),
 in the child process alone; what is sampled and learnt is the same, and the policies of a pair are compared bit for bit.
-Cost is compared in seconds of CPU time (which other work on the machine changes little) and by the clock; memory is the
-peak resident size of the process.
+Cost is compared in seconds of CPU time and by the clock; memory is the peak resident size of the process. Beside it stands the
+share of its CPU time that a run spends inside the functions of the checks (`in_checks`), which no other work on the machine
+and no other run comes into: with all of `token_surprise`, also the entropy that PPO logs without checks.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -17,7 +19,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,18 +58,43 @@ def entropy_alone(
     return entropy, entropy, entropy
 
 
+def replace_everywhere(dotted: str, change: Callable[[Any], Any]) -> None:
+    """Put what `change` makes of a function in its place, in every module that holds it."""
+    module, _, name = dotted.rpartition(".")
+    old = getattr(importlib.import_module(module), name)
+    new = change(old)
+    for other in list(sys.modules.values()):
+        if getattr(other, "__name__", "").startswith("rlhf") and getattr(other, name, None) is old:
+            setattr(other, name, new)
+
+
+def timed(function: Callable[..., Any], seconds: list[float], depth: list[int]) -> Callable[..., Any]:
+    """Return a function that adds up the CPU seconds it takes; inside another one that is timed it counts nothing."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        started, depth[0] = time.process_time(), depth[0] + 1
+        try:
+            return function(*arguments, **named)
+        finally:
+            depth[0] -= 1
+            if depth[0] == 0:
+                seconds[0] += time.process_time() - started
+
+    return wrapper
+
+
 def child(recipe: Path, seed: int, out: Path, *, checks: bool) -> None:
-    """Run a recipe in this process, with the checks or without."""
-    if not checks:
-        for dotted, replacement in OFF.items():
-            module, _, name = dotted.rpartition(".")
-            loaded = importlib.import_module(module)
-            old = getattr(loaded, name)
-            new = eval(replacement)
-            for other in list(sys.modules.values()):  # a name that was imported elsewhere stands there too
-                if getattr(other, "__name__", "").startswith("rlhf") and getattr(other, name, None) is old:
-                    setattr(other, name, new)
+    """Run a recipe in this process, with the checks, which are timed, or without."""
+    seconds, depth = [0.0], [0]
+    importlib.import_module("rlhf.ppo.trainer")
+    for dotted, replacement in OFF.items():
+        if not checks:
+            replace_everywhere(dotted, lambda _, text=replacement: eval(text))
+        elif not dotted.endswith("ExpectedCounts"):
+            replace_everywhere(dotted, lambda old: timed(old, seconds, depth))
     run(load_recipe(recipe, [f"seed={seed}"]), out, say=lambda _: None)
+    out.with_suffix(".seconds").write_text(json.dumps(seconds[0]))
 
 
 def measure(recipe: Path, seed: int, work: Path, *, checks: bool) -> dict[str, object]:
@@ -86,6 +115,7 @@ def measure(recipe: Path, seed: int, work: Path, *, checks: bool) -> dict[str, o
         "seed": seed,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "in_checks": json.loads(out.with_suffix(".seconds").read_text()),
         "peak": usage.ru_maxrss * 1024,
         "policy": [file["sha256"] for file in ppo["files"] if file["path"] == "model/model.safetensors"],
         "gap_closed": summary["gold_gap_closed"],
@@ -125,6 +155,7 @@ def main() -> None:
         "alarms": sum(not held for one in runs[True] for _, _, held in one["checks"].values()),
         "gap_closed": [one["gap_closed"] for one in runs[True]],
         "more_cpu_time": [float(w["cpu_seconds"]) / float(o["cpu_seconds"]) - 1 for w, o in pairs],
+        "in_checks": [one["in_checks"] / one["cpu_seconds"] for one in runs[True] if one.get("in_checks")],
         "more_time": [float(w["seconds"]) / float(o["seconds"]) - 1 for w, o in pairs],
         "more_memory": [int(w["peak"]) / int(o["peak"]) - 1 for w, o in pairs],
         "same_bits": all(w["policy"] == o["policy"] for w, o in pairs),
