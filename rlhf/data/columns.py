@@ -37,6 +37,7 @@ class NamedRow(NamedTuple):
 
 def named_rows(
     rows: Sequence[tuple[int, object]],
+    source: str,
     report: ReadReport,
     *,
     columns: Mapping[str, str] | None = None,
@@ -45,6 +46,7 @@ def named_rows(
     """Return the rows of a whole file under our names; count those that can't be used in the report.
 
     Args:
+        source: the file's name, for the sentence of a refusal.
         columns: our name → a column of the file, dots leading into nested ones and lists (`info.post`, `answers.0.text`).
         label: the column that says which answer is better, where a layout has several.
 
@@ -52,10 +54,10 @@ def named_rows(
         UserError: a column that no row has, or a name that is none of ours; rows of two layouts; a label that there is not.
     """
     if columns:
-        rows = _mapped(rows, report, columns)
-    layout = None if columns and any(name in columns for name in ANSWERS) else _public_layout(rows, report.source)
+        rows = _mapped(rows, source, report, columns)
+    layout = None if columns and any(name in columns for name in ANSWERS) else _public_layout(rows, source)
     if label is not None and (layout is None or label not in layout.labels):
-        raise UserError(_unknown_label(report.source, label, layout))
+        raise UserError(_unknown_label(source, label, layout))
     if layout is None:
         return [NamedRow(number, row) for number, row in rows]
     named = []
@@ -81,7 +83,7 @@ def named_rows(
 
 
 def _mapped(
-    rows: Sequence[tuple[int, object]], report: ReadReport, columns: Mapping[str, str]
+    rows: Sequence[tuple[int, object]], source: str, report: ReadReport, columns: Mapping[str, str]
 ) -> list[tuple[int, object]]:
     """Return the rows with the columns that a mapping names under our names; they are no longer there under their own."""
     known = {*TEXT_COLUMNS, *NUMBER_COLUMNS, *BESIDE, *(name for names in RATINGS for name in names)}
@@ -91,12 +93,12 @@ def _mapped(
         if name not in known:
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
-            problems.append(f"{report.source}: columns: {name!r} is no column here{hint}")
+            problems.append(f"{source}: columns: {name!r} is no column here{hint}")
         elif rows and not any(_has(row, path) for _, row in rows):
             number, first = rows[0]
             names = ", ".join(first) if isinstance(first, Mapping) else "no columns"
             problems.append(
-                f"{report.source}: row {number} has no column {path!r}, which columns.{name} names; it has {names}."
+                f"{source}: row {number} has no column {path!r}, which columns.{name} names; it has {names}."
             )
     if problems:
         raise UserError(problems)

@@ -286,7 +286,7 @@ def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
     # 1. Read; give the columns our names.
     split, is_named = source.split or split, source.split is not None
     numbered = list(read_rows(source.source, report, split=split, config=source.config, is_named=is_named))
-    named = named_rows(numbered, report, columns=source.columns, label=source.label)
+    named = named_rows(numbered, source.source, report, columns=source.columns, label=source.label)
 
     # 2. Tidy; decide what two responses and a preference say.
     rows = tidied([entry.row for entry in named])

@@ -1,7 +1,7 @@
 """Tool calls and tools' turns, where a model's own chat template has a place for them.
 
-A prompt keeps them as they are: the template writes them. An answer is a text everywhere in this package, so a call in an
-answer becomes the text that the template writes for it.
+A turn is a role and a text everywhere in this package, so a call becomes the text that the template writes for it. What a
+model reads stays the same to the last character, which is compared row by row.
 """
 
 import copy
@@ -31,33 +31,50 @@ class ToolTemplate:
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row whose answers are texts, and whose prompt the template can write.
+        """Return a row whose turns are texts: every call is what the template writes for it.
 
         Raises:
-            BadRow: the template leaves out calls or tools' turns, or a call can't be written as an answer's text.
+            BadRow: the template leaves out calls or tools' turns, or a call can't be written as a turn's text.
         """
         if self._tokenizer is None:
             self._tokenizer = self._load()
-        self._check_place(row["prompt"])
+        sides = [side for side in ("chosen", "rejected", "completion") if side in row]
+        for turns in [[*row["prompt"], *row[side]] for side in sides] or [row["prompt"]]:
+            self._check_place(turns)
         fitted = dict(row)
-        for side in ("chosen", "rejected", "completion"):
-            if side in row and "tool_calls" in row[side][0]:
-                fitted[side] = [Message(role="assistant", content=self._call_text(row["prompt"], row[side][0]))]
+        prompt = fitted["prompt"] = self._as_texts([], row["prompt"])
+        for side in sides:
+            fitted[side] = self._as_texts(prompt, row[side])
         if fitted.get("chosen") is not None and fitted["chosen"] == fitted["rejected"]:
             raise BadRow(f"the chat template of {self._name} writes both answers alike")
         return fitted
 
-    def _call_text(self, prompt: Messages, answer: Message) -> str:
-        """Return what the template writes for a call between the beginning and the close of an answer."""
+    def _as_texts(self, before: Messages, turns: Messages) -> Messages:
+        """Return the turns that follow others, each with nothing but role and content."""
+        texts = list(before)
+        for turn in turns:
+            texts.append(self._as_text(texts, turn))
+        if self._rendered(texts) != self._rendered([*before, *turns]):
+            raise self._unwritable()
+        return texts[len(before) :]
+
+    def _as_text(self, before: Messages, turn: Message) -> Message:
+        """Return a turn with nothing but role and content; a call is what stands between the beginning and close of an answer."""
+        if "tool_calls" not in turn:
+            return Message(role=turn["role"], content=turn["content"])
         tokenizer = self._require_tokenizer()
-        self._check_place([*prompt, answer])
-        whole = rendered(tokenizer, [*prompt, answer])
-        head, close = rendered(tokenizer, prompt, asks=True), closing(tokenizer, prompt)
-        text = whole.removeprefix(head).removesuffix(close)
-        as_text = Message(role="assistant", content=text)
-        if not text.strip() or rendered(tokenizer, [*prompt, as_text]) != whole:
-            raise BadRow(f"the chat template of {self._name} can't write this tool call as the text of an answer")
-        return text
+        whole = self._rendered([*before, turn])
+        head, close = rendered(tokenizer, before, asks=True), closing(tokenizer, before)
+        as_text = Message(role="assistant", content=whole.removeprefix(head).removesuffix(close))
+        if not as_text["content"].strip() or self._rendered([*before, as_text]) != whole:
+            raise self._unwritable()
+        return as_text
+
+    def _rendered(self, turns: Messages) -> str:
+        return rendered(self._require_tokenizer(), turns)
+
+    def _unwritable(self) -> BadRow:
+        return BadRow(f"the chat template of {self._name} can't write its tool calls as the text of a turn")
 
     def _check_place(self, turns: Messages) -> None:
         """Refuse turns of which the template leaves something out."""

@@ -119,9 +119,9 @@ def check_directions(source: Source) -> None:
     report = ReadReport(source.source)
     numbered = read_rows(source.source, report, split=split, config=source.config, is_named=is_named)
     first = list(islice(numbered, FIRST_ROWS))
-    named = named_rows(first, report, columns=source.columns, label=source.label)
+    named = named_rows(first, source.source, report, columns=source.columns, label=source.label)
     if source.preference is not None or any(has_two_responses(entry.row) for entry in named):
-        named = named_rows([*first, *numbered], report, columns=source.columns, label=source.label)
+        named = named_rows([*first, *numbered], source.source, report, columns=source.columns, label=source.label)
         directions((entry.row for entry in named), source.source, source.preference)
 
 

@@ -12,6 +12,7 @@ from rlhf.data.label_files import export_questions, read_verdicts
 from rlhf.data.labelbook import LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, question_id, tally
 from rlhf.data.read import ReadReport
+from rlhf.data.sources import read_pairs
 from rlhf.errors import UserError
 from rlhf.serve.desk import import_from
 
@@ -250,3 +251,90 @@ def test_numbers_in_an_export_are_read_by_the_whole_file_too(tmp_path: Path) -> 
         record["responses"] = {"preference": [{"value": value, "user_id": "u"}]}
     (tmp_path / "argilla.json").write_text(json.dumps(records))
     assert [v.label for v in read_verdicts(str(tmp_path / "argilla.json"))[0]] == ["first", "second"]
+
+
+# What the tools wrote for the exported questions: label-studio-sdk 2.1.2 (`Converter`, a Pairwise control between `first` and
+# `second`) and argilla 2.8.0 (`records.to_json`, `to_list(flatten=True)`), run offline on 2026-11-27, here with other texts.
+def studio_task(i: int, task: dict[str, Any], side: str) -> dict[str, Any]:
+    result = {
+        "id": "x",
+        "from_name": "preference",
+        "to_name": "first,second",
+        "type": "pairwise",
+        "origin": "manual",
+        "value": {"selected": "left" if side == "first" else "right"},
+    }
+    annotation = {"id": i, "completed_by": {"id": 1, "email": "a@x.org"}, "result": [result], "was_cancelled": False}
+    return {
+        "id": 10 + i,
+        **task,
+        "annotations": [annotation | {"ground_truth": False, "lead_time": 3.2}],
+        "predictions": [],
+    }
+
+
+def studio_table(i: int, task: dict[str, Any], side: str) -> str:
+    data, choice = task["data"], "left" if side == "first" else "right"
+    cells = [
+        i,
+        "a@x.org",
+        data["first"],
+        data["id"],
+        3.2,
+        f'[{{""selected"":""{choice}""}}]',
+        data["prompt"],
+        data["second"],
+    ]
+    return ",".join(f'"{cell}"' for cell in cells)
+
+
+def argilla_record(record: dict[str, Any], side: str) -> dict[str, Any]:
+    responses = {"preference": [{"value": side, "user_id": "00000000-0000-0000-0000-000000000007"}]}
+    return {**record, "suggestions": {}, "responses": responses, "vectors": {}, "status": "pending", "_server_id": None}
+
+
+def argilla_flat(record: dict[str, Any], side: str) -> dict[str, Any]:
+    other = "second" if side == "first" else "first"
+    return {
+        "id": record["id"],
+        "status": "pending",
+        **record["fields"],
+        "round": 2,
+        "preference.responses": [other, side],
+        "preference.responses.users": ["u8", "u7"],
+        "preference.responses.status": ["discarded", "submitted"],
+        "preference.suggestion": None,
+    }
+
+
+@pytest.mark.parametrize("form", ["studio", "studio table", "argilla", "argilla flat"])
+def test_exports_of_the_tools_come_back_with_the_same_pairs_and_labels(tmp_path: Path, form: str) -> None:
+    sides = ["first", "second", "second", "first", "second"]
+    tasks, records = export_questions(FIVE, "label-studio"), export_questions(FIVE, "argilla")
+    file = tmp_path / ("export.csv" if form == "studio table" else "export.json")
+    if form == "studio table":
+        head = "annotation_id,annotator,first,id,lead_time,preference,prompt,second"
+        file.write_text(
+            "\n".join([head, *(studio_table(i, t, s) for i, (t, s) in enumerate(zip(tasks, sides, strict=True)))])
+        )
+    elif form == "studio":
+        file.write_text(json.dumps([studio_task(i, t, s) for i, (t, s) in enumerate(zip(tasks, sides, strict=True))]))
+    else:
+        write = argilla_record if form == "argilla" else argilla_flat
+        file.write_text(json.dumps([write(record, side) for record, side in zip(records, sides, strict=True)]))
+    verdicts, refused = read_verdicts(str(file))
+    expected = [f"{'yes' if side == 'first' else 'no'} {i}" for i, side in enumerate(sides)]
+    pairs = tally(FIVE, verdicts).rows
+    assert [row["chosen"][0]["content"] for row in pairs] == expected
+    assert [row["prompt"] for row in pairs] == [q.prompt for q in FIVE]
+    assert refused == []
+    as_data, _ = read_pairs(str(file))
+    assert [row["chosen"][0]["content"] for row in as_data] == expected, "the same file as data of a recipe"
+
+
+def test_label_studios_short_json_has_no_ids_of_ours(tmp_path: Path) -> None:
+    row = {"id": 11, "annotation_id": 1, "preference": [{"selected": "left"}], "annotator": "a", "first": "yes"}
+    (tmp_path / "min.json").write_text(json.dumps([row]))
+    verdicts, refused = read_verdicts(str(tmp_path / "min.json"))
+    assert verdicts == []
+    assert "JSON-MIN puts its own in its place; export as JSON" in refused[0]["reason"]

@@ -8,11 +8,14 @@ import pytest
 
 from rlhf.data import layouts
 from rlhf.data.canonical import pair
-from rlhf.data.layouts import LAYOUTS, Layout, find_layout
+from rlhf.data.label_files import Answered
+from rlhf.data.layouts import LAYOUTS, annotated, arena, find_layout, pku, shp, summaries
+from rlhf.data.layouts.layout import Layout
 from rlhf.data.prepare import DataSources, prepare_data
-from rlhf.data.read import BadRow
+from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.rows import Pair, answer, assistant_turn, completion, user_turn
-from rlhf.data.sources import Source, read_pairs
+from rlhf.data.sources import Source, read_pairs, read_sources, to_demonstrations
+from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
 
 TREE = {"text": "Hi", "role": "prompter", "replies": [{"text": "yes", "role": "assistant", "rank": 0}]}
@@ -108,3 +111,383 @@ def test_texts_with_every_separator_are_prepared_whole(tmp_path: Path) -> None:
     rows: list[Pair] = read_jsonl(tmp_path / "out" / "pairs.jsonl")
     assert len(rows) == facts["rows"]["pairs"]
     assert {answer(row, "chosen") for row in rows} == {text}
+
+
+# ---- Every layout that people have: six rows each, `yes` the better answer, the label's side by turns ----
+
+ROWS = range(6)
+
+
+def said(i: int, side: int) -> str:
+    """Return the answer at one of two places: the better one stands first in even rows."""
+    return f"{'yes' if i % 2 == side else 'no'} {i}"
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def talk(i: int, answer_text: str) -> list[dict[str, Any]]:
+    return [turn("user", f"say {i}"), turn("assistant", answer_text)]
+
+
+def canonical(i: int, **columns: Any) -> dict[str, Any]:
+    answers = {"chosen": assistant_turn(f"yes {i}"), "rejected": assistant_turn(f"no {i}")}
+    return {"prompt": user_turn(f"say {i}"), **answers, **columns}
+
+
+def with_system(i: int) -> dict[str, Any]:
+    return canonical(i) | {"prompt": [turn("system", "be brief"), turn("user", f"say {i}")]}
+
+
+PARTS = [{"type": "text", "text": "say "}, {"type": "text", "text": "{}"}]
+# name → a row, and the canonical row that it must become.
+TABLE: dict[str, tuple[Any, Any]] = {
+    "UltraFeedback binarized": (
+        lambda i: {
+            "prompt": f"say {i}",
+            "chosen": talk(i, f"yes {i}"),
+            "rejected": talk(i, f"no {i}"),
+            "score_chosen": 8.0,
+            "score_rejected": 5.0,
+        },
+        lambda i: canonical(i, rating_gap=3.0),
+    ),
+    "Tulu 3": (
+        lambda i: {"id": f"{i}", "prompt": f"say {i}", "chosen": talk(i, f"yes {i}"), "rejected": talk(i, f"no {i}")},
+        lambda i: canonical(i, id=f"{i}"),
+    ),
+    "PKU-SafeRLHF": (
+        lambda i: {
+            "prompt": f"say {i}",
+            "response_0": said(i, 0),
+            "response_1": said(i, 1),
+            "better_response_id": i % 2,
+            "safer_response_id": 1 - i % 2,
+        },
+        canonical,
+    ),
+    "summarize-from-feedback": (
+        lambda i: {
+            "info": {"id": "x", "post": f"long {i}", "title": "t", "subreddit": "cats"},
+            "summaries": [{"text": said(i, 0), "policy": "a"}, {"text": said(i, 1), "policy": "b"}],
+            "choice": i % 2,
+            "worker": "w",
+        },
+        lambda i: (
+            canonical(i, annotator="w")
+            | {"prompt": user_turn(f"SUBREDDIT: r/cats\n\nTITLE: t\n\nPOST: long {i}\n\nTL;DR:")}
+        ),
+    ),
+    "WebGPT": (
+        lambda i: {
+            "question": {"full_text": f"say {i}"},
+            "answer_0": said(i, 0),
+            "answer_1": said(i, 1),
+            "score_0": 0.5 if i % 2 == 0 else -0.5,
+            "score_1": -0.25 if i % 2 == 0 else 0.25,
+        },
+        lambda i: canonical(i, rating_gap=0.75),
+    ),
+    "arena": (
+        lambda i: {
+            "winner": "model_a" if i % 2 == 0 else "model_b",
+            "conversation_a": talk(i, said(i, 0)),
+            "conversation_b": talk(i, said(i, 1)),
+            "judge": "ann",
+        },
+        lambda i: canonical(i, annotator="ann"),
+    ),
+    "arena, ties": (
+        lambda i: {
+            "winner": "tie" if i % 2 == 0 else "tie (bothbad)",
+            "conversation_a": talk(i, f"yes {i}"),
+            "conversation_b": talk(i, f"no {i}"),
+        },
+        lambda i: canonical(i, confidence=0.5),
+    ),
+    "SHP": (
+        lambda i: {
+            "history": f"say {i}",
+            "human_ref_A": said(i, 0),
+            "human_ref_B": said(i, 1),
+            "labels": 1 - i % 2,
+            "score_A": 9 if i % 2 == 0 else 3,
+            "score_B": 3 if i % 2 == 0 else 9,
+            "domain": "askbaking_test",
+        },
+        lambda i: canonical(i, rating_gap=6.0, subset="askbaking_test"),
+    ),
+    "Orca DPO pairs": (
+        lambda i: {"system": "be brief", "question": f"say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"},
+        with_system,
+    ),
+    "Argilla, Notus": (
+        lambda i: {
+            "input": f"say {i}",
+            "generations": ["a", "b"],
+            "chosen": f"yes {i}",
+            "rejected": f"no {i}",
+            "chosen-rating": 5.0,
+            "rejected-rating": 3.5,
+        },
+        lambda i: canonical(i, rating_gap=1.5),
+    ),
+    "Argilla, responses": (
+        lambda i: {
+            "instruction": f"say {i}",
+            "chosen_response": f"yes {i}",
+            "rejected_response": f"no {i}",
+            "chosen_avg_rating": 5.0,
+            "rejected_avg_rating": 2.0,
+        },
+        lambda i: canonical(i, rating_gap=3.0),
+    ),
+    "ShareGPT, ranking": (
+        lambda i: {
+            "conversations": [{"from": "human", "value": f"say {i}"}],
+            "chosen": {"from": "gpt", "value": f"yes {i}"},
+            "rejected": {"from": "gpt", "value": f"no {i}"},
+            "system": "be brief",
+        },
+        with_system,
+    ),
+    "LlamaFactory, messages": (
+        lambda i: {
+            "messages": [turn("user", f"say {i}")],
+            "chosen": turn("assistant", f"yes {i}"),
+            "rejected": turn("assistant", f"no {i}"),
+        },
+        canonical,
+    ),
+    "Alpaca, ranking": (
+        lambda i: {"instruction": "say", "input": f"{i}", "chosen": f"yes {i}", "rejected": f"no {i}"},
+        lambda i: canonical(i) | {"prompt": user_turn(f"say\n{i}")},
+    ),
+    "Alpaca, two outputs and a history": (
+        lambda i: {"instruction": f"say {i}", "input": "", "output": [f"yes {i}", f"no {i}"], "history": [["Q", "A"]]},
+        lambda i: canonical(i) | {"prompt": [turn("user", "Q"), turn("assistant", "A"), turn("user", f"say {i}")]},
+    ),
+    "content as parts": (
+        lambda i: {
+            "prompt": [turn("user", [PARTS[0], {"type": "text", "text": f"{i}"}])],
+            "chosen": [turn("assistant", [{"type": "text", "text": f"yes {i}"}])],
+            "rejected": [turn("assistant", [{"type": "text", "text": f"no {i}", "image_url": None}])],
+        },
+        canonical,
+    ),
+    "Label Studio, pairwise": (
+        lambda i: {
+            "id": i,
+            "data": {"prompt": f"say {i}", "answer1": said(i, 0), "answer2": said(i, 1)},
+            "annotations": [
+                {
+                    "completed_by": {"id": 1, "email": "a@x.org"},
+                    "result": [
+                        {
+                            "from_name": "comparison",
+                            "to_name": "answer1,answer2",
+                            "type": "pairwise",
+                            "value": {"selected": "left" if i % 2 == 0 else "right"},
+                        }
+                    ],
+                }
+            ],
+        },
+        lambda i: canonical(i, annotator="a@x.org"),
+    ),
+    "Label Studio, JSON-MIN": (
+        lambda i: {
+            "id": i,
+            "annotation_id": i,
+            "prompt": f"say {i}",
+            "first": said(i, 0),
+            "second": said(i, 1),
+            "preference": [{"selected": "left" if i % 2 == 0 else "right"}],
+            "annotator": "a@x.org",
+        },
+        lambda i: canonical(i, annotator="a@x.org"),
+    ),
+    "Argilla, records": (
+        lambda i: {
+            "id": f"{i}",
+            "fields": {"prompt": f"say {i}", "first": said(i, 0), "second": said(i, 1)},
+            "suggestions": {},
+            "responses": {"preference": [{"value": "first" if i % 2 == 0 else "second", "user_id": "u"}]},
+        },
+        lambda i: canonical(i, id=f"{i}", annotator="u"),
+    ),
+    "Argilla, records flat": (
+        lambda i: {
+            "prompt": f"say {i}",
+            "first": said(i, 0),
+            "second": said(i, 1),
+            "preference.responses": ["second" if i % 2 == 0 else "first", "first" if i % 2 == 0 else "second"],
+            "preference.responses.users": ["v", "u"],
+            "preference.responses.status": ["discarded", "submitted"],
+        },
+        lambda i: canonical(i, annotator="u"),
+    ),
+    "Argilla, a ranking": (
+        lambda i: {
+            "fields": {"prompt": f"say {i}", "response-1": said(i, 0), "response-2": said(i, 1)},
+            "responses": {
+                "preference": [
+                    {"value": [{"value": "response-1", "rank": 1 + i % 2}, {"value": "response-2", "rank": 2 - i % 2}]}
+                ]
+            },
+        },
+        lambda i: canonical(i, annotator="unnamed"),
+    ),
+}
+
+
+def read(file: Path, **stated: Any) -> tuple[list[Any], list[str]]:
+    rows, report = read_pairs(Source(str(file), **stated))
+    return list(rows), report.sentences()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_layout_becomes_its_canonical_rows(tmp_path: Path, name: str) -> None:
+    row, expected = TABLE[name]
+    file = tmp_path / "rows.jsonl"
+    write_jsonl(file, [row(i) for i in ROWS])
+    rows, sentences = read(file)
+    assert rows == [expected(i) for i in ROWS]
+    assert f"{file} (pairs): 6 of 6 rows kept." in sentences
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("PKU-SafeRLHF", 'read as PKU-SafeRLHF: `better_response_id` 0: the first is better: chosen = "yes 0"'),
+        ("summarize-from-feedback", '`choice` 0: the first is better: chosen = "yes 0"'),
+        ("WebGPT", 'read as WebGPT: `score_0, score_1` 0.5 and -0.25: the first is better: chosen = "yes 0"'),
+        ("arena, ties", "`winner` tie: a tie, kept with confidence 0.5"),
+        ("SHP", 'read as SHP: `labels` 1: the first is better: chosen = "yes 0"'),
+        ("Orca DPO pairs", "read as pair under other names: `system`, `question`, `chosen`, `rejected`"),
+        ("Label Studio, pairwise", "read as Label Studio: `preference` first: the first is better"),
+    ],
+)
+def test_the_layout_and_its_direction_are_said(tmp_path: Path, name: str, sentence: str) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [TABLE[name][0](i) for i in ROWS])
+    assert any(sentence in line for line in read(tmp_path / "rows.jsonl")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "function", "wrong"),
+    [
+        ("PKU-SafeRLHF", pku, "better_of", lambda value, column: "first" if value else "second"),
+        ("summarize-from-feedback", summaries, "better_of", lambda value, column: "first" if value == 1 else "second"),
+        ("SHP", shp, "better_of", lambda value, column: "first" if value else "second"),
+        ("arena", arena, "named_side", lambda winner: {"model_a": "second", "model_b": "first"}.get(winner)),
+        ("arena, ties", arena, "_better", lambda winner: "first"),
+        ("Label Studio, pairwise", annotated, "named_side", lambda word: "second" if word in ("left", "answer2") else "first"),
+        ("Argilla, records flat", annotated, "record_entries", lambda number, record: iter([
+            Answered(0, "", label, user) for label, user in zip(
+                record["preference.responses"], record["preference.responses.users"], strict=True)])),
+    ],
+)  # fmt: skip
+def test_a_label_read_wrongly_would_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: Any, function: str, wrong: Any
+) -> None:
+    monkeypatch.setattr(module, function, wrong)
+    if name == "Argilla, records flat":  # the layout holds the function that asks for the entries by name
+        monkeypatch.setattr(annotated, "record_entries", wrong)
+    with pytest.raises((AssertionError, UserError)):
+        test_every_layout_becomes_its_canonical_rows(tmp_path, name)
+
+
+def test_the_safer_response_is_a_key(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "pku.jsonl", [TABLE["PKU-SafeRLHF"][0](i) for i in ROWS])
+    rows, _ = read(tmp_path / "pku.jsonl", label="safer_response_id")
+    assert [answer(row, "chosen") for row in rows] == [f"no {i}" for i in ROWS], "as planted: the safer one says no"
+    with pytest.raises(UserError, match="no label of PKU-SafeRLHF; it has better_response_id and safer_response_id"):
+        read(tmp_path / "pku.jsonl", label="kinder_response_id")
+    write_jsonl(tmp_path / "plain.jsonl", [PAIR])
+    with pytest.raises(UserError, match="take the key out"):
+        read(tmp_path / "plain.jsonl", label="safer_response_id")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("PKU-SafeRLHF", {"better_response_id": 2}, "better_response_id is 2, neither 0 nor 1"),
+        ("PKU-SafeRLHF", {"better_response_id": None}, "better_response_id is missing, neither 0 nor 1"),
+        ("summarize-from-feedback", {"choice": True}, "choice is True, neither 0 nor 1"),
+        ("summarize-from-feedback", {"summaries": [{"text": "a"}]}, "summaries are not two mappings with text"),
+        ("summarize-from-feedback", {"info": {}}, "info holds neither a post nor an article"),
+        ("WebGPT", {"score_1": None}, "score_1 is not a finite number"),
+        ("arena", {"winner": "model_c"}, "winner is 'model_c', neither model_a, model_b nor a tie"),
+        ("SHP", {"labels": -1}, "labels is -1, neither 0 nor 1"),
+        ("Label Studio, pairwise", {"annotations": []}, "nobody has labelled it yet"),
+        ("Argilla, records", {"fields": {"prompt": "p", "a": "x"}}, "which two fields hold the answers is not clear; "
+         "name them, such as first and second"),
+        ("content as parts", {"prompt": [turn("user", [{"type": "image_url", "image_url": {"url": "u"}}])]},
+         "a message of prompt holds a part of type 'image_url', which is no text"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_costs_itself_and_says_why(tmp_path: Path, name: str, change: Any, reason: str) -> None:
+    rows = [TABLE[name][0](i) for i in ROWS]
+    rows[3] |= change
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    kept, report = read_pairs(str(tmp_path / "rows.jsonl"))
+    assert report.dropped == {reason: 1}
+    assert report.examples[reason] == [4]
+    assert list(kept) == [TABLE[name][1](i) for i in ROWS if i != 3]
+
+
+def test_a_row_without_the_files_columns_names_the_column(tmp_path: Path) -> None:
+    rows = [TABLE["SHP"][0](i) for i in ROWS]
+    del rows[2]["human_ref_B"]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    _, report = read_pairs(str(tmp_path / "rows.jsonl"))
+    assert report.dropped == {"not of the file's layout, SHP: no 'human_ref_B'": 1}
+
+
+def test_two_layouts_in_one_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.jsonl"
+    write_jsonl(file, [TABLE["SHP"][0](0), {}, TABLE["PKU-SafeRLHF"][0](1)])
+    with pytest.raises(UserError) as error:
+        read(file)
+    assert str(error.value) == (
+        f"{file}: row 1 is of the layout SHP (by its column 'labels'), row 3 of the layout PKU-SafeRLHF (by its column "
+        "'better_response_id'); a file has one layout, so split it."
+    )
+
+
+def test_annotators_who_disagree_give_a_confidence(tmp_path: Path) -> None:
+    row = TABLE["Argilla, records"][0](0)
+    votes = ["first", "second", "first", "tie"]
+    row["responses"] = {"preference": [{"value": vote, "user_id": f"u{i}"} for i, vote in enumerate(votes)]}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert read(tmp_path / "rows.jsonl")[0] == [canonical(0, id="0", annotator="u0, u1, u2, u3", confidence=0.625)]
+
+
+def test_demonstrations_of_sharegpt_and_alpaca(tmp_path: Path) -> None:
+    talked = [{"from": "human", "value": "say 1"}, {"from": "gpt", "value": "yes"}]
+    write_jsonl(tmp_path / "sharegpt.jsonl", [{"conversations": talked}])
+    write_jsonl(tmp_path / "alpaca.jsonl", [{"instruction": "say 1", "input": "", "output": "yes"}])
+    for file in ("sharegpt", "alpaca"):
+        reports: list[ReadReport] = []
+        read_rows = read_sources([Source(str(tmp_path / f"{file}.jsonl"))], to_demonstrations, reports, "x", 0)
+        assert [row.values for row in read_rows.train] == [
+            {"prompt": user_turn("say 1"), "completion": assistant_turn("yes")}
+        ]
+        assert any("read as" in sentence for sentence in reports[0].sentences())
+
+
+def test_ties_are_trained_on_and_never_tested_on(tmp_path: Path) -> None:
+    """Beside pairs without a confidence they are no reason to refuse; no test pair is a tie."""
+    write_jsonl(tmp_path / "arena.jsonl", [TABLE["arena, ties" if i % 2 else "arena"][0](i) for i in range(60)])
+    write_jsonl(tmp_path / "pku.jsonl", [TABLE["PKU-SafeRLHF"][0](i) for i in range(60, 120)])
+    sources = [Source(str(tmp_path / name)) for name in ("arena.jsonl", "pku.jsonl")]
+    facts = prepare_data(tmp_path / "out", DataSources(sft=sources, preferences=sources), seed=0)
+    rows = read_jsonl(tmp_path / "out/pairs.jsonl")
+    assert sum(row.get("confidence") == 0.5 for row in rows) > 20
+    assert all(row.get("confidence", 0.5) == 0.5 for row in rows)
+    test_rows = read_jsonl(tmp_path / "out/test_pairs.jsonl")
+    assert test_rows
+    assert all("confidence" not in row for row in test_rows)
+    dropped = facts["read"][0]["dropped"]
+    assert dropped["a tie, which nothing can be tested on"] >= 1

@@ -82,9 +82,13 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
     table = parquet.read_table(out / "pairs.parquet").to_pylist()
     assert {row["row"] for row in table if row["suspicious"]} == found
     assert {"row", "strength_mean", "strength_std", "strength_votes", "suspicious"} <= set(table[0])
+    lines = Path(file).read_bytes().splitlines(keepends=True)
+    kept = [line for i, line in enumerate(lines) if 0 < i < 151 and i not in found]
+    assert (out / "cleaned.jsonl").read_bytes() == b"".join(kept), "the file's own lines, byte for byte"
+    assert result["cleaned"] == {"rows": 150 - len(found), "pairs": 0, "left_out": 2 + len(found)}
     cleaned = [json.loads(line) for line in (out / "cleaned.jsonl").read_text().splitlines()]
     assert len(cleaned) == 150 - len(found)
-    says_yes = sum(row["chosen"][0]["content"].startswith("yes") for row in cleaned)
+    says_yes = sum(row["chosen"].startswith("yes") for row in cleaned)
     assert says_yes / len(cleaned) > 0.97, "of the labels that are left, 80 % of which were right before"
     page = (out / "audit.html").read_text()
     assert "<mark>" in page

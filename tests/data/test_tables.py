@@ -1,0 +1,134 @@
+"""Sources that are no single JSON file: tables, saved folders, patterns, hub data sets with a config and a split."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from rlhf.data.prepare import DataSources, prepare_data
+from rlhf.data.rows import answer
+from rlhf.data.sources import Source, read_pairs
+from rlhf.errors import UserError
+from rlhf.files import write_jsonl
+
+
+def pairs(numbers: range) -> list[dict[str, Any]]:
+    return [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in numbers]
+
+
+def chosen(source: Source | str, split: str = "test") -> list[str]:
+    return [answer(row, "chosen") for row in read_pairs(source, split=split)[0]]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t"), ("semicolons.csv", ";")])
+def test_a_table_is_read_cell_for_cell(tmp_path: Path, name: str, separator: str) -> None:
+    """Quotes, line breaks and numbers in texts stay; numbers are numbers where the column's name says so."""
+    head = separator.join(("prompt", "chosen", "rejected", "margin", "annotator"))
+    cells = ['"two\nlines ""quoted"""', "42", '"a, b; c"', "0.5", ""]
+    file = tmp_path / name
+    file.write_text(f"\ufeff{head}\n{separator.join(cells)}\n", encoding="utf-8")
+    rows, _ = read_pairs(str(file))
+    assert [
+        (row["prompt"][0]["content"], answer(row, "chosen"), answer(row, "rejected"), row["margin"]) for row in rows
+    ] == [('two\nlines "quoted"', "42", "a, b; c", 0.5)]
+    assert "annotator" not in rows[0]
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert read_pairs(str(packed))[0] == rows
+
+
+def test_a_table_with_codes_says_its_direction(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("prompt,response_1,response_2,preference\na,yes,no,1\nb,no,yes,2\n")
+    assert chosen(str(file)) == ["yes", "yes"]
+    file.write_text("prompt,response_0,response_1,better_response_id\na,yes,no,0\nb,no,yes,1\n")
+    assert chosen(str(file)) == ["yes", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("prompt\nx\n", "first line must name two columns or more"),
+        ("", "first line must name two columns or more"),
+        ("prompt,chosen,chosen\na,b,c\n", "the column 'chosen' stands there twice"),
+        ('prompt,chosen,rejected\na,b,c\na,"b,c\n', "row 2 is no row of a table"),
+        (b"prompt,chosen,rejected\na,\xff,c\n", "row 1 is not UTF-8 text"),
+    ],
+)
+def test_a_broken_table_is_refused_with_its_row(tmp_path: Path, text: str | bytes, sentence: str) -> None:
+    file = tmp_path / "t.csv"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=sentence):
+        read_pairs(str(file))
+
+
+def test_a_row_of_another_width_costs_itself(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("prompt,chosen,rejected\na,yes,no\nb,yes\nc,yes,no\n")
+    rows, report = read_pairs(str(file))
+    assert len(rows) == 2
+    assert report.dropped == {"has 2 cells, where the first line names 3 columns": 1}
+    assert list(report.examples.values()) == [[2]]
+
+
+def test_several_files_are_read_as_one(tmp_path: Path) -> None:
+    """Codes are decided over all of them, numbers run on, and a bad line is named by its number."""
+    for name, rows in (("b", [("no", "yes", 2)]), ("a", [("yes", "no", 1), ("yes", "no", 1)])):
+        lines = [
+            {"prompt": f"{name}{i}", "response_1": f, "response_2": s, "preference": p}
+            for i, (f, s, p) in enumerate(rows)
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", lines)
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write("{broken\n")
+    pattern = str(tmp_path / "*.jsonl")
+    rows, report = read_pairs(pattern)
+    assert [answer(row, "chosen") for row in rows] == ["yes"] * 3
+    assert [row["prompt"][0]["content"] for row in rows] == ["a0", "a1", "b0"]
+    assert report.examples == {"not valid JSON": [4]}
+    assert f"{tmp_path}/b.jsonl from 3" in report.directions["files"]
+    with pytest.raises(UserError, match=r"nothing-\*.jsonl: no file matches"):
+        read_pairs(str(tmp_path / "nothing-*.jsonl"))
+
+
+def test_folders_that_datasets_saved(tmp_path: Path) -> None:
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    datasets.Dataset.from_list(pairs(range(3))).save_to_disk(alone)
+    parts = {"train": pairs(range(40)), "test": pairs(range(40, 45))}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(several)
+    assert chosen(str(alone)) == ["yes 0", "yes 1", "yes 2"]
+    assert chosen(str(several)) == [f"yes {i}" for i in range(40, 45)], "evaluated on the test split"
+    assert len(chosen(Source(str(several), split="train"))) == 40
+    source = Source(str(several))
+    facts = prepare_data(tmp_path / "out", DataSources(sft=[source], preferences=[source]), seed=0)
+    assert (facts["rows"]["pairs"], facts["rows"]["test_pairs"]) == (40, 5), "its own test split is the test side"
+    for stated, sentence in (
+        (Source(str(several), split="dev"), "has no split 'dev'; it has train, test"),
+        (Source(str(alone), split="dev"), "one data set without splits"),
+        (Source(str(alone), config="x"), "a local file has no config"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            read_pairs(stated)
+
+
+def test_a_hub_dataset_is_asked_for_its_config_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*names: str, split: str) -> Any:
+        asked.append((*names, split))
+        if split not in ("train", "train_prefs", "test"):
+            raise ValueError(f"Unknown split {split!r}.")
+        return datasets.Dataset.from_list(pairs(range(30) if split != "test" else range(30, 33)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(chosen(Source("org/x", config="helpful-base", split="train"))) == 30
+    with pytest.raises(UserError, match="org/x, config 'helpful-base': cannot load the 'dev' split"):
+        read_pairs(Source("org/x", config="helpful-base", split="dev"))
+    for split, tested in ((None, 3), ("train", 3), ("train_prefs", None)):
+        asked.clear()
+        source = Source("org/x", config="c", split=split)
+        facts = prepare_data(tmp_path / f"{split}", DataSources(sft=[source], preferences=[source]), seed=0)
+        assert (("org/x", "c", "test") in asked) == (tested is not None)
+        assert tested is None or facts["rows"]["test_pairs"] == tested
