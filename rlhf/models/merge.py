@@ -72,8 +72,7 @@ def _untie(model: PreTrainedModel) -> None:
     _, target = _embeddings(model)
     assert target is not None, "adapts_tied_embeddings looks"
     layer = _base_layer(target)
-    assert isinstance(layer.weight, Tensor)
-    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    layer.weight = nn.Parameter(layer.get_parameter("weight").detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
 

@@ -209,8 +209,8 @@ def data_names(data: Sequence[str]) -> list[str]:
         UserError: two have the same name all the same.
     """
     names = [Path(source).name.split(".")[0] for source in data]
-    if len(set(names)) < len(names):
-        names = [f"{Path(source).parent.name}/{name}" for name, source in zip(names, data, strict=True)]
+    folders = [Path(source).resolve().parent.name for source in data]
+    names = [f"{folder}/{name}" if names.count(name) > 1 else name for name, folder in zip(names, folders, strict=True)]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate: two data sets have the same name ({', '.join(names)}); rename a file.")
     return names

@@ -19,7 +19,6 @@ from rlhf.models.text import answer_text, encode, encode_answers
 from rlhf.reward.model import Network, RewardModel
 
 CERTIFICATE = "certificate.json"
-TYPED = "typed special tokens"  # the name of the golden text that holds some
 # In the order of their precision; half the distance of 1 to the next number.
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Times the rounding error that was measured: other kernels add up in another order, and make other errors of that size.
@@ -45,7 +44,9 @@ class GoldenText(NamedTuple):
 class Golden(TypedDict):
     """A golden text as a reward model read it, and its score.
 
-    `text` is exactly what was read, `ids` its tokens. `score` was computed by itself, without padding.
+    `text` is what the chat template writes, `ids` what was read. `as_rendered` says whether a program that tokenises the text
+    reads the same ids: where special tokens that a person typed are words to the model, other programs can't know that.
+    `score` was computed by itself, without padding.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Golden(TypedDict):
     ended: bool
     text: str
     ids: list[int]
+    as_rendered: bool
     score: float
 
 
@@ -113,10 +115,18 @@ def certify(reward: RewardModel) -> Certificate:
     golden = []
     for text, score in zip(texts, scores, strict=True):
         whole = _whole(reward.tokenizer, text, conversational=reward.conversational)
-        prompt, answer = prompt_of(text, conversational=reward.conversational), text.messages[-1]["content"]
-        (ids,), _ = encode_answers(reward.tokenizer, [prompt], [answer], ended=[text.ended])
+        ids = _ids(reward.tokenizer, text, conversational=reward.conversational)
+        (plain_ids,) = encode(reward.tokenizer, [whole], conversational=reward.conversational)
         golden.append(
-            Golden(name=text.name, messages=text.messages, ended=text.ended, text=whole, ids=ids, score=score)
+            Golden(
+                name=text.name,
+                messages=text.messages,
+                ended=text.ended,
+                text=whole,
+                ids=ids,
+                as_rendered=ids == plain_ids,
+                score=score,
+            )
         )
     return Certificate(
         conversational=reward.conversational,
@@ -139,11 +149,10 @@ def readable_texts(reward: RewardModel) -> tuple[list[GoldenText], dict[str, str
             left_out[text.name] = "the model reads plain text, which has no turns"
             continue
         try:
-            whole = _whole(tokenizer, text, conversational=conversational)
+            length = len(_ids(tokenizer, text, conversational=conversational))
         except Exception as error:  # a chat template may raise anything
             left_out[text.name] = f"the chat template refuses it: {error}".splitlines()[0]
             continue
-        length = len(encode(tokenizer, [whole], conversational=conversational)[0])
         if length > reward.max_length:
             left_out[text.name] = f"it has {length} tokens, and the model reads {reward.max_length}"
         else:
@@ -170,7 +179,7 @@ def golden_texts(tokenizer: PreTrainedTokenizerBase, *, tokens: int) -> list[Gol
         GoldenText("several turns", _turns("Hi!", "Hello.", "What is 2 + 3?", "5, I think.")),
         GoldenText("system turn", [Message(role="system", content="Be brief."), *_turns("Why rain?", "Clouds cool.")]),
         GoldenText("unicode", _turns("¿Qué es “ß”? 日本", "Eszett: ß, e\u0301, 👩‍🚀.")),
-        GoldenText(TYPED, _turns(f"What is {typed} for?", f"So: {typed} ends it.")),
+        GoldenText("typed special tokens", _turns(f"What is {typed} for?", f"So: {typed} ends it.")),
         GoldenText("white space", _turns(" Two\n\nlines?  ", "One,\n  two.\n")),
         GoldenText("cut off", _turns("List three fruits.", "Apple, pear and"), ended=False),
         GoldenText("cut off at once", _turns("Who wrote Faust?", "It"), ended=False),
@@ -191,6 +200,13 @@ def _whole(tokenizer: PreTrainedTokenizerBase, text: GoldenText, *, conversation
     """Return the text that the model reads."""
     prompt = prompt_of(text, conversational=conversational)
     return answer_text(tokenizer, prompt, text.messages[-1]["content"], ended=text.ended)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: GoldenText, *, conversational: bool) -> list[int]:
+    """Return the ids that the model reads."""
+    prompt = prompt_of(text, conversational=conversational)
+    (ids,), _ = encode_answers(tokenizer, [prompt], [text.messages[-1]["content"]], ended=[text.ended])
+    return ids
 
 
 def scores_alone(reward: RewardModel, texts: Sequence[GoldenText]) -> list[float]:
@@ -250,17 +266,6 @@ def read_certificate(file: Path) -> Certificate:
     if missing:
         raise UserError(f"{file}: no {', '.join(missing)}; delete it and run `rlhf certify` again.")
     return certificate
-
-
-def score_of_typed_tokens(reward: RewardModel, golden: Sequence[Golden]) -> dict[int, float]:
-    """Return by its place the score that the text with typed special tokens has where these are read as tokens, in float32.
-
-    `RewardModel` reads them as words; a server that is given the rendered text can't know who wrote them.
-    """
-    places = [i for i, text in enumerate(golden) if text["name"] == TYPED]
-    with computed_in(reward.model, torch.float32):
-        scores = reward.score_texts([golden[i]["text"] for i in places], ended=[golden[i]["ended"] for i in places])
-    return dict(zip(places, scores.tolist(), strict=True))
 
 
 def check_certificate(reward: RewardModel, certificate: Certificate, *, name: str | Path) -> list[float]:

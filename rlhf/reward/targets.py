@@ -32,6 +32,7 @@ class Form:
     """One way to ask: the name of the form, the endpoint, what is sent, and how the scores are read from the reply.
 
     `single`: one text a request. `closes`: every text is closed on its way, so answers that were cut off are not asked about.
+    `renders`: the target tokenises rendered text, so texts that the model does not read like that are not asked about.
     """
 
     name: str
@@ -40,6 +41,11 @@ class Form:
     scores: Callable[[Any], list[float]]
     single: bool = False
     closes: bool = False
+    renders: bool = True
+
+    def asks(self, text: Golden) -> bool:
+        """Tell whether a golden text is asked about in this form."""
+        return (text["ended"] or not self.closes) and (text["as_rendered"] or not self.renders)
 
 
 class Server:
@@ -199,13 +205,14 @@ def server_forms(
         return forms
     paths = server.paths()
     forms = [
-        Form("/score", "/score", prompts_and_answers, _rewards),
-        Form("/get_reward with responses", "/get_reward", prompts_and_answers, _rewards),
+        Form("/score", "/score", prompts_and_answers, _rewards, renders=False),
+        Form("/get_reward with responses", "/get_reward", prompts_and_answers, _rewards, renders=False),
         Form("/get_reward with query", "/get_reward", queries_and_ends, _rewards),
         Form("/classify with input", "/classify", rendered, _classes, closes=True),
     ]
     if conversational:
-        forms.append(Form("/classify with messages", "/classify", conversation, _classes, single=True, closes=True))
+        name = "/classify with messages"
+        forms.append(Form(name, "/classify", conversation, _classes, single=True, closes=True, renders=False))
     return [
         form
         for form in forms
@@ -221,7 +228,7 @@ def ask_server(server: Server, form: Form, golden: Sequence[Golden]) -> Answers:
         UserError: as `Server.send`; another number of answers than of texts, or something that is no number.
         SeveralLabels: more than one number for a text.
     """
-    rows = [i for i, text in enumerate(golden) if text["ended"] or not form.closes]
+    rows = [i for i, text in enumerate(golden) if form.asks(text)]
     texts = [golden[i] for i in rows]
     alone = [_ask(server, form, [text])[0] for text in texts]
     return Answers(form.name, rows, alone, None if form.single else _ask(server, form, texts))
@@ -316,7 +323,7 @@ def ask_folder(folder: str, certificate: Certificate) -> Iterator[Answers]:
         with torch.no_grad():
             return float(model(input_ids=torch.tensor([list(row)])).logits[0, 0])
 
-    ended = [i for i, text in enumerate(golden) if text["ended"]]
+    ended = [i for i, text in enumerate(golden) if text["ended"] and text["as_rendered"]]
     if certificate["conversational"]:
         if not tokenizer.chat_template:
             raise UserError(
@@ -325,8 +332,8 @@ def ask_folder(folder: str, certificate: Certificate) -> Iterator[Answers]:
         with one_sentence(folder):
             rows = [tokenizer.apply_chat_template(golden[i]["messages"], return_dict=True)["input_ids"] for i in ended]
         yield answers("transformers, apply_chat_template", ended, rows)
-    everything = range(len(golden))
-    yield answers("transformers, text", everything, [tokenizer(text["text"])["input_ids"] for text in golden])
+    everything = [i for i, text in enumerate(golden) if text["as_rendered"]]
+    yield answers("transformers, text", everything, [tokenizer(golden[i]["text"])["input_ids"] for i in everything])
 
 
 def _plain_model(folder: str) -> Any:

@@ -57,6 +57,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         504: "No score in time.",
     }.items()
 }
+UNWATCHED = 0.1  # seconds before a request's client is watched, which costs more than most scores
 SHOWN = 3  # mistakes of a body that are named
 
 
@@ -165,18 +166,31 @@ class _Desk:
             return Scored([], 0, 0)
         job = worker.submit(texts)
         done = asyncio.wrap_future(job.done)
-        gone = asyncio.ensure_future(request.receive())  # after the body, the next message is that the client has gone
         try:
-            waited: set[asyncio.Future[Any]] = {done, gone}
-            await asyncio.wait(waited, timeout=self.seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({done}, timeout=min(UNWATCHED, self.seconds))
+            if not done.done():
+                await _until_gone(request, done, self.seconds - UNWATCHED)
             if done.done():
                 return done.result()
-            if gone.done():
-                raise Refused(GONE, "the client went away.")
             raise Refused(504, f"no scores after {self.seconds:g} s; {worker.waiting} texts wait.", retry_after=5)
         finally:
             worker.give_up(job)
-            gone.cancel()
+
+
+async def _until_gone(request: Request, done: "asyncio.Future[Scored]", seconds: float) -> None:
+    """Wait for scores, as long as the client does.
+
+    Raises:
+        Refused: 499; the client has gone, and nobody reads it.
+    """
+    gone = asyncio.ensure_future(request.receive())  # after the body, the next message is that the client has gone
+    waited: set[asyncio.Future[Any]] = {done, gone}
+    try:
+        await asyncio.wait(waited, timeout=max(seconds, 0), return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not done.done():
+            raise Refused(GONE, "the client went away.")
+    finally:
+        gone.cancel()
 
 
 def _add_scoring(app: FastAPI, desk: _Desk) -> None:

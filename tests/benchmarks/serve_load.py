@@ -174,7 +174,7 @@ def main() -> None:
     # 1. The texts, their scores alone, and the two servers.
     from rlhf import load_reward_model
 
-    answers = read_answers(arguments.pairs, 256)
+    answers = read_answers(arguments.pairs, 128)
     work = tempfile.TemporaryDirectory()
     folder = arguments.model
     if folder == "minilm":

@@ -19,7 +19,7 @@ import torch
 from rlhf.reward.load import load_reward_model
 from rlhf.serve.reward import reward_app
 from tests.models.test_templates import ALL
-from tests.reward.planted import Served, listening, make_reward_model
+from tests.reward.planted import Served, listening, make_reward_model, serving
 from tests.reward.test_verify import PLANTED, check, named
 
 FAMILIES = [
@@ -65,7 +65,6 @@ def measure(
     apps = {
         "vllm": Served(folder).app(),
         "openrlhf": Served(folder).openrlhf(),
-        "ours": reward_app(load_reward_model(folder), "reward"),
     }
     wanted = {}
     for name, (plant, faults) in PLANTED.items() if with_faults else ():
@@ -76,10 +75,16 @@ def measure(
         apps[name.replace(" ", "-")] = served.app()
         wanted[name] = set().union(*faults.values())
     row: dict[str, Any] = {"model": model, "alarms": {}, "missed": {}, "wrong": {}, "checks": 0, "largest": {}}
-    with listening(apps) as url:
-        for target in (f"{url}/vllm", f"{url}/vllm/pooling", f"{url}/openrlhf", f"{url}/ours", str(folder)):
+    with listening(apps) as url, serving(reward_app(load_reward_model(folder), "reward")) as ours:
+        targets = {
+            "vllm": f"{url}/vllm",
+            "pooling": f"{url}/vllm/pooling",
+            "openrlhf": f"{url}/openrlhf",
+            "ours": ours,
+            "folder": str(folder),
+        }
+        for name, target in targets.items():
             verdict = check(target, folder)
-            name = target.removeprefix(url).strip("/") if target.startswith("http") else "folder"
             row["checks"] += len(verdict["forms"])
             allowed = verdict["tolerance"][verdict["dtype"]]
             shares = [

@@ -138,10 +138,8 @@ def test_models_and_data_are_told_apart(tmp_path: Path) -> None:
     assert models_and_data(["m", "/no/model/there", "/no/pairs.csv"]) == (["m", "/no/model/there"], ["/no/pairs.csv"])
     with pytest.raises(UserError, match="name a file of pairs or rankings"):
         models_and_data(["m", folder])
-    assert data_names(["LLMBar/Natural/dataset.json", "LLMBar/GPTOut/dataset.json"]) == [
-        "Natural/dataset",
-        "GPTOut/dataset",
-    ]
+    same = ["LLMBar/Natural/dataset.json", "pairs.jsonl", "LLMBar/GPTOut/dataset.json"]
+    assert data_names(same) == ["Natural/dataset", "pairs", "GPTOut/dataset"]
 
 
 def test_against_may_be_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

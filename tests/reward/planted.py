@@ -130,7 +130,14 @@ def listening(apps: dict[str, FastAPI]) -> Iterator[str]:
     whole = FastAPI()
     for name, app in apps.items():
         whole.mount(f"/{name}", app)
-    server = uvicorn.Server(uvicorn.Config(whole, host="127.0.0.1", port=0, log_level="error"))
+    with serving(whole) as url:
+        yield url
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """A server of one application; the value is its address."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
