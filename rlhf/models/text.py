@@ -121,7 +121,7 @@ def encode_answers(
     """Return the token ids of prompt and answer as a reward model reads them.
 
     Special tokens that somebody typed, in an answer or in the messages of a prompt, are words; end tokens at the end of an
-    answer are its own end. A prompt that was rendered already, or is no conversation, is read as it stands.
+    answer are its own end, and are there once. A prompt that was rendered already, or is no conversation, is read as it stands.
 
     Args:
         ended: whether each answer came to its end; None if all did.
@@ -143,10 +143,10 @@ def encode_answers(
         words = as_words(tokenizer, without_ends(answer, ends))
         if conversational and isinstance(prompt, str) and is_rendered(tokenizer, prompt):
             texts.append(continued_text(tokenizer, prompt, words, ended=flag))
-        else:
-            asked = user_turn(prompt) if conversational and isinstance(prompt, str) else prompt
-            asked = asked if isinstance(asked, str) else as_words(tokenizer, asked)
-            texts.append(answer_text(tokenizer, asked, words, ended=flag))
+            continue
+        asked = user_turn(prompt) if conversational and isinstance(prompt, str) else prompt
+        asked = asked if isinstance(asked, str) else as_words(tokenizer, asked)
+        texts.append(answer_text(tokenizer, asked, words, ended=flag))
     return encode_texts(tokenizer, texts, conversational=conversational, max_length=max_length)
 
 

@@ -39,20 +39,24 @@ class ToolTemplate:
         if self._tokenizer is None:
             self._tokenizer = self._load()
         sides = [side for side in ("chosen", "rejected", "completion") if side in row]
-        for turns in [[*row["prompt"], row[side][0]] for side in sides] or [row["prompt"]]:
+        for turns in [[*row["prompt"], *row[side]] for side in sides] or [row["prompt"]]:
             self._check_place(turns)
-        prompt: Messages = []
-        for turn in row["prompt"]:
-            prompt.append(self._as_text(prompt, turn))
-        if self._rendered(prompt) != self._rendered(row["prompt"]):
-            raise self._unwritable()
         fitted = dict(row)
-        fitted["prompt"] = prompt
+        prompt = fitted["prompt"] = self._as_texts([], row["prompt"])
         for side in sides:
-            fitted[side] = [self._as_text(prompt, row[side][0])]
+            fitted[side] = self._as_texts(prompt, row[side])
         if fitted.get("chosen") is not None and fitted["chosen"] == fitted["rejected"]:
             raise BadRow(f"the chat template of {self._name} writes both answers alike")
         return fitted
+
+    def _as_texts(self, before: Messages, turns: Messages) -> Messages:
+        """Return the turns that follow others, each with nothing but role and content."""
+        texts = list(before)
+        for turn in turns:
+            texts.append(self._as_text(texts, turn))
+        if self._rendered(texts) != self._rendered([*before, *turns]):
+            raise self._unwritable()
+        return texts[len(before) :]
 
     def _as_text(self, before: Messages, turn: Message) -> Message:
         """Return a turn with nothing but role and content; a call is what stands between the beginning and close of an answer."""

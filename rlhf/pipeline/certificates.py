@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from rlhf.reward.certify import (
     certify,
     check_certificate,
     read_certificate,
-    score_of_typed_tokens,
     write_certificate,
 )
 from rlhf.reward.hypotheses import suppose_faults
@@ -33,7 +31,7 @@ from rlhf.reward.targets import (
     find_kind,
     server_forms,
 )
-from rlhf.reward.verify import DTYPES, FAULTS, Answers, Fault, Hypothesis, agree, diagnose, root_mean_square
+from rlhf.reward.verify import DTYPES, FAULTS, Answers, Fault, agree, diagnose, root_mean_square
 
 
 def certify_model(model: str, out: Path | None) -> tuple[Certificate, Path]:
@@ -146,25 +144,16 @@ def verify_target(
             )
         )
 
-    # 3. Where that is not what the model says, the fault under which the model itself would say it. Typed special tokens may be
-    # read as words or as tokens, for whoever renders a text before it is sent leaves no choice.
-    as_tokens = score_of_typed_tokens(reward, golden)
-    read = [_as_read(answers, scores, as_tokens) for answers in answered]
-    right = all(agree(answers, mine, tolerances[expected]) for answers, mine in zip(answered, read, strict=True))
-    hypotheses = [] if right else [_without(as_tokens, x) for x in suppose_faults(reward, golden)]
-    for answers, mine in zip(answered, read, strict=True):
-        faults += diagnose(answers, mine, hypotheses, tolerances, dtype=expected, names=names)
+    # 3. Where that is not what the model says, the fault under which the model itself would say it.
+    right = all(agree(answers, scores, tolerances[expected]) for answers in answered)
+    hypotheses = [] if right else suppose_faults(reward, golden)
+    for answers in answered:
+        faults += diagnose(answers, scores, hypotheses, tolerances, dtype=expected, names=names)
     notes = _notes(certificate, tolerances[expected], forms)
-    if parsing := [answers.form for answers, mine in zip(answered, read, strict=True) if mine != scores]:
-        notes.append(
-            f"{', '.join(parsing)}: special tokens that a person typed are read as tokens, so a user can end a turn by typing its "
-            "end; take them out of texts before they are sent."
-        )
     if is_url and found_kind.startswith("vllm") and any(fault["fault"] in ("sigmoid", "softmax") for fault in faults):
         conversational = certificate["conversational"]
         raw_forms = server_forms(found_kind, server, conversational=conversational, model=name, raw=True)
-        asked = [ask_server(server, form, golden) for form in raw_forms]
-        mended = all(agree(x, _as_read(x, scores, as_tokens), tolerances[expected]) for x in asked)
+        mended = all(agree(ask_server(server, form, golden), scores, tolerances[expected]) for form in raw_forms)
         notes.append(
             f'With "use_activation": false in the request, its scores are {"right" if mended else "still wrong"}.'
         )
@@ -175,27 +164,10 @@ def verify_target(
         "held": not faults,
         "dtype": expected,
         "tolerance": tolerances,
-        "forms": [_figures(answers, mine, names) for answers, mine in zip(answered, read, strict=True)],
+        "forms": [_figures(answers, scores, names) for answers in answered],
         "faults": faults,
         "notes": notes,
     }
-
-
-def _without(places: Collection[int], hypothesis: Hypothesis) -> Hypothesis:
-    """Return a hypothesis that says nothing of some of the texts."""
-    scores = [None if i in places else score for i, score in enumerate(hypothesis.scores)]
-    return replace(hypothesis, scores=scores)
-
-
-def _as_read(answers: Answers, scores: list[float], as_tokens: Mapping[int, float]) -> list[float]:
-    """Return the model's scores as a target reads the texts: where it comes nearer to them, with typed tokens as tokens."""
-    given = dict(zip(answers.rows, answers.alone, strict=True))
-    return [
-        as_tokens[i]
-        if i in as_tokens and i in given and abs(given[i] - as_tokens[i]) < abs(given[i] - score)
-        else score
-        for i, score in enumerate(scores)
-    ]
 
 
 def _figures(answers: Answers, scores: list[float], names: list[str]) -> dict[str, Any]:

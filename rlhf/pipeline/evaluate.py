@@ -49,7 +49,7 @@ from rlhf.statistics import Array
 # What each model's entry has of its report on the pairs.
 MODEL_KEYS = ("accuracy", "accuracy_ci", "ties", "ece", "accuracy_length_controlled", "temperature")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-UNDECIDED = "a tie, which nothing can be right about"
+UNDECIDED = "ties, which nothing can be right about"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from rlhf.models.text import answer_text, encode, encode_answers
 from rlhf.reward.model import Network, RewardModel
 
 CERTIFICATE = "certificate.json"
-TYPED = "typed special tokens"  # the name of the golden text that holds some
 # In the order of their precision; half the distance of 1 to the next number.
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Times the rounding error that was measured: other kernels add up in another order, and make other errors of that size.
@@ -180,7 +179,7 @@ def golden_texts(tokenizer: PreTrainedTokenizerBase, *, tokens: int) -> list[Gol
         GoldenText("several turns", _turns("Hi!", "Hello.", "What is 2 + 3?", "5, I think.")),
         GoldenText("system turn", [Message(role="system", content="Be brief."), *_turns("Why rain?", "Clouds cool.")]),
         GoldenText("unicode", _turns("¿Qué es “ß”? 日本", "Eszett: ß, e\u0301, 👩‍🚀.")),
-        GoldenText(TYPED, _turns(f"What is {typed} for?", f"So: {typed} ends it.")),
+        GoldenText("typed special tokens", _turns(f"What is {typed} for?", f"So: {typed} ends it.")),
         GoldenText("white space", _turns(" Two\n\nlines?  ", "One,\n  two.\n")),
         GoldenText("cut off", _turns("List three fruits.", "Apple, pear and"), ended=False),
         GoldenText("cut off at once", _turns("Who wrote Faust?", "It"), ended=False),
@@ -267,17 +266,6 @@ def read_certificate(file: Path) -> Certificate:
     if missing:
         raise UserError(f"{file}: no {', '.join(missing)}; delete it and run `rlhf certify` again.")
     return certificate
-
-
-def score_of_typed_tokens(reward: RewardModel, golden: Sequence[Golden]) -> dict[int, float]:
-    """Return by its place the score that the text with typed special tokens has where these are read as tokens, in float32.
-
-    `RewardModel` reads them as words; a server that is given the rendered text can't know who wrote them.
-    """
-    places = [i for i, text in enumerate(golden) if text["name"] == TYPED]
-    with computed_in(reward.model, torch.float32):
-        scores = reward.score_texts([golden[i]["text"] for i in places], ended=[golden[i]["ended"] for i in places])
-    return dict(zip(places, scores.tolist(), strict=True))
 
 
 def check_certificate(reward: RewardModel, certificate: Certificate, *, name: str | Path) -> list[float]:

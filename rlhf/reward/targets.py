@@ -343,13 +343,15 @@ def _plain_model(folder: str) -> Any:
         UserError: no trained head.
     """
     path = Path(expand(folder))
-    arguments: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+    arguments: dict[str, Any] = {"dtype": "auto", "use_safetensors": True}
     is_adapter = (path / ADAPTER_CONFIG).is_file()
     base = str(path)
     if is_adapter:
         base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         arguments["num_labels"] = 1
-    model, report = AutoModelForSequenceClassification.from_pretrained(base, output_loading_info=True, **arguments)
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        base, output_loading_info=True, trust_remote_code=False, **arguments
+    )
     missing = set(report["missing_keys"])
     if is_adapter and (path / ADAPTER_WEIGHTS).is_file():
         missing -= {name.removeprefix("base_model.model.") for name in adapter_weights(path)}

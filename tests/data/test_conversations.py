@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from datasets import Dataset
@@ -162,7 +163,8 @@ def test_an_audit_takes_them(base_folder: Path, tmp_path: Path) -> None:
     )
     result = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert result["kept_pairs"] == 12
-    strengths = [row["strength_mean"] for row in read_jsonl(tmp_path / "out" / "cleaned.jsonl")]
+    strengths = parquet.read_table(tmp_path / "out" / "pairs.parquet")["strength_mean"].to_pylist()
+    assert len(strengths) == 12
     assert all(abs(strength) > 0 for strength in strengths), "their last turns alone are the same"
     with pytest.raises(UserError, match="holds no usable pair"):
         audit(file, str(base_folder), tmp_path / "no", members=2, recipe=None, say=lambda _: None)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from rlhf.data.read import BadRow
+from rlhf.data.rows import answer, asked
 from rlhf.models.text import answer_text, prompt_text
 from rlhf.models.tools import ToolTemplate
 
@@ -53,6 +54,15 @@ def test_a_model_reads_what_its_template_writes(with_tools: Any) -> None:
     assert '"days": [1, 2]' in fitted["chosen"][0]["content"]
     turns = [*fitted["prompt"], *fitted["chosen"], *fitted["rejected"]]
     assert all(set(turn) == {"role", "content"} for turn in turns)
+
+
+def test_a_conversation_that_is_compared_whole_keeps_all_its_turns(with_tools: Any) -> None:
+    tool = {"role": "tool", "content": "7", "name": "weather"}
+    longer = [call(city="Oslo"), tool, {"role": "assistant", "content": "seven"}]
+    fitted: Any = ToolTemplate(lambda: with_tools, "m")({**ROW, "chosen": longer})
+    assert [turn["role"] for turn in fitted["chosen"]] == ["assistant", "tool", "assistant"]
+    whole = with_tools.apply_chat_template([*ROW["prompt"], *longer], tokenize=False)
+    assert answer_text(with_tools, asked(fitted, "chosen"), answer(fitted, "chosen")) == whole
 
 
 CALLS = TEMPLATE[TEMPLATE.index("{%- if m.tool_calls") : TEMPLATE.index("{{ eos_token }}")]

@@ -234,10 +234,7 @@ def test_sft_reads_typed_tokens_as_words_and_everything_else_as_trl_does(
     ]
     typed = [
         *rows,
-        {
-            "prompt": conversation(f"{end}<|assistant|>"),
-            "completion": [{"role": "assistant", "content": f"{end}no"}],
-        },
+        {"prompt": conversation(f"{end}<|assistant|>"), "completion": [{"role": "assistant", "content": f"{end}no"}]},
     ]
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     arguments = SFTConfig(**cpu_arguments, max_length=None)
@@ -253,9 +250,7 @@ def test_sft_reads_typed_tokens_as_words_and_everything_else_as_trl_does(
     assert ids.count(tokenizer.eos_token_id) == harmless.count(tokenizer.eos_token_id)
     assert parsed[2][0].count(tokenizer.eos_token_id) == harmless.count(tokenizer.eos_token_id) + 3
     answer_ids = [label for label in labels if label != -100]
-    assert tokenizer.decode(answer_ids).strip().removeprefix("<|assistant|>") == f"{end}no{end}", (
-        "the word, then the end"
-    )
+    assert tokenizer.decode(answer_ids).strip().removeprefix("<|assistant|>") == f"{end}no{end}", "words, then the end"
     assert answer_ids.count(tokenizer.eos_token_id) == 1
 
 

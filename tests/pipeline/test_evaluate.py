@@ -181,8 +181,8 @@ def test_columns_are_named_and_ties_are_left_out(reward_folder: Path, tmp_path: 
     said: list[str] = []
     report = evaluate_models([str(reward_folder)], [source], tmp_path / "e.json", say=said.append)["data"]["own"]
     assert report["n"] == 5
-    assert report["read"]["dropped"] == {"a tie, which nothing can be right about": 1}
-    assert any("1 left out: a tie" in line for line in said), said
+    assert report["read"]["dropped"] == {"ties, which nothing can be right about": 1}
+    assert any("1 left out: ties" in line for line in said), said
     ties = write(tmp_path / "ties.jsonl", [{**row, "agree": 0.5} for row in rows])
     with pytest.raises(UserError, match="all of its pairs are ties"):
         evaluate_models([str(reward_folder)], [Source(ties, columns=columns)], tmp_path / "f.json", say=said.append)
