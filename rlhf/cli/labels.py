@@ -23,13 +23,14 @@ def data_command(
         str | None, typer.Option(help="Show rows as this model reads them: a folder or hub id.", show_default=False)
     ] = None,
     columns: Columns = None,
+    compare: Compared = None,
     out: Annotated[Path | None, typer.Option(help="Write canonical rows to this file.", show_default=False)] = None,
 ) -> None:
     """Show what a file of data is taken for: layout, direction of its labels, rows as a model reads them, what is left out."""
     source = source_of(file, columns)
     from rlhf.pipeline.describe import describe_data
 
-    describe_data(source, model=model, out=out, say=say)
+    describe_data(source, model=model, out=out, say=say, compare_as=compare or "answers")
 
 
 @app.command("audit")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.layouts import find_layout
 from rlhf.data.read import BadRow, ReadReport, read_rows
-from rlhf.data.rows import has_tools
+from rlhf.data.rows import Compare, asked, has_tools, told
 from rlhf.data.sources import (
     Row,
     Rows,
@@ -31,7 +31,7 @@ from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.training import quiet_libraries
 
 SHOWN_ROWS = 3
-SIDES = ("chosen", "rejected", "completion")
+SIDES: tuple[Any, ...] = ("chosen", "rejected", "completion")  # of pairs and of demonstrations
 # What canonical rows are called, and what reads them, in the order in which a file is tried.
 KINDS: tuple[tuple[str, Callable[..., Iterator[Row[Any]]]], ...] = (
     ("pairs", to_pairs),
@@ -41,19 +41,28 @@ KINDS: tuple[tuple[str, Callable[..., Iterator[Row[Any]]]], ...] = (
 
 
 class ReadFile(NamedTuple):
-    """A file as it was read: what its rows are, the rows, and the report."""
+    """A file as it was read.
+
+    Attributes:
+        kind: what its rows are.
+        no_pairs: where it is a file of preferences none of which can be used: what is said of them.
+    """
 
     kind: str
     rows: list[Row[Any]]
     report: ReadReport
+    no_pairs: list[str]
 
 
-def describe_data(source: Source, *, model: str | None, out: Path | None, say: Callable[[str], None]) -> None:
+def describe_data(
+    source: Source, *, model: str | None, out: Path | None, say: Callable[[str], None], compare_as: Compare = "answers"
+) -> None:
     """Say what a source is taken for: layout, columns, direction, three rows, lengths, what is left out and why.
 
     Args:
         model: whose template and tokenizer the rows are shown with; None for the texts alone.
         out: where to write all canonical rows, as JSON lines.
+        compare_as: whether pairs that part before their last turn are left out, or compared as whole conversations.
 
     Raises:
         UserError: no usable row; the file to be written is there already.
@@ -64,9 +73,11 @@ def describe_data(source: Source, *, model: str | None, out: Path | None, say: C
     tokenizer = None if model is None else load_tokenizer(find_source(model).base, conversational=True, pads=False)
 
     # 1. What it is taken for.
-    read = _read(source)
+    read = _read(source, compare_as)
     say(f"{source.source}: {_columns(source)}")
     say(f"layout: {_layout(source)}; read as {read.kind}")
+    for sentence in read.no_pairs:
+        say(sentence)
     fitted = [row for row in read.rows if not has_tools(row.values)]
     if tokenizer is not None:
         fitted = _fitted(read, tokenizer, str(model))
@@ -89,23 +100,22 @@ def describe_data(source: Source, *, model: str | None, out: Path | None, say: C
         say(f"{out}: {len(rows)} {read.kind}")
 
 
-def _read(source: Source) -> ReadFile:
+def _read(source: Source, compare_as: Compare) -> ReadFile:
     """Read a source as pairs; where there are none, as demonstrations; else as prompts.
 
     Raises:
         UserError: none of them.
     """
-    first_report = None
+    reports: list[ReadReport] = []
     for kind, convert in KINDS:
-        reports: list[ReadReport] = []
-        read: Rows[Any] = read_sources([source], convert, reports, kind, 0, fit=lambda row: row)
+        read: Rows[Any] = read_sources([source], convert, reports, kind, 0, fit=lambda row: row, compare=compare_as)
         rows = read.train + read.test
         rows = deduplicated(rows) if kind == "pairs" else rows
         if rows:
-            return ReadFile(kind, rows, reports[0])
-        first_report = first_report or reports[0]
-    assert first_report is not None, "there is a first kind"
-    raise UserError([f"{source.source}: holds no usable row.", *first_report.sentences()])
+            row = _first_row(source)
+            compares = kind != "pairs" and isinstance(row, Mapping) and {"chosen", "rejected"} <= row.keys()
+            return ReadFile(kind, rows, reports[-1], reports[0].sentences() if compares else [])
+    raise UserError([f"{source.source}: holds no usable row.", *reports[0].sentences()])
 
 
 def _first_row(source: Source) -> object:
@@ -152,19 +162,19 @@ def _shown(row: Row[Any], tokenizer: PreTrainedTokenizerBase | None) -> Iterator
     yield f"--- row {row.number}{''.join(f' · {name} {value}' for name, value in others.items())}"
     prompt = row.values["prompt"]
     sides = [side for side in SIDES if side in row.values]
-    answers = [row.values[side][0]["content"] for side in sides]
     if tokenizer is None:
         yield f"prompt: {plain(prompt)}"
-        for side, answer in zip(sides, answers, strict=True):
-            yield f"{side}: {answer}"
+        for side in sides:
+            yield f"{side}: {told(row.values, side)}"
         return
-    (asked,) = encode_prompts(tokenizer, [prompt], max_prompt_length=None)
-    yield f"prompt: {visible(tokenizer, asked)}"
-    for side, ids in zip(sides, encode_answers(tokenizer, [prompt] * len(sides), answers)[0], strict=True):
-        is_behind = (
-            ids[: len(asked)] == asked
-        )  # else the answer's first letters share a token with the prompt's last ones
-        yield f"{side}: {visible(tokenizer, ids[len(asked) :] if is_behind else ids)}"
+    (prompt_ids,) = encode_prompts(tokenizer, [prompt], max_prompt_length=None)
+    yield f"prompt: {visible(tokenizer, prompt_ids)}"
+    prompts = [asked(row.values, side) for side in sides]
+    texts = [row.values[side][-1]["content"] for side in sides]
+    for side, ids in zip(sides, encode_answers(tokenizer, prompts, texts)[0], strict=True):
+        # Else the answer's first letters share a token with the prompt's last ones.
+        is_behind = ids[: len(prompt_ids)] == prompt_ids
+        yield f"{side}: {visible(tokenizer, ids[len(prompt_ids) :] if is_behind else ids)}"
 
 
 def visible(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

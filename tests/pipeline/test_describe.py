@@ -49,6 +49,28 @@ def test_a_file_is_shown_as_it_is_read(base_folder: Path, tokenizer: Any, tmp_pa
         described(Source(str(file)), out=out)
 
 
+def test_pairs_of_which_none_can_be_used_are_no_silent_demonstrations(base_folder: Path, tmp_path: Path) -> None:
+    def turns(first: str, last: str) -> list[dict[str, str]]:
+        texts = [("user", "say"), ("assistant", first), ("user", "more"), ("assistant", last)]
+        return [{"role": role, "content": text} for role, text in texts]
+
+    file = tmp_path / "parted.jsonl"
+    write_jsonl(file, [{"chosen": turns("red", "yes"), "rejected": turns("blue", "no")}])
+    said = described(Source(str(file)))
+    assert said[1].endswith("read as demonstrations")
+    assert said[2] == f"{file} (pairs): 0 of 1 rows kept."
+    assert "part at turn 2" in said[3]
+    said = described(Source(str(file)), compare_as="conversations")
+    assert said[1].endswith("read as pairs")
+    assert "chosen: assistant: red\n\nuser: more\n\nassistant: yes" in said
+    shown = next(
+        line
+        for line in described(Source(str(file)), compare_as="conversations", model=str(base_folder))
+        if line.startswith("rejected: ")
+    )
+    assert all(word in shown for word in ("blue", "more", "no"))
+
+
 def test_special_tokens_are_told_from_words(tokenizer: Any) -> None:
     ids = [*tokenizer("say")["input_ids"], tokenizer.eos_token_id, *tokenizer("yes")["input_ids"]]
     assert visible(tokenizer, ids) == f"say⟦{tokenizer.eos_token}⟧yes"
