@@ -73,12 +73,12 @@ def run_sample(context: StageContext) -> dict[str, Any]:
     random.Random(recipe.seed).shuffle(rows)
     count, responses = int(context.settings["prompts"]), int(context.settings["responses"])
     first = (context.round - 1) * count
-    asked = [rows[i % len(rows)] for i in range(first, first + min(count, len(rows)))]
-    prompts = [row["prompt"] for row in asked for _ in range(responses)]
+    drawn = [rows[i % len(rows)] for i in range(first, first + min(count, len(rows)))]
+    prompts = [row["prompt"] for row in drawn for _ in range(responses)]
     texts, ended = sample_texts(policy, tokenizer, prompts, **sampling_settings(recipe))
     samples = zip(prompts, texts, ended, strict=True)
     write_jsonl(context.folder / SAMPLES, [{"prompt": p, "completion": t, "ended": e} for p, t, e in samples])
-    return {"prompts": len(asked), "samples": len(texts), "share_without_eos": 1 - sum(ended) / len(ended)}
+    return {"prompts": len(drawn), "samples": len(texts), "share_without_eos": 1 - sum(ended) / len(ended)}
 
 
 def run_select(context: StageContext) -> dict[str, Any]:
@@ -104,9 +104,9 @@ def run_select(context: StageContext) -> dict[str, Any]:
     order = one_of_each_prompt_first(candidates)
     if reward_before is not None:
         reward = load_reward_model(reward_before / "model", device=context.device)
-        asked = [candidate.prompt for candidate in candidates]
-        first = reward.score(asked, [candidate.first for candidate in candidates])
-        second = reward.score(asked, [candidate.second for candidate in candidates])
+        candidate_prompts = [candidate.prompt for candidate in candidates]
+        first = reward.score(candidate_prompts, [candidate.first for candidate in candidates])
+        second = reward.score(candidate_prompts, [candidate.second for candidate in candidates])
         differences = (first - second).tolist()
         if rounds.select != "random":
             labelled: list[Pair] = read_jsonl(context.pairs)
@@ -199,9 +199,9 @@ def most_worth(
     )
 
     # 2. What each candidate would add.
-    asked = [candidate.prompt for candidate in candidates]
-    first = reward.features(asked, [candidate.first for candidate in candidates])
-    second = reward.features(asked, [candidate.second for candidate in candidates])
+    candidate_prompts = [candidate.prompt for candidate in candidates]
+    first = reward.features(candidate_prompts, [candidate.first for candidate in candidates])
+    second = reward.features(candidate_prompts, [candidate.second for candidate in candidates])
     differences = first - second
     if criterion == "diversity":
         return most_diverse(differences, means, covariance, count)

@@ -151,7 +151,8 @@ def readable_texts(reward: RewardModel) -> tuple[list[GoldenText], dict[str, str
         try:
             length = len(_ids(tokenizer, text, conversational=conversational))
         except Exception as error:  # a chat template may raise anything
-            left_out[text.name] = f"the chat template refuses it: {error}".splitlines()[0]
+            (reason, *_) = [*str(error).splitlines(), type(error).__name__]
+            left_out[text.name] = f"the chat template refuses it: {reason}"
             continue
         if length > reward.max_length:
             left_out[text.name] = f"it has {length} tokens, and the model reads {reward.max_length}"

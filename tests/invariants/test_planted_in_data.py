@@ -67,8 +67,12 @@ def coded(place: Place, codes: list[int]) -> str:
 class SplitEverywhere(io.BytesIO):
     """A file that ends its lines where `str.splitlines` does."""
 
-    def __iter__(self) -> Any:
-        return iter([line.encode() for line in self.getvalue().decode().splitlines(keepends=True)])
+    def readline(self, size: int | None = -1, /) -> bytes:
+        place = self.tell()
+        rest = self.getvalue()[place:].decode().splitlines(keepends=True)
+        line = rest[0].encode() if rest else b""
+        self.seek(place + len(line))
+        return line
 
 
 def separated(place: Place, *, is_split: bool) -> str:
@@ -78,7 +82,7 @@ def separated(place: Place, *, is_split: bool) -> str:
     ]
     write_jsonl(place.folder / "pairs.jsonl", rows)
     if is_split:
-        place.patch.setattr("rlhf.data.read._open", lambda path: SplitEverywhere(path.read_bytes()))
+        place.patch.setattr("rlhf.data.read.open_text", lambda path: SplitEverywhere(path.read_bytes()))
     _, report = read_pairs(str(place.folder / "pairs.jsonl"))
     assert report.kept == 8 or report.dropped
     return "\n".join(report.dropped)
