@@ -32,7 +32,7 @@ BF16 = [f"{stage}.bf16=true" for stage in ("sft", "reward", "ppo")]
 PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "rlhf"]
 REAL_PPO = {
     "use_peft": True,
-    "total_episodes": 256,
+    "total_episodes": 64,
     "per_device_train_batch_size": 16,
     "max_completion_length": 48,
     "max_prompt_length": 128,
