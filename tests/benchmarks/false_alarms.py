@@ -29,7 +29,7 @@ SMALL = [
 LORA = {"use_peft": True, "lora_r": 8, "lora_target_modules": "[all-linear]"}
 PEFT = [f"{stage}.{key}={value}" for stage in ("sft", "reward", "ppo") for key, value in LORA.items()]
 BF16 = [f"{stage}.bf16=true" for stage in ("sft", "reward", "ppo")]
-PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "rlhf"]
+PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rlhf"]
 REAL_PPO = {
     "use_peft": True,
     "total_episodes": 64,
@@ -103,11 +103,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a causal model's folder")
     parser.add_argument("--encoder", type=Path, help="an encoder's folder")
     parser.add_argument("--pairs", type=Path, help="preferences for the two")
-    parser.add_argument("--only-real", action="store_true")
+    parser.add_argument("--runs", nargs="*", help="names of runs, as they are printed; without: all")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    runs = {**({} if args.only_real else lab_runs()), **real_runs(args)}
+    runs = {**lab_runs(), **real_runs(args)}
+    runs = {name: run for name, run in runs.items() if args.runs is None or name in args.runs}
     results = {}
     for name, (start, arguments) in runs.items():
         results[name] = measure(name, start, arguments, args.work)
