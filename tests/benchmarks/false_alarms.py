@@ -57,12 +57,12 @@ def real_runs(args: argparse.Namespace) -> dict[str, tuple[list[str], list[str]]
     """Return the runs on real weights that were asked for, their recipes written into the work folder."""
     start, runs, data = [sys.executable, "-m", "rlhf"], {}, {"preferences": str(args.pairs)}
     if args.model is not None:
-        recipe = args.work / "model.json"  # JSON is YAML
+        recipe = args.work / "recipe-model.json"  # JSON is YAML
         sections = {"backbone": {"model": str(args.model)}, "data": data, "reward": {"use_peft": True}, "ppo": REAL_PPO}
         recipe.write_text(json.dumps({"name": "model", **sections, "evaluate": {"prompts": 16}}))
         runs["model, lora"] = (start, ["run", str(recipe)])
     if args.encoder is not None:
-        recipe = args.work / "encoder.json"
+        recipe = args.work / "recipe-encoder.json"
         recipe.write_text(json.dumps({"name": "encoder", "backbone": {"model": str(args.encoder)}, "data": data}))
         runs["encoder"] = (start, ["reward", str(recipe)])
     return runs
