@@ -86,8 +86,8 @@ class StageContext:
     @property
     def sft_model(self) -> str | Path:
         """Return the policy that reward model and PPO start from: what SFT made, or the backbone where there is no SFT."""
-        sft = self.find_parent("sft")
-        return backbone_model(self.recipe) if sft is None else sft / "model"
+        made = self.find_parent("sft") or self.find_parent("base")  # base: the backbone was a GGUF file
+        return backbone_model(self.recipe) if made is None else made / "model"
 
     @property
     def device(self) -> str:
