@@ -9,7 +9,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Message, Messages, Prompt, user_turn
 from rlhf.errors import UserError
-from rlhf.models.templates import affixes, closing, end_texts, frame, rendered, without_begins, without_ends
+from rlhf.models.templates import (
+    affixes,
+    behind_question,
+    closing,
+    end_texts,
+    frame,
+    rendered,
+    without_begins,
+    without_ends,
+)
 from rlhf.models.typed import as_words, encode_words, is_marked
 
 
@@ -48,8 +57,8 @@ def continued_text(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str,
     around = frame(tokenizer)
     bare = prompt.rstrip()
     if bare.endswith(around.asks.rstrip()):
-        prompt = bare + around.asks[len(around.asks.rstrip()) :] + around.lead
-        answer = answer.lstrip() if around.trims else answer
+        prompt = bare + around.asks[len(around.asks.rstrip()) :]
+        answer = behind_question(tokenizer, answer) if around.lead else answer.lstrip() if around.trims else answer
     return closed_text(tokenizer, prompt + answer, conversational=True, ended=ended)
 
 

@@ -22,6 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from rlhf.pipeline.plan import plan
+from rlhf.recipe import Recipe, load_recipe
 from tests.recipes import templates
 
 # ---- Data sets: rows in the layout in which they lie on the hub ----
@@ -90,7 +92,7 @@ DATA_SETS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "nvidia/HelpSteer2": rated,
     "nvidia/HelpSteer3": signed,
 }
-PROMPTS = 32
+PROMPTS = 24
 
 
 def write_data(name: str, folder: Path) -> Path:
@@ -113,7 +115,7 @@ def texts() -> list[str]:
 TINY: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -157,9 +159,9 @@ def _qwen_3(*, tied: bool) -> StandIn:
 
 
 GEMMA_3 = TINY | {
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_key_value_heads": 1,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "layer_types": ["sliding_attention", "full_attention"],
     "sliding_window": 8,  # shorter than the prompts
     "query_pre_attn_scalar": 8,
 }
@@ -228,3 +230,97 @@ def build_model(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# ---- Recipes ----
+
+ROOT = Path(__file__).parents[2] / "recipes"
+# The recipe of each architecture that the suite runs to its end; `tests/benchmarks/stand_ins.py` runs every one.
+RUN_TO_THE_END = ("models/qwen3-8b-helpsteer3-qlora.yaml", "models/gemma-3-1b-hh-lora.yaml", "secrets-of-rlhf.yaml")
+
+
+def _recipes() -> dict[str, bool]:
+    """Return every recipe that names a model, and whether the suite runs it to its end."""
+    files = sorted(ROOT.rglob("*.yaml"))
+    recipes = {str(file.relative_to(ROOT)): load_recipe(file) for file in files}
+    return {name: name in RUN_TO_THE_END for name, recipe in recipes.items() if recipe.backbone.model is not None}
+
+
+RECIPES = _recipes()
+
+
+def named(name: str) -> Recipe:
+    """Return a recipe as it is shipped."""
+    return load_recipe(ROOT / name)
+
+
+class StandIns:
+    """The stand-ins in a folder, each built when it is first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def model(self, name: str) -> Path:
+        """Return the folder of a model's stand-in."""
+        folder = self.folder / name.rpartition("/")[2]
+        return folder if folder.exists() else build_model(name, self.folder)
+
+    def data(self, name: str) -> Path:
+        """Return the file of a data set's stand-in."""
+        file = self.folder / f"{name.rpartition('/')[2]}.jsonl"
+        return file if file.exists() else write_data(name, self.folder)
+
+    def overrides(self, name: str) -> list[str]:
+        """Return what redirects a recipe's hub ids to their stand-ins, and nothing else."""
+        recipe = named(name)
+        words = [f"backbone.model={self.model(str(recipe.backbone.model))}"]
+        for key in ("preferences", "sft", "prompts"):
+            words += [f"data.{key}={self.data(entry.source)}" for entry in recipe.data.sources(key)]
+        return words + (["data.test=null"] if recipe.data.test is not None else [])  # its rows are held out of the file
+
+
+def small(name: str) -> list[str]:
+    """Return what makes a recipe small: steps, batches and lengths; a machine without bf16 and 4-bit kernels."""
+    recipe = named(name)
+    words = ["evaluate.prompts=2", "rounds.count=1"]
+    for stage in ("sft", "reward", "ppo"):
+        if stage == "sft" and recipe.data.sft is None:
+            continue
+        keys = getattr(recipe, stage).trl_settings()
+        words += [f"{stage}.bf16=false", f"{stage}.per_device_train_batch_size=8", f"{stage}.save_strategy='no'"]
+        words += [f"{stage}.{key}={value}" for key, value in SMALL.items() if key in keys]
+    words += ["ppo.total_episodes=16", "ppo.max_completion_length=8", "ppo.num_mini_batches=1", "ppo.num_ppo_epochs=1"]
+    if recipe.reward.needs_vote:
+        words.append("vote.members=2")
+    if recipe.reward.meta:
+        words += ["reward.meta_pool=4", "reward.meta_prompts=2", "reward.meta_responses=2"]
+    return words
+
+
+SMALL = {
+    "dtype": "float32",
+    "load_in_4bit": "false",
+    "gradient_accumulation_steps": 1,
+    "critic_warmup": 1,
+    "logging_steps": 1,
+    "max_length": 256,
+}
+
+
+# ---- What is covered ----
+
+STAGES = ("check", "dry-run", "sft", "vote", "reward", "ppo", "evaluate")
+
+
+def coverage_table() -> str:
+    """Return the table architecture × template × stage → test, from the entries above and the plans of the recipes."""
+    checked, ran = "`checked`", "`run`"
+    lines = [f"| architecture | chat template | recipe | {' | '.join(STAGES)} |", f"|{'---|' * (len(STAGES) + 3)}"]
+    for name, is_run in sorted(RECIPES.items(), key=lambda item: (MODELS[str(named(item[0]).backbone.model)][0], item[0])):
+        recipe = named(name)
+        stand_in = MODELS[str(recipe.backbone.model)]
+        planned = {stage.name for stage in plan(recipe)} if stand_in.ends else {"reward"}
+        cells = [checked, checked if stand_in.ends else ""]
+        cells += [(ran if is_run else "`all`") if stage in planned else "" for stage in STAGES[2:]]
+        lines.append(f"| {stand_in.architecture} | {stand_in.template} | {Path(name).stem} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -3,10 +3,11 @@
 `test_stand_ins.py` compares each template with the copy of the original that TRL keeps for recognising it.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 # An answer behind the last question gets its thought, an empty one where it has none; earlier answers lose theirs.
@@ -89,7 +90,7 @@ def byte_level(texts: Sequence[str], special: Sequence[str] = ()) -> Tokenizer:
 def sentence_pieces(texts: Sequence[str], special: Sequence[str]) -> dict[str, Any]:
     """Train a vocabulary and merges as Gemma and Llama 2 have them: ▁ for a blank, and a token for every byte."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")  # no word crosses a blank
     names = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
     size = VOCABULARY + len(names)
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=names, show_progress=False)
@@ -99,8 +100,6 @@ def sentence_pieces(texts: Sequence[str], special: Sequence[str]) -> dict[str, A
 
 def parts(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return vocabulary and merges, as the slow-looking classes of transformers take them."""
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     return {"vocab": model["vocab"], "merges": [tuple(pair) for pair in model["merges"]]}
 
