@@ -26,14 +26,23 @@ def run_command(
 
 @app.command("check")
 def check_command(
-    recipe_files: Annotated[list[Path], typer.Argument(help="Recipes.", show_default=False)],
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE… [KEY=VALUE…]", help="Recipes, and overrides for all of them.")
+    ],
     show: Annotated[bool, typer.Option(help="Print the resolved recipe.")] = False,
 ) -> None:
-    """Validate recipes; every mistake is named with its line."""
+    """Validate recipes and the models on this machine that they name; every mistake is named with its line."""
+    from rlhf.pipeline.checks import check_local_backbone
+
+    files = [Path(word) for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if not files:
+        raise UserError("rlhf check: name a recipe before the overrides.")
     problems: list[str] = []
-    for file in recipe_files:
+    for file in files:
         try:
-            recipe = load_recipe(file)
+            recipe = load_recipe(file, overrides)
+            check_local_backbone(recipe)
         except UserError as error:
             problems += error.problems
             continue

@@ -1,6 +1,7 @@
 """The one place that opens a model: no remote code, safetensors or GGUF, every tensor accounted for, one sentence a fault."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
@@ -43,6 +45,11 @@ def _reason(name: str | Path, error: Exception) -> str:
         return (
             "this model wants to run code of its own (`auto_map` in its files), and remote code is never run; use one whose "
             "architecture transformers has."
+        )
+    if unknown := re.search(r"model type `(.+?)` but Transformers does not recognize", message):
+        return (
+            f"transformers {transformers.__version__} does not know the architecture {unknown[1]!r}; install one that does "
+            "(pip install -U transformers), or take another model."
         )
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return f"a JSON file of this model can't be read ({message}); copy the model again."

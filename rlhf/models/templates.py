@@ -49,6 +49,16 @@ def closing(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> str:
     return rendered(tokenizer, [*prompt, _ANSWER]).rpartition(MARKER)[2]
 
 
+def behind_question(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
+    """Return what the chat template writes of an answer behind a prompt that asks for it, its close left out.
+
+    A thought that the answer brings along stays its only one; an answer without one gets the empty thought of the template.
+    """
+    prompt = rendered(tokenizer, [_USER], asks=True)
+    whole = rendered(tokenizer, [_USER, Message(role="assistant", content=answer)])
+    return whole.removeprefix(prompt).removesuffix(closing(tokenizer, [_USER]))
+
+
 class Frame(NamedTuple):
     """What a chat template writes around a question and its answer.
 

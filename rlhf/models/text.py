@@ -9,7 +9,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Message, Messages, Prompt, user_turn
 from rlhf.errors import UserError
-from rlhf.models.templates import affixes, closing, end_texts, frame, rendered, without_begins, without_ends
+from rlhf.models.templates import (
+    affixes,
+    behind_question,
+    closing,
+    end_texts,
+    frame,
+    rendered,
+    without_begins,
+    without_ends,
+)
 from rlhf.models.typed import as_words, encode_words, is_marked
 
 
@@ -48,8 +57,8 @@ def continued_text(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str,
     around = frame(tokenizer)
     bare = prompt.rstrip()
     if bare.endswith(around.asks.rstrip()):
-        prompt = bare + around.asks[len(around.asks.rstrip()) :] + around.lead
-        answer = answer.lstrip() if around.trims else answer
+        prompt = bare + around.asks[len(around.asks.rstrip()) :]
+        answer = behind_question(tokenizer, answer) if around.lead else answer.lstrip() if around.trims else answer
     return closed_text(tokenizer, prompt + answer, conversational=True, ended=ended)
 
 
@@ -248,11 +257,22 @@ def adopt_encoder_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
 
 
+# What tokens are called that nobody needs, the best first.
+SPARE_WORDS = ("pad", "PAD", "reserved", "extra", "unused", "endoftext")
+# Every byte that UTF-8 has: all characters of one and two bytes, one for each first byte of a longer one.
+_EVERY_BYTE = "".join(map(chr, (*range(0x800), *range(0x800, 0xD800, 0x400), 0xE000, 0xF000, *range(0x10000, 0x110000, 0x30000))))
+
+
+def _knows_all(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a tokenizer has ids for every text, so that its unknown token is never written, as with bytes or byte fallback."""
+    return tokenizer.unk_token_id not in tokenizer(_EVERY_BYTE, add_special_tokens=False)["input_ids"]
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool, name: str, pads: bool = True) -> None:
     """Refuse a tokenizer that would make scores or stops meaningless; give it a padding token of its own if it has none.
 
     A padding token that equals the end token hides the end of every answer from a reward model and from the loss, so
-    another unused special token is taken in its place.
+    another unused special token is taken in its place; the unknown token, where no text needs it (Llama 2, SmolLM2).
 
     Args:
         conversational: whether the data are conversations, which need a chat template.
@@ -273,13 +293,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool,
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, None}
-    spare: list[str] = [
+    unused = [
         token.content
         for _, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special
-        and token.content not in used
-        and any(x in token.content for x in ("pad", "PAD", "reserved", "extra", "unused", "endoftext"))
+        if token.special and token.content not in used
     ]
+    spare = [token for word in SPARE_WORDS for token in unused if word in token]
+    if not spare and tokenizer.unk_token not in (None, tokenizer.bos_token, tokenizer.eos_token) and _knows_all(tokenizer):
+        spare = [tokenizer.unk_token]
     if not spare and not pads:
         return
     if not spare:

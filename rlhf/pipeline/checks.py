@@ -125,6 +125,21 @@ def check_directions(source: Source) -> None:
         directions((entry.row for entry in named), source.source, source.preference)
 
 
+def check_local_backbone(recipe: Recipe) -> None:
+    """Refuse a backbone on this machine that could not be used; one on a hub is looked at when a run begins.
+
+    Raises:
+        UserError: as `check_backbone` says.
+    """
+    model = recipe.backbone.model
+    if model is not None and (model.startswith((".", "/", "~")) or Path(model).exists()):
+        from rlhf.pipeline.backbone import check_backbone
+        from rlhf.pipeline.training import quiet_libraries
+
+        quiet_libraries()
+        check_backbone(recipe, may_be_encoder=True)
+
+
 def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     """Refuse settings that can't be: build every stage's configuration once, so that TRL says before a run what it refuses.
 
@@ -134,14 +149,17 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
         until: the last stage that will run, if it is not the plan's.
 
     Raises:
-        UserError: with TRL's own reason for every section it refuses; or a backbone that cannot generate.
+        UserError: with TRL's own reason for every section it refuses; or why the backbone can't be used (`check_backbone`).
     """
+    from rlhf.pipeline.backbone import check_backbone
     from rlhf.pipeline.training import quiet_libraries
 
     quiet_libraries()
     problems: list[str] = []
-    if recipe.backbone.model is not None and until not in ("data", "vote", "reward"):
-        problems += _cannot_generate(recipe.backbone.model, recipe.backbone.revision)
+    try:
+        check_backbone(recipe, until=until)
+    except UserError as error:
+        problems += error.problems
     if recipe.reward.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
     problems += _reward_problems(recipe)
@@ -210,19 +228,3 @@ def _meta_problems(reward: RewardSection) -> Iterator[str]:
         group_samples([row for _, row in read_rows(reward.meta_samples, ReadReport(reward.meta_samples))])
     except UserError as error:
         yield from (f"reward.meta_samples: {reward.meta_samples}: {problem}" for problem in error.problems)
-
-
-def _cannot_generate(model: str, revision: str | None) -> list[str]:
-    """Return what is wrong with a backbone that makes a reward model but no policy, as an encoder does."""
-    from rlhf.models.load import encoder_type
-
-    try:
-        kind = encoder_type(model, revision)
-    except (OSError, ValueError) as error:
-        return [f"backbone.model: {model}: {str(error).strip().splitlines()[0]}"]
-    if kind is None:
-        return []
-    return [
-        f"backbone.model: {model} is an encoder ({kind}), which cannot generate: a reward model can be made of it (`rlhf reward`, "
-        "without data.sft), a policy cannot."
-    ]

@@ -1,0 +1,112 @@
+"""What is asked of a recipe's backbone before a folder is made: it can be opened, answer, be scored, and read the prompts."""
+
+import warnings
+from collections.abc import Iterator
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.data.read import ReadReport, is_local
+from rlhf.data.sources import Source, read_sources, to_prompts
+from rlhf.errors import UserError
+from rlhf.models.generate import encode_prompts
+from rlhf.models.load import encoder_type, find_source, load_tokenizer
+from rlhf.models.open import open_config
+from rlhf.ppo.config import PPOConfig
+from rlhf.recipe.schema import Recipe
+
+MEASURED_PROMPTS = 256  # prompts whose lengths are looked at
+WITHOUT_A_POLICY = ("data", "vote", "reward")
+
+
+def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: bool = False) -> None:
+    """Refuse a backbone that could not be used to the end; warn where it can be used, but not as the recipe reads.
+
+    Its configuration and its tokenizer are read, no weights.
+
+    Args:
+        until: the last stage that will run, if it is not the plan's.
+        may_be_encoder: whether an encoder is no mistake, because nobody has said yet which stages will run.
+
+    Raises:
+        UserError: with a sentence for each reason.
+    """
+    name, revision = recipe.backbone.model, recipe.backbone.revision
+    if name is None:
+        return
+    try:
+        config = open_config(find_source(name).base, revision)
+        if may_be_encoder and encoder_type(name, revision) is not None:
+            until = "reward"
+        problems = list(_misfits(name, revision, config, until))
+        tokenizer = load_tokenizer(name, conversational=True, revision=revision)
+    except UserError as error:
+        raise UserError([f"backbone.model: {problem}" for problem in error.problems]) from error
+    if not problems and until not in WITHOUT_A_POLICY:
+        problems += _short_context(recipe, name, config, tokenizer)
+    if problems:
+        raise UserError([f"backbone.model: {problem}" for problem in problems])
+
+
+def _misfits(name: str, revision: str | None, config: PreTrainedConfig, until: str | None) -> Iterator[str]:
+    """Yield why transformers can't make of this architecture what the stages need."""
+    encoder = encoder_type(name, revision) if until not in WITHOUT_A_POLICY else None
+    if encoder is not None:
+        yield (
+            f"{name} is an encoder ({encoder}), which cannot generate: a reward model can be made of it (`rlhf reward`, "
+            "without data.sft), a policy cannot."
+        )
+    elif until not in WITHOUT_A_POLICY and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        yield f"{name}: transformers has no language model of the architecture {config.model_type!r}; take another model."
+    if until != "data" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        yield (
+            f"{name}: transformers has no sequence classifier of the architecture {config.model_type!r}, so no reward model can be "
+            "made of it; take another model."
+        )
+
+
+def _short_context(
+    recipe: Recipe, name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    """Yield why the context is too short for PPO; warn where prompts only lose their beginning."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    ppo = recipe.ppo.trl_settings()
+    answer = ppo.get("max_completion_length", PPOConfig.max_completion_length)
+    prompt = ppo.get("max_prompt_length", PPOConfig.max_prompt_length)
+    if positions is None or (prompt is not None and prompt + answer <= positions):
+        return
+    room = positions - answer
+    if room < 1:
+        yield (
+            f"{name} reads {positions} tokens, which ppo.max_completion_length={answer} leaves no prompt of; lower it, or take a "
+            "model with a longer context."
+        )
+        return
+    lengths = _prompt_lengths(recipe, tokenizer)
+    if lengths and min(lengths) > room:
+        yield (
+            f"{name} reads {positions} tokens, of which ppo.max_completion_length={answer} leaves {room} for a prompt, and every one "
+            f"of the {len(lengths)} prompts that were looked at is longer (the shortest has {min(lengths)} tokens). Lower "
+            "ppo.max_completion_length, or take a model with a longer context."
+        )
+    elif prompt is not None or (lengths and max(lengths) > room):
+        limit = "without a limit" if prompt is None else f"ppo.max_prompt_length is {prompt}"
+        warnings.warn(
+            f"{name} reads {positions} tokens, of which ppo.max_completion_length={answer} leaves {room} for a prompt ({limit}); "
+            "longer prompts lose their beginning.",
+            stacklevel=4,
+        )
+
+
+def _prompt_lengths(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of the first prompts of the recipe's local files; none where they lie on a hub."""
+    entries = recipe.data.sources("prompts") or recipe.data.sources("preferences")
+    sources = [Source(**entry.model_dump()) for entry in entries if is_local(entry.source)]
+    reports: list[ReadReport] = []
+    rows = read_sources(sources, to_prompts, reports, "prompts", recipe.seed)
+    prompts = [row.values["prompt"] for row in rows.train[:MEASURED_PROMPTS]]
+    return [len(ids) for ids in encode_prompts(tokenizer, prompts, max_prompt_length=None)] if prompts else []
