@@ -264,7 +264,7 @@ _EVERY_BYTE = "".join(map(chr, (*range(0x800), *range(0x800, 0xD800, 0x400), 0xE
 
 
 def _knows_all(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether a tokenizer has ids for every text, so that its unknown token is never written, as with bytes or byte fallback."""
+    """Tell whether a tokenizer has ids for every text, as with bytes or byte fallback, and never writes its unknown token."""
     return tokenizer.unk_token_id not in tokenizer(_EVERY_BYTE, add_special_tokens=False)["input_ids"]
 
 

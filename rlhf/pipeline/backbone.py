@@ -89,8 +89,8 @@ def _short_context(
     lengths = _prompt_lengths(recipe, tokenizer)
     if lengths and min(lengths) > room:
         yield (
-            f"{name} reads {positions} tokens, of which ppo.max_completion_length={answer} leaves {room} for a prompt, and every one "
-            f"of the {len(lengths)} prompts that were looked at is longer (the shortest has {min(lengths)} tokens). Lower "
+            f"{name} reads {positions} tokens, of which ppo.max_completion_length={answer} leaves {room} for a prompt, and every "
+            f"one of the {len(lengths)} prompts that were looked at is longer (the shortest has {min(lengths)} tokens). Lower "
             "ppo.max_completion_length, or take a model with a longer context."
         )
     elif prompt is not None or (lengths and max(lengths) > room):
