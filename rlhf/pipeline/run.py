@@ -17,6 +17,7 @@ from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stopping import reason_to_stop
 from rlhf.pipeline.store import Stage, Store, is_disk_full
 from rlhf.pipeline.summary import write_summary
+from rlhf.progress import Work, a_line_a_minute
 from rlhf.recipe.schema import Recipe
 from rlhf.report.cards import write_cards
 from rlhf.report.page import write_report
@@ -117,7 +118,8 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
     begin = time.monotonic()
     say(f"{stage.folder}: begins")
     try:
-        facts = STAGES[stage.name].load()(StageContext(recipe, folder, parents, say, is_main, stage.settings))
+        with a_line_a_minute(Work(stage.folder)):
+            facts = STAGES[stage.name].load()(StageContext(recipe, folder, parents, say, is_main, stage.settings))
         seconds = time.monotonic() - begin
         if is_main:
             book.merge(facts.get("checks", {}))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf.progress import duration
 from rlhf.report.checks import checks_line
 from rlhf.report.records import Facts, Summary, read_summary
 from rlhf.report.rounds import known_columns, last_evaluated, number
@@ -117,23 +118,12 @@ def estimates_table(name: str, stages: Sequence[_Estimate]) -> Table:
         table.add_column(heading, justify="right")
     for stage in stages:
         numbers = (f"{stage.rows:,}", f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.bytes / 2**30:.1f}")
-        table.add_row(stage.folder, *numbers, _duration(stage.seconds))
+        table.add_row(stage.folder, *numbers, duration(stage.seconds))
     table.add_section()
     peak = max(stage.bytes for stage in stages) / 2**30
     total = sum(stage.seconds for stage in stages)
-    table.add_row("all", "", "", "", f"{peak:.1f}", _duration(total))
+    table.add_row("all", "", "", "", f"{peak:.1f}", duration(total))
     return table
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds, minutes or hours, as a person says it.
-
-    >>> _duration(41.6), _duration(200), _duration(9000)
-    ('42 s', '3.3 min', '2.5 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class _Check(Protocol):
