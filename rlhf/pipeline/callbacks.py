@@ -1,6 +1,7 @@
 """What the pipeline adds to a trainer: it stops before a bad update or after a signal, writes metrics, marks checkpoints."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from transformers import (
 
 from rlhf.errors import TrainingError
 from rlhf.pipeline import interrupt
-from rlhf.pipeline.store import mark_checkpoint
+from rlhf.pipeline.store import mark_checkpoint, write_seconds
 from rlhf.progress import Work
 
 StopAt = Literal["step", "epoch"]
@@ -130,15 +131,21 @@ class StopOnSignal(TrainerCallback):
 
 
 class CheckpointMark(TrainerCallback):
-    """Declare a checkpoint whole after the Trainer has written all of it, on every process."""
+    """Declare a checkpoint whole after the Trainer has written all of it, on every process, and note the time beside it.
 
-    def __init__(self, trainer: Trainer):
+    Args:
+        seconds_before: that earlier attempts worked on the checkpoint from which training goes on.
+    """
+
+    def __init__(self, trainer: Trainer, *, seconds_before: float):
         self.accelerator = trainer.accelerator
+        self.begin = time.monotonic() - seconds_before
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the mark last."""
         self.accelerator.wait_for_everyone()  # each process writes its random state, and the mark holds its digest
         if state.is_world_process_zero:
+            write_seconds(Path(args.output_dir), time.monotonic() - self.begin)
             mark_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 

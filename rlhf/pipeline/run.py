@@ -115,7 +115,8 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
             raise UserError(f"{stage.folder}: {unchanged['sentence']}")
     folder = store.open(stage) if is_main else store.wait_until_open(stage)
     parents = {role: store.path(parent) for role, parent in stage.parents.items()}
-    begin = time.monotonic()
+    seconds_before = store.seconds_kept(stage)
+    begin = time.monotonic() - seconds_before
     say(f"{stage.folder}: begins")
     try:
         with a_line_a_minute(Work(stage.folder)):
@@ -139,4 +140,5 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
         ) from error
     if not is_main:
         store.wait_until_done(stage)
-    say(f"{stage.folder}: done in {seconds:.0f} s")
+    earlier = f", {seconds_before:.0f} s of them before it was interrupted" if seconds_before else ""
+    say(f"{stage.folder}: done in {seconds:.0f} s{earlier}")
