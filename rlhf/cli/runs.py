@@ -26,16 +26,27 @@ def run_command(
 
 @app.command("check")
 def check_command(
-    recipe_files: Annotated[list[Path], typer.Argument(help="Recipes.", show_default=False)],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|KEY=VALUE",
+            help="Recipes, and section.key=value for all of them, in any order.",
+            show_default=False,
+        ),
+    ],
     show: Annotated[bool, typer.Option(help="Print the resolved recipe.")] = False,
 ) -> None:
     """Validate recipes; every mistake is named with its line."""
+    overrides = [name for name in names if "=" in name and not Path(name).exists()]
+    files = [Path(name) for name in names if name not in overrides]
+    if not files:
+        raise UserError("check: name a recipe beside the overrides.")
     problems: list[str] = []
-    for file in recipe_files:
+    for file in files:
         try:
-            recipe = load_recipe(file)
+            recipe = load_recipe(file, overrides)
         except UserError as error:
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
             continue
         output.print(f"{file}: fine", markup=False)
         if show:

@@ -34,8 +34,8 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
                 )
         case "vote" if rounds.max_noise is not None and facts["noise"]["low"] > rounds.max_noise:
             return (
-                f"{folder}: stopped. The votes disagree with {facts['noise']['flip_rate']:.1%} of the labels (at least "
-                f"{facts['noise']['low']:.1%}), above rounds.max_noise={rounds.max_noise:g}: look at the labels (`rlhf audit`)."
+                f"{folder}: stopped. At least {facts['noise']['low']:.1%} of the labels are wrong (95 % interval), above "
+                f"rounds.max_noise={rounds.max_noise:g}: look at the labels (`rlhf audit`)."
             )
         case "reward" if rounds.stop_when_worse and facts.get("hindsight") is not None:
             hindsight = facts["hindsight"]

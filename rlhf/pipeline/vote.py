@@ -29,6 +29,7 @@ from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.recipe.objectives import PAIR_COLUMNS
+from rlhf.report.noise import wrong_labels
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
@@ -62,10 +63,9 @@ def run_vote(context: StageContext) -> dict[str, Any]:
         {"pair": pair_digest(row), **dict(zip(names, v, strict=True))} for row, v in zip(rows, columns, strict=True)
     ]
     write_jsonl(context.folder / STRENGTH, votes)
-    context.say(
-        f"vote: {shape['members']} members; about {noise.flip_rate:.1%} [{noise.low:.1%}, {noise.high:.1%}] of the labels are "
-        f"wrong; {(strength.mean < 0).float().mean():.1%} of the pairs have a strength below 0."
-    )
+    contradicted = (strength.mean < 0).float().mean()
+    sentences = " ".join(wrong_labels(asdict(noise)))
+    context.say(f"vote: {shape['members']} members contradict {contradicted:.1%} of the labels. {sentences}")
     gold = gold_differences(rows, load_true_reward(recipe))
     area = None
     if gold is not None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from rlhf.progress import duration
 from rlhf.report.checks import checks_line
+from rlhf.report.noise import suspects, wrong_labels
 from rlhf.report.records import Facts, Summary, read_summary
 from rlhf.report.rounds import known_columns, last_evaluated, number
 
@@ -178,13 +179,12 @@ def findings_table(name: str, findings: Sequence[_Finding]) -> Table:
     return table
 
 
-def audit_line(result: Facts) -> str:
-    """Return what `rlhf audit` found, in one line."""
-    noise = result["noise_rate"]
-    verdict = (
-        f"about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and {noise['high']:.1%}); "
-        f"{len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}"
-    )
-    if result["vote"]["scale"] == 0:
-        verdict = "the votes agree with the labels no more than chance, so they say nothing about them"
-    return f"{result['kept_pairs']} pairs; {verdict}"
+def audit_lines(result: Facts) -> list[str]:
+    """Return what `rlhf audit` found, a sentence a line."""
+    noise, suspicious = result["vote"], result["suspicious"]
+    sentences = wrong_labels(noise)
+    if noise["scale"] != 0:
+        sentences.append(
+            f"{suspects(noise, len(suspicious))} The first: {', '.join(map(str, suspicious[:10])) or 'none'}."
+        )
+    return [f"{result['kept_pairs']} pairs.", *sentences]

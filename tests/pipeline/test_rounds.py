@@ -412,7 +412,7 @@ def test_rules_stop_a_run_for_what_the_manifests_say(finished: Path, tmp_path: P
     known = json.loads(manifest.read_text())
     known["facts"]["noise"] |= {"low": 0.3, "flip_rate": 0.35}
     manifest.write_text(json.dumps(known))
-    assert "disagree with 35.0% of the labels (at least 30.0%)" in str(reason("round-2/vote", max_noise=0.2))
+    assert "At least 30.0% of the labels are wrong" in str(reason("round-2/vote", max_noise=0.2))
     manifest = run / "round-2/reward/manifest.json"
     known = json.loads(manifest.read_text())
     known["facts"]["hindsight"] |= {"win_rate": 0.3, "win_rate_ci": [0.2, 0.4]}
