@@ -48,7 +48,8 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
         case "evaluate":
             kl = facts["policy"]["kl"]
             if rounds.kl_limit is not None and kl > rounds.kl_limit:
-                return f"{folder}: stopped. The policy is {kl:.1f} nats from SFT, over rounds.kl_limit={rounds.kl_limit:g}."
+                start = "SFT" if "sft" in stage.parents else "the backbone"
+                return f"{folder}: stopped. The policy is {kl:.1f} nats from {start}, over rounds.kl_limit={rounds.kl_limit:g}."
             change = change_since_last_round(stage, stages, store)
             if rounds.stop_when_worse and change is not None and change["difference_ci"][1] < 0:
                 low, high = change["difference_ci"]

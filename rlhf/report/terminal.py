@@ -9,33 +9,47 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.progress import duration
+from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import checks_line
 from rlhf.report.noise import suspects, wrong_labels
-from rlhf.report.records import Facts, Summary, read_summary
+from rlhf.report.records import Facts, Summary, read_summary, start_name
 from rlhf.report.rounds import known_columns, last_evaluated, number
 
 
 def show_summary(out: Path, output: Console) -> None:
     """Print the run in numbers."""
     summary = read_summary(out)
-    last = last_evaluated(summary)
-    table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
-    table.add_column("")
-    for heading in ("SFT", "policy", "best of 16\nby reward", "best of 16\nby gold"):
-        table.add_column(heading, justify="right")
-
-    sections = (summary["sft"], last["policy"], summary["best_of_16"]["by_reward"], summary["best_of_16"]["by_gold"])
-    for name, label in (
-        ("gold", "true reward"),
-        ("proxy", "reward model"),
-        ("kl", "KL to SFT, nats"),
-        ("win_rate", "win rate vs SFT"),
-    ):
-        cells = [number(section, name) for section in sections]
-        if any(text != "-" for text in cells):
-            table.add_row(label, *cells)
-    if table.row_count:
+    last, start = last_evaluated(summary), start_name(summary)
+    best = summary["best_of_16"]
+    sections = {
+        start.removeprefix("the "): summary["sft"],
+        "policy": last["policy"],
+        "best of 16\nby reward": best["by_reward"],
+        "best of 16\nby gold": best["by_gold"],
+    }
+    names = {
+        "gold": "true reward",
+        "proxy": "reward model",
+        "kl": f"KL to {start}, nats",
+        "win_rate": f"win rate vs {start}",
+    }
+    rows = [
+        {"": label, **{heading: number(section, name) for heading, section in sections.items()}}
+        for name, label in names.items()
+    ]
+    rows = [row for row in rows if set(row.values()) != {row[""], "-"}]
+    if rows:
+        rows = known_columns(rows)
+        table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
+        for heading in rows[0]:
+            table.add_column(heading, justify="right" if heading else "left")
+        for row in rows:
+            table.add_row(*row.values())
         output.print(table)
+    for subject, name in ((GOLD, "gold"), (SCORE, "proxy")):
+        if last["policy"][name] is not None:
+            sentence = change_sentence(subject, last["policy"], summary["sft"], name, start_name=start)
+            output.print(sentence, markup=False, soft_wrap=True)
     if len(summary["rounds"]) > 1:
         output.print(_rounds_table(summary))
     if summary["gold_gap_closed"] is not None:
