@@ -90,6 +90,11 @@ class StageContext:
         return backbone_model(self.recipe) if made is None else made / "model"
 
     @property
+    def start_name(self) -> str:
+        """Return what people call the policy that reward model and PPO start from."""
+        return "the backbone" if self.find_parent("sft") is None else "SFT"
+
+    @property
     def device(self) -> str:
         """Return where models outside of trainers live."""
         on_cpu = self.trl_settings("reward").get("use_cpu", not torch.cuda.is_available())
