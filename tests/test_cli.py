@@ -32,6 +32,25 @@ def test_label_takes_its_options_by_name(
     assert "no recipe.yaml; this folder holds no run" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_check_takes_overrides_among_its_recipes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A wrong override is named once, however many recipes it is for; a file whose name holds `=` is a recipe."""
+    first, second = tmp_path / "a.yaml", tmp_path / "kl=0.1.yaml"
+    for file in (first, second):
+        file.write_text("name: r\nlab: {}\n")
+    assert run(monkeypatch, "check", str(first), "ppo.kl_coef=0.25", str(second), "seed=7", "--show") == 0
+    shown = capsys.readouterr().out
+    assert shown.count(": fine") == shown.count("kl_coef: 0.25") == shown.count("seed: 7") == 2
+    assert run(monkeypatch, "check", str(first), "ppo.kl_cof=0.25", str(second), "ppo.gamma=x") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "override 'ppo.kl_cof=0.25': unknown key ppo.kl_cof; did you mean 'kl_coef'?",
+        "override 'ppo.gamma=x': ppo.gamma is 'x'; it must be a number.",
+    ]
+    assert run(monkeypatch, "check", "seed=7") == 2
+    assert "name a recipe" in capsys.readouterr().err
+
+
 def test_libraries_are_silenced_before_any_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"TRANSFORMERS_VERBOSITY": "info"})
     cli._quieten_libraries()

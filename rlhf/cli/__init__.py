@@ -23,6 +23,7 @@ import rlhf.cli.labels  # noqa: F401
 from rlhf.cli.console import app, say_aside
 from rlhf.errors import TrainingError, UserError, Waiting
 from rlhf.pipeline import interrupt
+from rlhf.progress import Work, a_line_a_minute
 
 PACKAGE = "rlhf-pipeline"
 WAITING = 3
@@ -34,6 +35,7 @@ AFTER_A_SIGNAL = {
     "label": "the page is closed; every label that was given is kept.",
     "score": "stopped. The lines that were written are whole; the rest was not scored.",
 }
+WITHOUT_END = ("serve", "label")  # they wait for others; how far they are is no question
 STARTS_AGAIN = "stopped before the end; the same command starts again."
 TYPER_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt; a real Ctrl-C is `interrupt.Interrupted`
 # Libraries announce things that a recipe's reader can't act on.
@@ -60,6 +62,8 @@ def _top_level(
     ] = False,
 ) -> None:
     _Verb.name = context.invoked_subcommand or ""
+    if _Verb.name not in WITHOUT_END:
+        context.with_resource(a_line_a_minute(Work(f"rlhf {_Verb.name}")))
 
 
 def _print_warning(

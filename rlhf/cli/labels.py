@@ -51,11 +51,12 @@ def audit_command(
     """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
     source = source_of(pairs, columns)
     from rlhf.pipeline.audit import audit
-    from rlhf.report.terminal import audit_line
+    from rlhf.report.terminal import audit_lines
 
     settings = load_recipe(recipe) if recipe else None
     result = audit(source, model, out, members=members, recipe=settings, say=say_aside, compare=compare)
-    say(audit_line(result))
+    for line in audit_lines(result):
+        say(line)
     say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
 
 

@@ -8,6 +8,7 @@ import typer
 
 from rlhf.cli.console import Columns, Compared, RewardModelName, app, output, say, say_aside, source_of
 from rlhf.errors import TrainingError, UserError
+from rlhf.progress import Work, a_line_a_minute
 
 
 @app.command("score")
@@ -22,9 +23,11 @@ def score_command(model: RewardModelName) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte is its line's error
     bad = 0
-    for row in score_stream(model, bounded_lines(sys.stdin.readline)):
-        bad += "score" not in row
-        sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with a_line_a_minute(Work("rlhf score", unit="lines")) as work:
+        for row in score_stream(model, bounded_lines(sys.stdin.readline)):
+            bad += "score" not in row
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+            work.done += 1
     sys.stdout.flush()
     if bad:
         raise TrainingError(f"{bad} lines could not be scored; each has its error in its place.")

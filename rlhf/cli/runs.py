@@ -26,25 +26,30 @@ def run_command(
 
 @app.command("check")
 def check_command(
-    words: Annotated[
-        list[str], typer.Argument(metavar="RECIPE… [KEY=VALUE…]", help="Recipes, and overrides for all of them.")
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|KEY=VALUE",
+            help="Recipes, and section.key=value for all of them, in any order.",
+            show_default=False,
+        ),
     ],
     show: Annotated[bool, typer.Option(help="Print the resolved recipe.")] = False,
 ) -> None:
     """Validate recipes and the models on this machine that they name; every mistake is named with its line."""
     from rlhf.pipeline.checks import check_local_backbone
 
-    files = [Path(word) for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word]
+    overrides = [name for name in names if "=" in name and not Path(name).exists()]
+    files = [Path(name) for name in names if name not in overrides]
     if not files:
-        raise UserError("rlhf check: name a recipe before the overrides.")
+        raise UserError("check: name a recipe beside the overrides.")
     problems: list[str] = []
     for file in files:
         try:
             recipe = load_recipe(file, overrides)
             check_local_backbone(recipe)
         except UserError as error:
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
             continue
         output.print(f"{file}: fine", markup=False)
         if show:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
@@ -15,6 +14,7 @@ from rlhf.models.logprobs import response_logprobs
 from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.objectives.kl import kl_k1
+from rlhf.progress import track
 from rlhf.statistics import best_of_n_kl, best_of_n_values, clustered_mean, gap_closed, win_rate
 
 BEST_OF = 16
@@ -79,7 +79,9 @@ def evaluate_policies(
     # 1. SFT's answers to each prompt; first, so that they are the same whatever the policy became.
     repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(per_prompt)]
     if sft_answers is None:
-        sampled, ended = sample_texts(sft, tokenizer, repeated, batch_size=batch_size, label="evaluate: SFT", **lengths)
+        sampled, ended = sample_texts(
+            sft, tokenizer, repeated, batch_size=batch_size, label="evaluate: before PPO", **lengths
+        )
         sft_answers = list(zip(sampled, ended, strict=True))
     sft_texts = [text for text, _ in sft_answers]
     sft_proxies = reward.score(repeated, sft_texts, ended=[ended for _, ended in sft_answers]).tolist()
@@ -87,7 +89,7 @@ def evaluate_policies(
 
     # 2. The policy's answers, their scores and their distance from SFT.
     answers = _Answers([], [], [], [])
-    for start in tqdm(range(0, len(prompts), batch_size), desc="evaluate: policy", disable=None):
+    for start in track(range(0, len(prompts), batch_size), "evaluate: after PPO"):
         part = prompts[start : start + batch_size]
         completions = generate(policy, tokenizer, part, **lengths)
         answers.texts.extend(completions.texts)

@@ -76,8 +76,8 @@ def policy_ends(ended: Sequence[bool], *, max_new_tokens: int) -> Check:
     """
     sentence = (
         f"None of {len(ended)} sampled answers ended within {max_new_tokens} tokens, so PPO would learn from answers that are cut "
-        "off. Raise ppo.max_completion_length if good answers are longer than that; else train SFT for longer, and see that the "
-        "model's end token is the one that its chat template writes."
+        "off. Raise ppo.max_completion_length if good answers are longer than that; else start from a policy that ends its answers "
+        "(a longer SFT, an instruct model), and see that its end token is the one that its chat template writes."
     )
     low = 1 / len(ended)
     return Check(ENDS, sum(ended) / len(ended), 1.0, f"of {len(ended)} answers", sentence, low=low)

@@ -5,7 +5,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from rlhf.progress import track
 
 Result = TypeVar("Result")
 
@@ -52,9 +53,9 @@ def run_batches(
     Args:
         function: takes the indices of a batch's rows and returns a result for each of them.
         batches: indices of rows; together they name each row of 0, 1, …, n - 1 once.
-        label: shows a bar of this name in a terminal.
+        label: what people know this work by; shows how far it is.
     """
     results: dict[int, Result] = {}
-    for batch in tqdm(batches, desc=label, disable=True if label is None else None):
+    for batch in batches if label is None else track(batches, label):
         results.update(zip(batch, function(batch), strict=True))
     return [results[row] for row in range(len(results))]

@@ -213,7 +213,7 @@ def sample_texts(
 
     Args:
         batch_size: prompts that are answered together.
-        label: shows a bar of this name in a terminal.
+        label: what people know this work by; shows how far it is.
 
     Returns:
         the texts, and whether each ended by itself, in the order of the prompts.

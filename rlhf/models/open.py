@@ -1,4 +1,4 @@
-"""The one place that opens a model: no remote code, safetensors only, every tensor accounted for, one sentence a fault."""
+"""The one place that opens a model: no remote code, safetensors or GGUF, every tensor accounted for, one sentence a fault."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import logging
 
 from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.models.gguf import SUFFIX, gguf_file, unreadable
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMED = 4  # tensors that a sentence names before it says how many more there are
@@ -52,6 +53,8 @@ def _reason(name: str | Path, error: Exception) -> str:
         )
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return f"a JSON file of this model can't be read ({message}); copy the model again."
+    if str(name).endswith(SUFFIX) or (Path(name).is_dir() and gguf_file(name) is not None):
+        return unreadable(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     if type(error).__name__ == "SafetensorError":
@@ -69,6 +72,12 @@ def expand(path: str | Path) -> str:
     return str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
 
 
+def _place(name: str | Path) -> tuple[str, dict[str, str]]:
+    """Return what `from_pretrained` takes as the place of a model, and how it is told of a GGUF file there."""
+    file = gguf_file(name)
+    return (expand(name), {}) if file is None else (str(file.parent), {"gguf_file": file.name})
+
+
 def open_config(name: str | Path, revision: str | None = None) -> PreTrainedConfig:
     """Read a model's configuration.
 
@@ -76,7 +85,8 @@ def open_config(name: str | Path, revision: str | None = None) -> PreTrainedConf
         UserError: it can't be read, or wants code of its own.
     """
     with one_sentence(name):
-        return AutoConfig.from_pretrained(expand(name), revision=revision or "main", trust_remote_code=False)
+        place, arguments = _place(name)
+        return AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False, **arguments)
 
 
 def open_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -86,15 +96,16 @@ def open_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         UserError: it can't be read, or wants code of its own.
     """
     with one_sentence(name):
+        place, arguments = _place(name)
         return AutoTokenizer.from_pretrained(
-            expand(name), padding_side="right", revision=revision or "main", trust_remote_code=False
+            place, padding_side="right", revision=revision or "main", trust_remote_code=False, **arguments
         )
 
 
 def open_network(
     kind: Any, name: str | Path, arguments: Mapping[str, object], *, new_head: bool = False
 ) -> tuple[PreTrainedModel, set[str]]:
-    """Read a network's weights from safetensors, and account for every tensor.
+    """Read a network's weights from safetensors or a GGUF file, and account for every tensor.
 
     Args:
         kind: the Auto class of the network.
@@ -111,9 +122,10 @@ def open_network(
     with one_sentence(name):
         logging.set_verbosity_error()
         try:
+            place, of_place = _place(name)
+            formats = of_place or {"use_safetensors": True}
             model, report = kind.from_pretrained(
-                expand(name),
-                **{**arguments, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True},
+                place, **{**arguments, **formats, "trust_remote_code": False, "output_loading_info": True}
             )
         finally:
             logging.set_verbosity(before)

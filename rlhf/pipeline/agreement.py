@@ -36,7 +36,7 @@ def compare_kl(context: StageContext, samples: Sequence[Mapping[str, Any]], book
 
 
 def _why_not(context: StageContext) -> str | None:
-    """Return why PPO's KL is another one than the evaluation's, which is to SFT, at temperature 1; None where it is not."""
+    """Return why PPO's KL is another one than the evaluation's, which is to the start, at temperature 1; None where it is not."""
     recipe = context.recipe
     settings = recipe.ppo.trl_settings()
     if settings.get("temperature", 1.0) != 1.0:
@@ -44,5 +44,5 @@ def _why_not(context: StageContext) -> str | None:
     if settings.get("reference_mixup", 0.0) > 0:
         return "ppo.reference_mixup moves the reference"
     if context.round > 1 and recipe.rounds.start == "previous" and recipe.rounds.reference == "previous":
-        return "PPO's reference is the policy of the round before, the evaluation's is SFT"
+        return f"PPO's reference is the policy of the round before, the evaluation's is {context.start_name}"
     return None

@@ -1,6 +1,7 @@
 """What the pipeline adds to a trainer: it stops before a bad update or after a signal, writes metrics, marks checkpoints."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,8 @@ from transformers import (
 
 from rlhf.errors import TrainingError
 from rlhf.pipeline import interrupt
-from rlhf.pipeline.store import mark_checkpoint
+from rlhf.pipeline.store import mark_checkpoint, write_seconds
+from rlhf.progress import Work
 
 StopAt = Literal["step", "epoch"]
 
@@ -129,22 +131,61 @@ class StopOnSignal(TrainerCallback):
 
 
 class CheckpointMark(TrainerCallback):
-    """Declare a checkpoint whole after the Trainer has written all of it, on every process."""
+    """Declare a checkpoint whole after the Trainer has written all of it, on every process, and note the time beside it.
 
-    def __init__(self, trainer: Trainer):
+    Args:
+        seconds_before: that earlier attempts worked on the checkpoint from which training goes on.
+    """
+
+    def __init__(self, trainer: Trainer, *, seconds_before: float):
         self.accelerator = trainer.accelerator
+        self.begin = time.monotonic() - seconds_before
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the mark last."""
         self.accelerator.wait_for_everyone()  # each process writes its random state, and the mark holds its digest
         if state.is_world_process_zero:
+            write_seconds(Path(args.output_dir), time.monotonic() - self.begin)
             mark_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _watched(logs: Mapping[str, object] | None) -> dict[str, float]:
+    """Return the numbers of a log that people watch."""
+    values = {name: (logs or {}).get(name) for name in ("loss", "accuracy", "reward_proxy", "reward_gold", "kl")}
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+
+
+class ProgressLines(TrainerCallback):
+    """Keep count of the steps and the latest numbers, for a log that is told of them once a minute."""
+
+    def __init__(self, work: Work):
+        self.work = work
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Count from where training begins, or goes on."""
+        self.work.unit, self.work.total = "steps", state.max_steps
+        self.work.done = self.work.done_before = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Count a step."""
+        self.work.done = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, object] | None = None,
+        **_: object,
+    ) -> None:
+        """Take the latest numbers over; the closing summary has none of them."""
+        self.work.figures = _watched(logs) or self.work.figures
 
 
 class Progress(ProgressCallback):
     """The Trainer's bar with the latest numbers beside it, instead of a line for every log."""
-
-    SHOWN = ("loss", "accuracy", "reward_proxy", "reward_gold", "kl")
 
     def __init__(self, label: str):
         super().__init__()
@@ -168,6 +209,4 @@ class Progress(ProgressCallback):
     ) -> None:
         """Show the numbers that people watch."""
         if self.training_bar is not None and logs:
-            numbers = {name: logs.get(name) for name in self.SHOWN}
-            shown = {name: f"{value:.3g}" for name, value in numbers.items() if isinstance(value, int | float)}
-            self.training_bar.set_postfix(shown)
+            self.training_bar.set_postfix({name: f"{value:.3g}" for name, value in _watched(logs).items()})

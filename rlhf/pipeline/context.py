@@ -86,8 +86,13 @@ class StageContext:
     @property
     def sft_model(self) -> str | Path:
         """Return the policy that reward model and PPO start from: what SFT made, or the backbone where there is no SFT."""
-        sft = self.find_parent("sft")
-        return backbone_model(self.recipe) if sft is None else sft / "model"
+        made = self.find_parent("sft") or self.find_parent("base")  # base: the backbone was a GGUF file
+        return backbone_model(self.recipe) if made is None else made / "model"
+
+    @property
+    def start_name(self) -> str:
+        """Return what people call the policy that reward model and PPO start from."""
+        return "the backbone" if self.find_parent("sft") is None else "SFT"
 
     @property
     def device(self) -> str:

@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 
 from rlhf.files import file_digest
+from rlhf.models.gguf import SUFFIX as GGUF_SUFFIX
 
 # Of a model's folder, what a loader reads: weights, configuration, tokenizer, template, a reward model's card.
-MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 
 
 def known_digest(path: Path) -> str:
@@ -90,6 +91,8 @@ def _module_files(folder: Path, name: tuple[str, ...]) -> Iterator[Path]:
 
 def _model_files(name: str) -> dict[str, Path]:
     folder = Path(name).expanduser()
+    if folder.suffix == GGUF_SUFFIX and folder.is_file():
+        return {name: folder}
     if not folder.is_dir():
         return {}
     places = [folder, *sorted(folder.glob("expert-*/"))]

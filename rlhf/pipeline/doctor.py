@@ -22,6 +22,7 @@ from rlhf.files import read_jsonl
 from rlhf.invariants.checks import Check
 from rlhf.invariants.ends import SAMPLED, ends_reachable, policy_ends, prompts_too_long
 from rlhf.models.generate import Completions, encode_prompts, end_token_ids, generate
+from rlhf.models.gguf import gguf_file
 from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer, reward_model_on
 from rlhf.models.templates import end_at_end_token, template_problems
 from rlhf.models.text import plain
@@ -149,13 +150,14 @@ def require_all(findings: Sequence[Finding]) -> None:
 def _read(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Examination:
     """Read the data and build what a run builds without training: the lab, a model from nothing."""
     parents: dict[str, Path] = {}
+    model = recipe.backbone.model
     if recipe.lab is not None:
         parents["lab"] = folder / "round-0/lab"
         run_lab(StageContext(recipe, parents["lab"], {}, say))
     data = folder / "round-0/data"
     run_data(StageContext(recipe, data, parents, say))
     base: str | Path
-    if recipe.backbone.from_scratch is not None:
+    if recipe.backbone.from_scratch is not None or (model is not None and gguf_file(model) is not None):
         base = folder / "round-0/base/model"
         run_base(StageContext(recipe, base.parent, {"data": data}, say))
     elif recipe.lab is not None and recipe.backbone.model is None:

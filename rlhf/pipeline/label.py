@@ -4,8 +4,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, read_questions, tally
 from rlhf.data.llm_judge import LanguageModelJudge
@@ -18,6 +16,7 @@ from rlhf.models.text import plain
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
 from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
+from rlhf.progress import track
 from rlhf.statistics import clustered_mean
 
 FRESH, QUARANTINE = "fresh.jsonl", "quarantine.jsonl"
@@ -183,7 +182,7 @@ def _ask_a_model(context: StageContext, book: LabelBook, questions: Sequence[Que
     )
     judge.sent = 2 * len(answered)
     open_questions = [question for question in questions if question.id not in answered]
-    for question in tqdm(open_questions, desc="label", disable=None):
+    for question in track(open_questions, "label", unit="pairs"):
         if not judge.can_ask():
             context.say(f"label: the judge's budget of {rounds.judge_budget} requests is spent.")
             break

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from rlhf.data.read import is_local
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
+from rlhf.models.gguf import gguf_file
 from rlhf.pipeline.digests import known_digest, named_digests
 from rlhf.pipeline.store import Stage
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
@@ -58,15 +59,18 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
     origins: dict[str, Stage] = {}
     if recipe.lab is not None:
         origins["lab"] = add("lab", "round-0/lab", recipe.lab.model_dump())
+    backbone, model = recipe.backbone.model_dump(exclude_none=True), recipe.backbone.model
+    is_gguf = model is not None and gguf_file(model) is not None
+    if is_gguf:  # an ordinary checkpoint is made of it, which every later stage reads
+        origins["base"] = add("base", "round-0/base", backbone | _files(model))
     data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
     data = add("data", "round-0/data", data_settings, **origins)
-    backbone = recipe.backbone.model_dump(exclude_none=True)
     if recipe.backbone.from_scratch is not None:
         origins = {"base": add("base", "round-0/base", backbone, data=data)}
-    elif recipe.backbone.model is not None:
-        origins = {}
+    elif model is not None:
+        origins.pop("lab", None)
     if recipe.lab is None and recipe.data.sft is None:
-        return {"data": data}  # the backbone can answer already, and takes SFT's place
+        return {"data": data} | origins  # the backbone can answer already, and takes SFT's place
     settings = recipe.sft.model_dump() | {"backbone": backbone} | _sampling(recipe) | _gold(recipe)
     settings |= _files(recipe.backbone.model, recipe.evaluate.gold)
     return {"data": data, "sft": add("sft", "round-0/sft", settings, data=data, **origins)}

@@ -17,6 +17,7 @@ from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stopping import reason_to_stop
 from rlhf.pipeline.store import Stage, Store, is_disk_full
 from rlhf.pipeline.summary import write_summary
+from rlhf.progress import Work, a_line_a_minute
 from rlhf.recipe.schema import Recipe
 from rlhf.report.cards import write_cards
 from rlhf.report.page import write_report
@@ -114,10 +115,12 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
             raise UserError(f"{stage.folder}: {unchanged['sentence']}")
     folder = store.open(stage) if is_main else store.wait_until_open(stage)
     parents = {role: store.path(parent) for role, parent in stage.parents.items()}
-    begin = time.monotonic()
+    seconds_before = store.seconds_kept(stage)
+    begin = time.monotonic() - seconds_before
     say(f"{stage.folder}: begins")
     try:
-        facts = STAGES[stage.name].load()(StageContext(recipe, folder, parents, say, is_main, stage.settings))
+        with a_line_a_minute(Work(stage.folder)):
+            facts = STAGES[stage.name].load()(StageContext(recipe, folder, parents, say, is_main, stage.settings))
         seconds = time.monotonic() - begin
         if is_main:
             book.merge(facts.get("checks", {}))
@@ -137,4 +140,5 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
         ) from error
     if not is_main:
         store.wait_until_done(stage)
-    say(f"{stage.folder}: done in {seconds:.0f} s")
+    earlier = f", {seconds_before:.0f} s of them before it was interrupted" if seconds_before else ""
+    say(f"{stage.folder}: done in {seconds:.0f} s{earlier}")

@@ -35,27 +35,31 @@ class StageFunction:
 
 STAGES = {
     "lab": StageFunction("rlhf.pipeline.stages:run_lab"),
-    "data": StageFunction("rlhf.pipeline.stages:run_data", may_read=("lab",)),
-    "base": StageFunction("rlhf.pipeline.stages:run_base", reads=("data",)),
+    "data": StageFunction("rlhf.pipeline.stages:run_data", may_read=("lab", "base")),
+    "base": StageFunction("rlhf.pipeline.stages:run_base", may_read=("data",)),
     "sft": StageFunction("rlhf.pipeline.stages:run_sft", reads=("data",), may_read=("base", "lab"), together=True),
-    "sample": StageFunction("rlhf.pipeline.sampling:run_sample", reads=("data",), may_read=("sft", "policy")),
+    "sample": StageFunction("rlhf.pipeline.sampling:run_sample", reads=("data",), may_read=("sft", "base", "policy")),
     "select": StageFunction(
-        "rlhf.pipeline.sampling:run_select", reads=("data", "sample"), may_read=("sft", "reward", "label")
+        "rlhf.pipeline.sampling:run_select", reads=("data", "sample"), may_read=("sft", "base", "reward", "label")
     ),
-    "label": StageFunction("rlhf.pipeline.label:run_label", reads=("data",), may_read=("sft", "select", "earlier")),
-    "vote": StageFunction("rlhf.pipeline.vote:run_vote", reads=("data",), may_read=("sft", "label"), together=True),
+    "label": StageFunction(
+        "rlhf.pipeline.label:run_label", reads=("data",), may_read=("sft", "base", "select", "earlier")
+    ),
+    "vote": StageFunction(
+        "rlhf.pipeline.vote:run_vote", reads=("data",), may_read=("sft", "base", "label"), together=True
+    ),
     "reward": StageFunction(
         "rlhf.pipeline.reward:run_reward",
         reads=("data",),
-        may_read=("sft", "label", "vote", "sample", "latest_evaluation", "older_evaluation"),
+        may_read=("sft", "base", "label", "vote", "sample", "latest_evaluation", "older_evaluation"),
         together=True,
     ),
     "ppo": StageFunction(
-        "rlhf.pipeline.stages:run_ppo", reads=("data", "reward"), may_read=("sft", "policy"), together=True
+        "rlhf.pipeline.stages:run_ppo", reads=("data", "reward"), may_read=("sft", "base", "policy"), together=True
     ),
     "evaluate": StageFunction(
         "rlhf.pipeline.stages:run_evaluate",
         reads=("data", "reward", "policy"),
-        may_read=("sft", "first_evaluation"),
+        may_read=("sft", "base", "first_evaluation"),
     ),
 }

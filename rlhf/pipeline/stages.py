@@ -19,7 +19,9 @@ from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.invariants.ends import require_reachable_end
 from rlhf.lab.build import LabSettings, build_lab
+from rlhf.models.dequantise import dequantise
 from rlhf.models.generate import end_token_ids, sample_texts
+from rlhf.models.gguf import gguf_file
 from rlhf.models.load import find_source, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
@@ -67,24 +69,34 @@ def run_data(context: StageContext) -> dict[str, Any]:
         for name in DATA_SOURCES:
             named[name] = named[name] or [Source(str(lab / "data" / f"{name}.jsonl"))]
     sources = DataSources(**others, **named)
-    fit = _tool_template(context.recipe, lab)
+    fit = _tool_template(context.recipe, lab or context.find_parent("base"))
     facts = prepare_data(context.folder / "data", sources, seed=context.recipe.seed, fit=fit)
     for sentence in facts.pop("sentences"):
         context.say(sentence)
     return facts
 
 
-def _tool_template(recipe: Recipe, lab: Path | None) -> ToolTemplate | None:
-    """Return what writes tool calls as the run's base model does; None where that model is made of these data."""
-    if lab is None and recipe.backbone.model is None:
+def _tool_template(recipe: Recipe, written: Path | None) -> ToolTemplate | None:
+    """Return what writes tool calls as the run's base model does; None where that model is made of these data.
+
+    Args:
+        written: the stage that wrote the base model, of those before the data.
+    """
+    if written is None and recipe.backbone.model is None:
         return None
-    base = backbone_model(recipe) if lab is None else str(lab / "model")
-    revision = recipe.backbone.revision if lab is None else None
+    base = backbone_model(recipe) if written is None else str(written / "model")
+    revision = recipe.backbone.revision if written is None else None
     return ToolTemplate(lambda: load_tokenizer(base, conversational=True, revision=revision, pads=False), base)
 
 
 def run_base(context: StageContext) -> dict[str, Any]:
-    """Build a small model from nothing, its tokenizer trained on the demonstrations and the pairs."""
+    """Build a small model from nothing, its tokenizer trained on the demonstrations and the pairs; or dequantise a GGUF file."""
+    file = None if context.recipe.backbone.model is None else gguf_file(context.recipe.backbone.model)
+    if file is not None:
+        context.say(f"base: {file.name} is dequantised once, into {context.folder / 'model'} …")
+        weights = dequantise(file, context.folder / "model")
+        context.say(f"base: {weights:,} weights in float32, {4 * weights / 1e9:.1f} GB.")
+        return {"gguf": str(file), "weights": weights}
     settings = dict(context.recipe.backbone.from_scratch or {})
     texts = base_texts(context.data)
     build_base(
@@ -112,10 +124,11 @@ def base_texts(data: Path) -> list[str]:
 def run_sft(context: StageContext) -> dict[str, Any]:
     """Train a policy on the demonstrations; the loss is on the answers only."""
     # 1. Model and data. A model from nothing has nothing to adapt, so all of its weights are trained.
-    fresh = context.find_parent("base") or context.find_parent("lab")
-    base = backbone_model(context.recipe) if fresh is None else fresh / "model"
+    written = context.find_parent("base") or context.find_parent("lab")
+    base = backbone_model(context.recipe) if written is None else written / "model"
+    is_fresh = context.recipe.backbone.model is None
     model_config, settings = split_settings(context.trl_settings("sft"))
-    if fresh is not None and model_config.use_peft:
+    if is_fresh and model_config.use_peft:
         context.say("sft: the base model has random weights, so all of them are trained, not an adapter.")
         model_config.use_peft = model_config.load_in_4bit = False
     set_seed(context.recipe.seed)  # an adapter's first weights are random

@@ -34,8 +34,8 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
                 )
         case "vote" if rounds.max_noise is not None and facts["noise"]["low"] > rounds.max_noise:
             return (
-                f"{folder}: stopped. The votes disagree with {facts['noise']['flip_rate']:.1%} of the labels (at least "
-                f"{facts['noise']['low']:.1%}), above rounds.max_noise={rounds.max_noise:g}: look at the labels (`rlhf audit`)."
+                f"{folder}: stopped. At least {facts['noise']['low']:.1%} of the labels are wrong (95 % interval), above "
+                f"rounds.max_noise={rounds.max_noise:g}: look at the labels (`rlhf audit`)."
             )
         case "reward" if rounds.stop_when_worse and facts.get("hindsight") is not None:
             hindsight = facts["hindsight"]
@@ -48,7 +48,8 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
         case "evaluate":
             kl = facts["policy"]["kl"]
             if rounds.kl_limit is not None and kl > rounds.kl_limit:
-                return f"{folder}: stopped. The policy is {kl:.1f} nats from SFT, over rounds.kl_limit={rounds.kl_limit:g}."
+                start = "SFT" if "sft" in stage.parents else "the backbone"
+                return f"{folder}: stopped. The policy is {kl:.1f} nats from {start}, over rounds.kl_limit={rounds.kl_limit:g}."
             change = change_since_last_round(stage, stages, store)
             if rounds.stop_when_worse and change is not None and change["difference_ci"][1] < 0:
                 low, high = change["difference_ci"]

@@ -27,6 +27,7 @@ CHECKPOINTS = "checkpoints"
 MARK = "complete.json"
 STARTED = "started.json"
 METRICS = "metrics.jsonl"
+SECONDS = "seconds.json"  # beside checkpoints: how long the work that they hold has taken
 DIGESTS = ("files", "sha256")  # the settings that hold digests by file name
 POLL_SECONDS = 0.2
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "rlhf-pipeline")
@@ -135,6 +136,14 @@ class Store:
         write_text(folder / STARTED, json.dumps(record, default=str))
         return folder
 
+    def seconds_kept(self, stage: Stage) -> float:
+        """Return how long earlier attempts at an open stage worked on what lies in its checkpoints.
+
+        The time is noted at every checkpoint, so SIGKILL loses at most the seconds after the last one; that work is done
+        again and counted then. The sum is about what the stage would have taken without the interruption.
+        """
+        return sum(read_seconds(file.parent) for file in self.path(stage).rglob(SECONDS))
+
     def wait_until_open(self, stage: Stage) -> Path:
         """Wait until the first process of a distributed run has opened the stage, and return its folder."""
         while (started := self._started(stage)) is None or started["key"] != stage.key:
@@ -147,7 +156,11 @@ class Store:
             time.sleep(POLL_SECONDS)
 
     def finish(self, stage: Stage, facts: Mapping[str, object], seconds: float) -> None:
-        """Remove what only an unfinished stage needs, then write the manifest."""
+        """Remove what only an unfinished stage needs, then write the manifest.
+
+        Args:
+            seconds: that the stage took, with those of earlier attempts that it went on from (`seconds_kept`).
+        """
         folder = self.path(stage)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         (folder / STARTED).unlink(missing_ok=True)
@@ -232,6 +245,19 @@ def mark_checkpoint(folder: Path) -> None:
         os.fsync(descriptor)
         os.close(descriptor)
     write_text(folder / MARK, json.dumps({str(p.relative_to(folder)): file_digest(p) for p in files}))
+
+
+def write_seconds(folder: Path, seconds: float) -> None:
+    """Note beside checkpoints how long the work that they hold has taken, over all attempts."""
+    write_text(folder / SECONDS, json.dumps(round(seconds, 3)))
+
+
+def read_seconds(folder: Path) -> float:
+    """Return what was noted beside checkpoints; 0 where nothing was, or nothing that can be read."""
+    try:
+        return float(json.loads((folder / SECONDS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return 0.0
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:

@@ -12,6 +12,7 @@ from rlhf.invariants.checks import Check, CheckEntry
 from rlhf.pipeline.stopping import change_since_last_round, is_worse, win_tie_lose
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import Recipe
+from rlhf.statistics import paired_difference
 
 GOLD_MAX_OF_LAB = 1.0
 REWARD_KEYS = ("accuracy", "accuracy_ci", "accuracy_true", "accuracy_true_ci", "ece", "length_baseline")
@@ -126,6 +127,8 @@ def _round(
         "reward": {key: reward.get(key) for key in REWARD_KEYS},
         "policy": {
             **_with_intervals(evaluation.get("policy", {}), ("proxy", "gold", "kl", "win_rate")),
+            **_change_from_start(rows, "proxy"),
+            **_change_from_start(rows if known else [], "gold"),
             "win_tie_lose": win_tie_lose(*([row[f"gold_{who}"] for row in rows] for who in ("policy", "sft")))
             if known
             else None,
@@ -138,6 +141,20 @@ def _round(
         "change_in_gold": change,
         "hindsight": facts.get(f"round-{number + 1}/reward", {}).get("hindsight"),
     }
+
+
+def _change_from_start(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, object]:
+    """Return by how much a reward of the policy's answers lies above that of the start's on the same prompts, and its interval.
+
+    Args:
+        rows: of `samples.jsonl`; none where the reward is not known.
+        name: "proxy" or "gold".
+    """
+    if not rows:
+        return {f"{name}_change": None, f"{name}_change_ci": None}
+    policy, start = ([row[f"{name}_{who}"] for row in rows] for who in ("policy", "sft"))
+    change = paired_difference(policy, start, [row["prompt"] for row in rows])
+    return {f"{name}_change": change["difference"], f"{name}_change_ci": change["difference_ci"]}
 
 
 def _best(rounds: Sequence[Mapping[str, Any]]) -> int | None:

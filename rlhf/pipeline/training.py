@@ -27,13 +27,15 @@ from rlhf.pipeline.callbacks import (
     FiniteGradients,
     MetricsFile,
     Progress,
+    ProgressLines,
     StopAt,
     StopOnSignal,
     drop_torn_line,
 )
 from rlhf.pipeline.context import StageContext
-from rlhf.pipeline.store import CHECKPOINTS, METRICS, newest_checkpoint
+from rlhf.pipeline.store import CHECKPOINTS, METRICS, newest_checkpoint, read_seconds
 from rlhf.pipeline.trainers import KeepsBatches
+from rlhf.progress import Work, a_line_a_minute
 from rlhf.recipe.schema import trl_keys
 
 Config = TypeVar("Config", bound=TrainingArguments)
@@ -110,15 +112,16 @@ def train(
     if checkpoint is not None and trainer.is_world_process_zero() and drop_torn_line(metrics):
         say(f"{label}: leaves out the last line of {METRICS}, whose writing was cut off")
     trainer.add_callback(MetricsFile(metrics, resumed=checkpoint is not None))
-    trainer.add_callback(CheckpointMark(trainer))
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(Progress(label))
+    seconds_before = read_seconds(folder / CHECKPOINTS) if checkpoint is not None else 0.0
+    trainer.add_callback(CheckpointMark(trainer, seconds_before=seconds_before))
+    work = Work(label)
+    trainer.add_callback(ProgressLines(work) if trainer.args.disable_tqdm else Progress(label))
     if checkpoint is not None:
         say(f"{label}: goes on from {checkpoint.name}")
     trainer.add_callback(StopOnSignal(trainer, stop_at))
     trainer.add_callback(FiniteGradients(label))
     try:
-        with interrupt.patience():
+        with a_line_a_minute(work), interrupt.patience():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except TrainingError as error:
         if trainer.is_world_process_zero():

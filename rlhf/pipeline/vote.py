@@ -1,6 +1,7 @@
 """The vote: members are trained one after the other, each kept when it is done, so that a killed vote goes on with the next."""
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +24,12 @@ from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.ends import refuse_unreadable_turns
-from rlhf.pipeline.store import CHECKPOINTS
+from rlhf.pipeline.store import CHECKPOINTS, read_seconds, write_seconds
 from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.recipe.objectives import PAIR_COLUMNS
+from rlhf.report.noise import wrong_labels
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.model import RewardModel, position_limit
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
@@ -61,10 +63,9 @@ def run_vote(context: StageContext) -> dict[str, Any]:
         {"pair": pair_digest(row), **dict(zip(names, v, strict=True))} for row, v in zip(rows, columns, strict=True)
     ]
     write_jsonl(context.folder / STRENGTH, votes)
-    context.say(
-        f"vote: {shape['members']} members; about {noise.flip_rate:.1%} [{noise.low:.1%}, {noise.high:.1%}] of the labels are "
-        f"wrong; {(strength.mean < 0).float().mean():.1%} of the pairs have a strength below 0."
-    )
+    contradicted = (strength.mean < 0).float().mean()
+    sentences = " ".join(wrong_labels(asdict(noise)))
+    context.say(f"vote: {shape['members']} members contradict {contradicted:.1%} of the labels. {sentences}")
     gold = gold_differences(rows, load_true_reward(recipe))
     area = None
     if gold is not None:
@@ -140,6 +141,7 @@ def vote(
         if kept is not None:
             return kept
         place.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic() - read_seconds(place / CHECKPOINTS)
         # Members differ in the order of their pairs and in the first weights of head and adapter.
         member_seed = seed * 1000 + member + 1
         if shared is None:
@@ -149,6 +151,8 @@ def vote(
         if int(os.environ.get("RANK", "0")) == 0 and torch.isfinite(differences).all():
             save_file({"differences": differences}, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
+            (place / CHECKPOINTS).mkdir(exist_ok=True)
+            write_seconds(place / CHECKPOINTS, time.monotonic() - begin)
         return differences
 
     strength = vote_strength(collect_votes(plan, member_differences))

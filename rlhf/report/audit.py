@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 
 from rlhf.files import write_text
 from rlhf.report.figures import bars, histogram
+from rlhf.report.noise import suspects, wrong_labels
 from rlhf.report.records import Facts
 from rlhf.report.render import render
 
@@ -84,17 +85,10 @@ def mark(first: str, second: str) -> tuple[Markup, Markup]:
 
 
 def _verdict(result: Facts) -> list[str]:
-    noise, count = result["noise_rate"], len(result["suspicious"])
-    longer = result["length"]["longer_is_chosen"]
-    sentences = []
-    if result["vote"]["scale"] == 0:
-        sentences.append("The votes agree with the labels no more than chance, so they say nothing about them.")
-    else:
-        sentences.append(
-            f"About {noise['mean']:.0%} of the labels are probably wrong: sure votes alone prove {noise['low']:.0%}, and if every "
-            f"contradiction were the label's fault it would be {noise['high']:.0%}."
-        )
-        sentences.append(f"{count} rows are more likely wrong than right.")
+    noise, longer = result["vote"], result["length"]["longer_is_chosen"]
+    sentences = wrong_labels(noise)
+    if noise["scale"] != 0:
+        sentences.append(suspects(noise, len(result["suspicious"])))
     dropped = sum(result["dropped"].values())
     sentences.append(
         f"{dropped} of {result['rows']} rows were left out before the vote; the longer answer is the chosen one in "

@@ -7,14 +7,14 @@ import yaml
 
 from rlhf.files import write_text
 from rlhf.report.page import verdict
-from rlhf.report.records import Facts, Manifest, Round, Summary, read_manifests, read_rows, read_summary
+from rlhf.report.records import Facts, Manifest, Round, Summary, read_manifests, read_rows, read_summary, start_name
 from rlhf.report.render import render, reward_facts
 
 USE_REWARD = """from rlhf import load_reward_model
 
 reward = load_reward_model("FOLDER")
 reward.score(["Name three fruits."], ["apple, pear and plum."])  # raw scores [n]
-# on answers of SFT: mean {mean:.3f}, deviation {std:.3f}"""
+# on answers of {start}: mean {mean:.3f}, deviation {std:.3f}"""
 USE_PLAIN_REWARD = """
 
 # or with transformers alone (the text must be that of the saved chat template; no sigmoid: problem_type is regression)
@@ -74,21 +74,22 @@ def _reward_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest],
         adapter=adapter,
         sentences=sentences,
         facts=reward_facts(facts),
-        use=USE_REWARD.format(**facts) + ("" if adapter else USE_PLAIN_REWARD),
+        use=USE_REWARD.format(start=start_name(summary), **facts) + ("" if adapter else USE_PLAIN_REWARD),
     )
 
 
 def _policy_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest], folder: str) -> Path:
     policy, sft, best = summary["rounds"][-1]["policy"], summary["sft"], summary["best_of_16"]
+    start = start_name(summary)
     rows = [
         (
             "true reward",
             _value(policy, "gold"),
-            f"SFT {_value(sft, 'gold')}, best of 16 by it {_value(best['by_gold'], 'gold')}",
+            f"{start} {_value(sft, 'gold')}, best of 16 by it {_value(best['by_gold'], 'gold')}",
         ),
-        ("reward model's score", _value(policy, "proxy"), f"SFT {_value(sft, 'proxy')}"),
-        ("KL to SFT, nats an answer", _value(policy, "kl"), ""),
-        ("win rate against SFT, by the true reward", _value(policy, "win_rate"), ""),
+        ("reward model's score", _value(policy, "proxy"), f"{start} {_value(sft, 'proxy')}"),
+        (f"KL to {start}, nats an answer", _value(policy, "kl"), ""),
+        (f"win rate against {start}, by the true reward", _value(policy, "win_rate"), ""),
     ]
     adapter = (run / folder / "ppo" / "model" / "adapter_config.json").is_file()
     package, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")

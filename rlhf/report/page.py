@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf.files import write_text
+from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import check_rows, checks_line
 from rlhf.report.figures import curves, histogram
 from rlhf.report.records import (
@@ -22,6 +23,7 @@ from rlhf.report.records import (
     read_manifests,
     read_rows,
     read_summary,
+    start_name,
 )
 from rlhf.report.render import Figure, render, reward_facts, reward_figures, worst
 from rlhf.report.rounds import last_evaluated, rounds_section, rounds_verdict
@@ -50,10 +52,11 @@ def write_report(run: Path) -> Path:
         "page.html.jinja",
         title=f"{summary['recipe']}, seed {summary['seed']}",
         summary=summary,
+        start=start_name(summary),
         verdict=verdict(summary, ppo) + rounds_verdict(summary) + facts.get(f"{folder}/ppo", {}).get("warnings", []),
         tiles=_tiles(summary),
         rounds=rounds_section(run, summary),
-        policy_figures=_policy_figures(ppo, answers, facts.get(f"{folder}/evaluate", {})),
+        policy_figures=_policy_figures(ppo, answers, facts.get(f"{folder}/evaluate", {}), start_name(summary)),
         samples=answers[:SAMPLES_SHOWN],
         reward_facts=reward_facts(reward) if reward else [],
         reward_figures=reward_figures(reward, pairs) if reward else [],
@@ -75,25 +78,24 @@ def write_report(run: Path) -> Path:
 
 
 def verdict(summary: Summary, ppo: Sequence[Metrics]) -> list[str]:
-    """Return the three sentences that a colleague should know, by intervals: policy, reward model, over-optimisation."""
-    last = last_evaluated(summary)
+    """Return the sentences that a colleague should know, by intervals: policy, reward model, over-optimisation."""
+    last, start = last_evaluated(summary), start_name(summary)
     policy, reward, sft = last["policy"], last["reward"], summary["sft"]
     sentences = []
     if policy["proxy"] is None:
         sentences.append("No policy has been judged in this run (yet).")
     elif policy["gold"] is not None:
         low, high = policy["win_rate_ci"]
-        direction = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not distinguishable from"
-        sentences.append(
-            f"By the true reward the policy is {direction} SFT: {policy['gold']:.2f} against {sft['gold']:.2f}, "
-            f"winning {policy['win_rate']:.0%} of {summary['evaluated_prompts']} held-out prompts, "
-            f"at {policy['kl']:.1f} nats from SFT."
-        )
+        sentences += [
+            f"{change_sentence(GOLD, policy, sft, 'gold', start_name=start)} By it the policy wins "
+            f"{policy['win_rate']:.0%} [{low:.0%}, {high:.0%}] of {summary['evaluated_prompts']} held-out prompts against {start}, "
+            f"at {policy['kl']:.1f} nats.",
+            change_sentence(SCORE, policy, sft, "proxy", start_name=start),
+        ]
     else:
-        rises = policy["proxy_ci"][0] > sft["proxy_ci"][1]
         sentences.append(
-            f"The reward model's score {'rises' if rises else 'does not clearly rise'} from {sft['proxy']:.2f} (SFT) to "
-            f"{policy['proxy']:.2f}, at {policy['kl']:.1f} nats from SFT; no true reward is known here, so read the samples."
+            f"{change_sentence(SCORE, policy, sft, 'proxy', start_name=start)} The policy is {policy['kl']:.1f} nats from {start}; "
+            "no true reward is known here, so read the samples."
         )
     if reward["accuracy"] is not None:
         baseline = max(reward["length_baseline"], 1 - reward["length_baseline"])
@@ -130,7 +132,7 @@ def _overoptimised(ppo: Sequence[Metrics]) -> str:
 
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """Return the numbers on top of the page: label, value, interval."""
-    last = last_evaluated(summary)
+    last, start = last_evaluated(summary), start_name(summary)
     policy, reward = last["policy"], last["reward"]
 
     def number(section: Facts, name: str, form: str = ".2f") -> tuple[str, str]:
@@ -142,23 +144,26 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     tiles = [
         ("true reward of the policy", *number(policy, "gold")),
         ("reward model's score", *number(policy, "proxy")),
-        ("KL to SFT, nats an answer", *number(policy, "kl")),
-        ("win rate against SFT", *number(policy, "win_rate")),
+        (f"KL to {start}, nats an answer", *number(policy, "kl")),
+        (f"win rate against {start}", *number(policy, "win_rate")),
         ("reward model accuracy", *number(reward, "accuracy", ".3f")),
     ]
     if summary["gold_gap_closed"] is not None:
         value, span = number({**summary}, "gold_gap_closed")
-        meaning = "0 is SFT, 1 is best of 16 by true reward"
+        meaning = f"0 is {start}, 1 is best of 16 by true reward"
         tiles.append(("gold gap closed", value, f"{span}; {meaning}" if span else meaning))
     return tiles
 
 
-def _policy_figures(ppo: Sequence[Metrics], answers: Sequence[JudgedPrompt], evaluation: Facts) -> list[Figure]:
-    figures = (_training_curves(ppo, evaluation) if ppo else []) + (_answer_histograms(answers) if answers else [])
+def _policy_figures(
+    ppo: Sequence[Metrics], answers: Sequence[JudgedPrompt], evaluation: Facts, start: str
+) -> list[Figure]:
+    figures = _training_curves(ppo, evaluation, start) if ppo else []
+    figures += _answer_histograms(answers, start.removeprefix("the ")) if answers else []
     return [(title, note, Markup(svg)) for title, note, svg in figures]
 
 
-def _training_curves(ppo: Sequence[Metrics], evaluation: Facts) -> list[tuple[str, str, str]]:
+def _training_curves(ppo: Sequence[Metrics], evaluation: Facts, start: str) -> list[tuple[str, str, str]]:
     """Draw PPO's rewards, KL, length and health over its episodes: title, note, SVG."""
     figures = []
     series = {"reward model (proxy)": _series(ppo, "episodes", "reward_proxy")}
@@ -175,8 +180,9 @@ def _training_curves(ppo: Sequence[Metrics], evaluation: Facts) -> list[tuple[st
         }
     note = "A proxy that rises while gold falls is over-optimised."
     figures.append(("Reward over PPO", note, curves(series, x="episodes", y="reward")))
-    note = "What each nat away from SFT buys; best of n beside it." if points else "What each nat away from SFT buys."
-    figures.append(("Reward against KL", note, curves(by_kl, x="KL to SFT, nats an answer", y="reward", points=points)))
+    note = f"What each nat away from {start} buys{'; best of n beside it' if points else ''}."
+    svg = curves(by_kl, x=f"KL to {start}, nats an answer", y="reward", points=points)
+    figures.append(("Reward against KL", note, svg))
     kl = curves({"kl": _series(ppo, "episodes", "kl")}, x="episodes", y="nats an answer")
     figures.append(("KL over PPO", "Σ over an answer's tokens.", kl))
     length = curves({"length": _series(ppo, "episodes", "length")}, x="episodes", y="tokens an answer")
@@ -194,13 +200,13 @@ def _training_curves(ppo: Sequence[Metrics], evaluation: Facts) -> list[tuple[st
     return figures
 
 
-def _answer_histograms(answers: Sequence[JudgedPrompt]) -> list[tuple[str, str, str]]:
+def _answer_histograms(answers: Sequence[JudgedPrompt], start: str) -> list[tuple[str, str, str]]:
     """Draw the distributions of both rewards over held-out prompts, before and after PPO: title, note, SVG."""
-    proxy = {"SFT": [row["proxy_sft"] for row in answers], "policy": [row["proxy_policy"] for row in answers]}
+    proxy = {start: [row["proxy_sft"] for row in answers], "policy": [row["proxy_policy"] for row in answers]}
     note = "Before and after PPO."
     figures = [("Reward model's score, held-out prompts", note, histogram(proxy, x="raw score"))]
     gold = {
-        "SFT": [row["gold_sft"] for row in answers if row["gold_sft"] is not None],
+        start: [row["gold_sft"] for row in answers if row["gold_sft"] is not None],
         "policy": [row["gold_policy"] for row in answers if row["gold_policy"] is not None],
     }
     if gold["policy"]:

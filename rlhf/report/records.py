@@ -96,6 +96,11 @@ class JudgedPrompt(TypedDict):
     kl: float
 
 
+def start_name(summary: Summary) -> str:
+    """Return what the policies began as and are compared with: "SFT", or "the backbone" where it takes SFT's place."""
+    return "SFT" if "sft" in summary["seconds"] else "the backbone"
+
+
 def read_summary(run: Path) -> Summary:
     """Read the run in numbers.
 

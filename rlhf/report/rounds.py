@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf.report.figures import curves
-from rlhf.report.records import Facts, JudgedPrompt, Round, Summary, read_rows
+from rlhf.report.records import Facts, JudgedPrompt, Round, Summary, read_rows, start_name
 from rlhf.report.render import Figure
 
 SHOWN = 6
@@ -24,7 +24,12 @@ def rounds_section(run: Path, summary: Summary) -> dict[str, Any] | None:
     rounds = summary["rounds"]
     if len(rounds) < 2:
         return None
-    return {"table": _table(rounds), "figures": _figures(rounds, summary), "samples": _samples(run, rounds)}
+    start = start_name(summary)
+    return {
+        "table": _table(rounds, start),
+        "figures": _figures(rounds, summary),
+        "samples": _samples(run, rounds, start.removeprefix("the ")),
+    }
 
 
 def rounds_verdict(summary: Summary) -> list[str]:
@@ -67,7 +72,7 @@ def _shares(section: Facts) -> str:
     return "-" if shares is None else " / ".join(f"{100 * share:.0f}" for share in shares) + " %"
 
 
-def _table(rounds: Sequence[Round]) -> list[dict[str, str]]:
+def _table(rounds: Sequence[Round], start: str) -> list[dict[str, str]]:
     """Return a row a round; a column of which nothing is known is left out. Hindsight is for runs without a true reward."""
     rows = []
     for entry in rounds:
@@ -79,7 +84,7 @@ def _table(rounds: Sequence[Round]) -> list[dict[str, str]]:
                 "true reward": number(policy, "gold"),
                 "from the round before": f"{change['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if change else "-",
                 "win / tie / lose": _shares(change) if change else "-",
-                "against SFT": _shares(policy),
+                f"against {start}": _shares(policy),
                 "in hindsight": "-" if policy["gold"] is not None else number(entry.get("hindsight") or {}, "win_rate"),
                 "KL": number(policy, "kl", ".1f"),
                 "words": number(policy, "words", ".1f"),
@@ -108,13 +113,13 @@ def _figures(rounds: Sequence[Round], summary: Summary) -> list[Figure]:
     numbers = [float(entry["round"]) for entry in evaluated]
     figures: list[Figure] = []
     if evaluated and evaluated[0]["policy"]["gold"] is not None:
-        gold = [entry["policy"]["gold"] for entry in evaluated]
+        start, gold = start_name(summary), [entry["policy"]["gold"] for entry in evaluated]
         best = summary["best_of_16"]["by_gold"]["gold"]
         series = {
             "policy": ([0.0, *numbers], [summary["sft"]["gold"], *gold]),
-            "best of 16 by true reward, from SFT": ([0.0, *numbers], [best] * (len(numbers) + 1)),
+            f"best of 16 by true reward, from {start}": ([0.0, *numbers], [best] * (len(numbers) + 1)),
         }
-        svg = curves(series, x="round (0 is SFT)", y="true reward", whole_x=True)
+        svg = curves(series, x=f"round (0 is {start})", y="true reward", whole_x=True)
         figures.append(("True reward by round", "On the same held-out prompts.", Markup(svg)))
     labels = [
         (float(e["round"]), e["labels"]["fresh_accuracy"]) for e in rounds if e["labels"]["fresh_accuracy"] is not None
@@ -127,8 +132,8 @@ def _figures(rounds: Sequence[Round], summary: Summary) -> list[Figure]:
     return figures
 
 
-def _samples(run: Path, rounds: Sequence[Round]) -> list[dict[str, object]]:
-    """Return a few prompts with SFT's answer and each round's."""
+def _samples(run: Path, rounds: Sequence[Round], start: str) -> list[dict[str, object]]:
+    """Return a few prompts with the answer of SFT, or of the backbone in its place, and each round's."""
     by_round: list[tuple[int, list[JudgedPrompt]]]
     by_round = [(e["round"], read_rows(run / f"round-{e['round']}" / "evaluate" / "samples.jsonl")) for e in rounds]
     by_round = [(number, rows) for number, rows in by_round if rows]
@@ -137,7 +142,7 @@ def _samples(run: Path, rounds: Sequence[Round]) -> list[dict[str, object]]:
     return [
         {
             "prompt": by_round[0][1][i]["prompt"],
-            "answers": [("SFT", by_round[0][1][i]["sft"], by_round[0][1][i]["gold_sft"])]
+            "answers": [(start, by_round[0][1][i]["sft"], by_round[0][1][i]["gold_sft"])]
             + [(f"round {number}", rows[i]["policy"], rows[i]["gold_policy"]) for number, rows in by_round],
         }
         for i in range(min(SHOWN, len(by_round[0][1])))

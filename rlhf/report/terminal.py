@@ -8,32 +8,48 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf.progress import duration
+from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import checks_line
-from rlhf.report.records import Facts, Summary, read_summary
+from rlhf.report.noise import suspects, wrong_labels
+from rlhf.report.records import Facts, Summary, read_summary, start_name
 from rlhf.report.rounds import known_columns, last_evaluated, number
 
 
 def show_summary(out: Path, output: Console) -> None:
     """Print the run in numbers."""
     summary = read_summary(out)
-    last = last_evaluated(summary)
-    table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
-    table.add_column("")
-    for heading in ("SFT", "policy", "best of 16\nby reward", "best of 16\nby gold"):
-        table.add_column(heading, justify="right")
-
-    sections = (summary["sft"], last["policy"], summary["best_of_16"]["by_reward"], summary["best_of_16"]["by_gold"])
-    for name, label in (
-        ("gold", "true reward"),
-        ("proxy", "reward model"),
-        ("kl", "KL to SFT, nats"),
-        ("win_rate", "win rate vs SFT"),
-    ):
-        cells = [number(section, name) for section in sections]
-        if any(text != "-" for text in cells):
-            table.add_row(label, *cells)
-    if table.row_count:
+    last, start = last_evaluated(summary), start_name(summary)
+    best = summary["best_of_16"]
+    sections = {
+        start.removeprefix("the "): summary["sft"],
+        "policy": last["policy"],
+        "best of 16\nby reward": best["by_reward"],
+        "best of 16\nby gold": best["by_gold"],
+    }
+    names = {
+        "gold": "true reward",
+        "proxy": "reward model",
+        "kl": f"KL to {start}, nats",
+        "win_rate": f"win rate vs {start}",
+    }
+    rows = [
+        {"": label, **{heading: number(section, name) for heading, section in sections.items()}}
+        for name, label in names.items()
+    ]
+    rows = [row for row in rows if set(row.values()) != {row[""], "-"}]
+    if rows:
+        rows = known_columns(rows)
+        table = Table(title=f"{summary['recipe']}, seed {summary['seed']}")
+        for heading in rows[0]:
+            table.add_column(heading, justify="right" if heading else "left")
+        for row in rows:
+            table.add_row(*row.values())
         output.print(table)
+    for subject, name in ((GOLD, "gold"), (SCORE, "proxy")):
+        if last["policy"][name] is not None:
+            sentence = change_sentence(subject, last["policy"], summary["sft"], name, start_name=start)
+            output.print(sentence, markup=False, soft_wrap=True)
     if len(summary["rounds"]) > 1:
         output.print(_rounds_table(summary))
     if summary["gold_gap_closed"] is not None:
@@ -117,23 +133,12 @@ def estimates_table(name: str, stages: Sequence[_Estimate]) -> Table:
         table.add_column(heading, justify="right")
     for stage in stages:
         numbers = (f"{stage.rows:,}", f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.bytes / 2**30:.1f}")
-        table.add_row(stage.folder, *numbers, _duration(stage.seconds))
+        table.add_row(stage.folder, *numbers, duration(stage.seconds))
     table.add_section()
     peak = max(stage.bytes for stage in stages) / 2**30
     total = sum(stage.seconds for stage in stages)
-    table.add_row("all", "", "", "", f"{peak:.1f}", _duration(total))
+    table.add_row("all", "", "", "", f"{peak:.1f}", duration(total))
     return table
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds, minutes or hours, as a person says it.
-
-    >>> _duration(41.6), _duration(200), _duration(9000)
-    ('42 s', '3.3 min', '2.5 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class _Check(Protocol):
@@ -188,13 +193,12 @@ def findings_table(name: str, findings: Sequence[_Finding]) -> Table:
     return table
 
 
-def audit_line(result: Facts) -> str:
-    """Return what `rlhf audit` found, in one line."""
-    noise = result["noise_rate"]
-    verdict = (
-        f"about {noise['mean']:.1%} of the labels wrong (between {noise['low']:.1%} and {noise['high']:.1%}); "
-        f"{len(result['suspicious'])} suspicious rows, first {result['suspicious'][:10]}"
-    )
-    if result["vote"]["scale"] == 0:
-        verdict = "the votes agree with the labels no more than chance, so they say nothing about them"
-    return f"{result['kept_pairs']} pairs; {verdict}"
+def audit_lines(result: Facts) -> list[str]:
+    """Return what `rlhf audit` found, a sentence a line."""
+    noise, suspicious = result["vote"], result["suspicious"]
+    sentences = wrong_labels(noise)
+    if noise["scale"] != 0:
+        sentences.append(
+            f"{suspects(noise, len(suspicious))} The first: {', '.join(map(str, suspicious[:10])) or 'none'}."
+        )
+    return [f"{result['kept_pairs']} pairs.", *sentences]

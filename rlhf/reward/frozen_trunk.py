@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.packing import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
+from rlhf.progress import track
 
 FEATURES = "features.npy"
 TOLERANCE = 1e-4
@@ -151,7 +151,7 @@ class Trunk:
         hook = first_of_member.register_forward_pre_hook(stop, with_kwargs=True)
         device = next(self.model.parameters()).device
         try:
-            for batch in tqdm(batches_by_length(lengths, SCORING_BATCH), desc="vote: trunk", disable=None):
+            for batch in track(batches_by_length(lengths, SCORING_BATCH), "vote: trunk"):
                 packed, attention = features.inputs(batch)
                 positions = {"position_ids": packed.position_ids.to(device)} if shares else {}
                 try:
@@ -248,7 +248,7 @@ class Member:
             args: read are learning rate and schedule, batch size times accumulation, epochs, weight decay, clipping and
                 seed; the rest is for a Trainer.
             objective: (rewards_chosen, rewards_rejected, which pairs) → loss of each, [b] nats.
-            label: what the progress bar says.
+            label: what people know the member by.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -262,7 +262,7 @@ class Member:
         sampler = GroupedByLength([lengths[i] for i in pairs], size, seed=args.seed)
         order: list[int] = []
         self.model.eval()  # dropout off, as in the reward trainers
-        for step in tqdm(range(steps), desc=label, disable=None):
+        for step in track(range(steps), label, unit="steps"):
             epoch, place = divmod(step, batches_an_epoch)
             if place == 0:
                 sampler.set_epoch(epoch)

@@ -13,6 +13,7 @@ from rlhf.objectives.strength import vote_strength
 from rlhf.pipeline.audit import audit, length_alarm, length_bias
 from rlhf.recipe import load_recipe
 from rlhf.report.audit import mark, write_audit_page
+from rlhf.report.terminal import audit_lines
 from tests.conftest import WORDS
 
 
@@ -74,6 +75,29 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
         }
         page = write_audit_page(tmp_path / "single.html", other, [], [-1.0, 1.0], [0.0, 0.0]).read_text()
         assert ("no more than chance" in page) == said
+    headline = {
+        0.0: [
+            "do not show that any label is wrong",
+            "30.0%, the estimate by confident learning, is not evidence",
+            "nor that cleaned.jsonl is better",
+        ],
+        0.1: [
+            "At least 10.0% of the labels are wrong",
+            "30.0%, the estimate by confident learning, is not proved",
+            "if 30.0% of all labels are",
+        ],
+    }
+    for low, parts in headline.items():
+        vote = result["vote"] | {"flip_rate": 0.3, "low": low, "high": 0.355, "scale": 1.0}
+        page = write_audit_page(
+            tmp_path / "single.html", result | {"vote": vote}, [], [-1.0, 1.0], [0.0, 0.0]
+        ).read_text()
+        terminal = "\n".join(audit_lines(result | {"vote": vote}))
+        for part in (*parts, "every contradiction were the label&#39;s fault, 35.5% would be wrong at most"):
+            assert part in page, part
+            assert part.replace("&#39;", "'") in terminal, part
+        assert ("At least" in page) == (low > 0)
+        assert "probably wrong" not in page
     by = result["by"]["annotator"]
     assert by["careless"]["agreement"] < by["careful"]["agreement"]
     assert [bucket["n"] for bucket in result["buckets"]] == [15] * 10

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from rlhf.cli.console import output
 from rlhf.data import http
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import read_questions
@@ -22,6 +23,7 @@ from rlhf.pipeline.store import Store
 from rlhf.pipeline.summary import _best
 from rlhf.recipe import Recipe, load_recipe
 from rlhf.recipe.schema import RoundsSection
+from rlhf.report.terminal import show_summary
 from rlhf.reward.load import load_reward_model
 from rlhf.serve.desk import export_to, import_from, open_book, progress_lines
 
@@ -346,14 +348,24 @@ evaluate: {prompts: 16}
 """
 
 
-def test_a_model_and_prompts_are_enough_to_begin_with(finished: Path, tmp_path: Path, judge_url: str) -> None:
-    """No pair and no demonstration: all that the reward model learns from, and is judged on, is labelled on the way."""
+def test_a_model_and_prompts_are_enough_to_begin_with(
+    finished: Path, tmp_path: Path, judge_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No pair, no demonstration and no word of SFT: all that the reward model learns from, and is judged on, is labelled on the way."""
     (tmp_path / "cold.yaml").write_text(COLD)
     begin, prompts = finished / "x/round-0/sft/model", finished / "x/round-0/data/data/prompts.jsonl"
     named = [f"backbone.model={begin}", f"data.prompts={prompts}", f"rounds.judge_url={judge_url}"]
     made = load_recipe(tmp_path / "cold.yaml", named)
-    run = tmp_path / "x"
-    run_recipe(made, run, say=lambda _: None)
+    run, lines = tmp_path / "x", list[str]()
+    run_recipe(made, run, say=lines.append)
+    show_summary(run, output)
+    texts = [run / "report.html", *run.glob("round-*/*/model/README.md")]
+    assert len(texts) == 5
+    told = {str(file): file.read_text() for file in texts}
+    told |= {"terminal": capsys.readouterr().out, "the run": "\n".join(lines)}
+    for place, text in told.items():
+        assert "SFT" not in text, f"{place}: there was none"
+        assert "backbone" in text or place == "the run", place
     assert {file.name for file in (run / "round-0/data/data").iterdir()} == {"prompts.jsonl", "test_prompts.jsonl"}
     judged: list[dict[str, Any]] = []
     for number in (1, 2):
@@ -412,7 +424,7 @@ def test_rules_stop_a_run_for_what_the_manifests_say(finished: Path, tmp_path: P
     known = json.loads(manifest.read_text())
     known["facts"]["noise"] |= {"low": 0.3, "flip_rate": 0.35}
     manifest.write_text(json.dumps(known))
-    assert "disagree with 35.0% of the labels (at least 30.0%)" in str(reason("round-2/vote", max_noise=0.2))
+    assert "At least 30.0% of the labels are wrong" in str(reason("round-2/vote", max_noise=0.2))
     manifest = run / "round-2/reward/manifest.json"
     known = json.loads(manifest.read_text())
     known["facts"]["hindsight"] |= {"win_rate": 0.3, "win_rate_ci": [0.2, 0.4]}

@@ -320,7 +320,14 @@ def test_a_signal_saves_and_exits(finished: Path, tmp_path: Path, stage: str, se
     assert stopped.returncode == code, stopped.stderr[-2000:]
     assert f"{sent.name}: stopped. The same command goes on" in stopped.stderr
     assert a_checkpoint(tmp_path / "x", stage)
-    assert rlhf("run", "r.yaml", "--out", "x", "--until", until, cwd=tmp_path).returncode == 0
+    noted = tmp_path / "x" / stage / "checkpoints/seconds.json"
+    assert 0 < json.loads(noted.read_text()) < 60
+    noted.write_text("1000")  # a stage of which this much had been done
+    again = rlhf("run", "r.yaml", "--out", "x", "--until", until, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "1000 s of them before it was interrupted" in again.stdout
+    assert 1000 < json.loads((tmp_path / "x" / stage / "manifest.json").read_text())["seconds"] < 1060
+    assert 1000 < json.loads((tmp_path / "x/summary.json").read_text())["seconds"][until] < 1060
     assert digests(tmp_path / "x", stage) == digests(finished / "x", stage)
 
 
@@ -662,13 +669,16 @@ def test_experts_that_were_trained_are_not_trained_again(tmp_path: Path) -> None
     (tmp_path / "e.yaml").write_text(EXPERTS)
     assert rlhf("reward", "e.yaml", "--out", "whole", cwd=tmp_path).returncode == 0
     process = Process(("reward", "e.yaml", "--out", "cut"), tmp_path)
-    second = tmp_path / "cut/round-1/reward/checkpoints/expert-1"
+    first, second = (tmp_path / f"cut/round-1/reward/checkpoints/expert-{number}" for number in range(2))
     wait_for(lambda: list(second.glob("checkpoints/checkpoint-*/*")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    for expert, seconds in ((first, 3000), (second, 400)):
+        (expert / "checkpoints/seconds.json").write_text(str(seconds))
     again = rlhf("reward", "e.yaml", "--out", "cut", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "expert harmless was trained before" in again.stdout
+    assert "3400 s of them before it was interrupted" in again.stdout, "both experts' seconds, each once"
     for number in range(2):
         weights = [
             load_file(tmp_path / f"{run}/round-1/reward/model/expert-{number}/adapter_model.safetensors")

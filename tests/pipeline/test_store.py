@@ -10,7 +10,7 @@ from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.stage_table import STAGES
-from rlhf.pipeline.store import MARK, Stage, Store, mark_checkpoint, newest_checkpoint
+from rlhf.pipeline.store import MARK, Stage, Store, mark_checkpoint, newest_checkpoint, write_seconds
 from rlhf.recipe.document import differences
 
 
@@ -71,6 +71,19 @@ def test_an_unfinished_stage_keeps_its_checkpoints_only_if_it_is_the_same(tmp_pa
     assert not (folder / "half-written").exists()
     store.open(stages(learning_rate=0.3)[0])
     assert not (folder / "checkpoints").exists()
+
+
+def test_seconds_are_those_noted_beside_checkpoints(tmp_path: Path) -> None:
+    store, (sft, _) = Store(tmp_path), stages()
+    folder = store.open(sft)
+    assert store.seconds_kept(sft) == 0.0
+    for place, seconds in (("checkpoints", 30.0), ("checkpoints/member-0/checkpoints", 4.5)):
+        (folder / place).mkdir(parents=True)
+        write_seconds(folder / place, seconds)
+    store.open(sft)
+    assert store.seconds_kept(sft) == 34.5
+    damage(folder / "checkpoints/seconds.json", "zeros")
+    assert store.seconds_kept(sft) == 4.5, "a number that is lost costs no run"
 
 
 def checkpoints(folder: Path) -> tuple[Path, Path, Path]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,3 +132,25 @@ def test_checks_of_trainers_models_and_ensembles_are_joined() -> None:
     joined = checks_of(ensemble, len, SimpleNamespace(checks=None))
     assert joined["score alone = in a batch"]["statistic"] == 0.9
     assert joined["score alone = in a batch"]["times"] == 2
+
+
+def test_the_seconds_of_two_attempts_are_noted_together(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """The second attempt goes on from a checkpoint that is said to have taken a thousand seconds."""
+    arguments = {**cpu_arguments, "output_dir": str(tmp_path / "checkpoints"), "save_strategy": "steps"}
+    args = RewardConfig(**arguments, num_train_epochs=1, per_device_train_batch_size=8, save_steps=3)
+
+    def attempt() -> None:
+        torch.manual_seed(0)
+        model: Any = build_reward_model(base_folder, pad_token_id=tokenizer.pad_token_id)
+        trainer = StagePairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+        train(trainer, tmp_path, label="reward", say=silent)
+
+    attempt()
+    noted = tmp_path / "checkpoints/seconds.json"
+    assert 0 < json.loads(noted.read_text()) < 60
+    shutil.rmtree(tmp_path / "checkpoints/checkpoint-5")
+    noted.write_text("1000")
+    attempt()
+    assert 1000 < json.loads(noted.read_text()) < 1060

@@ -1,0 +1,45 @@
+"""What a vote says of labels in words: as much as its evidence carries, and what it is not evidence of."""
+
+from rlhf.report.records import Facts
+
+NO_BETTER_THAN_CHANCE = "The votes agree with the labels no more than chance, so they say nothing about them."
+
+
+def wrong_labels(noise: Facts) -> list[str]:
+    """Return sentences on how many labels are wrong.
+
+    What sure votes contradict is proved (`low`, 95 %). All contradictions are labels' faults only if no vote errs (`high`).
+    The estimate by confident learning rests on how sure the votes say they are, which nothing here tests: it is no headline.
+
+    Args:
+        noise: `flip_rate`, `low`, `high` and `scale` as in `rlhf.reward.noise.NoiseEstimate`.
+
+    >>> wrong_labels({"flip_rate": 0.31, "low": 0.0, "high": 0.36, "scale": 1.2})[0]
+    'The votes do not show that any label is wrong: their own errors can explain all their contradictions (95 % interval).'
+    >>> wrong_labels({"flip_rate": 0.24, "low": 0.12, "high": 0.3, "scale": 1.2})[0]
+    'At least 12.0% of the labels are wrong (95 % interval): sure votes contradict them.'
+    """
+    if noise["scale"] == 0:
+        return [NO_BETTER_THAN_CHANCE]
+    most = f"If every contradiction were the label's fault, {noise['high']:.1%} would be wrong at most"
+    estimate = f"{noise['flip_rate']:.1%}, the estimate by confident learning"
+    if noise["low"] > 0:
+        return [
+            f"At least {noise['low']:.1%} of the labels are wrong (95 % interval): sure votes contradict them.",
+            f"{most}; {estimate}, is not proved.",
+        ]
+    return [
+        "The votes do not show that any label is wrong: their own errors can explain all their contradictions (95 % interval).",
+        f"{most}; {estimate}, is not evidence, for it takes errors of these votes for those of labels.",
+    ]
+
+
+def suspects(noise: Facts, count: int) -> str:
+    """Return a sentence on the rows that an audit lists, and leaves out of `cleaned.jsonl`.
+
+    >>> suspects({"flip_rate": 0.24, "low": 0.12}, 7)
+    '7 rows are more likely wrong than right, if 24.0% of all labels are wrong.'
+    """
+    if noise["low"] > 0:
+        return f"{count} rows are more likely wrong than right, if {noise['flip_rate']:.1%} of all labels are wrong."
+    return f"{count} rows are the ones to read first; neither is shown: that they are wrong, nor that cleaned.jsonl is better."
