@@ -62,6 +62,8 @@ def _reason(name: str | Path, error: Exception) -> str:
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
         return "no model there (neither config.json nor adapter_config.json)."
+    if str(name).startswith(("/", ".", "~")) and not Path(expand(name)).exists():
+        return "no model there (no such folder)."
     return f"can't be opened as a model ({type(error).__name__}: {first})"
 
 

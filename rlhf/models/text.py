@@ -260,11 +260,13 @@ def adopt_encoder_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 # What tokens are called that nobody needs, the best first.
 SPARE_WORDS = ("pad", "PAD", "reserved", "extra", "unused", "endoftext")
 # Every byte that UTF-8 has: all characters of one and two bytes, one for each first byte of a longer one.
-_EVERY_BYTE = "".join(map(chr, (*range(0x800), *range(0x800, 0xD800, 0x400), 0xE000, 0xF000, *range(0x10000, 0x110000, 0x30000))))
+_EVERY_BYTE = "".join(
+    map(chr, (*range(0x800), *range(0x800, 0xD800, 0x400), 0xE000, 0xF000, *range(0x10000, 0x110000, 0x30000)))
+)
 
 
 def _knows_all(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether a tokenizer has ids for every text, as with bytes or byte fallback, and never writes its unknown token."""
+    """Tell whether a tokenizer, having an id for every byte, never writes its unknown token."""
     return tokenizer.unk_token_id not in tokenizer(_EVERY_BYTE, add_special_tokens=False)["input_ids"]
 
 
@@ -299,7 +301,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool,
         if token.special and token.content not in used
     ]
     spare = [token for word in SPARE_WORDS for token in unused if word in token]
-    if not spare and tokenizer.unk_token not in (None, tokenizer.bos_token, tokenizer.eos_token) and _knows_all(tokenizer):
+    if (
+        not spare
+        and tokenizer.unk_token not in (None, tokenizer.bos_token, tokenizer.eos_token)
+        and _knows_all(tokenizer)
+    ):
         spare = [tokenizer.unk_token]
     if not spare and not pads:
         return

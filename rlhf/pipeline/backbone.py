@@ -16,6 +16,7 @@ from rlhf.errors import UserError
 from rlhf.models.generate import encode_prompts
 from rlhf.models.load import encoder_type, find_source, load_tokenizer
 from rlhf.models.open import open_config
+from rlhf.models.templates import template_problems
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
 
@@ -46,7 +47,7 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
         tokenizer = load_tokenizer(name, conversational=True, revision=revision)
     except UserError as error:
         raise UserError([f"backbone.model: {problem}" for problem in error.problems]) from error
-    if not problems and until not in WITHOUT_A_POLICY:
+    if not problems and until not in (*WITHOUT_A_POLICY, "sft"):
         problems += _short_context(recipe, name, config, tokenizer)
     if problems:
         raise UserError([f"backbone.model: {problem}" for problem in problems])
@@ -62,7 +63,7 @@ def _misfits(name: str, revision: str | None, config: PreTrainedConfig, until: s
         )
     elif until not in WITHOUT_A_POLICY and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         yield f"{name}: transformers has no language model of the architecture {config.model_type!r}; take another model."
-    if until != "data" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    elif until != "data" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         yield (
             f"{name}: transformers has no sequence classifier of the architecture {config.model_type!r}, so no reward model can be "
             "made of it; take another model."
@@ -103,10 +104,15 @@ def _short_context(
 
 
 def _prompt_lengths(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens of the first prompts of the recipe's local files; none where they lie on a hub."""
+    """Return the tokens of the first prompts of the recipe's local files.
+
+    None where they lie on a hub, or where the chat template refuses them, which is told when they are read.
+    """
     entries = recipe.data.sources("prompts") or recipe.data.sources("preferences")
     sources = [Source(**entry.model_dump()) for entry in entries if is_local(entry.source)]
     reports: list[ReadReport] = []
     rows = read_sources(sources, to_prompts, reports, "prompts", recipe.seed)
     prompts = [row.values["prompt"] for row in rows.train[:MEASURED_PROMPTS]]
-    return [len(ids) for ids in encode_prompts(tokenizer, prompts, max_prompt_length=None)] if prompts else []
+    if not prompts or template_problems(tokenizer, prompts):
+        return []
+    return [len(ids) for ids in encode_prompts(tokenizer, prompts, max_prompt_length=None)]

@@ -52,9 +52,7 @@ def turns(i: int, side: int) -> list[dict[str, str]]:
 def binarized(i: int) -> list[dict[str, Any]]:
     """HuggingFaceH4/ultrafeedback_binarized: both conversations whole, `messages` the better one."""
     sides = {"chosen": turns(i, 0), "rejected": turns(i, 1), "messages": turns(i, 0)}
-    return [
-        {"prompt": question(i), "prompt_id": f"{i:064x}", **sides, "score_chosen": 8.5, "score_rejected": 4.0}
-    ]
+    return [{"prompt": question(i), "prompt_id": f"{i:064x}", **sides, "score_chosen": 8.5, "score_rejected": 4.0}]
 
 
 def rated(i: int) -> list[dict[str, Any]]:
@@ -153,9 +151,7 @@ class StandIn(NamedTuple):
 
 def _qwen_3(*, tied: bool) -> StandIn:
     sizes = TINY | {"tie_word_embeddings": tied}
-    return StandIn(
-        "Qwen3", Qwen3Config, sizes, templates.qwen_3, "ChatML with thoughts", ("<|im_end|>", "<|endoftext|>")
-    )
+    return StandIn("Qwen3", Qwen3Config, sizes, templates.qwen_3, "ChatML, thoughts", ("<|im_end|>", "<|endoftext|>"))
 
 
 GEMMA_3 = TINY | {
@@ -177,7 +173,7 @@ MODELS: dict[str, StandIn] = {
         ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
     ),
     "google/gemma-3-1b-it": StandIn(
-        "Gemma 3, sliding windows", Gemma3TextConfig, GEMMA_3, templates.gemma_3, "Gemma 3", ("<eos>", "<end_of_turn>")
+        "Gemma 3", Gemma3TextConfig, GEMMA_3, templates.gemma_3, "Gemma 3", ("<eos>", "<end_of_turn>")
     ),
     "meta-llama/Llama-2-7b-hf": StandIn(
         "Llama", LlamaConfig, TINY | {"num_key_value_heads": 4}, templates.llama_2, "none: transcripts", ("</s>",)
@@ -187,7 +183,7 @@ MODELS: dict[str, StandIn] = {
         Qwen2Config,
         {key: value for key, value in TINY.items() if key != "head_dim"} | {"tie_word_embeddings": True},
         templates.qwen_2_5,
-        "ChatML with a system turn",
+        "ChatML, system turn",
         ("<|im_end|>", "<|endoftext|>"),
     ),
     "HuggingFaceTB/SmolLM2-135M-Instruct": StandIn(
@@ -195,11 +191,11 @@ MODELS: dict[str, StandIn] = {
         LlamaConfig,
         TINY | {"tie_word_embeddings": True},
         templates.smol_lm_2,
-        "ChatML with a system turn",
+        "ChatML, system turn",
         ("<|im_end|>",),
     ),
     "sentence-transformers/all-MiniLM-L6-v2": StandIn(
-        "BERT, an encoder",
+        "BERT",
         BertConfig,
         {key: TINY[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
         templates.bert,
@@ -236,7 +232,7 @@ def build_model(name: str, folder: Path) -> Path:
 
 ROOT = Path(__file__).parents[2] / "recipes"
 # The recipe of each architecture that the suite runs to its end; `tests/benchmarks/stand_ins.py` runs every one.
-RUN_TO_THE_END = ("models/qwen3-8b-helpsteer3-qlora.yaml", "models/gemma-3-1b-hh-lora.yaml", "secrets-of-rlhf.yaml")
+RUN_TO_THE_END = ("models/qwen3-8b-qlora.yaml", "models/gemma-3-1b-lora.yaml", "secrets-of-rlhf.yaml")
 
 
 def _recipes() -> dict[str, bool]:
@@ -314,13 +310,12 @@ STAGES = ("check", "dry-run", "sft", "vote", "reward", "ppo", "evaluate")
 
 def coverage_table() -> str:
     """Return the table architecture × template × stage → test, from the entries above and the plans of the recipes."""
-    checked, ran = "`checked`", "`run`"
     lines = [f"| architecture | chat template | recipe | {' | '.join(STAGES)} |", f"|{'---|' * (len(STAGES) + 3)}"]
-    for name, is_run in sorted(RECIPES.items(), key=lambda item: (MODELS[str(named(item[0]).backbone.model)][0], item[0])):
+    rows = [(MODELS[str(named(name).backbone.model)], name) for name in RECIPES]
+    for stand_in, name in sorted(rows, key=lambda row: (row[0].architecture, row[0].template, row[1])):
         recipe = named(name)
-        stand_in = MODELS[str(recipe.backbone.model)]
         planned = {stage.name for stage in plan(recipe)} if stand_in.ends else {"reward"}
-        cells = [checked, checked if stand_in.ends else ""]
-        cells += [(ran if is_run else "`all`") if stage in planned else "" for stage in STAGES[2:]]
+        cells = ["c", "c" if stand_in.ends else ""]
+        cells += [("r" if RECIPES[name] else "b") if stage in planned else "" for stage in STAGES[2:]]
         lines.append(f"| {stand_in.architecture} | {stand_in.template} | {Path(name).stem} | {' | '.join(cells)} |")
     return "\n".join(lines)

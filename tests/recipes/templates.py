@@ -160,9 +160,7 @@ def llama_3_1(texts: Sequence[str]) -> Any:
             processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, inner.token_to_id(begin))]),
         ]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token=begin, eos_token=end, model_max_length=131072
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=begin, eos_token=end, model_max_length=131072)
     tokenizer.chat_template = LLAMA_3_1
     return tokenizer
 

@@ -137,4 +137,6 @@ def test_padding_tokens(tokenizers: dict[str, Any], tmp_path: Any) -> None:
         getattr(templates, name)(texts()).save_pretrained(tmp_path / name)
         tokenizer = load_tokenizer(tmp_path / name, conversational=True)
         assert tokenizer.pad_token == pad
-        assert tokenizer.pad_token_id not in tokenizer("any 語 \U0001f9ff text\x00", add_special_tokens=False)["input_ids"]
+        assert (
+            tokenizer.pad_token_id not in tokenizer("any 語 \U0001f9ff text\x00", add_special_tokens=False)["input_ids"]
+        )
