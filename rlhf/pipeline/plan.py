@@ -57,7 +57,11 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
     """
     origins: dict[str, Stage] = {}
     if recipe.lab is not None:
-        origins["lab"] = add("lab", "round-0/lab", recipe.lab.model_dump())
+        settings = recipe.lab.model_dump()
+        if recipe.lab.is_sampled:
+            settings |= {"backbone": recipe.backbone.model_dump(exclude_none=True)}
+            settings |= _sampling(recipe) | _files(recipe.backbone.model)
+        origins["lab"] = add("lab", "round-0/lab", settings)
     data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
     data = add("data", "round-0/data", data_settings, **origins)
     backbone = recipe.backbone.model_dump(exclude_none=True)
@@ -65,7 +69,7 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
         origins = {"base": add("base", "round-0/base", backbone, data=data)}
     elif recipe.backbone.model is not None:
         origins = {}
-    if recipe.lab is None and recipe.data.sft is None:
+    if not recipe.has_sft:
         return {"data": data}  # the backbone can answer already, and takes SFT's place
     settings = recipe.sft.model_dump() | {"backbone": backbone} | _sampling(recipe) | _gold(recipe)
     settings |= _files(recipe.backbone.model, recipe.evaluate.gold)
