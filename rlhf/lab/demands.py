@@ -185,6 +185,13 @@ KINDS = {
 SHIFT_KINDS = ("long", "opening", "question", "commas")
 
 
+PATTERNS = [
+    (kind, re.compile(re.escape(wording).replace(r"\{value\}", r"(?P<value>[\w ]+?)") + r"(?:\s+|$)"))
+    for kind, entry in KINDS.items()
+    for wording in entry.wordings
+]
+
+
 def parse_demands(text: str) -> list[Demand]:
     """Read back the demands that a text consists of.
 
@@ -194,12 +201,10 @@ def parse_demands(text: str) -> list[Demand]:
     demands: list[Demand] = []
     rest = text.strip()
     while rest:
-        for kind, wording in ((kind, wording) for kind, entry in KINDS.items() for wording in entry.wordings):
-            match = re.match(re.escape(wording).replace(r"\{value\}", r"([\w ]+?)") + r"(?:\s+|$)", rest)
-            if match is not None:
-                demands.append(Demand(kind, match.group(1) if "{value}" in wording else ""))
-                rest = rest[match.end() :]
-                break
-        else:
+        matches = ((kind, pattern.match(rest)) for kind, pattern in PATTERNS)
+        kind, match = next(((kind, match) for kind, match in matches if match is not None), ("", None))
+        if match is None:
             raise ValueError(f"no demand of the lab's world: {rest!r}")
+        demands.append(Demand(kind, match.groupdict().get("value", "")))
+        rest = rest[match.end() :]
     return demands

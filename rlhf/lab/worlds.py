@@ -46,6 +46,6 @@ INSTRUCTIONS = World(
     flattery_count=instructions.flattery_count,
     is_dangerous=instructions.is_dangerous,
     usual_words=25,
-    sharpness=2.0,
+    sharpness=1.5,
 )
 WORLDS = {entry.name: entry for entry in (LISTS, INSTRUCTIONS)}
