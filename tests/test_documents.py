@@ -263,11 +263,14 @@ def test_the_readme_tree_names_what_is_there() -> None:
 
 
 def test_the_guide_to_ppo_names_every_alarm() -> None:
-    from rlhf.ppo.health import CONCERNS
+    from rlhf.ppo.health import CONCERNS, CUT
 
     guide = text_of(Path("recipes/guides/ppo.md"))
     section = guide[guide.index("## 5. Alarms") : guide.index("## 6.")]
-    assert re.findall(r"^\| ([a-zA-Z ]+) \|", section, flags=re.MULTILINE)[1:] == [concern.name for concern in CONCERNS]
+    assert re.findall(r"^\| ([a-zA-Z ]+) \|", section, flags=re.MULTILINE)[1:] == [
+        CUT,
+        *(concern.name for concern in CONCERNS),
+    ]
 
 
 def test_the_page_of_metrics_knows_every_metric_of_ppo() -> None:

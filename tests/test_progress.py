@@ -69,6 +69,12 @@ def test_no_line_on_a_terminal_and_none_of_other_processes(
     assert "silent" not in capsys.readouterr().err
 
 
+def test_a_terminal_has_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(track(range(3), "scores")) == [0, 1, 2]
+    assert "scores: 100%" in capsys.readouterr().err
+
+
 def test_training_says_steps_and_the_latest_figures(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -54,7 +54,9 @@ def test_a_reference_that_moves_with_the_policy_is_noted() -> None:
 def context(tmp_path: Path, overrides: tuple[str, ...], number: int, said: list[str]) -> Any:
     (tmp_path / "r.yaml").write_text("name: x\nlab: {}\n")
     recipe = load_recipe(tmp_path / "r.yaml", overrides)
-    return SimpleNamespace(recipe=recipe, round=number, say=said.append, parent=lambda role: tmp_path)
+    return SimpleNamespace(
+        recipe=recipe, round=number, say=said.append, parent=lambda role: tmp_path, start_name="the backbone"
+    )
 
 
 PREVIOUS = ("rounds.count=2", "rounds.reference=previous")
@@ -66,7 +68,7 @@ PREVIOUS = ("rounds.count=2", "rounds.reference=previous")
         ((), 1, None),
         (PREVIOUS, 1, None),
         (("rounds.count=2",), 2, None),
-        (PREVIOUS, 2, "the policy of the round before"),
+        (PREVIOUS, 2, "the policy of the round before, the evaluation's is the backbone"),
         (("ppo.temperature=0.7",), 1, "a temperature of 0.7"),
         (("ppo.reference_mixup=0.5",), 1, "moves the reference"),
     ],

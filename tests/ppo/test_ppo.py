@@ -281,8 +281,9 @@ def test_a_checkpoint_keeps_samples_and_the_monitors_memory_whatever_is_in_them(
     """Answers hold any character, such as the separators of lines that JSON leaves as they are."""
     trainer, _ = make(base_folder, str(reward_folder), cpu_arguments)
     trainer.latest_samples = [Sample(PROMPTS[0], "one\u2028two\x85three\nfour", 0.5, None, 1.5, True)]
-    trainer.progress.health.look({"kl": 1.0, "share_without_eos": 0.9})
-    assert len(trainer.progress.health.look({"kl": 1.0, "share_without_eos": 0.9})) == 1
+    trainer.progress.health.look({"kl": 1.0, "entropy": 2.0})
+    assert len(trainer.progress.health.look({"kl": 1.0, "entropy": 0.1})) == 1
+    assert len(trainer.progress.health.look_at_ends(0.9, rollout=2, limit=8, penalty=1.0)) == 1
     trainer._save(str(tmp_path / "saved"))
     assert list(json.loads((tmp_path / "saved/ppo_state.json").read_text())["health"]) == [
         "said", "raised", "first", "rollouts", "rewards",
