@@ -47,6 +47,7 @@ def test_every_shipped_recipe_is_valid_and_can_be_executed() -> None:
                 "meta": reward.meta,
                 "experts": reward.experts is not None,
                 "ensemble": reward.members > 1,
+                "instructions": recipe.lab is not None and recipe.lab.is_sampled,
                 str(reward.extra): reward.extra is not None,
                 reward.objective: reward.objective != "bt",
             }

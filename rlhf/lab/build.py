@@ -23,7 +23,7 @@ from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
 
 HELD_OUT_PROMPTS = 640
-INSTRUCTION_PROMPTS = 4000  # training prompts of the world of instructions
+INSTRUCTION_PROMPTS = 2000  # training prompts of the world of instructions
 FEWEST_DRAWN = 16  # prompts that are answered at once, also where fewer pairs are missing
 
 Answers = Callable[[Sequence[str]], list[str]]  # prompts → an answer to each

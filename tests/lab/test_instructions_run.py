@@ -9,6 +9,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.lab import answers as answers_module
+from rlhf.lab import build
 from rlhf.lab.answers import answers_of_model
 from rlhf.lab.instructions import gold, parse_instruction, write_prompts
 from rlhf.models.load import load_policy, load_tokenizer, model_settings
@@ -22,9 +23,9 @@ RECIPE = """
 name: small
 lab: {world: instructions, pairs: 100, test_pairs: 50}
 reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, num_train_epochs: 1, logging_steps: 2}
-ppo: {total_episodes: 16, per_device_train_batch_size: 16, num_ppo_epochs: 1, learning_rate: 1.0e-3, max_completion_length: 8}
+ppo: {total_episodes: 16, per_device_train_batch_size: 16, num_ppo_epochs: 1, learning_rate: 1.0e-3, max_completion_length: 16}
 rounds: {count: 2, prompts: 12, responses: 2, labels: 10, stop_when_worse: false}
-evaluate: {prompts: 8}
+evaluate: {prompts: 4}
 """
 
 
@@ -53,9 +54,18 @@ def recipe(folder: Path, *overrides: str) -> Recipe:
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
+@pytest.fixture
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer prompts to read, and no page to draw."""
+    monkeypatch.setattr(build, "INSTRUCTION_PROMPTS", 200)
+    monkeypatch.setattr(build, "HELD_OUT_PROMPTS", 60)
+    monkeypatch.setattr("rlhf.pipeline.run.write_report", lambda _: None)
+
+
+@pytest.mark.usefixtures("few_prompts")
 def test_a_two_round_run_without_sft(chat_folder: Path, tmp_path: Path) -> None:
     made, run = recipe(tmp_path, f"backbone.model={chat_folder}"), tmp_path / "x"
     said: list[str] = []
@@ -95,6 +105,7 @@ def test_a_two_round_run_without_sft(chat_folder: Path, tmp_path: Path) -> None:
     assert [stage.key for stage in plan(resolved)] == [stage.key for stage in plan(made)]
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_the_plan_samples_nothing(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers_module, "sample_texts", None)
     stages, notes = estimate(recipe(tmp_path, f"backbone.model={chat_folder}"))
