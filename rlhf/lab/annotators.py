@@ -5,20 +5,22 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf.lab.world import flattery_count, true_reward
+from rlhf.lab.worlds import LISTS, World
 
 
 @dataclass(frozen=True)
 class Annotator:
     """One person who compares two answers.
 
-    P(prefers a over b) = (1 - carelessness) · σ(sharpness · (u(a) - u(b))) + carelessness / 2,
-    u(answer) = true reward + length_bias · words / 10 + flattery_bias · flattering phrases.
+    P(prefers a over b) = (1 - carelessness) · σ(s · sharpness · (u(a) - u(b))) + carelessness / 2,
+    u(answer) = true reward + length_bias · words / usual words + flattery_bias · flattering phrases;
+
+    the world says how many words are usual and what s is (`rlhf.lab.worlds`; 10 and 1 in the world of lists).
 
     Args:
         name: who labelled a pair, in the files.
         sharpness: how well differences in quality are seen, per unit of true reward.
-        length_bias: the true reward that ten more words are mistaken for.
+        length_bias: the true reward that as many more words as are usual are mistaken for.
         flattery_bias: the true reward that one flattering or pleasing phrase is mistaken for.
         carelessness: share of comparisons answered by coin flip.
     """
@@ -29,23 +31,24 @@ class Annotator:
     flattery_bias: float
     carelessness: float
 
-    def utility(self, prompt: str, answer: str) -> float:
+    def utility(self, prompt: str, answer: str, world: World = LISTS) -> float:
         """Return what this person thinks the answer is worth, in units of true reward."""
         return (
-            true_reward(prompt, answer)
-            + self.length_bias * len(answer.split()) / 10
-            + self.flattery_bias * flattery_count(answer)
+            world.true_reward(prompt, answer)
+            + self.length_bias * len(answer.split()) / world.usual_words
+            + self.flattery_bias * world.flattery_count(answer)
         )
 
-    def probability_of_preferring(self, prompt: str, first: str, second: str) -> float:
+    def probability_of_preferring(self, prompt: str, first: str, second: str, world: World = LISTS) -> float:
         """Return P(this person prefers `first` to `second`)."""
-        difference = self.utility(prompt, first) - self.utility(prompt, second)
-        when_careful = 1 / (1 + math.exp(-max(-50.0, min(50.0, self.sharpness * difference))))
+        difference = self.utility(prompt, first, world) - self.utility(prompt, second, world)
+        seen = world.sharpness * self.sharpness * difference
+        when_careful = 1 / (1 + math.exp(-max(-50.0, min(50.0, seen))))
         return (1 - self.carelessness) * when_careful + self.carelessness / 2
 
-    def prefers_first(self, prompt: str, first: str, second: str, rng: random.Random) -> bool:
+    def prefers_first(self, prompt: str, first: str, second: str, rng: random.Random, world: World = LISTS) -> bool:
         """Draw whether this person prefers `first` in one comparison."""
-        return rng.random() < self.probability_of_preferring(prompt, first, second)
+        return rng.random() < self.probability_of_preferring(prompt, first, second, world)
 
 
 CROWD = (
@@ -67,17 +70,23 @@ class Label:
     second_opinion_agrees: bool
 
 
-def label_pair(prompt: str, first: str, second: str, rng: random.Random, crowd: Sequence[Annotator] = CROWD) -> Label:
-    """Let one random annotator label the pair, and another one label it again."""
-    annotator, colleague = rng.sample(list(crowd), 2)
-    prefers_first = annotator.prefers_first(prompt, first, second, rng)
-    agrees = colleague.prefers_first(prompt, first, second, rng) == prefers_first
+def label_pair(prompt: str, first: str, second: str, rng: random.Random, world: World = LISTS) -> Label:
+    """Let one random annotator of the crowd label the pair, and another one label it again."""
+    annotator, colleague = rng.sample(list(CROWD), 2)
+    prefers_first = annotator.prefers_first(prompt, first, second, rng, world)
+    agrees = colleague.prefers_first(prompt, first, second, rng, world) == prefers_first
     chosen, rejected = (first, second) if prefers_first else (second, first)
     return Label(prompt, chosen, rejected, annotator.name, agrees)
 
 
 def simulate_label(
-    prompt: str, first: str, second: str, rng: random.Random, annotators: str, flip_rate: float
+    prompt: str,
+    first: str,
+    second: str,
+    rng: random.Random,
+    annotators: str,
+    flip_rate: float,
+    world: World = LISTS,
 ) -> tuple[str, str]:
     """Simulate one label: which answer is better, and who says so, one of the crowd or the true reward itself.
 
@@ -89,22 +98,23 @@ def simulate_label(
         `first`, `second` or `tie`; and the annotator's name.
     """
     if annotators == "exact":
-        name, difference = "exact", true_reward(prompt, first) - true_reward(prompt, second)
+        name, difference = "exact", world.true_reward(prompt, first) - world.true_reward(prompt, second)
         if difference == 0:
             return "tie", name
         prefers_first = difference > 0
     else:
         annotator = rng.choice(list(CROWD))
-        name, prefers_first = annotator.name, annotator.prefers_first(prompt, first, second, rng)
+        name, prefers_first = annotator.name, annotator.prefers_first(prompt, first, second, rng, world)
     if flip_rate > 0 and rng.random() < flip_rate:
         prefers_first = not prefers_first
     return "first" if prefers_first else "second", name
 
 
-def flip_rate(labels: Sequence[Label]) -> float:
+def flip_rate(labels: Sequence[Label], world: World = LISTS) -> float:
     """Return the share of labels that contradict the true reward; pairs of equal true reward can't be wrong and don't count."""
     differences = [
-        true_reward(label.prompt, label.chosen) - true_reward(label.prompt, label.rejected) for label in labels
+        world.true_reward(label.prompt, label.chosen) - world.true_reward(label.prompt, label.rejected)
+        for label in labels
     ]
     decided = [difference for difference in differences if difference != 0]
     return sum(difference < 0 for difference in decided) / max(1, len(decided))

@@ -1,30 +1,40 @@
 """Write the lab's files in ordinary Hugging Face formats: a base checkpoint, demonstrations, pairs and prompts."""
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.data.rows import Demonstration, Message, Messages, Pair, completion
+from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label
+from rlhf.lab.instructions import write_prompts
 from rlhf.lab.world import (
     DANGEROUS,
     HARMLESS,
     HELD_OUT_DANGEROUS,
     HELD_OUT_HARMLESS,
     all_prompts,
-    parse_request,
     write_answer,
 )
+from rlhf.lab.worlds import INSTRUCTIONS, LISTS, World
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
 
 HELD_OUT_PROMPTS = 640
+INSTRUCTION_PROMPTS = 4000  # training prompts of the world of instructions
+FEWEST_DRAWN = 16  # prompts that are answered at once, also where fewer pairs are missing
+
+Answers = Callable[[Sequence[str]], list[str]]  # prompts → an answer to each
 
 
 @dataclass(frozen=True)
 class LabSettings:
-    """Sizes of a lab, and who labels its training pairs (as `simulate_label`); the world itself has no options."""
+    """Sizes of a lab, and who labels its training pairs (as `simulate_label`); the worlds themselves have no options.
+
+    `demonstrations` and the sizes of the model are those of the world of lists; the other one has neither.
+    """
 
     demonstrations: int = 8000
     pairs: int = 6000
@@ -37,7 +47,7 @@ class LabSettings:
 
 
 def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
-    """Build the world's files; the same settings give the same bytes.
+    """Build the files of the world of lists; the same settings give the same bytes.
 
     Writes `model/` (a randomly initialised Llama with tokenizer and chat template) and under `data/`: `sft.jsonl`,
     `preferences.jsonl`, `prompts.jsonl`, `test.jsonl`, `test_prompts.jsonl`, and `shift_test.jsonl`,
@@ -64,22 +74,15 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
         demonstrations.append({"prompt": _user(prompt), "completion": _assistant(write_answer(prompt, rng))})
 
     # 3. Pairs of answers by the same writers, labelled by the crowd.
-    labels = _label(settings.pairs, train, rng)
-    if settings.annotators == "exact" or settings.flip_rate > 0:
-        labels = _label_again(labels, settings)
+    labels = _as_settings_say(_label(settings.pairs, train, rng), settings, LISTS)
     test_labels = _label(settings.test_pairs, test_pair_prompts, rng)
     shift_labels = _label(settings.test_pairs, shift_test, rng)
 
     # 4. Files.
-    data = folder / "data"
-    data.mkdir(parents=True, exist_ok=True)
+    prompts_by_file = {"prompts": train, "test_prompts": test_prompts, "shift_prompts": shift_test}
+    labels_by_file = {"preferences": labels, "test": test_labels, "shift_test": shift_labels}
+    data = _write_data(folder, prompts_by_file, labels_by_file, LISTS)
     write_jsonl(data / "sft.jsonl", demonstrations)
-    write_jsonl(data / "preferences.jsonl", [_pair(label) for label in labels])
-    write_jsonl(data / "test.jsonl", [_pair(label) for label in test_labels])
-    write_jsonl(data / "shift_test.jsonl", [_pair(label) for label in shift_labels])
-    write_jsonl(data / "prompts.jsonl", [{"prompt": _user(prompt)} for prompt in train])
-    write_jsonl(data / "test_prompts.jsonl", [{"prompt": _user(prompt)} for prompt in test_prompts])
-    write_jsonl(data / "shift_prompts.jsonl", [{"prompt": _user(prompt)} for prompt in shift_test])
     build_base(
         folder / "model",
         (plain(row["prompt"]) + "\n" + completion(row) for row in demonstrations),
@@ -94,8 +97,65 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
         },
         seed=settings.seed,
     )
-    agreement = sum(label.second_opinion_agrees for label in labels) / len(labels)
-    return {"flip_rate": flip_rate(labels), "annotator_agreement": agreement}
+    return _facts(labels, LISTS)
+
+
+def build_instructions(folder: Path, settings: LabSettings, answers: Answers) -> dict[str, float]:
+    """Build the files of the world of instructions, whose answers a language model gives.
+
+    Writes under `data/`: `preferences.jsonl`, `prompts.jsonl`, `test.jsonl`, `test_prompts.jsonl`, and `shift_test.jsonl`,
+    `shift_prompts.jsonl` about topics and with demands that no annotator saw. Nobody writes demonstrations: the model that
+    answers here takes SFT's place.
+
+    Args:
+        answers: samples one answer to each of some prompts; two answers to the same prompt should differ.
+
+    Returns:
+        `flip_rate` and `annotator_agreement` of the training labels.
+
+    Raises:
+        UserError: the model's two answers are the same, whatever the prompt.
+    """
+    # 1. Prompts, split once: what is held out is never compared or practised on.
+    rng = random.Random(settings.seed)
+    prompts = write_prompts(INSTRUCTION_PROMPTS + 2 * HELD_OUT_PROMPTS, rng)
+    test_prompts, test_pair_prompts = prompts[:HELD_OUT_PROMPTS], prompts[HELD_OUT_PROMPTS : 2 * HELD_OUT_PROMPTS]
+    train = prompts[2 * HELD_OUT_PROMPTS :]
+    shift_test = write_prompts(HELD_OUT_PROMPTS, rng, shifted=True)
+
+    # 2. Pairs of the model's answers, labelled by the crowd.
+    labels = _label_answers(settings.pairs, train, answers, rng)
+    test_labels = _label_answers(settings.test_pairs, test_pair_prompts, answers, rng)
+    shift_labels = _label_answers(settings.test_pairs, shift_test, answers, rng)
+    labels = _as_settings_say(labels, settings, INSTRUCTIONS)
+
+    # 3. Files.
+    prompts_by_file = {"prompts": train, "test_prompts": test_prompts, "shift_prompts": shift_test}
+    labels_by_file = {"preferences": labels, "test": test_labels, "shift_test": shift_labels}
+    _write_data(folder, prompts_by_file, labels_by_file, INSTRUCTIONS)
+    return _facts(labels, INSTRUCTIONS)
+
+
+def _label_answers(count: int, prompts: list[str], answers: Answers, rng: random.Random) -> list[Label]:
+    """Let a model answer random prompts twice, and the crowd label the two answers where they differ.
+
+    Raises:
+        UserError: the model's two answers are the same, whatever the prompt.
+    """
+    labels: list[Label] = []
+    while len(labels) < count:
+        drawn = [rng.choice(prompts) for _ in range(max(count - len(labels), FEWEST_DRAWN))]
+        texts = answers([prompt for prompt in drawn for _ in range(2)])
+        before = len(labels)
+        for prompt, first, second in zip(drawn, texts[::2], texts[1::2], strict=True):
+            if first.strip() != second.strip() and len(labels) < count:
+                labels.append(label_pair(prompt, first, second, rng, INSTRUCTIONS))
+        if len(labels) == before:
+            raise UserError(
+                f"lab: the model gave the same answer twice to each of {len(drawn)} prompts, so there is nothing to compare; "
+                "take a backbone.model whose answers differ."
+            )
+    return labels
 
 
 def _label(count: int, prompts: list[str], rng: random.Random) -> list[Label]:
@@ -109,18 +169,40 @@ def _label(count: int, prompts: list[str], rng: random.Random) -> list[Label]:
     return labels
 
 
-def _label_again(labels: list[Label], settings: LabSettings) -> list[Label]:
-    """Label the same pairs by other annotators; those that the true reward calls equal stay as the crowd had them."""
+def _as_settings_say(labels: list[Label], settings: LabSettings, world: World) -> list[Label]:
+    """Label the same pairs by the annotators of the settings, where these are not the crowd as it is.
+
+    Pairs that the true reward calls equal stay as the crowd had them.
+    """
+    if settings.annotators == "crowd" and settings.flip_rate == 0:
+        return labels
     rng = random.Random(settings.seed + 1)
     relabelled = []
     for label in labels:
         better, name = simulate_label(
-            label.prompt, label.chosen, label.rejected, rng, settings.annotators, settings.flip_rate
+            label.prompt, label.chosen, label.rejected, rng, settings.annotators, settings.flip_rate, world
         )
         flipped = better == "second"
         chosen, rejected = (label.rejected, label.chosen) if flipped else (label.chosen, label.rejected)
         relabelled.append(Label(label.prompt, chosen, rejected, name, label.second_opinion_agrees != flipped))
     return relabelled
+
+
+def _write_data(folder: Path, prompts: dict[str, list[str]], labels: dict[str, list[Label]], world: World) -> Path:
+    """Write files of prompts and of labelled pairs, by their names; return the folder that they are in."""
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for name, texts in prompts.items():
+        write_jsonl(data / f"{name}.jsonl", [{"prompt": _user(text)} for text in texts])
+    for name, rows in labels.items():
+        write_jsonl(data / f"{name}.jsonl", [_pair(label, world) for label in rows])
+    return data
+
+
+def _facts(labels: list[Label], world: World) -> dict[str, float]:
+    """Return the share of wrong labels, and of those that a second annotator gave too."""
+    agreement = sum(label.second_opinion_agrees for label in labels) / len(labels)
+    return {"flip_rate": flip_rate(labels, world), "annotator_agreement": agreement}
 
 
 def _user(content: str) -> Messages:
@@ -131,11 +213,11 @@ def _assistant(content: str) -> Messages:
     return [Message(role="assistant", content=content)]
 
 
-def _pair(label: Label) -> Pair:
+def _pair(label: Label, world: World) -> Pair:
     return {
         "prompt": _user(label.prompt),
         "chosen": _assistant(label.chosen),
         "rejected": _assistant(label.rejected),
         "annotator": label.annotator,
-        "source": "harmless" if parse_request(label.prompt).is_dangerous else "helpful",
+        "source": "harmless" if world.is_dangerous(label.prompt) else "helpful",
     }

@@ -123,7 +123,7 @@ def open_network(
         logging.set_verbosity_error()
         try:
             place, of_place = _place(name)
-            formats = of_place or {"use_safetensors": True}
+            formats: dict[str, object] = {**of_place} or {"use_safetensors": True}
             model, report = kind.from_pretrained(
                 place, **{**arguments, **formats, "trust_remote_code": False, "output_loading_info": True}
             )

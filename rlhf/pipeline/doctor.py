@@ -21,6 +21,7 @@ from rlhf.errors import TrainingError, UserError
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import Check
 from rlhf.invariants.ends import SAMPLED, ends_reachable, policy_ends, prompts_too_long
+from rlhf.lab.answers import stand_in_answers
 from rlhf.models.generate import Completions, encode_prompts, end_token_ids, generate
 from rlhf.models.gguf import gguf_file
 from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer, reward_model_on
@@ -153,7 +154,7 @@ def _read(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Examinati
     model = recipe.backbone.model
     if recipe.lab is not None:
         parents["lab"] = folder / "round-0/lab"
-        run_lab(StageContext(recipe, parents["lab"], {}, say))
+        run_lab(StageContext(recipe, parents["lab"], {}, say), stand_in_answers(TOKENS))
     data = folder / "round-0/data"
     run_data(StageContext(recipe, data, parents, say))
     base: str | Path
@@ -182,7 +183,7 @@ def _examine_policy(examination: Examination) -> None:
     examination.say(f"policy: opening {examination.base} …")
     model = load_policy(examination.base, model_config, trainable=False).to(context.device).eval()
     examination.policy = model, model_config
-    has_sft = recipe.lab is not None or recipe.data.sft is not None
+    has_sft = recipe.has_sft
     end = recipe.sft.trl_settings().get("eos_token") if has_sft else None
     if end is not None:
         tokenizer.eos_token = end  # as SFT's trainer does

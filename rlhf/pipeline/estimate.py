@@ -16,6 +16,7 @@ from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, S
 from rlhf.data.read import is_local
 from rlhf.errors import UserError
 from rlhf.evaluation.policies import BEST_OF
+from rlhf.lab.answers import stand_in_answers
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.open import open_config
 from rlhf.models.scratch import design_base
@@ -26,6 +27,10 @@ from rlhf.pipeline.store import Stage
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
+
+UNKNOWN_ANSWERS = (
+    "lab: the backbone's answers are not sampled for this; each is taken to be as long as may be, an upper bound."
+)
 
 
 def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate], list[str]]:
@@ -43,7 +48,8 @@ def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate
     training = section_training(recipe)
     works = [work_of(stage, recipe, sizes, training["ppo"].args) for stage in stages_until(plan(recipe), until)]
     estimator = Estimator(config, sizes, training, ppo_rollouts(recipe, training["ppo"].args))
-    return [estimator.estimate(work) for work in works if work is not None], sizes.notes
+    notes = [*sizes.notes, *([UNKNOWN_ANSWERS] if recipe.lab is not None and recipe.lab.is_sampled else [])]
+    return [estimator.estimate(work) for work in works if work is not None], notes
 
 
 # ---- Model and data ----
@@ -55,17 +61,17 @@ def model_and_sizes(recipe: Recipe, folder: Path) -> tuple[PretrainedConfig, Siz
     Raises:
         UserError: the data or the model's configuration can't be read, or lie on a hub where that is not enough.
     """
-    # 1. The data: the lab's, or local files.
+    # 1. The data: the lab's, or local files. What a model would have to answer first has the longest answers there may be.
+    longest_answer = recipe.ppo.trl_settings().get("max_completion_length", PPOConfig.max_completion_length)
     parents, data = {}, folder / "round-0/data"
     hub = [f"data.{name}" for name in DATA_SOURCES for s in recipe.data.sources(name) if not is_local(s.source)]
     if recipe.lab is not None:
         parents = {"lab": folder / "round-0/lab"}
-        run_lab(StageContext(recipe, parents["lab"], {}, lambda _: None))
+        run_lab(StageContext(recipe, parents["lab"], {}, lambda _: None), stand_in_answers(longest_answer))
     if not hub:
         run_data(StageContext(recipe, data, parents, lambda _: None))
 
     # 2. The model's shape and its tokenizer.
-    longest_answer = recipe.ppo.trl_settings().get("max_completion_length", PPOConfig.max_completion_length)
     if recipe.backbone.from_scratch is not None:
         if hub:
             raise UserError(
@@ -75,7 +81,7 @@ def model_and_sizes(recipe: Recipe, folder: Path) -> tuple[PretrainedConfig, Siz
         texts = base_texts(data / "data")
         tokenizer, config = design_base(texts, architecture=settings.pop("architecture"), settings=settings)
         return config, count_sizes(data / "data", tokenizer, longest_answer=longest_answer)
-    name: str | Path | None = parents["lab"] / "model" if parents else recipe.backbone.model
+    name: str | Path | None = recipe.backbone.model or parents["lab"] / "model"
     assert name is not None, "the recipe's check wants a backbone, a lab or from_scratch"
     try:
         config = open_config(find_source(name).base, recipe.backbone.revision)
@@ -131,7 +137,7 @@ def section_training(recipe: Recipe) -> dict[Section, Training]:
         return Training(model, training_arguments(config_class, settings, Path("nowhere"), recipe.seed))
 
     sft = training(SFTConfig, recipe.sft.trl_settings())
-    if recipe.lab is not None or recipe.backbone.from_scratch is not None:
+    if recipe.backbone.model is None:
         sft.model.use_peft = sft.model.load_in_4bit = False  # a model from nothing has nothing to adapt
     return {
         "sft": sft,
@@ -184,6 +190,8 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work 
         case "ppo":
             episodes = ppo.total_episodes or round(ppo.num_train_epochs * rows["prompts"])
             return PpoWork(stage.folder, max(1, round(episodes / ppo.local_rollout_size)))
+        case "lab" if recipe.lab is not None and recipe.lab.is_sampled:
+            return SamplingWork(stage.folder, 2 * (recipe.lab.pairs + 2 * recipe.lab.test_pairs), is_scored=False)
         case "sample":
             prompts = min(stage.settings["prompts"], rows["prompts"])
             return SamplingWork(stage.folder, prompts * stage.settings["responses"], is_scored=False)

@@ -12,6 +12,7 @@ from rlhf.data.sources import share_of_text
 from rlhf.errors import UserError, Waiting
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.lab.annotators import simulate_label
+from rlhf.lab.worlds import WORLDS
 from rlhf.models.text import plain
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
 from rlhf.pipeline.sampling import QUESTIONS
@@ -153,9 +154,11 @@ def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verd
     if rounds.labels_from == "lab":
         lab = context.recipe.lab
         assert lab is not None, "the recipe's check wants a lab"
-        rng = random.Random(context.recipe.seed * 1000 + context.round)
+        rng, world = random.Random(context.recipe.seed * 1000 + context.round), WORLDS[lab.world]
         return [
-            Verdict(q.id, *simulate_label(plain(q.prompt), q.first, q.second, rng, lab.annotators, lab.flip_rate))
+            Verdict(
+                q.id, *simulate_label(plain(q.prompt), q.first, q.second, rng, lab.annotators, lab.flip_rate, world)
+            )
             for q in questions
         ]
     book = LabelBook(context.run / BOOK)

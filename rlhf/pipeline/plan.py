@@ -54,22 +54,27 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
     """Add round 0: data, base model, SFT.
 
     Returns:
-        `data`, and `sft` where there is one.
+        `data`, and `sft` where there is one, else `base` where the backbone is a GGUF file.
     """
     origins: dict[str, Stage] = {}
-    if recipe.lab is not None:
-        origins["lab"] = add("lab", "round-0/lab", recipe.lab.model_dump())
     backbone, model = recipe.backbone.model_dump(exclude_none=True), recipe.backbone.model
-    is_gguf = model is not None and gguf_file(model) is not None
-    if is_gguf:  # an ordinary checkpoint is made of it, which every later stage reads
+    if (
+        model is not None and gguf_file(model) is not None
+    ):  # an ordinary checkpoint is made of it, for every later stage
         origins["base"] = add("base", "round-0/base", backbone | _files(model))
+    if recipe.lab is not None:
+        settings, parents = recipe.lab.model_dump(), {}
+        if recipe.lab.is_sampled:
+            settings |= {"backbone": backbone} | _sampling(recipe) | _files(model)
+            parents = dict(origins)
+        origins["lab"] = add("lab", "round-0/lab", settings, **parents)
     data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
     data = add("data", "round-0/data", data_settings, **origins)
     if recipe.backbone.from_scratch is not None:
         origins = {"base": add("base", "round-0/base", backbone, data=data)}
     elif model is not None:
         origins.pop("lab", None)
-    if recipe.lab is None and recipe.data.sft is None:
+    if not recipe.has_sft:
         return {"data": data} | origins  # the backbone can answer already, and takes SFT's place
     settings = recipe.sft.model_dump() | {"backbone": backbone} | _sampling(recipe) | _gold(recipe)
     settings |= _files(recipe.backbone.model, recipe.evaluate.gold)

@@ -15,7 +15,7 @@ from rlhf.data.labels import Question, question_id
 from rlhf.data.rows import SIDES, Messages, Pair, answer, asked, prompt_key
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
-from rlhf.lab.world import parse_request
+from rlhf.lab.worlds import WORLDS
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import load_policy, load_tokenizer
 from rlhf.models.text import plain
@@ -99,7 +99,8 @@ def run_select(context: StageContext) -> dict[str, Any]:
     rng.shuffle(candidates)
 
     # 2. Those that say most, by the reward model so far.
-    rounds, reward_before = context.recipe.rounds, context.find_parent("reward")
+    recipe, reward_before = context.recipe, context.find_parent("reward")
+    rounds = recipe.rounds
     differences: list[float | None] = [None] * len(candidates)
     order = one_of_each_prompt_first(candidates)
     if reward_before is not None:
@@ -124,7 +125,7 @@ def run_select(context: StageContext) -> dict[str, Any]:
         difference = differences[i]
         if rng.random() < 0.5:
             one, other, difference = other, one, None if difference is None else -difference
-        source = lab_source(prompt) if rounds.labels_from == "lab" else None
+        source = lab_source(recipe, prompt) if rounds.labels_from == "lab" else None
         name = question_id(context.round, prompt, [one, other])
         questions.append(Question(name, context.round, prompt, one, other, source, difference))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in questions])
@@ -158,9 +159,10 @@ def _candidates(samples: Path) -> tuple[list[Candidate], int, int]:
     return candidates, len(prompts), sum(len(texts) == 1 for texts in answers.values())
 
 
-def lab_source(prompt: Messages) -> str:
+def lab_source(recipe: Recipe, prompt: Messages) -> str:
     """Return what the lab calls the source of a pair: harmless for requests to refuse, helpful for the others."""
-    return "harmless" if parse_request(plain(prompt)).is_dangerous else "helpful"
+    assert recipe.lab is not None, "the recipe's check wants a lab"
+    return "harmless" if WORLDS[recipe.lab.world].is_dangerous(plain(prompt)) else "helpful"
 
 
 def one_of_each_prompt_first(candidates: Iterable[Candidate]) -> list[int]:

@@ -34,7 +34,7 @@ class StageFunction:
 
 
 STAGES = {
-    "lab": StageFunction("rlhf.pipeline.stages:run_lab"),
+    "lab": StageFunction("rlhf.pipeline.stages:run_lab", may_read=("base",)),
     "data": StageFunction("rlhf.pipeline.stages:run_data", may_read=("lab", "base")),
     "base": StageFunction("rlhf.pipeline.stages:run_base", may_read=("data",)),
     "sft": StageFunction("rlhf.pipeline.stages:run_sft", reads=("data",), may_read=("base", "lab"), together=True),

@@ -18,7 +18,8 @@ from rlhf.evaluation.policies import evaluate_policies
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.invariants.ends import require_reachable_end
-from rlhf.lab.build import LabSettings, build_lab
+from rlhf.lab.answers import answers_of_model
+from rlhf.lab.build import Answers, LabSettings, build_instructions, build_lab
 from rlhf.models.dequantise import dequantise
 from rlhf.models.generate import end_token_ids, sample_texts
 from rlhf.models.gguf import gguf_file
@@ -31,6 +32,7 @@ from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
 from rlhf.pipeline.sampling import sampling_settings
+from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import (
     check_nothing_lost,
@@ -49,11 +51,36 @@ from rlhf.reward.ensemble import load_scorer_of, member_folders
 SHOWN_SAMPLES, SFT_ANSWERS = 64, "sft_answers.jsonl"
 
 
-def run_lab(context: StageContext) -> dict[str, Any]:
-    """Generate the world: base model, demonstrations, labelled pairs, prompts."""
-    assert context.recipe.lab is not None
-    settings = LabSettings(**context.recipe.lab.model_dump(), seed=context.recipe.seed)
-    return build_lab(context.folder, settings)
+def run_lab(context: StageContext, answers: Answers | None = None) -> dict[str, Any]:
+    """Generate the world: labelled pairs, prompts, and in the world of lists a base model and demonstrations.
+
+    Args:
+        answers: gives the answers of a world that has no writers; by default the backbone.
+    """
+    lab = context.recipe.lab
+    assert lab is not None, "the plan has this stage where there is a lab"
+    settings = LabSettings(**lab.model_dump(exclude={"world"}), seed=context.recipe.seed)
+    if not lab.is_sampled:
+        return build_lab(context.folder, settings)
+    return build_instructions(context.folder, settings, answers or _answers_of_backbone(context))
+
+
+def _answers_of_backbone(context: StageContext) -> Answers:
+    """Load the backbone, and return what samples its answers."""
+    recipe = context.recipe
+    made = context.find_parent("base")
+    backbone = backbone_model(recipe) if made is None else made / "model"
+    model_config, _ = split_settings(context.trl_settings("ppo"))
+    tokenizer = load_tokenizer(backbone, conversational=True, revision=recipe.backbone.revision)
+    context.say(f"lab: {backbone} answers the prompts of this world.")
+    return answers_of_model(
+        load_policy(backbone, model_config, trainable=False).to(context.device).eval(),
+        tokenizer,
+        **sampling_settings(recipe),
+        seed=recipe.seed,
+        keep=context.folder / CHECKPOINTS,
+        say=context.say,
+    )
 
 
 def run_data(context: StageContext) -> dict[str, Any]:
@@ -66,22 +93,23 @@ def run_data(context: StageContext) -> dict[str, Any]:
     if lab is not None:
         if data.prompts is None:
             named["test_prompts"] = [Source(str(lab / "data" / "test_prompts.jsonl"))]
-        for name in DATA_SOURCES:
-            named[name] = named[name] or [Source(str(lab / "data" / f"{name}.jsonl"))]
+        files = {name: lab / "data" / f"{name}.jsonl" for name in DATA_SOURCES}
+        named |= {name: [Source(str(file))] for name, file in files.items() if not named[name] and file.is_file()}
     sources = DataSources(**others, **named)
-    fit = _tool_template(context.recipe, lab or context.find_parent("base"))
+    fit = _tool_template(context.recipe, lab, context.find_parent("base"))
     facts = prepare_data(context.folder / "data", sources, seed=context.recipe.seed, fit=fit)
     for sentence in facts.pop("sentences"):
         context.say(sentence)
     return facts
 
 
-def _tool_template(recipe: Recipe, written: Path | None) -> ToolTemplate | None:
+def _tool_template(recipe: Recipe, *earlier: Path | None) -> ToolTemplate | None:
     """Return what writes tool calls as the run's base model does; None where that model is made of these data.
 
     Args:
-        written: the stage that wrote the base model, of those before the data.
+        earlier: the stages before the data; one of them may have written the base model.
     """
+    written = next((folder for folder in earlier if folder is not None and (folder / "model").is_dir()), None)
     if written is None and recipe.backbone.model is None:
         return None
     base = backbone_model(recipe) if written is None else str(written / "model")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rlhf.data.rows import SIDES, Pair, answer, asked
 from rlhf.evaluation.gold import GoldFunction, load_gold
-from rlhf.lab.world import gold as lab_gold
+from rlhf.lab.worlds import WORLDS
 from rlhf.models.text import plain
 from rlhf.recipe.schema import Recipe
 
@@ -13,7 +13,7 @@ def load_true_reward(recipe: Recipe) -> GoldFunction | None:
     """Return the function from prompts and answers, as texts, to their true rewards, or None where none is known."""
     if recipe.evaluate.gold is not None:
         return load_gold(recipe.evaluate.gold)
-    return lab_gold if recipe.lab is not None else None
+    return WORLDS[recipe.lab.world].gold if recipe.lab is not None else None
 
 
 def gold_differences(rows: Sequence[Pair], gold: GoldFunction | None) -> list[float] | None:

@@ -24,6 +24,7 @@ from rlhf.objectives.ppo import explained_variance, truncated_importance
 from rlhf.ppo.checks import check_policy_is_reference, check_sampling, hold_reference
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.processes import mean_and_variance_of_all, moments_of_all, run_or_stop_all
+from rlhf.ppo.reporting import warn_of_cut_answers
 from rlhf.ppo.rewards import Scores
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_columns
@@ -46,6 +47,7 @@ def make_rollout(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Rollout:
     experience = run_or_stop_all(accelerator, trainer.experience, rows)
     check_policy_is_reference(trainer, experience)
     check_sampling(trainer, experience)
+    warn_of_cut_answers(trainer, experience.ended)
     mask, values = experience.response_mask, experience.outputs.values
     if args.running_reward_norm:
         count, mean, variance = moments_of_all(accelerator, experience.scores)

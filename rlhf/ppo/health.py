@@ -5,10 +5,16 @@ Reward and losses do not show a collapse (arXiv:2307.04964 section 5.3); KL, len
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil, log
 from statistics import fmean, pvariance
 
 Row = dict[str, float]
 SETTLED = 10  # rollouts after which a critic should know something
+CUT, MOST_CUT, ACCEPTABLE_CUT = (
+    "no end",
+    0.5,
+    0.2,
+)  # the share of cut answers that is told of, and that a new limit aims at
 WINDOW, SURE = 5, 3.0  # rollouts whose mean reward is compared, and by how many standard errors it must have moved
 
 
@@ -44,10 +50,6 @@ CONCERNS = (
         lambda first, now, n: now["length"] > 2 * first["length"] and now["share_without_eos"] > first["share_without_eos"] + 0.1,
         "answers have grown from {first_length:.0f} to {length:.0f} tokens, and {share_without_eos:.0%} do not end: the reward may "
         "pay for length.",
-    ),
-    Concern(
-        "no end", ("share_without_eos",), lambda first, now, n: now["share_without_eos"] > 0.5 and n > 1,
-        "{share_without_eos:.0%} of the answers do not end: raise max_completion_length or missing_eos_penalty.",
     ),
     Concern(
         "short", ("length",), lambda first, now, n: now["length"] < 0.25 * first["length"],
@@ -89,6 +91,38 @@ CONCERNS = (
 )  # fmt: skip
 
 
+def cut_answers(share_cut: float, *, limit: int, penalty: float | None) -> str:
+    """Say how many answers were cut, which keys change that, and to what.
+
+    >>> cut_answers(0.75, limit=48, penalty=1.0)  # doctest: +NORMALIZE_WHITESPACE
+    '75% of the answers were cut at 48 tokens, before their end, and PPO learns little from such. Raise
+    ppo.max_completion_length from 48 to about 192; where answers should be this short, raise ppo.missing_eos_penalty from 1 to
+    2, so that PPO learns to end them.'
+    """
+    penalty_now = "ppo.missing_eos_penalty" + (f" from {penalty:g}" if penalty else "")
+    return (
+        f"{share_cut:.0%} of the answers were cut at {limit} tokens, before their end, and PPO learns little from such. Raise "
+        f"ppo.max_completion_length from {limit} to about {longer_limit(share_cut, limit)}; where answers should be this short, "
+        f"{'raise' if penalty else 'set'} {penalty_now} to {2 * penalty if penalty else 1:g}, so that PPO learns to end them."
+    )
+
+
+def longer_limit(share_cut: float, limit: int) -> int:
+    """Return a limit in tokens under which a fifth of the answers would be cut, at most four times the present one.
+
+    If every token ends an answer with one probability, a share s is cut at L tokens and s^(L'/L) at L'; so
+    L' = L · ln 0.2 / ln s, here in steps of 16.
+
+    Args:
+        share_cut: s > 0.2.
+
+    >>> longer_limit(0.6, 100), longer_limit(0.9, 100), longer_limit(1.0, 100)
+    (320, 400, 400)
+    """
+    times = 4.0 if share_cut >= 1 else min(4.0, log(ACCEPTABLE_CUT) / log(share_cut))
+    return 16 * ceil(times * limit / 16)
+
+
 @dataclass
 class Health:
     """The monitor's memory of a run: every concern is raised once, also where the run is resumed in between.
@@ -121,6 +155,21 @@ class Health:
                 sentences.append(f"ppo, rollout {self.rollouts}: " + concern.sentence.format(**values))
         self.sentences += sentences
         return sentences
+
+    def look_at_ends(self, share_cut: float, *, rollout: int, limit: int, penalty: float | None) -> list[str]:
+        """Return a sentence where most answers of a rollout were cut; it needs no log, so the first rollout is told of at once.
+
+        Args:
+            share_cut: of the rollout's answers, those that did not end.
+            rollout: its number, from 1.
+            limit, penalty: `max_completion_length` and `missing_eos_penalty`.
+        """
+        if share_cut <= MOST_CUT or CUT in self.raised:
+            return []
+        self.raised.append(CUT)
+        sentence = f"ppo, rollout {rollout}: {cut_answers(share_cut, limit=limit, penalty=penalty)}"
+        self.sentences.append(sentence)
+        return [sentence]
 
     def _trends(self, row: Row) -> Row:
         """Count the standard errors by which the last rollouts' scores lie above, and true rewards below, those of the first."""

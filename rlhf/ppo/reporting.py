@@ -1,27 +1,54 @@
 """What people are told of a run: troubles and samples at every log, and the numbers of an evaluation."""
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from torch import Tensor
 
 from rlhf._trl import print_prompt_completions_sample
 from rlhf.errors import UserError
 from rlhf.models.text import plain
 from rlhf.ppo.metrics import RolloutMetrics
+from rlhf.ppo.processes import moments_of_all
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
 
 
-def warn_of_trouble(trainer: "PPOTrainer", row: dict[str, float]) -> None:
-    """Warn of what is new to worry about after a rollout with these metrics, and end training where that was asked for."""
-    for sentence in trainer.progress.health.look(row):  # the same on every process
+def warn_of_cut_answers(trainer: "PPOTrainer", ended: Tensor) -> None:
+    """Warn where most answers of a rollout were cut, before anything is learnt from it; end training after it where asked for.
+
+    Args:
+        ended: [b] whether each of this process's answers came to its end. Called by all processes together.
+    """
+    args = trainer.args
+    _, share_cut, _ = moments_of_all(trainer.accelerator, (~ended).float())
+    sentences = trainer.progress.health.look_at_ends(
+        share_cut,
+        rollout=trainer.state.global_step // args.steps_per_rollout + 1,
+        limit=args.max_completion_length,
+        penalty=args.missing_eos_penalty,
+    )
+    _tell(trainer, sentences)
+
+
+def _tell(trainer: "PPOTrainer", sentences: Sequence[str]) -> None:
+    """Warn of what is new to worry about, the same on every process; it is why training ends, where that was asked for."""
+    for sentence in sentences:
         if trainer.args.stop_when_unhealthy:
             trainer.stopped = trainer.stopped or sentence
-            trainer.control.should_save = trainer.control.should_training_stop = True
         if trainer.accelerator.is_main_process:
-            warnings.warn(sentence, stacklevel=3)
+            warnings.warn(sentence, stacklevel=4)
+
+
+def warn_of_trouble(trainer: "PPOTrainer", row: dict[str, float]) -> None:
+    """Warn of what is new to worry about after a rollout with these metrics, and end training where that was asked for."""
+    sentences = trainer.progress.health.look(row)
+    _tell(trainer, sentences)
+    if sentences and trainer.args.stop_when_unhealthy:
+        trainer.control.should_save = trainer.control.should_training_stop = True
 
 
 def print_samples(trainer: "PPOTrainer") -> None:

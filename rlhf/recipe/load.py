@@ -202,6 +202,7 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         place = document.place(("backbone", "from_scratch"))
         yield f"{place}: backbone.model and backbone.from_scratch exclude each other; keep one."
     yield from _check_rounds(recipe, document)
+    yield from _check_lab(recipe, document)
     if recipe.lab is None:
         starts_cold = recipe.rounds.first == "sampled" and recipe.rounds.labels_from in ("people", "judge")
         if data.preferences is None and not starts_cold:
@@ -231,6 +232,25 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         )
     for path, sentence in unused_keys(recipe):
         yield f"{document.place(path)}: {sentence}"
+
+
+def _check_lab(recipe: Recipe, document: Document) -> Iterable[str]:
+    """Report what the world of instructions lacks, and the keys that only the world of lists has."""
+    lab = recipe.lab
+    if lab is None or not lab.is_sampled:
+        return
+    if recipe.backbone.model is None:
+        yield (
+            f"{document.place(('lab', 'world'))}: lab.world is instructions, whose answers a chat model gives; set backbone.model "
+            "(a hub id or a folder)."
+        )
+    for key in sorted(lab.model_fields_set & {"demonstrations", "hidden_size", "num_hidden_layers"}):
+        reason = "backbone.model answers" if key == "demonstrations" else "backbone.model is the model"
+        hint = "; for an SFT of your own set data.sft" if key == "demonstrations" else ""
+        yield (
+            f"{document.place(('lab', key))}: lab.{key} is {getattr(lab, key)}, which is not used: in the world of instructions "
+            f"{reason}{hint}. Leave it out."
+        )
 
 
 def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:

@@ -5,7 +5,15 @@ from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from rlhf.recipe.objectives import OBJECTIVES, ObjectiveName
 
@@ -59,8 +67,12 @@ class Section(BaseModel):
 
 
 class LabSection(Section):
-    """A generated world whose true reward is known; base model, data and `evaluate.gold` come from it."""
+    """A world whose true reward is known; data and `evaluate.gold` come from it, and of the world of lists the base model too.
 
+    In the world of instructions `backbone.model` answers: nobody writes demonstrations, and no model is made.
+    """
+
+    world: Literal["lists", "instructions"] = "lists"
     demonstrations: int = Field(8000, ge=100)
     pairs: int = Field(6000, ge=100)
     test_pairs: int = Field(1000, ge=50)
@@ -68,6 +80,18 @@ class LabSection(Section):
     num_hidden_layers: int = Field(3, ge=1)
     annotators: Literal["crowd", "exact"] = "crowd"  # exact: the true reward decides every label
     flip_rate: float = Field(0.0, ge=0, lt=0.5)  # share of the annotators' labels that is flipped at random
+
+    @property
+    def is_sampled(self) -> bool:
+        """Tell whether the backbone gives the answers, and not the world's own writers."""
+        return self.world == "instructions"
+
+    @model_serializer(mode="wrap")
+    def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the values that this world has; that of lists, the first one, is not named, so that its keys stay."""
+        unused = ("demonstrations", "hidden_size", "num_hidden_layers") if self.is_sampled else ("world",)
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key not in unused}
 
 
 class BackboneSection(Section):
@@ -286,6 +310,11 @@ class Recipe(Section):
     def origin(self) -> dict[str, Any]:
         """Return where this recipe was read; for the report, not for any result."""
         return self._origin
+
+    @property
+    def has_sft(self) -> bool:
+        """Tell whether there is an SFT stage; where there are no demonstrations, the backbone can answer already."""
+        return self.data.sft is not None or (self.lab is not None and not self.lab.is_sampled)
 
     def vote_settings(self) -> dict[str, Any]:
         """Return TRL's keys of a member of the vote: those of `reward`, and of `vote` on top."""

@@ -121,9 +121,8 @@ def unused_keys(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
 def _decided_by_sft(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield the adapter keys of later stages that differ from those of SFT's adapter, which those stages go on with."""
     is_fresh = recipe.backbone.from_scratch is not None or recipe.backbone.model is None
-    has_sft = recipe.lab is not None or recipe.data.sft is not None
     adapter = _values(recipe, "sft")
-    if not has_sft or is_fresh or not adapter["use_peft"]:
+    if not recipe.has_sft or is_fresh or not adapter["use_peft"]:
         return
     for name in ("reward", "vote", "ppo"):
         if _set_keys(recipe, name).get("use_peft") is False:

@@ -1,11 +1,14 @@
 """The monitor speaks of what is planted, once, and of nothing in a run that is well."""
 
+import math
+import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf.ppo.health import CONCERNS, Health
+from rlhf.ppo.health import CONCERNS, Health, longer_limit
 from tests.ppo.test_ppo import make
 
 WELL = {
@@ -17,7 +20,6 @@ ILL = {
     "ratio": {"ratio_first": 1.2},
     "negative KL": {"kl": -2.0},
     "length": {"length": 50.0, "share_without_eos": 0.3},
-    "no end": {"share_without_eos": 0.8},
     "short": {"length": 3.0},
     "repetition": {"distinct_2": 0.1},
     "entropy": {"entropy": 0.1},
@@ -57,19 +59,50 @@ def test_what_is_unknown_worries_nobody() -> None:
 def test_a_run_stops_where_it_is_asked_to(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
 ) -> None:
-    """Answers of eight random tokens do not end; that is said after the second rollout."""
+    """Answers of eight random tokens do not end; that is said of the first rollout, before its update, and ends training."""
     trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, stop_when_unhealthy=True, total_episodes=160)
-    with pytest.warns(UserWarning, match="rollout 2: .* of the answers do not end"):
+    with pytest.warns(UserWarning, match="rollout 1: .* of the answers were cut at 8 tokens"):
         trainer.train()
-    assert len(rows.rows) == 2
+    assert len(rows.rows) == 1
     assert trainer.stopped is not None
     assert 0 < rows.rows[0]["distinct_2"] <= 1
 
 
+def test_cut_answers_are_told_of_before_the_first_update_however_rarely_is_logged(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    """With the share, the limit, and the two keys with their present and new values; a resumed run does not say it again."""
+    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, logging_strategy="no", missing_eos_penalty=0.5)
+    trainer.create_optimizer_and_scheduler(num_training_steps=1)
+    with pytest.warns(UserWarning, match="were cut") as warned:
+        trainer.rollout(trainer.prompts_of(0))
+    (sentence,) = [str(warning.message) for warning in warned if "were cut" in str(warning.message)]
+    share = trainer.metrics.take()["share_without_eos"]
+    assert share > 0.5
+    assert sentence.startswith(f"ppo, rollout 1: {share:.0%} of the answers were cut at 8 tokens")
+    assert f"ppo.max_completion_length from 8 to about {longer_limit(share, 8)}" in sentence
+    assert "ppo.missing_eos_penalty from 0.5 to 1," in sentence
+    assert rows.rows == []
+    assert trainer.progress.health.sentences == [sentence]
+    assert Health(**asdict(trainer.progress.health)).look_at_ends(1.0, rollout=2, limit=8, penalty=None) == []
+
+
+def test_the_new_limit_cuts_a_fifth_of_answers_that_end_anywhere_alike() -> None:
+    """Lengths drawn with one chance of ending at every token: 64 % are cut at 40 tokens, 20 % at the limit that is named."""
+    rng = random.Random(0)
+    lengths = [1 + int(math.log(1 - rng.random()) / math.log(1 - 0.0111)) for _ in range(20_000)]
+    share = sum(length > 40 for length in lengths) / len(lengths)
+    assert share == pytest.approx(0.64, abs=0.01)
+    limit = longer_limit(share, 40)
+    assert limit % 16 == 0
+    assert 0.16 < sum(length > limit for length in lengths) / len(lengths) <= 0.2
+    health = Health()
+    assert health.look_at_ends(0.5, rollout=1, limit=40, penalty=None) == [], "half is not most"
+    assert "set ppo.missing_eos_penalty to 1," in health.look_at_ends(share, rollout=3, limit=40, penalty=None)[0]
+
+
 def test_one_rollout_of_bad_luck_is_no_hacking() -> None:
     """Scores and true rewards that only scatter, the true one by its own standard error of 0.03."""
-    import random
-
     rng, health = random.Random(0), Health()
     for _ in range(60):
         assert health.look({**WELL, "reward_proxy": rng.gauss(4.7, 0.1), "reward_gold": rng.gauss(0.7, 0.03)}) == []
