@@ -280,6 +280,18 @@ def _prepare_for_4_bit(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def computed_dtype(model: torch.nn.Module) -> torch.dtype:
+    """Return the type that a model multiplies its matrices in: that of its weights, or what its 4-bit weights are read as.
+
+    Around 4-bit weights, norms and heads are float32, which says nothing about how exact the scores are.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            return module.compute_dtype or torch.bfloat16
+    dtype: torch.dtype = model.dtype
+    return dtype
+
+
 def _new_modules(parameters: Iterable[str]) -> set[str]:
     """Return the modules that hold these parameters, which were not in the checkpoint and start random.
 

@@ -21,6 +21,7 @@ from rlhf.invariants.sampler import (
 )
 from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions
+from rlhf.models.load import computed_dtype
 from rlhf.models.logprobs import ExpectedCounts, response_logits, response_logprobs, token_logprobs, token_surprise
 from rlhf.pipeline.affordable import FEW
 from rlhf.ppo.config import PPOConfig
@@ -47,7 +48,7 @@ def sampling_checks(model: PreTrainedModel, completions: Sequence[Completions], 
             moments = token_surprise(logits, length, temperature=temperature, expected=counts)
             surprise += surprise_sums(logprobs, *moments, answer_mask).cpu()
             sampled += sampled_counts(answers, answer_mask, vocabulary)
-    rounding = ROUNDING[model.dtype]
+    rounding = ROUNDING[computed_dtype(model)]
     return [
         check_sampler(MomentSums(*surprise.tolist()), tests=2, rounding=rounding),
         check_counts(count_sums(sampled, expected), tests=2, rounding=rounding),
@@ -64,11 +65,11 @@ def forward_checks(model: PreTrainedModel, completions: Completions, args: PPOCo
         text = row[seen][None]
         logprobs = response_logprobs(model, text, torch.ones_like(text), int(answered.sum()), args.temperature)
         alone.append(logprobs[0])
-    checks = [batched_forward(torch.cat(alone), together[keep], dtype=model.dtype)]
+    checks = [batched_forward(torch.cat(alone), together[keep], dtype=computed_dtype(model))]
     if args.disable_dropout:
         switch_off_dropout(model)
         model.train()
         again = response_logprobs(model, ids, mask, length, args.temperature)
         model.eval()
-        checks.append(check_ratio(largest_ratio_deviation(again, together, keep).item(), model.dtype))
+        checks.append(check_ratio(largest_ratio_deviation(again, together, keep).item(), computed_dtype(model)))
     return checks

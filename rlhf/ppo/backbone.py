@@ -21,7 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.errors import UserError
 from rlhf.models.adapters import saved_name
-from rlhf.models.load import find_source
+from rlhf.models.load import computed_dtype, find_source
 from rlhf.models.save import base_fingerprint
 from rlhf.ppo.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead
 from rlhf.reward.load import RewardModel, load_reward_model, reward_card
@@ -44,9 +44,8 @@ class AdapterScorer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the type of the backbone's activations."""
-        dtype: torch.dtype = self.role.policy.dtype
-        return dtype
+        """Return the type that the backbone computes in."""
+        return computed_dtype(self.role.policy)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SequenceClassifierOutput:
         """Return scores [n, 1] at the last token of rows padded on the right; in evaluation mode, whatever the policy is in."""

@@ -224,6 +224,12 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         if settings.get("load_in_4bit") and not settings.get("use_peft"):
             place = document.place((stage, "load_in_4bit"))
             yield f"{place}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
+    vote = recipe.vote
+    if recipe.reward.needs_vote and not vote.in_sample and vote.members < max(2, vote.folds):
+        yield (
+            f"{document.place(('vote', 'members'))}: vote.members is {vote.members} and vote.folds {vote.folds}: votes on pairs that "
+            "the voter was not trained on need two members or more, and one a fold; raise vote.members or lower vote.folds."
+        )
     for path, sentence in unused_keys(recipe):
         yield f"{document.place(path)}: {sentence}"
 

@@ -15,7 +15,7 @@ from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.invariants.checks import Check
 from rlhf.invariants.scores import alone_in_batch, as_rendered, score_tolerance
-from rlhf.models.load import load_scorer, load_tokenizer
+from rlhf.models.load import computed_dtype, load_scorer, load_tokenizer
 from rlhf.models.open import expand, one_sentence, open_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read_as_saved
@@ -241,7 +241,7 @@ def _check(reward: RewardModel, card: Card, folder: Path) -> None:
     end_at_end_token(reward.tokenizer)  # folders of earlier versions hold the policy's template
     scores = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
     expected = torch.tensor([row["score"] for row in card["probe"]])
-    tolerance = score_tolerance(reward.model.dtype)
+    tolerance = score_tolerance(computed_dtype(reward.model))
     difference = (scores - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, card["std"]):
         raise UserError(
@@ -304,7 +304,7 @@ def score_checks(reward: RewardModel, texts: Sequence[tuple[Prompt, str]]) -> li
     together = reward.score(prompts, responses)
     alone = torch.cat([reward.score([prompt], [response]) for prompt, response in texts])
     reward.cut, reward.cut_answers = cut
-    dtype = reward.model.dtype
+    dtype = computed_dtype(reward.model)
     checks = [alone_in_batch(alone, together, dtype=dtype)]
     if type(reward) is RewardModel:
         expected = [None if isinstance(x, str) else reward.score_of_rendering(x, response) for x, response in texts]

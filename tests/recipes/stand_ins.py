@@ -189,7 +189,7 @@ MODELS: dict[str, StandIn] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": StandIn(
         "Llama",
         LlamaConfig,
-        TINY | {"tie_word_embeddings": True},
+        TINY | {"num_hidden_layers": 2, "tie_word_embeddings": True},
         templates.smol_lm_2,
         "ChatML, system turn",
         ("<|im_end|>",),
@@ -287,7 +287,7 @@ def small(name: str) -> list[str]:
         words += [f"{stage}.{key}={value}" for key, value in SMALL.items() if key in keys]
     words += ["ppo.total_episodes=16", "ppo.max_completion_length=8", "ppo.num_mini_batches=1", "ppo.num_ppo_epochs=1"]
     if recipe.reward.needs_vote:
-        words.append("vote.members=2")
+        words += ["vote.members=2", "vote.folds=2", *(["vote.trunk=1"] if recipe.vote.trunk else [])]
     if recipe.reward.meta:
         words += ["reward.meta_pool=4", "reward.meta_prompts=2", "reward.meta_responses=2"]
     return words

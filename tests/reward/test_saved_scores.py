@@ -13,11 +13,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf import build_reward_model, load_reward_model, save_reward_model
 from rlhf.models.generate import Completions
-from rlhf.models.load import load_scorer, model_settings
+from rlhf.models.load import computed_dtype, load_scorer, model_settings
 from rlhf.models.score import score_rows
 from rlhf.models.text import encode_answers
 from rlhf.pipeline.model_commands import export_model
 from rlhf.ppo.rewards import RewardSource
+from rlhf.reward.load import CARD
 from tests.conftest import PROMPTS, WORDS
 
 ANSWERS = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(len(PROMPTS))]
@@ -98,6 +99,12 @@ def test_4_bit_is_stated(base_folder: Path, tokenizer: Any, tmp_path: Path) -> N
     expected = saved.score(PROMPTS, ANSWERS)
     again = load_reward_model(tmp_path).score(PROMPTS, ANSWERS)
     assert (again - expected).abs().max().item() <= 1e-5
+    assert (model.dtype, computed_dtype(model)) == (torch.float32, torch.bfloat16), "norms are kept in float32"
+    card = json.loads((tmp_path / CARD).read_text(encoding="utf-8"))
+    for row in card["probe"]:
+        row["score"] += 0.02  # what the rounding of 16 bits may do on another machine
+    (tmp_path / CARD).write_text(json.dumps(card), encoding="utf-8")
+    load_reward_model(tmp_path)
     alone = torch.cat([saved.score([p], [a]) for p, a in zip(PROMPTS, ANSWERS, strict=True)])
     print(
         f"parity 4-bit, alone against batched: {((alone - expected).abs().max() / expected.std()).item():.1e} deviations"
