@@ -11,21 +11,26 @@ from transformers import PretrainedConfig, TrainingArguments
 from trl import RewardConfig, SFTConfig
 
 from rlhf.cost.estimate import Estimate, Estimator
-from rlhf.cost.sizes import Sizes, count_sizes
+from rlhf.cost.sizes import PairTokens, Sizes, count_sizes
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.data.read import is_local
 from rlhf.errors import UserError
 from rlhf.evaluation.policies import BEST_OF
+from rlhf.invariants.ends import SAMPLED
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.open import open_config
 from rlhf.models.scratch import design_base
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.plan import plan, stages_until
+from rlhf.pipeline.reward import CALIBRATION_SAMPLES
 from rlhf.pipeline.stages import base_texts, run_data, run_lab
 from rlhf.pipeline.store import Stage
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
+from rlhf.reward.certify import LONG
+
+GOLDEN = (30,) * 11 + (LONG,)  # tokens, about, of the texts of a certificate
 
 
 def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate], list[str]]:
@@ -113,6 +118,7 @@ def sizes_from_caps(recipe: Recipe, hub: list[str]) -> Sizes:
         prompts=[prompt],
         answers=[answer],
         demonstrations=[longest],
+        pairs=[PairTokens(prompt, prompt + answer, prompt + answer)],
         notes=[
             f"{', '.join(hub)}: on a hub, not downloaded; as many rows as the caps allow, each as long as the settings allow, so "
             "these are upper bounds."
@@ -178,12 +184,15 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work 
                 trained=pairs,
                 scored=rows["test_pairs"] or held_out_labels(stage, recipe, rows),
                 models=reward.members,
+                calibrated=min(CALIBRATION_SAMPLES, rows["prompts"]),
+                golden=GOLDEN,
                 views=1 if reward.extra is None else 2,
                 ascent=(reward.meta_prompts, reward.meta_responses) if reward.meta else None,
             )
         case "ppo":
             episodes = ppo.total_episodes or round(ppo.num_train_epochs * rows["prompts"])
-            return PpoWork(stage.folder, max(1, round(episodes / ppo.local_rollout_size)))
+            rollouts = max(1, round(episodes / ppo.local_rollout_size))
+            return PpoWork(stage.folder, rollouts, tried=min(SAMPLED, rows["prompts"]))
         case "sample":
             prompts = min(stage.settings["prompts"], rows["prompts"])
             return SamplingWork(stage.folder, prompts * stage.settings["responses"], is_scored=False)
@@ -192,7 +201,7 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work 
             has_gold = recipe.lab is not None or recipe.evaluate.gold is not None
             # One answer of the policy; of SFT, whose answers are sampled once in a run, as many as best-of-n chooses from.
             sft_answers = 0 if "first_evaluation" in stage.parents else (BEST_OF if has_gold else 1)
-            return SamplingWork(stage.folder, prompts * (1 + sft_answers), is_scored=True)
+            return SamplingWork(stage.folder, prompts * (1 + sft_answers), is_scored=True, compared=prompts)
     return None
 
 
