@@ -10,6 +10,7 @@ import resource
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -74,7 +75,8 @@ class Estimator:
         # Tokens of the longest answer and prompt in a batch, and of a prompt with its answer on average.
         self.answer, self.prompt = longest_of(self.answers, rows), longest_of(prompts, rows)
         self.whole = round(statistics.mean(prompts) + statistics.mean(self.answers))
-        self.longest = max(prompts) + max(self.answers)
+        rng = random.Random(0)
+        self.texts = [rng.choice(prompts) + rng.choice(self.answers) for _ in range(BATCHES)]
 
     def estimate(self, work: Work) -> Estimate:
         """Estimate what a stage costs."""
@@ -97,27 +99,27 @@ class Estimator:
         longest = longest_of(lengths, args.per_device_train_batch_size)
         tokens = work.rows * statistics.mean(lengths) * args.num_train_epochs
         shape = Shape(args.per_device_train_batch_size, longest, longest)
-        steps, seconds = self._supervised("sft", shape, work.rows)
+        steps, seconds = self._supervised("sft", shape, math.ceil(work.rows / shape.rows))
         return Estimate(work.folder, work.rows, round(tokens), steps, self.memory("sft", shape), seconds)
 
     def _pairs(self, work: PairWork) -> Estimate:
         """Estimate reward models; where the model allows it, the prompt of a pair is read once."""
-        # 1. The pairs that fit into max_length, and a batch of them: of mean length for time, of the longest for memory.
+        # 1. The pairs that fit into max_length, in batches of like length; the longest is the largest.
         section, args = work.section, self.training[work.section].args
         limit = getattr(args, "max_length", None) or math.inf
         pairs = [pair for pair in self.sizes.pairs if max(pair.chosen, pair.rejected) <= limit] or self.sizes.pairs
-        share = len(pairs) / len(self.sizes.pairs)
-        trained, count = round(work.trained * share), args.per_device_train_batch_size
+        share, count = len(pairs) / len(self.sizes.pairs), args.per_device_train_batch_size
+        trained = round(work.trained * share)
+        shapes = self._batches(pairs, min(count, max(1, trained)), work.views)
+        shape = mean_shape(shapes)
         tokens = statistics.mean(self._tokens(pair) for pair in pairs)
-        rows = work.views if self.shares_prompt else 2  # of a pair
-        shape = Shape(rows * count, round(tokens * work.views / rows), 0)
-        longest = sorted(pairs, key=self._tokens, reverse=True)[:count]
-        widest = self._widest(longest, work.views)
 
         # 2. Training, each model beginning with a comparison of the shared forward with the plain one.
-        steps, seconds = self._supervised(section, shape, trained * rows)
+        micro_batches = math.ceil(trained / count)
+        steps, seconds = self._supervised(section, shape, micro_batches)
+        texts = [length for pair in pairs for length in (pair.chosen, pair.rejected)]
         if self.shares_prompt:
-            alone = Shape(2 * count, round(statistics.mean(pair.chosen + pair.rejected for pair in pairs) / 2), 0)
+            alone = Shape(2 * work.views * count, longest_of(texts, 2 * count), 0)
             seconds += self._time(section, shape) + self._time(section, alone)
         if work.ascent is not None:
             prompts, answers = work.ascent
@@ -125,39 +127,44 @@ class Estimator:
             seconds += steps * self._time(section, ascent, training=True)
 
         # 3. Scores of pairs; the scale of the scores; the certificate, in the model's precision and in bfloat16.
-        length = round(statistics.mean(pair.chosen + pair.rejected for pair in pairs) / 2)
-        seconds += self._scoring(section, 2 * work.scored, length)
-        memory = self.memory(section, widest)
-        if self.shares_prompt:
-            once = self._sampling(work.calibrated, 2 * self.rollouts.size) if work.calibrated else 0.0
-            memory = max(memory, self._memory_of_sampling() if work.calibrated else 0.0)
-        else:
-            once = 0.0
-        seconds += self._scoring(section, work.calibrated, self.whole)
+        memory = self.memory(section, max(shapes, key=lambda batch: batch.rows * batch.length))
+        scoring = [self._scoring(section, 2 * work.scored, texts), self._scoring(section, work.calibrated, self.texts)]
+        seconds += sum(scored.seconds for scored in scoring)
+        weights = self.process + self._slices_of(section, False).weights()
+        memory = max(memory, *(weights + scored.bytes for scored in scoring))
+        once = 0.0
+        if work.calibrated and self.shares_prompt:
+            once = self._sampling(work.calibrated, 2 * self.rollouts.size)
+            memory = max(memory, self._memory_of_sampling())
         for length_alone in work.golden:
             seconds += self._time(section, Shape(1, length_alone, 0))
             if length_alone < max(work.golden):  # the long text is not read in bfloat16
                 seconds += self._time(section, Shape(1, length_alone, 0), dtype=torch.bfloat16)
         total = round(work.models * trained * work.views * tokens * args.num_train_epochs)
-        pairs_left = round(work.pairs * share)
-        return Estimate(work.folder, pairs_left, total, work.models * steps, memory, once + work.models * seconds)
+        rows = round(work.pairs * share)
+        return Estimate(work.folder, rows, total, work.models * steps, memory, once + work.models * seconds)
 
     def _tokens(self, pair: PairTokens) -> int:
         """Count the tokens that are read of a pair."""
         return pair.chosen + pair.rejected - (pair.shared if self.shares_prompt else 0)
 
-    def _widest(self, pairs: Sequence[PairTokens], views: int) -> Shape:
-        """Return the shape of a batch of these pairs, as the trainer packs or pads it."""
-        if not self.shares_prompt:
-            return Shape(2 * len(pairs) * views, max(max(pair.chosen, pair.rejected) for pair in pairs), 0)
-        texts = [
-            [[0] * shared + [side] * (length - shared) for side, length in ((1, chosen), (2, rejected))]
-            for shared, chosen, rejected in pairs
-        ]
-        rows, width = pack(
-            texts, pad_token_id=0, long_row=6 * self.config.get_text_config().hidden_size
-        ).input_ids.shape
-        return Shape(views * rows, width, 0)
+    def _batches(self, pairs: Sequence[PairTokens], count: int, views: int) -> list[Shape]:
+        """Return the shapes of the batches of a sample, grouped by length and packed or padded as the trainer does it."""
+        by_length = sorted(pairs, key=lambda pair: -max(pair.chosen, pair.rejected))
+        long_row = 6 * self.config.get_text_config().hidden_size
+        shapes = []
+        for start in range(0, len(by_length), count):
+            batch = by_length[start : start + count]
+            texts = [
+                [[0] * shared + [side] * (length - shared) for side, length in ((1, chosen), (2, rejected))]
+                for shared, chosen, rejected in batch
+            ]
+            if self.shares_prompt:
+                rows, width = pack(texts, pad_token_id=0, long_row=long_row).input_ids.shape
+            else:
+                rows, width = 2 * len(batch), max(len(text) for pair in texts for text in pair)
+            shapes.append(Shape(views * rows, width, 0))
+        return shapes
 
     def _ppo(self, work: PpoWork) -> Estimate:
         """Estimate PPO: sampling, scoring, three forwards, and the update of policy and critic."""
@@ -185,27 +192,28 @@ class Estimator:
 
     def _sampled(self, work: SamplingWork) -> Estimate:
         """Estimate the sampling of answers, two rollouts at once since no backward follows, their scoring and their KL."""
-        rows = 2 * self.rollouts.size
+        rows, policy = 2 * self.rollouts.size, self._slices_of("ppo", True)
         seconds, memory = self._sampling(work.answers, rows), self._memory_of_sampling()
         if work.is_scored:
-            seconds += self._scoring("reward", work.answers, self.whole)
             # Policy, SFT and reward models, each with a base of its own.
-            memory += self._slices_of("ppo", True).weights()
-            memory += self.rollouts.reward_models * self._slices_of("reward", False).weights()
-        if work.compared:
-            compared = Shape(min(rows, work.compared), self.prompt + self.answer, self.answer)
+            models = 2 * policy.weights() + self.rollouts.reward_models * self._slices_of("reward", False).weights()
+            scoring = self._scoring("reward", work.answers, self.texts)
+            seconds += self.rollouts.reward_models * scoring.seconds
+            memory = max(memory - policy.weights() + models, self.process + models + scoring.bytes)
+            compared = Shape(min(rows, max(1, work.compared)), self.prompt + self.answer, self.answer)
             seconds += 2 * work.compared / compared.rows * self._time("ppo", compared)
+            memory = max(memory, self.process + models + self._peak("ppo", compared, training=False))
         return Estimate(work.folder, work.answers, work.answers * self.whole, 0, memory, seconds)
 
     # Their parts.
 
-    def _supervised(self, section: Section, shape: Shape, rows: int) -> tuple[int, float]:
-        """Return the steps and seconds of training on rows of a file."""
+    def _supervised(self, section: Section, shape: Shape, micro_batches: int) -> tuple[int, float]:
+        """Return the steps and seconds of training on a file that has so many micro-batches."""
         args = self.training[section].args
-        micro_batches = math.ceil(rows / shape.rows) * args.num_train_epochs
-        steps = math.ceil(math.ceil(rows / shape.rows) / args.gradient_accumulation_steps) * args.num_train_epochs
+        steps = math.ceil(micro_batches / args.gradient_accumulation_steps) * args.num_train_epochs
         update = self._slices_of(section, shape.has_logits).seconds_of_update()
-        return round(steps), micro_batches * self._time(section, shape, training=True) + steps * update
+        trained = args.num_train_epochs * micro_batches * self._time(section, shape, training=True)
+        return round(steps), trained + steps * update
 
     def _sampling(self, answers: float, rows: int) -> float:
         """Return the seconds of sampling answers, so many at once."""
@@ -218,10 +226,16 @@ class Estimator:
             self._seconds[key] = self._slices_of("ppo", True).seconds_of_sampling(rows, self.prompt, stretches)
         return self._seconds[key] * answers / rows
 
-    def _scoring(self, section: Section, texts: float, length: int) -> float:
-        """Return the seconds of scoring texts of a length in tokens."""
-        rows = min(SCORED, math.ceil(texts))
-        return texts / rows * self._time(section, Shape(rows, length, 0)) if rows else 0.0
+    def _scoring(self, section: Section, texts: float, lengths: Sequence[int]) -> "Scoring":
+        """Return the cost of scoring texts of such lengths in tokens, in batches of like length, each padded to its longest."""
+        count = math.ceil(texts)
+        if count == 0:
+            return Scoring(0.0, 0.0)
+        drawn = sorted(random.Random(0).choices(lengths, k=count))
+        batches = [drawn[start : start + SCORED] for start in range(0, count, SCORED)]
+        shapes = [Shape(len(batch), batch[-1], 0) for batch in batches]
+        seconds = len(shapes) * self._time(section, mean_shape(shapes)) * texts / count
+        return Scoring(seconds, self._peak(section, max(shapes, key=lambda x: x.rows * x.length), training=False))
 
     def _time(
         self, section: Section, shape: Shape, *, training: bool = False, dtype: torch.dtype | None = None
@@ -301,6 +315,26 @@ class Estimator:
         width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         size = torch.tensor([], dtype=text.dtype or torch.float32).element_size()
         return 2.0 * rows * (self.prompt + self.answer) * text.num_hidden_layers * width * size
+
+
+class Scoring(NamedTuple):
+    """Cost of scoring some texts: seconds, and the bytes of the largest batch beside the weights."""
+
+    seconds: float
+    bytes: float
+
+
+def mean_shape(shapes: Sequence[Shape]) -> Shape:
+    """Return the shape with the mean number of tokens of some, its rows about as long as those of most of their tokens.
+
+    >>> mean_shape([Shape(4, 10, 0), Shape(2, 20, 0)])
+    Shape(rows=3, length=13, answer=0)
+    """
+    tokens = [shape.rows * shape.length for shape in shapes]
+    typical = sum(n * shape.length for n, shape in zip(tokens, shapes, strict=True)) / sum(tokens)
+    mean = statistics.mean(tokens)
+    rows = max(1, round(mean / typical))
+    return Shape(rows, round(mean / rows), 0)
 
 
 def longest_of(lengths: Sequence[int], rows: int) -> int:

@@ -82,7 +82,7 @@ def count_sizes(data: Path, tokenizer: PreTrainedTokenizerBase, *, longest_answe
     )
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], answers: list[str]) -> list[list[int]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
     """Return the token ids of each prompt with its answer."""
     texts = [answer_text(tokenizer, prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
     return encode(tokenizer, texts, conversational=True) if texts else []
