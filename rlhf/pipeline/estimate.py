@@ -30,6 +30,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 from rlhf.reward.certify import LONG
 
+LARGE_SHARE = 1 / 3  # of the time: what evaluation takes is said from here on
 GOLDEN = (30,) * 11 + (LONG,)  # tokens, about, of the texts of a certificate
 
 
@@ -48,7 +49,20 @@ def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate
     training = section_training(recipe)
     works = [work_of(stage, recipe, sizes, training["ppo"].args) for stage in stages_until(plan(recipe), until)]
     estimator = Estimator(config, sizes, training, ppo_rollouts(recipe, training["ppo"].args))
-    return [estimator.estimate(work) for work in works if work is not None], sizes.notes
+    estimates = [estimator.estimate(work) for work in works if work is not None]
+    return estimates, [*sizes.notes, *_evaluation_note(estimates, recipe.evaluate.prompts)]
+
+
+def _evaluation_note(estimates: list[Estimate], prompts: int) -> list[str]:
+    """Return a sentence where evaluations take a third of the time or more, since a smaller number of prompts is a choice."""
+    total = sum(stage.seconds for stage in estimates)
+    share = sum(stage.seconds for stage in estimates if stage.folder.endswith("/evaluate")) / max(total, 1e-9)
+    if share < LARGE_SHARE:
+        return []
+    return [
+        f"Evaluation takes {share:.0%} of this time, with evaluate.prompts={prompts}; fewer prompts take less and make its "
+        "intervals wider (gold_gap_closed is meant for 512 or more)."
+    ]
 
 
 # ---- Model and data ----

@@ -114,7 +114,9 @@ def test_seconds_are_those_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> No
     sampling = 10 * 40 / 32
     assert costs.estimate(SamplingWork("e", answers=40, is_scored=False)).seconds == sampling
     compared = SamplingWork("e", answers=40, is_scored=True, compared=20)
-    assert costs.estimate(compared).seconds == sampling + 2 + 2, "a batch of scores by both reward models, one of two policies' forwards"
+    assert costs.estimate(compared).seconds == sampling + 2 + 2, (
+        "a batch of scores by both reward models, one of two policies' forwards"
+    )
 
 
 def test_memory_is_weights_gradients_and_moments_of_four_roles() -> None:

@@ -30,7 +30,9 @@ def test_the_faster_precision_is_taken_and_said(
 ) -> None:
     times = {torch.float32: plain, torch.bfloat16: half}
     monkeypatch.setattr(precision, "measure", times.__getitem__)
-    with pytest.warns(UserWarning, match=rf"bf16: auto is {str(expected).lower()}: .* {1000 * half:.1f} ms in bfloat16"):
+    with pytest.warns(
+        UserWarning, match=rf"bf16: auto is {str(expected).lower()}: .* {1000 * half:.1f} ms in bfloat16"
+    ):
         args = training_arguments(RewardConfig, {"bf16": "auto"}, tmp_path, 0)
     assert args.bf16 is expected
 
