@@ -10,18 +10,22 @@ import resource
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rlhf.cost.sizes import Sizes
+from rlhf.cost.sizes import PairTokens, Sizes
 from rlhf.cost.slices import Shape, Slices, slices
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
+from rlhf.models.generate import STRETCH
 from rlhf.models.load import adapter_settings
+from rlhf.models.packing import pack
 
 BITS = 4.5  # of a 4-bit weight, with its scales
-GRADIENT_AND_MOMENTS = 3  # what AdamW's training keeps beside each weight, each as large
+MOMENTS = 2  # that AdamW keeps of each weight, each as large
+SCORED = 64  # texts that a reward model scores together
 BATCHES = 200  # drawn to learn how long the longest row of a batch is
 
 
@@ -62,14 +66,17 @@ class Estimator:
         self.config, self.sizes, self.training, self.rollouts = config, sizes, training, rollouts
         self.shares_prompt = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         self.process = 0.0 if torch.cuda.is_available() else 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self._slices: dict[tuple[Section, bool], Slices] = {}
+        self._slices: dict[tuple[Section, bool, torch.dtype | None], Slices] = {}
         self._seconds: dict[tuple[object, ...], float] = {}
+        self._peaks: dict[tuple[object, ...], float] = {}
         rows = training["ppo"].args.per_device_train_batch_size
-        answers = [min(length, rollouts.max_answer_length) for length in sizes.answers]
+        self.answers = [min(length, rollouts.max_answer_length) for length in sizes.answers]
         prompts = [min(length, rollouts.max_prompt_length or length) for length in sizes.prompts]
         # Tokens of the longest answer and prompt in a batch, and of a prompt with its answer on average.
-        self.answer, self.prompt = longest_of(answers, rows), longest_of(prompts, rows)
-        self.whole = round(statistics.mean(prompts) + statistics.mean(answers))
+        self.answer, self.prompt = longest_of(self.answers, rows), longest_of(prompts, rows)
+        self.whole = round(statistics.mean(prompts) + statistics.mean(self.answers))
+        rng = random.Random(0)
+        self.texts = [rng.choice(prompts) + rng.choice(self.answers) for _ in range(BATCHES)]
 
     def estimate(self, work: Work) -> Estimate:
         """Estimate what a stage costs."""
@@ -92,25 +99,72 @@ class Estimator:
         longest = longest_of(lengths, args.per_device_train_batch_size)
         tokens = work.rows * statistics.mean(lengths) * args.num_train_epochs
         shape = Shape(args.per_device_train_batch_size, longest, longest)
-        steps, seconds = self._supervised("sft", shape, work.rows)
+        steps, seconds = self._supervised("sft", shape, math.ceil(work.rows / shape.rows))
         return Estimate(work.folder, work.rows, round(tokens), steps, self.memory("sft", shape), seconds)
 
     def _pairs(self, work: PairWork) -> Estimate:
         """Estimate reward models; where the model allows it, the prompt of a pair is read once."""
-        args = self.training[work.section].args
-        prompt, answer = statistics.mean(self.sizes.prompts), statistics.mean(self.sizes.answers)
-        pair = prompt * (1 if self.shares_prompt else 2) + 2 * answer
-        rows = work.views if self.shares_prompt else 2  # of a pair
-        shape = Shape(rows * args.per_device_train_batch_size, round(pair * work.views / rows), 0)
-        steps, seconds = self._supervised(work.section, shape, work.trained * rows)
-        tokens = work.models * work.trained * work.views * pair * args.num_train_epochs
+        # 1. The pairs that fit into max_length, in batches of like length; the longest is the largest.
+        section, args = work.section, self.training[work.section].args
+        limit = getattr(args, "max_length", None) or math.inf
+        pairs = [pair for pair in self.sizes.pairs if max(pair.chosen, pair.rejected) <= limit] or self.sizes.pairs
+        share, count = len(pairs) / len(self.sizes.pairs), args.per_device_train_batch_size
+        trained = round(work.trained * share)
+        shapes = self._batches(pairs, min(count, max(1, trained)), work.views)
+        shape = mean_shape(shapes)
+        tokens = statistics.mean(self._tokens(pair) for pair in pairs)
+
+        # 2. Training, each model beginning with a comparison of the shared forward with the plain one.
+        micro_batches = math.ceil(trained / count)
+        steps, seconds = self._supervised(section, shape, micro_batches)
+        texts = [length for pair in pairs for length in (pair.chosen, pair.rejected)]
+        if self.shares_prompt:
+            alone = Shape(2 * work.views * count, longest_of(texts, 2 * count), 0)
+            seconds += self._time(section, shape) + self._time(section, alone)
         if work.ascent is not None:
             prompts, answers = work.ascent
             ascent = Shape(prompts, self.prompt + answers * self.answer, 0)
-            seconds += steps * self._time(work.section, ascent, training=True)
-        seconds += self._scoring(work.section, 2 * work.scored)
-        memory = self.memory(work.section, shape)
-        return Estimate(work.folder, work.pairs, round(tokens), work.models * steps, memory, work.models * seconds)
+            seconds += steps * self._time(section, ascent, training=True)
+
+        # 3. Scores of pairs; the scale of the scores; the certificate, in the model's precision and in bfloat16.
+        memory = self.memory(section, max(shapes, key=lambda batch: batch.rows * batch.length))
+        scoring = [self._scoring(section, 2 * work.scored, texts), self._scoring(section, work.calibrated, self.texts)]
+        seconds += sum(scored.seconds for scored in scoring)
+        weights = self.process + self._slices_of(section, False).weights()
+        memory = max(memory, *(weights + scored.bytes for scored in scoring))
+        once = 0.0
+        if work.calibrated and self.shares_prompt:
+            once = self._sampling(work.calibrated, 2 * self.rollouts.size)
+            memory = max(memory, self._memory_of_sampling())
+        for length_alone in work.golden:
+            seconds += self._time(section, Shape(1, length_alone, 0))
+            if length_alone < max(work.golden):  # the long text is not read in bfloat16
+                seconds += self._time(section, Shape(1, length_alone, 0), dtype=torch.bfloat16)
+        total = round(work.models * trained * work.views * tokens * args.num_train_epochs)
+        rows = round(work.pairs * share)
+        return Estimate(work.folder, rows, total, work.models * steps, memory, once + work.models * seconds)
+
+    def _tokens(self, pair: PairTokens) -> int:
+        """Count the tokens that are read of a pair."""
+        return pair.chosen + pair.rejected - (pair.shared if self.shares_prompt else 0)
+
+    def _batches(self, pairs: Sequence[PairTokens], count: int, views: int) -> list[Shape]:
+        """Return the shapes of the batches of a sample, grouped by length and packed or padded as the trainer does it."""
+        by_length = sorted(pairs, key=lambda pair: -max(pair.chosen, pair.rejected))
+        long_row = 6 * self.config.get_text_config().hidden_size
+        shapes = []
+        for start in range(0, len(by_length), count):
+            batch = by_length[start : start + count]
+            texts = [
+                [[0] * shared + [side] * (length - shared) for side, length in ((1, chosen), (2, rejected))]
+                for shared, chosen, rejected in batch
+            ]
+            if self.shares_prompt:
+                rows, width = pack(texts, pad_token_id=0, long_row=long_row).input_ids.shape
+            else:
+                rows, width = 2 * len(batch), max(len(text) for pair in texts for text in pair)
+            shapes.append(Shape(views * rows, width, 0))
+        return shapes
 
     def _ppo(self, work: PpoWork) -> Estimate:
         """Estimate PPO: sampling, scoring, three forwards, and the update of policy and critic."""
@@ -121,74 +175,105 @@ class Estimator:
         forwards = 2 * self._time("ppo", policy) + (1 + rollouts.reward_models) * self._time("ppo", critic)
         updates = self._time("ppo", policy, training=True) + self._time("ppo", critic, training=True)
         optimizer = sum(self._slices_of("ppo", has_logits).seconds_of_update() for has_logits in (True, False))
-        seconds = work.rollouts * (
-            self._sampling(rollouts.size)
+        seconds = self._sampling(work.tried, work.tried) + work.rollouts * (
+            self._sampling(rollouts.size, rollouts.size)
             + micro_batches * forwards
             + rollouts.epochs * (micro_batches * updates + rollouts.mini_batches * optimizer)
         )
+        weights = self.memory("ppo", policy, activations=False)
+        scored = Shape(min(SCORED, rollouts.size), self.prompt + self.answer, 0)
         memory = max(
-            self.memory("ppo", policy), self.memory("ppo", policy, activations=False) + self._cache(rollouts.size)
+            self.memory("ppo", policy),
+            weights + self._memory_of_forward("ppo", scored),
+            weights + self._cache(rollouts.size) + self._memory_of_forward("ppo", Shape(rollouts.size, self.prompt, 1)),
         )
         answers = work.rollouts * rollouts.size
         return Estimate(work.folder, answers, answers * self.whole, work.rollouts * rollouts.steps, memory, seconds)
 
     def _sampled(self, work: SamplingWork) -> Estimate:
-        """Estimate the sampling of answers, two rollouts at once since no backward follows, and their scoring."""
-        weights = self._slices_of("ppo", True).weights() + self._cache(2 * self.rollouts.size)
-        seconds = self._sampling(work.answers) + (self._scoring("reward", work.answers) if work.is_scored else 0.0)
-        return Estimate(work.folder, work.answers, work.answers * self.whole, 0, self.process + weights, seconds)
+        """Estimate the sampling of answers, two rollouts at once since no backward follows, their scoring and their KL."""
+        rows, policy = 2 * self.rollouts.size, self._slices_of("ppo", True)
+        seconds, memory = self._sampling(work.answers, rows), self._memory_of_sampling()
+        if work.is_scored:
+            # Policy, SFT and reward models, each with a base of its own.
+            models = 2 * policy.weights() + self.rollouts.reward_models * self._slices_of("reward", False).weights()
+            scoring = self._scoring("reward", work.answers, self.texts)
+            seconds += self.rollouts.reward_models * scoring.seconds
+            memory = max(memory - policy.weights() + models, self.process + models + scoring.bytes)
+            compared = Shape(min(rows, max(1, work.compared)), self.prompt + self.answer, self.answer)
+            seconds += 2 * work.compared / compared.rows * self._time("ppo", compared)
+            memory = max(memory, self.process + models + self._peak("ppo", compared, training=False))
+        return Estimate(work.folder, work.answers, work.answers * self.whole, 0, memory, seconds)
 
     # Their parts.
 
-    def _supervised(self, section: Section, shape: Shape, rows: int) -> tuple[int, float]:
-        """Return the steps and seconds of training on rows of a file."""
+    def _supervised(self, section: Section, shape: Shape, micro_batches: int) -> tuple[int, float]:
+        """Return the steps and seconds of training on a file that has so many micro-batches."""
         args = self.training[section].args
-        micro_batches = math.ceil(rows / shape.rows) * args.num_train_epochs
-        steps = math.ceil(math.ceil(rows / shape.rows) / args.gradient_accumulation_steps) * args.num_train_epochs
+        steps = math.ceil(micro_batches / args.gradient_accumulation_steps) * args.num_train_epochs
         update = self._slices_of(section, shape.has_logits).seconds_of_update()
-        return round(steps), micro_batches * self._time(section, shape, training=True) + steps * update
+        trained = args.num_train_epochs * micro_batches * self._time(section, shape, training=True)
+        return round(steps), trained + steps * update
 
-    def _sampling(self, answers: float) -> float:
-        """Return the seconds of sampling answers, a rollout at once."""
-        size = self.rollouts.size
-        key = ("sampling", self.prompt, self.answer)
+    def _sampling(self, answers: float, rows: int) -> float:
+        """Return the seconds of sampling answers, so many at once."""
+        rows = min(rows, math.ceil(answers))
+        if rows == 0:
+            return 0.0
+        key = ("sampling", rows)
         if key not in self._seconds:
-            policy = self._slices_of("ppo", True)
-            self._seconds[key] = policy.seconds_of_sampling(size, self.prompt, self.answer)
-        return self._seconds[key] * answers / size
+            stretches = stretches_of(self.answers, rows)
+            self._seconds[key] = self._slices_of("ppo", True).seconds_of_sampling(rows, self.prompt, stretches)
+        return self._seconds[key] * answers / rows
 
-    def _scoring(self, section: Section, texts: float) -> float:
-        """Return the seconds of scoring texts."""
-        rows = self.training[section].args.per_device_eval_batch_size
-        return texts / rows * self._time(section, Shape(rows, self.whole, 0))
+    def _scoring(self, section: Section, texts: float, lengths: Sequence[int]) -> "Scoring":
+        """Return the cost of scoring texts of such lengths in tokens, in batches of like length, each padded to its longest."""
+        count = math.ceil(texts)
+        if count == 0:
+            return Scoring(0.0, 0.0)
+        drawn = sorted(random.Random(0).choices(lengths, k=count))
+        batches = [drawn[start : start + SCORED] for start in range(0, count, SCORED)]
+        shapes = [Shape(len(batch), batch[-1], 0) for batch in batches]
+        seconds = len(shapes) * self._time(section, mean_shape(shapes)) * texts / count
+        return Scoring(seconds, self._peak(section, max(shapes, key=lambda x: x.rows * x.length), training=False))
 
-    def _time(self, section: Section, shape: Shape, *, training: bool = False) -> float:
+    def _time(
+        self, section: Section, shape: Shape, *, training: bool = False, dtype: torch.dtype | None = None
+    ) -> float:
         """Return the seconds of a forward, with its backward where it trains; each shape is timed once."""
-        key = (section, shape, training)
+        key = (section, shape, training, dtype)
         if key not in self._seconds:
-            self._seconds[key] = self._slices_of(section, shape.has_logits).seconds(shape, training=training)
+            measured = self._slices_of(section, shape.has_logits, dtype)
+            self._seconds[key] = measured.seconds(shape, training=training)
         return self._seconds[key]
 
-    def _slices_of(self, section: Section, has_logits: bool) -> Slices:
-        """Build the slices of a section's model, once."""
-        if (section, has_logits) not in self._slices:
+    def _peak(self, section: Section, shape: Shape, *, training: bool) -> float:
+        """Return the bytes that live at once in a forward, with its backward where it trains; each shape is measured once."""
+        key = (section, shape, training)
+        if key not in self._peaks:
+            self._peaks[key] = self._slices_of(section, shape.has_logits).peak(shape, training=training)
+        return self._peaks[key]
+
+    def _slices_of(self, section: Section, has_logits: bool, dtype: torch.dtype | None = None) -> Slices:
+        """Build the slices of a section's model, once; in another dtype where one is named."""
+        if (section, has_logits, dtype) not in self._slices:
             model, args = self.training[section].model, self.training[section].args
             named = None if model.dtype in (None, "auto") else getattr(torch, model.dtype)
-            self._slices[section, has_logits] = slices(
+            self._slices[section, has_logits, dtype] = slices(
                 self.config,
                 has_logits=has_logits,
                 device=args.device,
-                dtype=named or self.config.dtype or torch.float32,
+                dtype=dtype or named or self.config.dtype or torch.float32,
                 autocast=args.bf16,
                 adapter=adapter_settings(model) if model.use_peft else None,
                 checkpointing=args.gradient_checkpointing,
             )
-        return self._slices[section, has_logits]
+        return self._slices[section, has_logits, dtype]
 
     def memory(self, section: Section, shape: Shape, *, activations: bool = True) -> float:
         """Return the bytes at the peak of training: of one model, or of PPO's four roles.
 
-        They are weights, gradients and AdamW's two moments of what is trained, and activations.
+        They are the process itself, weights, gradients and AdamW's two moments of what is trained, and activations.
         """
         model = self.training[section].model
         whole = self._slices_of(section, shape.has_logits)
@@ -196,17 +281,32 @@ class Estimator:
         frozen = whole.weights() - trained
         if model.load_in_4bit:
             frozen -= whole.layer_weights() * (1 - BITS / 16)
-        total = frozen + (1 + GRADIENT_AND_MOMENTS) * trained + (whole.saved(shape) if activations else 0.0)
+        peak = self._peak(section, shape, training=True) if activations else 0.0
         if section == "ppo":
             head = self._slices_of("ppo", False)
             others = self.rollouts.reward_models - 1  # of an ensemble, each with a base of its own
-            total += others * head.weights()
-            if model.use_peft:  # critic; reference and reward adapters
-                total += (1 + GRADIENT_AND_MOMENTS + 2) * head.weights(trainable=True)
-            else:  # critic, reward, reference
-                total += (1 + GRADIENT_AND_MOMENTS + 1) * head.weights() + whole.weights()
-                total += head.saved(Shape(shape.rows, shape.length, 0)) if activations else 0.0
-        return self.process + total
+            frozen += others * head.weights()
+            critic = head.weights(trainable=True)
+            trained += critic
+            if model.use_peft:  # reference and reward adapters
+                frozen += 2 * critic
+            else:  # reward and reference
+                frozen += head.weights() + whole.weights()
+                peak += self._peak("ppo", Shape(shape.rows, shape.length, 0), training=True) if activations else 0.0
+        # Gradients grow while activations go, unless those of an earlier micro-batch are there already.
+        accumulates = self.training[section].args.gradient_accumulation_steps > 1 or not activations
+        changing = trained + peak if accumulates else max(trained, peak)
+        return self.process + frozen + (1 + MOMENTS) * trained + changing
+
+    def _memory_of_forward(self, section: Section, shape: Shape) -> float:
+        """Return the bytes that a forward without a backward takes beside the weights."""
+        return self._peak(section, shape, training=False)
+
+    def _memory_of_sampling(self) -> float:
+        """Return the bytes at the peak of sampling from one policy, two rollouts at once."""
+        rows, policy = 2 * self.rollouts.size, self._slices_of("ppo", True)
+        prefill = self._memory_of_forward("ppo", Shape(rows, self.prompt, 1))
+        return self.process + policy.weights() + self._cache(rows) + prefill
 
     def _cache(self, rows: int) -> float:
         """Return the bytes of keys and values while so many answers are sampled."""
@@ -217,7 +317,47 @@ class Estimator:
         return 2.0 * rows * (self.prompt + self.answer) * text.num_hidden_layers * width * size
 
 
+class Scoring(NamedTuple):
+    """Cost of scoring some texts: seconds, and the bytes of the largest batch beside the weights."""
+
+    seconds: float
+    bytes: float
+
+
+def mean_shape(shapes: Sequence[Shape]) -> Shape:
+    """Return the shape with the mean number of tokens of some, its rows about as long as those of most of their tokens.
+
+    >>> mean_shape([Shape(4, 10, 0), Shape(2, 20, 0)])
+    Shape(rows=3, length=13, answer=0)
+    """
+    tokens = [shape.rows * shape.length for shape in shapes]
+    typical = sum(n * shape.length for n, shape in zip(tokens, shapes, strict=True)) / sum(tokens)
+    mean = statistics.mean(tokens)
+    rows = max(1, round(mean / typical))
+    return Shape(rows, round(mean / rows), 0)
+
+
 def longest_of(lengths: Sequence[int], rows: int) -> int:
     """Estimate the longest of so many rows, drawn from lengths: a mean over 200 batches, and what a padded batch is as long as."""
     rng = random.Random(0)
     return round(statistics.mean(max(rng.choices(lengths, k=rows)) for _ in range(BATCHES)))
+
+
+def stretches_of(lengths: Sequence[int], rows: int) -> list[tuple[float, float]]:
+    """Estimate in which steps answers are written: of each stretch its tokens, and how many rows are still at work.
+
+    Means over 200 batches of so many rows, drawn from lengths; rows that have ended leave the batch between stretches.
+
+    >>> stretches_of([20], 3)
+    [(16.0, 3.0), (4.0, 3.0)]
+    """
+    rng = random.Random(0)
+    batches = [rng.choices(lengths, k=rows) for _ in range(BATCHES)]
+    stretches = []
+    for begin in range(0, max(lengths), STRETCH):
+        left = [[length - begin for length in batch if length > begin] for batch in batches]
+        at_work = [len(batch) for batch in left if batch]
+        if at_work:
+            tokens = sum(min(STRETCH, max(batch)) for batch in left if batch) / BATCHES
+            stretches.append((tokens, statistics.mean(map(float, at_work))))
+    return stretches

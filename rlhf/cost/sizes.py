@@ -1,9 +1,10 @@
 """Rows and token lengths of a run's data, counted on its files."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,14 @@ FILES = ("sft", "pairs", "test_pairs", "prompts", "test_prompts")
 SIDES: tuple[Side, ...] = ("chosen", "rejected")
 
 
+class PairTokens(NamedTuple):
+    """Tokens of a pair: of what its two texts begin with alike, and of each whole text."""
+
+    shared: int
+    chosen: int
+    rejected: int
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Rows and token lengths of the data.
@@ -23,6 +32,7 @@ class Sizes:
     Attributes:
         rows: by file: sft, pairs, test_pairs, prompts, test_prompts.
         prompts, answers, demonstrations: lengths in tokens, of a sample; a demonstration's is that of prompt and answer.
+        pairs: of a sample.
         notes: what is not known, in sentences.
     """
 
@@ -30,6 +40,7 @@ class Sizes:
     prompts: list[int]
     answers: list[int]
     demonstrations: list[int]
+    pairs: list[PairTokens] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -49,23 +60,39 @@ def count_sizes(data: Path, tokenizer: PreTrainedTokenizerBase, *, longest_answe
 
     texts = [prompt_text(tokenizer, row["prompt"]) for row in sample["pairs"] or sample["prompts"]]
     prompts = [len(ids) for ids in encode(tokenizer, texts, conversational=True)]
-    answers = []
-    for side in SIDES:
-        whole = _lengths(tokenizer, [asked(pair, side) for pair in pairs], [answer(pair, side) for pair in pairs])
-        answers += [max(1, length - prompt) for length, prompt in zip(whole, prompts, strict=False)]
+    chosen, rejected = (
+        _encoded(tokenizer, [asked(pair, side) for pair in pairs], [answer(pair, side) for pair in pairs])
+        for side in SIDES
+    )
+    answers = [
+        max(1, len(row) - prompt)
+        for side in (chosen, rejected)
+        for row, prompt in zip(side, prompts if side else [], strict=True)
+    ]
+    asked_of = [row["prompt"] for row in demonstrations]
+    whole = _encoded(tokenizer, asked_of, [completion(row) for row in demonstrations])
     note = f"No pairs yet: answers are taken to be {longest_answer} tokens long, so these are upper bounds."
     return Sizes(
         rows={name: len(every) for name, every in rows.items()},
         prompts=prompts,
         answers=answers or [longest_answer],
-        demonstrations=_lengths(
-            tokenizer, [row["prompt"] for row in demonstrations], [completion(row) for row in demonstrations]
-        ),
+        demonstrations=[len(row) for row in whole],
+        pairs=[PairTokens(_alike(c, r), len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)],
         notes=[] if answers else [note],
     )
 
 
-def _lengths(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], answers: list[str]) -> list[int]:
-    """Return the number of tokens of each prompt with its answer."""
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each prompt with its answer."""
     texts = [answer_text(tokenizer, prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
-    return [len(ids) for ids in encode(tokenizer, texts, conversational=True)] if texts else []
+    return encode(tokenizer, texts, conversational=True) if texts else []
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the tokens that two texts begin with alike; each keeps one of its own, for its score.
+
+    >>> _alike([5, 6, 7], [5, 6, 8]), _alike([5], [5, 6])
+    (2, 0)
+    """
+    limit = min(len(one), len(other)) - 1
+    return next((i for i in range(limit) if one[i] != other[i]), limit)

@@ -6,12 +6,10 @@ backward are straight lines in n. Two points of each line are measured; the rest
 
 import copy
 import gc
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -19,10 +17,13 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from rlhf.cost.live import LiveBytes, storages
+
 Model: TypeAlias = PreTrainedModel | PeftModel
-FLOPS_ON_CPU = 2e10  # of one timed pass of training; larger batches are timed in part and scaled
-REPETITIONS = 3
+FLOPS_ON_CPU = 1e10  # of one timed pass, a fraction of a second; larger batches are timed in part and scaled
+REPETITIONS = 4
 SHORT, LONG = 4, 12  # tokens of two generations, whose difference is the cost of a step
+clock = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -94,21 +95,19 @@ class Slices:
         one, two = (_bytes(p for p in model.parameters() if not p.requires_grad) for model in self.models)
         return float(self.layers * (two - one))
 
-    def saved(self, shape: Shape) -> float:
-        """Return the bytes that a forward keeps for its backward, and those of its logits' gradient."""
-        part, share = self._part(shape)
-        saved = self._for_all_layers(lambda model: self._saved(model, part))
-        if self.models[0].is_activation_checkpointing:  # one layer's are there again while it is recomputed
-            plain = [copy.deepcopy(model) for model in self.models]
-            for model in plain:
-                model.gradient_checkpointing_disable()
-            one, two = (self._saved(model, part) for model in plain)
-            saved += two - one
-        return saved * share
+    def peak(self, shape: Shape, *, training: bool) -> float:
+        """Return the bytes of the tensors that live at once, at most, in a forward, with its backward where it trains.
+
+        Parameters are left out, and so are their gradients, which are counted beside them.
+        """
+        part, share = self._part(shape, training=training)
+        if training:
+            return share * self._for_all_layers(lambda model: self._peak(model, part, training=True))
+        return share * max(self._peak(model, part, training=False) for model in self.models)  # nothing of a layer stays
 
     def seconds(self, shape: Shape, *, training: bool) -> float:
         """Return the seconds of a forward, with its backward where it trains."""
-        part, share = self._part(shape)
+        part, share = self._part(shape, training=training)
 
         def forward(model: Model) -> None:
             with nullcontext() if training else torch.no_grad():
@@ -117,49 +116,70 @@ class Slices:
                 loss.backward()
                 model.zero_grad()
 
-        return share * self._for_all_layers(lambda model: self._timed(lambda: forward(model)))
+        return share * self._timed(forward)
 
     def seconds_of_update(self) -> float:
-        """Return the seconds of one AdamW step."""
+        """Return the seconds of one AdamW step, of the norm of its gradient before that, and of clipping."""
+        trained = {id(model): [p for p in model.parameters() if p.requires_grad] for model in self.models}
+        optimizers = {name: torch.optim.AdamW(weights, lr=0.0, fused=True) for name, weights in trained.items()}
+        for p in (p for weights in trained.values() for p in weights):
+            p.grad = torch.zeros_like(p)
 
-        def measure(model: Model) -> float:
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
-            for p in trained:
-                p.grad = torch.zeros_like(p)
-            seconds = self._timed(optimizer.step)
+        def update(model: Model) -> None:
+            weights = trained[id(model)]
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+            optimizers[id(model)].step()
+
+        seconds = self._timed(update)
+        for model in self.models:
             model.zero_grad()
-            return seconds
+        return seconds
 
-        return self._for_all_layers(measure)
+    def seconds_of_sampling(self, rows: int, prompt: int, stretches: Sequence[tuple[float, float]]) -> float:
+        """Return the seconds of sampling an answer to each of so many prompts at once.
 
-    def seconds_of_sampling(self, rows: int, prompt: int, answer: int) -> float:
-        """Return the seconds of sampling an answer of full length to each of so many prompts at once."""
-        part, share = self._part(Shape(rows, prompt + answer, 1), flops=3 * FLOPS_ON_CPU)  # no backward
+        Args:
+            rows: prompts.
+            prompt: tokens of each, padding included.
+            stretches: tokens that are written one after the other, and by how many rows at once.
+        """
+        # With fewer rows a token costs less, but not in proportion: a straight line through two numbers of rows.
+        part, share = self._part(Shape(rows, prompt, 1), training=False)
+        few = max(1, part.rows // 4)
+        short, long = (self._generated(part.rows, prompt, tokens) for tokens in (SHORT, LONG))
+        token = max(0.0, long - short) / (LONG - SHORT)
+        slope = 0.0
+        if few < part.rows and any(at_work < rows for _, at_work in stretches):
+            fewer = [self._generated(few, prompt, tokens) for tokens in (SHORT, LONG)]
+            slope = max(0.0, token - max(0.0, fewer[1] - fewer[0]) / (LONG - SHORT)) / (part.rows - few)
+        written = sum(tokens * max(0.0, token - slope * (part.rows - at_work / share)) for tokens, at_work in stretches)
+        return share * (max(0.0, short - SHORT * token) + written)
 
-        def measure(model: Model) -> float:
-            ids = torch.randint(0, model.config.vocab_size, (part.rows, prompt), device=self.device)
+    def _generated(self, rows: int, prompt: int, tokens: int) -> float:
+        """Return the seconds of writing so many tokens after each prompt."""
+        ids = torch.randint(0, self.models[0].config.vocab_size, (rows, prompt), device=self.device)
 
-            def sample(tokens: int) -> None:
+        def sample(model: Model) -> None:
+            model.eval()
+            with torch.no_grad(), self._precision():
                 model.generate(
                     ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
                     min_new_tokens=tokens, max_new_tokens=tokens, use_cache=True,  # a trained checkpoint may say otherwise
                 )  # fmt: skip
-
-            model.eval()
-            with torch.no_grad(), self._precision():
-                short, long = (self._timed(partial(sample, tokens)) for tokens in (SHORT, LONG))
             model.train()
-            return short + (answer - SHORT) * max(0.0, long - short) / (LONG - SHORT)
 
-        return share * self._for_all_layers(measure)
+        return self._timed(sample)
 
-    def _part(self, shape: Shape, *, flops: float = FLOPS_ON_CPU) -> tuple[Shape, float]:
+    def _part(self, shape: Shape, *, training: bool) -> tuple[Shape, float]:
         """Return the shape with as many rows as a slow machine can time, and what their cost is to be multiplied with."""
         if self.device.type != "cpu":
             return shape, 1.0
-        weights = sum(p.numel() for p in self.models[1].parameters())
-        rows = min(shape.rows, max(1, int(flops / (6 * weights * shape.length))))
+        one, two = (sum(p.numel() for p in model.parameters()) for model in self.models)
+        # The first layer's model holds the embeddings too, which are looked up and cost nothing, and the head.
+        layer, head = two - one, _size(self.models[0].get_output_embeddings()) if shape.has_logits else 0
+        operations = (6 if training else 2) * (2 * layer * shape.length + head * shape.answer)
+        rows = min(shape.rows, max(1, int(FLOPS_ON_CPU / max(1, operations))))
         return Shape(rows, shape.length, shape.answer), shape.rows / rows
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -175,33 +195,40 @@ class Slices:
                 return output.last_hidden_state.float().sum()
             return nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), ids[:, -shape.answer :].flatten())
 
-    def _saved(self, model: Model, shape: Shape) -> float:
-        """Return the bytes of the distinct tensors that the graph keeps, parameters left out, and of the logits' gradient."""
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def _peak(self, model: Model, shape: Shape, *, training: bool) -> float:
+        """Return the bytes that live at once in a forward of one model, with its backward where it trains."""
+        handles = [
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+        with LiveBytes(storages(model.parameters())) as live, nullcontext() if training else torch.no_grad():
             loss = self._loss(model, shape)
-        del loss
-        return sum(kept.values()) + (4.0 * shape.rows * shape.answer * model.config.vocab_size)
+            if training:
+                loss.backward()
+        for handle in handles:
+            handle.remove()
+        return float(live.peak)
 
-    def _timed(self, work: Callable[[], object]) -> float:
-        """Return the median seconds of a piece of work, after a first time that is not counted."""
-        work()
-        seconds = []
-        for _ in range(REPETITIONS):
-            self._wait()
-            begin = time.perf_counter()
-            work()
-            self._wait()
-            seconds.append(time.perf_counter() - begin)
-        return statistics.median(seconds)
+    def _timed(self, work: Callable[[Model], object]) -> float:
+        """Return the seconds of a piece of work on the whole model.
+
+        Both models take turns, so that a busy moment of the machine comes into both; the shortest of some times is that of
+        the work and of nothing else. A first time is not counted.
+        """
+        for model in self.models:
+            work(model)
+        seconds = [[self._clocked(work, model) for model in self.models] for _ in range(REPETITIONS)]
+        one, two = (min(column) for column in zip(*seconds, strict=True))
+        return Line(one, two).at(self.layers)
+
+    def _clocked(self, work: Callable[[Model], object], model: Model) -> float:
+        """Return the seconds of a piece of work on one model."""
+        self._wait()
+        begin = clock()
+        work(model)
+        self._wait()
+        return clock() - begin
 
     def _wait(self) -> None:
         """Wait until the device has done its work."""
@@ -234,6 +261,7 @@ def slices(
     for layers in (1, 2):
         shallow = copy.deepcopy(text)
         shallow.num_hidden_layers = layers
+        shallow.use_cache = False  # sampling asks for one
         if getattr(shallow, "layer_types", None):
             shallow.layer_types = shallow.layer_types[:layers]
         auto = AutoModelForCausalLM if has_logits else AutoModel
@@ -258,3 +286,8 @@ def _for_task(adapter: LoraConfig, *, has_logits: bool) -> LoraConfig:
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Add up the bytes of parameters."""
     return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _size(module: nn.Module | None) -> int:
+    """Count the parameters of a module; 0 where there is none."""
+    return 0 if module is None else sum(p.numel() for p in module.parameters())

@@ -68,6 +68,8 @@ class PairWork:
         trained: of these, how many each model trains on.
         scored: how many pairs each model scores when it is trained; a mean.
         models: how many are trained.
+        calibrated: answers of the policy before PPO that are sampled and scored for the scale of the finished model's scores.
+        golden: tokens of the texts of its certificate, each scored by itself.
         views: how often a text is read in a step: twice under a contrastive term.
         ascent: prompts, and answers to each, that MetaRM's extra step reads; None without it.
     """
@@ -78,6 +80,8 @@ class PairWork:
     trained: int
     scored: float
     models: int = 1
+    calibrated: int = 0
+    golden: tuple[int, ...] = ()
     views: int = 1
     ascent: tuple[int, int] | None = None
 
@@ -89,10 +93,12 @@ class PpoWork:
     Attributes:
         folder: of the stage in the run, "round-1/ppo".
         rollouts: how many it makes.
+        tried: answers that are sampled before the first rollout, to see whether they end.
     """
 
     folder: str
     rollouts: int
+    tried: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,13 @@ class SamplingWork:
         folder: of the stage in the run, "round-1/evaluate".
         answers: how many are sampled.
         is_scored: whether the reward model scores each of them.
+        compared: of these, how many are read by two policies for their KL.
     """
 
     folder: str
     answers: int
     is_scored: bool
+    compared: int = 0
 
 
 Work = SftWork | PairWork | PpoWork | SamplingWork

@@ -11,22 +11,28 @@ from transformers import PretrainedConfig, TrainingArguments
 from trl import RewardConfig, SFTConfig
 
 from rlhf.cost.estimate import Estimate, Estimator
-from rlhf.cost.sizes import Sizes, count_sizes
+from rlhf.cost.sizes import PairTokens, Sizes, count_sizes
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.data.read import is_local
 from rlhf.errors import UserError
 from rlhf.evaluation.policies import BEST_OF
+from rlhf.invariants.ends import SAMPLED
 from rlhf.lab.answers import stand_in_answers
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.open import open_config
 from rlhf.models.scratch import design_base
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.plan import plan, stages_until
+from rlhf.pipeline.reward import CALIBRATION_SAMPLES
 from rlhf.pipeline.stages import base_texts, run_data, run_lab
 from rlhf.pipeline.store import Stage
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
+from rlhf.reward.certify import LONG
+
+LARGE_SHARE = 1 / 3  # of the time: what evaluation takes is said from here on
+GOLDEN = (30,) * 11 + (LONG,)  # tokens, about, of the texts of a certificate
 
 UNKNOWN_ANSWERS = (
     "lab: the backbone's answers are not sampled for this; each is taken to be as long as may be, an upper bound."
@@ -48,8 +54,21 @@ def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate
     training = section_training(recipe)
     works = [work_of(stage, recipe, sizes, training["ppo"].args) for stage in stages_until(plan(recipe), until)]
     estimator = Estimator(config, sizes, training, ppo_rollouts(recipe, training["ppo"].args))
-    notes = [*sizes.notes, *([UNKNOWN_ANSWERS] if recipe.lab is not None and recipe.lab.is_sampled else [])]
-    return [estimator.estimate(work) for work in works if work is not None], notes
+    estimates = [estimator.estimate(work) for work in works if work is not None]
+    unknown = [UNKNOWN_ANSWERS] if recipe.lab is not None and recipe.lab.is_sampled else []
+    return estimates, [*sizes.notes, *unknown, *_evaluation_note(estimates, recipe.evaluate.prompts)]
+
+
+def _evaluation_note(estimates: list[Estimate], prompts: int) -> list[str]:
+    """Return a sentence where evaluations take a third of the time or more, since a smaller number of prompts is a choice."""
+    total = sum(stage.seconds for stage in estimates)
+    share = sum(stage.seconds for stage in estimates if stage.folder.endswith("/evaluate")) / max(total, 1e-9)
+    if share < LARGE_SHARE:
+        return []
+    return [
+        f"Evaluation takes {share:.0%} of this time, with evaluate.prompts={prompts}; fewer prompts take less and make its "
+        "intervals wider (gold_gap_closed is meant for 512 or more)."
+    ]
 
 
 # ---- Model and data ----
@@ -119,6 +138,7 @@ def sizes_from_caps(recipe: Recipe, hub: list[str]) -> Sizes:
         prompts=[prompt],
         answers=[answer],
         demonstrations=[longest],
+        pairs=[PairTokens(prompt, prompt + answer, prompt + answer)],
         notes=[
             f"{', '.join(hub)}: on a hub, not downloaded; as many rows as the caps allow, each as long as the settings allow, so "
             "these are upper bounds."
@@ -184,12 +204,15 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work 
                 trained=pairs,
                 scored=rows["test_pairs"] or held_out_labels(stage, recipe, rows),
                 models=reward.members,
+                calibrated=min(CALIBRATION_SAMPLES, rows["prompts"]),
+                golden=GOLDEN,
                 views=1 if reward.extra is None else 2,
                 ascent=(reward.meta_prompts, reward.meta_responses) if reward.meta else None,
             )
         case "ppo":
             episodes = ppo.total_episodes or round(ppo.num_train_epochs * rows["prompts"])
-            return PpoWork(stage.folder, max(1, round(episodes / ppo.local_rollout_size)))
+            rollouts = max(1, round(episodes / ppo.local_rollout_size))
+            return PpoWork(stage.folder, rollouts, tried=min(SAMPLED, rows["prompts"]))
         case "lab" if recipe.lab is not None and recipe.lab.is_sampled:
             return SamplingWork(stage.folder, 2 * (recipe.lab.pairs + 2 * recipe.lab.test_pairs), is_scored=False)
         case "sample":
@@ -200,7 +223,7 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work 
             has_gold = recipe.lab is not None or recipe.evaluate.gold is not None
             # One answer of the policy; of SFT, whose answers are sampled once in a run, as many as best-of-n chooses from.
             sft_answers = 0 if "first_evaluation" in stage.parents else (BEST_OF if has_gold else 1)
-            return SamplingWork(stage.folder, prompts * (1 + sft_answers), is_scored=True)
+            return SamplingWork(stage.folder, prompts * (1 + sft_answers), is_scored=True, compared=prompts)
     return None
 
 

@@ -33,6 +33,7 @@ from rlhf.pipeline.callbacks import (
     drop_torn_line,
 )
 from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.precision import resolve_bf16, warn_of_4_bit
 from rlhf.pipeline.store import CHECKPOINTS, METRICS, newest_checkpoint, read_seconds
 from rlhf.pipeline.trainers import KeepsBatches
 from rlhf.progress import Work, a_line_a_minute
@@ -55,7 +56,9 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, 
     model_names = set(trl_keys()["model"])
     model = {name: value for name, value in settings.items() if name in model_names}
     trainer = {name: value for name, value in settings.items() if name not in model_names}
-    return model_settings(model), trainer
+    config = model_settings(model)
+    warn_of_4_bit(config.load_in_4bit)
+    return config, trainer
 
 
 def training_arguments(config_class: type[Config], settings: Mapping[str, Any], folder: Path, seed: int) -> Config:
@@ -75,7 +78,7 @@ def training_arguments(config_class: type[Config], settings: Mapping[str, Any], 
     }
     if not torch.cuda.is_available():
         defaults |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    return config_class(output_dir=str(folder / CHECKPOINTS), seed=seed, **{**defaults, **settings})
+    return config_class(output_dir=str(folder / CHECKPOINTS), seed=seed, **{**defaults, **resolve_bf16(settings)})
 
 
 def evaluation_rows(file: Path, args: TrainingArguments, limit: int) -> Dataset | None:

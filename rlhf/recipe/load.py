@@ -170,6 +170,8 @@ def _check_types(document: Document) -> Iterable[str]:
                 continue
             allowed, choices = keys[key]["types"], keys[key].get("choices")
             name = ".".join((*path, key))
+            if name.endswith(".bf16") and value == "auto":
+                continue  # the machine decides: `rlhf.pipeline.precision`
             if not _has_type(value, allowed):
                 wanted = " or ".join(TYPE_NAMES[kind] for kind in allowed if kind != "null")
                 yield f"{document.place((*path, key))}: {name} is {value!r}; it must be {wanted}."

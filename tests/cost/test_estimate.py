@@ -6,8 +6,8 @@ import pytest
 from transformers import BertConfig, LlamaConfig, PretrainedConfig
 from trl import RewardConfig, SFTConfig
 
-from rlhf.cost.estimate import GRADIENT_AND_MOMENTS, Estimator, longest_of
-from rlhf.cost.sizes import Sizes
+from rlhf.cost.estimate import MOMENTS, Estimator, longest_of, stretches_of
+from rlhf.cost.sizes import PairTokens, Sizes
 from rlhf.cost.slices import Shape, Slices
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, SftWork, Training
 from rlhf.models.load import model_settings
@@ -16,7 +16,14 @@ LLAMA = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, 
 LAYER = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
 BELOW_HEAD = 4 * (200 * 64 + 3 * LAYER + 64)
 POLICY = BELOW_HEAD + 4 * 200 * 64  # the output embedding is its own
-SIZES = Sizes({}, prompts=[10, 12], answers=[5, 7], demonstrations=[16, 18])
+SIZES = Sizes(
+    {},
+    prompts=[10, 12],
+    answers=[5, 7],
+    demonstrations=[16, 18],
+    pairs=[PairTokens(11, 17, 17), PairTokens(10, 15, 17), PairTokens(12, 17, 19)],
+)
+TRAINED = 1 + 1 + MOMENTS  # weights, gradients, moments
 PAIRS = PairWork("round-1/reward", "reward", pairs=200, trained=200, scored=60)
 
 
@@ -74,44 +81,89 @@ def test_what_pairs_are_trained_with_multiplies_what_it_should() -> None:
     assert (alone.tokens, alone.steps) == (200 * 2 * 2 * (11 + 6), 26), "an encoder reads the prompt twice"
 
 
+def test_pairs_over_max_length_are_left_out() -> None:
+    """Of three kinds of pairs one is too long, so a third of the rows is not trained on, and the others are shorter."""
+    costs = estimator()
+    costs.training["reward"].args.max_length = 17
+    reward = costs.estimate(PAIRS)
+    assert (reward.rows, reward.steps) == (133, 2 * 9)
+    assert reward.tokens == 133 * 2 * (23 + 22) / 2
+
+
 def test_seconds_are_those_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 1 second a forward, 3 with a backward, 0.5 an update and 10 a rollout in place of a clock."""
+    """With 1 second a forward, 3 with a backward, 0.5 an update and 10 for whatever is sampled at once in place of a clock."""
     monkeypatch.setattr(Slices, "seconds", lambda _, shape, *, training: 3.0 if training else 1.0)
     monkeypatch.setattr(Slices, "seconds_of_update", lambda _: 0.5)
     monkeypatch.setattr(Slices, "seconds_of_sampling", lambda *_: 10.0)
     costs = estimator(reward_models=2)
     assert costs.estimate(SftWork("s", rows=300)).seconds == 2 * 19 * 3 + 20 * 0.5
-    training, scoring = 26 * (3 + 0.5), 2 * 60 / 4
-    assert costs.estimate(PAIRS).seconds == training + scoring
+    # Both forwards are compared on the first batch; 120 texts are scored, 64 at once.
+    training, scoring, comparison = 26 * (3 + 0.5), 2, 2
+    assert costs.estimate(PAIRS).seconds == training + comparison + scoring
     ascending = PairWork(**vars(PAIRS) | {"ascent": (8, 5), "models": 3})
-    assert costs.estimate(ascending).seconds == 3 * (training + 26 * 3 + scoring)
+    assert costs.estimate(ascending).seconds == 3 * (training + comparison + 26 * 3 + scoring)
+    # Answers are sampled once for all models, 32 at a time; each scores them, and the texts of its certificate in two
+    # precisions, the long one in one.
+    calibrated = PairWork(**vars(PAIRS) | {"calibrated": 256, "golden": (30, 30, 300), "models": 2})
+    each = training + comparison + scoring + 256 / 64 + 2 * 2 + 1
+    assert costs.estimate(calibrated).seconds == 10 * 256 / 32 + 2 * each
     # Sampling; two micro-batches through policy, reference, critic and two reward models; two epochs with two updates of each.
-    assert costs.estimate(PpoWork("p", rollouts=3)).seconds == 3 * (10 + 2 * 5 + 2 * (2 * 6 + 2 * 2 * 0.5))
-    assert costs.estimate(SamplingWork("e", answers=40, is_scored=False)).seconds == 10 * 40 / 16
-    assert costs.estimate(SamplingWork("e", answers=40, is_scored=True)).seconds == 10 * 40 / 16 + 40 / 4
+    ppo = 3 * (10 + 2 * 5 + 2 * (2 * 6 + 2 * 2 * 0.5))
+    assert costs.estimate(PpoWork("p", rollouts=3)).seconds == ppo
+    assert costs.estimate(PpoWork("p", rollouts=3, tried=16)).seconds == ppo + 10
+    sampling = 10 * 40 / 32
+    assert costs.estimate(SamplingWork("e", answers=40, is_scored=False)).seconds == sampling
+    compared = SamplingWork("e", answers=40, is_scored=True, compared=20)
+    assert costs.estimate(compared).seconds == sampling + 2 + 2, (
+        "a batch of scores by both reward models, one of two policies' forwards"
+    )
 
 
 def test_memory_is_weights_gradients_and_moments_of_four_roles() -> None:
     whole = estimator()
     shape = Shape(8, whole.prompt + whole.answer, whole.answer)
-    expected = (1 + GRADIENT_AND_MOMENTS) * (POLICY + BELOW_HEAD) + POLICY + BELOW_HEAD
+    expected = TRAINED * (POLICY + BELOW_HEAD) + POLICY + BELOW_HEAD
     assert whole.memory("ppo", shape, activations=False) == expected
-    assert whole.memory("ppo", shape) > expected
     assert estimator(reward_models=3).memory("ppo", shape, activations=False) == expected + 2 * BELOW_HEAD
     # One base; policy and critic with gradients and moments, reference and reward without.
     adapted = estimator(use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"])
     adapter = 4 * 3 * 2 * 4 * (64 + 64)
-    expected = POLICY + 2 * (1 + GRADIENT_AND_MOMENTS) * adapter + 2 * adapter
+    expected = POLICY + 2 * TRAINED * adapter + 2 * adapter
     assert adapted.memory("ppo", shape, activations=False) == expected
+    assert adapted.memory("ppo", shape) > expected
 
 
 def test_memory_of_one_model() -> None:
+    """Gradients come while activations go: the larger of both is there at once, or their sum where gradients stay."""
     costs = estimator()
-    assert costs.memory("reward", Shape(16, 20, 0), activations=False) == (1 + GRADIENT_AND_MOMENTS) * BELOW_HEAD
-    assert costs.memory("sft", Shape(16, 20, 20), activations=False) == (1 + GRADIENT_AND_MOMENTS) * POLICY
+    assert costs.memory("reward", Shape(16, 20, 0), activations=False) == TRAINED * BELOW_HEAD
+    small, large = Shape(1, 2, 0), Shape(64, 40, 0)
+    assert costs.memory("reward", small) == TRAINED * BELOW_HEAD
+    peak = costs._peak("reward", large, training=True)
+    assert costs.memory("reward", large) == (1 + MOMENTS) * BELOW_HEAD + peak > TRAINED * BELOW_HEAD
+    both = Shape(16, 20, 20)  # of SFT, which accumulates
+    assert costs.memory("sft", both) == TRAINED * POLICY + costs._peak("sft", both, training=True)
+
+
+def test_policies_and_reward_model_of_an_evaluation_have_a_base_each() -> None:
+    sampled = estimator().estimate(SamplingWork("s", answers=4, is_scored=False)).bytes
+    evaluated = estimator().estimate(SamplingWork("e", answers=4, is_scored=True)).bytes
+    assert evaluated - sampled >= POLICY + BELOW_HEAD
 
 
 def test_the_longest_of_a_batch() -> None:
     assert longest_of([7], 3) == 7
     assert longest_of([1, 9], 100) == 9
     assert longest_of([1, 9], 1) in (4, 5, 6)
+
+
+def test_rows_leave_the_batch_where_answers_end() -> None:
+    """Half of the answers have 10 tokens and half 40: one stretch for all, and two that half of them write."""
+    first, second, third = stretches_of([10, 40], 100)
+    assert first == (16.0, 100.0)
+    assert (second[0], third[0]) == (16.0, 8.0)
+    assert second[1] == third[1] == pytest.approx(50, abs=2)
+    # Of a single answer every second one needs them, and then it is alone.
+    (_, one), (tokens, alone), _ = stretches_of([10, 40], 1)
+    assert (one, alone) == (1.0, 1.0)
+    assert tokens == pytest.approx(8, abs=1.5)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf.cost.sizes import count_sizes
+from rlhf.cost.sizes import PairTokens, count_sizes
 from rlhf.files import write_jsonl
 from rlhf.models.text import answer_text, encode, prompt_text
 from tests.conftest import PROMPTS
@@ -30,6 +30,8 @@ def test_rows_and_tokens_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     assert sizes.answers == [
         tokens(answer_text(tokenizer, prompt, x)) - asked for x in ("yes please", "no") for _ in range(512)
     ]
+    whole = [tokens(answer_text(tokenizer, prompt, x)) for x in ("yes please", "no")]
+    assert sizes.pairs == [PairTokens(asked, *whole)] * 512, "their first answer tokens differ"
     assert sizes.demonstrations == [tokens(answer_text(tokenizer, prompt, "yes"))] * 3
     assert sizes.notes == []
 

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from rlhf.cost.slices import Shape, Slices, slices
+from rlhf.cost.live import LiveBytes, storages
+from rlhf.cost.slices import FLOPS_ON_CPU, Shape, Slices, slices
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -24,6 +25,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear")
 
 def whole(config: Any) -> Slices:
     """The same measurements on the model itself, in place of both slices."""
+    config.use_cache = False
     model: Any = AutoModelForCausalLM.from_config(config).train()
     return Slices((model, model), 1, CPU, autocast=False)
 
@@ -35,7 +37,31 @@ def test_weights_and_activations_are_those_of_the_whole_model(config: Any) -> No
     found, true = slices(config, has_logits=True, device=CPU), whole(config)
     assert found.weights() == true.weights() == 4 * sum(p.numel() for p in true.models[0].parameters())
     assert found.weights(trainable=True) == found.weights()
-    assert found.saved(SHAPE) == true.saved(SHAPE)
+    for training in (True, False):
+        assert found.peak(SHAPE, training=training) == true.peak(SHAPE, training=training)
+
+
+def test_live_bytes_are_those_of_the_tensors_that_are_there() -> None:
+    weight = torch.ones(10, 10)
+    with LiveBytes(storages([weight])) as live:
+        first = torch.ones(10, 10)
+        second = first @ weight
+        view = second.view(100)
+        assert (live.live, live.peak) == (800, 800), "a view is no new tensor, and what was left out is not counted"
+        del first
+        third = view.exp()
+        assert (live.live, live.peak) == (800, 800)
+        del second, view, third
+    assert (live.live, live.peak) == (0, 800)
+
+
+def test_gradients_of_parameters_are_not_among_the_activations() -> None:
+    """A backward of one linear layer: its input, the output and the gradient of the output, and one weight's gradient at a time."""
+    found = slices(LlamaConfig(num_hidden_layers=1, **SIZES), has_logits=False, device=CPU)
+    model = found.models[0]
+    few = found._peak(model, Shape(1, 1, 0), training=True)
+    assert few < 4 * sum(p.numel() for p in model.parameters()) / 2
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_with_lora_only_the_adapter_is_trained() -> None:
@@ -50,17 +76,22 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
     config = LlamaConfig(num_hidden_layers=8, **SIZES)
     plain = slices(config, has_logits=False, device=CPU)
     saving = slices(config, has_logits=False, device=CPU, checkpointing=True)
-    layer = plain._saved(plain.models[1], shape) - plain._saved(plain.models[0], shape)
+    one, two = (plain._peak(model, shape, training=True) for model in plain.models)
     inputs = 4 * 3 * 20 * 32
-    assert plain.saved(shape) - saving.saved(shape) == pytest.approx(7 * layer - 8 * inputs, rel=0.1)
+    assert plain.peak(shape, training=True) - saving.peak(shape, training=True) == pytest.approx(
+        7 * (two - one) - 7 * inputs, rel=0.1
+    )
 
 
 def test_a_slow_machine_times_a_part_of_the_batch_and_counts_the_rest() -> None:
     found = slices(LlamaConfig(num_hidden_layers=2, **SIZES), has_logits=True, device=CPU)
-    part, share = found._part(Shape(rows=10**6, length=20, answer=8))
-    assert part.rows * share == pytest.approx(10**6)
-    assert part.rows < 10**6
-    assert found._part(SHAPE) == (SHAPE, 1.0)
+    for training in (True, False):
+        part, share = found._part(Shape(rows=10**6, length=20, answer=8), training=training)
+        assert part.rows * share == pytest.approx(10**6)
+        # Operations of two layers and the head, embeddings looked up for nothing; three times as many with a backward.
+        layer, head = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32, 32 * 120
+        assert part.rows == int(FLOPS_ON_CPU / ((6 if training else 2) * (2 * layer * 20 + head * 8)))
+    assert found._part(SHAPE, training=True) == (SHAPE, 1.0)
 
 
 def test_sampling_takes_a_forward_a_token_and_training_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,13 +103,20 @@ def test_sampling_takes_a_forward_a_token_and_training_is_one(monkeypatch: pytes
 
     def count(work: Any) -> float:
         calls.clear()
-        work()
+        work(found.models[0])
         return float(len(calls))
 
     monkeypatch.setattr(Slices, "_timed", lambda _, work: count(work))
-    assert found.seconds_of_sampling(2, prompt=5, answer=40) == 40
+    assert found.seconds_of_sampling(2, 5, [(16.0, 2.0), (16.0, 2.0), (8.0, 2.0)]) == 40
     assert found.seconds(SHAPE, training=True) == found.seconds(SHAPE, training=False) == 1
     assert found.seconds_of_update() == 0
+
+
+def test_a_token_costs_less_with_fewer_rows_but_not_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 3 seconds for a prompt, and 1 + rows / 10 for each token."""
+    found = slices(LlamaConfig(num_hidden_layers=2, **SIZES), has_logits=True, device=CPU)
+    monkeypatch.setattr(Slices, "_generated", lambda _, rows, prompt, tokens: 3 + tokens * (1 + rows / 10))
+    assert found.seconds_of_sampling(40, 5, [(16.0, 40.0), (10.0, 5.0)]) == pytest.approx(3 + 16 * 5 + 10 * 1.5)
 
 
 def test_a_clock_measures_both() -> None:

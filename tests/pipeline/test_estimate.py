@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.cost.estimate import Estimate
 from rlhf.errors import UserError
-from rlhf.pipeline.estimate import estimate
+from rlhf.pipeline.estimate import _evaluation_note, estimate
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
 from tests.pipeline.test_run import RECIPE
@@ -25,7 +26,9 @@ def test_rows_and_steps_are_those_of_the_run(recipe_file: Path) -> None:
     run = recipe_file.parent / "x"
     assert rlhf("run", str(recipe_file), "--out", str(run), *overrides, cwd=recipe_file.parent).returncode == 0
     found, notes = estimate(load_recipe(recipe_file, overrides))
-    assert notes == []
+    assert all(
+        note.startswith("Evaluation takes ") for note in notes
+    )  # nothing else is to be said; that depends on the clock
     stages = {stage.folder: stage for stage in found}
     assert list(stages) == [
         "round-0/sft",
@@ -66,8 +69,20 @@ def test_data_on_a_hub_are_not_downloaded(base_folder: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"data.sft, data.preferences lie on a hub .* set data.max_sft"):
         estimate(load_recipe(tmp_path / "r.yaml"))
     (tmp_path / "r.yaml").write_text(text % ", max_sft: 100")
-    found, (note,) = estimate(load_recipe(tmp_path / "r.yaml"))
+    found, (note, *_) = estimate(load_recipe(tmp_path / "r.yaml"))
     assert "upper bounds" in note
     rows = {stage.folder: (stage.rows, stage.tokens) for stage in found}
     assert rows["round-0/sft"] == (100, 100 * 64 * 3)
     assert rows["round-1/reward"] == (400, 400 * (20 + 2 * 10))
+
+
+def test_an_evaluation_that_takes_long_is_said() -> None:
+    """60 of 100 seconds, over both rounds, and 30 of 100."""
+
+    def stages(evaluation: float) -> list[Estimate]:
+        seconds = {"round-1/ppo": 100 - 2 * evaluation, "round-1/evaluate": evaluation, "round-2/evaluate": evaluation}
+        return [Estimate(folder, 1, 1, 1, 1.0, value) for folder, value in seconds.items()]
+
+    (note,) = _evaluation_note(stages(30.0), 512)
+    assert note.startswith("Evaluation takes 60% of this time, with evaluate.prompts=512;")
+    assert _evaluation_note(stages(15.0), 512) == []
