@@ -227,8 +227,8 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
     vote = recipe.vote
     if recipe.reward.needs_vote and not vote.in_sample and vote.members < max(2, vote.folds):
         yield (
-            f"{document.place(('vote', 'members'))}: vote.members is {vote.members} and vote.folds {vote.folds}: out-of-fold votes "
-            "need two members or more, and one a fold; raise vote.members or lower vote.folds."
+            f"{document.place(('vote', 'members'))}: vote.members is {vote.members} and vote.folds {vote.folds}: votes on pairs "
+            "that the voter was not trained on need two members or more, and one a fold; raise vote.members or lower vote.folds."
         )
     for path, sentence in unused_keys(recipe):
         yield f"{document.place(path)}: {sentence}"

@@ -44,8 +44,20 @@ def recipes(folder: Path) -> dict[str, Recipe]:
     file.write_text("name: made\nlab: {}\n")
     samples = folder / "samples.jsonl"
     samples.write_text("")
+    gguf = folder / "model.gguf"
+    gguf.write_text("")
+    on_gguf = ("lab=null", f"backbone.model={gguf}", "data.preferences=p")
     made = {
         **MADE,
+        "a GGUF file": (
+            *on_gguf,
+            "reward.objective=posterior",
+            "reward.meta=true",
+            "rounds.count=2",
+            "rounds.labels_from=people",
+        ),
+        "SFT on a GGUF file": (*on_gguf, "data.sft=s"),
+        "a GGUF file in the world of instructions": ("lab={world: instructions}", f"backbone.model={gguf}"),
         "meta samples": ("reward.meta=true", f"reward.meta_samples={samples}"),
         "rounds of meta samples": ("reward.meta=true", f"reward.meta_samples={samples}", "rounds.count=2"),
     }

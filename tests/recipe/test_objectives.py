@@ -231,6 +231,6 @@ def test_fewer_members_than_folds_are_refused_before_a_run(tmp_path: Path, shape
         load_recipe(file)
     else:
         with pytest.raises(
-            UserError, match=r"r.yaml:3: vote.members is . and vote.folds .: out-of-fold votes need two"
+            UserError, match=r"r.yaml:3: vote.members is . and vote.folds .: votes on pairs that the"
         ):
             load_recipe(file)
