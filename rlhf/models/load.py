@@ -288,8 +288,8 @@ def computed_dtype(model: torch.nn.Module) -> torch.dtype:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             return module.compute_dtype or torch.bfloat16
-    dtype: torch.dtype = model.dtype
-    return dtype
+    assert isinstance(model.dtype, torch.dtype), "models of transformers and PEFT have one"
+    return model.dtype
 
 
 def _new_modules(parameters: Iterable[str]) -> set[str]:

@@ -220,3 +220,17 @@ def test_the_table_is_written_with_its_needs() -> None:
     assert all(("| a vote |" in line) == (name in VOTED) for name, line in rows.items())
     assert "| `margin` or ratings |" in rows["margin"]
     assert "| `confidence` |" in rows["soft"]
+
+
+@pytest.mark.parametrize(("shape", "is_fine"), [("members: 2", False), ("members: 1, folds: 2", False),
+    ("members: 2, folds: 2", True), ("members: 2, in_sample: true", True)])  # fmt: skip
+def test_fewer_members_than_folds_are_refused_before_a_run(tmp_path: Path, shape: str, is_fine: bool) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"name: x\nlab: {{}}\nvote: {{{shape}}}\nreward: {{objective: posterior}}\n", encoding="utf-8")
+    if is_fine:
+        load_recipe(file)
+    else:
+        with pytest.raises(
+            UserError, match=r"r.yaml:3: vote.members is . and vote.folds .: votes on pairs that the"
+        ):
+            load_recipe(file)

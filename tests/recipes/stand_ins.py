@@ -279,6 +279,8 @@ def small(name: str) -> list[str]:
     """Return what makes a recipe small: steps, batches and lengths; a machine without bf16 and 4-bit kernels."""
     recipe = named(name)
     words = ["evaluate.prompts=2", "rounds.count=1"]
+    if recipe.lab is not None:
+        words += ["lab.pairs=100", "lab.test_pairs=50"]
     for stage in ("sft", "reward", "ppo"):
         if stage == "sft" and recipe.data.sft is None:
             continue
