@@ -58,7 +58,8 @@ def _choice() -> tuple[bool, str]:
 
 def measure(dtype: torch.dtype) -> float:
     """Return the seconds of forward and backward of a linear layer on the CPU, under autocast where it is not float32."""
-    layer, rows = nn.Linear(WIDTH, WIDTH), torch.randn(ROWS, WIDTH)
+    with torch.random.fork_rng(devices=[]):  # a run's own draws stay what they are
+        layer, rows = nn.Linear(WIDTH, WIDTH), torch.randn(ROWS, WIDTH)
 
     def train() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
@@ -75,8 +76,9 @@ def _cost_of_4_bit() -> float | None:
         from bitsandbytes.nn import Linear4bit
     except ImportError:
         return None
-    plain, rows = nn.Linear(WIDTH, WIDTH), torch.randn(ROWS, WIDTH)
-    quantised = Linear4bit(WIDTH, WIDTH, compute_dtype=torch.bfloat16, quant_type="nf4")
+    with torch.random.fork_rng(devices=[]):
+        plain, rows = nn.Linear(WIDTH, WIDTH), torch.randn(ROWS, WIDTH)
+        quantised = Linear4bit(WIDTH, WIDTH, compute_dtype=torch.bfloat16, quant_type="nf4")
     quantised.load_state_dict(plain.state_dict())
     quantised = quantised.to("cpu")
     with torch.no_grad():

@@ -10,11 +10,8 @@ from statistics import fmean, pvariance
 
 Row = dict[str, float]
 SETTLED = 10  # rollouts after which a critic should know something
-CUT, MOST_CUT, ACCEPTABLE_CUT = (
-    "no end",
-    0.5,
-    0.2,
-)  # the share of cut answers that is told of, and that a new limit aims at
+CUT = "no end"
+MOST_CUT, ACCEPTABLE_CUT = 0.5, 0.2  # the share of cut answers that is told of, and that a new limit aims at
 WINDOW, SURE = 5, 3.0  # rollouts whose mean reward is compared, and by how many standard errors it must have moved
 
 
