@@ -230,7 +230,5 @@ def test_fewer_members_than_folds_are_refused_before_a_run(tmp_path: Path, shape
     if is_fine:
         load_recipe(file)
     else:
-        with pytest.raises(
-            UserError, match=r"r.yaml:3: vote.members is . and vote.folds .: votes on pairs that the"
-        ):
+        with pytest.raises(UserError, match=r"r.yaml:3: vote.members is . and vote.folds .: votes on pairs that the"):
             load_recipe(file)
