@@ -32,7 +32,7 @@ class Sizes:
     Attributes:
         rows: by file: sft, pairs, test_pairs, prompts, test_prompts.
         prompts, answers, demonstrations: lengths in tokens, of a sample; a demonstration's is that of prompt and answer.
-        pairs: of a sample.
+        pairs: of a sample; where nobody has compared answers yet, of as many with the longest ones.
         notes: what is not known, in sentences.
     """
 
@@ -71,13 +71,15 @@ def count_sizes(data: Path, tokenizer: PreTrainedTokenizerBase, *, longest_answe
     ]
     asked_of = [row["prompt"] for row in demonstrations]
     whole = _encoded(tokenizer, asked_of, [completion(row) for row in demonstrations])
+    compared = [PairTokens(_alike(c, r), len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
+    unknown = [PairTokens(prompt, prompt + longest_answer, prompt + longest_answer) for prompt in prompts]
     note = f"No pairs yet: answers are taken to be {longest_answer} tokens long, so these are upper bounds."
     return Sizes(
         rows={name: len(every) for name, every in rows.items()},
         prompts=prompts,
         answers=answers or [longest_answer],
         demonstrations=[len(row) for row in whole],
-        pairs=[PairTokens(_alike(c, r), len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)],
+        pairs=compared or unknown,
         notes=[] if answers else [note],
     )
 

@@ -43,10 +43,10 @@ def gguf_file(name: str | Path) -> Path | None:
 
 def unreadable(error: Exception) -> str:
     """Return in one line why transformers could not read a GGUF file."""
-    message = str(error).strip()
-    first = message.splitlines()[0] if message else type(error).__name__
-    if "not supported" in message:
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else type(error).__name__
+    if "not supported" in first:
         return f"transformers can't read this file ({first}) Use the model's own checkpoint instead."
-    if "magic" in message:
+    if "magic" in first:
         return "not a GGUF file."
     return f"the GGUF file is cut off or damaged ({type(error).__name__}: {first}); copy it again."

@@ -209,11 +209,8 @@ def test_a_run_goes_from_the_file_to_a_policy(quantised: tuple[Path, dict[str, t
     assert again.returncode == 0, again
     assert (tmp_path / "out/round-0/base/manifest.json").read_text() == manifest
     doctor = rlhf("doctor", str(file), cwd=tmp_path)
-    sentences = [line for line in doctor.stderr.splitlines() if line.startswith(("policy:", "reward model"))]
-    assert all("nobody sees the ends" in s or "max_completion_length" in s for s in sentences), (
-        doctor
-    )  # random weights ramble
-    assert "1 of 11 checks do not hold" in doctor.stderr
+    assert "1 of 11 checks do not hold" in doctor.stderr, doctor
+    assert "end token is the one that its chat template writes" in doctor.stderr, doctor  # random weights ramble
 
 
 def recipe(folder: Path, model: Path) -> Path:
