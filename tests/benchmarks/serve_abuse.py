@@ -18,11 +18,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 TOKEN = "a-token"
+TOLERANCE = 1e-5
 HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
 ONE = {"prompts": ["Name three fruits."], "responses": ["apple"]}
 
@@ -61,6 +62,11 @@ class Server:
         """Return the resident memory in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+
+
+def is_close(scores: Sequence[float], expected: Sequence[float]) -> bool:
+    """Tell whether scores are the expected ones; beside texts that a client left behind, a batch sums in another order."""
+    return len(scores) == len(expected) and all(abs(a - b) < TOLERANCE for a, b in zip(scores, expected, strict=True))
 
 
 def cases(server: Server) -> dict[str, Callable[[], tuple[int, dict[str, Any]]]]:
@@ -137,7 +143,7 @@ def abuse(server: Server, examples: int) -> dict[str, Any]:
         for name, case in cases(server).items():
             status, body = case()
             is_as_it_should = 400 <= status < 500 and set(body) == {"detail", "request_id"}
-            is_up = server.post("/score", one)[1]["scores"] == expected
+            is_up = is_close(server.post("/score", one)[1]["scores"], expected)
             rows[name] = {"status": status, "detail": body["detail"][:120], "ok": is_as_it_should and is_up}
         time.sleep(1)
         memory[number] = server.memory()
@@ -159,7 +165,7 @@ def abuse(server: Server, examples: int) -> dict[str, Any]:
     beside = {"seconds": time.monotonic() - began, "others": len(waits), "longest_ms": 1000 * max(waits, default=0)}
     memory["before the fuzz"] = server.memory()
     fuzzed = fuzz(server, examples)
-    is_up = server.post("/score", one)[1]["scores"] == expected
+    is_up = is_close(server.post("/score", one)[1]["scores"], expected)
     time.sleep(1)
     memory["after the fuzz"] = server.memory()
     log = Path(server.log.name).read_text()
