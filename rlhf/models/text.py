@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.rows import Message, Messages, Prompt, user_turn
 from rlhf.errors import UserError
 from rlhf.models.templates import (
+    MARKER,
     affixes,
     behind_question,
     closing,
@@ -73,12 +74,28 @@ def closed_text(tokenizer: PreTrainedTokenizerBase, text: str, *, conversational
         begin = tokenizer.bos_token if affixes(tokenizer)[0] else None  # the tokenizer writes one
         text = without_ends(without_begins(text, begin), end_texts(tokenizer))
         return text + tokenizer.eos_token if ended else text
-    around = frame(tokenizer)
-    text = around.begin + without_ends(without_begins(text, tokenizer.bos_token), around.ends)
+    around, rest = frame(tokenizer), without_begins(text, tokenizer.bos_token)
+    begin = tokenizer.bos_token if len(rest) < len(text) and _opens_system_turn(tokenizer, rest) else around.begin
+    text = begin + without_ends(rest, around.ends)
     opening = around.asks + around.lead
     if around.trims and not text.endswith(opening):
         text = text.rstrip()
     return text + around.close if ended else text
+
+
+def _opens_system_turn(tokenizer: PreTrainedTokenizerBase, rest: str) -> bool:
+    """Tell whether the begin token, taken off a rendered text, was the template's marker of its system turn.
+
+    Args:
+        rest: the text without it.
+    """
+    turns = [Message(role="system", content=MARKER), *user_turn("x")]
+    try:
+        opening = rendered(tokenizer, turns).partition(MARKER)[0]
+    except Exception:  # whatever a template without system turns raises
+        return False
+    begin = tokenizer.bos_token
+    return opening != begin and opening.startswith(begin) and (begin + rest).startswith(opening)
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:

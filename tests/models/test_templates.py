@@ -20,7 +20,7 @@ from rlhf.models.templates import (
     template_problems,
     turn_end_ids,
 )
-from rlhf.models.text import answer_text, encode, encode_answers, give_plain_template, is_rendered
+from rlhf.models.text import answer_text, closed_text, encode, encode_answers, give_plain_template, is_rendered
 from rlhf.reward.load import load_reward_model, open_reward_model, save_reward_model
 from tests.conftest import PROMPTS, WORDS
 from tests.reward.families import FAMILIES
@@ -245,3 +245,14 @@ def test_a_foreign_model_is_read_at_the_end_of_what_its_template_renders(
         with pytest.warns(UserWarning, match="not checked against stored"):
             foreign = open_reward_model(str(folder))
         assert foreign.score([PROMPTS[0]], ["yes please"]).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_begin_token_that_marks_the_system_turn_is_kept(base_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.bos_token = "<|system|>"
+    turns = [{"role": "user", "content": "list two"}, {"role": "assistant", "content": "yes"}]
+    with_system = [{"role": "system", "content": "please"}, *turns]
+    for conversation in (turns, with_system):
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        assert closed_text(tokenizer, text, conversational=True) == text
+        assert closed_text(tokenizer, tokenizer.bos_token + text, conversational=True) == text
