@@ -84,7 +84,8 @@ def _other_head(served: Served) -> None:
 
 def _other_base(served: Served) -> None:
     torch.manual_seed(1)
-    for parameter in served.model.model.layers.parameters():
+    layers = next(part for part in served.model.base_model.children() if isinstance(part, torch.nn.ModuleList))
+    for parameter in layers.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
 
 
