@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import TIE, Compare, Pair, PromptRow
+from rlhf.data.rows import TIE, Compare, Messages, Pair, PromptRow
 from rlhf.data.sources import (
     Canonical,
     Fit,
@@ -50,6 +50,7 @@ class DataSources:
     max_pairs: int | None = None
     max_prompts: int | None = None
     max_pairs_per_prompt: int | None = None
+    max_characters: int | None = None
     leakage: Literal["refuse", "drop", "allow"] = "refuse"
     compare: Compare = "answers"
 
@@ -76,10 +77,13 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
 
     # 1. Pairs, prompts, demonstrations; and which prompts are held out.
     pairs, held_out = _read_pairs(sources, reports, seed, fit)
+    pairs = _short_enough(pairs, sources.max_characters)
     prompts, also_held_out = _read_prompts(sources, pairs, reports, seed, fit)
+    prompts = _short_enough(prompts, sources.max_characters)
     held_out |= also_held_out
     sft = read_sources(sources.sft, to_demonstrations, reports, "demonstrations", seed, fit=fit)
     drop_rows(sft.test, "marked as test")
+    sft = _short_enough(sft, sources.max_characters)
 
     # 2. Nothing of the test side stays on the training side.
     given_keys = {row.key for row in [*pairs.test, *prompts.test]} - held_out
@@ -197,6 +201,28 @@ def _own_test_side(
 
 
 # ---- Splitting, cleaning, capping ----
+
+
+def _short_enough(rows: Rows[Canonical], most: int | None) -> Rows[Canonical]:
+    """Leave out the conversations of more than so many characters, the longest answer counted; all stay where `most` is None."""
+    if most is None:
+        return rows
+    reason = f"over data.max_characters={most}"
+    kept = (
+        keep_only(side, [row for row in side if _characters(row.values) <= most], reason)
+        for side in (rows.train, rows.test)
+    )
+    return Rows(*kept)
+
+
+def _characters(row: Mapping[str, Any]) -> int:
+    """Return the characters of a row's prompt and its longest answer."""
+
+    def length(messages: Messages) -> int:
+        return sum(len(message["content"]) for message in messages)
+
+    answers = [length(row[name]) for name in ("chosen", "rejected", "completion") if name in row]
+    return length(row["prompt"]) + max(answers, default=0)
 
 
 def _is_held_out(row: Row[Canonical], fraction: float, seed: int) -> bool:

@@ -31,7 +31,7 @@ from rlhf.statistics import (
 
 LENGTH_BINS = 5
 MOST_DIFFICULTIES = 6
-CHUNK = 512
+CHUNK = 128
 
 
 @dataclass

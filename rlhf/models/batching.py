@@ -9,15 +9,21 @@ from torch import Tensor
 from rlhf.progress import track
 
 Result = TypeVar("Result")
+TOKENS_TOGETHER = (
+    2**13
+)  # in a forward without gradients: 64 rows of 128; beyond, more rows cost memory and gain no time
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int, *, longest_first: bool = False) -> list[list[int]]:
+def batches_by_length(
+    lengths: Sequence[int], batch_size: int, *, longest_first: bool = False, most_tokens: int | None = None
+) -> list[list[int]]:
     """Sort rows by length and cut them into batches; rows of one length stay in their order.
 
     Args:
         lengths: of every row.
-        batch_size: rows in a batch; the last one may have fewer.
+        batch_size: rows in a batch; some may have fewer.
         longest_first: start with the longest, so that what does not fit in memory fails at once.
+        most_tokens: that a batch may have, padding counted; a row of its own may have more.
 
     Returns:
         the indices of each batch's rows.
@@ -26,9 +32,18 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, *, longest_first:
     [[1, 3], [2, 0]]
     >>> batches_by_length([3, 1, 2, 1], 2, longest_first=True)
     [[0, 2], [1, 3]]
+    >>> batches_by_length([9, 1, 2, 1], 3, most_tokens=4)
+    [[1, 3], [2], [0]]
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=longest_first)
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = [[]]
+    for row in order:
+        longest = max(lengths[row], *(lengths[i] for i in batches[-1][:1]), 0)
+        too_many = most_tokens is not None and longest * (len(batches[-1]) + 1) > most_tokens
+        if len(batches[-1]) == batch_size or (batches[-1] and too_many):
+            batches.append([])
+        batches[-1].append(row)
+    return batches if order else []
 
 
 def pad_batch(rows: Sequence[Sequence[int]], *, pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,19 @@
 """Log-probabilities of sampled tokens from logits, in passes that stay in the cache and without a copy of the logits."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 ELEMENTS_AT_ONCE = 2**20  # 4 MB of float32: what a core's cache holds
+LOGITS_AT_ONCE = 2**24  # 64 MB of float32: 341 places of a vocabulary of 49,152
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -141,6 +145,151 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+class AnswerStatistics(NamedTuple):
+    """What a causal model says of the tokens of answers; 0 at padding where the logits were computed in parts.
+
+    Attributes:
+        logprobs: [b, r] log π(token), nats, at the sampling temperature.
+        surprise: moments of -log π; None unless asked for.
+    """
+
+    logprobs: Tensor
+    surprise: Surprise | None
+
+
+def response_logprobs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+) -> Tensor:
+    """Return the log-probability [b, r] of the last r = `response_length` tokens, nats, at the sampling temperature."""
+    return response_statistics(model, input_ids, attention_mask, response_length, temperature).logprobs
+
+
+def response_statistics(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+    temperature: float,
+    *,
+    moments: bool = False,
+    expected: ExpectedCounts | None = None,
+) -> AnswerStatistics:
+    """Return log-probabilities of the last r = `response_length` tokens, and the moments of their surprise.
+
+    Where the logits of all places would take more than `LOGITS_AT_ONCE`, the output layer reads the places of tokens a part at a
+    time, padding left out; with gradients, a part's logits are computed a second time in the backward pass instead of being kept.
+
+    Args:
+        model: a causal model, with or without an adapter.
+        input_ids, attention_mask: [b, t], padding on either side.
+        moments: also return the surprise; without gradients.
+        expected: where the expected counts of tokens are added up, with `moments`.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    ids = input_ids[:, -response_length:]
+    vocabulary = inner.config.get_text_config().vocab_size
+    if ids.numel() * vocabulary <= LOGITS_AT_ONCE or not reads_states(inner):
+        logits = response_logits(model, input_ids, attention_mask, response_length)
+        logprobs = token_logprobs(logits, ids, temperature=temperature)
+        if not moments:
+            return AnswerStatistics(logprobs, None)
+        surprise = token_surprise(logits, response_length, temperature=temperature, expected=expected)
+        return AnswerStatistics(logprobs, surprise)
+
+    # 1. The state before each token of an answer, and the token.
+    keep = attention_mask[:, -response_length:].bool()
+    hidden = getattr(inner, inner.base_model_prefix)(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    ).last_hidden_state[:, -response_length - 1 : -1][keep]
+    tokens = ids[keep]
+
+    # 2. The model's own way from states to logits, so many places at a time.
+    def part_logprobs(states: Tensor, part: Tensor) -> Tensor:
+        return token_logprobs(logits_of_states(inner, states[None]), part[None], temperature=temperature)[0]
+
+    parts: list[tuple[Tensor, ...]] = []
+    weights = None if expected is None else expected.weights.transpose(0, 1)[:, keep]
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    for start in range(0, len(tokens), size):
+        states, part = hidden[start : start + size], tokens[start : start + size]
+        if torch.is_grad_enabled():
+            parts.append((checkpoint(part_logprobs, states, part, use_reentrant=False),))
+            continue
+        logits = logits_of_states(inner, states[None])
+        columns: tuple[Tensor, ...] = (token_logprobs(logits, part[None], temperature=temperature)[0],)
+        if moments:
+            counts = None
+            if expected is not None and weights is not None:
+                counts = ExpectedCounts(weights[None, :, start : start + size], expected.sums)
+            surprise = token_surprise(logits, len(part), temperature=temperature, expected=counts)
+            columns += tuple(column[0] for column in surprise)
+        parts.append(columns)
+
+    # 3. Back to their places.
+    def placed(values: Sequence[Tensor]) -> Tensor:
+        return hidden.new_zeros(keep.shape, dtype=torch.float32).masked_scatter(keep, torch.cat(list(values)))
+
+    logprobs, *rest = (placed(column) for column in zip(*parts, strict=True))
+    return AnswerStatistics(logprobs, Surprise(*rest) if rest else None)
+
+
+@dataclass
+class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """Every field that a causal model's forward asks its decoder for."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+class _StatesInstead(nn.Module):
+    """Stands in for a decoder for a moment: whatever is asked, these states are the answer."""
+
+    def __init__(self, states: Tensor):
+        super().__init__()
+        self.states = states
+
+    def forward(self, *_: object, **__: object) -> _DecoderOutput:
+        """Return the states as a decoder returns its own."""
+        return _DecoderOutput(last_hidden_state=self.states)
+
+
+def logits_of_states(inner: Any, states: Tensor) -> Tensor:
+    """Return the logits [b, r, vocabulary] that a causal model makes of its decoder's last states [b, r, hidden].
+
+    The model's own forward makes them, so scaled and softly capped logits are what they are in that architecture.
+    """
+    decoder = getattr(inner, inner.base_model_prefix)
+    setattr(inner, inner.base_model_prefix, _StatesInstead(states))
+    try:
+        logits: Tensor = type(inner).forward(inner, inputs_embeds=states, use_cache=False).logits
+    finally:
+        setattr(inner, inner.base_model_prefix, decoder)
+    return logits
+
+
+@torch.no_grad()
+def reads_states(inner: Any) -> bool:
+    """Tell whether a causal model's forward asks its decoder for states and makes logits of them, and of nothing else.
+
+    Found out once for each class, with a state of zeros: some forwards reach into their decoder, which a stand-in does not have.
+    """
+    kind = type(inner)
+    if kind not in _READS_STATES:
+        try:
+            weight = inner.get_output_embeddings().weight
+            states = torch.zeros(1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
+            logits = logits_of_states(inner, states)
+            _READS_STATES[kind] = logits.shape[:2] == (1, 1)
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            _READS_STATES[kind] = False
+    return _READS_STATES[kind]
+
+
+_READS_STATES: dict[type, bool] = {}
+
+
 def response_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
     """Return the logits [b, r + 1, vocabulary] from which the last r = `response_length` tokens were sampled, and one beyond.
 
@@ -161,11 +310,3 @@ def response_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor,
         **arguments,
     ).logits
     return logits if keeps_last else logits[:, -response_length - 1 :]
-
-
-def response_logprobs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
-) -> Tensor:
-    """Return the log-probability [b, r] of the last r = `response_length` tokens, nats, at the sampling temperature."""
-    logits = response_logits(model, input_ids, attention_mask, response_length)
-    return token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rlhf.data.rows import Prompt
-from rlhf.models.batching import batches_by_length, pad_batch, run_batches
+from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
 
 
@@ -39,7 +39,7 @@ def score_rows(
         model: a one-label sequence classifier in evaluation mode.
         rows: token ids, without padding.
         pad_token_id: the tokenizer's; None where it has none.
-        batch_size: rows that are scored together.
+        batch_size: rows that are scored together, fewer where they are long.
 
     Returns:
         [n] float32 on the CPU, in the order of the rows.
@@ -53,7 +53,8 @@ def score_rows(
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         return logits.squeeze(-1).float().tolist()
 
-    return torch.tensor(run_batches(score, batches_by_length([len(row) for row in rows], batch_size)))
+    lengths = [len(row) for row in rows]
+    return torch.tensor(run_batches(score, batches_by_length(lengths, batch_size, most_tokens=TOKENS_TOGETHER)))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from rlhf.invariants.sampler import (
 from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions
 from rlhf.models.load import computed_dtype
-from rlhf.models.logprobs import ExpectedCounts, response_logits, response_logprobs, token_logprobs, token_surprise
+from rlhf.models.logprobs import ExpectedCounts, response_logprobs, response_statistics
 from rlhf.pipeline.affordable import FEW
 from rlhf.ppo.config import PPOConfig
 
@@ -42,10 +42,11 @@ def sampling_checks(model: PreTrainedModel, completions: Sequence[Completions], 
     for rollout in completions:
         for ids, mask, answers, answer_mask in _few_rows(rollout):
             length = answers.shape[1]
-            logits = response_logits(model, ids, mask, length)
-            logprobs = token_logprobs(logits, answers, temperature=temperature)
             counts = ExpectedCounts(halves_of_rows(answer_mask), expected)
-            moments = token_surprise(logits, length, temperature=temperature, expected=counts)
+            logprobs, moments = response_statistics(
+                model, ids, mask, length, temperature, moments=True, expected=counts
+            )
+            assert moments is not None, "asked for"
             surprise += surprise_sums(logprobs, *moments, answer_mask).cpu()
             sampled += sampled_counts(answers, answer_mask, vocabulary)
     rounding = ROUNDING[computed_dtype(model)]

@@ -22,10 +22,8 @@ from rlhf.errors import UserError
 from rlhf.models.logprobs import (
     ExpectedCounts,
     position_ids,
-    response_logits,
     response_logprobs,
-    token_logprobs,
-    token_surprise,
+    response_statistics,
 )
 from rlhf.models.save import load_weights
 from rlhf.models.score import token_scores
@@ -149,13 +147,18 @@ class PolicyAndCritic(nn.Module):
         """
         logprobs = entropy = values = variance = third = None
         if "policy" in roles:
-            logits = response_logits(self.policy, input_ids, attention_mask, response_length)
-            logprobs = token_logprobs(logits, input_ids[:, -response_length:], temperature=temperature)
-            if not torch.is_grad_enabled():
-                entropy, variance, third = token_surprise(
-                    logits, response_length, temperature=temperature, expected=expected
-                )
-            del logits
+            statistics = response_statistics(
+                self.policy,
+                input_ids,
+                attention_mask,
+                response_length,
+                temperature,
+                moments=not torch.is_grad_enabled(),
+                expected=expected,
+            )
+            logprobs = statistics.logprobs
+            if statistics.surprise is not None:
+                entropy, variance, third = statistics.surprise
         if "critic" in roles:
             positions = position_ids(attention_mask)
             with self.acting("critic"):

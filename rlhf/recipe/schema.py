@@ -143,6 +143,7 @@ class DataSection(Section):
     test_fraction: float = Field(0.1, gt=0, lt=1)
     leakage: Literal["refuse", "drop", "allow"] = "refuse"
     compare: Literal["answers", "conversations"] = "answers"
+    max_characters: int | None = Field(None, ge=1)  # of a conversation; longer ones are left out on both sides
     max_pairs_per_prompt: int | None = Field(None, ge=1)
     max_sft: int | None = Field(None, ge=1)
     max_pairs: int | None = Field(None, ge=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
 from rlhf.errors import TrainingError, UserError
-from rlhf.models.batching import batches_by_length, run_batches
+from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.packing import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
 from rlhf.progress import track
@@ -150,8 +150,9 @@ class Trunk:
 
         hook = first_of_member.register_forward_pre_hook(stop, with_kwargs=True)
         device = next(self.model.parameters()).device
+        read = batches_by_length(lengths, SCORING_BATCH, most_tokens=TOKENS_TOGETHER)
         try:
-            for batch in track(batches_by_length(lengths, SCORING_BATCH), "vote: trunk"):
+            for batch in track(read, "vote: trunk"):
                 packed, attention = features.inputs(batch)
                 positions = {"position_ids": packed.position_ids.to(device)} if shares else {}
                 try:
@@ -287,7 +288,7 @@ class Member:
             scores = self.scores(features.batch([pairs[place] for place in batch]))
             return (scores[0::2] - scores[1::2]).tolist()
 
-        batches = batches_by_length([lengths[pair] for pair in pairs], SCORING_BATCH)
+        batches = batches_by_length([lengths[pair] for pair in pairs], SCORING_BATCH, most_tokens=TOKENS_TOGETHER)
         return torch.tensor(run_batches(differences, batches))
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
 from rlhf.invariants.checks import CheckBook
-from rlhf.models.batching import batches_by_length, pad_batch, run_batches
+from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
 from rlhf.models.score import score_rows
 from rlhf.models.text import closed_text, encode_answers, encode_texts, is_rendered
@@ -127,7 +127,8 @@ class RewardModel:
             return read.pop()[torch.arange(len(batch)), mask.sum(dim=1) - 1].float().cpu()
 
         try:
-            batches = batches_by_length([len(row) for row in rows], self.batch_size)
+            lengths = [len(row) for row in rows]
+            batches = batches_by_length(lengths, self.batch_size, most_tokens=TOKENS_TOGETHER)
             features = run_batches(last_features, batches)
         finally:
             handle.remove()

@@ -197,6 +197,33 @@ def test_a_mixture_with_fraction_and_caps(tmp_path: Path) -> None:
     assert read(tmp_path / "again", "pairs") == read(tmp_path / "out", "pairs")
 
 
+def test_long_conversations_are_left_out_of_everything_and_counted(tmp_path: Path) -> None:
+    """A prompt of 6 characters with answers of 1 and 4: ten in all, the longer answer counted on whichever side it is."""
+    sizes = ("abcd", "e"), ("e", "abcd"), ("abcde", "e")
+    pairs = [{"prompt": f"ask {i}{j}", "chosen": c, "rejected": r} for i in range(3) for j, (c, r) in enumerate(sizes)]
+    demonstrations = [{"prompt": "do it!", "completion": "abcd"}, {"prompt": "do it?", "completion": "abcde"}]
+    test = [
+        {"prompt": "test 1", "chosen": "abcd", "rejected": "b"},
+        {"prompt": "test 22", "chosen": "abcd", "rejected": "b"},
+    ]
+    prompts = [{"prompt": f"{i:010}"} for i in range(20)] + [{"prompt": "0123456789a"}]
+    sources = DataSources(
+        preferences=[write(tmp_path / "p.jsonl", pairs)],
+        sft=[write(tmp_path / "s.jsonl", demonstrations)],
+        test=[write(tmp_path / "t.jsonl", test)],
+        prompts=[write(tmp_path / "q.jsonl", prompts)],
+        test_fraction=0.3,
+        max_characters=10,
+    )
+    facts = prepare_data(tmp_path / "out", sources, seed=0)
+    sizes_kept = {len(row["chosen"][-1]["content"]) for row in read(tmp_path / "out", "pairs")}
+    assert sizes_kept == {1, 4}
+    counts = {"sft": 1, "pairs": 6, "test_pairs": 1}
+    assert {name: facts["rows"][name] for name in counts} == counts
+    assert facts["rows"]["prompts"] + facts["rows"]["test_prompts"] == 20
+    assert sum(report["dropped"].get("over data.max_characters=10", 0) for report in facts["read"]) == 3 + 1 + 1 + 1
+
+
 def test_leakage_is_refused_dropped_or_allowed(tmp_path: Path) -> None:
     """The file's own test side shares a prompt with its training side, and demonstrations share another."""
     pairs = write(tmp_path / "p.jsonl", many(40))
