@@ -9,9 +9,7 @@ from torch import Tensor
 from rlhf.progress import track
 
 Result = TypeVar("Result")
-TOKENS_TOGETHER = (
-    2**13
-)  # in a forward without gradients: 64 rows of 128; beyond, more rows cost memory and gain no time
+TOKENS_TOGETHER = 2**13  # in a forward without gradients, so that memory stays bounded: 64 rows of 128
 
 
 def batches_by_length(
