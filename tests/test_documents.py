@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.recipes import shipped_recipes
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     file.relative_to(ROOT)
@@ -21,7 +23,7 @@ DOCUMENTS = sorted(
     )
 )
 GUIDES = [file for file in DOCUMENTS if "guides" in file.parts]
-RECIPES = sorted(file.relative_to(ROOT / "recipes") for file in (ROOT / "recipes").rglob("*.yaml"))
+RECIPES = [file.relative_to(ROOT / "recipes") for file in shipped_recipes()]
 SECTIONS = ("lab", "backbone", "data", "sft", "vote", "reward", "ppo", "rounds", "evaluate")
 UNCLEAR = ("turned round", "climb", "astray", "the pupil")
 # Flags of other programs that the documents name outside of a command.

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.recipes import shipped_recipes
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,7 +34,7 @@ def test_quickstart_py_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 def test_every_shipped_recipe_is_valid_and_can_be_executed() -> None:
     from rlhf.recipe import load_recipe
 
-    files = sorted((ROOT / "recipes").rglob("*.yaml"))
+    files = shipped_recipes()
     assert len(files) >= 8
     for file in files:
         recipe = load_recipe(file)

@@ -130,8 +130,10 @@ def lineage_command(
 
 def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dry_run: bool, until: str | None) -> None:
     from rlhf.pipeline.checks import check_arguments, check_recipe_file, check_sources
+    from rlhf.pipeline.launch import check_launch
     from rlhf.pipeline.run import run
 
+    check_launch()
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)
     out = out or Path("runs") / recipe.name

@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
@@ -21,19 +21,29 @@ ADAPTER_BASE = "adapter_base.json"
 BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
 
-def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write an ordinary Hugging Face folder; of a policy with a reference adapter, write the policy's adapter only.
 
     Beside an adapter stands the fingerprint of its base, which every loader of this package compares: an adapter fits
     any base of the same shape, and no other program would notice a wrong one.
+
+    Args:
+        weights: by their names in the model, where the model itself holds only shards of them.
     """
     if not isinstance(model, PeftModel):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     else:
         config: Any = model.peft_config["default"]
         if Path(config.base_model_name_or_path).is_dir():  # so that it is found from any working directory
             config.base_model_name_or_path = str(Path(config.base_model_name_or_path).absolute())
-        model.save_pretrained(folder, selected_adapters=["default"])
+        model.save_pretrained(
+            folder, selected_adapters=["default"], **({} if weights is None else {"state_dict": weights})
+        )
         base = config.base_model_name_or_path
         facts = {"base": base, "sha256": base_fingerprint(base, config.revision)}
         (folder / ADAPTER_BASE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -26,16 +26,20 @@ def reward_spread(rewards: Tensor) -> Tensor:
     return 2 / k**2 * torch.sigmoid((rewards[:, first] - rewards[:, second]).abs()).sum(dim=1)
 
 
-def ascent(gradients: list[Tensor], *, step: float, normalized: bool) -> list[Tensor]:
+def ascent(gradients: list[Tensor], *, step: float, norm: float | None = None) -> list[Tensor]:
     """Return the step that is added to each parameter to ascend: η ∇J, or η ∇J / ‖∇J‖ over all parameters together.
 
     The paper's step is the plain one with η = 5e-6, which moves next to nothing; normalised, η is the length of the step
     (as in sharpness-aware minimisation, arXiv:2010.01412 eq. 2). A gradient of 0 moves nothing.
 
-    >>> ascent([torch.tensor([3.0]), torch.tensor([4.0])], step=1.0, normalized=True)
+    Args:
+        gradients: ∇J, for each parameter or for this process's part of it.
+        step: η.
+        norm: ‖∇J‖ over all parameters, of all processes; None for the plain step.
+
+    >>> ascent([torch.tensor([3.0]), torch.tensor([4.0])], step=1.0, norm=5.0)
     [tensor([0.6000]), tensor([0.8000])]
     """
-    if normalized:
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
-        step = 0.0 if norm == 0 else step / norm.item()
+    if norm is not None:
+        step = 0.0 if norm == 0 else step / norm
     return [step * gradient for gradient in gradients]

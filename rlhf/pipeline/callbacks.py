@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rlhf.errors import TrainingError
+from rlhf.models.sharding import whole
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.store import mark_checkpoint, write_seconds
 from rlhf.progress import Work
@@ -42,7 +43,7 @@ class FiniteGradients(TrainerCallback):
         Raises:
             TrainingError: the gradient is not finite.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
         if not torch.isfinite(norm):
             raise TrainingError(
                 f"{self.label}: the gradient is not finite at step {state.global_step + 1}; nothing was updated. Lower "

@@ -19,7 +19,6 @@ from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import encoder_type, load_policy, load_tokenizer
-from rlhf.models.save import save_model
 from rlhf.models.score import Scorer
 from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.context import StageContext
@@ -31,6 +30,7 @@ from rlhf.pipeline.training import (
     check_nothing_lost,
     checks_of,
     evaluation_rows,
+    save_trained,
     split_settings,
     train,
     training_arguments,
@@ -88,8 +88,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     else:
         trainer = _fit(context, rows, context.folder, "reward", recipe.seed, book)
         facts = {"pairs": len(trainer.train_dataset), "dropped_too_long": trainer.dropped_too_long}
-        if context.is_main:
-            save_model(trainer.model, trainer.processing_class, out)
+        save_trained(trainer, out)
         del trainer
     if not context.is_main:
         return {}
@@ -242,11 +241,11 @@ def _fit_each(
         seed = context.recipe.seed + (SEEDS_APART * number if kind == "member" else 0)
         trainer = _fit(context, rows, folder, f"{kind} {name}", seed, book)
         dropped[number] = trainer.dropped_too_long
+        beside = folder / "unfinished"
         if context.is_main:
-            _append_metrics(context.folder / METRICS, folder / METRICS, {kind: name})
-            beside = folder / "unfinished"
             shutil.rmtree(beside, ignore_errors=True)
-            save_model(trainer.model, trainer.processing_class, beside)
+        if save_trained(trainer, beside):
+            _append_metrics(context.folder / METRICS, folder / METRICS, {kind: name})
             mark_checkpoint(beside)
             shutil.rmtree(kept, ignore_errors=True)
             beside.replace(kept)
@@ -314,7 +313,9 @@ def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Sa
         policy = load_policy(sft, model_config, trainable=False).to(context.device).eval()
         tokenizer = load_tokenizer(sft, conversational=True, revision=context.recipe.backbone.revision)
         prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
-        texts, ended = sample_texts(policy, tokenizer, prompts, **sampling_settings(context.recipe))
+        texts, ended = sample_texts(
+            policy, tokenizer, prompts, **sampling_settings(context.recipe), label="reward: answers for the scale"
+        )
         return Samples(list(zip(prompts, texts, strict=True)), ended)
     pairs: list[Pair] = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
     answers: list[tuple[Prompt, str]] = [(asked(row, side), answer(row, side)) for row in pairs for side in SIDES]

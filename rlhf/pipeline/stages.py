@@ -26,6 +26,7 @@ from rlhf.models.gguf import gguf_file
 from rlhf.models.load import find_source, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
+from rlhf.models.sharding import gathered_weights, is_sharded
 from rlhf.models.text import plain
 from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.agreement import compare_kl
@@ -38,6 +39,7 @@ from rlhf.pipeline.training import (
     check_nothing_lost,
     checks_of,
     evaluation_rows,
+    save_trained,
     split_settings,
     train,
     training_arguments,
@@ -189,9 +191,11 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     train(trainer, context.folder, label="sft", say=context.say)
 
     # 3. Save, and show what it says now.
-    if context.is_main:
-        save_model(trainer.model, tokenizer, context.folder / "model")
-        show_samples(context, trainer.model, tokenizer)
+    out = context.folder / "model"
+    if save_trained(trainer, out):
+        # One process can't answer with a part of the weights.
+        model = load_policy(out, model_config, trainable=False) if is_sharded(trainer.model) else trainer.model
+        show_samples(context, model, tokenizer)
     return {
         "demonstrations": len(lengths),
         "dropped": dropped,
@@ -239,8 +243,9 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     train(trainer, context.folder, label="ppo", say=context.say, stop_at="epoch")  # an epoch is a rollout
 
     # 3. Save, and say what happened.
+    weights = gathered_weights(trainer, "policy")
     if context.is_main:
-        save_model(trainer.accelerator.unwrap_model(trainer.model).policy, tokenizer, context.folder / "model")
+        save_model(trainer.accelerator.unwrap_model(trainer.model).policy, tokenizer, context.folder / "model", weights)
         write_jsonl(context.folder / "samples.jsonl", [sample.as_row() for sample in trainer.latest_samples])
     if trainer.stopped is not None:
         context.say(trainer.stopped)

@@ -21,6 +21,8 @@ from rlhf.files import read_jsonl
 from rlhf.invariants.checks import CheckBook, CheckEntry
 from rlhf.invariants.tensors import nothing_lost
 from rlhf.models.load import model_settings
+from rlhf.models.save import save_model
+from rlhf.models.sharding import check_sharding, gathered_weights
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.callbacks import (
     CheckpointMark,
@@ -102,7 +104,9 @@ def train(
 
     Raises:
         TrainingError: a loss, gradient, reward or KL is not finite; nothing was updated, and the batch lies in the folder.
+        UserError: sharding was asked for that is not at work, or that loses something.
     """
+    check_sharding(trainer, stage=label)
     checkpoint, broken = newest_checkpoint(folder / CHECKPOINTS)
     if broken and trainer.is_world_process_zero():
         names = ", ".join(path.name for path in broken)
@@ -130,6 +134,17 @@ def train(
         if trainer.is_world_process_zero():
             raise TrainingError(f"{error} The batch: {trainer.save_batch(folder, error.rows)}") from error
         raise
+
+
+def save_trained(trainer: KeepsBatches, folder: Path) -> bool:
+    """Write what was trained as an ordinary folder, and tell whether this process is the one that did.
+
+    Every process must call it: where the model is sharded, each has a part of it.
+    """
+    weights = gathered_weights(trainer)
+    if trainer.is_world_process_zero():
+        save_model(trainer.model, trainer.processing_class, folder, weights)
+    return trainer.is_world_process_zero()
 
 
 def checks_of(*owners: object) -> dict[str, CheckEntry]:

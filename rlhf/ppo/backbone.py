@@ -123,11 +123,20 @@ def load_role(role: AdapterHead, weights: dict[str, torch.Tensor]) -> None:
     role.head.weight.data.copy_(weights[HEAD])
 
 
-def save_role(role: AdapterHead, folder: Path) -> None:
-    """Write a critic as an ordinary one-label LoRA adapter."""
+def save_role(role: AdapterHead, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a critic as an ordinary one-label LoRA adapter.
+
+    Args:
+        weights: of policy and critic by their names in the trainer's model, where that holds only shards of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {saved_name(name, role.adapter): p.detach().cpu().contiguous() for name, p in role.adapter_parameters()}
-    save_file({**state, HEAD: role.head.weight.detach().cpu().contiguous()}, folder / WEIGHTS)
+    adapter = dict(role.adapter_parameters())
+    head: torch.Tensor = role.head.weight
+    tensors: dict[str, torch.Tensor] = {**adapter}
+    if weights is not None:
+        tensors, head = {name: weights[f"policy.{name}"] for name in adapter}, weights["critic.head.weight"]
+    state = {saved_name(name, role.adapter): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file({**state, HEAD: head.detach().cpu().contiguous()}, folder / WEIGHTS)
     config = copy.deepcopy(role.policy.peft_config[role.adapter])
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], True
     config.save_pretrained(str(folder))

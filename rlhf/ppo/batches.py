@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rlhf.ppo.checks import require_reference
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.processes import whole_roles
 from rlhf.ppo.rollout import MicroBatch, Rollout, shuffled_minibatches
 
 if TYPE_CHECKING:
@@ -97,4 +98,5 @@ class EndOfRollout(TrainerCallback):
 
     def on_train_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Require that the reference is still what it was."""
-        require_reference(self.trainer)
+        with whole_roles(self.trainer):
+            require_reference(self.trainer)

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.save import load_weights
+from rlhf.models.sharding import is_sharded, weights_of
 from rlhf.ppo.backbone import restore_role, save_role
-from rlhf.ppo.checks import require_reference
 from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead
 from rlhf.ppo.rollout import Sample
 from rlhf.ppo.state import PPOState
@@ -22,21 +22,24 @@ if TYPE_CHECKING:
 REFERENCE, SAMPLES, CRITIC = "reference.safetensors", "latest_samples.jsonl", "critic"
 
 
-def write_checkpoint(trainer: "PPOTrainer", folder: Path) -> None:
+def write_checkpoint(trainer: "PPOTrainer", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write the policy at the root as an ordinary model, the critic under `critic/`, counters in `ppo_state.json`.
 
-    Raises:
-        InvariantError: the reference has moved; nothing is written.
+    Args:
+        weights: of policy and critic by their names in the trainer's model, where that holds only shards of them.
     """
-    require_reference(trainer)
     folder.mkdir(parents=True, exist_ok=True)
     container = trainer.accelerator.unwrap_model(trainer.model)
     selected = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(container.policy, PeftModel) else {}
-    container.policy.save_pretrained(folder, **selected)
+
+    def of(role: str) -> dict[str, dict[str, Tensor]]:
+        return {} if weights is None else {"state_dict": weights_of(container, weights, role)}
+
+    container.policy.save_pretrained(folder, **selected, **of("policy"))
     if isinstance(container.critic, AdapterHead):
-        save_role(container.critic, folder / CRITIC)
+        save_role(container.critic, folder / CRITIC, weights)
     else:
-        container.critic.save_pretrained(folder / CRITIC)
+        container.critic.save_pretrained(folder / CRITIC, **of("critic"))
     if trainer.args.reference_mixup > 0:
         save_file({n: w.detach().cpu().clone() for n, w in trainer.reference.weights().items()}, folder / REFERENCE)
     write_jsonl(folder / SAMPLES, [sample.as_row() for sample in trainer.latest_samples])
@@ -45,13 +48,14 @@ def write_checkpoint(trainer: "PPOTrainer", folder: Path) -> None:
 
 
 def read_checkpoint(trainer: "PPOTrainer", folder: Path, model: nn.Module) -> None:
-    """Put everything back that `write_checkpoint` wrote."""
+    """Put everything back that `write_checkpoint` wrote; of sharded roles all but the weights, which the Trainer reads."""
     container = trainer.accelerator.unwrap_model(model)
-    load_weights(container.policy, folder)
-    if isinstance(container.critic, AdapterHead):
-        restore_role(container.critic, folder / CRITIC)
-    else:
-        load_weights(container.critic, folder / CRITIC)
+    if not is_sharded(container):
+        load_weights(container.policy, folder)
+        if isinstance(container.critic, AdapterHead):
+            restore_role(container.critic, folder / CRITIC)
+        else:
+            load_weights(container.critic, folder / CRITIC)
     if trainer.args.reference_mixup > 0:
         saved = load_file(folder / REFERENCE)
         for name, weight in trainer.reference.weights().items():

@@ -1,14 +1,20 @@
-"""What several processes do together: means and variances over all of them, and stopping where one of them fails."""
+"""What several processes do together: means and variances over all of them, whole weights, stopping where one of them fails."""
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from rlhf.errors import TrainingError
+from rlhf.models.sharding import is_sharded, unsharded
 from rlhf.objectives.masked import masked_sums, mean_and_variance
+
+if TYPE_CHECKING:
+    from rlhf.ppo.trainer import PPOTrainer
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -50,3 +56,14 @@ def run_or_stop_all(
     if failed > 0:
         raise TrainingError("ppo: another process stopped (its error says why); nothing was updated.")
     return results[0]
+
+
+@contextmanager
+def whole_roles(trainer: "PPOTrainer") -> Iterator[None]:
+    """Hold policy and critic whole on every process for a while, where they are sharded; all processes come together."""
+    container = trainer.accelerator.unwrap_model(trainer.model)
+    if is_sharded(container) and not container.was_entered:
+        register_fsdp_forward_method(container, "enter")
+        container.enter()
+    with unsharded(container):
+        yield

@@ -61,18 +61,26 @@ def policy_and_tokenizer(
     return model, processing_class
 
 
-def check_parallelism(args: PPOConfig, *, is_sharded: bool) -> None:
-    """Refuse other ways of using several GPUs than data parallelism.
+def check_parallelism(args: PPOConfig, *, fsdp: bool, deepspeed: bool) -> None:
+    """Refuse ways of using several GPUs under which something is wrong or was never tried.
 
     Raises:
-        UserError: one process sees several GPUs, or parameters are sharded by FSDP or DeepSpeed.
+        UserError: one process sees several GPUs; DeepSpeed; FSDP together with what writes into whole weights or reads them.
     """
     if args.n_gpu > 1:
         raise UserError("ppo: several GPUs are visible to one process; launch with `torchrun` or `accelerate launch`.")
-    if is_sharded:
-        raise UserError(
-            "ppo: FSDP and DeepSpeed are not supported; use data parallelism (`torchrun`), LoRA and 4-bit weights."
-        )
+    if deepspeed:
+        raise UserError("ppo: DeepSpeed is not supported; use FSDP2, or data parallelism with LoRA and 4-bit weights.")
+    asked = {
+        "reference_mixup": args.reference_mixup > 0,
+        "ptx_coef": args.ptx_coef > 0,
+        "use_vllm": args.use_vllm,
+    }
+    for name, is_asked in asked.items():
+        if fsdp and is_asked:
+            raise UserError(
+                f"ppo: {name} does not work with FSDP yet; leave it out, or use data parallelism (`torchrun`)."
+            )
 
 
 def rewards_and_critic(

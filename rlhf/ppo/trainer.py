@@ -22,14 +22,16 @@ from rlhf.errors import TrainingError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions, generate
+from rlhf.models.sharding import whole
 from rlhf.objectives.kl import kl_k2, kl_k3
 from rlhf.objectives.ppo import clipped_policy, clipped_value
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
 from rlhf.ppo.checkpoint import read_checkpoint, write_checkpoint
-from rlhf.ppo.checks import check_first_ratio
+from rlhf.ppo.checks import check_first_ratio, require_reference
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import gather_experience, make_rollout
 from rlhf.ppo.metrics import RolloutMetrics
+from rlhf.ppo.processes import whole_roles
 from rlhf.ppo.ptx import demonstration_loss
 from rlhf.ppo.reporting import evaluate, print_samples, warn_of_trouble
 from rlhf.ppo.rewards import RewardFunction, Rewards
@@ -151,7 +153,7 @@ class PPOTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_parallelism(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_parallelism(args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         self.add_callback(EndOfRollout(self))
         self.demonstrations = read_demonstrations(
             ptx_dataset,
@@ -222,7 +224,8 @@ class PPOTrainer(BaseTrainer):
 
     def rollout(self, rows: Sequence[PromptRow]) -> Rollout:
         """Return one batch of experience with an advantage for every token, whitened over all processes."""
-        return make_rollout(self, rows)
+        with whole_roles(self):
+            return make_rollout(self, rows)
 
     # ---- Update ----
 
@@ -268,8 +271,9 @@ class PPOTrainer(BaseTrainer):
                 total += super().training_step(container, {**inputs, "roles": (role,)}, num_items_in_batch)
         if "policy" not in roles:
             self._measure_policy(container, inputs)
-        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            # The wrapper for several processes wants one backward through every parameter, so it is left out.
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
+            # The wrapper for several processes wants one backward through every parameter, so it is left out; shards reduce
+            # themselves.
             for parameter in container.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
@@ -356,7 +360,8 @@ class PPOTrainer(BaseTrainer):
         """Clip policy and critic apart: one norm over both would let the critic's gradient decide the policy's step."""
         container = self.accelerator.unwrap_model(model)
         norms = [
-            self.accelerator.clip_grad_norm_(container.role_parameters(role), self.args.max_grad_norm) for role in ROLES
+            whole(self.accelerator.clip_grad_norm_(container.role_parameters(role), self.args.max_grad_norm))
+            for role in ROLES
         ]
         self.metrics.count("grad_norm_critic", norms[1], 1)
         return norms[0]
@@ -375,15 +380,26 @@ class PPOTrainer(BaseTrainer):
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample and score the evaluation prompts with the current policy; nothing is trained."""
-        means = evaluate(self, self.eval_dataset if eval_dataset is None else eval_dataset)
+        with whole_roles(self):
+            means = evaluate(self, self.eval_dataset if eval_dataset is None else eval_dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the policy at the root as an ordinary model, the critic under `critic/`, PPO's memory beside them."""
-        write_checkpoint(self, Path(output_dir or self.args.output_dir))
+        """Write the policy at the root as an ordinary model, the critic under `critic/`, PPO's memory beside them.
+
+        Where the roles are sharded, every process comes here, each with all weights.
+        """
+        with whole_roles(self):
+            require_reference(self)
+        if self.args.should_save:
+            write_checkpoint(
+                self, Path(output_dir or self.args.output_dir), state_dict if self.is_fsdp_enabled else None
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         read_checkpoint(self, Path(resume_from_checkpoint), self.model if model is None else model)

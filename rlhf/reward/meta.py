@@ -10,13 +10,14 @@ from typing import Any, TypedDict, TypeGuard
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import RewardConfig
 
 from rlhf.data.rows import Prompt, prompt_key
 from rlhf.errors import UserError
 from rlhf.models.packing import pack
+from rlhf.models.sharding import whole
 from rlhf.models.text import encode_answers
 from rlhf.objectives.meta import ascent, reward_spread
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
@@ -93,7 +94,7 @@ class MetaRewardTrainer(ContrastiveRewardTrainer):
         extra: see `ContrastiveRewardTrainer`; none by default.
 
     Raises:
-        UserError: sharded parameters (FSDP, DeepSpeed), reentrant checkpointing.
+        UserError: DeepSpeed, reentrant checkpointing.
     """
 
     def __init__(
@@ -109,10 +110,8 @@ class MetaRewardTrainer(ContrastiveRewardTrainer):
         **arguments: Any,
     ):
         super().__init__(model, args, extra=extra, **arguments)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "reward.meta: the ascent needs whole parameters, not FSDP's or DeepSpeed's shards; use DDP."
-            )
+        if self.is_deepspeed_enabled:
+            raise UserError("reward.meta: DeepSpeed does not give ∇J by itself; use FSDP2 or data parallelism.")
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError("reward.meta: reentrant checkpointing can't give ∇J; set use_reentrant to false.")
         self.meta_step, self.meta_normalized, self.meta_prompts = meta_step, meta_normalized, meta_prompts
@@ -128,7 +127,6 @@ class MetaRewardTrainer(ContrastiveRewardTrainer):
             )
         ids = iter(encoded)
         self.meta_groups = [[next(ids) for _ in row["responses"]] for row in meta_samples]
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._before: list[Tensor] = []
         self.add_callback(_Restoring(self))
 
@@ -149,29 +147,60 @@ class MetaRewardTrainer(ContrastiveRewardTrainer):
         drawn = torch.randperm(len(self.meta_groups), generator=generator)[: self.meta_prompts].tolist()
         of_this_process = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
 
-        # 2. J and its gradient, on the model without wrappers: they are not to count this backward as theirs.
-        gradients, spread = [torch.zeros_like(p) for p in self._parameters], torch.zeros((), device=self.args.device)
-        if of_this_process:
-            with torch.random.fork_rng(), self.compute_loss_context_manager():
-                # A resumed Trainer restores the random state only after this.
-                torch.manual_seed(seed + self.accelerator.process_index)
-                spread = self._spread([self.meta_groups[i] for i in of_this_process]) / len(drawn)
-                computed = torch.autograd.grad(spread, self._parameters, allow_unused=True)
+        # 2. J and its gradient, over all processes. A resumed Trainer restores the random state only after this.
+        with torch.random.fork_rng(), self.compute_loss_context_manager():
+            torch.manual_seed(seed + self.accelerator.process_index)
+            gradient_of = self._sharded_gradient if self.is_fsdp_enabled else self._gradient
+            gradients, spread = gradient_of([self.meta_groups[i] for i in of_this_process], len(drawn))
+
+        # 3. θ' = θ + step. θ is kept, since θ' - step is not θ in floating point.
+        norm = whole(torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients])).item()
+        metrics = self._metrics["train"]
+        metrics["meta_spread"].append(self.accelerator.reduce(spread.detach(), reduction="sum").item())
+        metrics["meta_gradient"].append(norm)
+        steps = ascent(gradients, step=self.meta_step, norm=norm if self.meta_normalized else None)
+        self._before = [p.detach().clone() for p in self._trained()]
+        with torch.no_grad():
+            for parameter, step in zip(self._trained(), steps, strict=True):
+                parameter.add_(step)
+
+    def _trained(self) -> list[nn.Parameter]:
+        """Return the trained parameters as they now are: FSDP2 puts shards in their place before the first step."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _gradient(self, groups: list[list[list[int]]], total: int) -> tuple[list[Tensor], Tensor]:
+        """Return ∇J for each parameter, summed over processes, and this process's part of J.
+
+        The model is taken without its wrappers, which are not to count this backward as theirs.
+
+        Args:
+            groups: this process's prompts, each as the token rows of its answers.
+            total: the number of prompts of all processes, of which J is the mean.
+        """
+        parameters = self._trained()
+        gradients, spread = [torch.zeros_like(p) for p in parameters], torch.zeros((), device=self.args.device)
+        if groups:
+            spread = self._spread(groups) / total
+            computed = torch.autograd.grad(spread, parameters, allow_unused=True)
             gradients = [zero if g is None else g for g, zero in zip(computed, gradients, strict=True)]
         if self.accelerator.num_processes > 1:
             gradients = [self.accelerator.reduce(g, reduction="sum") for g in gradients]
-            spread = self.accelerator.reduce(spread.detach(), reduction="sum")
+        return gradients, spread
 
-        # 3. θ' = θ + step. θ is kept, since θ' - step is not θ in floating point.
-        norm = torch.nn.utils.get_total_norm(gradients).item()
-        metrics = self._metrics["train"]
-        metrics["meta_spread"].append(spread.item())
-        metrics["meta_gradient"].append(norm)
-        steps = ascent(gradients, step=self.meta_step, normalized=self.meta_normalized)
-        self._before = [p.detach().clone() for p in self._parameters]
-        with torch.no_grad():
-            for parameter, step in zip(self._parameters, steps, strict=True):
-                parameter.add_(step)
+    def _sharded_gradient(self, groups: list[list[list[int]]], total: int) -> tuple[list[Tensor], Tensor]:
+        """Return what `_gradient` does, of a model that FSDP2 shards: each process's shard of ∇J.
+
+        Only a backward reduces into shards, so one is run, and what it leaves in `grad` is taken out again. Every process
+        runs one, also one that has no prompt: its own counts 0.
+        """
+        weight, read = (1.0, groups) if groups else (0.0, self.meta_groups[:1])
+        spread = weight * self._spread(read) / total
+        (spread * self.accelerator.num_processes).backward()  # FSDP2 takes the mean over processes, the sum is meant
+        gradients = []
+        for parameter in self._trained():
+            gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.grad = None
+        return gradients, spread
 
     def _spread(self, groups: list[list[list[int]]]) -> Tensor:
         """Return the sum of J over some prompts, each given as the token rows of its answers."""
@@ -188,7 +217,7 @@ class MetaRewardTrainer(ContrastiveRewardTrainer):
     def restore(self) -> None:
         """Restore θ, before the optimizer steps from there."""
         with torch.no_grad():
-            for parameter, before in zip(self._parameters, self._before, strict=True):
+            for parameter, before in zip(self._trained(), self._before, strict=True):
                 parameter.copy_(before)
         self._before = []
 

@@ -43,7 +43,7 @@ def test_two_parameters_by_hand() -> None:
     (gradient,) = torch.autograd.grad(meta.reward_spread((answers @ theta)[None]).sum(), [theta])
     s = 1 / (1 + math.exp(-0.5))
     torch.testing.assert_close(gradient, 0.5 * s * (1 - s) * torch.tensor([1.0, -1.0], dtype=torch.double))
-    (step,) = meta.ascent([gradient], step=2.0, normalized=False)
+    (step,) = meta.ascent([gradient], step=2.0)
     there = (theta + step).detach().requires_grad_()
     zero = torch.zeros(1, dtype=torch.double)
     (found,) = torch.autograd.grad(pair_loss(there[:1], zero).sum(), [there])
@@ -66,7 +66,7 @@ def test_first_order_gradient_against_finite_differences() -> None:
         return torch.autograd.grad(of(at), [at])[0]
 
     uphill = gradient(lambda at: meta.reward_spread((torch.tanh(sampled) @ at)[None]).sum(), theta)
-    there = theta + meta.ascent([uphill], step=0.7, normalized=False)[0]
+    there = theta + meta.ascent([uphill], step=0.7)[0]
     exact = gradient(loss, there)
     step = 1e-6
     numeric = torch.stack(
@@ -80,9 +80,9 @@ def test_first_order_gradient_against_finite_differences() -> None:
 
 def test_the_normalised_step_has_its_length_over_all_parameters() -> None:
     gradients = [torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])]
-    steps = meta.ascent(gradients, step=0.5, normalized=True)
+    steps = meta.ascent(gradients, step=0.5, norm=5.0)
     torch.testing.assert_close(steps, [torch.tensor([[0.3, 0.0]]), torch.tensor([0.4])])
-    assert [s.abs().max().item() for s in meta.ascent([torch.zeros(2)], step=1.0, normalized=True)] == [0.0]
+    assert [s.abs().max().item() for s in meta.ascent([torch.zeros(2)], step=1.0, norm=0.0)] == [0.0]
 
 
 def without_the_absolute_value(rewards: Tensor) -> Tensor:
@@ -96,12 +96,12 @@ def mean_over_pairs(rewards: Tensor) -> Tensor:
     return meta_spread(rewards) * k / (k - 1)
 
 
-def downhill(gradients: Any, *, step: float, normalized: bool) -> list[Tensor]:
-    return [-s for s in meta_ascent(gradients, step=step, normalized=normalized)]
+def downhill(gradients: Any, *, step: float, norm: float | None = None) -> list[Tensor]:
+    return [-s for s in meta_ascent(gradients, step=step, norm=norm)]
 
 
-def normalised_each(gradients: Any, *, step: float, normalized: bool) -> list[Tensor]:
-    return [step * g / g.norm().clamp(min=1e-12) if normalized else step * g for g in gradients]
+def normalised_each(gradients: Any, *, step: float, norm: float | None = None) -> list[Tensor]:
+    return [step * g if norm is None else step * g / g.norm().clamp(min=1e-12) for g in gradients]
 
 
 meta_spread, meta_ascent = meta.reward_spread, meta.ascent

@@ -8,6 +8,7 @@ from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.recipe import Recipe, load_recipe
+from tests.recipes import shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 MADE = {
@@ -61,7 +62,7 @@ def recipes(folder: Path) -> dict[str, Recipe]:
         "meta samples": ("reward.meta=true", f"reward.meta_samples={samples}"),
         "rounds of meta samples": ("reward.meta=true", f"reward.meta_samples={samples}", "rounds.count=2"),
     }
-    shipped = {str(path): load_recipe(path) for path in sorted((ROOT / "recipes").rglob("*.yaml"))}
+    shipped = {str(path): load_recipe(path) for path in shipped_recipes()}
     return shipped | {name: load_recipe(file, list(overrides)) for name, overrides in made.items()}
 
 

@@ -33,7 +33,7 @@ DEFECTS = {
     "D16 no conversations": "ppo.test_ppo:test_reward_columns_reach_the_function",
     "D17 evaluation ignored": "ppo.test_ppo:test_evaluation_during_training_runs_between_rollouts",
     "D18 no vLLM": "ppo.test_vllm:test_an_engine_that_is_the_policy_changes_nothing",
-    "D19 FSDP half works": "ppo.test_defects:test_sharded_parameters_are_refused_in_a_sentence",
+    "D19 FSDP half works": "ppo.test_defects:test_sharding_that_goes_wrong_is_refused_in_a_sentence",
     "D20 diagnostics over padding": "ppo.test_defects:test_padding_is_in_no_diagnostic",
     "D21 k3 inside the reward": "ppo.test_options:test_k2_has_the_gradient_of_the_kl_by_enumeration",
     "D22 ratio is not 1 at step 0": "ppo.test_ppo:test_at_step_0_the_policy_is_the_reference",
@@ -139,18 +139,32 @@ def test_the_reward_model_may_have_another_tokenizer(
     assert len(rows.rows) == 1
 
 
-def test_sharded_parameters_are_refused_in_a_sentence(
-    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("sharding", "settings", "sentence"),
+    [
+        ("is_deepspeed_enabled", {}, "DeepSpeed is not supported; use FSDP2"),
+        ("is_fsdp_enabled", {"reference_mixup": 0.1}, "reference_mixup does not work with FSDP yet"),
+    ],
+)
+def test_sharding_that_goes_wrong_is_refused_in_a_sentence(
+    sharding: str,
+    settings: dict[str, Any],
+    sentence: str,
+    base_folder: Path,
+    reward_folder: Path,
+    cpu_arguments: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of what FSDP2 does right the proof is `tests/distributed`."""
     begin = BaseTrainer.__init__
 
     def sharded(self: Any, *arguments: Any, **named: Any) -> None:
         begin(self, *arguments, **named)
-        self.is_fsdp_enabled = True
+        setattr(self, sharding, True)
 
     monkeypatch.setattr(BaseTrainer, "__init__", sharded)
-    with pytest.raises(UserError, match="FSDP and DeepSpeed are not supported; use data parallelism"):
-        make(base_folder, str(reward_folder), cpu_arguments)
+    with pytest.raises(UserError, match=sentence):
+        make(base_folder, str(reward_folder), cpu_arguments, **settings)
 
 
 def test_padding_is_in_no_diagnostic(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:

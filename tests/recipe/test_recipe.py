@@ -8,8 +8,9 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
 from tests.generate_trl_keys import TARGET, describe
+from tests.recipes import shipped_recipes
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+RECIPES = shipped_recipes()
 GOOD = "name: x\nlab: {}\n"
 
 

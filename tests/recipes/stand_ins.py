@@ -24,7 +24,7 @@ from transformers import (
 
 from rlhf.pipeline.plan import plan
 from rlhf.recipe import Recipe, load_recipe
-from tests.recipes import templates
+from tests.recipes import shipped_recipes, templates
 
 # ---- Data sets: rows in the layout in which they lie on the hub ----
 
@@ -237,8 +237,7 @@ RUN_TO_THE_END = ("models/qwen3-8b-qlora.yaml", "models/gemma-3-1b-lora.yaml", "
 
 def _recipes() -> dict[str, bool]:
     """Return every recipe that names a model, and whether the suite runs it to its end."""
-    files = sorted(ROOT.rglob("*.yaml"))
-    recipes = {str(file.relative_to(ROOT)): load_recipe(file) for file in files}
+    recipes = {str(file.relative_to(ROOT)): load_recipe(file) for file in shipped_recipes()}
     return {name: name in RUN_TO_THE_END for name, recipe in recipes.items() if recipe.backbone.model is not None}
 
 
