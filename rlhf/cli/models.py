@@ -77,11 +77,35 @@ def evaluate_command(
 def export_command(
     model: Annotated[Path, typer.Argument(help="A policy's or reward model's folder.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    average: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A model whose weights are averaged with MODEL's (WARM); may be repeated.", show_default=False
+        ),
+    ] = None,
+    extrapolate: Annotated[
+        Path | None,
+        typer.Option(help="A weaker model, from which to go beyond MODEL (ExPO).", show_default=False),
+    ] = None,
+    factor: Annotated[float, typer.Option(help="How far: 0 is the weaker model, 1 is MODEL.")] = 1.5,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="SFT's answers, which set a combined reward model's scale.", show_default=False),
+    ] = None,
 ) -> None:
     """Write a standard Hugging Face checkpoint: adapters merged in, tokenizer and template beside the weights."""
-    from rlhf.pipeline.model_commands import export_model
+    if average and extrapolate is not None:
+        raise UserError("export: --average and --extrapolate are two ways to combine models; choose one.")
+    if average or extrapolate is not None:
+        from rlhf.pipeline.combine import combine_models
 
-    export_model(model, out)
+        others = [extrapolate] if extrapolate is not None else [*(average or ())]
+        factors = [factor, 1 - factor] if extrapolate is not None else [1 / (1 + len(others))] * (1 + len(others))
+        combine_models([path.expanduser() for path in (model, *others)], factors, out, samples=samples)
+    else:
+        from rlhf.pipeline.model_commands import export_model
+
+        export_model(model, out)
     say(f"{out}")
 
 
