@@ -65,7 +65,7 @@ def combine_models(folders: Sequence[Path], factors: Sequence[float], out: Path,
     first.model.config.problem_type = "regression"
     facts = {
         "objective": reward_card(folders[0]).get("objective"),
-        "combined": [{"model": str(f), "factor": x} for f, x in zip(folders, factors, strict=True)],
+        "combined": [{"model": str(folder), "factor": factor} for folder, factor in zip(folders, factors, strict=True)],
     }
     save_reward_model(
         out,
@@ -80,9 +80,10 @@ def combine_models(folders: Sequence[Path], factors: Sequence[float], out: Path,
 def combined(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     """Return Σ factor · tensor in the tensors' own type; of numbers that are not floating, the first's.
 
-    >>> combined([torch.tensor([1.0]), torch.tensor([3.0])], [0.5, 0.5])
+    >>> from torch import tensor
+    >>> combined([tensor([1.0]), tensor([3.0])], [0.5, 0.5])
     tensor([2.])
-    >>> combined([torch.tensor([1.0]), torch.tensor([3.0])], [1.5, -0.5])
+    >>> combined([tensor([1.0]), tensor([3.0])], [1.5, -0.5])
     tensor([0.])
     """
     if not tensors[0].is_floating_point():
@@ -100,11 +101,11 @@ def check_alike(opened: Sequence[Opened]) -> None:
     """
     first, shapes = opened[0], _shapes(opened[0].model)
     for other in opened[1:]:
-        found = _shapes(other.model)
-        odd = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
+        others = _shapes(other.model)
+        odd = sorted(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
         if odd:
             raise UserError(
-                f"{other.folder}: its weights are not those of {first.folder}: {odd[0]} is {_written(found.get(odd[0]))} here and "
+                f"{other.folder}: its weights are not those of {first.folder}: {odd[0]} is {_written(others.get(odd[0]))} here and "
                 f"{_written(shapes.get(odd[0]))} there; only models of one base can be combined."
             )
         if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():

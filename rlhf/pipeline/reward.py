@@ -46,6 +46,7 @@ from rlhf.reward.meta import group_samples
 from rlhf.reward.model import position_limit
 from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.trainer import training_columns
+from rlhf.reward.weights import prompt_balanced
 from rlhf.statistics import win_rate
 
 CALIBRATION_SAMPLES = 256
@@ -154,6 +155,7 @@ def _fit(
 ) -> StageTrainer:
     """Train one reward model on some pairs; head, order and dropout follow the seed, and what is checked goes into the book."""
     recipe, section, sft = context.recipe, context.recipe.reward, context.sft_model
+    rows = prompt_balanced(rows) if section.group_weight == "prompt" else rows
     model_config, settings = split_settings(context.trl_settings("reward"))
     settings.setdefault("num_train_epochs", 1)
     args = training_arguments(RewardConfig, settings, folder, seed)

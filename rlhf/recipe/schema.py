@@ -191,6 +191,7 @@ class RewardSection(StageSection):
     smoothing_mask: Literal["negative", "all", "negative+strong"] = "negative"
     margin_scale: float = 1.0
     margin_clip: float | None = Field(None, gt=0)
+    group_weight: Literal["prompt"] | None = None  # every prompt counts the same, however many pairs it has
 
     # A contrastive term beside the loss (`rlhf.reward.contrastive`); the term's own numbers unless set here.
     extra: Literal["simcse", "simcse_diff", "swav", "swav_diff"] | None = None
