@@ -12,8 +12,10 @@ from pydantic_core import ErrorDetails
 
 from rlhf.errors import UserError
 from rlhf.recipe.document import Document, differences, read_document, read_override
+from rlhf.recipe.ranges import out_of_range
 from rlhf.recipe.schema import (
     REFUSED_KEYS,
+    REFUSED_SCRATCH_KEYS,
     RENAMED_KEYS,
     STAGE_SECTIONS,
     Recipe,
@@ -148,9 +150,28 @@ def _check_keys(document: Document) -> Iterable[str]:
         else:
             known = {"architecture", *trl_keys()[architecture]}
             for key in scratch:
-                if key not in known:
-                    place = document.place(("backbone", "from_scratch", key))
+                place = document.place(("backbone", "from_scratch", key))
+                if key in REFUSED_SCRATCH_KEYS:
+                    yield f"{place}: backbone.from_scratch.{key} can't be set in a recipe: {REFUSED_SCRATCH_KEYS[key]}."
+                elif key not in known:
                     yield f"{place}: unknown key backbone.from_scratch.{key}{_suggestion(key, known) or '.'}"
+
+
+def _check_shape(scratch: dict[str, Any], document: Document) -> Iterable[str]:
+    """Report sizes of a model built from nothing that don't go together."""
+    width, heads = scratch.get("hidden_size"), scratch.get("num_attention_heads")
+    shared = scratch.get("num_key_value_heads")
+    numbers = {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": shared}
+    if not all(value is None or (isinstance(value, int) and value > 0) for value in numbers.values()):
+        return  # reported by its type or range
+    place = document.place(("backbone", "from_scratch", "num_attention_heads"))
+    if width and heads and "head_dim" not in scratch and (width % heads or (width // heads) % 2):
+        yield (
+            f"{place}: backbone.from_scratch: hidden_size {width} is no even multiple of num_attention_heads {heads}; each head "
+            "takes an even number of it."
+        )
+    if heads and shared and heads % shared:
+        yield f"{place}: backbone.from_scratch: num_attention_heads {heads} is no multiple of num_key_value_heads {shared}."
 
 
 def _check_types(document: Document) -> Iterable[str]:
@@ -159,6 +180,7 @@ def _check_types(document: Document) -> Iterable[str]:
     scratch = (document.values.get("backbone") or {}).get("from_scratch")
     if isinstance(scratch, dict) and scratch.get("architecture") in trl_keys():
         tables.append((("backbone", "from_scratch"), trl_keys()[scratch["architecture"]]))
+        yield from _check_shape(scratch, document)
     for path, keys in tables:
         section: Any = document.values
         for part in path:
@@ -178,6 +200,8 @@ def _check_types(document: Document) -> Iterable[str]:
             elif choices and isinstance(value, str) and value not in choices:
                 hint = _suggestion(value, choices) or ";"
                 yield f"{document.place((*path, key))}: {name} is {value!r}{hint} one of {', '.join(choices)}."
+            elif (range_of_key := out_of_range(key, value)) is not None:
+                yield f"{document.place((*path, key))}: {name} is {value!r}; it must be {range_of_key}."
 
 
 def _has_type(value: object, allowed: Sequence[str]) -> bool:
@@ -220,9 +244,6 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         yield f"{document.place(('sft', 'eval_strategy'))}: sft.eval_strategy: demonstrations are not held out; leave it off."
     for stage in STAGE_SECTIONS:
         settings = getattr(recipe, stage).trl_settings()
-        for name in ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "lora_r"):
-            if name in settings and settings[name] <= 0:
-                yield f"{document.place((stage, name))}: {stage}.{name} is {settings[name]}; it must be above 0."
         if settings.get("load_in_4bit") and not settings.get("use_peft"):
             place = document.place((stage, "load_in_4bit"))
             yield f"{place}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."

@@ -38,6 +38,11 @@ REFUSED_KEYS = {
     "load_best_model_at_end": "the last model is the result; nothing is chosen by looking",
     "lora_task_type": "the stage decides it",
 }
+REFUSED_SCRATCH_KEYS = {
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer decides it"),
+    **dict.fromkeys(("is_encoder_decoder", "problem_type", "return_dict", "use_cache"), "the stages decide it"),
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), "the stages decide it"),
+}
 # Old or foreign names and what they are called here.
 RENAMED_KEYS = {
     "warmup_ratio": "warmup_steps (a value below 1 is a ratio)",

@@ -358,7 +358,7 @@ def test_a_misspelt_key_creates_nothing(tmp_path: Path) -> None:
         ),
         (["run", "r.yaml", "--out", "x", "--until", "sleep"], "--until sleep"),
         (["run", "r.yaml", "--out", "full"], "not empty and not a run"),
-        (["run", "r.yaml", "--out", "x", "ppo.lam=2", "ppo.temperature=0"], "ppo: temperature=0 must be above 0."),
+        (["run", "r.yaml", "--out", "x", "ppo.lam=2", "ppo.temperature=0"], "ppo.temperature is 0; it must be 0.01"),
         (
             ["run", "r.yaml", "--out", "x", "sft.eval_steps=5", "reward.bf16=true", "reward.fp16=true"],
             "reward: At most one",
