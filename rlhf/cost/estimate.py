@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from rlhf.cost.sizes import PairTokens, Sizes
 from rlhf.cost.slices import Shape, Slices, slices
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
+from rlhf.models.batching import TOKENS_TOGETHER
 from rlhf.models.generate import STRETCH
 from rlhf.models.load import adapter_settings
 from rlhf.models.packing import pack
@@ -26,6 +27,7 @@ from rlhf.models.packing import pack
 BITS = 4.5  # of a 4-bit weight, with its scales
 MOMENTS = 2  # that AdamW keeps of each weight, each as large
 SCORED = 64  # texts that a reward model scores together
+TRAINED_TO_FORWARD = 3  # a backward takes twice the operations of its forward
 BATCHES = 200  # drawn to learn how long the longest row of a batch is
 
 
@@ -113,6 +115,8 @@ class Estimator:
         shapes = self._batches(pairs, min(count, max(1, trained)), work.views)
         shape = mean_shape(shapes)
         tokens = statistics.mean(self._tokens(pair) for pair in pairs)
+        if work.top_layers is not None:
+            return self._on_trunk(work, work.top_layers, trained, shapes, round(tokens))
 
         # 2. Training, each model beginning with a comparison of the shared forward with the plain one.
         micro_batches = math.ceil(trained / count)
@@ -143,6 +147,34 @@ class Estimator:
         total = round(work.models * trained * work.views * tokens * args.num_train_epochs)
         rows = round(work.pairs * share)
         return Estimate(work.folder, rows, total, work.models * steps, memory, once + work.models * seconds)
+
+    def _on_trunk(
+        self, work: PairWork, top_layers: int, trained: int, shapes: Sequence[Shape], tokens: int
+    ) -> Estimate:
+        """Estimate models that share a frozen trunk: it is read once over all pairs, and each trains whole layers above it.
+
+        A forward, and a forward with backward, cost a layer's share of the whole model's; nothing below the top is trained.
+
+        Args:
+            trained: pairs that each model trains on.
+            shapes: of the batches of all pairs.
+            tokens: of a pair.
+        """
+        args = self.training[work.section].args
+        depth = self.config.get_text_config().num_hidden_layers
+        share = top_layers / depth
+        forward, size = self._time(work.section, mean_shape(shapes)), args.per_device_train_batch_size
+        micro_batches = math.ceil(trained / size)
+        steps = math.ceil(micro_batches / args.gradient_accumulation_steps) * args.num_train_epochs
+        each = args.num_train_epochs * micro_batches * TRAINED_TO_FORWARD + work.scored / size
+        seconds = forward * ((1 - share) * math.ceil(work.pairs / size) + share * work.models * each)
+        longest = max(shape.length for shape in shapes)
+        largest = Shape(max(1, min(work.pairs, TOKENS_TOGETHER // longest)), longest, 0)
+        whole = self._slices_of(work.section, False)
+        of_member = (2 + MOMENTS) * share * whole.layer_weights()
+        memory = self.process + whole.weights() + of_member + self._peak(work.section, largest, training=False)
+        total = round(work.models * trained * tokens * args.num_train_epochs)
+        return Estimate(work.folder, work.pairs, total, round(work.models * steps), memory, seconds)
 
     def _tokens(self, pair: PairTokens) -> int:
         """Count the tokens that are read of a pair."""

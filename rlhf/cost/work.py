@@ -72,6 +72,7 @@ class PairWork:
         golden: tokens of the texts of its certificate, each scored by itself.
         views: how often a text is read in a step: twice under a contrastive term.
         ascent: prompts, and answers to each, that MetaRM's extra step reads; None without it.
+        top_layers: layers of each model's own above a frozen trunk that is read once for all; None where each is whole.
     """
 
     folder: str
@@ -84,6 +85,7 @@ class PairWork:
     golden: tuple[int, ...] = ()
     views: int = 1
     ascent: tuple[int, int] | None = None
+    top_layers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,18 @@ def test_seconds_are_those_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+def test_models_on_a_trunk_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the layers is each model's own: the others are read once over all pairs, and nothing there is trained."""
+    monkeypatch.setattr(Slices, "seconds", lambda self, shape, *, training: 3.0)
+    shape = {"section": "vote", "models": 4, "trained": 150, "scored": 50.0}
+    costs = estimator()
+    whole = costs.estimate(PairWork(**vars(PAIRS) | shape))
+    above = costs.estimate(PairWork(**vars(PAIRS) | shape | {"top_layers": 1}))
+    assert (above.rows, above.tokens, above.steps) == (whole.rows, whole.tokens, whole.steps)
+    all_batches, batches, epochs = 13, 10, 2
+    assert above.seconds == pytest.approx(3.0 * (2 / 3 * all_batches + 4 / 3 * (epochs * batches * 3 + 50 / 16)))
+
+
 def test_memory_is_weights_gradients_and_moments_of_four_roles() -> None:
     whole = estimator()
     shape = Shape(8, whole.prompt + whole.answer, whole.answer)
