@@ -194,8 +194,15 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work 
             pairs = training_pairs(stage, recipe, rows)
             # A member scores the pairs that it was not trained on, or all of them where there are none.
             scored = pairs * (1 - share or 1)
-            shape = {"models": recipe.vote.members, "top_layers": recipe.vote.trunk}
-            return PairWork(stage.folder, "vote", pairs, round(pairs * share), scored, **shape)
+            return PairWork(
+                stage.folder,
+                "vote",
+                pairs,
+                trained=round(pairs * share),
+                scored=scored,
+                models=recipe.vote.members,
+                top_layers=recipe.vote.trunk,
+            )
         case "reward":
             reward, pairs = recipe.reward, training_pairs(stage, recipe, rows)
             return PairWork(
