@@ -11,7 +11,7 @@ from typing import Literal, cast
 
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, PromptRow, assistant_turn
+from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, PromptRow, assistant_turn, group_key
 
 EXTRAS: tuple[Literal["annotator", "source", "subset", "id"], ...] = ("annotator", "source", "subset", "id")
 LONG_PROMPT = 20_000
@@ -66,6 +66,8 @@ def pair(row: Mapping[str, object]) -> Pair:
     gap = rating_gap(row)
     if gap is not None:
         canonical["rating_gap"] = gap
+    if row.get("group") == group_key(prompt):  # ours; another file's column of this name means something else
+        canonical["group"] = group_key(prompt)
     return {**canonical, **extras_of(row)}
 
 

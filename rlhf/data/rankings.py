@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rlhf.data.canonical import check_answer, check_prompt, extras_of
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, assistant_turn, prompt_key
+from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, assistant_turn, group_key, prompt_key
 
 LISTS = ("responses", "answers", "completions")
 TEXTS = ("content", "text", "response", "answer")
@@ -50,8 +50,8 @@ class Ranking:
 
     @property
     def group(self) -> str:
-        """Return what the pairs of this ranking have in common: 16 characters of its prompt's key."""
-        return prompt_key(self.prompt)[:16]
+        """Return what the pairs of this ranking have in common."""
+        return group_key(self.prompt)
 
     @property
     def is_decided(self) -> bool:

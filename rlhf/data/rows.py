@@ -150,6 +150,11 @@ def prompt_key(prompt: Prompt) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def group_key(prompt: Prompt) -> str:
+    """Return what the pairs of several answers to one prompt have in common (`Pair.group`): the start of the prompt's key."""
+    return prompt_key(prompt)[:16]
+
+
 def pair_digest(row: Pair) -> str:
     """Return what identifies a pair, whichever of its answers is called the chosen one: 24 characters of a sha256."""
     answers = sorted((told(row, "chosen"), told(row, "rejected")))

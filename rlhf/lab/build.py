@@ -1,11 +1,13 @@
 """Write the lab's files in ordinary Hugging Face formats: a base checkpoint, demonstrations, pairs and prompts."""
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
-from rlhf.data.rows import Demonstration, Message, Messages, Pair, completion
+from rlhf.data.rows import Demonstration, Message, Messages, Pair, completion, group_key
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label
@@ -33,11 +35,13 @@ Answers = Callable[[Sequence[str]], list[str]]  # prompts → an answer to each
 class LabSettings:
     """Sizes of a lab, and who labels its training pairs (as `simulate_label`); the worlds themselves have no options.
 
-    `demonstrations` and the sizes of the model are those of the world of lists; the other one has neither.
+    `demonstrations` and the sizes of the model are those of the world of lists, `answers`, to each prompt of the training pairs,
+    is of the world of instructions.
     """
 
     demonstrations: int = 8000
     pairs: int = 6000
+    answers: int = 2
     test_pairs: int = 1000
     hidden_size: int = 128
     num_hidden_layers: int = 3
@@ -108,6 +112,7 @@ def build_instructions(folder: Path, settings: LabSettings, answers: Answers) ->
     answers here takes SFT's place.
 
     Args:
+        settings: with more than two `answers` a prompt, all pairs of them are labelled, each by another pair of annotators.
         answers: samples one answer to each of some prompts; two answers to the same prompt should differ.
 
     Returns:
@@ -124,7 +129,7 @@ def build_instructions(folder: Path, settings: LabSettings, answers: Answers) ->
     shift_test = write_prompts(HELD_OUT_PROMPTS, rng, shifted=True)
 
     # 2. Pairs of the model's answers, labelled by the crowd.
-    labels = _label_answers(settings.pairs, train, answers, rng)
+    labels = _label_answers(settings.pairs, train, answers, rng, each=settings.answers)
     test_labels = _label_answers(settings.test_pairs, test_pair_prompts, answers, rng)
     shift_labels = _label_answers(settings.test_pairs, shift_test, answers, rng)
     labels = _as_settings_say(labels, settings, INSTRUCTIONS)
@@ -132,27 +137,35 @@ def build_instructions(folder: Path, settings: LabSettings, answers: Answers) ->
     # 3. Files.
     prompts_by_file = {"prompts": train, "test_prompts": test_prompts, "shift_prompts": shift_test}
     labels_by_file = {"preferences": labels, "test": test_labels, "shift_test": shift_labels}
-    _write_data(folder, prompts_by_file, labels_by_file, INSTRUCTIONS)
+    grouped = ["preferences"] if settings.answers > 2 else []
+    _write_data(folder, prompts_by_file, labels_by_file, INSTRUCTIONS, grouped)
     return _facts(labels, INSTRUCTIONS)
 
 
-def _label_answers(count: int, prompts: list[str], answers: Answers, rng: random.Random) -> list[Label]:
-    """Let a model answer random prompts twice, and the crowd label the two answers where they differ.
+def _label_answers(
+    count: int, prompts: list[str], answers: Answers, rng: random.Random, *, each: int = 2
+) -> list[Label]:
+    """Let a model answer random prompts several times, and the crowd label every two answers to one that differ.
+
+    Args:
+        each: answers to a prompt.
 
     Raises:
-        UserError: the model's two answers are the same, whatever the prompt.
+        UserError: the model's answers are the same, whatever the prompt.
     """
     labels: list[Label] = []
     while len(labels) < count:
-        drawn = [rng.choice(prompts) for _ in range(max(count - len(labels), FEWEST_DRAWN))]
-        texts = answers([prompt for prompt in drawn for _ in range(2)])
+        missing = math.ceil((count - len(labels)) / math.comb(each, 2))
+        drawn = [rng.choice(prompts) for _ in range(max(missing, FEWEST_DRAWN))]
+        texts = answers([prompt for prompt in drawn for _ in range(each)])
         before = len(labels)
-        for prompt, first, second in zip(drawn, texts[::2], texts[1::2], strict=True):
-            if first.strip() != second.strip() and len(labels) < count:
-                labels.append(label_pair(prompt, first, second, rng, INSTRUCTIONS))
+        for start, prompt in zip(range(0, len(texts), each), drawn, strict=True):
+            for first, second in combinations(texts[start : start + each], 2):
+                if first.strip() != second.strip() and len(labels) < count:
+                    labels.append(label_pair(prompt, first, second, rng, INSTRUCTIONS))
         if len(labels) == before:
             raise UserError(
-                f"lab: the model gave the same answer twice to each of {len(drawn)} prompts, so there is nothing to compare; "
+                f"lab: the model gave the same answer every time to each of {len(drawn)} prompts, so there is nothing to compare; "
                 "take a backbone.model whose answers differ."
             )
     return labels
@@ -188,14 +201,24 @@ def _as_settings_say(labels: list[Label], settings: LabSettings, world: World) -
     return relabelled
 
 
-def _write_data(folder: Path, prompts: dict[str, list[str]], labels: dict[str, list[Label]], world: World) -> Path:
-    """Write files of prompts and of labelled pairs, by their names; return the folder that they are in."""
+def _write_data(
+    folder: Path,
+    prompts: dict[str, list[str]],
+    labels: dict[str, list[Label]],
+    world: World,
+    grouped: Collection[str] = (),
+) -> Path:
+    """Write files of prompts and of labelled pairs, by their names; return the folder that they are in.
+
+    Args:
+        grouped: the files of pairs that have several pairs of the same answers.
+    """
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     for name, texts in prompts.items():
         write_jsonl(data / f"{name}.jsonl", [{"prompt": _user(text)} for text in texts])
     for name, rows in labels.items():
-        write_jsonl(data / f"{name}.jsonl", [_pair(label, world) for label in rows])
+        write_jsonl(data / f"{name}.jsonl", [_pair(label, world, grouped=name in grouped) for label in rows])
     return data
 
 
@@ -213,11 +236,13 @@ def _assistant(content: str) -> Messages:
     return [Message(role="assistant", content=content)]
 
 
-def _pair(label: Label, world: World) -> Pair:
-    return {
+def _pair(label: Label, world: World, *, grouped: bool) -> Pair:
+    """Return a labelled pair as a row; with its `group`, where several pairs are of the same answers."""
+    pair: Pair = {
         "prompt": _user(label.prompt),
         "chosen": _assistant(label.chosen),
         "rejected": _assistant(label.rejected),
         "annotator": label.annotator,
         "source": "harmless" if world.is_dangerous(label.prompt) else "helpful",
     }
+    return {**pair, "group": group_key(pair["prompt"])} if grouped else pair

@@ -4,6 +4,7 @@ The lab's data are generated and local files are read and split as the run will 
 a hub only the recipe's caps are known.
 """
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -222,7 +223,10 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work 
             rollouts = max(1, round(episodes / ppo.local_rollout_size))
             return PpoWork(stage.folder, rollouts, tried=min(SAMPLED, rows["prompts"]))
         case "lab" if recipe.lab is not None and recipe.lab.is_sampled:
-            return SamplingWork(stage.folder, 2 * (recipe.lab.pairs + 2 * recipe.lab.test_pairs), is_scored=False)
+            lab = recipe.lab
+            prompts = math.ceil(lab.pairs / math.comb(lab.answers, 2))
+            answers = lab.answers * prompts + 2 * 2 * lab.test_pairs
+            return SamplingWork(stage.folder, answers, is_scored=False)
         case "sample":
             prompts = min(stage.settings["prompts"], rows["prompts"])
             return SamplingWork(stage.folder, prompts * stage.settings["responses"], is_scored=False)

@@ -260,6 +260,11 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
 def _check_lab(recipe: Recipe, document: Document) -> Iterable[str]:
     """Report what the world of instructions lacks, and the keys that only the world of lists has."""
     lab = recipe.lab
+    if lab is not None and not lab.is_sampled and "answers" in lab.model_fields_set:
+        yield (
+            f"{document.place(('lab', 'answers'))}: lab.answers is {lab.answers}, which is not used: in the world of lists writers "
+            "answer twice. Leave it out."
+        )
     if lab is None or not lab.is_sampled:
         return
     if recipe.backbone.model is None:

@@ -80,6 +80,7 @@ class LabSection(Section):
     world: Literal["lists", "instructions"] = "lists"
     demonstrations: int = Field(8000, ge=100)
     pairs: int = Field(6000, ge=100)
+    answers: int = Field(2, ge=2)  # to each prompt of the training pairs, every two of them compared
     test_pairs: int = Field(1000, ge=50)
     hidden_size: int = Field(128, ge=16, multiple_of=8)
     num_hidden_layers: int = Field(3, ge=1)
@@ -94,7 +95,7 @@ class LabSection(Section):
     @model_serializer(mode="wrap")
     def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the values that this world has; that of lists, the first one, is not named, so that its keys stay."""
-        unused = ("demonstrations", "hidden_size", "num_hidden_layers") if self.is_sampled else ("world",)
+        unused = ("demonstrations", "hidden_size", "num_hidden_layers") if self.is_sampled else ("world", "answers")
         values: dict[str, Any] = handler(self)
         return {key: value for key, value in values.items() if key not in unused}
 

@@ -3,11 +3,13 @@
 import json
 import random
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from rlhf.data.sources import Source, read_pairs
 from rlhf.errors import UserError
 from rlhf.lab.annotators import Annotator
 from rlhf.lab.build import LabSettings, build_instructions
@@ -247,6 +249,25 @@ def test_files_are_as_the_settings_say(tmp_path: Path) -> None:
     assert flipped["flip_rate"] == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 1000) ** 0.5)
 
 
+def test_several_answers_to_a_prompt_are_compared_two_by_two(tmp_path: Path) -> None:
+    """60 prompts are answered four times, and all six pairs of each are labelled; they train as one group."""
+    asked: list[str] = []
+
+    def answers(prompts: Sequence[str]) -> list[str]:
+        asked.extend(prompts)
+        return [f"{best_answer(p)[:-1]} {i}" for i, p in enumerate(prompts)]
+
+    build_instructions(tmp_path, LabSettings(pairs=360, answers=4, test_pairs=60), answers)
+    pairs = rows(tmp_path / "data/preferences.jsonl")
+    assert len(asked) == 60 * 4 + 2 * 60 * 2
+    assert len(pairs) == 360
+    by_group = Counter(str(row["group"]) for row in pairs)
+    assert set(by_group.values()) <= {6, 12, 18}, "six of a prompt, or of one that was drawn again"
+    kept, _ = read_pairs(Source(str(tmp_path / "data/preferences.jsonl")))
+    assert Counter(row["group"] for row in kept) == by_group
+    assert "group" not in rows(tmp_path / "data/test.jsonl")[0]
+
+
 def test_a_model_that_says_one_thing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the same answer twice to each of 100 prompts"):
+    with pytest.raises(UserError, match="the same answer every time to each of 100 prompts"):
         build_instructions(tmp_path, LabSettings(pairs=100, test_pairs=50), lambda prompts: ["no"] * len(prompts))
