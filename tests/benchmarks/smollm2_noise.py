@@ -1,13 +1,14 @@
 """Does a pretrained backbone change which objective helps with noisy labels? SmolLM2, in the world of instructions.
 
-python tests/benchmarks/smollm2_noise.py --json smollm2_noise.json RUN RUN RUN
+python tests/benchmarks/smollm2_noise.py --json smollm2_noise.json RUN RUN RUN --labels planted,crowd
 
-Each RUN is a finished run of recipes/lab/instructions.yaml, all of other seeds. Training pairs are its own, in true order but
-for a quarter turned round at random (`planted`), and as the world's crowd labelled them (`crowd`). Judged are the 16 answers
-of SFT that its evaluation sampled to each held-out prompt, eight disjoint pairs a prompt, in true order. Every model is two
-layers of its own above SmolLM2's frozen other 28, with a new head; all see the same pairs with the recipe's learning rate,
-batches and one epoch, nothing tuned. `drop` and `flip_margin` take the weakest tenth, smoothing the true rate. The vote: five
-members, five folds, out of fold. `ensemble` is the mean of five models as `bt` is.
+Each RUN is a finished run of recipes/lab/instructions.yaml, all of other seeds. Training pairs are 400 of its own, drawn at
+random: in true order but for a quarter turned round (`planted`), and as the world's crowd labelled them (`crowd`). Judged are
+the 16 answers of SFT that its evaluation sampled to each held-out prompt, eight disjoint pairs a prompt, in true order.
+
+Every model is two layers of its own above SmolLM2's frozen other 28, with a new head; all see the same pairs in 50 batches of
+8 with the recipe's learning rate, nothing tuned. `drop` and `flip_margin` take the weakest tenth, smoothing the true rate. The
+vote: five members, five folds, out of fold. `ensemble` is the mean of five models as `bt` is.
 
 Intervals are bootstraps over runs and prompts of the paired differences. Finished parts are kept beside FILE.
 """
@@ -43,6 +44,7 @@ from rlhf.reward.vote import collect_votes, plan_vote
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "lab" / "instructions.yaml"
 TRUNK, MEMBERS, MEMBER_FLIP_RATE, DRAWS = 2, 5, 0.2, 2000
+PAIRS, BATCH = 400, 8
 VARIANTS = ("bt", "smoothing", "flip_margin", "posterior", "drop", "ensemble")
 LABELS = ("planted", "crowd")
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -79,9 +81,11 @@ class World:
         self.seed = yaml.safe_load((run / "recipe.yaml").read_text())["seed"]
         base = run / "round-0/base/model"
         base = base if base.is_dir() else Path(yaml.safe_load((run / "recipe.yaml").read_text())["backbone"]["model"])
-        self.train, self.crowd_flips = in_true_order(read_jsonl(run / "round-0/data/data/pairs.jsonl"))
-        self.test = judged_pairs(run)
         rng = np.random.default_rng(self.seed)
+        ordered, flips = in_true_order(read_jsonl(run / "round-0/data/data/pairs.jsonl"))
+        drawn = rng.permutation(len(ordered))[:PAIRS]
+        self.train, self.crowd_flips = [ordered[i] for i in drawn], [flips[i] for i in drawn]
+        self.test = judged_pairs(run)
         self.planted_flips = (rng.random(len(self.train)) < FLIP_RATE).tolist()
         tokenizer = load_tokenizer(base, conversational=True)
         end_at_end_token(tokenizer)
@@ -112,16 +116,9 @@ class World:
             return pair_loss(labelled, torch.zeros_like(labelled), flip_rate=flip_rate, **values)
 
         settings = yaml.safe_load(RECIPE.read_text())["reward"]
-        names = (
-            "learning_rate",
-            "lr_scheduler_type",
-            "warmup_steps",
-            "per_device_train_batch_size",
-            "num_train_epochs",
-        )
-        args = RewardConfig(
-            "unused", **{name: settings[name] for name in names}, seed=seed, report_to="none", bf16=False
-        )
+        kept = ("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs")
+        chosen = {name: settings[name] for name in kept} | {"per_device_train_batch_size": BATCH}
+        args = RewardConfig("unused", **chosen, seed=seed, report_to="none", bf16=False, use_cpu=True)
         set_seed(seed)
         member = self.trunk.member()
         member.train(self.features, [row["index"] for row in rows], args, objective=objective, label=f"model {seed}")
@@ -162,10 +159,10 @@ class World:
         return said
 
 
-def measured(run: Path, folder: Path) -> dict[str, Any]:
+def measured(run: Path, folder: Path, labels: Sequence[str]) -> dict[str, Any]:
     """One run, kept on disk: `clean` and each of the labels, and which prompt each judged pair has."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"{name}.json" for name in ("clean", *LABELS)}
+    files = {name: folder / f"{name}.json" for name in ("clean", *labels)}
     if not all(file.is_file() for file in files.values()):
         with tempfile.TemporaryDirectory() as work:
             begin, world = time.monotonic(), World(run, Path(work))
@@ -175,9 +172,10 @@ def measured(run: Path, folder: Path) -> dict[str, Any]:
                 found = world.fitted(rows, 1000 * world.seed, test).tolist()
                 prompts = [plain(row["prompt"]) for row in world.test]
                 files["clean"].write_text(json.dumps({"clean": found, "prompts": prompts}))
-            for name, flips in (("planted", world.planted_flips), ("crowd", world.crowd_flips)):
+            flips = {"planted": world.planted_flips, "crowd": world.crowd_flips}
+            for name in labels:
                 if not files[name].is_file():
-                    world.results(flips, files[name])
+                    world.results(flips[name], files[name])
             print(
                 f"{run}: {len(world.train)} pairs, {len(world.test)} judged, {time.monotonic() - begin:.0f} s",
                 flush=True,
@@ -206,15 +204,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--labels", default=",".join(LABELS))
     arguments = parser.parse_args()
     quiet_libraries()
     folder = arguments.json.with_suffix("")
-    found = [measured(run, folder / run.name) for run in arguments.runs]
+    labels = arguments.labels.split(",")
+    found = [measured(run, folder / run.name, labels) for run in arguments.runs]
     clusters = [result["clean"]["prompts"] for result in found]
     clean = [np.array(result["clean"]["clean"]) for result in found]
     table: dict[str, Any] = {"clean": float(np.mean([(x > 0).mean() for x in clean]))}
     print("| labels | objective | accuracy | above `bt` |\n|---|---|---|---|")
-    for name in LABELS:
+    for name in labels:
         values = {v: [np.array(result[name][v]) for result in found] for v in VARIANTS} | {"clean": clean}
         table[name] = {"noise": [result[name]["noise"] for result in found], "wrong": [r[name]["wrong"] for r in found]}
         for variant, rows in values.items():
