@@ -96,8 +96,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 def whole(value: Tensor) -> Tensor:
     """Return a tensor that is sharded or summed over processes as an ordinary one; all of them call it together.
 
-    >>> whole(torch.tensor(1.0))
-    tensor(1.)
+    >>> whole(Tensor([1.0]))
+    tensor([1.])
     """
     return value.full_tensor() if isinstance(value, DTensor) else value
 
