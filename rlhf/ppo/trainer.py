@@ -22,7 +22,7 @@ from rlhf.errors import TrainingError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions, generate
-from rlhf.models.sharding import whole
+from rlhf.models.sharding import check_sharding, whole
 from rlhf.objectives.kl import kl_k2, kl_k3
 from rlhf.objectives.ppo import clipped_policy, clipped_value
 from rlhf.ppo.batches import EndOfRollout, RolloutBatches, update
@@ -154,6 +154,7 @@ class PPOTrainer(BaseTrainer):
             optimizers=optimizers,
         )
         check_parallelism(args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
+        check_sharding(self, stage="ppo")
         self.add_callback(EndOfRollout(self))
         self.demonstrations = read_demonstrations(
             ptx_dataset,

@@ -17,7 +17,7 @@ from trl import RewardConfig
 from rlhf.data.rows import Prompt, prompt_key
 from rlhf.errors import UserError
 from rlhf.models.packing import pack
-from rlhf.models.sharding import whole
+from rlhf.models.sharding import check_sharding, whole
 from rlhf.models.text import encode_answers
 from rlhf.objectives.meta import ascent, reward_spread
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
@@ -112,6 +112,7 @@ class MetaRewardTrainer(ContrastiveRewardTrainer):
         super().__init__(model, args, extra=extra, **arguments)
         if self.is_deepspeed_enabled:
             raise UserError("reward.meta: DeepSpeed does not give ∇J by itself; use FSDP2 or data parallelism.")
+        check_sharding(self, stage="reward.meta")
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError("reward.meta: reentrant checkpointing can't give ∇J; set use_reentrant to false.")
         self.meta_step, self.meta_normalized, self.meta_prompts = meta_step, meta_normalized, meta_prompts

@@ -48,7 +48,6 @@ def test_the_step_is_that_of_the_mean_over_prompts(base_folder: Path, tokenizer:
         max_grad_norm=1e9, lr_scheduler_type="constant",
     )  # fmt: skip
     rows = [*ROWS[:6], ROWS[7], pair(PROMPTS[3], "yes dog", "no cat")]
-    scored: list[torch.Tensor] = []
     data = Dataset.from_list(training_columns(prompt_balanced(rows)))
     trainer = PairRewardTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     before = model.score.weight.detach().clone()
