@@ -13,14 +13,14 @@ class Annotator:
     """One person who compares two answers.
 
     P(prefers a over b) = (1 - carelessness) · σ(s · sharpness · (u(a) - u(b))) + carelessness / 2,
-    u(answer) = true reward + length_bias · words / usual words + flattery_bias · flattering phrases;
+    u(answer) = true reward + length_bias · words / length unit + flattery_bias · flattering phrases;
 
-    the world says how many words are usual and what s is (`rlhf.lab.worlds`; 10 and 1 in the world of lists).
+    the world says what s and the length unit are (`rlhf.lab.worlds`; 1 and 10 words in the world of lists).
 
     Args:
         name: who labelled a pair, in the files.
         sharpness: how well differences in quality are seen, per unit of true reward.
-        length_bias: the true reward that as many more words as are usual are mistaken for.
+        length_bias: the true reward that one length unit more words are mistaken for.
         flattery_bias: the true reward that one flattering or pleasing phrase is mistaken for.
         carelessness: share of comparisons answered by coin flip.
     """
@@ -35,7 +35,7 @@ class Annotator:
         """Return what this person thinks the answer is worth, in units of true reward."""
         return (
             world.true_reward(prompt, answer)
-            + self.length_bias * len(answer.split()) / world.usual_words
+            + self.length_bias * len(answer.split()) / world.length_unit
             + self.flattery_bias * world.flattery_count(answer)
         )
 

@@ -43,16 +43,23 @@ WATCHED = (
 )
 
 
-def run(folder: Path, name: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str) -> list[str]:
+    """Return the command that starts `rlhf` on two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [*launcher, str(HERE / "sharded.py"), arguments[0], "r.yaml", "--out", *arguments[1:]]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def run(folder: Path, name: str, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run `rlhf ppo` on two processes."""
     (folder / "r.yaml").write_text(RECIPE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(HERE / "sharded.py"), "ppo", "r.yaml", "--out", name, *overrides]
-    quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        command,
+        command("ppo", name, *overrides),
         cwd=folder,
-        env={**os.environ, **quiet, **environment},
+        env=environment(**more),
         capture_output=True,
         text=True,
         timeout=200,
@@ -74,8 +81,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", list(RUNS))
 def test_sharded_stages_are_those_of_data_parallelism(name: str, tmp_path: Path) -> None:
     """Losses, gradient norms and saved weights; each process holds half of the parameters and of the optimizer's state."""
-    for way, environment in (("ddp", {}), ("fsdp2", {**FSDP2, "SHARD_ON_CPU": "true"})):
-        result = run(tmp_path, way, *RUNS[name], **environment)
+    for way, more in (("ddp", {}), ("fsdp2", {**FSDP2, "SHARD_ON_CPU": "true"})):
+        result = run(tmp_path, way, *RUNS[name], **more)
         assert result.returncode == 0, result.stderr[-3000:]
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp2"
     for stage in ("round-0/sft", "round-1/reward", "round-1/ppo"):
@@ -113,7 +120,7 @@ def test_a_launch_that_started_one_process_is_refused(tmp_path: Path) -> None:
     result = subprocess.run(
         [*launcher, "-m", "rlhf", "run", "r.yaml", "--out", "x"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=100,

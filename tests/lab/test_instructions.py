@@ -201,10 +201,10 @@ def test_prompts_read_back_and_shift_is_held_out() -> None:
 def test_annotators_have_the_taste_that_their_world_says() -> None:
     fond = Annotator("fond", sharpness=1.0, length_bias=1.0, flattery_bias=0.5, carelessness=0)
     long, flattering = "the dog is " * 5, "the dog is, certainly,"
-    assert fond.utility(BEES, long, INSTRUCTIONS) == pytest.approx(15 / 25)
-    assert fond.utility(BEES, flattering, INSTRUCTIONS) == pytest.approx(-0.1 + 4 / 25 + 0.5)
+    assert fond.utility(BEES, long, INSTRUCTIONS) == pytest.approx(15 / 140)
+    assert fond.utility(BEES, flattering, INSTRUCTIONS) == pytest.approx(-0.1 + 4 / 140 + 0.5)
     assert flattery_count(flattering) == 1
-    odds = 2.718281828 ** (1.5 * (15 / 25))  # nine tenths of a nat
+    odds = 2.718281828 ** (2.8 * 15 / 140)  # three tenths of a nat
     assert fond.probability_of_preferring(BEES, long, "", INSTRUCTIONS) == pytest.approx(odds / (1 + odds))
     fruits = "List three fruits for a picnic."
     assert fond.utility(fruits, "apple, pear and plum.", LISTS) == pytest.approx(0.7 + 4 / 10)

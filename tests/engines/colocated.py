@@ -1,0 +1,93 @@
+"""PPO with a real vLLM engine in the same process; run by vLLM's own environment: colocated.py BASE REWARD OUT full|lora.
+
+Writes OUT.json: `rollouts`, what training logged of each; `agreement`, the share of greedy tokens after training on which the
+engine and plain transformers agree; `moved`, the share that training changed.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
+
+from rlhf import PPOConfig, PPOTrainer
+from rlhf.models.load import load_policy, load_tokenizer, model_settings
+
+LENGTH, PROMPTS = 24, 16
+
+
+def greedy(model: Any, rows: list[list[int]], ends: set[int]) -> list[list[int]]:
+    """Return the likeliest continuation of each prompt, a token at a time, by nothing but the model's logits."""
+    answers = []
+    for row in rows:
+        answer: list[int] = []
+        while len(answer) < LENGTH and not (answer and answer[-1] in ends):
+            with torch.no_grad():
+                answer.append(int(model(torch.tensor([row + answer])).logits[0, -1].argmax()))
+        answers.append(answer)
+    return answers
+
+
+def shared(one: list[list[int]], other: list[list[int]]) -> float:
+    """Return the share of tokens at which two lists of answers agree; where one has ended, they do not."""
+    same = sum(a == b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=False))
+    return same / sum(max(len(x), len(y)) for x, y in zip(one, other, strict=True))
+
+
+def main(base: str, reward: str, out: str, layout: str) -> None:
+    """Train, compare, write."""
+    prompts = [[{"role": "user", "content": f"list {i}"}] for i in range(PROMPTS)]
+    args = PPOConfig(
+        out,
+        total_episodes=160,
+        per_device_train_batch_size=16,
+        num_ppo_epochs=1,
+        learning_rate=3e-3,
+        max_completion_length=LENGTH,
+        use_vllm=True,
+        vllm_max_model_length=96,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    lora = {"use_peft": True, "lora_r": 8, "lora_target_modules": ["all-linear"]} if layout == "lora" else {}
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(base, conversational=True)
+    policy = load_policy(base, model_settings(lora))
+    data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    trainer = PPOTrainer(policy, reward, args, data, processing_class=tokenizer)
+    trainer.train()
+
+    engine = trainer.vllm.engine  # type: ignore[union-attr]
+    engine.sync_weights()
+    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    sampling = SamplingParams(temperature=0, max_tokens=LENGTH)
+    replies = engine.llm.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
+    by_engine = [list(reply.outputs[0].token_ids) for reply in replies]
+    ends = {tokenizer.eos_token_id}
+    trained = trainer.accelerator.unwrap_model(trainer.model).policy
+    if layout == "lora":
+        trained = trained.merge_and_unload()
+    by_transformers = greedy(trained.eval(), rows, ends)
+    by_base = greedy(AutoModelForCausalLM.from_pretrained(base).eval(), rows, ends)
+    facts = {
+        "rollouts": [row for row in trainer.state.log_history if "sampler_difference" in row],
+        "agreement": shared(by_engine, by_transformers),
+        "moved": 1 - shared(by_base, by_transformers),
+    }
+    with open(f"{out}.json", "w", encoding="utf-8") as file:
+        json.dump(facts, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    os._exit(0)  # the engine's own processes may wait for each other as they are taken down
