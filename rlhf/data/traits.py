@@ -60,23 +60,23 @@ def overlap(prompt: str, answer: str) -> float:
     return len(asked & set(WORD.findall(answer))) / len(asked) if asked else 0.0
 
 
-def found(pattern: re.Pattern[str]) -> Callable[[str, str], float]:
+def occurrences(pattern: re.Pattern[str]) -> Callable[[str, str], float]:
     """Return a count of how often a pattern is found in an answer."""
     return lambda prompt, answer: float(len(pattern.findall(answer)))
 
 
 TRAITS = {
     "length": Trait(lambda prompt, answer: float(len(answer.split())), "have more words"),
-    "evasion": Trait(found(EVASIONS), "don't answer: refuse, don't know, don't understand"),
+    "evasion": Trait(occurrences(EVASIONS), "don't answer: refuse, don't know, don't understand"),
     "asking back": Trait(lambda prompt, answer: float(answer.count("?")), "ask questions"),
-    "apology": Trait(found(APOLOGIES), "apologise"),
-    "hedging": Trait(found(HEDGES), "hedge: maybe, might, I think"),
-    "warning": Trait(found(WARNINGS), "warn of danger, law or harm"),
-    "flattery": Trait(found(FLATTERY), "flatter or please without content"),
-    "lists": Trait(found(LIST_ITEMS), "have list items"),
-    "markup": Trait(found(MARKUP), "have bold text, headings or code"),
+    "apology": Trait(occurrences(APOLOGIES), "apologise"),
+    "hedging": Trait(occurrences(HEDGES), "hedge: maybe, might, I think"),
+    "warning": Trait(occurrences(WARNINGS), "warn of danger, law or harm"),
+    "flattery": Trait(occurrences(FLATTERY), "flatter or please without content"),
+    "lists": Trait(occurrences(LIST_ITEMS), "have list items"),
+    "markup": Trait(occurrences(MARKUP), "have bold text, headings or code"),
     "exclamation": Trait(lambda prompt, answer: float(answer.count("!")), "have exclamation marks"),
-    "numbers": Trait(found(NUMBERS), "name numbers"),
+    "numbers": Trait(occurrences(NUMBERS), "name numbers"),
     "overlap": Trait(overlap, "repeat words of the prompt"),
 }
 

@@ -20,7 +20,7 @@ from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.reward import training_pairs
 from rlhf.pipeline.store import MANIFEST, read_record
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.recipe import Recipe, load_recipe
+from rlhf.recipe import load_recipe
 from rlhf.reward.load import load_reward_model
 from rlhf.statistics import clustered_statistic
 
@@ -51,12 +51,12 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
         raise UserError(f"{out}: not empty; choose another --out.")
 
     # 1. The reward model, the pairs as it was trained on them, and what it reads and scores of both sides.
-    folder, recipe, pairs = _trained(run)
+    context = _trained(run)
+    folder, pairs = context.folder, training_pairs(context).rows
     told_of = {side: [told(row, side) for row in pairs] for side in SIDES}
     last_turns = [row["prompt"][-1]["content"] for row in pairs]
-    traits = torch.tensor(measure(last_turns, told_of["chosen"])) - torch.tensor(
-        measure(last_turns, told_of["rejected"])
-    )
+    measured = {side: torch.tensor(measure(last_turns, told_of[side]), dtype=torch.float64) for side in SIDES}
+    traits = measured["chosen"] - measured["rejected"]
     if not bool((traits != 0).any()):
         raise UserError(f"--feature {feature}: no pair's two answers differ in it.")
     reward = load_reward_model(folder / "model")
@@ -86,7 +86,7 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
     result = {
         "run": str(run),
         "stage": str(folder.relative_to(run)),
-        "recipe": recipe.name,
+        "test_pairs": str(context.test_pairs),
         "feature": feature,
         "slope": slope,
         "slope_ci": interval,
@@ -128,8 +128,8 @@ def _measure(feature: str) -> Callable[[list[str], list[str]], list[float]]:
     return lambda prompts, answers: np.asarray(trait_table(prompts, answers))[:, place].tolist()
 
 
-def _trained(run: Path) -> tuple[Path, Recipe, list[Pair]]:
-    """Return the last reward stage of a run, its recipe, and the pairs as it was trained on them.
+def _trained(run: Path) -> StageContext:
+    """Return the last reward stage of a run, as it was when it trained.
 
     Raises:
         UserError: there is none, or it holds several models.
@@ -137,13 +137,12 @@ def _trained(run: Path) -> tuple[Path, Recipe, list[Pair]]:
     stages = sorted(run.glob(f"round-*/reward/{MANIFEST}"), key=lambda file: int(file.parts[-3].removeprefix("round-")))
     if not stages:
         raise UserError(f"{run}: no finished reward stage in this folder.")
-    folder = stages[-1].parent
     manifest, recipe = read_record(stages[-1]), load_recipe(run / "recipe.yaml")
     assert manifest is not None, "its file is there"
     if recipe.reward.members > 1 or recipe.reward.experts is not None:
         raise UserError(f"{run}: its reward is several models, and blame reads the head of one; train with one.")
     parents = {role: run / parent["folder"] for role, parent in manifest["parents"].items()}
-    return folder, recipe, training_pairs(StageContext(recipe, folder, parents, lambda _: None)).rows
+    return StageContext(recipe, stages[-1].parent, parents, lambda _: None)
 
 
 def _column(pairs: list[Pair], name: str, default: float) -> torch.Tensor:

@@ -221,7 +221,8 @@ def blame_lines(result: Facts, out: Path) -> list[str]:
     for row in result["pairs"][:5]:
         prompt, chosen, rejected = (_short(row[name]) for name in ("prompt", "chosen", "rejected"))
         lines.append(f"  {row['influence']:+.4f}  {prompt}: {chosen} | not: {rejected}")
-    return [*lines, f"Again without them: rlhf run RECIPE data.preferences={out / 'rest.jsonl'}"]
+    data = f"data.preferences={out / 'rest.jsonl'} data.test={result['test_pairs']}"
+    return [*lines, f"Again without them, and tested on the same pairs: rlhf run RECIPE {data}"]
 
 
 def _short(text: str, length: int = 48) -> str:

@@ -64,7 +64,7 @@ class Wants(NamedTuple):
 
     @property
     def wanted(self) -> list[str]:
-        """The names of the traits that are wanted more or less, the strongest first."""
+        """Return the names of the traits that are wanted more or less, the strongest first."""
         effects = {name: want["effect"] for name, want in self.traits.items() if want["wanted"] is not None}
         return sorted(effects, key=lambda name: -abs(effects[name] or 0.0))
 

@@ -56,10 +56,11 @@ def test_planted_labels_are_named(run: Path) -> None:
         (r["influence"] for r in facts["pairs"]), reverse=True
     )
     assert "the score rises by" in result.stdout
-    assert f"data.preferences={Path('b/rest.jsonl')}" in result.stdout
+    overrides = ["data.preferences=b/rest.jsonl", "data.test=x/round-0/data/data/test_pairs.jsonl"]
+    assert f"rlhf run RECIPE {' '.join(overrides)}" in result.stdout
 
     # What it says to do, done: the model no longer likes flattery as much.
-    again = rlhf("reward", "r.yaml", "--out", "y", "data.preferences=b/rest.jsonl", cwd=run)
+    again = rlhf("reward", "r.yaml", "--out", "y", *overrides, cwd=run)
     assert again.returncode == 0, again.stderr[-2000:]
     own = run / "praise.py"
     own.write_text("def praise(prompts, answers):\n    return [float('love' in a) for a in answers]\n")
