@@ -1,4 +1,4 @@
-"""The verbs of data and labels: data, audit, label."""
+"""The verbs of data and labels: data, audit, blame, label."""
 
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +58,24 @@ def audit_command(
     for line in audit_lines(result):
         say(line)
     say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
+
+
+@app.command("blame")
+def blame_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
+    feature: Annotated[
+        str,
+        typer.Option(help="A trait of answers: length, evasion, flattery, …; or FILE.py:function.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    share: Annotated[float, typer.Option(help="Of the pairs, how many are taken out.")] = 0.05,
+) -> None:
+    """Find the labels that made a reward model like a trait of answers, and write the pairs without them."""
+    from rlhf.pipeline.blame import blame
+    from rlhf.report.terminal import blame_lines
+
+    for line in blame_lines(blame(run, feature, out, share=share, say=say_aside), out):
+        say(line)
 
 
 @app.command("label")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,8 @@ from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
 from rlhf.report.audit import write_audit_page
+from rlhf.reward.noise import estimate_noise
+from rlhf.reward.wants import Wants, find_wants, without_wants
 from rlhf.statistics import clustered_mean
 
 # Without a recipe: the upper layers and a head per member on a shared trunk, at a rate that is usual for fine-tuning.
@@ -53,10 +56,13 @@ def audit(
     """Vote on every pair out of fold and write what follows from it.
 
     `audit.json`; `pairs.parquet` (a row a pair: `row`, the 0-based line of the file, `strength_mean`, `strength_std`,
-    `strength_votes`, `probability_wrong`, `suspicious`); `cleaned.jsonl`, the file's rows without those of suspicious pairs
-    (`rlhf.pipeline.cleaned`); `audit.html`. A killed audit goes on with the member it was at; a finished one is not repeated.
+    `strength_votes`, `probability_wrong`, `probability_wrong_without_wants`, `suspicious`); `cleaned.jsonl`, the file's rows
+    without those of suspicious pairs (`rlhf.pipeline.cleaned`); `audit.html`. A killed audit goes on with the member it was at;
+    a finished one is not repeated.
 
-    `contradictions` lists the rows, 0-based, whose own ratings contradict their label; `rating_ties` counts those rated alike.
+    `wants` says which traits of an answer the labels follow; `suspicious_without_wants` which rows are suspicious once these
+    are taken out of the votes. `contradictions` lists the rows, 0-based, whose own ratings contradict their label;
+    `rating_ties` counts those rated alike.
 
     Args:
         pairs: a file or hub dataset in any accepted form.
@@ -102,7 +108,9 @@ def audit(
     if noise.flip_rate > 0:
         right = posterior_confidence(strength.mean, flip_rate=noise.flip_rate, scale=noise.scale)
     suspicious = [i for i in torch.argsort(right, stable=True).tolist() if right[i] < 0.5]
-    audited = Audited(rows, strength, 1 - right, frozenset(suspicious))
+    wants = find_wants(values)
+    wrong_without_wants = _wrong_without_wants(strength.mean, wants, values)
+    audited = Audited(rows, strength, 1 - right, wrong_without_wants, frozenset(suspicious))
     contradicting = [i for i, row in enumerate(rows) if (row.values.get("rating_gap") or 0) < 0]
     length = length_bias(values, strength)
     alarm = length_alarm(length["correlation_with_strength"])
@@ -120,6 +128,8 @@ def audit(
         "noise_rate": {"mean": noise.flip_rate, "low": noise.low, "high": noise.high},
         "buckets": _deciles(audited),
         "suspicious": list(dict.fromkeys(rows[i].number - 1 for i in suspicious)),
+        "suspicious_without_wants": _most_suspicious(audited),
+        "wants": _wants_of_rows(wants, rows),
         "directions": list(report.directions.values()),
         "contradictions": [rows[i].number - 1 for i in contradicting],
         "rating_ties": sum(row.values.get("rating_gap") == 0 for row in rows),
@@ -141,6 +151,7 @@ def audit(
         strength.mean.tolist(),
         strength.std.tolist(),
         contradictions=contradictions,
+        examples={name: [_shown(audited, i) for i in wants.traits[name]["examples"]] for name in wants.wanted},
     )
     shutil.rmtree(out / WORK)
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -165,12 +176,14 @@ class Audited(NamedTuple):
         rows: the pairs, each with the line it was read from.
         strength: of every pair.
         wrong: [n] probability that the label is wrong.
+        wrong_without_wants: [n] the same by what the votes see beside the traits that the labels want.
         suspicious: indices of the labels that are wrong rather than right.
     """
 
     rows: Sequence[Row]
     strength: VoteStrength
     wrong: torch.Tensor
+    wrong_without_wants: torch.Tensor
     suspicious: frozenset[int]
 
 
@@ -207,10 +220,10 @@ def _finished(out: Path, key: str) -> dict[str, Any] | None:
     file = out / "audit.json"
     if file.is_file():
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if result.get("key") == key:
+        if result.get("key") == key and "wants" in result:
             return result
         raise UserError(
-            f"{out}: holds an audit of other pairs, or with another model or settings; choose another --out."
+            f"{out}: holds an audit of other pairs, with another model or settings, or by an older version; choose another --out."
         )
     begun = out / WORK / "key.json"
     if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == key:
@@ -270,6 +283,37 @@ def length_alarm(correlation: float | None) -> str | None:
     )
 
 
+def _wrong_without_wants(strength: torch.Tensor, wants: Wants, pairs: Sequence[Pair]) -> torch.Tensor:
+    """Return the probability that each label is wrong, by the part of the votes that the labels' wants do not explain.
+
+    It is 0 for all where that part agrees with the labels no more than chance, and so says nothing.
+    """
+    rest = without_wants(strength, wants)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        noise = estimate_noise(rest, [plain(row["prompt"]) for row in pairs])
+    if noise.flip_rate == 0:
+        return torch.zeros(len(pairs))
+    return 1 - posterior_confidence(rest, flip_rate=noise.flip_rate, scale=noise.scale)
+
+
+def _most_suspicious(audited: Audited) -> list[int]:
+    """Return the rows whose labels are wrong rather than right without the wants, the most suspicious first."""
+    wrong = audited.wrong_without_wants
+    order = torch.argsort(wrong, descending=True, stable=True).tolist()
+    return list(dict.fromkeys(audited.rows[i].number - 1 for i in order if wrong[i] > 0.5))
+
+
+def _wants_of_rows(wants: Wants, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return what the labels want as `audit.json` has it, its examples as rows of the file, from 0."""
+    accuracy, interval = wants.accuracy or (None, None)
+    traits = {
+        name: {**want, "examples": [rows[i].number - 1 for i in want["examples"]]}
+        for name, want in wants.traits.items()
+    }
+    return {"accuracy": accuracy, "accuracy_ci": interval, "wanted": wants.wanted, "traits": traits}
+
+
 def _agreement(audited: Audited, column: str) -> dict[str, dict[str, Any]]:
     """Measure how often the votes agree with the labels of every annotator, source or subset.
 
@@ -317,6 +361,7 @@ def _write_parquet(file: Path, audited: Audited) -> None:
         "strength_std": strength.std.tolist(),
         "strength_votes": strength.votes.tolist(),
         "probability_wrong": audited.wrong.tolist(),
+        "probability_wrong_without_wants": audited.wrong_without_wants.tolist(),
         "suspicious": [i in audited.suspicious for i in range(len(rows))],
     }
     parquet.write_table(pa.table(columns), file)

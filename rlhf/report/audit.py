@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from rlhf.files import write_text
 from rlhf.report.figures import bars, histogram
-from rlhf.report.noise import suspects, wrong_labels
+from rlhf.report.noise import suspects, wanted, wrong_labels
 from rlhf.report.records import Facts
 from rlhf.report.render import render
 
@@ -24,6 +24,7 @@ def write_audit_page(
     deviations: Sequence[float],
     *,
     contradictions: Sequence[Mapping[str, object]] = (),
+    examples: Mapping[str, Sequence[Mapping[str, object]]] | None = None,
 ) -> Path:
     """Write the page of an audit; return its path.
 
@@ -33,6 +34,7 @@ def write_audit_page(
             `strength_votes`, `probability_wrong`.
         means, deviations: strength of every pair.
         contradictions: as `suspicious`, with `rating_gap`: the pairs whose ratings contradict their label.
+        examples: as `suspicious`, of each trait that the labels want, the pairs that show it most.
     """
     deciles = result["buckets"]
     labels = [str(i + 1) for i in range(len(deciles))]
@@ -58,6 +60,7 @@ def write_audit_page(
         figures=[(title, note, Markup(svg)) for title, note, svg in figures],
         suspicious=[_marked(row) for row in suspicious],
         contradictions=[_marked(row) for row in contradictions],
+        examples={name: [_marked(row) for row in rows] for name, rows in (examples or {}).items()},
         groups={name: table for name, table in result["by"].items() if table},
     )
     write_text(target, page)
@@ -94,6 +97,7 @@ def _verdict(result: Facts) -> list[str]:
         f"{dropped} of {result['rows']} rows were left out before the vote; the longer answer is the chosen one in "
         f"{longer:.0%} of the pairs."
     )
+    sentences += wanted(result["wants"])
     contradictions, ties = len(result["contradictions"]), result["rating_ties"]
     if contradictions or ties:
         sentences.append(

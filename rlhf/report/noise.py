@@ -43,3 +43,15 @@ def suspects(noise: Facts, count: int) -> str:
     if noise["low"] > 0:
         return f"{count} rows are more likely wrong than right, if {noise['flip_rate']:.1%} of all labels are wrong."
     return f"{count} rows are the ones to read first; neither is shown: that they are wrong, nor that cleaned.jsonl is better."
+
+
+def wanted(wants: Facts) -> list[str]:
+    """Say which traits of an answer the labels follow, and how well these traits alone predict them."""
+    if wants["accuracy"] is None:
+        return []
+    low, high = wants["accuracy_ci"]
+    alone = f"Traits that anyone can count predict {wants['accuracy']:.0%} [{low:.0%}, {high:.0%}] of the labels"
+    if not wants["wanted"]:
+        return [f"{alone}; no single one is wanted beyond chance."]
+    names = [f"{wants['traits'][name]['wanted']} {name}" for name in wants["wanted"]]
+    return [f"{alone}. What these labels want: {', '.join(names)}. They may be right to; read the examples below."]

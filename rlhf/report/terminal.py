@@ -11,7 +11,7 @@ from rich.table import Table
 from rlhf.progress import duration
 from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import checks_line
-from rlhf.report.noise import suspects, wrong_labels
+from rlhf.report.noise import suspects, wanted, wrong_labels
 from rlhf.report.records import Facts, Summary, read_summary, start_name
 from rlhf.report.rounds import known_columns, last_evaluated, number
 
@@ -201,4 +201,31 @@ def audit_lines(result: Facts) -> list[str]:
         sentences.append(
             f"{suspects(noise, len(suspicious))} The first: {', '.join(map(str, suspicious[:10])) or 'none'}."
         )
-    return [f"{result['kept_pairs']} pairs.", *sentences]
+    return [f"{result['kept_pairs']} pairs.", *sentences, *wanted(result["wants"])]
+
+
+def blame_lines(result: Facts, out: Path) -> list[str]:
+    """Return what `rlhf blame` found, a sentence a line, and how to train without the pairs that it took out.
+
+    Args:
+        out: the folder with `rest.jsonl`.
+    """
+    low, high = result["slope_ci"]
+    way = "rises" if result["slope"] > 0 else "falls"
+    lines = [
+        f"{result['stage']}: the score {way} by {abs(result['slope']):.2f} with a usual difference in {result['feature']} "
+        f"(slope {result['slope']:.2f} [{low:.2f}, {high:.2f}]).",
+        f"{result['removed']} pairs are taken out; of all that pulls it up they have {result['influence_of_removed']:.0%}. "
+        "The strongest:",
+    ]
+    for row in result["pairs"][:5]:
+        prompt, chosen, rejected = (_short(row[name]) for name in ("prompt", "chosen", "rejected"))
+        lines.append(f"  {row['influence']:+.4f}  {prompt}: {chosen} | not: {rejected}")
+    data = f"data.preferences={out / 'rest.jsonl'} data.test={result['test_pairs']}"
+    return [*lines, f"Again without them, and tested on the same pairs: rlhf run RECIPE {data}"]
+
+
+def _short(text: str, length: int = 48) -> str:
+    """Return the beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"

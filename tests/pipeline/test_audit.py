@@ -98,12 +98,17 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
             assert part.replace("&#39;", "'") in terminal, part
         assert ("At least" in page) == (low > 0)
         assert "probably wrong" not in page
+    assert set(result["wants"]["wanted"]) <= {"overlap"}, "answers differ in nothing else that is counted"
+    assert result["wants"]["traits"]["length"]["pairs"] == 0
+    assert len(set(result["suspicious_without_wants"]) & wrong) >= 0.6 * len(wrong)  # "yes" goes with it
     by = result["by"]["annotator"]
     assert by["careless"]["agreement"] < by["careful"]["agreement"]
     assert [bucket["n"] for bucket in result["buckets"]] == [15] * 10
     assert result["buckets"][0]["probability_wrong"] > 0.9 > 0.1 > result["buckets"][-1]["probability_wrong"]
 
     table = parquet.read_table(out / "pairs.parquet").to_pylist()
+    without = {row["row"] for row in table if row["probability_wrong_without_wants"] > 0.5}
+    assert without == set(result["suspicious_without_wants"])
     assert {row["row"] for row in table if row["suspicious"]} == found
     assert {"row", "strength_mean", "strength_std", "strength_votes", "suspicious"} <= set(table[0])
     lines = Path(file).read_bytes().splitlines(keepends=True)
@@ -161,6 +166,39 @@ def test_ratings_that_contradict_the_label_are_listed(base_folder: Path, tmp_pat
     section = page.split("Ratings against the label")[1].split("<h2>")[0]
     assert section.count("<tr>") == 3
     assert "-0.5" in section
+
+
+def test_what_labels_want_is_said(base_folder: Path, tmp_path: Path) -> None:
+    """Eighty labels that follow an apology: named in file, page and terminal, with examples; the votes are also without it."""
+    rows = []
+    for i in range(80):
+        sorry, plain_answer = f"i am sorry {WORDS[i % 9]} <b>", f"yes it is {WORDS[(i + 4) % 9]} <b>"
+        sides = (sorry, plain_answer) if i % 10 else (plain_answer, sorry)
+        rows.append({"prompt": f"{WORDS[i % 11]} {i}", "chosen": sides[0], "rejected": sides[1]})
+    file = tmp_path / "tasteful.jsonl"
+    file.write_text("{broken\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    result = audit(str(file), str(base_folder), tmp_path / "out", members=None, recipe=recipe, say=lambda _: None)
+    assert result["wants"]["wanted"] == ["apology"]
+    apology = result["wants"]["traits"]["apology"]
+    assert (apology["pairs"], apology["more_is_chosen"], apology["wanted"]) == (80, pytest.approx(0.9), "more")
+    assert apology["examples"] == [2, 3, 4], (
+        "rows of the file: the broken line is 0, the first pair is the other way round"
+    )
+    assert result["wants"]["accuracy"] == pytest.approx(0.9)
+    sentence = "predict 90% [84%, 96%] of the labels. What these labels want: more apology."
+    assert sentence in "\n".join(audit_lines(result))
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert sentence in page
+    section = page.split("<h3>more apology</h3>")[1].split("</table>")[0]
+    assert section.count("<tr>") == 4
+    assert "&lt;b&gt;" in section
+    table = parquet.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    assert [row["row"] for row in table if row["suspicious"]] == sorted(result["suspicious"]) != []
+    assert set(result["suspicious_without_wants"]) != set(result["suspicious"]), (
+        "they are suspicious for the trait alone"
+    )
 
 
 def test_bad_questions_are_sentences(base_folder: Path, noisy: tuple[str, set[int]], tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""`rlhf blame`: which labels made a run's reward model like a trait of answers, and the pairs without them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf.data.functions import load_function
+from rlhf.data.rows import SIDES, Pair, answer, asked, told
+from rlhf.data.traits import TRAITS, trait_table
+from rlhf.errors import UserError
+from rlhf.files import write_jsonl, write_text
+from rlhf.models.text import plain
+from rlhf.objectives.influence import head_influence, pair_pull, trait_direction
+from rlhf.objectives.selection import head_covariance
+from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.reward import training_pairs
+from rlhf.pipeline.store import MANIFEST, read_record
+from rlhf.pipeline.training import quiet_libraries
+from rlhf.recipe import load_recipe
+from rlhf.reward.load import load_reward_model
+from rlhf.statistics import clustered_statistic
+
+SHOWN = 20  # pairs in the file and on the terminal
+
+
+def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """Find the pairs that made a run's last reward model like a trait, and write the others for another training.
+
+    `blame.json`; `removed.jsonl`, the pairs that add most to the slope; `rest.jsonl`, all others, canonical rows in their order.
+
+    Args:
+        feature: the name of a trait (`rlhf.data.traits`), or FILE.py:function as `evaluate.gold` names one.
+        share: of the pairs that are taken out, in (0, 1).
+
+    Returns:
+        what `blame.json` holds: `slope`, by how much the score rises, in nats, with a usual difference in the trait, and its
+        interval over prompts; `influence_of_removed`, the share of all positive influence that the removed pairs have; `pairs`.
+
+    Raises:
+        UserError: no single reward model in the run; an unknown feature, or one that no pair differs in; a folder in use.
+    """
+    quiet_libraries()
+    measure = _measure(feature)
+    if not 0 < share < 1:
+        raise UserError(f"--share {share}: must lie between 0 and 1, without them.")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty; choose another --out.")
+
+    # 1. The reward model, the pairs as it was trained on them, and what it reads and scores of both sides.
+    context = _trained(run)
+    folder, pairs = context.folder, training_pairs(context).rows
+    told_of = {side: [told(row, side) for row in pairs] for side in SIDES}
+    last_turns = [row["prompt"][-1]["content"] for row in pairs]
+    measured = {side: torch.tensor(measure(last_turns, told_of[side]), dtype=torch.float64) for side in SIDES}
+    traits = measured["chosen"] - measured["rejected"]
+    if not bool((traits != 0).any()):
+        raise UserError(f"--feature {feature}: no pair's two answers differ in it.")
+    reward = load_reward_model(folder / "model")
+    say(f"blame: reading {len(pairs)} pairs by {folder.relative_to(run)} …")
+    read = {side: ([asked(row, side) for row in pairs], [answer(row, side) for row in pairs]) for side in SIDES}
+    features = (reward.features(*read["chosen"]) - reward.features(*read["rejected"])).double()
+    differences = (reward.score(*read["chosen"]) - reward.score(*read["rejected"])).double()
+
+    # 2. The direction of the trait, in usual differences of it, and every pair's part in it.
+    traits = traits / traits.square().mean().sqrt()
+    direction = trait_direction(features, traits)
+    columns = {
+        name: _column(pairs, name, default) for name, default in (("confidence", 1.0), ("margin", 0.0), ("weight", 1.0))
+    }
+    pull = pair_pull(differences, columns["confidence"], columns["margin"], columns["weight"])
+    covariance = head_covariance(features.float(), differences.float(), ridge=_ridge(features)).double()
+    influence = head_influence(features, pull, covariance, direction)
+    sums = torch.stack([traits * differences, traits.square()], dim=1).numpy()
+    slope, interval = clustered_statistic(
+        sums, [plain(row["prompt"]) for row in pairs], lambda s: s[..., 0] / s[..., 1]
+    )
+
+    # 3. What goes, and what stays.
+    order = torch.argsort(-influence, stable=True).tolist()
+    removed = set(order[: max(1, round(share * len(pairs)))])
+    positive = influence.clamp(min=0).sum().item()
+    result = {
+        "run": str(run),
+        "stage": str(folder.relative_to(run)),
+        "test_pairs": str(context.test_pairs),
+        "feature": feature,
+        "slope": slope,
+        "slope_ci": interval,
+        "kept": len(pairs) - len(removed),
+        "removed": len(removed),
+        "influence_of_removed": sum(influence[i].clamp(min=0).item() for i in removed) / max(positive, 1e-12),
+        "pairs": [
+            {
+                "pair": i,
+                "influence": influence[i].item(),
+                "trait_difference": traits[i].item(),
+                "strength": differences[i].item(),
+                "prompt": plain(pairs[i]["prompt"]),
+                **{side: told_of[side][i] for side in SIDES},
+            }
+            for i in order[:SHOWN]
+        ],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "removed.jsonl", [pairs[i] for i in sorted(removed)])
+    write_jsonl(out / "rest.jsonl", [row for i, row in enumerate(pairs) if i not in removed])
+    write_text(out / "blame.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _measure(feature: str) -> Callable[[list[str], list[str]], list[float]]:
+    """Return the function that measures a trait of answers.
+
+    Raises:
+        UserError: there is no such trait, or no such function.
+    """
+    if ".py:" in feature:
+        return load_function(feature, key="--feature")
+    if feature not in TRAITS:
+        raise UserError(
+            f"--feature {feature}: no such trait; there are {', '.join(TRAITS)}, and FILE.py:function of your own."
+        )
+    place = list(TRAITS).index(feature)
+    return lambda prompts, answers: np.asarray(trait_table(prompts, answers))[:, place].tolist()
+
+
+def _trained(run: Path) -> StageContext:
+    """Return the last reward stage of a run, as it was when it trained.
+
+    Raises:
+        UserError: there is none, or it holds several models.
+    """
+    stages = sorted(run.glob(f"round-*/reward/{MANIFEST}"), key=lambda file: int(file.parts[-3].removeprefix("round-")))
+    if not stages:
+        raise UserError(f"{run}: no finished reward stage in this folder.")
+    manifest, recipe = read_record(stages[-1]), load_recipe(run / "recipe.yaml")
+    assert manifest is not None, "its file is there"
+    if recipe.reward.members > 1 or recipe.reward.experts is not None:
+        raise UserError(f"{run}: its reward is several models, and blame reads the head of one; train with one.")
+    parents = {role: run / parent["folder"] for role, parent in manifest["parents"].items()}
+    return StageContext(recipe, stages[-1].parent, parents, lambda _: None)
+
+
+def _column(pairs: list[Pair], name: str, default: float) -> torch.Tensor:
+    """Return a column of the pairs, [n], as the pair loss reads it."""
+    values: list[Any] = [row.get(name) for row in pairs]
+    return torch.tensor([default if value is None else float(value) for value in values], dtype=torch.float64)
+
+
+def _ridge(features: torch.Tensor) -> float:
+    """Return the prior's precision: as strong as one usual pair in every direction."""
+    return features.square().mean().item()
