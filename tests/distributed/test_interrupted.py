@@ -49,8 +49,9 @@ def test_a_killed_process_ends_all_and_the_same_command_gives_the_same_bits(tmp_
     (tmp_path / "r.yaml").write_text(RECIPE)
     whole = run(tmp_path, "whole", *OVERRIDES, **SHARDED)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    for stage in STAGES[1:]:
-        assert kill_one(tmp_path, "killed", stage) < 30  # seconds; torchrun gives the others 30 to end by themselves
+    assert (
+        kill_one(tmp_path, "killed", "round-1/ppo") < 30
+    )  # seconds; torchrun gives the others as many to end by themselves
     resumed = run(tmp_path, "killed", *OVERRIDES, **SHARDED)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
