@@ -1,5 +1,8 @@
 """Merging an adapter into its base: the one place that does it, and compares what the model says before and after."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,6 +43,47 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
                 "modules in lora_target_modules, or use base and adapter as they are."
             )
     return merged
+
+
+@torch.no_grad()
+def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the base with the active adapter in them, by the base's own names, one after the other.
+
+    A weight is to be used before the next is asked for. The base is what it was before, to the bit: adding an adapter and taking
+    it off again, as PEFT's `unmerge_adapter` does, rounds the base a little otherwise each time.
+    """
+    base, active = model.get_base_model(), model.active_adapter
+    layers = dict(base.named_modules())
+    for name, weight in base.named_parameters():
+        if model.prefix in name or ".original_module." in name:
+            continue
+        if ".modules_to_save." in name:
+            owner, _, rest = name.partition(".modules_to_save.")
+            adapter, _, leaf = rest.partition(".")
+            if adapter == active:
+                yield f"{owner}.{leaf}", weight.data
+        elif ".base_layer." in name:
+            owner, _, leaf = name.partition(".base_layer.")
+            with _merged(layers[owner]):
+                yield f"{owner}.{leaf}", weight.data
+        else:
+            yield name, weight.data
+
+
+@contextmanager
+def _merged(layer: nn.Module) -> Iterator[None]:
+    """Hold one layer's active adapter in its weights for a while, and put these back to the bit."""
+    assert isinstance(layer, BaseTunerLayer), "only such a layer has a base layer"
+    weights = list(layer.get_base_layer().parameters())
+    before = [weight.detach().clone() for weight in weights]
+    layer.merge()
+    try:
+        yield
+    finally:
+        if layer.merged:  # it is not, where it has other adapters only
+            layer.unmerge()
+        for weight, value in zip(weights, before, strict=True):
+            weight.data.copy_(value)
 
 
 def adapts_tied_embeddings(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from rlhf._trl import vllm_generation
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import Completions, encode_prompts, end_token_ids, pad_left
-from rlhf.models.merge import adapts_tied_embeddings
+from rlhf.models.merge import adapts_tied_embeddings, merged_weights
 from rlhf.ppo.config import PPOConfig
 
 
@@ -42,7 +42,7 @@ class VllmSampler:
             )
         self.policy, self.tokenizer, self.args = policy, tokenizer, args
         try:
-            self.engine = vllm_generation()(
+            self.engine = vllm_generation(merged_weights)(
                 model=policy,
                 accelerator=accelerator,
                 processing_class=tokenizer,
@@ -59,7 +59,7 @@ class VllmSampler:
                 logprobs=0,
             )
         except ImportError as error:
-            raise UserError(f"ppo.use_vllm: {error} (pip install '.[vllm]')") from error
+            raise UserError(f"ppo.use_vllm: {error} (how to install it: recipes/guides/ppo.md)") from error
         self.version: int | None = None
 
     def __call__(self, prompts: Sequence[Prompt], *, version: int, max_prompt_length: int | None) -> Completions:

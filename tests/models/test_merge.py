@@ -1,5 +1,6 @@
 """An adapter on embeddings that input and output share: every way out of it says what the two said together."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rlhf.invariants.tensors import nothing_lost
 from rlhf.models import merge
 from rlhf.models.load import build_reward_model, load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
+from rlhf.models.merge import merged_weights
 from rlhf.models.save import save_model
 from rlhf.pipeline.model_commands import export_model
 from rlhf.ppo.roles import make_reference
@@ -135,3 +137,49 @@ def test_a_merge_that_changes_what_the_model_says_is_refused(
         assert not (tmp_path / "out").exists()
     else:
         close(outputs(load_policy(folder, model_settings({})))[0], logits)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_merged_weights_are_those_of_a_merge_and_leave_the_base_as_it_was(
+    settings: dict[str, Any], base_folder: Path
+) -> None:
+    """Against PEFT's own merge of a copy; with a second adapter that is not active, as PPO's other roles have."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **settings
+    )
+    model = get_peft_model(base, config)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    for name, weight in model.named_parameters():
+        if "modules_to_save.default" in name:
+            torch.nn.init.normal_(weight)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    found = {name: weight.clone() for name, weight in merged_weights(model)}
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+    merged = copy.deepcopy(model).merge_and_unload()
+    expected = dict(merged.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight.detach(), atol=1e-6, rtol=1e-5, msg=name)
+    for name, weight in found.items():
+        base_layer = before.get(f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight")
+        if base_layer is not None:
+            has_active = "v_proj" not in name
+            assert torch.equal(weight, base_layer) != has_active, name
+
+
+def test_adding_an_adapter_and_taking_it_off_moves_the_base(base_folder: Path) -> None:
+    """What PEFT's own way does, and TRL's with it: the reason why `merged_weights` keeps a copy of each layer."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if "base_layer" in name}
+    for _ in range(5):
+        list(merged_weights(model))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)
+    for _ in range(5):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert not all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)

@@ -51,7 +51,7 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
-    monkeypatch.setattr(vllm, "vllm_generation", lambda: Engine)
+    monkeypatch.setattr(vllm, "vllm_generation", lambda merged_weights: Engine)
     Engine.shift, Engine.broken, Engine.made = 0.0, None, []
     return Engine
 
@@ -126,9 +126,9 @@ def test_an_engine_that_fails_stops_before_the_update(
 def test_without_vllm_it_is_said(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent() -> Any:
+    def absent(merged_weights: Any) -> Any:
         raise ImportError("vLLM is not available")
 
     monkeypatch.setattr(vllm, "vllm_generation", absent)
-    with pytest.raises(UserError, match=r"use_vllm: vLLM is not available \(pip install"):
+    with pytest.raises(UserError, match=r"use_vllm: vLLM is not available \(how to install it"):
         make(base_folder, str(reward_folder), cpu_arguments, use_vllm=True)
