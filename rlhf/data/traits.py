@@ -31,6 +31,7 @@ FLATTERY = re.compile(
     r"\b(?:great|good|excellent|wonderful|fantastic|interesting|lovely|amazing) (?:question|idea|choice|job|point|topic)\b"
     r"|\byou(?: are|'re) (?:so|very|really|clearly) (?:\w+ )?(?:clever|smart|kind|right|wise|nice|good)\b"
     r"|\bi (?:really )?love (?:this|that|your)\b|\bhappy to help\b|\bglad to help\b|\b(?:hope this|hope that) helps\b"
+    r"|\b(?:sure|of course|certainly|absolutely|gladly)[!,]|\b(?:enjoy|have fun)!"
 )
 LIST_ITEMS = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 MARKUP = re.compile(r"\*\*|__|```|^\s*#+\s", re.MULTILINE)
@@ -75,7 +76,6 @@ TRAITS = {
     "flattery": Trait(occurrences(FLATTERY), "flatter or please without content"),
     "lists": Trait(occurrences(LIST_ITEMS), "have list items"),
     "markup": Trait(occurrences(MARKUP), "have bold text, headings or code"),
-    "exclamation": Trait(lambda prompt, answer: float(answer.count("!")), "have exclamation marks"),
     "numbers": Trait(occurrences(NUMBERS), "name numbers"),
     "overlap": Trait(overlap, "repeat words of the prompt"),
 }

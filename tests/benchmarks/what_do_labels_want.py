@@ -1,8 +1,8 @@
 """Does the audit name the taste that labels were given, and find more wrong labels with that taste taken out? In the lab.
 
-python tests/benchmarks/what_do_labels_want.py --json wants.json --seeds 20,21,22,23,24
+python tests/benchmarks/what_do_labels_want.py --json wants.json --seeds 30,31,32,33,34
 
-1. `recovered`: 1,000 pairs by the lab's writers, labelled by one person who sees the true reward and has one taste (length,
+1. `recovered`: 6,000 pairs by the lab's writers, labelled by one person who sees the true reward and has one taste (length,
    flattery, refusal) or none. For each taste, is its trait's effect in standard errors larger on files labelled with it than
    on files labelled without: an AUROC over files, `--files` of each kind a seed.
 2. `first_100`: 2,000 pairs labelled by somebody fond of length, 10 % of the labels then turned round at random. How many of
@@ -31,7 +31,7 @@ from rlhf.reward.denoise import flip_pair
 from rlhf.reward.wants import find_wants, fit_effects, without_wants
 from rlhf.statistics import auroc, clustered_mean, paired_difference
 
-PAIRS, SHARPNESS, CARELESSNESS = 1000, 4.0, 0.10
+PAIRS, SHARPNESS, CARELESSNESS = 6000, 4.0, 0.10  # as many as the lab's own
 # Of the annotators of the lab: what one usual length more, one phrase, one refusal are mistaken for, in units of true reward.
 LENGTH_TASTE, FLATTERY_TASTE, REFUSAL_TASTE = 0.40, 0.35, 0.35
 TRAIT = {"length": "length", "flattery": "flattery", "refusal": "evasion"}
@@ -127,8 +127,8 @@ def main() -> None:
     """Run what is asked for and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seeds", default="20,21,22,23,24")
-    parser.add_argument("--files", type=int, default=4)
+    parser.add_argument("--seeds", default="30,31,32,33,34")
+    parser.add_argument("--files", type=int, default=2)
     arguments = parser.parse_args()
     quiet_libraries()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]

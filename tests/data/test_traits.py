@@ -11,10 +11,9 @@ CASES = {
     "apology": ("Sorry, I apologize. I am afraid so.", 3),
     "hedging": ("Maybe. I think it might, it depends.", 4),
     "warning": ("That is illegal and dangerous; ask a professional.", 3),
-    "flattery": ("What a great question! You are so clever. Hope this helps!", 3),
+    "flattery": ("Sure! What a great question. You are so clever. Hope this helps, enjoy!", 5),
     "lists": ("Two:\n- one\n  2. two\nnot - three", 2),
     "markup": ("# Title\n**bold** and `code`", 3),
-    "exclamation": ("Oh! Well!", 2),
     "numbers": ("From 1,000 to 2.5, or 3.", 3),
     "overlap": ("Bees fly.", 1 / 3),
 }
@@ -23,7 +22,7 @@ NONE_OF_IT = {
     "apology": "It is a sorrowful story.",
     "hedging": "The mighty river.",
     "warning": "A careful reader.",
-    "flattery": "The question is great. Questions matter, you are right handed.",
+    "flattery": "The question is great. Questions matter, you are right handed, I am sure of it. They enjoy fun.",
     "lists": "well-known - and 3.5 metres",
     "numbers": "one, two",
 }

@@ -11,7 +11,7 @@ from rlhf.data.rows import Pair
 from rlhf.data.traits import TRAITS
 from rlhf.reward.wants import FEWEST, find_wants, fit_effects, without_wants
 
-PHRASES = {"length": "and so on", "apology": "sorry", "hedging": "maybe", "exclamation": "!", "flattery": "great idea"}
+PHRASES = {"length": "and so on", "apology": "sorry", "hedging": "maybe", "numbers": "7", "flattery": "great idea"}
 
 
 def planted(count: int, wants: dict[str, float], seed: int, *, repeats: int = 1) -> list[Pair]:
