@@ -25,12 +25,13 @@ from rlhf.models.open import open_config
 from rlhf.models.text import plain
 from rlhf.models.tools import ToolTemplate
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
+from rlhf.objectives.worth import clean_equivalent
 from rlhf.pipeline.cleaned import write_cleaned
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
 from rlhf.report.audit import write_audit_page
-from rlhf.reward.noise import estimate_noise
+from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.wants import Wants, find_wants, without_wants
 from rlhf.statistics import clustered_mean
 
@@ -126,6 +127,7 @@ def audit(
         "dropped": report.dropped,
         "dropped_rows": report.examples,
         "noise_rate": {"mean": noise.flip_rate, "low": noise.low, "high": noise.high},
+        "worth": _worth(strength, noise),
         "buckets": _deciles(audited),
         "suspicious": list(dict.fromkeys(rows[i].number - 1 for i in suspicious)),
         "suspicious_without_wants": _most_suspicious(audited),
@@ -220,7 +222,7 @@ def _finished(out: Path, key: str) -> dict[str, Any] | None:
     file = out / "audit.json"
     if file.is_file():
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if result.get("key") == key and "wants" in result:
+        if result.get("key") == key and "worth" in result:
             return result
         raise UserError(
             f"{out}: holds an audit of other pairs, with another model or settings, or by an older version; choose another --out."
@@ -281,6 +283,17 @@ def length_alarm(correlation: float | None) -> str | None:
         f"The votes prefer the {liked} answer (correlation {correlation:.2f}), so many suspicious pairs may only be those "
         f"whose chosen answer is not the {liked} one. Read them before dropping them; a stronger model looks at more than length."
     )
+
+
+def _worth(strength: VoteStrength, noise: NoiseEstimate) -> dict[str, float] | None:
+    """Return how many clean labels these say as much as, `low` if the share of wrong ones is `noise.high`, `high` if `noise.low`.
+
+    None where the votes say nothing. The reward differences are the votes' own, in what they are worth (b μ).
+    """
+    if noise.scale == 0:
+        return None
+    differences = noise.scale * strength.mean
+    return {"low": clean_equivalent(differences, noise.high), "high": clean_equivalent(differences, noise.low)}
 
 
 def _wrong_without_wants(strength: torch.Tensor, wants: Wants, pairs: Sequence[Pair]) -> torch.Tensor:

@@ -33,7 +33,9 @@ class PPOConfig(BaseConfig):
     max_completion_length: int = field(default=256, metadata={"help": "Answers are cut after this many tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of every log-probability."})
 
-    use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM; how to install it: recipes/guides/ppo.md."})
+    use_vllm: bool = field(
+        default=False, metadata={"help": "Sample with vLLM; how to install it: recipes/guides/ppo.md."}
+    )
     vllm_mode: str = field(
         default="colocate", metadata={"help": "colocate: in this process; server: `trl vllm-serve`."}
     )

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from rlhf.files import write_text
 from rlhf.report.figures import bars, histogram
-from rlhf.report.noise import suspects, wanted, wrong_labels
+from rlhf.report.noise import suspects, wanted, worth, wrong_labels
 from rlhf.report.records import Facts
 from rlhf.report.render import render
 
@@ -92,6 +92,7 @@ def _verdict(result: Facts) -> list[str]:
     sentences = wrong_labels(noise)
     if noise["scale"] != 0:
         sentences.append(suspects(noise, len(result["suspicious"])))
+    sentences += worth(result)
     dropped = sum(result["dropped"].values())
     sentences.append(
         f"{dropped} of {result['rows']} rows were left out before the vote; the longer answer is the chosen one in "

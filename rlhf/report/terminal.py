@@ -11,7 +11,7 @@ from rich.table import Table
 from rlhf.progress import duration
 from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import checks_line
-from rlhf.report.noise import suspects, wanted, wrong_labels
+from rlhf.report.noise import suspects, wanted, worth, wrong_labels
 from rlhf.report.records import Facts, Summary, read_summary, start_name
 from rlhf.report.rounds import known_columns, last_evaluated, number
 
@@ -201,7 +201,7 @@ def audit_lines(result: Facts) -> list[str]:
         sentences.append(
             f"{suspects(noise, len(suspicious))} The first: {', '.join(map(str, suspicious[:10])) or 'none'}."
         )
-    return [f"{result['kept_pairs']} pairs.", *sentences, *wanted(result["wants"])]
+    return [f"{result['kept_pairs']} pairs.", *sentences, *worth(result), *wanted(result["wants"])]
 
 
 def blame_lines(result: Facts, out: Path) -> list[str]:
