@@ -1,6 +1,8 @@
 """The top level of the command line; what the verbs do is tested with what they call."""
 
+import json
 import os
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -83,3 +85,32 @@ def test_foreign_code_can_not_end_a_command_with_success(
     monkeypatch.setattr("rlhf.report.page.write_report", end)
     assert run(monkeypatch, "report", str(tmp_path)) == code
     assert f"Something raised {name} in the middle" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path: Path) -> None:
+    """As under `| head -1`: no traceback, no sentence, the exit code of a broken pipe."""
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(30)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # nobody reads
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf", "data", str(file)],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    os.close(write_end)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_gguf_file_that_is_not_there_is_said_by_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Path(__file__).parents[1] / "recipes/smollm2.yaml"
+    assert run(monkeypatch, "check", str(recipe), "backbone.model=no/where.gguf") == 2
+    assert capsys.readouterr().err == "backbone.model: no/where.gguf: no such file.\n"

@@ -1,11 +1,12 @@
 """The command line: parse, call, print.
 
-Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 3 waiting for people's labels, 130/143 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 3 waiting for people's labels, 130/143 interrupted, 141 nobody reads.
 """
 
 import atexit
 import logging
 import os
+import signal
 import sys
 import warnings
 from importlib import metadata
@@ -27,6 +28,7 @@ from rlhf.progress import Work, a_line_a_minute
 
 PACKAGE = "rlhf-pipeline"
 WAITING = 3
+NOBODY_READS = 128 + signal.SIGPIPE
 # What a signal leaves behind, by verb; of the others nothing is left, and the command starts again from the beginning.
 GOES_ON = "stopped. The same command goes on from the last checkpoint."
 AFTER_A_SIGNAL = {
@@ -115,6 +117,9 @@ def _exit_code() -> int:
     except Waiting as state:
         say_aside(str(state), style="yellow")
         return WAITING
+    except BrokenPipeError:  # whoever read standard output has what they wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
     except interrupt.Interrupted as interruption:
         say_aside(f"{interruption}: {AFTER_A_SIGNAL.get(_Verb.name, STARTS_AGAIN)}")
         return 128 + interruption.signum

@@ -10,9 +10,18 @@ from rich.console import Console
 from rlhf.data.sources import Source
 from rlhf.recipe import load_source
 
+
+class PipedConsole(Console):
+    """A console whose reader may go away, as `| head` does: rich would end the program there without a word."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what Python raises itself where nobody reads any more."""
+        raise BrokenPipeError
+
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # A pipe has no width; at rich's 80 columns tables would lose their numbers.
-output = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+output = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True, highlight=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file.", show_default=False)]

@@ -14,6 +14,7 @@ from rlhf.data.read import ReadReport, is_local, read_rows
 from rlhf.data.sources import Source
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
+from rlhf.models.gguf import SUFFIX
 from rlhf.ppo.source_kinds import source_problem
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe, RewardSection
@@ -132,7 +133,7 @@ def check_local_backbone(recipe: Recipe) -> None:
         UserError: as `check_backbone` says.
     """
     model = recipe.backbone.model
-    if model is not None and (model.startswith((".", "/", "~")) or Path(model).exists()):
+    if model is not None and (model.startswith((".", "/", "~")) or model.endswith(SUFFIX) or Path(model).exists()):
         from rlhf.pipeline.backbone import check_backbone
         from rlhf.pipeline.training import quiet_libraries
 
