@@ -33,7 +33,11 @@ def test_every_row_is_whole() -> None:
         assert objective.name == name
         assert objective.summary
         assert not objective.summary.endswith(".")
-        assert not (objective.needs.vote and objective.needs.column), "votes or a column of the file"
+        needs = objective.needs
+        assert [needs.vote, needs.column is not None, needs.rankings, needs.ratings].count(True) <= 1, "one thing"
+        elements = "rankings" if needs.rankings else "ratings" if needs.ratings else "pairs"
+        assert objective.loss.elements == elements
+        assert elements == "pairs" or objective.apply is None, "what is done to pairs is done to pairs"
         assert objective.needs.column is not None or not objective.needs.or_rating_gap
         names = [objective.apply, objective.loss.function, objective.loss.head]
         assert all(callable(resolve(dotted)) for dotted in names if dotted is not None)
@@ -138,6 +142,9 @@ COLUMNS: dict[str, dict[str, list[float | None]]] = {
     "posterior": {"confidence": [*POSTERIOR[:4], None]},
     "weight": {"weight": [*POSTERIOR[:4], None]},
     "drop": {},
+    "plackett_luce": {},
+    "kwise": {},
+    "regression": {},
 }
 
 
@@ -220,6 +227,8 @@ def test_the_table_is_written_with_its_needs() -> None:
     assert all(("| a vote |" in line) == (name in VOTED) for name, line in rows.items())
     assert "| `margin` or ratings |" in rows["margin"]
     assert "| `confidence` |" in rows["soft"]
+    assert all("| rankings |" in rows[name] for name in ("plackett_luce", "kwise"))
+    assert "| ratings of attributes |" in rows["regression"]
 
 
 @pytest.mark.parametrize(("shape", "is_fine"), [("members: 2", False), ("members: 1, folds: 2", False),
