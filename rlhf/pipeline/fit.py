@@ -10,7 +10,7 @@ from transformers import set_seed
 from trl import RewardConfig
 
 from rlhf.data.read import ReadReport, read_rows
-from rlhf.data.rows import SIDES, Pair, Rated, asked
+from rlhf.data.rows import SIDES, Messages, Pair, asked
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.load import load_tokenizer
@@ -125,18 +125,15 @@ def fit_reward_model(
 
 def trained_on(trainer: StageTrainer) -> dict[str, int]:
     """Return how many rows a model was trained on; of rankings, also how many pairs they hold."""
-    dataset = trainer.train_dataset
-    counts = {trainer.loss.elements: len(dataset)}
-    return {**counts, "pairs": sum(map(len, dataset["beats"]))} if "rankings" in counts else counts
+    dataset, elements = trainer.train_dataset, str(trainer.loss.elements)
+    pairs = {"pairs": sum(map(len, dataset["beats"]))} if elements == "rankings" else {}
+    return {elements: len(dataset), **pairs}
 
 
-def _conversations(rows: Sequence[Pair | Rated]) -> list[Any]:
-    """Return the conversations that are answered."""
-    return [
-        turns
-        for row in rows
-        for turns in ([asked(row, side) for side in SIDES] if "chosen" in row else [row["prompt"]])
-    ]
+def _conversations(rows: Sequence[Any]) -> list[Messages]:
+    """Return the conversations that are answered: one for each side of a pair, or that of a rated answer."""
+    both = [[asked(row, side) for side in SIDES] if "chosen" in row else [row["prompt"]] for row in rows]
+    return [turns for conversations in both for turns in conversations]
 
 
 def _elements(context: StageContext, rows: Sequence[Any], label: str) -> list[Any]:
