@@ -133,6 +133,10 @@ class PairRewardTrainer(RewardTrainer):
     ):
         if not 0 <= flip_rate < 0.5:
             raise UserError(f"reward: flip_rate is {flip_rate}; a share of wrong labels lies in [0, 0.5).")
+        if flip_rate and loss.elements != "pairs":
+            raise UserError(
+                f"reward: flip_rate is of pairs' labels, and this loss is of {loss.elements}; leave it out."
+            )
         self.flip_rate = flip_rate
         self.loss, self.loss_function = loss, resolve(loss.function)
         dataset = arguments.get("train_dataset")

@@ -96,6 +96,10 @@ def test_rankings_that_say_nothing_are_refused(
     rows = Dataset.from_list([*k_wise().to_list(), bad, bad])
     with pytest.raises(UserError, match=rf"reward: row 4 \(2 in all\): .*{sentence}"):
         RankingRewardTrainer(build(base_folder, tokenizer), arguments(), train_dataset=rows, processing_class=tokenizer)
+    with pytest.raises(UserError, match="flip_rate is of pairs' labels, and this loss is of rankings"):
+        RankingRewardTrainer(
+            build(base_folder, tokenizer), flip_rate=0.1, train_dataset=k_wise(), processing_class=tokenizer
+        )
     with pytest.raises(UserError, match="'bt' is none of rankings: plackett_luce, kwise"):
         RankingRewardTrainer(
             build(base_folder, tokenizer), objective="bt", train_dataset=rows, processing_class=tokenizer
