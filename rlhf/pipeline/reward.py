@@ -65,7 +65,8 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     elif len(members) > 1:
         same = {str(number): rows for number in range(len(members))}
         dropped = max(_fit_each(context, same, members, "member", book))
-        facts = {"dropped_too_long": dropped, "members": len(members), "pairs": len(rows) - dropped}
+        kind = "ratings" if recipe.reward.needs_ratings else "pairs"
+        facts = {"dropped_too_long": dropped, "members": len(members), kind: len(rows) - dropped}
     else:
         trainer = fit_reward_model(context, rows, context.folder, "reward", recipe.seed, book)
         facts = {"dropped_too_long": trainer.dropped_too_long, **trained_on(trainer)}

@@ -69,21 +69,22 @@ def read(file: Path) -> tuple[list[tuple[str, str]], Answers]:
     """Return the texts of a file, prompt and answer, and all about them but their features."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    texts, prompts, scores, ratings = [], [], [], []
+    texts, prompts, scores, ratings, lengths = [], [], [], [], []
     for number, row in enumerate(rows):
         if "messages" in row:
-            prompt, answers = row["messages"][0], [row["messages"][1] | {"attributes": row["attributes"][0]}]
+            prompt, answers = row["messages"][-2], [row["messages"][-1] | {"attributes": row["attributes"][-1]}]
         else:
             prompt, answers = row["prompt"][-1], row["responses"]
         for answer in answers:
             values = answer.get("attributes") or {}
             texts.append((prompt["content"][:400], answer["content"][:1200]))
             prompts.append(number)
+            lengths.append(float(len(answer["content"])))
             weighted = sum(weight * values[name] for name, weight in ATTRIBUTES.items()) if "messages" in row else 0.0
             scores.append(float(answer.get("score", weighted)))
-            ratings.append([float(value) for value in values.values()])
-    lengths = torch.tensor([float(len(answer)) for _, answer in texts])
-    return texts, Answers(torch.empty(0), torch.tensor(prompts), torch.tensor(scores), torch.tensor(ratings), lengths)
+            ratings.append([float(values[name]) for name in (ATTRIBUTES if "messages" in row else sorted(values))])
+    columns = (torch.tensor(prompts), torch.tensor(scores), torch.tensor(ratings), torch.tensor(lengths))
+    return texts, Answers(torch.empty(0), *columns)
 
 
 @torch.no_grad()
@@ -220,7 +221,7 @@ def compared(
         values = scores[places[0]]
         right += (values[:, None] > values[None, :])[beats[0]].float().tolist()
         of_pair += [prompt] * int(beats.sum())
-        top.append(float(is_best(beats)[0][values.argmax()]))
+        top.append(float(is_best(beats)[0][values == values.max()].float().mean()))
         of_top.append(prompt)
     return right, of_pair, top, of_top
 
