@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.cost.sizes import Sizes
+from rlhf.pipeline.estimate import training_elements
+from rlhf.recipe.schema import RewardSection
 from rlhf.reward.load import load_reward_model
 from tests.command import Process, rlhf, wait_for
 from tests.conftest import WORDS
@@ -156,3 +159,23 @@ def test_ratings_without_pairs_train_and_are_tested_on_pairs_of_another_file(bas
     assert facts["ratings"] == len(alone)
     assert facts["n"] == len(WORDS)
     assert not (tmp_path / "x/round-0/data/data/pairs.jsonl").exists()
+
+
+def test_the_plan_counts_rankings_and_ratings() -> None:
+    """100 pairs that make 20 rankings of 70 answers; labels of rounds are rankings of two; on a hub nothing is known of rankings."""
+    rows = {"pairs": 100, "ratings": 30}
+    sizes = Sizes(rows=rows, prompts=[], answers=[], demonstrations=[], rankings=20, ranked_answers=70)
+    assert training_elements("bt", 100, sizes) == (100, 2.0)
+    assert training_elements("plackett_luce", 100, sizes) == (20, 3.5)
+    assert training_elements("kwise", 150, sizes) == (70, 3.5)
+    assert training_elements("regression", 100, sizes) == (30, 1.0)
+    unknown = Sizes(rows=rows, prompts=[], answers=[], demonstrations=[])
+    assert training_elements("kwise", 100, unknown) == (100, 2.0)
+
+
+def test_keys_of_other_objectives_know_nothing_of_ratings() -> None:
+    """A finished run of an earlier version is not made again."""
+    assert not {"attributes", "rating_scale"} & set(RewardSection().model_dump())
+    assert RewardSection(objective="regression").ratings() == {
+        "names": ("helpfulness", "correctness", "coherence", "complexity", "verbosity"), "low": 0.0, "high": 4.0
+    }  # fmt: skip
