@@ -15,6 +15,8 @@ _NAMES = {
     "LabelSmoothingRewardTrainer": "rlhf.reward.declared",
     "ContrastiveRewardTrainer": "rlhf.reward.contrastive",
     "MetaRewardTrainer": "rlhf.reward.meta",
+    "AttributeRewardTrainer": "rlhf.reward.attributes",
+    "RankingRewardTrainer": "rlhf.reward.rankings",
     "RewardModel": "rlhf.reward.model",
     "build_reward_model": "rlhf.models.load",
     "generate": "rlhf.models.generate",

@@ -105,16 +105,20 @@ class Estimator:
         return Estimate(work.folder, work.rows, round(tokens), steps, self.memory("sft", shape), seconds)
 
     def _pairs(self, work: PairWork) -> Estimate:
-        """Estimate reward models; where the model allows it, the prompt of a pair is read once."""
+        """Estimate reward models; where the model allows it, the prompt of a pair is read once.
+
+        A ranking counts as half as many pairs as it has answers, each of which reads the prompt: an upper bound.
+        """
         # 1. The pairs that fit into max_length, in batches of like length; the longest is the largest.
         section, args = work.section, self.training[work.section].args
         limit = getattr(args, "max_length", None) or math.inf
         pairs = [pair for pair in self.sizes.pairs if max(pair.chosen, pair.rejected) <= limit] or self.sizes.pairs
         share, count = len(pairs) / len(self.sizes.pairs), args.per_device_train_batch_size
         trained = round(work.trained * share)
-        shapes = self._batches(pairs, min(count, max(1, trained)), work.views)
+        together = math.ceil(min(count, max(1, trained)) * work.answers / 2)
+        shapes = self._batches(pairs, together, work.views)
         shape = mean_shape(shapes)
-        tokens = statistics.mean(self._tokens(pair) for pair in pairs)
+        tokens = statistics.mean(self._tokens(pair) for pair in pairs) * work.answers / 2
         if work.top_layers is not None:
             return self._on_trunk(work, work.top_layers, trained, shapes, round(tokens))
 
@@ -123,7 +127,7 @@ class Estimator:
         steps, seconds = self._supervised(section, shape, micro_batches)
         texts = [length for pair in pairs for length in (pair.chosen, pair.rejected)]
         if self.shares_prompt:
-            alone = Shape(2 * work.views * count, longest_of(texts, 2 * count), 0)
+            alone = Shape(2 * work.views * together, longest_of(texts, 2 * together), 0)
             seconds += self._time(section, shape) + self._time(section, alone)
         if work.ascent is not None:
             prompts, answers = work.ascent

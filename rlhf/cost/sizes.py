@@ -13,7 +13,7 @@ from rlhf.files import read_jsonl
 from rlhf.models.text import answer_text, encode, prompt_text
 
 COUNTED = 512  # rows whose tokens are counted, of each kind
-FILES = ("sft", "pairs", "test_pairs", "prompts", "test_prompts")
+FILES = ("sft", "pairs", "test_pairs", "prompts", "test_prompts", "ratings")
 SIDES: tuple[Side, ...] = ("chosen", "rejected")
 
 
@@ -30,9 +30,10 @@ class Sizes:
     """Rows and token lengths of the data.
 
     Attributes:
-        rows: by file: sft, pairs, test_pairs, prompts, test_prompts.
+        rows: by file: sft, pairs, test_pairs, prompts, test_prompts, ratings.
         prompts, answers, demonstrations: lengths in tokens, of a sample; a demonstration's is that of prompt and answer.
         pairs: of a sample; where nobody has compared answers yet, of as many with the longest ones.
+        rankings, ranked_answers: how many rankings the pairs make, and how many answers these have together.
         notes: what is not known, in sentences.
     """
 
@@ -41,6 +42,8 @@ class Sizes:
     answers: list[int]
     demonstrations: list[int]
     pairs: list[PairTokens] = field(default_factory=list)
+    rankings: int = 0
+    ranked_answers: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -74,12 +77,17 @@ def count_sizes(data: Path, tokenizer: PreTrainedTokenizerBase, *, longest_answe
     compared = [PairTokens(_alike(c, r), len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
     unknown = [PairTokens(prompt, prompt + longest_answer, prompt + longest_answer) for prompt in prompts]
     note = f"No pairs yet: answers are taken to be {longest_answer} tokens long, so these are upper bounds."
+    answers_of: dict[object, set[str]] = {}
+    for number, pair in enumerate(cast(list[Pair], rows["pairs"])):
+        answers_of.setdefault(pair.get("group", number), set()).update(answer(pair, side) for side in SIDES)
     return Sizes(
         rows={name: len(every) for name, every in rows.items()},
         prompts=prompts,
         answers=answers or [longest_answer],
         demonstrations=[len(row) for row in whole],
         pairs=compared or unknown,
+        rankings=len(answers_of),
+        ranked_answers=sum(map(len, answers_of.values())),
         notes=[] if answers else [note],
     )
 

@@ -65,7 +65,8 @@ class PairWork:
         folder: of the stage in the run, "round-1/reward".
         section: whose settings the models train with.
         pairs: that the stage has.
-        trained: of these, how many each model trains on.
+        trained: of these, or of the rankings that they make, how many each model trains on.
+        answers: that each of those has; a mean.
         scored: how many pairs each model scores when it is trained; a mean.
         models: how many are trained.
         calibrated: answers of the policy before PPO that are sampled and scored for the scale of the finished model's scores.
@@ -80,6 +81,7 @@ class PairWork:
     pairs: int
     trained: int
     scored: float
+    answers: float = 2.0
     models: int = 1
     calibrated: int = 0
     golden: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Read what a recipe names, split it by prompt, and write the five files that the stages read."""
+"""Read what a recipe names, split it by prompt, and write the files that the stages read."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.data.ratings import RatingReader, RatingScale
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import TIE, Compare, Messages, Pair, PromptRow
+from rlhf.data.rows import TIE, Compare, Messages, Pair, PromptRow, Rated
 from rlhf.data.sources import (
     Canonical,
     Fit,
@@ -38,7 +39,10 @@ Parts = Mapping[str, Sequence[Row[PromptRow]]]
 
 @dataclass(frozen=True)
 class DataSources:
-    """Sources of a run. Without `preferences` there must be `prompts`; their answers are sampled and labelled later."""
+    """Sources of a run. Without `preferences` there must be `prompts`; their answers are sampled and labelled later.
+
+    With `ratings`, the answers of `preferences` are read with their ratings too, and need not make pairs.
+    """
 
     preferences: Sequence[Source] = ()
     sft: Sequence[Source] = ()
@@ -53,10 +57,11 @@ class DataSources:
     max_characters: int | None = None
     leakage: Literal["refuse", "drop", "allow"] = "refuse"
     compare: Compare = "answers"
+    ratings: RatingScale | None = None
 
 
 def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | None = None) -> dict[str, Any]:
-    """Write `sft.jsonl`, `pairs.jsonl`, `test_pairs.jsonl`, `prompts.jsonl` and `test_prompts.jsonl`.
+    """Write `sft.jsonl`, `pairs.jsonl`, `test_pairs.jsonl`, `prompts.jsonl`, `test_prompts.jsonl`, and `ratings.jsonl` if wanted.
 
     Splits are by prompt: all rows of one prompt lie on one side. The test side is what `data.test`, rows that say
     `split: test` or a hub dataset's own test split give; a source that gives none has a share `test_fraction` of its
@@ -75,12 +80,14 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     """
     reports: list[ReadReport] = []
 
-    # 1. Pairs, prompts, demonstrations; and which prompts are held out.
+    # 1. Pairs, rated answers, prompts, demonstrations; and which prompts are held out.
     pairs, held_out = _read_pairs(sources, reports, seed, fit)
     pairs = _short_enough(pairs, sources.max_characters)
-    prompts, also_held_out = _read_prompts(sources, pairs, reports, seed, fit)
+    rated, rated_and_held_out = _read_ratings(sources, reports, seed, fit)
+    rated = _short_enough(rated, sources.max_characters)
+    prompts, prompts_held_out = _read_prompts(sources, [*pairs.train, *rated.train], pairs.test, reports, seed, fit)
     prompts = _short_enough(prompts, sources.max_characters)
-    held_out |= also_held_out
+    held_out |= rated_and_held_out | prompts_held_out
     sft = read_sources(sources.sft, to_demonstrations, reports, "demonstrations", seed, fit=fit)
     drop_rows(sft.test, "marked as test")
     sft = _short_enough(sft, sources.max_characters)
@@ -88,6 +95,7 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     # 2. Nothing of the test side stays on the training side.
     given_keys = {row.key for row in [*pairs.test, *prompts.test]} - held_out
     parts: Parts = {"pairs": pairs.train, "prompts": prompts.train, "demonstrations": sft.train}
+    parts = {**parts, "ratings": rated.train} if sources.ratings is not None else parts
     parts = {name: _without(rows, held_out, HELD_OUT) for name, rows in parts.items()}
     _check_leakage(
         {n: rows for n, rows in parts.items() if n != "prompts" or sources.prompts}, given_keys, sources.leakage
@@ -104,9 +112,11 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
         "test_pairs": pairs.test,
         "prompts": capped(_unique(parts["prompts"]), sources.max_prompts, rng, "over data.max_prompts"),
         "test_prompts": prompts.test,
+        "ratings": parts.get("ratings", ()),
     }
-    absent = {"sft": not sources.sft, "pairs": not sources.preferences}
+    absent = {"sft": not sources.sft, "pairs": not sources.preferences, "ratings": sources.ratings is None}
     absent["test_pairs"] = absent["pairs"] and not sources.test
+    absent["pairs"] = absent["pairs"] or (sources.ratings is not None and not balanced)
     written = {name: rows for name, rows in written.items() if not absent.get(name)}
     count_kept(reports, written.values())
     _write(folder, written, reports)
@@ -152,10 +162,45 @@ def _read_pairs(
     return Rows(deduplicated(pairs.train), deduplicated(keep_only(pairs.test, decided, UNTESTABLE))), held_out
 
 
+def _read_ratings(
+    sources: DataSources, reports: list[ReadReport], seed: int, fit: Fit | None
+) -> tuple[Rows[Rated], set[str]]:
+    """Read the answers of the preferences with their ratings, where they are wanted.
+
+    Returns:
+        those to train on, and the prompts that are held out from sources without a test side.
+
+    Raises:
+        UserError: a rating outside its scale, an attribute that nobody rated.
+    """
+    rated: Rows[Rated] = Rows()
+    if sources.ratings is None:
+        return rated, set()
+    reader = RatingReader(sources.ratings)
+    held_out: set[str] = set()
+    for source in sources.preferences:
+        read = read_sources([source], reader.read, reports, "ratings", seed, fit=fit)
+        drop_rows(read.test, "marked as test")
+        if not sources.test and not read.test:
+            held_out |= {row.key for row in read.train if _is_held_out(row, sources.test_fraction, seed)}
+        rated.train += read.train
+    reader.check()
+    return rated, held_out
+
+
 def _read_prompts(
-    sources: DataSources, pairs: Rows[Pair], reports: list[ReadReport], seed: int, fit: Fit | None
+    sources: DataSources,
+    answered: Sequence[Row[PromptRow]],
+    compared: Sequence[Row[Pair]],
+    reports: list[ReadReport],
+    seed: int,
+    fit: Fit | None,
 ) -> tuple[Rows[PromptRow], set[str]]:
-    """Read the prompts of their own file, or else take those of the pairs.
+    """Read the prompts of their own file, or else take those of the answers.
+
+    Args:
+        answered: the rows that are trained on.
+        compared: the pairs of the test side.
 
     Returns:
         the prompts, those of the test side each once, and the prompts that are held out from a file without a test side.
@@ -164,7 +209,7 @@ def _read_prompts(
     held_out: set[str] = set()
     if not sources.prompts:  # what is left out of these is no loss to report
         derived = ReadReport("the pairs' prompts")
-        prompts.train = [Row({"prompt": row.values["prompt"]}, row.number, derived) for row in pairs.train]
+        prompts.train = [Row({"prompt": row.values["prompt"]}, row.number, derived) for row in answered]
     if sources.test_prompts:
         given = read_sources(sources.test_prompts, to_prompts, reports, "prompts, test", seed, split="test", fit=fit)
         prompts.test = given.train + given.test
@@ -172,7 +217,7 @@ def _read_prompts(
         prompts.test = [row for row in prompts.train if _is_held_out(row, sources.test_fraction, seed)]
         held_out = {row.key for row in prompts.test}
     elif not sources.prompts:
-        prompts.test = [Row({"prompt": row.values["prompt"]}, row.number, row.report) for row in pairs.test]
+        prompts.test = [Row({"prompt": row.values["prompt"]}, row.number, row.report) for row in compared]
     return Rows(prompts.train, _unique(prompts.test)), held_out
 
 

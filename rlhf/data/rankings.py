@@ -250,24 +250,30 @@ def rated_answers(row: Mapping[str, object]) -> list[RatedAnswer]:
     Raises:
         BadRow: no rating, or one that is no number.
     """
-    entries: list[tuple[Messages, object, object]]
-    if row.get("messages") is not None:
-        turns = messages(row["messages"], "messages")
-        places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        attributes = row.get("attributes")
-        if not isinstance(attributes, list) or len(attributes) != len(places):
-            raise BadRow("attributes is not one mapping for each of the assistant's messages")
-        entries = [(turns[:i], turns[i]["content"], values) for i, values in zip(places, attributes, strict=True)]
-    else:
-        entries = [(messages(row.get("prompt"), "prompt"), row.get("response"), row.get("attributes", row))]
     rated = []
-    for prompt, content, values in entries:
+    for prompt, content, values in rated_entries(row):
         check_prompt(prompt)
         text = check_answer(content, "the answer")
         if not isinstance(values, dict) or values.get(RATING) is None:
             raise BadRow(f"attributes without {RATING!r}, by which answers are compared")
         rated.append(RatedAnswer(prompt, Answer(text, _finite(values[RATING], RATING))))
     return rated
+
+
+def rated_entries(row: Mapping[str, object]) -> list[tuple[Messages, object, object]]:
+    """Return each answer of a row that is rated by itself: its prompt, what should be its text, and its ratings.
+
+    Raises:
+        BadRow: the row has not as many ratings as answers.
+    """
+    if row.get("messages") is None:
+        return [(messages(row.get("prompt"), "prompt"), row.get("response"), row.get("attributes", row))]
+    turns = messages(row["messages"], "messages")
+    places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    attributes = row.get("attributes")
+    if not isinstance(attributes, list) or len(attributes) != len(places):
+        raise BadRow("attributes is not one mapping for each of the assistant's messages")
+    return [(turns[:i], turns[i]["content"], values) for i, values in zip(places, attributes, strict=True)]
 
 
 def is_rated(row: Mapping[str, object]) -> bool:

@@ -84,6 +84,12 @@ class Demonstration(TypedDict):
     completion: Messages
 
 
+class Rated(Demonstration, Extras):
+    """An answer with its ratings by attribute, in the source's own unit; one that nobody gave is not there."""
+
+    attributes: dict[str, float]
+
+
 def user_turn(text: str) -> Messages:
     """Return a text as a conversation of one turn of the user."""
     return [Message(role="user", content=text)]

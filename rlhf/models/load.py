@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from rlhf.models.open import (
 )
 from rlhf.models.save import check_base
 from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_template, give_plain_template
+
+REWARD_LABEL = "reward"
 
 
 @dataclass
@@ -177,7 +179,11 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
 
 
 def build_reward_model(
-    path: str | Path, config: ModelConfig | None = None, *, pad_token_id: int
+    path: str | Path,
+    config: ModelConfig | None = None,
+    *,
+    pad_token_id: int,
+    labels: Sequence[str] = (REWARD_LABEL,),
 ) -> PreTrainedModel | PeftModel:
     """Build a model with a scalar head on the weights of an SFT checkpoint or adapter.
 
@@ -190,14 +196,16 @@ def build_reward_model(
         path: a checkpoint, or an adapter's folder.
         config: dtype, LoRA and quantisation; None is a full model in float32.
         pad_token_id: that of its tokenizer; the score is read at the last token that is not padding.
+        labels: what the head gives a number for; several are made into one score before the model is saved
+            (`rlhf.models.heads`).
     """
     config = model_settings({}) if config is None else config
     source = find_source(path)
     quantization = get_quantization_config(config)
-    arguments = {**_loading_arguments(config, quantization, source), "num_labels": 1}
+    arguments = {**_loading_arguments(config, quantization, source), "num_labels": len(labels)}
     model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
     source.check()
-    _start_head(model, pad_token_id)
+    _start_head(model, pad_token_id, labels)
     if quantization is not None:
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
@@ -224,14 +232,15 @@ def build_reward_model(
     return model
 
 
-def _start_head(model: PreTrainedModel, pad_token_id: int) -> None:
-    """Draw a new scalar head from N(0, 1/(d+1)), and write into the configuration what a reward model's says."""
+def _start_head(model: PreTrainedModel, pad_token_id: int, labels: Sequence[str] = (REWARD_LABEL,)) -> None:
+    """Draw a new head from N(0, 1/(d+1)), and write into the configuration what a reward model's says."""
     head = score_head(model)
     if head is not None:
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     model.config.problem_type = "regression"
     model.config.get_text_config().pad_token_id = pad_token_id
-    model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: number for number, label in enumerate(labels)}
 
 
 def reward_model_on(policy: PreTrainedModel | PeftModel, *, pad_token_id: int) -> PreTrainedModel | None:

@@ -212,6 +212,17 @@ def last_turn(completion: str | Messages) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def before_last_turn(prompt: Prompt, completion: str | Messages) -> Prompt:
+    """Return the conversation that an answer's last turn ends: the prompt, and the turns that the answer has before it.
+
+    >>> before_last_turn("Hi", "yes")
+    'Hi'
+    """
+    if isinstance(prompt, str) or isinstance(completion, str):
+        return prompt
+    return [*prompt, *completion[:-1]]
+
+
 PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- set names = {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'} -%}"

@@ -17,7 +17,8 @@ from rlhf.errors import UserError
 from rlhf.models.gguf import SUFFIX
 from rlhf.ppo.source_kinds import source_problem
 from rlhf.recipe.document import differences
-from rlhf.recipe.schema import DATA_SOURCES, Recipe, RewardSection
+from rlhf.recipe.objectives import OBJECTIVES
+from rlhf.recipe.schema import DATA_SOURCES, RATING_SCALE, Recipe, RewardSection
 
 FIRST_ROWS = 100  # of a file whose layout is looked at before a run
 
@@ -213,7 +214,28 @@ def _reward_problems(recipe: Recipe) -> Iterator[str]:
             yield f"reward.members: members are compared on one scale and weigh the same; leave ppo.{key} out."
     if reward.expert_weights is not None and reward.experts in (None, "gate"):
         yield "reward.expert_weights: weights are for experts: weights or merged; a gate finds its own."
+    elements = OBJECTIVES[reward.objective].loss.elements
+    of_pairs = ("extra", "meta", "flip_rate", "group_weight")
+    for key in [name for name in of_pairs if getattr(reward, name) and elements != "pairs"]:
+        yield f"reward.{key}: it is for pairs, and {reward.objective} trains on {elements}; leave it out, or take a pair objective."
+    if reward.needs_ratings:
+        yield from _rating_problems(recipe)
     yield from _meta_problems(reward)
+
+
+def _rating_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what ratings of attributes can't do together with other keys."""
+    low, high = recipe.reward.rating_scale or RATING_SCALE
+    if not low < high:
+        yield f"reward.rating_scale: [{low:g}, {high:g}] is no scale; name the lowest rating and then the highest."
+    if not any(recipe.reward.attribute_weights.values()):
+        yield "reward.attributes: all weights are 0, so every score would be; give one another weight."
+    if recipe.reward.experts is not None:
+        yield "reward.experts: experts are trained on pairs, and regression trains on ratings; leave one of them out."
+    if recipe.rounds.count > 1 or recipe.rounds.first == "sampled":
+        yield "rounds: labels of rounds are pairs, and regression trains on ratings; take another objective, or one round."
+    if recipe.data.preferences is None:
+        yield "data.preferences: regression needs answers with ratings of attributes; name a file that has them."
 
 
 def _meta_problems(reward: RewardSection) -> Iterator[str]:

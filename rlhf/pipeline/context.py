@@ -10,7 +10,7 @@ import torch
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.recipe.schema import Recipe
 
-PAIRS, TEST_PAIRS = "pairs.jsonl", "test_pairs.jsonl"
+PAIRS, TEST_PAIRS, RATINGS = "pairs.jsonl", "test_pairs.jsonl", "ratings.jsonl"
 Section = Literal["sft", "vote", "reward", "ppo"]
 
 
@@ -76,6 +76,11 @@ class StageContext:
         """Return the file of the preferences that this round trains on: all labels so far, or those of the data."""
         label = self.find_parent("label")
         return (self.data if label is None else label) / PAIRS
+
+    @property
+    def ratings(self) -> Path:
+        """Return the file of the rated answers, which there is where the objective needs them."""
+        return self.data / RATINGS
 
     @property
     def test_pairs(self) -> Path:

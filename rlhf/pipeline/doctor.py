@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.data.rows import Pair, Prompt, answer, asked
+from rlhf.data.rows import Pair, Prompt, Rated, answer, asked, completion
 from rlhf.errors import TrainingError, UserError
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import Check
@@ -248,10 +248,13 @@ def _prompt_lengths(lengths: Sequence[int], limit: int | None) -> Check:
 
 
 def _texts(examination: Examination) -> list[tuple[Prompt, str]]:
-    """Return a few prompts with answers: those of the pairs, or, where there are none, the policy's."""
+    """Return a few prompts with answers: those of the pairs, or rated ones, or, where there are none, the policy's."""
     pairs: list[Pair] = examination.rows("pairs")[:FEW]
     if pairs:
         return [(asked(row, "chosen"), answer(row, "chosen")) for row in pairs]
+    rated: list[Rated] = examination.rows("ratings")[:FEW]
+    if rated:
+        return [(row["prompt"], completion(row)) for row in rated]
     if examination.completions is None:
         raise UserError("there are neither pairs nor answers of the policy to score.")
     prompts = [row["prompt"] for row in examination.asked[:FEW]]

@@ -29,6 +29,7 @@ from rlhf.pipeline.stages import base_texts, run_data, run_lab
 from rlhf.pipeline.store import Stage
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
 from rlhf.ppo.config import PPOConfig
+from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 from rlhf.reward.certify import LONG
 
@@ -134,6 +135,7 @@ def sizes_from_caps(recipe: Recipe, hub: list[str]) -> Sizes:
     longest = recipe.sft.trl_settings().get("max_length", SFTConfig.max_length)
     rows = {name: cap or 0 for name, cap in caps.items()}
     held_out = max(1, round(data.test_fraction * rows["pairs"]))
+    rows["ratings"] = 2 * rows["pairs"]
     return Sizes(
         rows=rows | {"test_pairs": held_out, "test_prompts": recipe.evaluate.prompts},
         prompts=[prompt],
@@ -206,11 +208,13 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work 
             )
         case "reward":
             reward, pairs = recipe.reward, training_pairs(stage, recipe, rows)
+            trained, answers = training_elements(reward.objective, pairs, sizes)
             return PairWork(
                 stage.folder,
                 "reward",
-                pairs,
-                trained=pairs,
+                rows["ratings"] if reward.needs_ratings else pairs,
+                trained=trained,
+                answers=answers,
                 scored=rows["test_pairs"] or held_out_labels(stage, recipe, rows),
                 models=reward.members,
                 calibrated=min(CALIBRATION_SAMPLES, rows["prompts"]),
@@ -247,6 +251,23 @@ def training_pairs(stage: Stage, recipe: Recipe, rows: dict[str, int]) -> int:
     if rounds.first == "offline":
         return rows["pairs"] + rounds.labels * (number - 1)
     return rounds.labels * number - held_out_labels(stage, recipe, rows)
+
+
+def training_elements(objective: str, pairs: int, sizes: Sizes) -> tuple[int, float]:
+    """Return how many elements a reward model is trained on, and how many answers each has, a mean.
+
+    Args:
+        pairs: of the stage's round; those that are not of the data are labels, each a ranking of two.
+    """
+    rows = sizes.rows
+    match OBJECTIVES[objective].loss.elements:
+        case "ratings":
+            return rows["ratings"], 1.0
+        case "rankings" if sizes.rankings:
+            of_data = min(pairs, rows["pairs"])
+            trained = round(sizes.rankings * of_data / rows["pairs"]) + pairs - of_data
+            return trained, sizes.ranked_answers / sizes.rankings
+    return pairs, 2.0
 
 
 def held_out_labels(stage: Stage, recipe: Recipe, rows: dict[str, int]) -> int:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from transformers import set_seed
-from trl import ModelConfig, RewardConfig
+from trl import ModelConfig
 
-from rlhf.data.read import ReadReport, read_rows
-from rlhf.data.rows import SIDES, Pair, Prompt, answer, asked
+from rlhf.data.rows import SIDES, Pair, Prompt, Rated, answer, asked, completion
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
@@ -22,36 +20,18 @@ from rlhf.models.load import encoder_type, load_policy, load_tokenizer
 from rlhf.models.score import Scorer
 from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.context import StageContext
-from rlhf.pipeline.ends import refuse_unreadable_turns
-from rlhf.pipeline.sampling import SAMPLES, sampling_settings
-from rlhf.pipeline.store import CHECKPOINTS, MANIFEST, MARK, METRICS, is_whole, mark_checkpoint, read_record
-from rlhf.pipeline.trainers import StageContrastiveRewardTrainer, StageMetaRewardTrainer, StagePairRewardTrainer
-from rlhf.pipeline.training import (
-    check_nothing_lost,
-    checks_of,
-    evaluation_rows,
-    save_trained,
-    split_settings,
-    train,
-    training_arguments,
-)
+from rlhf.pipeline.fit import fit_reward_model, trained_on, training_rows
+from rlhf.pipeline.sampling import sampling_settings
+from rlhf.pipeline.store import CHECKPOINTS, MARK, METRICS, is_whole, mark_checkpoint
+from rlhf.pipeline.training import checks_of, save_trained, split_settings
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
-from rlhf.pipeline.vote import STRENGTH
-from rlhf.recipe.objectives import OBJECTIVES, resolve
-from rlhf.reward.denoise import DenoiseConfig, Denoised, attach_strength, denoised
 from rlhf.reward.ensemble import RewardEnsemble, member_name
 from rlhf.reward.experts import EXPERTS, fit_gate, merge_experts, open_experts, save_experts
 from rlhf.reward.load import calibrate_reward_model
-from rlhf.reward.meta import group_samples
-from rlhf.reward.model import position_limit
-from rlhf.reward.noise import NoiseEstimate
-from rlhf.reward.trainer import training_columns
-from rlhf.reward.weights import prompt_balanced
 from rlhf.statistics import win_rate
 
 CALIBRATION_SAMPLES = 256
 SEEDS_APART = 1000  # between the members of an ensemble
-StageTrainer = StagePairRewardTrainer | StageContrastiveRewardTrainer | StageMetaRewardTrainer
 
 
 class Samples(NamedTuple):
@@ -71,9 +51,9 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     recipe, out = context.recipe, context.folder / "model"
     model_config, _ = split_settings(context.trl_settings("reward"))
 
-    # 1. The pairs, corrected by the vote where there is one; then one model, one expert for each source of pairs, or members of
-    #    an ensemble, which differ in head, order and dropout.
-    rows, flipped = training_pairs(context)
+    # 1. The pairs, corrected by the vote where there is one, or rated answers; then one model, one expert for each source of
+    #    pairs, or members of an ensemble, which differ in head, order and dropout.
+    rows, flipped = training_rows(context)
     domains = _domains(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None
     members = [context.folder / member_name(number) for number in range(recipe.reward.members)]
     facts: dict[str, Any]
@@ -85,10 +65,11 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     elif len(members) > 1:
         same = {str(number): rows for number in range(len(members))}
         dropped = max(_fit_each(context, same, members, "member", book))
-        facts = {"dropped_too_long": dropped, "members": len(members), "pairs": len(rows) - dropped}
+        kind = "ratings" if recipe.reward.needs_ratings else "pairs"
+        facts = {"dropped_too_long": dropped, "members": len(members), kind: len(rows) - dropped}
     else:
-        trainer = _fit(context, rows, context.folder, "reward", recipe.seed, book)
-        facts = {"pairs": len(trainer.train_dataset), "dropped_too_long": trainer.dropped_too_long}
+        trainer = fit_reward_model(context, rows, context.folder, "reward", recipe.seed, book)
+        facts = {"dropped_too_long": trainer.dropped_too_long, **trained_on(trainer)}
         save_trained(trainer, out)
         del trainer
     if not context.is_main:
@@ -137,70 +118,6 @@ def _hindsight(context: StageContext, reward: Scorer) -> dict[str, Any] | None:
     return {"round": context.round - 1, "win_rate": rate, "win_rate_ci": interval}
 
 
-def training_pairs(context: StageContext) -> Denoised:
-    """Return the pairs, corrected by the vote where there is one, and how many were flipped."""
-    rows: list[Pair] = read_jsonl(context.pairs)
-    strength, noise = None, None
-    vote = context.find_parent("vote")
-    if vote is not None:
-        strength = attach_strength(rows, read_jsonl(vote / STRENGTH))
-        manifest = read_record(vote / MANIFEST)
-        assert manifest is not None, "a parent is done"
-        noise = NoiseEstimate(**manifest["facts"]["noise"])
-    return denoised(rows, DenoiseConfig(**context.recipe.reward.denoise_config()), strength, noise)
-
-
-def _fit(
-    context: StageContext, rows: Sequence[Pair], folder: Path, label: str, seed: int, book: CheckBook
-) -> StageTrainer:
-    """Train one reward model on some pairs; head, order and dropout follow the seed, and what is checked goes into the book."""
-    recipe, section, sft = context.recipe, context.recipe.reward, context.sft_model
-    rows = prompt_balanced(rows) if section.group_weight == "prompt" else rows
-    model_config, settings = split_settings(context.trl_settings("reward"))
-    settings.setdefault("num_train_epochs", 1)
-    args = training_arguments(RewardConfig, settings, folder, seed)
-    set_seed(seed)
-    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
-    refuse_unreadable_turns(tokenizer, [asked(row, side) for row in rows for side in SIDES], source="reward: pairs")
-    loss = OBJECTIVES[section.objective].loss
-    model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id)
-    check_nothing_lost(context, sft, model, book)
-    if args.max_length is not None:
-        args.max_length = min(args.max_length, position_limit(model, tokenizer))
-    arguments: dict[str, Any] = {
-        "train_dataset": Dataset.from_list(training_columns(rows, loss.columns)),
-        "eval_dataset": evaluation_rows(context.test_pairs, args, recipe.evaluate.prompts),
-        "processing_class": tokenizer,
-        "loss": loss,
-        "flip_rate": section.flip_rate,
-    }
-    trainer: StageTrainer
-    if section.meta:
-        samples, dropped = group_samples(_meta_rows(context))
-        if dropped and context.is_main:
-            left_out = ", ".join(f"{count} with {reason}" for reason, count in dropped.items())
-            context.say(f"{label}: left out of {len(samples) + sum(dropped.values())} meta prompts: {left_out}.")
-        trainer = StageMetaRewardTrainer(
-            model, args, meta_samples=samples, **section.ascent(), **section.contrast(), **arguments
-        )
-    elif section.extra is not None:
-        trainer = StageContrastiveRewardTrainer(model, args, **section.contrast(), **arguments)
-    else:
-        trainer = StagePairRewardTrainer(model, args, **arguments)
-    train(trainer, folder, label=label, say=context.say)
-    book.merge(checks_of(trainer))
-    return trainer
-
-
-def _meta_rows(context: StageContext) -> Sequence[Mapping[str, object]]:
-    """Read answers of the latest policy: sampled by this run, or those of an earlier one that the recipe names."""
-    file = context.recipe.reward.meta_samples
-    if file is not None:
-        return [row for _, row in read_rows(file, ReadReport(file))]
-    rows: list[dict[str, object]] = read_jsonl(context.parent("sample") / SAMPLES)
-    return rows
-
-
 def _domains(rows: Sequence[Pair], weights: Mapping[str, float] | None) -> dict[str, list[Pair]]:
     """Group pairs by their `source`, in alphabetical order.
 
@@ -241,7 +158,7 @@ def _fit_each(
             continue
         folder.mkdir(parents=True, exist_ok=True)
         seed = context.recipe.seed + (SEEDS_APART * number if kind == "member" else 0)
-        trainer = _fit(context, rows, folder, f"{kind} {name}", seed, book)
+        trainer = fit_reward_model(context, rows, folder, f"{kind} {name}", seed, book)
         dropped[number] = trainer.dropped_too_long
         beside = folder / "unfinished"
         if context.is_main:
@@ -308,7 +225,7 @@ def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: 
 
 
 def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Samples:
-    """Sample answers of the SFT policy. An encoder has no policy beside it; there it is the answers of the pairs."""
+    """Sample answers of the SFT policy. An encoder has no policy beside it; there it is the answers that it was trained on."""
     set_seed(context.recipe.seed)
     sft = context.sft_model
     if encoder_type(sft, context.recipe.backbone.revision) is None:
@@ -319,6 +236,11 @@ def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Sa
             policy, tokenizer, prompts, **sampling_settings(context.recipe), label="reward: answers for the scale"
         )
         return Samples(list(zip(prompts, texts, strict=True)), ended)
-    pairs: list[Pair] = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
-    answers: list[tuple[Prompt, str]] = [(asked(row, side), answer(row, side)) for row in pairs for side in SIDES]
+    answers: list[tuple[Prompt, str]]
+    if context.recipe.reward.needs_ratings:
+        rated: list[Rated] = read_jsonl(context.ratings)[:CALIBRATION_SAMPLES]
+        answers = [(row["prompt"], completion(row)) for row in rated]
+    else:
+        pairs: list[Pair] = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
+        answers = [(asked(row, side), answer(row, side)) for row in pairs for side in SIDES]
     return Samples(answers, [True] * len(answers))

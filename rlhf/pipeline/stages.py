@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from rlhf.data.prepare import DataSources, prepare_data
+from rlhf.data.ratings import RatingScale
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.evaluation.policies import evaluate_policies
@@ -97,7 +98,9 @@ def run_data(context: StageContext) -> dict[str, Any]:
             named["test_prompts"] = [Source(str(lab / "data" / "test_prompts.jsonl"))]
         files = {name: lab / "data" / f"{name}.jsonl" for name in DATA_SOURCES}
         named |= {name: [Source(str(file))] for name, file in files.items() if not named[name] and file.is_file()}
-    sources = DataSources(**others, **named)
+    reward = context.recipe.reward
+    ratings = RatingScale(**reward.ratings()) if reward.needs_ratings else None
+    sources = DataSources(**others, **named, ratings=ratings)
     fit = _tool_template(context.recipe, lab, context.find_parent("base"))
     facts = prepare_data(context.folder / "data", sources, seed=context.recipe.seed, fit=fit)
     for sentence in facts.pop("sentences"):

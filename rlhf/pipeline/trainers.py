@@ -18,8 +18,10 @@ from rlhf.models.generate import encode_demonstrations
 from rlhf.models.packing import Packed, unpack
 from rlhf.models.typed import is_typed
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.reward.attributes import AttributeRewardTrainer
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
 from rlhf.reward.meta import MetaRewardTrainer
+from rlhf.reward.rankings import RankingRewardTrainer
 from rlhf.reward.trainer import PairRewardTrainer
 
 FAILED_BATCH = "failed_batch"
@@ -98,6 +100,14 @@ class StageContrastiveRewardTrainer(KeepsBatches, ContrastiveRewardTrainer):
 
 class StageMetaRewardTrainer(KeepsBatches, MetaRewardTrainer):
     """`MetaRewardTrainer` in a stage."""
+
+
+class StageRankingRewardTrainer(KeepsBatches, RankingRewardTrainer):
+    """`RankingRewardTrainer` in a stage."""
+
+
+class StageAttributeRewardTrainer(KeepsBatches, AttributeRewardTrainer):
+    """`AttributeRewardTrainer` in a stage."""
 
 
 class StagePPOTrainer(KeepsBatches, PPOTrainer):

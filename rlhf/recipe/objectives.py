@@ -22,15 +22,21 @@ class Needs:
         vote: preference strength of every pair, and the noise that the votes prove.
         column: a column of the file that every pair must have.
         or_rating_gap: a pair without that column may have `rating_gap` in its place.
+        rankings: K answers to a prompt that were compared; a pair is a ranking of two.
+        ratings: answers with a rating of each of several attributes; no pairs are needed.
     """
 
     vote: bool = False
     column: Column | None = None
     or_rating_gap: bool = False
+    rankings: bool = False
+    ratings: bool = False
 
     def __str__(self) -> str:
         if self.vote:
             return "a vote"
+        if self.rankings or self.ratings:
+            return "rankings" if self.rankings else "ratings of attributes"
         if self.column is None:
             return "nothing"
         return f"`{self.column}`{' or ratings' if self.or_rating_gap else ''}"
@@ -38,16 +44,19 @@ class Needs:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, the columns that it reads, and the head whose scores it reads.
+    """A loss, what it is of, the columns that it reads, and the head whose scores it reads.
 
     Attributes:
-        function: dotted name of `(chosen [b], rejected [b], *, a keyword for each column [b]) -> [b]`, in nats, unreduced.
-            It also takes `flip_rate` where a recipe sets it.
-        columns: the columns, each with the value that a pair without one has.
+        function: dotted name of the loss, unreduced, with a keyword for each column.
+        elements: what is counted as one. Of pairs, the loss is `(chosen [b], rejected [b], *, columns [b]) -> [b]`, in nats, and
+            takes `flip_rate` where a recipe sets it; of rankings, `(rewards [g, K], beats [g, K, K], *, columns [g]) -> [g]`; of
+            ratings, `(predicted [b, k], ratings [b, k]) -> [b]`, from a head of k attributes.
+        columns: the columns, each with the value that an element without one has.
         head: dotted name of the function that builds a model with that head, called as `build_reward_model` is.
     """
 
     function: str = "rlhf.objectives.pairwise.pair_loss"
+    elements: Literal["pairs", "rankings", "ratings"] = "pairs"
     columns: Mapping[str, float] = field(default_factory=lambda: PAIR_COLUMNS)
     head: str = "rlhf.models.load.build_reward_model"
 
@@ -77,7 +86,7 @@ class Objective:
     loss: Loss = PAIR_LOSS
 
 
-VOTE = Needs(vote=True)
+VOTE, RANKINGS = Needs(vote=True), Needs(rankings=True)
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
@@ -160,6 +169,27 @@ OBJECTIVES: dict[str, Objective] = {
             "the weakest tenth of the pairs left out",
             needs=VOTE,
             apply="rlhf.reward.denoise.drop",
+        ),
+        Objective(
+            "plackett_luce",
+            "the likelihood of each prompt's whole ranking; ties say nothing",
+            "arXiv:2301.11270",
+            needs=RANKINGS,
+            loss=Loss("rlhf.objectives.rankings.plackett_luce", "rankings", {"weight": 1.0}),
+        ),
+        Objective(
+            "kwise",
+            "the likelihood of each prompt's best answer among the K",
+            "arXiv:2301.11270",
+            needs=RANKINGS,
+            loss=Loss("rlhf.objectives.rankings.top_one", "rankings", {"weight": 1.0}),
+        ),
+        Objective(
+            "regression",
+            "each attribute's rating; the score is their weighted sum",
+            "arXiv:2406.08673",
+            needs=Needs(ratings=True),
+            loss=Loss("rlhf.objectives.attributes.attribute_regression", "ratings", {}),
         ),
     )
 }

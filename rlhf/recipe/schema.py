@@ -17,6 +17,9 @@ from pydantic import (
 
 from rlhf.recipe.objectives import OBJECTIVES, ObjectiveName
 
+# The attributes of HelpSteer2 as weights of one score, verbosity being a fault (arXiv:2406.08673, of its Llama-3-70B).
+ATTRIBUTES = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4}
+RATING_SCALE = (0.0, 4.0)  # HelpSteer's
 STAGE_SECTIONS = ("sft", "vote", "reward", "ppo")
 DATA_SOURCES = ("sft", "preferences", "prompts", "test")
 
@@ -199,6 +202,10 @@ class RewardSection(StageSection):
     margin_clip: float | None = Field(None, gt=0)
     group_weight: Literal["prompt"] | None = None  # every prompt counts the same, however many pairs it has
 
+    # Attribute regression: the attributes that are rated with their weights in the score, and the ratings that there may be.
+    attributes: dict[str, float] | None = Field(None, min_length=1)
+    rating_scale: list[float] | None = Field(None, min_length=2, max_length=2)
+
     # A contrastive term beside the loss (`rlhf.reward.contrastive`); the term's own numbers unless set here.
     extra: Literal["simcse", "simcse_diff", "swav", "swav_diff"] | None = None
     extra_weight: float | None = Field(None, ge=0)
@@ -226,6 +233,28 @@ class RewardSection(StageSection):
     def needs_vote(self) -> bool:
         """Tell whether a `vote` stage comes before."""
         return OBJECTIVES[self.objective].needs.vote
+
+    @property
+    def needs_ratings(self) -> bool:
+        """Tell whether answers are read with the ratings of their attributes."""
+        return OBJECTIVES[self.objective].needs.ratings
+
+    @property
+    def attribute_weights(self) -> dict[str, float]:
+        """Return the attributes that are rated, with their weights in the score; HelpSteer2's unless set here."""
+        return dict(self.attributes or ATTRIBUTES)
+
+    def ratings(self) -> dict[str, Any]:
+        """Return what `rlhf.data.ratings.RatingScale` takes."""
+        low, high = self.rating_scale or RATING_SCALE
+        return {"names": tuple(self.attribute_weights), "low": low, "high": high}
+
+    @model_serializer(mode="wrap")
+    def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the values; those of ratings only where ratings are read, so that the keys of other runs stay."""
+        values: dict[str, Any] = handler(self)
+        unused = () if self.needs_ratings else ("attributes", "rating_scale")
+        return {key: value for key, value in values.items() if key not in unused}
 
     def denoise_config(self) -> dict[str, Any]:
         """Return what `rlhf.reward.denoise.DenoiseConfig` takes."""

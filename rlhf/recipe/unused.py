@@ -77,6 +77,7 @@ NEEDS = (
         "reward.meta is not true",
         switch="meta",
     ),
+    Needs("reward", ("attributes", "rating_scale"), _objective_is("regression"), "reward.objective is not regression"),
     Needs("reward", ("expert_weights",), lambda v: v["experts"] is not None, "reward.experts is not set"),
     Needs("ppo", ("kl_horizon",), lambda v: v["kl_target"] is not None, "ppo.kl_target is not set"),
     Needs(

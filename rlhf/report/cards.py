@@ -61,7 +61,7 @@ def _reward_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest],
     adapter = (run / stage / "model" / "adapter_config.json").is_file()
     objective = manifests[stage]["settings"].get("objective", "bt")
     sentences = [
-        f"A scalar reward model trained on {facts['pairs']} preference pairs (objective `{objective}`). Its score is a raw "
+        f"A scalar reward model trained on {_trained_on(facts)} (objective `{objective}`). Its score is a raw "
         "number; only differences between answers to one prompt mean anything.",
         *[sentence for sentence in verdict(summary, []) if sentence.startswith("The reward model orders")],
     ]
@@ -76,6 +76,14 @@ def _reward_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest],
         facts=reward_facts(facts),
         use=USE_REWARD.format(start=start_name(summary), **facts) + ("" if adapter else USE_PLAIN_REWARD),
     )
+
+
+def _trained_on(facts: Mapping[str, object]) -> str:
+    """Say what a reward model was trained on: pairs, which may be rankings, or rated answers."""
+    if "ratings" in facts:
+        return f"the ratings of {facts['ratings']} answers"
+    rankings = f" of {facts['rankings']} rankings" if "rankings" in facts else ""
+    return f"{facts['pairs']} preference pairs{rankings}"
 
 
 def _policy_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest], folder: str) -> Path:

@@ -1,11 +1,14 @@
 """`PairCollator`: rows of pairs as a batch, each answer by itself or packed behind the prompt that it shares."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from rlhf._trl import DataCollatorForPreference
+from rlhf.models.batching import pad_batch
 from rlhf.models.packing import pack
 from rlhf.recipe.objectives import PAIR_COLUMNS
 
@@ -29,20 +32,28 @@ class PairCollator(DataCollatorForPreference):
         """
         if self.shared:
             groups, pairs = _answers(examples)
-            packed = pack(
-                groups,
-                pad_token_id=self.pad_token_id,
-                pad_to_multiple_of=self.pad_to_multiple_of,
-                long_row=self.long_row,
-            )
-            batch = {**vars(packed), "pairs": torch.tensor(pairs)}
+            batch = {**self.answers(groups), "pairs": torch.tensor(pairs)}
         else:
             names = ("chosen_ids", "rejected_ids")
             batch = super().torch_call([{name: row[name] for name in names} for row in examples])
-        for column in self.columns:
-            if column in examples[0]:
-                batch[column] = torch.tensor([row[column] for row in examples], dtype=torch.float)
-        return batch
+        return batch | self.column_values(examples)
+
+    def answers(self, groups: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
+        """Return the answers of groups, one group's after another's: packed, with `shared`; else padded, each in a row."""
+        if self.shared:
+            options = {"pad_token_id": self.pad_token_id, "pad_to_multiple_of": self.pad_to_multiple_of}
+            return dict(vars(pack(groups, **options, long_row=self.long_row)))
+        ids, mask = pad_batch([ids for group in groups for ids in group], pad_token_id=self.pad_token_id)
+        missing = -ids.shape[1] % (self.pad_to_multiple_of or 1)
+        return {
+            "input_ids": pad(ids, (0, missing), value=self.pad_token_id),
+            "attention_mask": pad(mask, (0, missing)),
+        }
+
+    def column_values(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the columns that the loss reads and these rows have, [b] float each."""
+        columns = [name for name in self.columns if name in examples[0]]
+        return {name: torch.tensor([row[name] for row in examples], dtype=torch.float) for name in columns}
 
 
 def _answers(examples: list[dict[str, Any]]) -> tuple[list[list[list[int]]], list[list[int]]]:

@@ -18,7 +18,6 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
-from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
@@ -33,7 +32,7 @@ from rlhf.models.packing import (
     unpack,
 )
 from rlhf.models.templates import end_at_end_token
-from rlhf.models.text import encode_answers, last_turn
+from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
 from rlhf.reward.collator import PairCollator
 
@@ -118,6 +117,8 @@ class PairRewardTrainer(RewardTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    id_columns: tuple[str, ...] = ("chosen_ids", "rejected_ids")  # of a row that is tokenized
+    collator_class = PairCollator
     _tag_names = ["trl", "rlhf", "reward-trainer"]
 
     def __init__(
@@ -132,6 +133,10 @@ class PairRewardTrainer(RewardTrainer):
     ):
         if not 0 <= flip_rate < 0.5:
             raise UserError(f"reward: flip_rate is {flip_rate}; a share of wrong labels lies in [0, 0.5).")
+        if flip_rate and loss.elements != "pairs":
+            raise UserError(
+                f"reward: flip_rate is of pairs' labels, and this loss is of {loss.elements}; leave it out."
+            )
         self.flip_rate = flip_rate
         self.loss, self.loss_function = loss, resolve(loss.function)
         dataset = arguments.get("train_dataset")
@@ -160,7 +165,7 @@ class PairRewardTrainer(RewardTrainer):
             warnings.warn(f"reward: answers don't share their prompt, so training is slower: {reason}.", stacklevel=2)
         self._shares = share_prompts and reason is None
         self._compared = False
-        self.data_collator: PairCollator = PairCollator(
+        self.data_collator: PairCollator = self.collator_class(
             collator.pad_token_id,
             collator.pad_to_multiple_of,
             shared=self._shares,
@@ -178,32 +183,50 @@ class PairRewardTrainer(RewardTrainer):
         end_at_end_token(processing_class)
         columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
         is_stream = not isinstance(dataset, Dataset)
-        if "prompt" in columns and "chosen_ids" not in columns:
+        if "prompt" in columns and self.id_columns[0] not in columns:
             shown = {} if is_stream else {"desc": f"Tokenizing {dataset_name} dataset"}
-            dataset = dataset.map(_tokenize_pairs, batched=True, fn_kwargs={"tokenizer": processing_class}, **shown)
+            dataset = dataset.map(self.tokenize, batched=True, fn_kwargs={"tokenizer": processing_class}, **shown)
         before = None if is_stream else len(dataset)
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        dataset = self.short_enough(dataset, processing_class, args, dataset_name)
         if before is not None:
-            dropped = before - len(dataset)
+            dropped, elements = before - len(dataset), self.loss.elements
             if dataset_name == "train":
                 self.dropped_too_long = dropped
             if dropped == before:
                 raise UserError(
-                    f"reward: all {before} pairs of the {dataset_name} set are longer than max_length={args.max_length} "
+                    f"reward: all {before} {elements} of the {dataset_name} set are longer than max_length={args.max_length} "
                     "tokens; raise max_length."
                 )
             if dropped:
                 warnings.warn(
-                    f"{dropped} of {before} pairs of the {dataset_name} set are longer than max_length={args.max_length} "
+                    f"{dropped} of {before} {elements} of the {dataset_name} set are longer than max_length={args.max_length} "
                     "tokens and were left out.",
                     stacklevel=2,
                 )
         return dataset
 
+    @staticmethod
+    def tokenize(batch: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+        """Return a batch of rows as token ids, under the names of `id_columns`."""
+        rows = {}
+        for side in ("chosen", "rejected"):
+            prompts = map(before_last_turn, batch["prompt"], batch[side])
+            rows[f"{side}_ids"], _ = encode_answers(tokenizer, list(prompts), [last_turn(text) for text in batch[side]])
+        return rows
+
+    def short_enough(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: RewardConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """Return the rows none of whose answers is longer than `max_length`; TRL encodes rows that have no ids yet."""
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: list[str] | None = self._signature_columns or [
-            "chosen_ids",
-            "rejected_ids",
+            *self.id_columns,
             "group",
             *self.loss.columns,
         ]
@@ -212,9 +235,13 @@ class PairRewardTrainer(RewardTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self._grouped or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
-        lengths = [max(len(c), len(r)) for c, r in zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)]
+        lengths = self.lengths(dataset)
         groups = dataset["group"] if "group" in dataset.column_names else None
         return GroupedByLength(lengths, self.args.train_batch_size, seed=self.args.seed, groups=groups)
+
+    def lengths(self, dataset: Dataset) -> list[int]:
+        """Return the tokens of each row's longest answer."""
+        return [max(len(c), len(r)) for c, r in zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         counts = [len(batch["pairs"]) if "pairs" in batch else len(batch["input_ids"]) // 2 for batch in batch_samples]
@@ -234,11 +261,7 @@ class PairRewardTrainer(RewardTrainer):
         rewards_chosen, rewards_rejected = scored.rewards[scored.pairs].unbind(dim=1)
         outputs = {"logits": torch.cat([rewards_chosen, rewards_rejected])}
 
-        columns = {name: column.repeat(scored.views) for name, column in columns.items()}
-        numbers = {"flip_rate": self.flip_rate} if self.flip_rate > 0 else {}
-        losses: Tensor = self.loss_function(rewards_chosen, rewards_rejected, **columns, **numbers)
-        if self.args.center_rewards_coefficient is not None:
-            losses = losses + self.args.center_rewards_coefficient * (rewards_chosen + rewards_rejected) ** 2
+        losses = self.losses(scored, columns, inputs)
         # This batch's share of all pairs. DDP averages gradients over ranks where their sum is meant; evaluation has
         # no count and takes the mean.
         share: Tensor | float = 1.0
@@ -252,6 +275,21 @@ class PairRewardTrainer(RewardTrainer):
             )
         self._record(rewards_chosen.detach(), rewards_rejected.detach(), scored.tokens)
         return (loss, outputs) if return_outputs else loss
+
+    def losses(self, scored: "Scored", columns: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of each of a batch's elements, [views · b] nats, reward centring included.
+
+        Args:
+            columns: [b] those that the loss reads.
+            inputs: what else the collator made of the batch.
+        """
+        rewards_chosen, rewards_rejected = scored.rewards[scored.pairs].unbind(dim=1)
+        columns = {name: column.repeat(scored.views) for name, column in columns.items()}
+        numbers = {"flip_rate": self.flip_rate} if self.flip_rate > 0 else {}
+        losses: Tensor = self.loss_function(rewards_chosen, rewards_rejected, **columns, **numbers)
+        if self.args.center_rewards_coefficient is not None:
+            losses = losses + self.args.center_rewards_coefficient * (rewards_chosen + rewards_rejected) ** 2
+        return losses
 
     def scored(self, model: nn.Module, inputs: dict[str, Tensor]) -> "Scored":
         """Score a batch's answers."""
@@ -313,21 +351,6 @@ class PairRewardTrainer(RewardTrainer):
                 so_far = metrics[name].pop()
                 mean = so_far + (mean - so_far) * len(chosen) / self._evaluated_pairs
             metrics[name].append(mean)
-
-
-def _tokenize_pairs(
-    batch: Mapping[str, Sequence[Prompt]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[list[int]]]:
-    rows = {}
-    for side in ("chosen", "rejected"):
-        answers = [last_turn(text) for text in batch[side]]
-        # Where whole conversations are compared, a side has turns of its own before its last.
-        prompts = [
-            [*prompt, *turns[:-1]] if isinstance(prompt, list) and isinstance(turns, list) else prompt
-            for prompt, turns in zip(batch["prompt"], batch[side], strict=True)
-        ]
-        rows[f"{side}_ids"], _ = encode_answers(tokenizer, prompts, answers)
-    return rows
 
 
 def check_columns(dataset: Dataset, required: Sequence[str] = (), *, columns: Iterable[str] = PAIR_COLUMNS) -> None:

@@ -24,7 +24,8 @@ def test_rows_and_tokens_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     def tokens(text: str) -> int:
         return len(encode(tokenizer, [text], conversational=True)[0])
 
-    assert sizes.rows == {"sft": 3, "pairs": 600, "test_pairs": 0, "prompts": 0, "test_prompts": 0}
+    assert sizes.rows == {"sft": 3, "pairs": 600, "test_pairs": 0, "prompts": 0, "test_prompts": 0, "ratings": 0}
+    assert (sizes.rankings, sizes.ranked_answers) == (600, 1200), "without a group each pair is a ranking of two"
     asked = tokens(prompt_text(tokenizer, prompt))
     assert sizes.prompts == [asked] * 512, "as many as are counted"
     assert sizes.answers == [

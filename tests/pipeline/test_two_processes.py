@@ -125,6 +125,66 @@ def test_two_processes_make_the_step_of_one(
     assert "returned nan for 8 of 8 answers" in (tmp_path / "two-1.error").read_text()
 
 
+ELEMENTS_SCRIPT = """
+import json, os, sys, torch
+import torch.distributed as dist
+from datasets import Dataset
+from trl import RewardConfig
+from rlhf import AttributeRewardTrainer, RankingRewardTrainer
+from rlhf.models.load import build_reward_model, load_tokenizer
+
+torch.set_num_threads(1)
+base, kind, out, batch = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+prompts = [[{"role": "user", "content": f"list {i}"}] for i in range(16)]
+texts = [["yes", "no cat", "plum"][: 2 + i % 2] for i in range(16)]
+weights = {"wit": 1.0, "tact": -0.5}
+rankings = [{"prompt": p, "responses": [{"content": t, "score": (i + k) % 3} for k, t in enumerate(texts[i])]}
+    for i, p in enumerate(prompts)]
+ratings = [{"prompt": p, "completion": [{"role": "assistant", "content": texts[i][0]}],
+    "attributes": {"wit": i % 5, "tact": None if i % 3 else 1.0}} for i, p in enumerate(prompts)]
+args = RewardConfig(out, per_device_train_batch_size=batch, learning_rate=1e-3, num_train_epochs=1, logging_steps=1,
+    use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+    max_grad_norm=1e9)
+tokenizer = load_tokenizer(base, conversational=True)
+torch.manual_seed(0)
+if kind == "ratings":
+    model = build_reward_model(base, pad_token_id=tokenizer.pad_token_id, labels=list(weights))
+    trainer = AttributeRewardTrainer(model, args, weights=weights, train_dataset=Dataset.from_list(ratings),
+        processing_class=tokenizer)
+else:
+    model = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
+    trainer = RankingRewardTrainer(model, args, objective=kind, train_dataset=Dataset.from_list(rankings),
+        processing_class=tokenizer)
+assert trainer.accelerator.num_processes == int(sys.argv[5])
+trainer.train()
+if trainer.accelerator.is_main_process:
+    json.dump(trainer.state.log_history[0], open(out + ".json", "w"))
+if dist.is_initialized():
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", ["plackett_luce", "ratings"])
+def test_rankings_and_ratings_are_counted_over_processes(kind: str, base_folder: Path, tmp_path: Path) -> None:
+    """A ranking, or a rated answer, is one element of the global division, however many answers or ratings it has."""
+    (tmp_path / "s.py").write_text(ELEMENTS_SCRIPT)
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for world, launcher in ((1, [sys.executable]), (2, two)):
+        command = [*launcher, "s.py", str(base_folder), kind, str(world), str(16 // world), str(world)]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=False
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, both = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2))
+    assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
 RECIPE = """
 name: small
 lab: {demonstrations: 300, pairs: 200, test_pairs: 60, hidden_size: 32, num_hidden_layers: 1}

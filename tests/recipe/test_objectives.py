@@ -4,15 +4,18 @@ import inspect
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlhf import OBJECTIVES
 from rlhf.errors import UserError
+from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.plan import plan
 from rlhf.recipe import load_recipe
@@ -33,7 +36,11 @@ def test_every_row_is_whole() -> None:
         assert objective.name == name
         assert objective.summary
         assert not objective.summary.endswith(".")
-        assert not (objective.needs.vote and objective.needs.column), "votes or a column of the file"
+        needs = objective.needs
+        assert [needs.vote, needs.column is not None, needs.rankings, needs.ratings].count(True) <= 1, "one thing"
+        elements = "rankings" if needs.rankings else "ratings" if needs.ratings else "pairs"
+        assert objective.loss.elements == elements
+        assert elements == "pairs" or objective.apply is None, "what is done to pairs is done to pairs"
         assert objective.needs.column is not None or not objective.needs.or_rating_gap
         names = [objective.apply, objective.loss.function, objective.loss.head]
         assert all(callable(resolve(dotted)) for dotted in names if dotted is not None)
@@ -138,6 +145,9 @@ COLUMNS: dict[str, dict[str, list[float | None]]] = {
     "posterior": {"confidence": [*POSTERIOR[:4], None]},
     "weight": {"weight": [*POSTERIOR[:4], None]},
     "drop": {},
+    "plackett_luce": {},
+    "kwise": {},
+    "regression": {},
 }
 
 
@@ -214,12 +224,52 @@ def test_ratings_against_the_label_give_no_weight() -> None:
     assert [row["weight"] for row in denoised(rows, DenoiseConfig("scaled")).rows] == [0.0, 0.0, 1.5]
 
 
+Form = Callable[[Tensor, Tensor], Tensor]
+# HelpSteer2-Preference's three forms, of a difference d and a gap m (arXiv:2410.01257), and one that is easily taken for the third.
+FORMS: dict[str, Form] = {
+    "bt": lambda d, m: -torch.log(torch.sigmoid(d)),
+    "margin": lambda d, m: -torch.log(torch.sigmoid(d - m)),
+    "scaled": lambda d, m: -m * torch.log(torch.sigmoid(d)),
+}
+STRETCHED: Form = lambda d, m: -torch.log(torch.sigmoid(m * d))  # noqa: E731
+
+
+def gradient(losses: Tensor, differences: Tensor) -> list[float]:
+    (slopes,) = torch.autograd.grad(losses.sum(), differences)
+    values: list[float] = slopes.tolist()
+    return values
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_three_forms_of_a_rating_gap(name: str) -> None:
+    """Loss and gradient by autograd of the formula as it is printed, gaps of 1, 2 and 3."""
+    gaps = torch.tensor([1.0, 2.0, 3.0, 3.0])
+    rows = denoised(
+        [{**pair, "rating_gap": m.item()} for pair, m in zip(pairs(), gaps, strict=False)], DenoiseConfig(name)
+    ).rows
+    columns = {c: torch.tensor([row[c] for row in rows]) for c in PAIR_COLUMNS if c in rows[0]}  # type: ignore[literal-required]
+    d = torch.tensor([0.3, -2.0, 1.5, -0.1], requires_grad=True)
+    losses = pair_loss(d, torch.zeros(4), **columns)
+    expected = FORMS[name](d, gaps)
+    assert losses.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert gradient(losses, d) == pytest.approx(gradient(expected, d), abs=1e-6)
+    others = [form for other, form in {**FORMS, "stretched": STRETCHED}.items() if other != name]
+    assert all(losses.tolist() != pytest.approx(other(d, gaps).tolist(), abs=1e-2) for other in others)
+    if name == "scaled":
+        regular = gradient(FORMS["bt"](d, gaps), d)
+        assert gradient(pair_loss(d, torch.zeros(4), **columns), d) == pytest.approx(
+            [m * slope for m, slope in zip(gaps.tolist(), regular, strict=True)]
+        )
+
+
 def test_the_table_is_written_with_its_needs() -> None:
     rows = {line.split("`")[1]: line for line in objectives_table().splitlines()[2:]}
     assert list(rows) == list(OBJECTIVES)
     assert all(("| a vote |" in line) == (name in VOTED) for name, line in rows.items())
     assert "| `margin` or ratings |" in rows["margin"]
     assert "| `confidence` |" in rows["soft"]
+    assert all("| rankings |" in rows[name] for name in ("plackett_luce", "kwise"))
+    assert "| ratings of attributes |" in rows["regression"]
 
 
 @pytest.mark.parametrize(("shape", "is_fine"), [("members: 2", False), ("members: 1, folds: 2", False),

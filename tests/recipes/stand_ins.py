@@ -84,11 +84,25 @@ def signed(i: int) -> list[dict[str, Any]]:
     ]
 
 
+def ranked(i: int) -> list[dict[str, Any]]:
+    """berkeley-nest/Nectar: a transcript and its answers, each with its rank; here three, two of them tied now and then."""
+    texts = [*answers(i), f"{answers(i)[1]} Not {i}"]
+    rows = [
+        {"answer": text, "model": f"m{place}", "rank": rank}
+        for place, (text, rank) in enumerate(zip(texts, (1.0, 2.0, 2.0 + i % 2), strict=True))
+    ]
+    prompt = f"\n\nHuman: {question(i)}\n\nAssistant: "
+    return [
+        {"prompt": prompt, "answers": rows[::-1], "turns": 1, "num_responses": 3, "source": ["x"], "good_natured": True}
+    ]
+
+
 DATA_SETS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "Anthropic/hh-rlhf": transcripts,
     "HuggingFaceH4/ultrafeedback_binarized": binarized,
     "nvidia/HelpSteer2": rated,
     "nvidia/HelpSteer3": signed,
+    "berkeley-nest/Nectar": ranked,
 }
 PROMPTS = 24
 
@@ -232,7 +246,13 @@ def build_model(name: str, folder: Path) -> Path:
 
 ROOT = Path(__file__).parents[2] / "recipes"
 # The recipe of each architecture that the suite runs to its end; `tests/benchmarks/stand_ins.py` runs every one.
-RUN_TO_THE_END = ("models/qwen3-8b-qlora.yaml", "models/gemma-3-1b-lora.yaml", "secrets-of-rlhf.yaml")
+RUN_TO_THE_END = (
+    "models/qwen3-8b-qlora.yaml",
+    "models/gemma-3-1b-lora.yaml",
+    "secrets-of-rlhf.yaml",
+    "nectar_encoder.yaml",
+    "helpsteer2_encoder.yaml",
+)
 
 
 def _recipes() -> dict[str, bool]:

@@ -51,7 +51,8 @@ def test_the_recipes_cover_every_model_data_set_and_tuning() -> None:
         "meta-llama/Llama-3.1-8B-Instruct",
         "google/gemma-3-1b-it",
     }
-    assert {entry.source for recipe in recipes for entry in recipe.data.sources("preferences")} == set(DATA_SETS)
+    named_sources = {entry.source for name in RECIPES for entry in named(name).data.sources("preferences")}
+    assert named_sources == set(DATA_SETS)
 
 
 @pytest.mark.parametrize("name", RECIPES)

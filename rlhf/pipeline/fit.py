@@ -1,0 +1,172 @@
+"""One reward model of a run: the rows that its objective counts, the model, and the trainer that fits it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import set_seed
+from trl import RewardConfig
+
+from rlhf.data.read import ReadReport, read_rows
+from rlhf.data.rows import SIDES, Messages, Pair, asked
+from rlhf.files import read_jsonl
+from rlhf.invariants.checks import CheckBook
+from rlhf.models.load import load_tokenizer
+from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.ends import refuse_unreadable_turns
+from rlhf.pipeline.sampling import SAMPLES
+from rlhf.pipeline.store import MANIFEST, read_record
+from rlhf.pipeline.trainers import (
+    StageAttributeRewardTrainer,
+    StageContrastiveRewardTrainer,
+    StageMetaRewardTrainer,
+    StagePairRewardTrainer,
+    StageRankingRewardTrainer,
+)
+from rlhf.pipeline.training import (
+    check_nothing_lost,
+    checks_of,
+    evaluation_rows,
+    split_settings,
+    train,
+    training_arguments,
+)
+from rlhf.pipeline.vote import STRENGTH
+from rlhf.recipe.objectives import OBJECTIVES, resolve
+from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
+from rlhf.reward.meta import group_samples
+from rlhf.reward.model import position_limit
+from rlhf.reward.noise import NoiseEstimate
+from rlhf.reward.rankings import ranking_rows
+from rlhf.reward.trainer import training_columns
+from rlhf.reward.weights import prompt_balanced
+
+StageTrainer = (
+    StagePairRewardTrainer
+    | StageContrastiveRewardTrainer
+    | StageMetaRewardTrainer
+    | StageRankingRewardTrainer
+    | StageAttributeRewardTrainer
+)
+
+
+class TrainingRows(NamedTuple):
+    """What a reward model is trained on: pairs, or rated answers where the objective needs them; and how many were flipped."""
+
+    rows: list[Any]
+    flipped: int | None = None
+
+
+def training_rows(context: StageContext) -> TrainingRows:
+    """Return the pairs, corrected by the vote where there is one; or the rated answers, where the objective needs them."""
+    if context.recipe.reward.needs_ratings:
+        return TrainingRows(read_jsonl(context.ratings))
+    pairs: list[Pair] = read_jsonl(context.pairs)
+    strength, noise = None, None
+    vote = context.find_parent("vote")
+    if vote is not None:
+        strength = attach_strength(pairs, read_jsonl(vote / STRENGTH))
+        manifest = read_record(vote / MANIFEST)
+        assert manifest is not None, "a parent is done"
+        noise = NoiseEstimate(**manifest["facts"]["noise"])
+    return TrainingRows(*denoised(pairs, DenoiseConfig(**context.recipe.reward.denoise_config()), strength, noise))
+
+
+def fit_reward_model(
+    context: StageContext, rows: Sequence[Any], folder: Path, label: str, seed: int, book: CheckBook
+) -> StageTrainer:
+    """Train one reward model on some rows; head, order and dropout follow the seed, and what is checked goes into the book."""
+    recipe, section, sft = context.recipe, context.recipe.reward, context.sft_model
+    loss = OBJECTIVES[section.objective].loss
+    model_config, settings = split_settings(context.trl_settings("reward"))
+    settings.setdefault("num_train_epochs", 1)
+    args = training_arguments(RewardConfig, settings, folder, seed)
+    set_seed(seed)
+
+    # 1. Tokenizer, model and the rows as the objective counts them.
+    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
+    refuse_unreadable_turns(tokenizer, _conversations(rows), source="reward: pairs")
+    head = {"labels": list(section.attribute_weights)} if section.needs_ratings else {}
+    model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id, **head)
+    check_nothing_lost(context, sft, model, book)
+    if args.max_length is not None:
+        args.max_length = min(args.max_length, position_limit(model, tokenizer))
+
+    # 2. The trainer.
+    arguments: dict[str, Any] = {
+        "train_dataset": Dataset.from_list(_elements(context, rows, label)),
+        "eval_dataset": evaluation_rows(context.test_pairs, args, recipe.evaluate.prompts),
+        "processing_class": tokenizer,
+        "loss": loss,
+    }
+    trainer: StageTrainer
+    if loss.elements == "rankings":
+        trainer = StageRankingRewardTrainer(model, args, **arguments)
+    elif loss.elements == "ratings":
+        trainer = StageAttributeRewardTrainer(model, args, weights=section.attribute_weights, **arguments)
+    elif section.meta:
+        arguments |= {"flip_rate": section.flip_rate, "meta_samples": _meta_samples(context, label)}
+        trainer = StageMetaRewardTrainer(model, args, **section.ascent(), **section.contrast(), **arguments)
+    elif section.extra is not None:
+        arguments |= {"flip_rate": section.flip_rate, **section.contrast()}
+        trainer = StageContrastiveRewardTrainer(model, args, **arguments)
+    else:
+        trainer = StagePairRewardTrainer(model, args, flip_rate=section.flip_rate, **arguments)
+
+    # 3. Training; of several attributes one score is made.
+    train(trainer, folder, label=label, say=context.say)
+    if isinstance(trainer, StageAttributeRewardTrainer):
+        trainer.merge_attributes()
+    book.merge(checks_of(trainer))
+    return trainer
+
+
+def trained_on(trainer: StageTrainer) -> dict[str, int]:
+    """Return how many rows a model was trained on; of rankings, also how many pairs they hold."""
+    dataset, elements = trainer.train_dataset, str(trainer.loss.elements)
+    pairs = {"pairs": sum(map(len, dataset["beats"]))} if elements == "rankings" else {}
+    return {elements: len(dataset), **pairs}
+
+
+def _conversations(rows: Sequence[Any]) -> list[Messages]:
+    """Return the conversations that are answered: one for each side of a pair, or that of a rated answer."""
+    both = [[asked(row, side) for side in SIDES] if "chosen" in row else [row["prompt"]] for row in rows]
+    return [turns for conversations in both for turns in conversations]
+
+
+def _elements(context: StageContext, rows: Sequence[Any], label: str) -> list[Any]:
+    """Return rows as the objective counts them: pairs, rankings or rated answers; say how many answers the rankings have."""
+    section = context.recipe.reward
+    loss = OBJECTIVES[section.objective].loss
+    if loss.elements == "ratings":
+        return [{name: row[name] for name in ("prompt", "completion", "attributes")} for row in rows]
+    if loss.elements == "pairs":
+        return training_columns(prompt_balanced(rows) if section.group_weight == "prompt" else rows, loss.columns)
+    rankings = ranking_rows(rows, objective=section.objective)
+    counts = Counter(len(ranking["responses"]) for ranking in rankings)
+    if context.is_main:
+        sizes = ", ".join(f"{count} of {answers}" for answers, count in sorted(counts.items()))
+        context.say(f"{label}: {len(rows)} pairs make {len(rankings)} rankings, by their answers: {sizes}.")
+        if set(counts) == {2}:
+            context.say(f"{label}: a ranking of two answers is a pair, so this is Bradley-Terry.")
+    return rankings
+
+
+def _meta_samples(context: StageContext, label: str) -> list[Any]:
+    """Return the answers that MetaRM ascends on, by prompt; say which prompts were left out."""
+    samples, dropped = group_samples(_meta_rows(context))
+    if dropped and context.is_main:
+        left_out = ", ".join(f"{count} with {reason}" for reason, count in dropped.items())
+        context.say(f"{label}: left out of {len(samples) + sum(dropped.values())} meta prompts: {left_out}.")
+    return samples
+
+
+def _meta_rows(context: StageContext) -> Sequence[Mapping[str, object]]:
+    """Read answers of the latest policy: sampled by this run, or those of an earlier one that the recipe names."""
+    file = context.recipe.reward.meta_samples
+    if file is not None:
+        return [row for _, row in read_rows(file, ReadReport(file))]
+    rows: list[dict[str, object]] = read_jsonl(context.parent("sample") / SAMPLES)
+    return rows
