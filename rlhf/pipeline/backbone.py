@@ -17,6 +17,7 @@ from rlhf.models.generate import encode_prompts
 from rlhf.models.load import encoder_type, find_source, load_tokenizer
 from rlhf.models.open import open_config
 from rlhf.models.templates import template_problems
+from rlhf.models.text import check_vocabulary
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
 
@@ -45,6 +46,7 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
             until = "reward"
         problems = list(_misfits(name, revision, config, until))
         tokenizer = load_tokenizer(name, conversational=True, revision=revision)
+        check_vocabulary(tokenizer, config, name=name, pads=True)
     except UserError as error:
         raise UserError([f"backbone.model: {problem}" for problem in error.problems]) from error
     if not problems and until not in (*WITHOUT_A_POLICY, "sft"):

@@ -8,15 +8,16 @@ from typing import Any
 
 import yaml
 
+from rlhf.addresses import secret_problem
 from rlhf.data.columns import named_rows
 from rlhf.data.direction import directions, has_two_responses
 from rlhf.data.read import ReadReport, is_local, read_rows
 from rlhf.data.sources import Source
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
-from rlhf.ppo.source_kinds import source_problem
+from rlhf.ppo.source_kinds import is_function_in_a_file, source_problem
 from rlhf.recipe.document import differences
-from rlhf.recipe.schema import DATA_SOURCES, Recipe, RewardSection
+from rlhf.recipe.schema import DATA_SOURCES, Recipe, RewardSection, RoundsSection
 
 FIRST_ROWS = 100  # of a file whose layout is looked at before a run
 
@@ -85,8 +86,19 @@ def check_sources(recipe: Recipe) -> None:
         problem = None if name is None else source_problem(name)
         if problem is not None:
             problems.append(f"{key}: {problem}")
+    problems += _judge_problems(recipe.rounds)
     if problems:
         raise UserError(problems)
+
+
+def _judge_problems(rounds: RoundsSection) -> Iterator[str]:
+    """Yield which secrets of a language model that labels are not there."""
+    if rounds.labels_from != "judge":
+        return
+    if rounds.judge_url is not None and (problem := secret_problem(rounds.judge_url)) is not None:
+        yield f"rounds.judge_url: {problem}"
+    if rounds.judge_key is not None and not os.environ.get(rounds.judge_key):
+        yield f"rounds.judge_key: the environment variable {rounds.judge_key} is empty; put the key there."
 
 
 def _source_problems(recipe: Recipe) -> Iterator[str]:
@@ -123,6 +135,30 @@ def check_directions(source: Source) -> None:
     if source.preference is not None or any(has_two_responses(entry.row) for entry in named):
         named = named_rows([*first, *numbered], source.source, report, columns=source.columns, label=source.label)
         directions((entry.row for entry in named), source.source, source.preference)
+
+
+def check_functions(recipe: Recipe) -> None:
+    """Refuse functions in files that can't be imported, before the stage that calls them.
+
+    Raises:
+        UserError: with the reason for each of them.
+    """
+    problems = list(_function_problems(recipe))
+    if problems:
+        raise UserError(problems)
+
+
+def _function_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why functions in files can't be imported."""
+    named = [("evaluate.gold", recipe.evaluate.gold), *(("ppo.extra_rewards", x) for x in recipe.ppo.extra_rewards)]
+    for key, name in named:
+        if name is not None and is_function_in_a_file(name):
+            from rlhf.data.functions import load_function
+
+            try:
+                load_function(name, key=key)
+            except UserError as error:
+                yield from error.problems
 
 
 def check_local_backbone(recipe: Recipe) -> None:
@@ -162,6 +198,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
         problems += error.problems
     if recipe.reward.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
+    problems += _function_problems(recipe)
     problems += _reward_problems(recipe)
     problems += _trl_problems(recipe)
     if problems:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from rlhf.addresses import hide_secrets
 from rlhf.data.rows import Pair, Prompt, answer, asked
 from rlhf.errors import TrainingError, UserError
 from rlhf.files import read_jsonl
@@ -129,7 +130,7 @@ def examine(recipe: Recipe, *, say: Callable[[str], None]) -> list[Finding]:
         with examination.looking_at("reward model, untrained"):
             _examine_new_reward_model(examination)
         for name in recipe.ppo.extra_rewards:
-            with examination.looking_at(name):
+            with examination.looking_at(hide_secrets(name)):
                 _examine_source(examination, name)
         with examination.looking_at("true reward"):
             _examine_true_reward(examination)

@@ -19,7 +19,7 @@ from rlhf.models.load import computed_dtype, load_scorer, load_tokenizer
 from rlhf.models.open import expand, one_sentence, open_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read_as_saved
-from rlhf.models.text import plain
+from rlhf.models.text import check_vocabulary, plain
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.experts import EXPERTS, open_experts
 from rlhf.reward.model import Network, RewardModel
@@ -171,6 +171,7 @@ def _read(folder: Path, *, conversational: bool, load_in_4bit: bool, device: str
         experts.model = _place(experts.model, device, load_in_4bit=load_in_4bit)
         return experts
     model = _place(load_scorer(folder, load_in_4bit=load_in_4bit), device, load_in_4bit=load_in_4bit)
+    check_vocabulary(tokenizer, model.config, name=str(folder))
     return RewardModel(model, tokenizer, conversational=conversational)
 
 
@@ -266,6 +267,7 @@ def open_reward_model(name: str) -> RewardModel:
     except UserError as error:
         raise UserError(f"{name}: no reward model there ({str(error).removeprefix(f'{name}: ')})") from error
     warnings.warn(f"{name}: no {CARD}, so its scores are not checked against stored ones.", stacklevel=2)
+    check_vocabulary(tokenizer, model.config, name=name)
     reward = RewardModel(_place(model, None, load_in_4bit=False), tokenizer, conversational=True)
     check_scores(reward, FIXED_TEXTS, name=name)
     return reward
