@@ -26,8 +26,10 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
     """Refuse a folder that was made by another recipe, before anything is touched.
 
     Raises:
-        UserError: with every setting that differs; or the folder holds something else altogether, or its recipe is damaged.
+        UserError: with every setting that differs; or the folder holds something else altogether, or its recipe is damaged; or
+            it is none.
     """
+    _check_place(out)
     file = out / "recipe.yaml"
     if not file.is_file():
         is_run = (out / "round-0").is_dir()  # its stages say by their keys whether they are this recipe's
@@ -43,6 +45,18 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
                 *(f"  {change}" for change in changes),
             ]
         )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a place where no folder can be."""
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{out}: can't be a run's folder ({error.strerror}); choose another --out.") from error
+    if not out.is_dir():
+        raise UserError(f"{out}: a file, or a link that leads to no folder; choose another --out.")
 
 
 def recipe_text(recipe: Recipe) -> str:
