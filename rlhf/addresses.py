@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from urllib.parse import unquote
 
 HIDDEN = "***"
-ADDRESS = re.compile(r"""https?://[^\s'"<>\\]+""")
+ADDRESS = re.compile(r"""https?://[^\s'"<>\\]*[^\s'"<>\\,;.)\]]""")  # without what ends a sentence or a list
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 SECRET_NAMES = re.compile(r"pass|pwd|secret|token|key|auth|sig|cred|access", re.IGNORECASE)
 PARTS = re.compile(r"(https?://)(?:([^/?#]*)@)?([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)

@@ -157,11 +157,11 @@ def open_network(
         unused = {key for key in unused if key.startswith(prefix)}
     if unused:
         warnings.warn(f"{name}: {type(model).__name__} has no place for {_names(unused)}; not used.", stacklevel=3)
-    _check_finite(name, {key: value for key, value in model.named_parameters() if key not in missing})
+    check_finite(name, {key: value for key, value in model.named_parameters() if key not in missing})
     return model, missing
 
 
-def _check_finite(name: str | Path, weights: Mapping[str, Tensor]) -> None:
+def check_finite(name: str | Path, weights: Mapping[str, Tensor]) -> None:
     """Refuse weights with values that are no numbers; quantised ones and those without data are not looked at.
 
     A sum that is finite proves it, at a third of the cost of looking at every value.
@@ -197,7 +197,7 @@ def adapter_weights(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; weights in other formats can run code and are not read.")
     with one_sentence(folder):
         weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
-    _check_finite(folder, weights)
+    check_finite(folder, weights)
     return weights
 
 
@@ -210,6 +210,7 @@ def put_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False)
     saved = set(adapter_weights(folder))
     with one_sentence(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # named below
+        warnings.filterwarnings("ignore", message="for .* copying from a non-meta")  # a base without data
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     missing = {key for key in expected - saved if key.rpartition(".")[0]}

@@ -15,7 +15,7 @@ from rlhf.data.read import ReadReport, is_local, read_rows
 from rlhf.data.sources import Source
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
-from rlhf.ppo.source_kinds import is_function_in_a_file, source_problem
+from rlhf.ppo.source_kinds import FOLDER, is_function_in_a_file, kind_of, source_problem
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe, RewardSection, RoundsSection
 
@@ -175,6 +175,22 @@ def _function_problems(recipe: Recipe) -> Iterator[str]:
                 yield from error.problems
 
 
+def _reward_folder_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why reward models in folders can't be opened when PPO begins."""
+    for name in recipe.ppo.extra_rewards:
+        if kind_of(name) is FOLDER:
+            from rlhf.models.look import check_model
+            from rlhf.reward.experts import EXPERTS
+            from rlhf.reward.load import reward_card
+
+            try:
+                reward_card(name)
+                if not (Path(name).expanduser() / EXPERTS).is_file():
+                    check_model(name, scores=True)
+            except UserError as error:
+                yield from (f"ppo.extra_rewards: {problem}" for problem in error.problems)
+
+
 def check_local_backbone(recipe: Recipe) -> None:
     """Refuse a backbone on this machine that could not be used; one on a hub is looked at when a run begins.
 
@@ -213,6 +229,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     if recipe.reward.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
     problems += _function_problems(recipe)
+    problems += _reward_folder_problems(recipe)
     problems += _reward_problems(recipe)
     problems += _trl_problems(recipe)
     if problems:

@@ -193,10 +193,28 @@ def reward_card(path: str | Path) -> Card:
         raise UserError(f"{path}: no {CARD}; this folder holds no reward model of this pipeline.")
     with one_sentence(path):
         card: Card = json.loads(file.read_text(encoding="utf-8"))
-        missing = sorted(Card.__required_keys__ - set(card))
-    if missing:
-        raise UserError(f"{file}: no {', '.join(missing)}; copy the reward model again.")
+    if (problem := _card_problem(card)) is not None:
+        raise UserError(f"{file}: {problem}; copy the reward model again.")
     return card
+
+
+def _card_problem(card: object) -> str | None:
+    """Say what is missing on a card, or of another type than it must be; None where nothing is."""
+    if not isinstance(card, dict):
+        return "no mapping"
+    if missing := sorted(Card.__required_keys__ - set(card)):
+        return f"no {', '.join(missing)}"
+    if not all(_is_number(card[name]) for name in ("mean", "std")):
+        return "mean or std is no finite number"
+    types = {"prompt": str | list, "response": str, "score": int | float}
+    rows = card["probe"] if isinstance(card["probe"], list) else [None]
+    if not all(isinstance(row, dict) and all(isinstance(row.get(x), y) for x, y in types.items()) for row in rows):
+        return "its probe is no list of prompts, responses and scores"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def load_reward_model(

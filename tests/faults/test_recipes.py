@@ -2,7 +2,6 @@
 
 import json
 import threading
-import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -30,7 +29,7 @@ YAML: dict[str, tuple[bytes, str]] = {
     "no UTF-8": (b"name: \xff\xfe\n", "not UTF-8"),
     "a number of 5,000 digits": (LAB.encode() + b"seed: " + b"1" * 5000 + b"\n", "seed"),
     "a hexadecimal number of 500,000 digits": (LAB.encode() + b"seed: 0x" + b"f" * 500_000 + b"\n", "too many digits"),
-    "a key of 500,000 digits": (LAB.encode() + b"0x" + b"f" * 500_000 + b": 1\n", "is not a string"),
+    "a key of 1,000 digits": (LAB.encode() + b"0x" + b"f" * 1000 + b": 1\n", "is not a string"),
     "a number of base 60": (LAB.encode() + b"seed: 1:2:3:4\n", "seed"),
     "NaN in a mapping": (LAB.encode() + b"sft: {lr_scheduler_kwargs: {a: .nan}}\n", "not a finite number"),
     "a name of 300 letters": (b"name: " + b"x" * 300 + b"\nlab: {}\n", "at most 100"),
@@ -152,14 +151,13 @@ def function(folder: Path, body: str, key: str) -> Any:
 
 
 @pytest.mark.fault("functions that fail")
+@pytest.mark.filterwarnings("ignore:coroutine")
 @pytest.mark.parametrize("body", BODIES)
 def test_a_function_without_sense_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     monkeypatch.setattr("rlhf.data.functions.SECONDS_A_CALL", 0.3)
     monkeypatch.setattr("rlhf.data.functions.SECONDS_AN_ANSWER", 0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a coroutine that nobody waits for
-        with pytest.raises(UserError) as error:
-            function(tmp_path, body, "evaluate.gold")(["a", "b"], ["c", "dd"])
+    with pytest.raises(UserError) as error:
+        function(tmp_path, body, "evaluate.gold")(["a", "b"], ["c", "dd"])
     (problem,) = error.value.problems
     assert problem.startswith("evaluate.gold: ")
     assert "mine.py:f" in problem
@@ -225,7 +223,7 @@ class Server(BaseHTTPRequestHandler):
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(http, "FIRST_WAIT", 0.0)
     server = HTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield f"http://me:PASSWORD@127.0.0.1:{server.server_port}/get_reward?key=KEY&model=a"
     server.shutdown()
