@@ -46,7 +46,9 @@ class LanguageModelJudge:
     def __init__(self, url: str, model: str, *, key_variable: str | None = None, budget: int | None = None):
         if (problem := secret_problem(url)) is not None:
             raise UserError(f"rounds.judge_url: {problem}")
-        self.url, self.model, self.budget = spell_out(url).rstrip("/") + "/chat/completions", model, budget
+        place, mark, query = spell_out(url).partition("?")
+        self.url = f"{place.rstrip('/')}/chat/completions{mark}{query}"
+        self.model, self.budget = model, budget
         key = os.environ.get(key_variable) if key_variable else None
         if key_variable and not key:
             raise UserError(f"rounds.judge_key: the environment variable {key_variable} is empty; put the key there.")

@@ -300,19 +300,20 @@ def _examine_scores(examination: Examination, subject: str, reward: RewardModel)
 
 def _examine_source(examination: Examination, name: str) -> None:
     """Open a reward source, check its scores where it is a model, and else ask it once."""
-    with _foreign(name):
+    subject = hide_secrets(name)
+    with _foreign(subject):
         source = RewardSource(name)
     if isinstance(source.function, RewardModel):
         source.function.model.to(examination.context.device)
-        _examine_scores(examination, name, source.function)
+        _examine_scores(examination, subject, source.function)
         return
     completions = examination.completions
     if completions is None:
         raise UserError("there are no answers of the policy to score.")
     rows = examination.asked
-    with _foreign(name):
+    with _foreign(subject):
         scores, _ = source([row["prompt"] for row in rows], completions, other_columns(rows))
-    examination.enter(name, _scores_given(scores.tolist()))
+    examination.enter(subject, _scores_given(scores.tolist()))
 
 
 def _examine_true_reward(examination: Examination) -> None:

@@ -1,6 +1,7 @@
 """Canaries: secrets that a run is given stand in no file that it writes and in no line that it prints, whatever verb."""
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,6 +12,7 @@ import pytest
 
 from rlhf.addresses import hide_secrets, secret_problem, secrets_in, spell_out
 from rlhf.data import http
+from rlhf.data.labelbook import BOOK
 from rlhf.recipe import load_recipe
 from tests.faults.here import Outcome, rlhf
 
@@ -57,7 +59,7 @@ class Server(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPServer]:
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(http, "FIRST_WAIT", 0.0)
@@ -67,7 +69,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     server = HTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    yield server.server_port
+    yield server
     server.shutdown()
     thread.join()
 
@@ -86,14 +88,15 @@ def require_none(place: Path, outcomes: list[Outcome]) -> None:
     assert leaks == []
 
 
+@pytest.mark.slow
 @pytest.mark.fault("passwords in addresses", "secrets in the environment")
 def test_no_canary_is_in_any_file_or_line_of_a_whole_run_with_every_verb(
-    tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, server: HTTPServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
-    host = f"127.0.0.1:{port}"
+    host = f"127.0.0.1:{server.server_port}"
     overrides = [
-        f"ppo.extra_rewards=[http://me:{IN_CLEAR[0]}@{host}/a?key={IN_CLEAR[1]}&model=m, "
+        f"ppo.extra_rewards=['http://me:{IN_CLEAR[0]}@{host}/a?key={IN_CLEAR[1]}&model=m', "
         f"'http://me:${{REWARD_PASSWORD}}@{host}/b?token=${{REWARD_KEY}}']",
         f"rounds.judge_url=http://{IN_CLEAR[2]}@{host}/v1?api_key={IN_CLEAR[3]}",
     ]
@@ -108,7 +111,9 @@ def test_no_canary_is_in_any_file_or_line_of_a_whole_run_with_every_verb(
         return outcome
 
     # 1. A run of two rounds, and what is asked of its recipe.
-    recipe, reward, pairs = "../r.yaml", "x/round-1/reward/model", "x/round-0/data/pairs.jsonl"
+    recipe, reward, pairs = "../r.yaml", "x/round-1/reward/model", "../pairs.jsonl"
+    rows = [{"prompt": f"List {i} fruits.", "chosen": "apple and pear", "rejected": "no"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert "http://me:***@" in call("check", recipe, *overrides, "--show").stdout
     call("plan", recipe, *overrides)
     for stage in ("sft", "vote", "reward", "ppo", "run"):
@@ -137,22 +142,19 @@ def test_no_canary_is_in_any_file_or_line_of_a_whole_run_with_every_verb(
     call("label", "x", "--status")
 
     # 3. What fails: a server that repeats what it was sent, one that is gone, a mistake in an override, a masked recipe.
-    Server.refuses = True
-    for changed, stage in (("seed=1", "ppo"), ("ppo.extra_rewards=[]", "label")):
-        failed = call("run", recipe, *overrides, changed, "--out", f"failed-{stage}", "--until", f"{stage}", code=1)
-        assert "***" in failed.stderr
+    for name, stage in (("refuses", "round-1/ppo"), ("judges", "round-2/label"), ("gone", "round-1/ppo")):
+        shutil.copytree(place / "x", place / name)
+        shutil.rmtree(place / name / stage)
+        (place / name / BOOK).unlink()
+        Server.refuses = name != "gone"
+        if name == "gone":
+            server.shutdown()
+            server.server_close()
+        failed = call("run", recipe, *overrides, "--out", name, "--until", stage, code=1)
+        assert ":***@" in failed.stderr or "//***@" in failed.stderr
     call("verify", f"http://me:{IN_CLEAR[0]}@{host}", "--against", reward, code=2)
-    gone = [override.replace(host, "127.0.0.1:9") for override in overrides]
-    call("run", recipe, *gone, "seed=2", "--out", "gone", "--until", "ppo", code=1)
-    call(
-        "check",
-        recipe,
-        *overrides,
-        "ppo.extra_rewords=1",
-        overrides[0].replace("extra_rewards", "extra_reward"),
-        code=2,
-    )
-    call("run", "x/recipe.yaml", "--out", "again", code=2)
+    call("check", recipe, *overrides, overrides[0].replace("extra_rewards", "extra_reward"), code=2)
+    assert "a secret was left out" in call("run", "x/recipe.yaml", "--out", "again", code=2).stderr
 
     # 4. They were used, and stand nowhere.
     assert {"/a?key=canary%20in%20clear-2&model=m", f"/b?token={VARIABLES['REWARD_KEY']}"} <= Server.paths
