@@ -60,7 +60,7 @@ FAULTS: dict[str, dict[str, str]] = {
     "Attacks by model folders": {
         "code in a folder": "never run, whatever standard input says",
         "weights not whole": "missing tensors, or those of another architecture, are named; nothing starts random",
-        "any folder, any verb": "one sentence, exit 2, nothing created: `run`, `score`, `evaluate`, `export`, `certify`, `serve`",
+        "any folder, any verb": "refused alike by `run`, `score`, `evaluate`, `export`, `certify`, `serve`",
         "weights no numbers": "NaN and infinite weights are named by their tensor",
         "template without end": "stopped after ten seconds, or when it asks for hundreds of megabytes",
         "sandbox and pickles": "a template that leaves jinja's sandbox, pickled weights: refused by name",
@@ -75,7 +75,7 @@ FAULTS: dict[str, dict[str, str]] = {
         "functions that draw": "the run's random numbers are those that would have come",
         "functions that change lists": "they get copies",
         "servers without sense": "what is no number is no reward, and is said with what the server answered",
-        "passwords in addresses": "masked wherever an address is written; named by an environment variable, never written at all",
+        "passwords in addresses": "hidden wherever an address is written, and named by an environment variable",
         "secrets in the environment": "in no file and no line of output",
     },
     "Runs that move and age": {

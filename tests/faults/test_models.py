@@ -32,7 +32,11 @@ VERBS: dict[str, list[str]] = {
     "export": ["export", "model", "out"],
     "certify": ["certify", "model", "--out", "out.json"],
     "serve": ["serve", "model", "--port", "0"],
+    "plan": ["plan", "r.yaml"],
+    "check": ["check", "r.yaml"],
+    "audit": ["audit", "pairs.jsonl", "--model", "model", "--out", "out", "--members", "2"],
 }
+POLICIES = ("run", "export", "plan", "check", "audit")  # the verbs that are given a policy's folder
 LAYER = "model.layers.0.mlp.up_proj.weight"
 MINE = "import pathlib\npathlib.Path('ran').touch()\n"
 Plant = Callable[[Path], object]
@@ -167,7 +171,7 @@ def classifier_folder(base_folder: Path, tokenizer: Any, tmp_path_factory: pytes
 def test_a_hostile_folder_is_refused_by_every_verb(
     base_folder: Path, classifier_folder: Path, place: Path, capsys: pytest.CaptureFixture[str], verb: str, fault: str
 ) -> None:
-    shutil.copytree(base_folder if verb in ("run", "export") else classifier_folder, place / "model")
+    shutil.copytree(base_folder if verb in POLICIES else classifier_folder, place / "model")
     plant, sentence = FAULTS[fault]
     plant(place / "model")
     outcome = call(verb, place, capsys)
@@ -181,7 +185,7 @@ def test_a_healthy_folder_is_not(
     base_folder: Path, classifier_folder: Path, place: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
     """Or else the refusals above would say nothing; a server that would serve fails the test in its own words."""
-    shutil.copytree(base_folder if verb in ("run", "export") else classifier_folder, place / "model")
+    shutil.copytree(base_folder if verb in POLICIES else classifier_folder, place / "model")
     if verb == "serve":
         with pytest.raises(pytest.fail.Exception, match="it serves"):
             call(verb, place, capsys)
@@ -241,7 +245,7 @@ def test_a_hostile_adapter_is_refused_by_every_verb(
     adapters: Path, place: Path, capsys: pytest.CaptureFixture[str], verb: str, fault: str
 ) -> None:
     shutil.copytree(adapters / "base", place / "base")
-    model = shutil.copytree(adapters / ("policy" if verb in ("run", "export") else "reward"), place / "model")
+    model = shutil.copytree(adapters / ("policy" if verb in POLICIES else "reward"), place / "model")
     change(model / "adapter_config.json", base_model_name_or_path=str(place / "base"))
     plant, sentence = ADAPTER_FAULTS[fault]
     plant(model)
@@ -269,7 +273,7 @@ CARD_FAULTS: dict[str, Plant] = {
 
 @pytest.mark.fault("any folder, any verb")
 @pytest.mark.parametrize("fault", CARD_FAULTS)
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "run"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in POLICIES or verb == "export"])
 def test_a_hostile_card_is_refused_by_every_verb(
     reward_folder: Path, place: Path, capsys: pytest.CaptureFixture[str], verb: str, fault: str
 ) -> None:
