@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.models.gguf import gguf_file
 from rlhf.models.load import encoder_type, find_source
-from rlhf.models.open import check_finite, one_sentence, open_network, put_adapter
+from rlhf.models.open import ADAPTER_CONFIG, check_finite, one_sentence, open_network, put_adapter
 
 
 def check_model(name: str | Path, *, scores: bool = False) -> None:
@@ -18,15 +18,19 @@ def check_model(name: str | Path, *, scores: bool = False) -> None:
     looked at when it is loaded.
 
     Args:
-        scores: whether it is loaded as a reward model, as encoders are always.
+        scores: whether a checkpoint is loaded as a reward model, as encoders are always; an adapter says itself what it is.
 
     Raises:
         UserError: as `open_network`, `put_adapter` and `Source.check` say.
     """
     source = find_source(name)
     folder = Path(source.base)
-    if not folder.is_dir() or gguf_file(source.base) is not None or _is_quantised(folder):
+    if not folder.is_dir() or gguf_file(source.base) is not None:
         return
+    if "quantization_config" in _values(folder / "config.json"):
+        return
+    if source.adapter is not None:
+        scores = _values(Path(source.adapter) / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
     scores = scores or encoder_type(source.base) is not None
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     arguments: dict[str, object] = {"device_map": "meta", **({"num_labels": 1} if scores else {})}
@@ -37,10 +41,11 @@ def check_model(name: str | Path, *, scores: bool = False) -> None:
         put_adapter(model, source.adapter)
 
 
-def _is_quantised(folder: Path) -> bool:
-    file = folder / "config.json"
-    with one_sentence(folder):
-        return file.is_file() and "quantization_config" in json.loads(file.read_text(encoding="utf-8"))
+def _values(file: Path) -> dict[str, object]:
+    """Return what a file of JSON holds; nothing where there is none, or no mapping, which whoever loads the model says."""
+    with one_sentence(file.parent):
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _check_values(folder: Path) -> None:

@@ -49,7 +49,7 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
         tokenizer = load_tokenizer(name, conversational=True, revision=revision)
         check_vocabulary(tokenizer, config, name=name, pads=True)
         if not problems:
-            check_model(name)
+            check_model(name, scores=until in WITHOUT_A_POLICY)
     except UserError as error:
         raise UserError([f"backbone.model: {problem}" for problem in error.problems]) from error
     if not problems and until not in (*WITHOUT_A_POLICY, "sft"):

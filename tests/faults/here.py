@@ -25,8 +25,9 @@ class Outcome(NamedTuple):
 
     @property
     def sentences(self) -> list[str]:
-        """The lines of standard error, but for notes."""
-        return [line for line in self.stderr.splitlines() if line.strip() and not line.startswith("Note: ")]
+        """The lines of standard error, but for notes and what readers of data say."""
+        lines = [line for line in self.stderr.splitlines() if line.strip() and not line.startswith("Note: ")]
+        return [line for line in lines if not line.endswith("rows kept.")]
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
