@@ -120,7 +120,7 @@ def storm_over_labels(kills: int, work: Path, rng: random.Random) -> dict[str, A
     run.mkdir()
     (run / "recipe.yaml").write_text("rounds: {annotators_per_pair: 1}\n", encoding="utf-8")
     prompt = [{"role": "user", "content": "Which?"}]
-    questions = [Question(question_id(1, prompt, [f"a{i}", "b"]), 1, prompt, f"a{i}", "b") for i in range(100_000)]
+    questions = [Question(question_id(1, prompt, [f"a{i}", "b"]), 1, prompt, f"a{i}", "b") for i in range(2_000)]
     book = LabelBook(run / BOOK)
     book.ask(questions)
     token, url = annotator_tokens(book.path, ["ann"])["ann"], f"http://127.0.0.1:{PORT}/"
@@ -130,7 +130,12 @@ def storm_over_labels(kills: int, work: Path, rng: random.Random) -> dict[str, A
         process = Process(("label", "labels", "--annotator", "ann", "--port", str(PORT)), work)
         deadline: float | None = None
         while deadline is None or time.monotonic() < deadline:
-            form = {"id": questions[len(answered)].id, "choice": "left", "left_side": "first", "token": token}
+            form = {
+                "id": questions[len(answered) % len(questions)].id,
+                "choice": "left",
+                "left_side": "first",
+                "token": token,
+            }
             try:
                 reply = requests.post(url, data=form, timeout=10, allow_redirects=False)
             except requests.ConnectionError:
