@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1] / "rlhf"
 PACKAGE = {file: ".".join(file.relative_to(ROOT.parent).with_suffix("").parts) for file in ROOT.rglob("*.py")}
 MODULES = {name.removesuffix(".__init__"): file for file, name in PACKAGE.items()}
 GROUND = {
+    "addresses",
+    "bounded",
     "errors",
     "files",
     "progress",

@@ -60,6 +60,7 @@ def test_libraries_are_silenced_before_any_is_imported(monkeypatch: pytest.Monke
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info", "what a person has set stays"
 
 
+@pytest.mark.fault("functions that end the process")
 @pytest.mark.parametrize(
     ("ending", "code", "name"),
     [

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from importlib import metadata
 from typing import Annotated, TextIO
@@ -135,8 +136,9 @@ def _exit_code() -> int:
         return code if isinstance(code, int) and code else 1
     except Exception as error:
         usage = getattr(error, "exit_code", None)
-        if usage is None:
-            raise
+        if usage is None:  # a fault of this package keeps its traceback
+            say_aside(traceback.format_exc().rstrip())
+            return 1
         getattr(error, "show", lambda: None)()
         return int(usage)
     return 0

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from rlhf.addresses import hide_secrets
 from rlhf.data.sources import Source
 from rlhf.recipe import load_source
 
@@ -49,10 +50,10 @@ def source_of(text: str, columns: str | None) -> Source:
 
 
 def say(line: str) -> None:
-    """Print a line to standard output as it is, however wide the terminal."""
-    output.print(line, markup=False, soft_wrap=True)
+    """Print a line to standard output, without secrets of addresses, otherwise as it is, however wide the terminal."""
+    output.print(hide_secrets(line), markup=False, soft_wrap=True)
 
 
 def say_aside(line: str, *, style: str | None = None) -> None:
-    """Print a line to standard error as it is."""
-    errors.print(line, style=style, markup=False, soft_wrap=True)
+    """Print a line to standard error, without secrets of addresses, otherwise as it is."""
+    errors.print(hide_secrets(line), style=style, markup=False, soft_wrap=True)

@@ -1,25 +1,29 @@
 """Functions of a person's own that score answers as texts, each named `FILE.py:function`."""
 
 import importlib.util
-import math
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 
+from rlhf.bounded import TimeIsUp, at_most
 from rlhf.errors import UserError
 
+LARGEST = 1e15  # of a value: means and squares of such values are still numbers in float32
+# Seconds that a file has to be imported, and a function has for one call and for each answer of it.
+SECONDS_TO_IMPORT, SECONDS_A_CALL, SECONDS_AN_ANSWER = 600.0, 600.0, 10.0
 TextFunction = Callable[[list[str], list[str]], list[float]]
 
 
 @contextmanager
-def foreign_code(key: str, reference: str) -> Iterator[None]:
-    """Run code that is not ours: it can't end the run without a word, nor move its random numbers.
+def foreign_code(key: str, reference: str, *, seconds: float) -> Iterator[None]:
+    """Run code that is not ours: it can't end the run without a word, keep it for ever, or move its random numbers.
 
     The states of Python's, numpy's and torch's generators are put back afterwards, so that a function that draws or
     seeds changes nothing but its own values. The command line turns a real Ctrl-C into an exception of its own; where
@@ -28,14 +32,20 @@ def foreign_code(key: str, reference: str) -> Iterator[None]:
     Args:
         key: the recipe's key that names the code, for messages.
         reference: the code, "FILE.py:function".
+        seconds: that it may take.
 
     Raises:
-        UserError: it raised SystemExit or KeyboardInterrupt.
+        UserError: it raised SystemExit or KeyboardInterrupt, or took longer.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
-        yield
+        with at_most(seconds):
+            yield
+    except TimeIsUp:
+        raise UserError(
+            f"{key}: {reference} was not done after {seconds:.0f} s; make it faster, or let it give up by itself."
+        ) from None
     except (SystemExit, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             raise
@@ -74,17 +84,48 @@ def load_function(reference: str, *, key: str) -> TextFunction:
 
     def checked(prompts: list[str], completions: list[str]) -> list[float]:
         try:
-            with foreign_code(key, reference):
-                values = [float(value) for value in function(list(prompts), list(completions))]
+            with foreign_code(key, reference, seconds=SECONDS_A_CALL + SECONDS_AN_ANSWER * len(prompts)):
+                returned = function(list(prompts), list(completions))
+                values = _as_numbers(returned)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{key}: {reference} failed: {type(error).__name__}: {error}") from error
-        if len(values) != len(prompts) or not all(math.isfinite(value) for value in values):
-            raise UserError(f"{key}: {reference} must return one finite number for each of {len(prompts)} answers.")
+        if values is None or len(values) != len(prompts) or not all(abs(value) <= LARGEST for value in values):
+            raise UserError(
+                f"{key}: {reference} must return one finite number for each of {len(prompts)} answers, none beyond "
+                f"{LARGEST:g}; it returned {_described(returned, values)}."
+            )
         return values
 
     return checked
+
+
+def _as_numbers(returned: Any) -> list[float] | None:
+    """Return what a function returned as numbers; None where it is no row of them.
+
+    Tensors of any device and arrays are rows, and so is whatever gives its values one by one; texts, sets and mappings
+    are none, nor is a text a number.
+
+    Raises:
+        Exception: whatever a value that is no number raises.
+    """
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        return None
+    values = list(values)
+    if any(isinstance(value, str | bytes) for value in values):
+        return None
+    return [float(value) for value in values]
+
+
+def _described(returned: Any, values: list[float] | None) -> str:
+    """Say what a function returned that it should not."""
+    if values is None:
+        kind = type(returned).__name__
+        return "texts" if isinstance(returned, list | tuple) else f"something else ({kind})"
+    unusable = [value for value in values if not abs(value) <= LARGEST]
+    return f"{len(values)} numbers" + (f", of which {unusable[0]} is the first that is unusable" if unusable else "")
 
 
 def _import(path: Path, key: str, reference: str) -> ModuleType:
@@ -94,7 +135,7 @@ def _import(path: Path, key: str, reference: str) -> ModuleType:
         raise UserError(f"{key}: {path}: its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     try:
-        with foreign_code(key, reference):
+        with foreign_code(key, reference, seconds=SECONDS_TO_IMPORT):
             spec.loader.exec_module(module)
     except UserError:
         raise

@@ -9,6 +9,10 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 ATTEMPTS, FIRST_WAIT, LONGEST_WAIT = 5, 0.5, 30.0
 
 
+class NotJson(requests.RequestException):
+    """The server answered with something that is not JSON, or is too deep, or holds a number of too many digits."""
+
+
 class ServerBusy(requests.RequestException):
     """The server answered with a status that may be another one in a moment (429, 5xx).
 
@@ -28,7 +32,7 @@ def post_json(url: str, body: Mapping[str, object], *, timeout: float, headers: 
         timeout: seconds for each try.
 
     Raises:
-        requests.RequestException: no reply after all tries, or the server refuses.
+        requests.RequestException: no reply after all tries, the server refuses, or its reply is not JSON (`NotJson`).
     """
     tries = Retrying(
         retry=retry_if_exception_type((requests.ConnectionError, requests.Timeout, ServerBusy)),
@@ -42,7 +46,10 @@ def post_json(url: str, body: Mapping[str, object], *, timeout: float, headers: 
         if response.status_code >= 500 or response.status_code == 429:
             raise ServerBusy(response)
         response.raise_for_status()
-        return response.json()
+        try:
+            return response.json()
+        except (ValueError, RecursionError) as error:
+            raise NotJson(type(error).__name__, response=response) from error
 
     return tries(post)
 

@@ -1,6 +1,7 @@
 """Questions and verdicts as files: plain rows, and the JSON of Label Studio and Argilla for people who label there."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,8 @@ Format = Literal["plain", "label-studio", "argilla"]
 ExportedRow = Mapping[str, Any]  # foreign JSON: a task of Label Studio, a record of Argilla
 NumberedRow = tuple[int, Any]  # a row as it was read, with its number
 CONTROL = "preference"  # the question's name in what is exported for Label Studio and Argilla
+LONGEST_NAME = 200  # characters of an annotator's name
+LONGEST_SECONDS = 86_400.0  # a day: nobody looks longer at one pair
 # What people write for no side; `rlhf.data.sides` has the words for the first and the second.
 OTHER_WORDS = {"tie": "tie", "c": "tie", "=": "tie", "equal": "tie", "skip": "skip"}
 
@@ -85,7 +88,7 @@ def read_verdicts(path: str, report: ReadReport | None = None) -> tuple[list[Ver
         UserError: the file is not there or holds no rows.
     """
     report = ReadReport(path) if report is None else report
-    entries = list(_entries(list(read_rows(path, report))))
+    entries = [_readable(entry) for entry in _entries(list(read_rows(path, report)))]
     meaning = _meanings([entry.label for entry in entries if isinstance(entry, Answered)])
     verdicts, refused = [], list[dict[str, Any]]()
     for entry in entries:
@@ -116,7 +119,30 @@ def _entries(rows: Sequence[NumberedRow]) -> Iterator[Entry]:
     else:
         form = _plain
     for number, row in rows:
-        yield from form(number, row)
+        try:
+            yield from list(form(number, row))
+        except (AttributeError, KeyError, TypeError, ValueError):  # foreign JSON: anything may stand anywhere
+            yield Unusable(number, "not as its tool writes it")
+
+
+def _readable(entry: Entry) -> Entry:
+    """Return what an annotator wrote, or why a book can't hold it."""
+    if isinstance(entry, Unusable):
+        return entry
+    if not _is_text(entry.id) or not _is_text(entry.annotator):
+        return Unusable(entry.row, "its id or its annotator is no text")
+    if len(entry.annotator) > LONGEST_NAME:
+        return Unusable(entry.row, f"the annotator's name is longer than {LONGEST_NAME} characters", entry.id)
+    return entry
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a text can be written: JSON may hold halves of characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain(number: int, row: object) -> Iterator[Entry]:
@@ -134,11 +160,9 @@ def is_task(row: object) -> bool:
 
 def is_control_named(task: ExportedRow) -> bool:
     """Return whether a task has a control with our name, so that no other control is asked."""
-    return any(
-        result.get("from_name") == CONTROL
-        for annotation in task["annotations"]
-        for result in annotation.get("result") or []
-    )
+    annotations = [annotation for annotation in task["annotations"] if isinstance(annotation, dict)]
+    results = [annotation["result"] for annotation in annotations if isinstance(annotation.get("result"), list)]
+    return any(isinstance(r, dict) and r.get("from_name") == CONTROL for of_one in results for r in of_one)
 
 
 def task_entries(number: int, task: ExportedRow, *, is_named: bool) -> Iterator[Entry]:
@@ -149,8 +173,9 @@ def task_entries(number: int, task: ExportedRow, *, is_named: bool) -> Iterator[
     """
     question = str(task["data"].get("id", ""))
     for annotation in task["annotations"]:
-        annotator = annotation.get("completed_by", "unnamed")
-        annotator = annotator.get("email", "unnamed") if isinstance(annotator, dict) else str(annotator)
+        annotator = annotation.get("completed_by")
+        annotator = annotator.get("email") if isinstance(annotator, dict) else annotator
+        annotator = "unnamed" if annotator is None else str(annotator)
         if annotation.get("was_cancelled"):
             yield Answered(number, question, "skip", annotator, _seconds(annotation.get("lead_time")))
             continue
@@ -193,7 +218,10 @@ def short_label(row: ExportedRow) -> object:
 def _choices(value: Mapping[str, Any]) -> list[object]:
     """Return what was chosen at a control: one side (pairwise), or choices."""
     chosen = [value["selected"]] if value.get("selected") else []
-    return [*chosen, *(value.get("choices") or [])]
+    choices = value.get("choices") or []
+    if not isinstance(choices, list):
+        raise TypeError(choices)
+    return [*chosen, *choices]
 
 
 def is_record(row: object) -> bool:
@@ -205,7 +233,10 @@ def is_record(row: object) -> bool:
 
 def record_entries(number: int, record: ExportedRow) -> Iterator[Entry]:
     """Yield the responses to a record's question of our name; of a flat record, which says so, those that were submitted."""
-    question = str(record.get("id"))
+    if record.get("id") is None:
+        yield Unusable(number, "no id")
+        return
+    question = str(record["id"])
     if "fields" in record:
         for response in (record["responses"] or {}).get(CONTROL) or []:
             yield Answered(number, question, response.get("value"), str(response.get("user_id", "unnamed")))
@@ -247,7 +278,9 @@ def _is_blank(label: object) -> bool:
 
 
 def _seconds(value: Any) -> float | None:
+    """Return a time that somebody can have taken, or None."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return seconds if math.isfinite(seconds) and 0 <= seconds <= LONGEST_SECONDS else None

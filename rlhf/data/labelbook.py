@@ -10,6 +10,7 @@ from pathlib import Path
 from rlhf.data.labels import Question, Verdict
 
 BOOK = "labels.sqlite"
+SECONDS_TO_WAIT = 10.0  # for another program that writes
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS questions (
     id TEXT PRIMARY KEY, round INTEGER NOT NULL, position INTEGER NOT NULL, row TEXT NOT NULL);
@@ -29,7 +30,7 @@ class LabelBook:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.path, timeout=30)
+        connection = sqlite3.connect(self.path, timeout=SECONDS_TO_WAIT)
         try:
             with connection:
                 yield connection

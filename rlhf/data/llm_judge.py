@@ -5,6 +5,7 @@ import re
 
 import requests
 
+from rlhf.addresses import hide_secrets, secret_problem, secrets_in, spell_out
 from rlhf.data.http import post_json
 from rlhf.data.labels import Question
 from rlhf.data.rows import user_turn
@@ -33,7 +34,7 @@ class LanguageModelJudge:
     """An annotator that asks a model about both orders of the answers; a verdict that turns with the order is a tie.
 
     Args:
-        url: of the API, e.g. http://localhost:8000/v1.
+        url: of the API, e.g. http://localhost:8000/v1; secrets in it may be named by environment variables, `${NAME}`.
         model: its name there, and the annotator's in our files.
         key_variable: environment variable that holds the key; None for servers that want none.
         budget: requests that may be sent in all; two a question.
@@ -43,10 +44,15 @@ class LanguageModelJudge:
     """
 
     def __init__(self, url: str, model: str, *, key_variable: str | None = None, budget: int | None = None):
-        self.url, self.model, self.budget = url.rstrip("/") + "/chat/completions", model, budget
+        if (problem := secret_problem(url)) is not None:
+            raise UserError(f"rounds.judge_url: {problem}")
+        place, mark, query = spell_out(url).partition("?")
+        self.url = f"{place.rstrip('/')}/chat/completions{mark}{query}"
+        self.model, self.budget = model, budget
         key = os.environ.get(key_variable) if key_variable else None
         if key_variable and not key:
             raise UserError(f"rounds.judge_key: the environment variable {key_variable} is empty; put the key there.")
+        self._secrets = [key] if key else []
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.sent = self.unreadable = self.order_decided = 0
 
@@ -78,10 +84,12 @@ class LanguageModelJudge:
             reply = post_json(self.url, body, timeout=TIMEOUT, headers=self._headers)
             text = str(reply["choices"][0]["message"]["content"])
         except (requests.RequestException, KeyError, IndexError, TypeError) as error:
-            raise TrainingError(
+            sentence = (
                 f"The judge at {self.url} gave no answer ({type(error).__name__}: {error}); what it said so far is kept, and "
                 "the same command goes on."
-            ) from error
+            )
+            # The error's own text names the address.
+            raise TrainingError(hide_secrets(sentence, [*secrets_in(self.url), *self._secrets])) from None
         self.sent += 1
         letters = re.findall(r"\[\[([ABC])\]\]", text)
         if not letters:

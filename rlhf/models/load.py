@@ -36,6 +36,7 @@ from rlhf.models.open import (
     put_adapter,
 )
 from rlhf.models.save import check_base
+from rlhf.models.templates import check_template
 from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_template, give_plain_template
 
 REWARD_LABEL = "reward"
@@ -92,6 +93,8 @@ def _base_folder(base: str, config: Path) -> str:
     """Return the folder of an adapter's base, or its hub id as it is."""
     expanded = Path(expand(base))
     if expanded.is_dir():
+        if (expanded / ADAPTER_CONFIG).is_file() and not (expanded / "config.json").is_file():
+            raise UserError(f"{config}: its base model {base} is an adapter itself; merge that into its base first.")
         return str(expanded)
     if not expanded.is_absolute():
         for folder in Path(os.path.abspath(config)).parents:
@@ -117,6 +120,7 @@ def load_tokenizer(
         UserError: as `open_tokenizer`, `check_tokenizer` and `freeze_template` say.
     """
     tokenizer = open_tokenizer(path, revision)
+    check_template(tokenizer, name=str(path))
     adopt_encoder_tokens(tokenizer)
     freeze_template(tokenizer, name=str(path))
     if conversational and tokenizer.eos_token is not None and give_plain_template(tokenizer):

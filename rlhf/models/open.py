@@ -21,6 +21,8 @@ from rlhf.models.gguf import SUFFIX, gguf_file, unreadable
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMED = 4  # tensors that a sentence names before it says how many more there are
+# What configurations call their layers, and how many there are in no model: building them would take for ever.
+LAYERS, MOST_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000
 
 
 @contextmanager
@@ -86,7 +88,19 @@ def open_config(name: str | Path, revision: str | None = None) -> PreTrainedConf
     """
     with one_sentence(name):
         place, arguments = _place(name)
+        _check_layers(name, Path(place) / "config.json")
         return AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False, **arguments)
+
+
+def _check_layers(name: str | Path, file: Path) -> None:
+    """Refuse a local configuration that claims more layers than any model has, before anything is made of it."""
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    sections = [values, *values.values()] if isinstance(values, dict) else []
+    for section in sections:
+        for key in LAYERS:
+            layers = section.get(key) if isinstance(section, dict) else None
+            if isinstance(layers, int) and layers > MOST_LAYERS:
+                raise UserError(f"{name}: its config.json says {key}: {layers}, and no model has so many; correct it.")
 
 
 def open_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -116,13 +130,15 @@ def open_network(
         the network, and the parameters that start random.
 
     Raises:
-        UserError: it can't be read; tensors are missing that are no part of a new head, or have another shape.
+        UserError: it can't be read; tensors are missing that are no part of a new head, have another shape, or hold values
+            that are no numbers.
     """
     before = logging.get_verbosity()
     with one_sentence(name):
         logging.set_verbosity_error()
         try:
             place, of_place = _place(name)
+            _check_layers(name, Path(place) / "config.json")
             formats: dict[str, object] = {**of_place} or {"use_safetensors": True}
             model, report = kind.from_pretrained(
                 place, **{**arguments, **formats, "trust_remote_code": False, "output_loading_info": True}
@@ -141,7 +157,26 @@ def open_network(
         unused = {key for key in unused if key.startswith(prefix)}
     if unused:
         warnings.warn(f"{name}: {type(model).__name__} has no place for {_names(unused)}; not used.", stacklevel=3)
+    check_finite(name, {key: value for key, value in model.named_parameters() if key not in missing})
     return model, missing
+
+
+def check_finite(name: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights with values that are no numbers; quantised ones and those without data are not looked at.
+
+    A sum that is finite proves it, at a third of the cost of looking at every value.
+    """
+    bad = {
+        key
+        for key, values in weights.items()
+        if values.is_floating_point() and not values.is_meta
+        if not values.detach().sum(dtype=torch.float32).isfinite() and not values.isfinite().all()
+    }
+    if bad:
+        raise UserError(
+            f"{name}: {len(bad)} tensors hold values that are not finite numbers, the first is {min(bad)}; train or copy the "
+            "model again."
+        )
 
 
 def _names(keys: set[str]) -> str:
@@ -162,6 +197,7 @@ def adapter_weights(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; weights in other formats can run code and are not read.")
     with one_sentence(folder):
         weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
+    check_finite(folder, weights)
     return weights
 
 
@@ -174,6 +210,7 @@ def put_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False)
     saved = set(adapter_weights(folder))
     with one_sentence(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # named below
+        warnings.filterwarnings("ignore", message="for .* copying from a non-meta")  # a base without data
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     missing = {key for key in expected - saved if key.rpartition(".")[0]}

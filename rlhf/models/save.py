@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.models.open import one_sentence
 
 ADAPTER_BASE = "adapter_base.json"
 # Of a configuration, what does not change a model's outputs.
@@ -89,8 +90,9 @@ def check_base(adapter: str, base: str, revision: str | None = None) -> None:
     file = Path(adapter) / ADAPTER_BASE
     if not file.is_file():
         return
-    trained_on = json.loads(file.read_text(encoding="utf-8"))["sha256"]
-    fingerprint = base_fingerprint(base, revision)
+    with one_sentence(adapter):
+        trained_on = str(json.loads(file.read_text(encoding="utf-8"))["sha256"])
+        fingerprint = base_fingerprint(base, revision)
     if fingerprint != trained_on:
         raise UserError(
             f"{adapter}: this adapter was trained on another base than {base} now is (fingerprint {trained_on[:12]}, "

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from jinja2.exceptions import SecurityError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.bounded import TOO_LARGE, TOO_LONG, try_in_child
 from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
 from rlhf.models.open import open_tokenizer
@@ -23,6 +25,11 @@ CONVERSATIONS: tuple[Messages, ...] = (
     [Message(role="system", content="Be short."), _USER, _ANSWER],
 )
 
+# What a template may take to write one of these, and how much it may write.
+SECONDS_TO_RENDER, BYTES_TO_RENDER, LONGEST_TEXT = 10.0, 512 * 2**20, 10_000_000
+LEAVES_SANDBOX = 1
+_TRIED: set[str] = set()
+
 # A newline after `{% set … %}` is dropped by `trim_blocks` and lets the original begin a line, as it did; `{{ '' }}` keeps
 # `lstrip_blocks` from taking white space away from its end.
 _ENDED_TEMPLATE = (
@@ -31,6 +38,47 @@ _ENDED_TEMPLATE = (
     "{%- elif rlhf_text.rstrip().endswith(eos_token) -%}{{- rlhf_text.rstrip() -}}"
     "{%- else -%}{{- rlhf_text.rstrip('\\n') + eos_token -}}{%- endif -%}"
 )
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    """Refuse a chat template that comes to no end, asks for more memory than any text takes, or tries to leave its sandbox.
+
+    It is tried in a process of its own, once for each template. Turns that it refuses are no fault here.
+
+    Args:
+        name: whose tokenizer it is, for messages.
+
+    Raises:
+        UserError: it does one of the three.
+    """
+    template = json.dumps(tokenizer.chat_template)
+    if tokenizer.chat_template is None or template in _TRIED:
+        return
+
+    def render_all() -> int:
+        for conversation in CONVERSATIONS:
+            for messages, asks in ((conversation, False), (conversation[:-1], True)):
+                try:
+                    text = rendered(tokenizer, messages, asks=asks)
+                except SecurityError:
+                    return LEAVES_SANDBOX
+                except MemoryError:
+                    return TOO_LARGE
+                except Exception:  # a template may raise anything
+                    continue
+                if len(text) > LONGEST_TEXT:
+                    return TOO_LARGE
+        return 0
+
+    outcome = try_in_child(render_all, seconds=SECONDS_TO_RENDER, more_bytes=BYTES_TO_RENDER)
+    reason = {
+        TOO_LONG: f"was not done after {SECONDS_TO_RENDER:.0f} s with a conversation of a few words",
+        TOO_LARGE: "asks for hundreds of megabytes for a conversation of a few words",
+        LEAVES_SANDBOX: "tries to reach what no template needs, outside its sandbox",
+    }.get(outcome)
+    if reason is not None:
+        raise UserError(f"{name}: the chat template {reason}; put a template of your own into chat_template.jinja.")
+    _TRIED.add(template)
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, asks: bool = False) -> str:

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Message, Messages, Prompt, user_turn
 from rlhf.errors import UserError
@@ -283,6 +283,34 @@ def adopt_encoder_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give an encoder's [CLS] and [SEP] the names that other tokenizers have for the tokens that begin and end a text."""
     if tokenizer.eos_token is None and tokenizer.cls_token is not None and tokenizer.sep_token is not None:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, *, name: str, pads: bool = False
+) -> None:
+    """Refuse a tokenizer that writes ids of which the model has no embedding: it belongs to another model.
+
+    A token that was added for another purpose, and that no text needs, may lie outside (Gemma 3's for pictures).
+
+    Args:
+        name: whose tokenizer it is, for messages.
+        pads: whether the padding token must have an embedding too, as in training.
+
+    Raises:
+        UserError: naming the first such tokens.
+    """
+    size = config.get_text_config().vocab_size
+    needed = {tokenizer.bos_token, tokenizer.eos_token, *([tokenizer.pad_token] if pads else [])}
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    outside = {
+        token: x for token, x in tokenizer.get_vocab().items() if x >= size and (token in needed or token not in added)
+    }
+    if outside:
+        first, x = min(outside.items(), key=lambda item: item[1])
+        raise UserError(
+            f"{name}: {len(outside)} tokens of its tokenizer have ids that the model has no embedding for, the first is {first!r} "
+            f"({x}, and there are {size}); take the tokenizer that belongs to these weights, or resize the embeddings."
+        )
 
 
 # What tokens are called that nobody needs, the best first.

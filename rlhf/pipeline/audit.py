@@ -21,8 +21,9 @@ from rlhf.data.tables import local_files
 from rlhf.errors import UserError
 from rlhf.files import digest, file_digest, write_text
 from rlhf.models.load import find_source, load_tokenizer
+from rlhf.models.look import check_model
 from rlhf.models.open import open_config
-from rlhf.models.text import plain
+from rlhf.models.text import check_vocabulary, plain
 from rlhf.models.tools import ToolTemplate
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
 from rlhf.objectives.worth import clean_equivalent
@@ -74,7 +75,7 @@ def audit(
             recipe's `data.compare`.
 
     Raises:
-        UserError: nothing usable in the file; the folder holds something else; an impossible vote.
+        UserError: nothing usable in the file; the model can't be opened; the folder holds something else; an impossible vote.
     """
     quiet_libraries()
     settings, shape = _vote_settings(model, members, recipe)
@@ -98,6 +99,9 @@ def audit(
         say(f"  {ties} ties are kept as they are: nobody calls one of their answers better, so no label can be wrong.")
     if not rows:
         raise UserError(f"{source.source}: all of its pairs are ties, so there is no label to audit.")
+    check_model(model, scores=True)
+    tokenizer = load_tokenizer(model, conversational=True)
+    check_vocabulary(tokenizer, open_config(find_source(model).base), name=model, pads=True)
     values: list[Any] = [row.values for row in rows]
     seed = 0 if recipe is None else recipe.seed
     (out / WORK).mkdir(parents=True, exist_ok=True)

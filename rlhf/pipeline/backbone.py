@@ -15,8 +15,10 @@ from rlhf.data.sources import Source, read_sources, to_prompts
 from rlhf.errors import UserError
 from rlhf.models.generate import encode_prompts
 from rlhf.models.load import encoder_type, find_source, load_tokenizer
+from rlhf.models.look import check_model
 from rlhf.models.open import open_config
 from rlhf.models.templates import template_problems
+from rlhf.models.text import check_vocabulary
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
 
@@ -27,7 +29,7 @@ WITHOUT_A_POLICY = ("data", "vote", "reward")
 def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: bool = False) -> None:
     """Refuse a backbone that could not be used to the end; warn where it can be used, but not as the recipe reads.
 
-    Its configuration and its tokenizer are read, no weights.
+    Its configuration and its tokenizer are read, and of a folder on this machine its weights, of which none are kept.
 
     Args:
         until: the last stage that will run, if it is not the plan's.
@@ -45,6 +47,9 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
             until = "reward"
         problems = list(_misfits(name, revision, config, until))
         tokenizer = load_tokenizer(name, conversational=True, revision=revision)
+        check_vocabulary(tokenizer, config, name=name, pads=True)
+        if not problems:
+            check_model(name, scores=until in WITHOUT_A_POLICY)
     except UserError as error:
         raise UserError([f"backbone.model: {problem}" for problem in error.problems]) from error
     if not problems and until not in (*WITHOUT_A_POLICY, "sft"):

@@ -17,10 +17,11 @@ from rlhf.models.text import plain
 from rlhf.objectives.influence import head_influence, pair_pull, trait_direction
 from rlhf.objectives.selection import head_covariance
 from rlhf.pipeline.context import StageContext
-from rlhf.pipeline.reward import training_pairs
+from rlhf.pipeline.fit import training_rows
 from rlhf.pipeline.store import MANIFEST, read_record
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.recipe import load_recipe
+from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.reward.load import load_reward_model
 from rlhf.statistics import clustered_statistic
 
@@ -52,7 +53,7 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
 
     # 1. The reward model, the pairs as it was trained on them, and what it reads and scores of both sides.
     context = _trained(run)
-    folder, pairs = context.folder, training_pairs(context).rows
+    folder, pairs = context.folder, training_rows(context).rows
     told_of = {side: [told(row, side) for row in pairs] for side in SIDES}
     last_turns = [row["prompt"][-1]["content"] for row in pairs]
     measured = {side: torch.tensor(measure(last_turns, told_of[side]), dtype=torch.float64) for side in SIDES}
@@ -132,7 +133,7 @@ def _trained(run: Path) -> StageContext:
     """Return the last reward stage of a run, as it was when it trained.
 
     Raises:
-        UserError: there is none, or it holds several models.
+        UserError: there is none, it holds several models, or it learnt from something else than pairs.
     """
     stages = sorted(run.glob(f"round-*/reward/{MANIFEST}"), key=lambda file: int(file.parts[-3].removeprefix("round-")))
     if not stages:
@@ -141,6 +142,11 @@ def _trained(run: Path) -> StageContext:
     assert manifest is not None, "its file is there"
     if recipe.reward.members > 1 or recipe.reward.experts is not None:
         raise UserError(f"{run}: its reward is several models, and blame reads the head of one; train with one.")
+    elements = OBJECTIVES[recipe.reward.objective].loss.elements
+    if elements != "pairs":
+        raise UserError(
+            f"{run}: reward.objective is {recipe.reward.objective}, which learns from {elements}; blame reads pairs."
+        )
     parents = {role: run / parent["folder"] for role, parent in manifest["parents"].items()}
     return StageContext(recipe, stages[-1].parent, parents, lambda _: None)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.models.open import expand
@@ -158,7 +159,7 @@ def verify_target(
             f'With "use_activation": false in the request, its scores are {"right" if mended else "still wrong"}.'
         )
     return {
-        "target": target,
+        "target": hide_secrets(target),
         "kind": found_kind,
         "against": against,
         "held": not faults,
@@ -208,4 +209,4 @@ def _notes(certificate: Certificate, tolerance: float, forms: Iterable[Form]) ->
 
 def write_verdict(file: Path, verdict: dict[str, Any]) -> None:
     """Write what was found as JSON."""
-    write_text(file, json.dumps(verdict, indent=1, ensure_ascii=False) + "\n")
+    write_text(file, hide_secrets(json.dumps(verdict, indent=1, ensure_ascii=False)) + "\n")

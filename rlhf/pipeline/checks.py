@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from rlhf.addresses import secret_problem
 from rlhf.data.columns import named_rows
 from rlhf.data.direction import directions, has_two_responses
 from rlhf.data.read import ReadReport, is_local, read_rows
@@ -15,10 +16,10 @@ from rlhf.data.sources import Source
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
 from rlhf.models.gguf import SUFFIX
-from rlhf.ppo.source_kinds import source_problem
+from rlhf.ppo.source_kinds import FOLDER, is_function_in_a_file, kind_of, source_problem
 from rlhf.recipe.document import differences
 from rlhf.recipe.objectives import OBJECTIVES
-from rlhf.recipe.schema import DATA_SOURCES, RATING_SCALE, Recipe, RewardSection
+from rlhf.recipe.schema import DATA_SOURCES, RATING_SCALE, Recipe, RewardSection, RoundsSection
 
 FIRST_ROWS = 100  # of a file whose layout is looked at before a run
 
@@ -27,8 +28,10 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
     """Refuse a folder that was made by another recipe, before anything is touched.
 
     Raises:
-        UserError: with every setting that differs; or the folder holds something else altogether, or its recipe is damaged.
+        UserError: with every setting that differs; or the folder holds something else altogether, or its recipe is damaged; or
+            it is none.
     """
+    _check_place(out)
     file = out / "recipe.yaml"
     if not file.is_file():
         is_run = (out / "round-0").is_dir()  # its stages say by their keys whether they are this recipe's
@@ -44,6 +47,18 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
                 *(f"  {change}" for change in changes),
             ]
         )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a place where no folder can be."""
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{out}: can't be a run's folder ({error.strerror}); choose another --out.") from error
+    if not out.is_dir():
+        raise UserError(f"{out}: a file, or a link that leads to no folder; choose another --out.")
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -87,8 +102,19 @@ def check_sources(recipe: Recipe) -> None:
         problem = None if name is None else source_problem(name)
         if problem is not None:
             problems.append(f"{key}: {problem}")
+    problems += _judge_problems(recipe.rounds)
     if problems:
         raise UserError(problems)
+
+
+def _judge_problems(rounds: RoundsSection) -> Iterator[str]:
+    """Yield which secrets of a language model that labels are not there."""
+    if rounds.labels_from != "judge":
+        return
+    if rounds.judge_url is not None and (problem := secret_problem(rounds.judge_url)) is not None:
+        yield f"rounds.judge_url: {problem}"
+    if rounds.judge_key is not None and not os.environ.get(rounds.judge_key):
+        yield f"rounds.judge_key: the environment variable {rounds.judge_key} is empty; put the key there."
 
 
 def _source_problems(recipe: Recipe) -> Iterator[str]:
@@ -125,6 +151,46 @@ def check_directions(source: Source) -> None:
     if source.preference is not None or any(has_two_responses(entry.row) for entry in named):
         named = named_rows([*first, *numbered], source.source, report, columns=source.columns, label=source.label)
         directions((entry.row for entry in named), source.source, source.preference)
+
+
+def check_functions(recipe: Recipe) -> None:
+    """Refuse functions in files that can't be imported, before the stage that calls them.
+
+    Raises:
+        UserError: with the reason for each of them.
+    """
+    problems = list(_function_problems(recipe))
+    if problems:
+        raise UserError(problems)
+
+
+def _function_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why functions in files can't be imported."""
+    named = [("evaluate.gold", recipe.evaluate.gold), *(("ppo.extra_rewards", x) for x in recipe.ppo.extra_rewards)]
+    for key, name in named:
+        if name is not None and is_function_in_a_file(name):
+            from rlhf.data.functions import load_function
+
+            try:
+                load_function(name, key=key)
+            except UserError as error:
+                yield from error.problems
+
+
+def _reward_folder_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why reward models in folders can't be opened when PPO begins."""
+    for name in recipe.ppo.extra_rewards:
+        if kind_of(name) is FOLDER:
+            from rlhf.models.look import check_model
+            from rlhf.reward.experts import EXPERTS
+            from rlhf.reward.load import reward_card
+
+            try:
+                reward_card(name)
+                if not (Path(name).expanduser() / EXPERTS).is_file():
+                    check_model(name, scores=True)
+            except UserError as error:
+                yield from (f"ppo.extra_rewards: {problem}" for problem in error.problems)
 
 
 def check_local_backbone(recipe: Recipe) -> None:
@@ -164,6 +230,8 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
         problems += error.problems
     if recipe.reward.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
+    problems += _function_problems(recipe)
+    problems += _reward_folder_problems(recipe)
     problems += _reward_problems(recipe)
     problems += _trl_problems(recipe)
     if problems:

@@ -68,7 +68,7 @@ def _imported_names(file: Path, folder: Path) -> Iterator[tuple[str, ...]]:
     """Yield the parts of every dotted name that a file may import; of `from a import b`, b may be a module or not."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     package = file.relative_to(folder).parent.parts
     for node in ast.walk(tree):
@@ -103,7 +103,8 @@ def _model_files(name: str) -> dict[str, Path]:
         if path.suffix in MODEL_SUFFIXES and path.is_file()
     }
     base = _base_of_adapter(folder)
-    return files if base is None or Path(base).expanduser() == folder else files | _model_files(base)
+    is_adapter = base is not None and (Path(base).expanduser() / "adapter_config.json").is_file()  # which no base is
+    return files if base is None or is_adapter else files | _model_files(base)
 
 
 def _base_of_adapter(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from rlhf.addresses import hide_secrets
 from rlhf.data.rows import Pair, Prompt, Rated, answer, asked, completion
 from rlhf.errors import TrainingError, UserError
 from rlhf.files import read_jsonl
@@ -129,7 +130,7 @@ def examine(recipe: Recipe, *, say: Callable[[str], None]) -> list[Finding]:
         with examination.looking_at("reward model, untrained"):
             _examine_new_reward_model(examination)
         for name in recipe.ppo.extra_rewards:
-            with examination.looking_at(name):
+            with examination.looking_at(hide_secrets(name)):
                 _examine_source(examination, name)
         with examination.looking_at("true reward"):
             _examine_true_reward(examination)
@@ -302,19 +303,20 @@ def _examine_scores(examination: Examination, subject: str, reward: RewardModel)
 
 def _examine_source(examination: Examination, name: str) -> None:
     """Open a reward source, check its scores where it is a model, and else ask it once."""
-    with _foreign(name):
+    subject = hide_secrets(name)
+    with _foreign(subject):
         source = RewardSource(name)
     if isinstance(source.function, RewardModel):
         source.function.model.to(examination.context.device)
-        _examine_scores(examination, name, source.function)
+        _examine_scores(examination, subject, source.function)
         return
     completions = examination.completions
     if completions is None:
         raise UserError("there are no answers of the policy to score.")
     rows = examination.asked
-    with _foreign(name):
+    with _foreign(subject):
         scores, _ = source([row["prompt"] for row in rows], completions, other_columns(rows))
-    examination.enter(name, _scores_given(scores.tolist()))
+    examination.enter(subject, _scores_given(scores.tolist()))
 
 
 def _examine_true_reward(examination: Examination) -> None:

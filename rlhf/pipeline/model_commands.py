@@ -12,6 +12,7 @@ from rlhf.files import write_text
 from rlhf.models.load import find_source, load_policy, load_tokenizer, model_settings
 from rlhf.models.merge import merge_adapter
 from rlhf.models.save import save_model
+from rlhf.models.text import check_vocabulary
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.experts import EXPERTS
@@ -38,12 +39,9 @@ def export_model(model: Path, out: Path) -> None:
         raise UserError(f"{out}: not empty; choose a new folder.")
     if not (model / CARD).is_file():
         merged = load_policy(model, model_settings({}))
-        bad = [parameter for parameter, values in merged.named_parameters() if not values.isfinite().all()]
-        if bad:
-            raise UserError(
-                f"{model}: {len(bad)} tensors hold values that are not finite numbers, the first is {bad[0]}."
-            )
-        save_model(merged, load_tokenizer(model, conversational=True), out)
+        tokenizer = load_tokenizer(model, conversational=True)
+        check_vocabulary(tokenizer, merged.config, name=str(model))
+        save_model(merged, tokenizer, out)
         return
     card = reward_card(model)
     if card.get("load_in_4bit"):

@@ -182,16 +182,18 @@ class Store:
         """Lock the folder against a second run.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or nobody can write there.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".lock")
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
                 f"{self.root}: another run is at work in this folder; wait for it, or choose another --out."
             ) from None
+        except OSError as error:
+            raise UserError(f"{self.root}: can't be written to ({error.strerror}); choose another --out.") from error
         return lock
 
 

@@ -1,19 +1,22 @@
 """Rewards from an HTTP server that speaks OpenRLHF's contract: POST {"query": [...], "prompts": [...]} → {"rewards": [...]}."""
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
 
 import requests
 
-from rlhf.data.http import ATTEMPTS, post_json
+from rlhf.addresses import hide_secrets, secret_problem, secrets_in, spell_out
+from rlhf.data.http import ATTEMPTS, NotJson, post_json
 from rlhf.data.rows import Messages, Prompt
-from rlhf.errors import TrainingError
+from rlhf.errors import TrainingError, UserError
 from rlhf.models.text import last_turn, plain
 
 # The environment variable with the token of a server that demands one; `rlhf serve` reads the same.
 TOKEN = "RLHF_SERVE_TOKEN"
 SHOWN = 300  # characters of what a server says
+LARGEST = 3e38  # float32, in which rewards are counted
 
 
 class RemoteReward:
@@ -26,13 +29,20 @@ class RemoteReward:
     environment variable RLHF_SERVE_TOKEN is sent, if there is one.
 
     Args:
-        url: of the endpoint, e.g. http://host:5000/get_reward.
+        url: of the endpoint, e.g. http://host:5000/get_reward; secrets in it are best named by environment variables,
+            http://me:${PASSWORD}@host/get_reward?key=${KEY}, and stand in no message.
         timeout: seconds for each try.
+
+    Raises:
+        UserError: an environment variable that the address names is empty.
     """
 
     def __init__(self, url: str, *, timeout: float = 60.0):
-        self.url, self.timeout = url, timeout
-        self.__name__ = url
+        if (problem := secret_problem(url)) is not None:
+            raise UserError(problem)
+        self.timeout = timeout
+        self._address = spell_out(url)
+        self.url = self.__name__ = hide_secrets(url)
         self.cut = 0
 
     def __call__(
@@ -61,9 +71,12 @@ class RemoteReward:
             "ended": [True] * len(answers) if ended is None else list(ended),
         }
         try:
-            reply = post_json(self.url, body, timeout=self.timeout, headers=_headers())
+            reply = post_json(self._address, body, timeout=self.timeout, headers=_headers())
         except requests.RequestException as error:
-            raise TrainingError(f"The reward server {self.url} {_failure(error)}; nothing was updated.") from error
+            secrets = [*secrets_in(self._address), *filter(None, [os.environ.get(TOKEN)])]
+            failure = hide_secrets(_failure(error), secrets)
+            # The error's own text names the address.
+            raise TrainingError(f"The reward server {self.url} {failure}; nothing was updated.") from None
         rewards = reply.get("rewards", reply.get("scores")) if isinstance(reply, dict) else None
         if not isinstance(rewards, list) or len(rewards) != len(answers):
             raise TrainingError(
@@ -74,7 +87,18 @@ class RemoteReward:
         if isinstance(cut, int) and cut > 0 and not self.cut:
             warnings.warn(f"The reward server {self.url} cut {cut} of {len(answers)} texts: too long.", stacklevel=2)
         self.cut += cut if isinstance(cut, int) else 0
-        return [float("nan") if x is None else float(x) for x in rewards]
+        return [self._number(value) for value in rewards]
+
+    def _number(self, value: object) -> float:
+        """Return a reward; NaN for null, which is a number that JSON has no word for."""
+        if value is None:
+            return math.nan
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+            raise TrainingError(
+                f"The reward server {self.url} returned {repr(value)[:SHOWN]} as a reward, which is no number that can be trained "
+                "on; nothing was updated."
+            )
+        return float(value)
 
 
 def _headers() -> dict[str, str] | None:
@@ -84,9 +108,11 @@ def _headers() -> dict[str, str] | None:
 
 def _failure(error: requests.RequestException) -> str:
     """Say what went wrong with a request, and what to do: the end of a sentence whose subject is the server."""
-    if isinstance(error, requests.JSONDecodeError):
+    if isinstance(error, NotJson):
         return "answered with something that is not JSON; give the address of its /get_reward"
     response = error.response
+    if response is None and not isinstance(error, requests.ConnectionError | requests.Timeout):
+        return f"can't be asked ({type(error).__name__}: {error}); correct its address"
     if response is None:
         return (
             f"did not answer {ATTEMPTS} times ({type(error).__name__}: {error}). Start it, and the same command goes on from the "

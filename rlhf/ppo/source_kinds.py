@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from rlhf.addresses import secret_problem
 from rlhf.errors import UserError
 
 
@@ -48,7 +49,8 @@ def _is_address(source: object) -> bool:
     return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
-def _is_function_in_a_file(source: object) -> bool:
+def is_function_in_a_file(source: object) -> bool:
+    """Tell whether a source is `FILE.py:function`."""
     return isinstance(source, str) and ".py:" in source
 
 
@@ -82,10 +84,12 @@ FOLDER = SourceKind(
     "the folder of a reward model", _is_name, "rlhf.reward.load:load_reward_model", problem=_missing_folder
 )
 KINDS = (
-    SourceKind("the http address of a reward server", _is_address, "rlhf.ppo.remote:RemoteReward"),
+    SourceKind(
+        "the http address of a reward server", _is_address, "rlhf.ppo.remote:RemoteReward", problem=secret_problem
+    ),
     SourceKind(
         "a function in a file, FILE.py:function",
-        _is_function_in_a_file,
+        is_function_in_a_file,
         "rlhf.ppo.file_reward:FileReward",
         problem=_missing_file,
     ),

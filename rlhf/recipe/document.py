@@ -2,16 +2,19 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
 
 MAX_BYTES = 1_000_000
+SHOWN = 200  # characters of a key or an override in a message
+LARGEST_INT = 2**63  # beyond which no number of a recipe can be meant
 VALUES_AS_KEYS = (
     "preference",
 )  # the mapping whose keys are values of a data file: 1 or true there, as they are written
@@ -20,12 +23,25 @@ KeyPath = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: `1e-4` is a number, not a string."""
+    """YAML 1.2 numbers: `1e-4` is a number and not a string, `1:30` a string and not a number of base 60."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0[0-7_]+|0x[0-9a-fA-F_]+)$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|^[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?$"),
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|\.[0-9_]+(?:[eE][-+]?[0-9]+)?"
+        r"|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -61,19 +77,14 @@ def read_document(path: Path) -> Document:
     if len(raw) > MAX_BYTES:
         raise UserError(f"{path}: {len(raw)} bytes is no recipe; the limit is {MAX_BYTES}.")
     try:
-        loader = _Loader(raw.decode("utf-8"))
-        node = loader.get_single_node()
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text.") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: broken YAML: {error.problem}.") from None
-    if not isinstance(node, yaml.MappingNode):
+    document = Document()
+    values = _read_yaml(text, (), lambda line: f"{path}:{line}", document)
+    if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, and this file is not.")
-    document, problems = Document(), list[str]()
-    document.values = _construct(loader, node, (), str(path), document, problems, set())
-    if problems:
-        raise UserError(problems)
+    document.values = values
     return document
 
 
@@ -84,15 +95,12 @@ def read_override(text: str) -> Document:
         UserError: no `=`, or a value that is not YAML.
     """
     name, separator, value = text.partition("=")
-    place = f"override '{text}'"
+    place = f"override '{hide_secrets(text) if len(text) <= SHOWN else text[:SHOWN] + '…'}'"
     if not separator or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
         raise UserError(f"{place}: an override looks like section.key=value.")
     path = tuple(name.split("."))
-    try:
-        parsed = yaml.load(value, _Loader) if value else None
-    except yaml.YAMLError:
-        raise UserError(f"{place}: {value!r} is not a YAML value; quote it.") from None
     document = Document(places={path[: i + 1]: place for i in range(len(path))})
+    parsed = _read_yaml(value, path, lambda _: place, document)
     inner = document.values
     for part in path[:-1]:
         inner = inner.setdefault(part, {})
@@ -112,40 +120,101 @@ def differences(before: Mapping[str, object], now: Mapping[str, object], prefix:
     return changes
 
 
-def _construct(
-    loader: _Loader, node: yaml.Node, path: KeyPath, file: str, document: Document, problems: list[str], seen: set[int]
-) -> Any:
-    """Build the value of a node, and note the place of every key and every mistake below it."""
-    line = node.start_mark.line + 1
-    if id(node) in seen:
-        problems.append(f"{file}:{line}: aliases (*name) are not allowed in a recipe; write the value again.")
-        return None
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = key_node.value if path[-1:] == VALUES_AS_KEYS else loader.construct_object(key_node)
-            key_line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                problems.append(f"{file}:{key_line}: the key {key!r} is not a string; quote it.")
-                continue
-            if key in values:
-                problems.append(
-                    f"{file}:{key_line}: the key {'.'.join((*path, key))!r} stands here a second time; keep one."
-                )
-            document.places[(*path, key)] = f"{file}:{key_line}"
-            values[key] = _construct(loader, value_node, (*path, key), file, document, problems, seen)
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, item, path, file, document, problems, seen) for item in node.value]
+def _read_yaml(text: str, path: KeyPath, place_of: Callable[[int], Place], document: Document) -> Any:
+    """Return the value that a YAML text holds, and note in a document the place of every key in it.
+
+    Args:
+        path: of the value in the document.
+        place_of: line → place.
+
+    Raises:
+        UserError: broken YAML, or with every mistake in it.
+    """
     try:
-        value = loader.construct_object(node)
-    except (yaml.YAMLError, ValueError):
-        problems.append(f"{file}:{line}: cannot read the value of {'.'.join(path)!r}.")
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        problems.append(f"{file}:{line}: {'.'.join(path)!r} is {value}, which is not a finite number.")
+        reader = _Reader(_Loader(text), place_of, document)
+        node = reader.loader.get_single_node()
+        value = None if node is None else reader.construct(node, path)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{place_of(line)}: broken YAML: {error.problem}.") from None
+    except yaml.YAMLError as error:  # a character that YAML does not have
+        raise UserError(f"{place_of(1)}: broken YAML: {str(error).splitlines()[0]}.") from None
+    except RecursionError:
+        raise UserError(f"{place_of(1)}: nested deeper than any recipe is.") from None
+    if reader.problems:
+        raise UserError(reader.problems)
     return value
+
+
+@dataclass
+class _Reader:
+    """Values out of the nodes of one YAML text; every mistake is noted, and the reading goes on."""
+
+    loader: _Loader
+    place_of: Callable[[int], Place]
+    document: Document
+    problems: list[str] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+
+    def construct(self, node: yaml.Node, path: KeyPath) -> Any:
+        """Build the value of a node, and note the place of every key and every mistake below it."""
+        place = self.place_of(node.start_mark.line + 1)
+        if id(node) in self.seen:
+            self.problems.append(f"{place}: aliases (*name) are not allowed in a recipe; write the value again.")
+            return None
+        self.seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            values: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = self._key(key_node, path)
+                if key is None:
+                    continue
+                if key in values:
+                    self.problems.append(
+                        f"{self.place_of(key_node.start_mark.line + 1)}: the key {'.'.join((*path, key))!r} stands here a second "
+                        "time; keep one."
+                    )
+                self.document.places[(*path, key)] = self.place_of(key_node.start_mark.line + 1)
+                values[key] = self.construct(value_node, (*path, key))
+            return values
+        if isinstance(node, yaml.SequenceNode):
+            return [self.construct(item, path) for item in node.value]
+        try:
+            value = self.loader.construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            self.problems.append(f"{place}: cannot read the value of {'.'.join(path)!r}.")
+            return None
+        if (reason := _unusable(value)) is not None:
+            self.problems.append(f"{place}: {'.'.join(path)!r} is {reason}.")
+        return value
+
+    def _key(self, node: yaml.Node, path: KeyPath) -> str | None:
+        """Return the key of a node, or None where it is none, which is noted."""
+        place = self.place_of(node.start_mark.line + 1)
+        try:
+            key = node.value if path[-1:] == VALUES_AS_KEYS else self.loader.construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            shown = str(node.value)[:SHOWN]
+            self.problems.append(f"{place}: the key {shown!r} is merged or has a tag; write plain keys.")
+            return None
+        if not isinstance(key, str):
+            self.problems.append(f"{place}: the key {str(node.value)[:SHOWN]!r} is not a string; quote it.")
+            return None
+        return key
+
+
+def _unusable(value: object) -> str | None:
+    """Say why no key of a recipe can have this value, or return None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}, which is not a finite number"
+    if isinstance(value, int) and abs(value) >= LARGEST_INT:
+        return "a number of too many digits"
+    if isinstance(value, str) and value.startswith("~"):
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            return f"{value[:SHOWN]!r}, and there is no such user on this machine"
+    return None
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

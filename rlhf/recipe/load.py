@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
 from rlhf.recipe.document import Document, differences, read_document, read_override
 from rlhf.recipe.ranges import out_of_range
@@ -72,7 +73,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise UserError(problems)
     changes = differences(start, document.values)
-    recipe._origin.update(file=str(path), base=base, overrides=list(overrides), differences=changes)
+    recipe._origin.update(
+        file=str(path),
+        base=base,
+        overrides=[hide_secrets(override) for override in overrides],
+        differences=[hide_secrets(change) for change in changes],
+    )
     return recipe
 
 

@@ -10,11 +10,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PrivateAttr,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
 
+from rlhf.addresses import hide_secrets
 from rlhf.recipe.objectives import OBJECTIVES, ObjectiveName
 
 # The attributes of HelpSteer2 as weights of one score, verbosity being a fault (arXiv:2406.08673, of its Llama-3-70B).
@@ -135,6 +137,9 @@ class SourceEntry(Section):
         dict[str, Literal["first", "second", "tie"]] | None, BeforeValidator(_with_text_keys), Field(min_length=1)
     ] = None
 
+
+# A name that may be a web address: its secrets are used and never written.
+Address = Annotated[str, PlainSerializer(hide_secrets)]
 
 Sources = str | SourceEntry | list[str | SourceEntry]
 
@@ -273,7 +278,7 @@ class RewardSection(StageSection):
 class PPOSection(StageSection):
     """PPO; rewards beside the run's own reward model: folders of others, http addresses, FILE.py:function as `evaluate.gold`."""
 
-    extra_rewards: list[str] = Field(default_factory=list)
+    extra_rewards: list[Address] = Field(default_factory=list)
 
 
 class EvaluateSection(Section):
@@ -296,7 +301,7 @@ class RoundsSection(Section):
     labels: int = Field(500, ge=1)
     select: Literal["random", "deviation", "information", "diversity"] = "random"
     annotators_per_pair: int = Field(1, ge=1)
-    judge_url: str | None = None
+    judge_url: Address | None = None
     judge_model: str | None = None
     judge_key: str | None = None  # an environment variable's name
     judge_budget: int | None = Field(None, ge=2)
@@ -329,7 +334,7 @@ class RoundsSection(Section):
 class Recipe(Section):
     """A whole pipeline, resolved and checked."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$", max_length=100)
     seed: int = Field(0, ge=0)
     lab: LabSection | None = None
     backbone: BackboneSection = Field(default_factory=BackboneSection)

@@ -21,6 +21,7 @@ from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import load_scorer
+from rlhf.models.open import one_sentence
 from rlhf.models.save import ADAPTER_BASE, check_base
 from rlhf.models.score import score_rows
 from rlhf.reward.model import NO_FEATURES, RewardModel
@@ -194,17 +195,18 @@ def open_experts(
     Raises:
         UserError: an expert's base is not the one it was trained on, or its head is missing.
     """
-    facts = json.loads((folder / EXPERTS).read_text(encoding="utf-8"))
-    folders = [folder / f"expert-{number}" for number in range(len(facts["names"]))]
-    model = load_scorer(folders[0], load_in_4bit=load_in_4bit)
-    base = model.peft_config["default"].base_model_name_or_path
-    for number, adapter in enumerate(folders[1:], start=1):
-        check_base(str(adapter), base, model.peft_config["default"].revision)
-        model.load_adapter(adapter, adapter_name(number))
-    model.eval().requires_grad_(False)
-    weights = None if facts["weights"] is None else torch.tensor(facts["weights"])
-    gate = Gate(**load_file(folder / GATE)) if facts["weights"] is None else None
-    scales = torch.tensor(facts["scales"])
+    with one_sentence(folder):
+        facts = json.loads((folder / EXPERTS).read_text(encoding="utf-8"))
+        folders = [folder / f"expert-{number}" for number in range(len(facts["names"]))]
+        model = load_scorer(folders[0], load_in_4bit=load_in_4bit)
+        base = model.peft_config["default"].base_model_name_or_path
+        for number, adapter in enumerate(folders[1:], start=1):
+            check_base(str(adapter), base, model.peft_config["default"].revision)
+            model.load_adapter(adapter, adapter_name(number))
+        model.eval().requires_grad_(False)
+        weights = None if facts["weights"] is None else torch.tensor(facts["weights"])
+        gate = Gate(**load_file(folder / GATE)) if facts["weights"] is None else None
+        scales = torch.tensor(facts["scales"])
     return ExpertRewards(
         model, tokenizer, names=facts["names"], scales=scales, weights=weights, gate=gate, conversational=conversational
     )

@@ -19,7 +19,7 @@ from rlhf.models.load import computed_dtype, load_scorer, load_tokenizer
 from rlhf.models.open import expand, one_sentence, open_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read_as_saved
-from rlhf.models.text import plain
+from rlhf.models.text import check_vocabulary, plain
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.experts import EXPERTS, open_experts
 from rlhf.reward.model import Network, RewardModel
@@ -171,6 +171,7 @@ def _read(folder: Path, *, conversational: bool, load_in_4bit: bool, device: str
         experts.model = _place(experts.model, device, load_in_4bit=load_in_4bit)
         return experts
     model = _place(load_scorer(folder, load_in_4bit=load_in_4bit), device, load_in_4bit=load_in_4bit)
+    check_vocabulary(tokenizer, model.config, name=str(folder))
     return RewardModel(model, tokenizer, conversational=conversational)
 
 
@@ -192,10 +193,28 @@ def reward_card(path: str | Path) -> Card:
         raise UserError(f"{path}: no {CARD}; this folder holds no reward model of this pipeline.")
     with one_sentence(path):
         card: Card = json.loads(file.read_text(encoding="utf-8"))
-        missing = sorted(Card.__required_keys__ - set(card))
-    if missing:
-        raise UserError(f"{file}: no {', '.join(missing)}; copy the reward model again.")
+    if (problem := _card_problem(card)) is not None:
+        raise UserError(f"{file}: {problem}; copy the reward model again.")
     return card
+
+
+def _card_problem(card: object) -> str | None:
+    """Say what is missing on a card, or of another type than it must be; None where nothing is."""
+    if not isinstance(card, dict):
+        return "no mapping"
+    if missing := sorted(Card.__required_keys__ - set(card)):
+        return f"no {', '.join(missing)}"
+    if not all(_is_number(card[name]) for name in ("mean", "std")):
+        return "mean or std is no finite number"
+    types = {"prompt": str | list, "response": str, "score": int | float}
+    rows = card["probe"] if isinstance(card["probe"], list) else [None]
+    if not all(isinstance(row, dict) and all(isinstance(row.get(x), y) for x, y in types.items()) for row in rows):
+        return "its probe is no list of prompts, responses and scores"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def load_reward_model(
@@ -266,6 +285,7 @@ def open_reward_model(name: str) -> RewardModel:
     except UserError as error:
         raise UserError(f"{name}: no reward model there ({str(error).removeprefix(f'{name}: ')})") from error
     warnings.warn(f"{name}: no {CARD}, so its scores are not checked against stored ones.", stacklevel=2)
+    check_vocabulary(tokenizer, model.config, name=name)
     reward = RewardModel(_place(model, None, load_in_4bit=False), tokenizer, conversational=True)
     check_scores(reward, FIXED_TEXTS, name=name)
     return reward

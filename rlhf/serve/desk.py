@@ -39,7 +39,7 @@ def export_to(run: Path, file: Path, form: str) -> int:
     """Write the questions that still want a verdict, and return how many they are.
 
     Raises:
-        UserError: as `open_book`; no such form.
+        UserError: as `open_book`; no such form; the file can't be written.
     """
     if form not in get_args(Format):
         raise UserError(f"--form {form}: choose {', '.join(get_args(Format))}.")
@@ -47,10 +47,13 @@ def export_to(run: Path, file: Path, form: str) -> int:
     verdicts = Counter(verdict.id for verdict in book.verdicts(number))
     left = [question for question in book.questions(number) if verdicts[question.id] < wanted]
     rows = export_questions(left, cast(Format, form))
-    if form == "plain":
-        write_jsonl(file, rows)
-    else:
-        file.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    try:
+        if form == "plain":
+            write_jsonl(file, rows)
+        else:
+            file.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--export {file}: can't be written ({error.strerror}).") from error
     return len(rows)
 
 
@@ -78,7 +81,9 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     quarantine = [*refused, *tally(questions, verdicts).quarantine]
     if quarantine:
         lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in quarantine)
-        (run / f"quarantine-{file.stem}.jsonl").write_text("".join(lines), encoding="utf-8")
+        # Half a character, which JSON may hold, is written as JSON escapes it.
+        content = "".join(lines).encode("utf-8", "backslashreplace")
+        (run / f"quarantine-{file.stem}.jsonl").write_bytes(content)
     counts = {"taken": sum(verdict.id in asked for verdict in verdicts)}
     for row in quarantine:
         counts[row["reason"]] = counts.get(row["reason"], 0) + 1

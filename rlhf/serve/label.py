@@ -6,17 +6,20 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from rlhf.data.labelbook import LabelBook
+from rlhf.data.labelbook import SECONDS_TO_WAIT, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement
 
 COOKIE = "rlhf_annotator"
+MOST_BYTES = 65_536  # of a form; the page sends a few hundred
 LONGEST_SECONDS = 600.0  # a pair left open over lunch says nothing about how long labels take
 # What the page's keys and buttons send: the side as shown, which need not be the side as stored.
 CHOICES = ("left", "right", "tie", "skip")
@@ -24,7 +27,7 @@ CHOICES = ("left", "right", "tie", "skip")
 
 def annotator_tokens(path: Path, names: list[str]) -> dict[str, str]:
     """Return each annotator's secret, drawn once and kept in the run's book; whoever has it labels under that name."""
-    connection = sqlite3.connect(path, timeout=30)
+    connection = sqlite3.connect(path, timeout=SECONDS_TO_WAIT)
     try:
         with connection:
             connection.execute("CREATE TABLE IF NOT EXISTS annotators (name TEXT PRIMARY KEY, token TEXT NOT NULL)")
@@ -49,23 +52,8 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
     """
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
     templates = Environment(loader=PackageLoader("rlhf", "serve"), autoescape=True, undefined=StrictUndefined)
-
-    def page(state: str, values: Mapping[str, object] | None = None, *, status: int = 200) -> HTMLResponse:
-        nonce = secrets.token_urlsafe(12)
-        template = templates.get_template("label.html.jinja")
-        text = template.render(title=title, nonce=nonce, state=state, **(values or {}))
-        headers = {
-            "Content-Security-Policy": f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-            "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-            "Cache-Control": "no-store",
-            "Referrer-Policy": "same-origin",
-            "X-Content-Type-Options": "nosniff",
-        }
-        return HTMLResponse(text, status, headers)
-
-    def annotator_of(token: str | None) -> str | None:
-        given = (token or "").encode("utf-8", "surrogatepass")
-        return next((name for name, secret in tokens.items() if hmac.compare_digest(secret.encode(), given)), None)
+    page = partial(_page, templates.get_template("label.html.jinja"), title)
+    annotator_of = partial(_annotator_of, tokens)
 
     def refused() -> HTMLResponse:
         return page("refused", status=403)
@@ -99,14 +87,21 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
         drawn = {"left": left, "right": right, "left_side": left_side, "shown": shown}
         return page("ask", {**shared, "question": question, **drawn})
 
+    @app.exception_handler(sqlite3.OperationalError)
+    def busy(request: Request, error: Exception) -> Response:
+        return page("busy", status=503)
+
     @app.post("/")
     async def answer(request: Request) -> Response:
+        form = await _form(request)
+        return await run_in_threadpool(record, request, form)  # the book may be busy, and others need not wait
+
+    def record(request: Request, form: dict[str, str] | None) -> Response:
         # 1. The form says for whom it was drawn; the cookie may by now be that of somebody else in the same browser.
-        form = _form(await request.body())
         if form is None:
             return page("unknown", status=400)
         cookie = request.cookies.get(COOKIE)
-        annotator = annotator_of(form.get("token", cookie))
+        annotator = annotator_of(form.get("token", cookie)) if _is_own_page(request) else None
         if annotator is None:
             return refused()
         is_last = annotator == annotator_of(cookie)
@@ -151,8 +146,42 @@ def _label(choice: str, left_side: str) -> str | None:
     return choice
 
 
-def _form(body: bytes) -> dict[str, str] | None:
-    """Return the fields of a form, the first value of each; None for what is no text."""
+def _page(
+    template: Template, title: str, state: str, values: Mapping[str, object] | None = None, *, status: int = 200
+) -> HTMLResponse:
+    """Return the page in one of its states; no script or form of anybody else works on it."""
+    nonce = secrets.token_urlsafe(12)
+    text = template.render(title=title, nonce=nonce, state=state, **(values or {}))
+    headers = {
+        "Content-Security-Policy": f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "same-origin",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return HTMLResponse(text, status, headers)
+
+
+def _annotator_of(tokens: Mapping[str, str], token: str | None) -> str | None:
+    given = (token or "").encode("utf-8", "surrogatepass")
+    return next((name for name, secret in tokens.items() if hmac.compare_digest(secret.encode(), given)), None)
+
+
+def _is_own_page(request: Request) -> bool:
+    """Tell whether a form comes from this page: a browser says which page sent it, and another port is another page."""
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return False
+    origin = request.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+
+
+async def _form(request: Request) -> dict[str, str] | None:
+    """Return the fields of a form, the first value of each; None for what is no text, or larger than any form of the page."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BYTES:
+            return None
     try:
         return {name: values[0] for name, values in parse_qs(body.decode("utf-8")).items()}
     except ValueError:

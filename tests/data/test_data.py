@@ -45,6 +45,7 @@ def test_transcripts_join_turns_of_one_speaker() -> None:
     ]
 
 
+@pytest.mark.fault("identical pair", "empty or missing text", "margin out of range")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -108,6 +109,7 @@ def test_every_file_format(tmp_path: Path, name: str) -> None:
     assert report.rows == 2
 
 
+@pytest.mark.fault("empty or missing text")
 def test_one_bad_line_costs_one_line(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"a": 1}\n{"a": \n\xff\xfe\n[1]\n\n{"a": 2}\n')
@@ -149,6 +151,7 @@ def test_marked_test_rows_are_the_test_side(tmp_path: Path) -> None:
     assert facts["rows"] == {"sft": 160, "pairs": 160, "test_pairs": 40, "prompts": 80, "test_prompts": 20}
 
 
+@pytest.mark.fault("duplicates and leakage")
 def test_duplicates_and_contradictions_are_counted(tmp_path: Path) -> None:
     rows = many_pairs(100)
     swapped = {"prompt": rows[0]["prompt"], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}
@@ -159,6 +162,7 @@ def test_duplicates_and_contradictions_are_counted(tmp_path: Path) -> None:
     assert facts["read"][0]["dropped"] == {"stands in both orders": 2, "repeats another pair": 2}
 
 
+@pytest.mark.fault("margin out of range")
 def test_a_column_that_only_some_pairs_have_is_refused(tmp_path: Path) -> None:
     rows = many_pairs(100)
     rows[3]["margin"] = 0.5
@@ -168,6 +172,7 @@ def test_a_column_that_only_some_pairs_have_is_refused(tmp_path: Path) -> None:
         prepare_data(tmp_path / "out", DataSources(sft=pairs, preferences=pairs, test=test), seed=0)
 
 
+@pytest.mark.fault("empty or missing text")
 def test_nothing_left_says_why(tmp_path: Path) -> None:
     pairs = write(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "same", "rejected": "same"}])
     with pytest.raises(UserError) as error:

@@ -38,6 +38,7 @@ def write(folder: Path, text: str) -> str:
     return f"{file}:f"
 
 
+@pytest.mark.fault("functions that end the process")
 @pytest.mark.parametrize("key", ["evaluate.gold", "ppo.extra_rewards"])
 @pytest.mark.parametrize("body", BODIES)
 def test_an_end_in_the_middle_is_a_sentence_that_names_the_key(tmp_path: Path, body: str, key: str) -> None:
@@ -47,12 +48,14 @@ def test_an_end_in_the_middle_is_a_sentence_that_names_the_key(tmp_path: Path, b
         function(["a"], ["b"])
 
 
+@pytest.mark.fault("functions that end the process")
 @pytest.mark.parametrize("body", BODIES)
 def test_at_import_too(tmp_path: Path, body: str) -> None:
     with pytest.raises(UserError, match=rf"^evaluate\.gold: .*mine\.py.*{BODIES[body]}"):
         load_gold(write(tmp_path, body))
 
 
+@pytest.mark.fault("functions that draw")
 def test_random_numbers_are_those_that_would_have_come(tmp_path: Path) -> None:
     draws = "random.random(), numpy.random.rand(), torch.rand(3)"
     seeds = "random.seed(9), numpy.random.seed(9), torch.manual_seed(9)"
@@ -71,6 +74,7 @@ def test_random_numbers_are_those_that_would_have_come(tmp_path: Path) -> None:
     assert drawn() == expected
 
 
+@pytest.mark.fault("functions that change lists")
 def test_the_lists_are_copies(tmp_path: Path) -> None:
     reference = write(tmp_path, "def f(p, c):\n    n = len(p); p.clear(); c[:] = ['x']; return [2.0] * n\n")
     prompts, completions = ["a", "b"], ["c", "d"]
@@ -85,6 +89,7 @@ def test_without_the_command_line_a_keyboard_interrupt_may_be_real(tmp_path: Pat
         function(["a"], ["b"])
 
 
+@pytest.mark.fault("functions that end the process")
 def test_a_process_ends_with_a_code_above_zero(tmp_path: Path) -> None:
     reference = write(tmp_path, "def f(p, c):\n    sys.exit(0)\n")
     code = f"from rlhf.data.functions import load_function; load_function({reference!r}, key='k')(['a'], ['b'])"

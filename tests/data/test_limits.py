@@ -87,6 +87,7 @@ def test_depth_of_values() -> None:
         assert is_too_deep(value) == (levels > MOST_LEVELS)
 
 
+@pytest.mark.fault("bombs and tags")
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.gz"])
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / name, (GOOD + "\n").encode() + b" " * 60_000_000)

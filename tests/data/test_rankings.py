@@ -224,6 +224,7 @@ def test_long_conversations_are_left_out_of_everything_and_counted(tmp_path: Pat
     assert sum(report["dropped"].get("over data.max_characters=10", 0) for report in facts["read"]) == 3 + 1 + 1 + 1
 
 
+@pytest.mark.fault("duplicates and leakage")
 def test_leakage_is_refused_dropped_or_allowed(tmp_path: Path) -> None:
     """The file's own test side shares a prompt with its training side, and demonstrations share another."""
     pairs = write(tmp_path / "p.jsonl", many(40))
@@ -254,6 +255,7 @@ def test_what_we_hold_out_ourselves_is_no_leakage(tmp_path: Path) -> None:
     assert facts["rows"]["sft"] == facts["rows"]["pairs"] // 2 == facts["rows"]["prompts"]
 
 
+@pytest.mark.fault("duplicates and leakage")
 def test_repeats_on_the_test_side_are_counted_too(tmp_path: Path) -> None:
     pairs = write(tmp_path / "p.jsonl", many(20))
     swapped = {"prompt": "twice", "chosen": "b", "rejected": "a"}
@@ -263,6 +265,7 @@ def test_repeats_on_the_test_side_are_counted_too(tmp_path: Path) -> None:
     assert facts["rows"]["test_pairs"] == 1
 
 
+@pytest.mark.fault("identical pair")
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not part of the project")
 def test_every_defect_of_the_dirty_file_is_named_and_the_odd_ones_kept() -> None:
     """The file names its own defects; each must be refused by its row, and the clean and merely odd rows survive."""

@@ -65,6 +65,7 @@ def test_a_template_that_ends_in_a_newline_still_ends_in_the_end_token(tokenizer
     assert answer_text(chatml, PROMPT, "yes", ended=False).endswith("yes")
 
 
+@pytest.mark.fault("rows too long")
 def test_too_long_rows_lose_the_prompt_not_the_answer(tokenizer: Any) -> None:
     (whole,), none = encode_answers(tokenizer, [PROMPT], ["yes please"])
     (cut,), one = encode_answers(tokenizer, [PROMPT], ["yes please"], max_length=6)
@@ -72,6 +73,7 @@ def test_too_long_rows_lose_the_prompt_not_the_answer(tokenizer: Any) -> None:
     assert cut == whole[-6:]
 
 
+@pytest.mark.fault("padding is the end")
 def test_pad_that_equals_end_is_replaced_or_refused(tokenizer: Any) -> None:
     import copy
 
@@ -322,6 +324,7 @@ def test_merging_the_adapter_into_the_policy(sft_adapter: Path) -> None:
     torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.fault("adapter read back")
 def test_scores_in_a_fresh_process_and_in_plain_transformers(reward_folder: Path) -> None:
     reward = load_reward_model(reward_folder)
     answers = [" ".join(WORDS[i : i + 3]) for i in range(4)]
@@ -342,6 +345,7 @@ def test_scores_in_a_fresh_process_and_in_plain_transformers(reward_folder: Path
     assert raw[0]["score"] == pytest.approx(scores[0].item(), abs=1e-5), "no sigmoid: problem_type is regression"
 
 
+@pytest.mark.fault("padding is the end")
 def test_scores_depend_on_neither_batch_nor_order(reward_folder: Path) -> None:
     reward = load_reward_model(reward_folder)
     answers = [" ".join(WORDS[: i + 1]) for i in range(10)]
@@ -356,6 +360,7 @@ def test_a_string_is_one_user_turn(reward_folder: Path) -> None:
     assert torch.equal(as_text, as_turn)
 
 
+@pytest.mark.fault("adapter read back")
 def test_a_reward_model_that_is_not_itself_is_refused(reward_folder: Path, tmp_path: Path) -> None:
     import json
     import shutil
@@ -376,6 +381,7 @@ def test_a_reward_model_that_is_not_itself_is_refused(reward_folder: Path, tmp_p
         load_reward_model(tmp_path)
 
 
+@pytest.mark.fault("adapter read back")
 def test_an_untrained_head_is_refused(base_folder: Path, reward_folder: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -390,6 +396,7 @@ def test_an_untrained_head_is_refused(base_folder: Path, reward_folder: Path, tm
         load_reward_model(folder)
 
 
+@pytest.mark.fault("chat template")
 def test_a_base_model_without_a_chat_template_gets_transcripts(tokenizer: Any) -> None:
     import copy
 
@@ -406,6 +413,7 @@ def test_a_base_model_without_a_chat_template_gets_transcripts(tokenizer: Any) -
     assert answer_text(base, turns, "d", ended=False) == prompt_text(base, turns) + " d"
 
 
+@pytest.mark.fault("cut or ended answer")
 @pytest.mark.parametrize("answer", ["d", "end", "<|", "n", " yes ", "a\n"])
 def test_an_unended_answer_loses_only_the_close(tokenizer: Any, answer: str) -> None:
     cut = answer_text(tokenizer, PROMPT, answer, ended=False)
@@ -454,6 +462,7 @@ def scalar_adapter(base: Path, tokenizer: Any, folder: Path) -> Any:
     return save_reward_model(folder, model, tokenizer, samples=[(prompt, "yes") for prompt in PROMPTS])
 
 
+@pytest.mark.fault("adapter of another base")
 def test_an_adapter_on_another_base_of_the_same_shape_is_refused(
     base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -534,6 +543,7 @@ DATED = (
 )
 
 
+@pytest.mark.fault("chat template")
 def test_a_template_that_inserts_a_date_is_frozen(
     base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

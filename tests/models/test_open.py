@@ -64,6 +64,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("code in a folder", "weights not whole")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", ["policy", "reward", "scorer"])
 def test_every_fault_is_one_sentence(
@@ -98,6 +99,7 @@ def test_a_broken_tokenizer(copied: Path, file: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault("code in a folder")
 def test_a_tokenizer_with_code_of_its_own(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copied / "mine.py").write_text("import pathlib\npathlib.Path('ran').touch()\n", encoding="utf-8")
     change(copied / "tokenizer_config.json", tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.T", None]})
@@ -117,6 +119,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_config(tmp_path)
 
 
+@pytest.mark.fault("weights not whole")
 def test_tensors_without_a_place_are_said(copied: Path) -> None:
     weights(copied, lambda tensors: tensors.update({"model.layers.7.extra.weight": torch.ones(2)}))
     with pytest.warns(UserWarning, match="no place for model.layers.7.extra.weight"):
@@ -159,6 +162,7 @@ ADAPTER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("adapter of another base")
 @pytest.mark.parametrize("fault", ADAPTER_FAULTS)
 def test_every_fault_of_an_adapter_is_one_sentence(adapter: Path, fault: str) -> None:
     plant, sentence = ADAPTER_FAULTS[fault]
@@ -170,6 +174,7 @@ def test_every_fault_of_an_adapter_is_one_sentence(adapter: Path, fault: str) ->
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault("relative and home folders")
 def test_a_relative_base_is_found_from_anywhere(
     copied: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +193,7 @@ def test_a_relative_base_is_found_from_anywhere(
     assert find_source("../run/adapter").base == "org/on-the-hub"
 
 
+@pytest.mark.fault("relative and home folders")
 def test_a_home_folder(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(copied.parent))
     assert find_source("~/model").base == str(copied)
@@ -196,6 +202,7 @@ def test_a_home_folder(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.path.expanduser("~/model") == str(copied)
 
 
+@pytest.mark.fault("code in a folder")
 def test_no_place_of_the_package_opens_a_model_without_saying_that_no_code_runs() -> None:
     import rlhf
 

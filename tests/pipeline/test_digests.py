@@ -71,6 +71,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.fault("a run that changed", "function or model changed")
 @pytest.mark.parametrize("state", ["finished", "begun"])
 @pytest.mark.parametrize(("file", "first"), CHANGED.items())
 def test_what_a_stage_reads_may_not_change_between_two_attempts(
@@ -96,6 +97,7 @@ def test_what_a_stage_reads_may_not_change_between_two_attempts(
     assert sorted(out.rglob("*")) == before, "nothing is touched"
 
 
+@pytest.mark.fault("function or model changed")
 def test_the_backbone_counts_where_there_is_no_sft(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     before = {stage.folder: stage.key for stage in plan(recipe("data.sft=null"))}
     (tmp_path / "lm" / "model.safetensors").write_text("other")
@@ -122,6 +124,7 @@ def score(p, c):
 """
 
 
+@pytest.mark.fault("function or model changed")
 @pytest.mark.parametrize("helper", [name for name in HELPERS if name.endswith(".py")])
 def test_a_module_beside_a_function_may_not_change_between_two_attempts(
     recipe: Callable[..., Recipe], tmp_path: Path, helper: str
@@ -168,6 +171,7 @@ def test_a_recipe_that_names_nothing_local_keeps_its_keys(recipe: Callable[..., 
     assert not any("files" in stage.settings for stage in stages)
 
 
+@pytest.mark.fault("weights replaced")
 def test_files_of_finished_stages_are_compared_before_they_are_used(tmp_path: Path) -> None:
     first = Stage("sft", "round-0/sft", {}, 0)
     store = Store(tmp_path)

@@ -12,6 +12,7 @@ from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe import load_recipe
 
 
+@pytest.mark.fault("functions that end the process")
 @pytest.mark.parametrize(
     "ending", [SystemExit(0), SystemExit(), KeyboardInterrupt()], ids=["exit 0", "exit", "interrupt"]
 )

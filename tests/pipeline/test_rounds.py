@@ -143,6 +143,7 @@ def test_two_rounds_are_as_the_recipe_says(finished: Path) -> None:
         assert f"{entry['policy']['gold']:.3f}" in card, "each round's card has that round's numbers"
 
 
+@pytest.mark.fault("kill at any moment")
 @pytest.mark.slow
 def test_killed_at_every_boundary_it_does_the_rest_and_nothing_twice(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,6 +171,7 @@ def test_killed_at_every_boundary_it_does_the_rest_and_nothing_twice(
     assert result(run) == result(finished / "x")
 
 
+@pytest.mark.fault("labels of a round")
 def test_people_label_through_files_and_the_run_goes_on(finished: Path, tmp_path: Path) -> None:
     run = again(finished, tmp_path)
     with pytest.raises(UserError, match="no questions yet"):
@@ -226,6 +228,7 @@ def test_where_ppo_starts_and_what_its_kl_is_to(finished: Path, tmp_path: Path) 
         assert rows(run / "round-2/ppo/metrics.jsonl")[0]["kl_k3"] == 0.0, name
 
 
+@pytest.mark.fault("labels of a round")
 def test_an_empty_round_is_said_and_trains_on_what_was_there(finished: Path, tmp_path: Path) -> None:
     run = again(finished, tmp_path)
     made = recipe(tmp_path, LABELS)

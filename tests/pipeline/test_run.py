@@ -154,6 +154,7 @@ def test_a_finished_run_repeats_nothing(finished: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in (finished / "x").rglob("manifest.json")}
 
 
+@pytest.mark.fault("a run that changed")
 def test_a_run_of_another_recipe_is_refused(finished: Path) -> None:
     result = rlhf("run", "r.yaml", "--out", "x", "ppo.kl_coef=0.2", cwd=finished)
     assert result.returncode == 2
@@ -185,6 +186,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.fault("kill at any moment")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "epoch_steps", "save_steps", "after"),
@@ -217,6 +219,7 @@ def test_kill_9_and_the_same_command_again(
     assert rows[-1]["step"] > epoch_steps, "the stage has more than one epoch"
 
 
+@pytest.mark.fault("kill at any moment")
 def test_kill_9_in_the_evaluation(finished: Path, tmp_path: Path) -> None:
     process = begin_again_at("round-1/evaluate", finished, tmp_path)
     wait_for((tmp_path / "x/round-1/evaluate/started.json").is_file, process)
@@ -228,6 +231,7 @@ def test_kill_9_in_the_evaluation(finished: Path, tmp_path: Path) -> None:
     assert {**before, "seconds": 0} == {**after, "seconds": 0}
 
 
+@pytest.mark.fault("damaged checkpoint", "checkpoint zeroed")
 @pytest.mark.parametrize(
     ("stage", "damaged"), [("round-0/sft", "complete.json"), ("round-1/ppo", "critic/model.safetensors")]
 )
@@ -255,6 +259,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_older_one(
     assert digests(tmp_path / "x", stage) == digests(finished / "x", stage)
 
 
+@pytest.mark.fault("weights replaced")
 @pytest.mark.parametrize("damage", ["replaced", "missing"])
 def test_a_finished_file_that_changed_is_refused_by_name(finished: Path, tmp_path: Path, damage: str) -> None:
     process = begin_again_at("round-1/evaluate", finished, tmp_path)
@@ -287,6 +292,7 @@ main()
 """
 
 
+@pytest.mark.fault("full disk")
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(finished: Path, tmp_path: Path) -> None:
     """The third checkpoint of the reward model cannot be written: one sentence, exit 1, and the second is resumed from."""
@@ -307,6 +313,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(finished: Path, tmp_path: Path) -
     assert digests(tmp_path / "x", "round-1/reward") == digests(finished / "x", "round-1/reward")
 
 
+@pytest.mark.fault("signals")
 @pytest.mark.parametrize(
     ("stage", "sent", "code"), [("round-0/sft", signal.SIGTERM, 143), ("round-1/ppo", signal.SIGINT, 130)]
 )
@@ -331,6 +338,7 @@ def test_a_signal_saves_and_exits(finished: Path, tmp_path: Path, stage: str, se
     assert digests(tmp_path / "x", stage) == digests(finished / "x", stage)
 
 
+@pytest.mark.fault("mistakes in a recipe")
 def test_a_misspelt_key_creates_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE.replace("learning_rate: 3.0e-3", "lerning_rate: 3.0e-3"))
     result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
@@ -339,6 +347,7 @@ def test_a_misspelt_key_creates_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.fault("mistakes in a recipe", "folder in use")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -497,6 +506,7 @@ def test_evaluate_writes_the_contract(finished: Path, tmp_path: Path) -> None:
     assert report["accuracy"] == inside["accuracy"], "the code that judges inside a run"
 
 
+@pytest.mark.fault("labels of a round")
 def test_lineage_reaches_the_data(finished: Path) -> None:
     result = rlhf("lineage", "x", "round-1/ppo", cwd=finished)
     assert result.returncode == 0
@@ -505,6 +515,7 @@ def test_lineage_reaches_the_data(finished: Path) -> None:
     assert rlhf("lineage", "x", "round-9/ppo", cwd=finished).returncode == 2
 
 
+@pytest.mark.fault("one score everywhere")
 def test_export_merges_an_adapter_and_keeps_the_scores(tmp_path: Path, base_folder: Path, tokenizer: Any) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification

@@ -53,6 +53,7 @@ def test_a_manifest_means_done(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.fault("a run that changed")
 def test_a_changed_setting_is_refused_by_name(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.open(stages()[0])
@@ -114,6 +115,7 @@ def damage(file: Path, kind: str) -> None:
 DAMAGES = ["missing", "cut off", "zeros", "empty"]
 
 
+@pytest.mark.fault("damaged checkpoint", "checkpoint zeroed")
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("name", ["model", "critic/model", MARK])
 def test_the_newest_whole_checkpoint_is_found(tmp_path: Path, name: str, kind: str) -> None:
@@ -124,6 +126,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path, name: str, kind: s
     assert newest_checkpoint(tmp_path / "nowhere") == (None, [])
 
 
+@pytest.mark.fault("checkpoint zeroed")
 @pytest.mark.parametrize("content", ["null", "[]", "3", '{"model": 5}', "{}\x00"])
 def test_a_mark_of_another_form_is_no_mark(tmp_path: Path, content: str) -> None:
     first, second, third = checkpoints(tmp_path)
@@ -131,6 +134,7 @@ def test_a_mark_of_another_form_is_no_mark(tmp_path: Path, content: str) -> None
     assert newest_checkpoint(tmp_path) == (first, [third, second])
 
 
+@pytest.mark.fault("records cut or edited")
 @pytest.mark.parametrize("kind", DAMAGES[1:])
 @pytest.mark.parametrize("name", ["manifest.json", "started.json"])
 def test_a_damaged_record_is_a_sentence(tmp_path: Path, name: str, kind: str) -> None:
@@ -143,6 +147,7 @@ def test_a_damaged_record_is_a_sentence(tmp_path: Path, name: str, kind: str) ->
         store.is_done(sft)
 
 
+@pytest.mark.fault("records cut or edited")
 @pytest.mark.parametrize("torn", ["", '{"step": 2, "lo', "\x00\x00\x00", "\x00\x00\n", '{"step": 2, "lo\n'])
 def test_a_torn_last_line_is_cut_off_and_no_other(tmp_path: Path, torn: str) -> None:
     file = tmp_path / "metrics.jsonl"
@@ -156,6 +161,7 @@ def test_a_torn_last_line_is_cut_off_and_no_other(tmp_path: Path, torn: str) -> 
     assert not drop_torn_line(tmp_path / "nowhere")
 
 
+@pytest.mark.fault("folder in use")
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     lock = Store(tmp_path).lock()
     with pytest.raises(UserError, match="another run is at work"):
@@ -164,6 +170,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     Store(tmp_path).lock().release()
 
 
+@pytest.mark.fault("full disk")
 def test_writing_leaves_no_half_file(tmp_path: Path) -> None:
     write_text(tmp_path / "a.json", json.dumps([1]))
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -177,6 +184,7 @@ def test_differences_in_words() -> None:
     ]
 
 
+@pytest.mark.fault("full disk")
 def test_a_full_disk_in_everybodys_words() -> None:
     import errno
 

@@ -41,6 +41,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.fault("not finite")
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_a_gradient_that_is_not_finite_stops_before_the_update_with_the_batch_saved(
     stage: str, base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path
@@ -87,6 +88,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_with_the_batch_sa
     assert {"0.input_ids", "1.input_ids"} <= set(tensors)
 
 
+@pytest.mark.fault("not finite")
 def test_a_reward_that_is_not_finite_stops_with_the_answers_saved(
     base_folder: Path, tokenizer: Any, cpu_arguments: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ if dist.is_initialized():  # a process that ends with the group's threads alive 
 """
 
 
+@pytest.mark.fault("not finite")
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("layout", ["separate", "shared"])

@@ -121,6 +121,7 @@ def test_only_answers_have_logits(base_folder: Path, reward_folder: Path, cpu_ar
     assert batch["input_ids"].shape[1] > widths[0]
 
 
+@pytest.mark.fault("another tokenizer")
 def test_the_reward_model_may_have_another_tokenizer(
     base_folder: Path, encoder_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
 ) -> None:

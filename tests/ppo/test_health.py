@@ -35,6 +35,7 @@ def test_every_concern_is_planted_here() -> None:
     assert set(ILL) == {concern.name for concern in CONCERNS}
 
 
+@pytest.mark.fault("edges of PPO")
 @pytest.mark.parametrize("name", sorted(ILL))
 def test_each_trouble_is_said_once_and_alone(name: str) -> None:
     health = Health()

@@ -259,6 +259,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     thread.join()
 
 
+@pytest.mark.fault("reward server fails")
 def test_a_reward_server_gets_whole_batches_and_second_chances(url: str) -> None:
     Server.failures = 2
     scores, _ = RewardSource(url)(PROMPTS[:2], TWO, {})
@@ -271,6 +272,7 @@ def test_a_reward_server_gets_whole_batches_and_second_chances(url: str) -> None
     assert Server.seen[0]["ended"] == TWO.ended.tolist()
 
 
+@pytest.mark.fault("reward server fails")
 def test_a_reward_server_that_is_down_or_counts_wrong_stops_before_the_update(
     url: str, base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
 ) -> None:
@@ -308,6 +310,7 @@ def test_the_kl_coefficient_adapts_and_comes_back_with_a_resume(
     assert trainer.progress.reward_count == 48
 
 
+@pytest.mark.fault("edges of PPO")
 def test_a_kl_over_its_limit_ends_training_with_a_checkpoint(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
 ) -> None:

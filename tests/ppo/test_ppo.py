@@ -243,6 +243,7 @@ def test_a_loop_of_ones_own_is_the_trainers(
         assert torch.equal(value, trainer.model.state_dict()[name]), name
 
 
+@pytest.mark.fault("kill at any moment")
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -346,6 +347,7 @@ def test_evaluation_samples_and_trains_nothing(
     assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.fault("not finite")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
 def test_a_reward_that_is_no_number_stops_before_the_update(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], bad: Any
@@ -367,6 +369,7 @@ def test_wrong_number_of_rewards(base_folder: Path, reward_folder: Path, cpu_arg
         trainer.train()
 
 
+@pytest.mark.fault("edges of PPO")
 def test_a_constant_reward_moves_nothing_by_itself(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
 ) -> None:
@@ -382,6 +385,7 @@ def test_a_constant_reward_moves_nothing_by_itself(
     assert all(math.isfinite(row["loss"]) for row in rows.rows)
 
 
+@pytest.mark.fault("edges of PPO")
 def test_empty_answers_are_answers(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
     """A policy that ends at once: texts without a character, one token each, finite everything."""
     trainer, rows = make(base_folder, str(reward_folder), cpu_arguments)
@@ -413,6 +417,7 @@ def test_prompts_that_fill_the_context_are_cut_and_counted(
         make(base_folder, str(reward_folder), cpu_arguments, max_completion_length=context)
 
 
+@pytest.mark.fault("cut or ended answer")
 def test_missing_end_is_penalised_exactly_there(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
 ) -> None:

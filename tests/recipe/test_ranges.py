@@ -44,6 +44,7 @@ def outside(range_: Range) -> list[float]:
     return found
 
 
+@pytest.mark.fault("numbers out of range")
 @pytest.mark.parametrize(("section", "key"), STAGE_KEYS)
 def test_a_stage_key_outside_its_range_is_refused(section: str, key: str, tmp_path: Path) -> None:
     assert key in RANGES, f"a new number of TRL: give {key} a range in rlhf/recipe/ranges.py"
@@ -59,6 +60,7 @@ def test_a_stage_key_outside_its_range_is_refused(section: str, key: str, tmp_pa
         assert any(problem.endswith(sentence) for problem in caught.value.problems), caught.value.problems
 
 
+@pytest.mark.fault("numbers out of range")
 @pytest.mark.parametrize("key", SCRATCH_KEYS)
 def test_a_size_outside_its_range_is_refused(key: str, tmp_path: Path) -> None:
     architecture = "llama" if key in trl_keys()["llama"] else "qwen3"
@@ -71,6 +73,7 @@ def test_a_size_outside_its_range_is_refused(key: str, tmp_path: Path) -> None:
             load_recipe(tmp_path / "r.yaml")
 
 
+@pytest.mark.fault("numbers out of range")
 @pytest.mark.parametrize(
     ("sizes", "sentence"),
     [
@@ -90,6 +93,7 @@ def bounded(field: FieldInfo) -> bool:
     return any(hasattr(limit, name) for limit in field.metadata for name in ("ge", "gt", "le", "lt"))
 
 
+@pytest.mark.fault("numbers out of range")
 def test_every_number_of_ours_has_a_bound() -> None:
     for section, of_recipe in Recipe.model_fields.items():
         annotation: Any = of_recipe.annotation

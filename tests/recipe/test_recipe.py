@@ -32,6 +32,7 @@ def test_trl_keys_are_those_of_the_installed_trl() -> None:
     assert installed == json.loads(TARGET.read_text(encoding="utf-8")), "run: python tests/generate_trl_keys.py"
 
 
+@pytest.mark.fault("mistakes in a recipe")
 def test_all_mistakes_at_once_with_lines(tmp_path: Path) -> None:
     text = "name: x\nlab: {}\nppo:\n  kl_coeff: 0.1\n  learning_rate: fast\n  total_episodes: 1.5\nrewards: {}\nsft:\n  torch_dtype: float32\n"
     assert problems(tmp_path, text) == [
@@ -43,6 +44,7 @@ def test_all_mistakes_at_once_with_lines(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.fault("mistakes in a recipe", "bombs and tags")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

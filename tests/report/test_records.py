@@ -8,6 +8,7 @@ from rlhf.errors import UserError
 from rlhf.report.records import read_rows, read_summary
 
 
+@pytest.mark.fault("records cut or edited")
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', "\x00\x00\x00", "\x00\n"])
 def test_a_torn_last_line_is_left_out_and_said(tmp_path: Path, torn: str) -> None:
     file = tmp_path / "metrics.jsonl"
@@ -16,6 +17,7 @@ def test_a_torn_last_line_is_left_out_and_said(tmp_path: Path, torn: str) -> Non
         assert read_rows(file) == [{"step": 1}, {"step": 2}]
 
 
+@pytest.mark.fault("records cut or edited")
 def test_a_damaged_line_in_the_middle_is_a_sentence(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
@@ -23,6 +25,7 @@ def test_a_damaged_line_in_the_middle_is_a_sentence(tmp_path: Path) -> None:
         read_rows(file)
 
 
+@pytest.mark.fault("records cut or edited")
 @pytest.mark.parametrize("content", ["", "{", "\x00\x00"])
 def test_a_damaged_summary_is_a_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "summary.json").write_text(content)

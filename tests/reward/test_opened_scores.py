@@ -34,6 +34,7 @@ def foreign(base: Path, tokenizer: Any, folder: Path) -> PreTrainedModel:
     return network
 
 
+@pytest.mark.fault("padding is the end")
 @pytest.mark.parametrize("in_tokenizer", ["same", "end", "none"])
 @pytest.mark.parametrize("in_config", PADS)
 def test_the_last_token_is_found_whatever_pads(
@@ -74,6 +75,7 @@ def test_a_padding_id_is_one_that_no_text_ends_in(base_folder: Path, tokenizer: 
     assert network.config.pad_token_id == 7
 
 
+@pytest.mark.fault("weights no numbers")
 def test_scores_that_are_no_numbers(base_folder: Path, tokenizer: Any, tmp_path: Path, reward_folder: Path) -> None:
     network = foreign(base_folder, tokenizer, tmp_path / "all")
     torch.nn.init.constant_(network.score.weight, float("nan"))
@@ -93,6 +95,7 @@ def test_scores_that_are_no_numbers(base_folder: Path, tokenizer: Any, tmp_path:
     json.dumps(rows, allow_nan=False)
 
 
+@pytest.mark.fault("weights no numbers")
 def test_evaluate_and_export_refuse_them(
     base_folder: Path, tokenizer: Any, tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +122,7 @@ def test_evaluate_and_export_refuse_them(
         export_model(tmp_path / "policy", tmp_path / "exported")
 
 
+@pytest.mark.fault("rows too long")
 def test_answers_longer_than_the_positions_are_counted(tmp_path: Path, reward_folder: Path) -> None:
     reward = load_reward_model(reward_folder)
     assert (reward.cut, reward.cut_answers) == (0, 0), "what was scored to check it does not count"

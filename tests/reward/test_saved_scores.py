@@ -39,6 +39,7 @@ def saved(request: Any, base_folder: Path, tokenizer: Any, tmp_path_factory: pyt
     return folder
 
 
+@pytest.mark.fault("one score everywhere")
 def test_a_saved_model_gives_its_scores_again(saved: Path, tmp_path: Path) -> None:
     """float32: within 1e-5 of `load_reward_model(folder).score`, for single turns, system turns and histories."""
     prompts, answers = [*PROMPTS[:10], SYSTEM], [*ANSWERS[:10], "yes please"]

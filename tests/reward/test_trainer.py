@@ -152,6 +152,7 @@ def test_it_learns_a_planted_preference(
     assert (reward.score(unseen, ["yes cat"] * 3) > reward.score(unseen, ["no cat"] * 3)).all()
 
 
+@pytest.mark.fault("adapter read back")
 @pytest.mark.parametrize("four_bit", [False, True], ids=["lora", "qlora"])
 def test_lora_trains_and_saves_the_head(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path, four_bit: bool
@@ -182,6 +183,7 @@ def test_lora_trains_and_saves_the_head(
     assert load_scorer(tmp_path / "rm", load_in_4bit=four_bit).config.problem_type == "regression"
 
 
+@pytest.mark.fault("rows too long")
 def test_too_long_pairs_are_counted_and_said(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
@@ -202,6 +204,7 @@ def test_too_long_pairs_are_counted_and_said(
         )
 
 
+@pytest.mark.fault("margin out of range")
 def test_columns_are_checked_before_training(pairs: Dataset) -> None:
     with pytest.raises(UserError, match="no column 'confidence'"):
         check_columns(pairs, ("confidence",))
@@ -211,6 +214,7 @@ def test_columns_are_checked_before_training(pairs: Dataset) -> None:
     assert [p.split(":")[1].strip().split(",")[0] for p in error.value.problems] == ["row 0", "row 7"]
 
 
+@pytest.mark.fault("not finite")
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:

@@ -47,6 +47,7 @@ def answers(*responses: object, length: int = 1) -> list[Text]:
     return [Answer("x" * length, str(response)) for response in responses]
 
 
+@pytest.mark.fault("long queues")
 def test_a_large_request_does_not_keep_a_small_one_waiting() -> None:
     model = Pretended()
     worker = start(model)
@@ -88,6 +89,7 @@ def test_neighbours_fit_the_budget_and_are_not_mostly_padding() -> None:
     assert len(neighbours([3] * 100, 50, most_tokens=30, most_rows=64)) == 10
 
 
+@pytest.mark.fault("garbage and load")
 def test_a_text_that_fails_fails_alone() -> None:
     model = Pretended()
     worker = start(model)
@@ -109,6 +111,7 @@ def test_a_text_that_fails_fails_alone() -> None:
     assert worker.waiting == 0
 
 
+@pytest.mark.fault("long queues")
 def test_a_full_queue_refuses_and_a_stopping_one_finishes() -> None:
     model = Pretended()
     worker = start(model, most_waiting=10)

@@ -42,6 +42,7 @@ def desk(tmp_path: Path) -> Iterator[tuple[str, LabelBook, dict[str, str]]]:
     thread.join()
 
 
+@pytest.mark.fault("odd tokens and bodies")
 def test_a_wrong_token_sees_nothing(desk: tuple[str, LabelBook, dict[str, str]]) -> None:
     url, book, _ = desk
     for reply in (
@@ -56,6 +57,7 @@ def test_a_wrong_token_sees_nothing(desk: tuple[str, LabelBook, dict[str, str]])
     assert book.verdicts() == []
 
 
+@pytest.mark.fault("markup in texts")
 def test_the_page_is_blind_escaped_and_drawn_anew_for_everybody(
     desk: tuple[str, LabelBook, dict[str, str]],
 ) -> None:
@@ -187,6 +189,7 @@ def click_good(page: str) -> dict[str, str]:
     return fields(page) | {"choice": "left" if left[1].startswith("good") else "right"}
 
 
+@pytest.mark.fault("two people in one browser")
 def test_two_people_in_one_browser_keep_their_clicks_apart(desk: tuple[str, LabelBook, dict[str, str]]) -> None:
     """Both have a page open while the one cookie jar holds the token of whoever came last."""
     url, book, tokens = desk
@@ -211,6 +214,7 @@ def test_two_people_in_one_browser_keep_their_clicks_apart(desk: tuple[str, Labe
     assert ("bob", question(19).id) in left, "she takes back her own"
 
 
+@pytest.mark.fault("two people in one browser")
 def test_a_page_means_what_it_showed(desk: tuple[str, LabelBook, dict[str, str]]) -> None:
     """A form is read by the side that it was drawn with, and its token by itself, without any cookie."""
     url, book, tokens = desk
@@ -227,6 +231,7 @@ def test_a_page_means_what_it_showed(desk: tuple[str, LabelBook, dict[str, str]]
     assert len(book.verdicts(2)) == 1
 
 
+@pytest.mark.fault("odd tokens and bodies")
 @pytest.mark.parametrize("text", ["é", "\u2028", "漢字", "\ud83d", "\x00", "a" * 5000], ids=ascii)
 def test_odd_tokens_cookies_and_bodies_are_the_senders_fault(
     desk: tuple[str, LabelBook, dict[str, str]], text: str

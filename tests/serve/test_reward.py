@@ -111,6 +111,7 @@ def test_a_text_that_is_too_long_is_said(address: str) -> None:
     assert requests.post(f"{address}/get_reward", json=body, timeout=10).json()["cut"] == 1
 
 
+@pytest.mark.fault("requests without sense", "garbage and load")
 def test_requests_that_make_no_sense_get_a_sentence(address: str) -> None:
     for body, said in (
         ({"prompts": ["a", "b"], "responses": ["x"]}, "2 prompts and 1 answers"),
@@ -133,6 +134,7 @@ def ask(url: str, body: Any, **options: Any) -> requests.Response:
     return requests.post(url, json=body, timeout=20, **options)
 
 
+@pytest.mark.fault("one score everywhere")
 def test_every_endpoint_gives_the_models_own_score(address: str, reward_folder: Path) -> None:
     reward = load_reward_model(reward_folder)
     expected = reward.score([PROMPTS[0]] * 4, ANSWERS)
@@ -195,6 +197,7 @@ BAD: list[tuple[str, str]] = [
 ]
 
 
+@pytest.mark.fault("requests without sense", "NaN in a body")
 @pytest.mark.parametrize(("body", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
 def test_bad_content_gets_a_sentence(address: str, body: str, sentence: str) -> None:
     headers = {"Content-Type": "application/json", "X-Request-ID": "mine-1"}
@@ -205,6 +208,7 @@ def test_bad_content_gets_a_sentence(address: str, body: str, sentence: str) -> 
     assert reply.json()["request_id"] == reply.headers["X-Request-ID"] == "mine-1"
 
 
+@pytest.mark.fault("requests without sense")
 def test_bodies_that_are_no_text_or_too_large(address: str) -> None:
     headers = {"Content-Type": "application/json"}
     for body in (b"\xff\xfe{", b"[" * 100_000):
@@ -216,6 +220,7 @@ def test_bodies_that_are_no_text_or_too_large(address: str) -> None:
     assert requests.get(f"{address}/health", timeout=10).json()["status"] == "ok"
 
 
+@pytest.mark.fault("requests without sense")
 def test_a_token_is_demanded(reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = serve_app([ServedModel("test", [load_reward_model(reward_folder)])], token="secret")
     with running(app) as url:
@@ -239,6 +244,7 @@ def test_ppo_says_why_a_server_refuses(address: str) -> None:
         RemoteReward(f"{address}/get_reward")([[{"role": "evil", "content": "a"}]], ["b"])
 
 
+@pytest.mark.fault("requests without sense", "slow bodies")
 def test_clients_that_leave_and_requests_that_take_too_long(reward_folder: Path) -> None:
     served = ServedModel("test", [load_reward_model(reward_folder)])
     may_go, original = threading.Event(), served.score
@@ -270,6 +276,7 @@ def test_clients_that_leave_and_requests_that_take_too_long(reward_folder: Path)
             assert line in metrics
 
 
+@pytest.mark.fault("signals", "garbage and load")
 def test_the_command_answers_what_it_has_taken_on_and_ends(reward_folder: Path, tmp_path: Path) -> None:
     process = Process(("serve", f"small={reward_folder}", "--port", "0"), tmp_path)
     output = Path(process._streams[0].name)
