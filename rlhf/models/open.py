@@ -58,7 +58,11 @@ def _reason(name: str | Path, error: Exception) -> str:
     if str(name).endswith(SUFFIX) or (Path(name).is_dir() and gguf_file(name) is not None):
         return unreadable(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else type(error).__name__
+    first = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
+    if "ignore_mismatched_sizes" in message:
+        return "its weights have other shapes than its config.json says; one of the two belongs to another model."
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and any(Path(name).glob("*.bin")):
+        return "its weights are no safetensors; those in other formats can run code and are not read. Save it again."
     if type(error).__name__ == "SafetensorError":
         return f"its safetensors file is cut off or damaged ({first}); copy the model again."
     folder = Path(name)

@@ -104,7 +104,7 @@ def template(text: str) -> Plant:
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 # Fault → how it is planted in a folder, and a part of the sentence.
 FAULTS: dict[str, tuple[Plant, str]] = {
-    "pickled weights": (as_pickle, "model"),
+    "pickled weights": (as_pickle, "in other formats can run code"),
     "code in config.json": (own_code, "remote code is never run"),
     "code in the tokenizer": (own_tokenizer, "model"),
     "weights cut off": (lambda f: cut(f / "model.safetensors"), "safetensors file is cut off or damaged"),
@@ -112,7 +112,7 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "a bit of the header flipped": (lambda f: flip(f / "model.safetensors", 12), "model"),
     "a header of 2^62 bytes": (lambda f: flip(f / "model.safetensors", 7), "safetensors file is cut off or damaged"),
     "a tensor missing": (lambda f: weights(f, lambda t: t.pop(LAYER)), LAYER),
-    "a tensor of another shape": (lambda f: weights(f, lambda t: t.update({LAYER: t[LAYER][:4].clone()})), "model"),
+    "a tensor of another shape": (lambda f: weights(f, lambda t: t.update({LAYER: t[LAYER][:4].clone()})), "have other shapes"),
     "NaN weights": (lambda f: weights(f, lambda t: t[LAYER].fill_(float("nan"))), f"not finite numbers, the first is {LAYER}"),
     "one infinite weight": (lambda f: weights(f, lambda t: t[LAYER][0].fill_(float("inf"))), "not finite numbers"),
     "an index that names a missing shard": (lambda f: index(f, "model-00001-of-00001.safetensors"), "model"),
@@ -123,7 +123,7 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{oh"), "JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "model"),
     "config of another architecture": (lambda f: change(f / "config.json", model_type="gpt2", architectures=["X"]), "model"),
-    "config with another width": (lambda f: change(f / "config.json", hidden_size=32), "model"),
+    "config with another width": (lambda f: change(f / "config.json", hidden_size=32), "have other shapes"),
     "config with a vocabulary of 10^9": (lambda f: change(f / "config.json", vocab_size=10**9), "model"),
     "config with 200,000 layers": (lambda f: change(f / "config.json", num_hidden_layers=200_000), "no model has so many"),
     "config with text for a number": (lambda f: change(f / "config.json", num_attention_heads="two"), "model"),

@@ -52,9 +52,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights cut off": (lambda f: truncate(f / "model.safetensors"), "safetensors file is cut off"),
     "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "safetensors file is cut off"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "can't be opened"),
-    "a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "can't be opened"),
+    "a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "in other formats can run code"),
     "a tensor missing": (lambda f: weights(f, lambda t: t.pop(LAYER)), LAYER),
-    "another shape": (lambda f: weights(f, lambda t: t.update({LAYER: t[LAYER][:4].clone()})), "can't be opened"),
+    "another shape": (lambda f: weights(f, lambda t: t.update({LAYER: t[LAYER][:4].clone()})), "have other shapes"),
     "code of its own": (
         lambda f: change(
             f / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
