@@ -120,12 +120,18 @@ def read_pairs(
 
 
 def read_pair_rows(
-    source: str | Source, *, split: str = "train", fit: Fit | None = None, compare: Compare = "answers"
+    source: str | Source,
+    *,
+    split: str = "train",
+    fit: Fit | None = None,
+    compare: Compare = "answers",
+    by_annotator: bool = False,
 ) -> tuple[list[Row[Pair]], ReadReport]:
     """Read all pairs of one source, each with the number of the row that it was read from; otherwise as `read_pairs`.
 
     Args:
         fit, compare: as in `read_sources`.
+        by_annotator: as in `deduplicated`.
 
     Raises:
         UserError: there is none.
@@ -133,7 +139,7 @@ def read_pair_rows(
     source = Source(source) if isinstance(source, str) else source
     reports: list[ReadReport] = []
     read = read_sources([source], to_pairs, reports, "pairs", 0, split=split, fit=fit, compare=compare)
-    rows = deduplicated(read.train + read.test)
+    rows = deduplicated(read.train + read.test, by_annotator=by_annotator)
     count_kept(reports, [rows])
     if not rows:
         raise UserError([f"{source.source}: holds no usable pair.", *reports[0].sentences()])
@@ -354,19 +360,24 @@ def keep_only(rows: Sequence[Row[Canonical]], kept: list[Row[Canonical]], reason
     return kept
 
 
-def deduplicated(rows: Sequence[Row[Pair]]) -> list[Row[Pair]]:
-    """Keep each pair once; drop a pair that stands in both orders both times, for nobody knows which is right."""
+def deduplicated(rows: Sequence[Row[Pair]], *, by_annotator: bool = False) -> list[Row[Pair]]:
+    """Keep each pair once; drop a pair that stands in both orders both times, for nobody knows which is right.
 
-    def identity(row: Row[Pair]) -> tuple[str, frozenset[str], str]:
+    Args:
+        by_annotator: labels of one pair that name different annotators are all kept, whatever they say.
+    """
+
+    def identity(row: Row[Pair]) -> tuple[object, frozenset[str], str]:
         chosen, rejected = told(row.values, "chosen").strip(), told(row.values, "rejected").strip()
-        return row.key, frozenset((chosen, rejected)), chosen
+        who = row.values.get("annotator") if by_annotator else None
+        return (row.key, who), frozenset((chosen, rejected)), chosen
 
-    orders: dict[tuple[str, frozenset[str]], set[str]] = {}
+    orders: dict[tuple[object, frozenset[str]], set[str]] = {}
     for row in rows:
         key, answers, chosen = identity(row)
         orders.setdefault((key, answers), set()).add(chosen)
     kept: list[Row[Pair]] = []
-    seen: set[tuple[str, frozenset[str]]] = set()
+    seen: set[tuple[object, frozenset[str]]] = set()
     for row in rows:
         key, answers, _ = identity(row)
         if len(orders[key, answers]) > 1:

@@ -29,6 +29,7 @@ from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
 from rlhf.report.audit import write_audit_page
+from rlhf.reward.annotators import posterior_by_annotator, report_rows
 from rlhf.statistics import clustered_mean
 
 # Without a recipe: the upper layers and a head per member on a shared trunk, at a rate that is usual for fine-tuning.
@@ -82,7 +83,7 @@ def audit(
 
     # 1. Read, count, vote.
     template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
-    read, report = read_pair_rows(source, fit=template, compare=compare)
+    read, report = read_pair_rows(source, fit=template, compare=compare, by_annotator=True)
     rows = [row for row in read if row.values.get("confidence") != TIE]
     ties = len(read) - len(rows)
     for sentence in report.sentences():
@@ -101,6 +102,8 @@ def audit(
     right = torch.ones(len(rows))
     if noise.flip_rate > 0:
         right = posterior_confidence(strength.mean, flip_rate=noise.flip_rate, scale=noise.scale)
+        by_annotator = posterior_by_annotator(values, strength.mean, noise)
+        right = right if by_annotator is None else by_annotator.right
     suspicious = [i for i in torch.argsort(right, stable=True).tolist() if right[i] < 0.5]
     audited = Audited(rows, strength, 1 - right, frozenset(suspicious))
     contradicting = [i for i, row in enumerate(rows) if (row.values.get("rating_gap") or 0) < 0]
@@ -125,6 +128,7 @@ def audit(
         "rating_ties": sum(row.values.get("rating_gap") == 0 for row in rows),
         "length": {**length, "alarm": alarm},
         "by": {name: _agreement(audited, name) for name in ("annotator", "source", "subset")},
+        "annotators": report_rows(values, strength.mean, noise),
         "vote": {**shape, **asdict(noise), "settings": settings},
         "key": key,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from rlhf.files import write_text
+from rlhf.report.annotators import annotator_rows, annotator_sentences
 from rlhf.report.figures import bars, histogram
 from rlhf.report.noise import suspects, wrong_labels
 from rlhf.report.records import Facts
@@ -58,6 +59,8 @@ def write_audit_page(
         figures=[(title, note, Markup(svg)) for title, note, svg in figures],
         suspicious=[_marked(row) for row in suspicious],
         contradictions=[_marked(row) for row in contradictions],
+        annotator_sentences=annotator_sentences(result.get("annotators", {})),
+        annotator_rows=annotator_rows(result.get("annotators", {})),
         groups={name: table for name, table in result["by"].items() if table},
     )
     write_text(target, page)

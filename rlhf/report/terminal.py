@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.progress import duration
+from rlhf.report.annotators import annotator_sentences
 from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import checks_line
 from rlhf.report.noise import suspects, wrong_labels
@@ -201,4 +202,5 @@ def audit_lines(result: Facts) -> list[str]:
         sentences.append(
             f"{suspects(noise, len(suspicious))} The first: {', '.join(map(str, suspicious[:10])) or 'none'}."
         )
+    sentences += annotator_sentences(result.get("annotators", {}))
     return [f"{result['kept_pairs']} pairs.", *sentences]
