@@ -14,6 +14,7 @@ PACKAGE = {file: ".".join(file.relative_to(ROOT.parent).with_suffix("").parts) f
 MODULES = {name.removesuffix(".__init__"): file for file, name in PACKAGE.items()}
 GROUND = {
     "errors",
+    "few_labels",
     "files",
     "progress",
     "statistics",
@@ -40,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
 TORCH_FREE = [
     "rlhf",
     "rlhf.cli",
+    "rlhf.few_labels",
     "rlhf.files",
     "rlhf.statistics",
     *sorted(name for name in MODULES if name.startswith(("rlhf.recipe", "rlhf.report"))),

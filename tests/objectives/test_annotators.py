@@ -45,7 +45,7 @@ def dawid_skene(labels: PairLabels, annotators: int, pseudo: float) -> np.ndarra
             if s != 0:
                 right[j] += posterior[p, 0 if s == 1 else 1]
                 counts[j] += 1
-        accuracy = (pseudo * right.sum() / counts.sum() + right) / (pseudo + counts)
+        accuracy = np.clip((pseudo * right.sum() / counts.sum() + right) / (pseudo + counts), 0.001, 0.999)
     return accuracy
 
 
