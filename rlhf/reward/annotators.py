@@ -10,7 +10,9 @@ from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from rlhf.data.labels import Verdict, shows_second_on_the_left
-from rlhf.data.rows import TIE, Pair, pair_digest, told
+from rlhf.data.rows import SIDES, TIE, Pair, pair_digest, told
+from rlhf.data.traits import TRAITS
+from rlhf.models.text import plain
 from rlhf.objectives.annotators import (
     Interval,
     PairLabels,
@@ -27,6 +29,7 @@ ENOUGH = 20  # labels, ties left out; who gave fewer is not judged, and shares o
 CONFIDENCE = 0.95
 LARGEST = 3.0  # a difference counts as this many usual ones at most, so that a few odd answers do not decide
 UNNAMED = "(not named)"
+TASTES = ("length", "flattery")  # of `rlhf.data.traits`
 
 
 class Taste(TypedDict):
@@ -36,7 +39,7 @@ class Taste(TypedDict):
         slope: nats that a usual difference in the feature (root of the mean square) adds to the log-odds of being chosen.
         slope_ci: its 95 % interval.
         beyond: slope minus that of all other annotators together.
-        beyond_ci: its interval, which holds for all annotators together (Bonferroni).
+        beyond_ci: its interval, which holds for all annotators and features together (Bonferroni).
     """
 
     slope: float
@@ -160,9 +163,14 @@ def posterior_by_annotator(rows: Sequence[Pair], strength: Tensor, noise: NoiseE
     return LabelPosterior(torch.sigmoid(labelled.side * odds).to(strength), sorted(first.values()))
 
 
-def length_differences(rows: Sequence[Pair]) -> list[float]:
-    """Return how many words more the chosen answer has than the rejected one, [n]."""
-    return [float(len(told(row, "chosen").split()) - len(told(row, "rejected").split())) for row in rows]
+def trait_differences(rows: Sequence[Pair], trait: str) -> list[float]:
+    """Return how much more of a trait the chosen answer has than the rejected one, [n]."""
+    count = TRAITS[trait].count
+    prompts = [plain(row["prompt"]).lower() for row in rows]
+    chosen, rejected = (
+        [count(prompt, told(row, side).lower()) for prompt, row in zip(prompts, rows, strict=True)] for side in SIDES
+    )
+    return [more - less for more, less in zip(chosen, rejected, strict=True)]
 
 
 def report_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> dict[str, AnnotatorReport]:
@@ -176,7 +184,8 @@ def report_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) ->
     """
     if not any(row.get("annotator") for row in rows):
         return {}
-    return report_annotators(labels_of_rows(rows, strength, noise), {"length": length_differences(rows)})
+    features = {trait: trait_differences(rows, trait) for trait in TASTES}
+    return report_annotators(labels_of_rows(rows, strength, noise), features)
 
 
 def report_verdicts(verdicts: Sequence[Verdict]) -> dict[str, AnnotatorReport]:
@@ -291,7 +300,7 @@ def _tastes(
 
     # 2. Every annotator against all others.
     everybody = torch.cat(list(judged.values()))
-    z, z_together = _quantile(CONFIDENCE), _quantile(_together(len(judged)))
+    z, z_together = _quantile(CONFIDENCE), _quantile(_together(len(judged) * len(columns)))
     tastes: dict[str, dict[str, Taste]] = {}
     for name, rows in judged.items():
         mine = label_slopes(table[rows])
