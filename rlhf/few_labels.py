@@ -57,14 +57,14 @@ def powered_rate(human: Sequence[float], judge: Sequence[float], judge_alone: Se
     >>> powered_rate([1.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5], [0.9]).mean
     0.5
     """
-    labels, said, alone = (np.asarray(values, dtype=float) for values in (human, judge, judge_alone))
+    labels, verdicts, alone = (np.asarray(values, dtype=float) for values in (human, judge, judge_alone))
     n, rows = len(labels), len(alone)
     assert n >= FEWEST, "a deviation needs three labels"
-    spread = float(np.concatenate([said, alone]).var(ddof=1))
+    spread = float(np.concatenate([verdicts, alone]).var(ddof=1))
     weight = 0.0
     if rows and spread > 0:
-        weight = min(1.0, max(0.0, float(np.cov(labels, said)[0, 1]) / ((1 + n / rows) * spread)))
-    rest = labels - weight * said
+        weight = min(1.0, max(0.0, float(np.cov(labels, verdicts)[0, 1]) / ((1 + n / rows) * spread)))
+    rest = labels - weight * verdicts
     mean = float(rest.mean()) + (weight * float(alone.mean()) if rows else 0.0)
     variance = float(rest.var(ddof=1)) / n + (weight**2 * spread / rows if rows else 0.0)
     return _with_interval(mean, variance, n - 2, weight)
@@ -100,9 +100,9 @@ def rate_at_any_look(
 
     Reference: Waudby-Smith and Ramdas, arXiv:2010.09686, theorem 3 (hedged capital) and section 5 (without replacement).
     """
-    labels, said = np.asarray(human, dtype=float), np.asarray(judge, dtype=float)
-    remaining, rows = float(said.sum() + np.sum(judge_alone)), len(said) + len(judge_alone)
-    spread = float(np.concatenate([said, np.asarray(judge_alone, dtype=float)]).var())
+    labels, verdicts = np.asarray(human, dtype=float), np.asarray(judge, dtype=float)
+    remaining, rows = float(verdicts.sum() + np.sum(judge_alone)), len(verdicts) + len(judge_alone)
+    spread = float(np.concatenate([verdicts, np.asarray(judge_alone, dtype=float)]).var())
     candidates = np.linspace(0, 1, GRID)
     higher, lower = np.ones(GRID), np.ones(GRID)
     is_in = np.ones(GRID, dtype=bool)
@@ -114,18 +114,18 @@ def rate_at_any_look(
         mean_left = remaining / left
         expected = (rows * candidates - labels[:s].sum()) / left
         is_in &= (expected >= -1e-12) & (expected <= 1 + 1e-12)  # some labels of the rest would be outside [0, 1]
-        weight = _weight_so_far(labels[:s], said[:s], spread)
+        weight = _weight_so_far(labels[:s], verdicts[:s], spread)
         lowest, highest = -weight * (1 - mean_left), 1 + weight * mean_left
         stake = _stake(corrected, confidence)
         up = np.minimum(stake, BET / np.maximum(expected - lowest, 1e-12))
         down = np.minimum(stake, BET / np.maximum(highest - expected, 1e-12))
 
         # 2. The label.
-        value = labels[s] - weight * (said[s] - mean_left)
+        value = labels[s] - weight * (verdicts[s] - mean_left)
         higher *= 1 + up * (value - expected)
         lower *= 1 - down * (value - expected)
         corrected.append(value)
-        remaining -= said[s]
+        remaining -= verdicts[s]
 
         # 3. Who is left. The true rate is among them but for a chance of α, so where nobody is, the last interval stands.
         is_in &= (higher + lower) / 2 < 1 / (1 - confidence)
@@ -134,11 +134,11 @@ def rate_at_any_look(
     return intervals
 
 
-def _weight_so_far(labels: Array, said: Array, spread: float) -> float:
+def _weight_so_far(labels: Array, verdicts: Array, spread: float) -> float:
     """Return the judge's weight by the labels so far, drawn to 0 while they are few."""
     if len(labels) < FEWEST or spread == 0:
         return 0.0
-    covariance = float(((labels - labels.mean()) * (said - said.mean())).sum()) / (len(labels) + FEW_FOR_WEIGHT)
+    covariance = float(((labels - labels.mean()) * (verdicts - verdicts.mean())).sum()) / (len(labels) + FEW_FOR_WEIGHT)
     return min(1.0, max(0.0, covariance / spread))
 
 

@@ -74,7 +74,8 @@ def fit_accuracy(labels: PairLabels, annotators: int, *, pseudo_labels: float = 
 
     Every accuracy is drawn towards that of all labels, ā, as if κ more labels had been seen: few labels move it little, and an
     annotator of whom nothing is known has ā. κ = 0 is maximum likelihood. Where no pair has a prior, all depends on pairs with
-    several labels, and it is taken that the annotators are right rather than wrong.
+    several labels, and it is taken that the annotators are right rather than wrong; of two annotators only the agreement is
+    known then, and both get accuracies that explain it.
 
     Args:
         annotators: how many there are.

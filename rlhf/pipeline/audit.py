@@ -83,7 +83,7 @@ def audit(
 
     # 1. Read, count, vote.
     template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
-    read, report = read_pair_rows(source, fit=template, compare=compare, by_annotator=True)
+    read, report = read_pair_rows(source, fit=template, compare=compare)
     rows = [row for row in read if row.values.get("confidence") != TIE]
     ties = len(read) - len(rows)
     for sentence in report.sentences():

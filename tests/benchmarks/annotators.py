@@ -1,15 +1,15 @@
 """Who labels badly, and what it is worth to know: ten annotators in the lab, three coins and one who likes length among them.
 
-python tests/benchmarks/annotators.py --json annotators.json --seeds 1,2,3,4,5
+python tests/benchmarks/annotators.py --json annotators.json --seeds 1,2,3
 python tests/benchmarks/annotators.py --json quick.json --seeds 0 --quick
 
-Every seed has 3,000 pairs of its own; one SFT model serves all. Ten annotators give 300 labels each: once with one label a
-pair, and once so that a fifth of the labels are second opinions on a pair that somebody else has labelled (`overlap`). All
-recipes see the same labels and the same vote: five members, five folds, out of fold, two epochs, trained with the likelihood
-of labels of which a fifth is flipped.
+Every seed has 2,000 pairs of its own; one SFT model serves all. Ten annotators give 200 labels each: six careful ones, three
+coins, and one who takes the longer answer nine times in ten. Once there is one label a pair, and once a fifth of the labels
+are second opinions on a pair that somebody else has labelled (`overlap`). All recipes see the same labels and the same vote:
+five members, five folds, out of fold, two epochs, trained with the likelihood of labels of which a fifth is flipped.
 
 `found`: who is flagged by `rlhf.reward.annotators` from 60 labels of each, and who is flagged in error: `alone`, where the
-vote has these 600 labels and no more; `of_many`, where it has all 3,000. `gain` is the accuracy on clean test pairs of a
+vote has these 600 labels and no more; `of_many`, where it has all 2,000. `gain` is the accuracy on clean test pairs of a
 model trained on `posterior` labels with each annotator's own error rate, less that with one rate for all; intervals are
 bootstraps over seeds and test pairs of the paired differences. Finished parts are kept beside FILE, so a killed run goes on.
 """
@@ -38,17 +38,15 @@ from rlhf.reward.noise import NoiseEstimate
 from rlhf.statistics import auroc
 
 CAREFUL = {"sharpness": 6.0, "length_bias": 0.10, "flattery_bias": 0.10, "carelessness": 0.05}
-FLATTERED = {"sharpness": 4.0, "length_bias": 0.15, "flattery_bias": 0.35, "carelessness": 0.10}
 COIN = {"sharpness": 0.0, "length_bias": 0.0, "flattery_bias": 0.0, "carelessness": 1.0}
-LENGTH = {"sharpness": 4.0, "length_bias": 1.5, "flattery_bias": 0.10, "carelessness": 0.10}
+LENGTH = {"sharpness": 4.0, "length_bias": 6.0, "flattery_bias": 0.10, "carelessness": 0.10}
 PEOPLE = (
-    *(Annotator(f"careful-{i}", **CAREFUL) for i in range(4)),
-    *(Annotator(f"flattered-{i}", **FLATTERED) for i in range(2)),
+    *(Annotator(f"careful-{i}", **CAREFUL) for i in range(6)),
     *(Annotator(f"coin-{i}", **COIN) for i in range(3)),
     Annotator("length", **LENGTH),
 )
 WANTED = {f"coin-{i}": "coin" for i in range(3)} | {"length": "more length"}
-EACH, FEW, OVERLAP, TEST = 300, 60, 0.2, 10_000
+EACH, FEW, OVERLAP, TEST = 200, 60, 0.2, 5000
 SIZES = {"pairs": 21_000, "test_pairs": 11_500, "demonstrations": 4000}
 POINT = {"learning_rate": 5e-4, "epochs": 2}
 MEMBERS, FOLDS, MEMBER_FLIP_RATE = 5, 5, 0.2
@@ -60,7 +58,7 @@ DRAWS = 2000
 @cache
 def splits(folder: Path, seed: int, *, quick: bool) -> tuple[Path, Rows, Rows]:
     """The SFT model, which all seeds share, and pairs in true order: a seed's own to label, and to test on."""
-    sizes = {"pairs": 7000, "test_pairs": 1200, "demonstrations": 2000} if quick else SIZES
+    sizes: dict[str, int | str] = {"pairs": 7000, "test_pairs": 1200, "demonstrations": 2000} if quick else SIZES
     base, pairs, test = world(folder / f"world{'-quick' if quick else ''}", 0, **sizes)
     rows, each = in_true_order(pairs), EACH * len(PEOPLE)
     assert len(rows) >= (seed + 1) * each, f"no pairs are left for seed {seed}"
@@ -173,7 +171,7 @@ def gain(results: list[dict[str, Any]]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seeds", default="1,2,3,4,5")
+    parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--found-only", action="store_true", help="only who is found by 60 labels each, alone")
     parser.add_argument(
         "--quick", action="store_true", help="a small SFT model, a tenth of the test pairs, the first seed"
@@ -183,10 +181,11 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[dict[str, Any]]] = {
-        kind: [measured(folder, seed, kind, models=not arguments.found_only, quick=arguments.quick) for seed in seeds]
-        for kind in KINDS
-    }
+    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for seed in seeds:
+        for kind in KINDS:
+            result = measured(folder, seed, kind, models=not arguments.found_only, quick=arguments.quick)
+            results[kind].append(result)
     found: dict[str, Any] = {"seeds": seeds, "threads": torch.get_num_threads()}
     for kind, of_kind in results.items():
         found[kind] = {
