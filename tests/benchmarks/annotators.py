@@ -172,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--found-only", action="store_true", help="only who is found by 60 labels each, alone")
     parser.add_argument(
         "--quick", action="store_true", help="a small SFT model, a tenth of the test pairs, the first seed"
@@ -181,11 +182,11 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    for seed in seeds:
-        for kind in KINDS:
-            result = measured(folder, seed, kind, models=not arguments.found_only, quick=arguments.quick)
-            results[kind].append(result)
+    kinds = arguments.kinds.split(",")
+    results: dict[str, list[dict[str, Any]]] = {
+        kind: [measured(folder, seed, kind, models=not arguments.found_only, quick=arguments.quick) for seed in seeds]
+        for kind in kinds
+    }
     found: dict[str, Any] = {"seeds": seeds, "threads": torch.get_num_threads()}
     for kind, of_kind in results.items():
         found[kind] = {
