@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from scipy.stats import binomtest, norm
@@ -104,7 +104,13 @@ def labels_of_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate)
     is_tie = torch.tensor([row.get("confidence") == TIE for row in rows])
     votes = torch.bincount(pair)
     summed = torch.zeros(len(votes), dtype=torch.float64).index_add(0, pair, noise.scale * strength.double() * side)
-    return grouped(pair, side, side * ~is_tie, [row.get("annotator") or UNNAMED for row in rows], summed / votes)
+    return grouped(pair, side, side * ~is_tie, who_labelled(rows), summed / votes)
+
+
+def who_labelled(rows: Sequence[Pair]) -> list[str]:
+    """Return who gave each label: its annotator, or where no row names one its source."""
+    column: Literal["annotator", "source"] = "annotator" if any(row.get("annotator") for row in rows) else "source"
+    return [row.get(column) or UNNAMED for row in rows]
 
 
 def pair_numbers(rows: Sequence[Pair]) -> tuple[list[int], list[float]]:
@@ -174,15 +180,15 @@ def trait_differences(rows: Sequence[Pair], trait: str) -> list[float]:
 
 
 def report_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> dict[str, AnnotatorReport]:
-    """Report the annotators that canonical pairs name, by a vote on them and by pairs that several labelled.
+    """Report the annotators that canonical pairs name, or their sources, by a vote and by pairs that several labelled.
 
     Args:
         strength: [n] mean out-of-fold difference of each row.
 
     Returns:
-        an entry a name; empty where no row names anybody.
+        an entry a name; empty where nobody is named and all are of one source.
     """
-    if not any(row.get("annotator") for row in rows):
+    if not any(row.get("annotator") for row in rows) and len(set(who_labelled(rows))) < 2:
         return {}
     features = {trait: trait_differences(rows, trait) for trait in TASTES}
     return report_annotators(labels_of_rows(rows, strength, noise), features)

@@ -156,6 +156,13 @@ def test_one_annotator_and_nobody() -> None:
     assert annotator_sentences({}) == []
 
 
+def test_sources_stand_for_people_where_nobody_is_named() -> None:
+    rows, strength = crowd({"ann": 0.9, "bob": 0.5}, 200, seed=8)
+    by_source = [{**row, "source": row["annotator"], "annotator": None} for row in rows]
+    assert report_rows(by_source, strength, NOISE) == report_rows(rows, strength, NOISE)
+    assert report_rows([{**row, "source": "one"} for row in by_source], strength, NOISE) == {}
+
+
 def test_an_annotator_with_one_label_is_not_judged() -> None:
     rows, strength = crowd({"ann": 0.9}, 100, seed=7)
     rows[50] = {**rows[50], "annotator": "once"}
