@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,29 @@ def test_figures_of_an_annotator() -> None:
         assert entry["left"] is None, "a file does not say where an answer stood"
 
 
+def test_who_may_be_good_is_no_coin() -> None:
+    """25 labels on pairs of which little else is known reach 1/2, and whatever the others have too."""
+    rows, strength = crowd({"ann": 0.9, "bob": 0.9}, 200, seed=9)
+    more, vote = crowd({"new": 0.7}, 25, seed=10)
+    report = report_rows([*rows, *more], torch.cat([strength, 0.2 * vote]), NOISE)
+    low, high = report["new"]["accuracy_ci"] or [0.6, 0]
+    assert low < 0.5
+    assert high > 0.95
+    assert report["new"]["flags"] == []
+
+
+def test_a_taste_that_all_share_is_nobodys() -> None:
+    """All take the longer answer nine times in ten: what labels want is the audit's other question."""
+    data, votes_of = [], []
+    for i, name in enumerate(["ann", "bob", "cy"]):
+        rows, strength = crowd({}, 100, seed=20 + i, length_fan=name)
+        data, votes_of = [*data, *rows], [*votes_of, strength]
+    report = report_rows(data, torch.cat(votes_of), NOISE)
+    for entry in report.values():
+        assert entry["tastes"]["length"]["slope_ci"][0] > 0
+        assert "more length" not in entry["flags"]
+
+
 def test_a_drift_is_seen() -> None:
     first, strength_first = crowd({"ann": 0.95, "bob": 0.9}, 200, seed=2)
     second, strength_second = crowd({"ann": 0.5, "bob": 0.9}, 200, seed=3)
@@ -100,14 +124,15 @@ def test_a_drift_is_seen() -> None:
 def test_posterior_labels_take_the_annotators_own_error_rate() -> None:
     """Against Bayes in plain numpy with the error rates of the report; a coin's label says nothing beside the vote."""
     rows, strength = crowd({"ann": 0.9, "bob": 0.5}, 300, seed=4)
-    made = denoised(rows, DenoiseConfig("posterior"), votes(strength), NOISE).rows
-    report = report_rows(rows, strength, NOISE)
+    noise = replace(NOISE, scale=2.0)  # a vote is worth twice what it says
+    made = denoised(rows, DenoiseConfig("posterior"), votes(strength / 2), noise).rows
+    report = report_rows(rows, strength / 2, noise)
     for row, vote, out in zip(rows, strength.tolist(), made, strict=True):
         error = report[row["annotator"]]["error_rate"]
         right = (1 - error) / (1 + math.exp(-vote))
         wrong = error / (1 + math.exp(vote))
         assert out["confidence"] == pytest.approx(right / (right + wrong), abs=1e-5)
-    weights = denoised(rows, DenoiseConfig("weight"), votes(strength), NOISE).rows
+    weights = denoised(rows, DenoiseConfig("weight"), votes(strength / 2), noise).rows
     assert [row["weight"] for row in weights] == [row["confidence"] for row in made]
 
 
@@ -130,6 +155,10 @@ def test_a_pair_that_several_labelled_is_one_row_with_what_all_say() -> None:
     got = [row["confidence"] for row in made[:3]]
     np.testing.assert_allclose(got, [1 / (1 + math.exp(-x)) for x in expected], atol=1e-5)
     assert made[2]["chosen"] == rows[2]["chosen"]
+    weights = [row["weight"] for row in denoised(data, DenoiseConfig("weight"), votes(strength), NOISE).rows]
+    assert weights[len(rows)] == pytest.approx(1 - weights[0]), (
+        "the label against is right as often as the first is wrong"
+    )
 
 
 def test_the_rate_of_the_whole_is_taken_where_no_own_one_is_known() -> None:
