@@ -129,7 +129,7 @@ def accuracy_interval(others: Tensor, *, confidence: float = 0.95) -> Interval:
     """
     grid = torch.linspace(0, 1, GRID, dtype=torch.float64)
     likelihood = torch.zeros_like(grid)
-    for right in torch.sigmoid(others.double()).split(LABELS_AT_ONCE):
+    for right in torch.split(torch.sigmoid(others.double()), LABELS_AT_ONCE):
         mixed = grid[:, None] * right + (1 - grid[:, None]) * (1 - right)
         likelihood += mixed.clamp(min=1e-300).log().sum(dim=1)
     quantile = torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)) ** 2

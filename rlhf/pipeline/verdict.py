@@ -12,6 +12,7 @@ from rlhf.few_labels import FEWEST, Rate, human_rate, powered_rate, rate_at_any_
 from rlhf.files import write_text
 
 WORDS = {"first": 1.0, "tie": 0.5, "second": 0.0}
+SHOWN = 10  # problems of a file
 ODD_DRAW = 3.0  # standard errors between the judge's means of rows with and without a label, beyond which it is said
 
 
@@ -56,10 +57,10 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
     result = {
         "labels": len(human),
         "rows": len(everything),
-        "people": _entry(by_people),
+        "people": {"rate": by_people.mean, "rate_ci": _interval(by_people, human)},
         "judge": sum(everything) / len(everything),
         "win_rate": by_both.mean,
-        "win_rate_ci": [by_both.low, by_both.high],
+        "win_rate_ci": _interval(by_both, human),
         "win_rate_any_look_ci": [low, high],
         "judge_weight": by_both.judge_weight,
         "draw_z": surprise,
@@ -73,17 +74,32 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
 
 def sentences(result: dict[str, Any]) -> list[str]:
     """Return the result in words."""
-    low, high = result["win_rate_ci"]
-    people, any_look = result["people"], result["win_rate_any_look_ci"]
-    width, alone = high - low, people["rate_ci"][1] - people["rate_ci"][0]
-    worth = f" The interval is {width / alone:.2f} times as wide as that of people alone." if alone > 0 else ""
-    return [
-        f"The first answer wins {result['win_rate']:.3f} [{low:.3f}, {high:.3f}]: {result['rows']} verdicts of the judge, "
-        f"corrected by {result['labels']} labels of people.",
-        f"People alone: {people['rate']:.3f} [{people['rate_ci'][0]:.3f}, {people['rate_ci'][1]:.3f}]; the judge alone: "
-        f"{result['judge']:.3f}, which no interval makes true.{worth}",
-        f"If you look again with more labels, and stop when it is clear: [{any_look[0]:.3f}, {any_look[1]:.3f}], for these rows.",
+    people, interval = result["people"], result["win_rate_ci"]
+    lines = [
+        f"The first answer wins {result['win_rate']:.3f}{_shown(interval)}: {result['rows']} verdicts of the judge, corrected by "
+        f"{result['labels']} labels of people.",
+        f"People alone: {people['rate']:.3f}{_shown(people['rate_ci'])}; the judge alone: {result['judge']:.3f}, which no interval "
+        "makes true.",
     ]
+    if interval is None:
+        lines.append(
+            "All labels say the same, so they have no spread to make an interval for one look of; read the next one."
+        )
+    else:
+        width = (interval[1] - interval[0]) / (people["rate_ci"][1] - people["rate_ci"][0])
+        lines.append(f"The interval is {width:.2f} times as wide as that of people alone.")
+    any_look = result["win_rate_any_look_ci"]
+    lines.append(f"If you look again with more labels, and stop when it is clear:{_shown(any_look)}, for these rows.")
+    return lines
+
+
+def _shown(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def _interval(rate: Rate, human: Sequence[float]) -> list[float] | None:
+    """Return an interval for one look; None where all labels are equal, for it would be a point and a lie."""
+    return [rate.low, rate.high] if len(set(human)) > 1 else None
 
 
 def read_verdicts(file: str) -> Verdicts:
@@ -115,7 +131,8 @@ def read_verdicts(file: str) -> Verdicts:
     if not problems and len(verdicts.human) < FEWEST:
         problems.append(f"{file}: {len(verdicts.human)} of its rows have a `label`; at least {FEWEST} are needed.")
     if problems:
-        raise UserError(problems[:10])
+        more = len(problems) - SHOWN
+        raise UserError(problems[:SHOWN] + ([f"{file}: {more} more rows like these."] if more > 0 else []))
     return verdicts
 
 
@@ -123,8 +140,9 @@ def _value(verdict: object) -> float | None:
     """Return a verdict as a number; None for what is none."""
     if isinstance(verdict, str):
         return WORDS.get(verdict.strip().lower())
-    is_number = isinstance(verdict, int | float) and not isinstance(verdict, bool)
-    return float(verdict) if is_number and 0 <= verdict <= 1 else None
+    if isinstance(verdict, bool) or not isinstance(verdict, int | float):
+        return None
+    return float(verdict) if 0 <= verdict <= 1 else None
 
 
 def _surprise(judge: Sequence[float], alone: Sequence[float]) -> float:
@@ -136,7 +154,3 @@ def _surprise(judge: Sequence[float], alone: Sequence[float]) -> float:
         return 0.0
     error = math.sqrt(variance * (1 / len(judge) + 1 / len(alone)))
     return (sum(judge) / len(judge) - sum(alone) / len(alone)) / error
-
-
-def _entry(rate: Rate) -> dict[str, Any]:
-    return {"rate": rate.mean, "rate_ci": [rate.low, rate.high]}

@@ -46,7 +46,8 @@ def test_the_rate_and_what_it_rests_on(tmp_path: Path) -> None:
     assert any_low < low < high < any_high, "looking as often as you like costs"
     assert said[0].startswith(f"The first answer wins {result['win_rate']:.3f} [{low:.3f}, {high:.3f}]: 2000 verdicts")
     assert "corrected by 100 labels of people" in said[0]
-    assert "for these rows" in said[2]
+    assert said[2].startswith(f"The interval is {(high - low) / (people_high - people_low):.2f} times")
+    assert "for these rows" in said[3]
 
 
 def test_all_forms_of_a_verdict(tmp_path: Path) -> None:
@@ -79,7 +80,10 @@ def test_labels_that_were_picked_are_said_to_be(tmp_path: Path) -> None:
 def test_labels_that_are_all_equal_make_no_certainty_at_any_look(tmp_path: Path) -> None:
     """20 labels, all wins, and a judge that agrees: the interval for any look still holds what 20 labels can't exclude."""
     rows = [{"judge": "first", "label": "first" if i < 20 else ""} for i in range(500)]
-    result = verdict(written(tmp_path, rows), None, say=lambda _: None)
+    said: list[str] = []
+    result = verdict(written(tmp_path, rows), None, say=said.append)
+    assert result["win_rate_ci"] is result["people"]["rate_ci"] is None, "no spread, no interval for one look"
+    assert "All labels say the same" in said[2]
     low, high = result["win_rate_any_look_ci"]
     assert low < 0.8
     assert high == 1.0
@@ -95,6 +99,11 @@ def test_bad_files_are_sentences(tmp_path: Path) -> None:
     text = "\n".join(error.value.problems)
     assert "row 11 has no `judge`" in text
     assert "row 12: `label` is 'left'" in text
+    many = [{"judge": "left"}] * 25
+    with pytest.raises(UserError) as error:
+        verdict(written(tmp_path, many), None, say=print)
+    assert len(error.value.problems) == 11
+    assert error.value.problems[-1].endswith("15 more rows like these.")
     assert "row 13 has no `judge`, which is first, second, tie or a number from 0 to 1" in text
     with pytest.raises(UserError):
         verdict(str(tmp_path / "nowhere.jsonl"), None, say=print)
