@@ -6,7 +6,7 @@ from statistics import median
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, chi2, norm
 from torch import Tensor
 
 from rlhf.data.labels import Verdict, shows_second_on_the_left
@@ -17,6 +17,7 @@ from rlhf.objectives.annotators import (
     Interval,
     PairLabels,
     accuracy_interval,
+    difference_statistic,
     fit_accuracy,
     label_slopes,
     others_log_odds,
@@ -167,6 +168,16 @@ def posterior_by_annotator(rows: Sequence[Pair], strength: Tensor, noise: NoiseE
     for i in sorted(range(len(rows)), key=lambda i: rows[i].get("confidence") == TIE):
         first.setdefault(int(labels.pair[i]), i)
     return LabelPosterior(torch.sigmoid(labelled.side * odds).to(strength), sorted(first.values()))
+
+
+def annotators_differ(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> bool:
+    """Tell whether the votes show that some annotators are right more often than others, at 5 %; ties are left out."""
+    labelled = labels_of_rows(rows, strength, noise)
+    decided = labelled.labels.sign != 0
+    if labelled.groups < 2 or not decided.any():
+        return False
+    statistic = difference_statistic(strength[decided], labelled.labels.annotator[decided], labelled.groups)
+    return bool(chi2.sf(statistic, labelled.groups - 1) < 1 - CONFIDENCE)
 
 
 def trait_differences(rows: Sequence[Pair], trait: str) -> list[float]:

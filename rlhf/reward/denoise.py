@@ -23,7 +23,7 @@ from rlhf.objectives.strength import (
     smoothing_confidence,
 )
 from rlhf.recipe.objectives import OBJECTIVES, Objective, resolve
-from rlhf.reward.annotators import LabelPosterior, posterior_by_annotator
+from rlhf.reward.annotators import LabelPosterior, annotators_differ, posterior_by_annotator
 from rlhf.reward.noise import NoiseEstimate
 
 
@@ -213,23 +213,23 @@ def posterior_as_confidence(
 ) -> Denoised:
     """Set the confidence by Bayes: p = σ(b μ + log((1 - ε) / ε)); where the votes prove no noise, nothing is set.
 
-    Where the rows name annotators, ε is the annotator's own, and a pair that several labelled becomes one row, with what all
-    its labels say (`rlhf.reward.annotators.posterior_by_annotator`).
+    Noise is also proved where some annotators are shown to be right more often than others. Where the rows name annotators, ε
+    is the annotator's own, and a pair that several labelled becomes one row, with what all its labels say
+    (`rlhf.reward.annotators.posterior_by_annotator`).
     """
-    if noise.fitted <= 0:
+    posterior = _posterior(rows, strength, noise)
+    if posterior is None:
         return Denoised(rows)
-    right, kept = _posterior(rows, strength, noise)
-    made = _with_columns(rows, confidence=right)
-    return Denoised([made[i] for i in kept])
+    made = _with_columns(rows, confidence=posterior.right)
+    return Denoised([made[i] for i in posterior.rows])
 
 
 def posterior_as_weight(
     rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
 ) -> Denoised:
     """Set the weight to the confidence of `posterior_as_confidence`; where the votes prove no noise, nothing is set."""
-    if noise.fitted <= 0:
-        return Denoised(rows)
-    return Denoised(_with_columns(rows, weight=_posterior(rows, strength, noise).right))
+    posterior = _posterior(rows, strength, noise)
+    return Denoised(rows if posterior is None else _with_columns(rows, weight=posterior.right))
 
 
 def drop(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
@@ -246,7 +246,10 @@ def drop(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise:
     return Denoised([row for row, dropped in zip(rows, drops.tolist(), strict=True) if not dropped])
 
 
-def _posterior(rows: Sequence[Pair], strength: VoteStrength, noise: NoiseEstimate) -> LabelPosterior:
+def _posterior(rows: Sequence[Pair], strength: VoteStrength, noise: NoiseEstimate) -> LabelPosterior | None:
+    """Return what is known of each label; None where the votes prove no noise, neither of all nor of some annotators."""
+    if noise.fitted <= 0 and not (noise.scale > 0 and annotators_differ(rows, strength.mean, noise)):
+        return None
     by_annotator = posterior_by_annotator(rows, strength.mean, noise)
     if by_annotator is not None:
         return by_annotator

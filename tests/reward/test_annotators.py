@@ -174,6 +174,19 @@ def test_the_rate_of_the_whole_is_taken_where_no_own_one_is_known() -> None:
         np.testing.assert_allclose([row["confidence"] for row in made], expected, atol=1e-6)
 
 
+def test_annotators_who_differ_prove_noise_where_the_whole_does_not() -> None:
+    """The votes' errors may explain all contradictions, but not that one person has so many more of them."""
+    silent = replace(NOISE, fitted=0.0, low=0.0)
+    rows, strength = crowd({"ann": 0.95, "bob": 0.5}, 200, seed=11)
+    made = denoised(rows, DenoiseConfig("posterior"), votes(strength), silent).rows
+    assert [row["confidence"] for row in made] == pytest.approx(
+        [row["confidence"] for row in denoised(rows, DenoiseConfig("posterior"), votes(strength), NOISE).rows]
+    )
+    alike, strength = crowd({"ann": 0.8, "bob": 0.8}, 200, seed=12)
+    for objective in ("posterior", "weight"):
+        assert denoised(alike, DenoiseConfig(objective), votes(strength), silent).rows == alike
+
+
 # ---- Bad input ----
 
 
