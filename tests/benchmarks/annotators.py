@@ -136,8 +136,8 @@ def measured(folder: Path, seed: int, kind: str, *, models: bool, quick: bool) -
         # 2. Posterior labels with one error rate for all, and with each annotator's own; what they say of wrong labels.
         for variant, data in (("posterior", without_names(labels)), ("posterior_by_annotator", labels)):
             posterior = posterior_by_annotator(data, strength.mean, noise)
-            right = torch.sigmoid(noise.scale * strength.mean + np.log(1 / max(noise.fitted, 1e-9) - 1))
-            right = right if posterior is None else posterior.right
+            # One rate for all orders labels as the votes do.
+            right = torch.sigmoid(noise.scale * strength.mean) if posterior is None else posterior.right
             pairs = denoised(data, DenoiseConfig("posterior"), strength, noise).rows
             scores = differences(fitted(base, pairs, seed=100 * seed, **POINT), test)
             result[variant] = {
