@@ -158,14 +158,14 @@ def difference_statistic(differences: Tensor, annotator: Tensor, annotators: int
     accuracies = torch.linspace(0, 1, ACCURACIES, dtype=torch.float64)[:, None]
     values = differences.double()
     scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / values.abs().mean().clamp(min=1e-12)
-    own, common = [], []
+    separate, common = [], []
     for scale in scales:
         right = torch.sigmoid(scale * values)
         likelihood = (accuracies * right + (1 - accuracies) * (1 - right)).clamp(min=1e-12).log()
         sums = torch.zeros(ACCURACIES, annotators, dtype=torch.float64).index_add(1, annotator, likelihood)
-        own.append(sums.max(dim=0).values.sum())
+        separate.append(sums.max(dim=0).values.sum())
         common.append(sums.sum(dim=1).max())
-    return 2 * (torch.stack(own).max() - torch.stack(common).max()).item()
+    return 2 * (torch.stack(separate).max() - torch.stack(common).max()).item()
 
 
 class Slopes(NamedTuple):
