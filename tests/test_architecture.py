@@ -16,6 +16,7 @@ GROUND = {
     "addresses",
     "bounded",
     "errors",
+    "few_labels",
     "files",
     "progress",
     "statistics",
@@ -42,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 TORCH_FREE = [
     "rlhf",
     "rlhf.cli",
+    "rlhf.few_labels",
     "rlhf.files",
     "rlhf.statistics",
     *sorted(name for name in MODULES if name.startswith(("rlhf.recipe", "rlhf.report"))),

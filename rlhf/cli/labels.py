@@ -1,4 +1,4 @@
-"""The verbs of data and labels: data, audit, blame, label."""
+"""The verbs of data and labels: data, audit, blame, label, verdict."""
 
 from pathlib import Path
 from typing import Annotated
@@ -108,3 +108,21 @@ def label_command(
             say(line)
         return
     serve_page(run, annotator, host=host, port=port, say=say)
+
+
+@app.command("verdict")
+def verdict_command(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="Rows with `judge`, and `label` where a person labelled: first, second, tie, or P(first is better).",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.", show_default=False)] = None,
+) -> None:
+    """Give a win rate from few labels of people and many of a judge, with an interval that holds however wrong the judge is."""
+    from rlhf.pipeline.verdict import verdict
+
+    verdict(file, out, say=say)

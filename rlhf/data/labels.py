@@ -96,6 +96,14 @@ def question_id(round_number: int, prompt: Messages, answers: Sequence[str]) -> 
     return f"r{round_number}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def shows_second_on_the_left(annotator: str, question: str) -> bool:
+    """Tell whether the labelling page swaps the sides of a question, by its id.
+
+    It is drawn for every annotator and question, and the same when a page is loaded again.
+    """
+    return hashlib.sha256(f"{annotator}\x1f{question}".encode()).digest()[0] % 2 == 1
+
+
 def read_questions(path: Path) -> list[Question]:
     """Read the questions of a round, as this pipeline wrote them."""
     return [Question(**row) for row in read_jsonl(path)]

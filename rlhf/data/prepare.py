@@ -159,7 +159,8 @@ def _read_pairs(
         )
         pairs.test = given.train + given.test
     decided = [row for row in pairs.test if row.values.get("confidence") != TIE]
-    return Rows(deduplicated(pairs.train), deduplicated(keep_only(pairs.test, decided, UNTESTABLE))), held_out
+    train, test = deduplicated(pairs.train, by_annotator=True), keep_only(pairs.test, decided, UNTESTABLE)
+    return Rows(train, deduplicated(test)), held_out
 
 
 def _read_ratings(

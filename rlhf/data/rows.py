@@ -168,6 +168,12 @@ def pair_digest(row: Pair) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def label_digest(row: Pair) -> str:
+    """Return what identifies a label, the pair and which of its answers is called the chosen one: 24 characters of a sha256."""
+    text = "\x1f".join((prompt_key(row["prompt"]), told(row, "chosen"), told(row, "rejected")))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
 def has_tools(row: Mapping[str, object]) -> bool:
     """Return whether a canonical row holds a tool call or a tool's turn, which not every chat template can write."""
     parts = (row.get(name) for name in ("prompt", "chosen", "rejected", "completion"))

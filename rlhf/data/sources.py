@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -122,7 +123,7 @@ def read_pairs(
 def read_pair_rows(
     source: str | Source, *, split: str = "train", fit: Fit | None = None, compare: Compare = "answers"
 ) -> tuple[list[Row[Pair]], ReadReport]:
-    """Read all pairs of one source, each with the number of the row that it was read from; otherwise as `read_pairs`.
+    """Read all pairs of one source as `read_pairs`, each with its row's number; of a training split every annotator's labels.
 
     Args:
         fit, compare: as in `read_sources`.
@@ -133,7 +134,7 @@ def read_pair_rows(
     source = Source(source) if isinstance(source, str) else source
     reports: list[ReadReport] = []
     read = read_sources([source], to_pairs, reports, "pairs", 0, split=split, fit=fit, compare=compare)
-    rows = deduplicated(read.train + read.test)
+    rows = deduplicated(read.train + read.test, by_annotator=split == "train")
     count_kept(reports, [rows])
     if not rows:
         raise UserError([f"{source.source}: holds no usable pair.", *reports[0].sentences()])
@@ -354,19 +355,21 @@ def keep_only(rows: Sequence[Row[Canonical]], kept: list[Row[Canonical]], reason
     return kept
 
 
-def deduplicated(rows: Sequence[Row[Pair]]) -> list[Row[Pair]]:
-    """Keep each pair once; drop a pair that stands in both orders both times, for nobody knows which is right."""
+def deduplicated(rows: Sequence[Row[Pair]], *, by_annotator: bool = False) -> list[Row[Pair]]:
+    """Keep each pair once; drop a pair that stands in both orders both times, for nobody knows which is right.
 
-    def identity(row: Row[Pair]) -> tuple[str, frozenset[str], str]:
+    With `by_annotator`, labels of one pair that name different annotators are all kept, whatever they say.
+    """
+
+    def identity(row: Row[Pair]) -> tuple[object, frozenset[str], str]:
         chosen, rejected = told(row.values, "chosen").strip(), told(row.values, "rejected").strip()
-        return row.key, frozenset((chosen, rejected)), chosen
+        return (row.key, by_annotator and row.values.get("annotator")), frozenset((chosen, rejected)), chosen
 
-    orders: dict[tuple[str, frozenset[str]], set[str]] = {}
-    for row in rows:
-        key, answers, chosen = identity(row)
-        orders.setdefault((key, answers), set()).add(chosen)
+    orders: defaultdict[tuple[object, frozenset[str]], set[str]] = defaultdict(set)
+    for key, answers, chosen in map(identity, rows):
+        orders[key, answers].add(chosen)
     kept: list[Row[Pair]] = []
-    seen: set[tuple[str, frozenset[str]]] = set()
+    seen: set[tuple[object, frozenset[str]]] = set()
     for row in rows:
         key, answers, _ = identity(row)
         if len(orders[key, answers]) > 1:

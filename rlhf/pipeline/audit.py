@@ -32,6 +32,7 @@ from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
 from rlhf.report.audit import write_audit_page
+from rlhf.reward.annotators import posterior_by_annotator, report_rows
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.wants import Wants, find_wants, without_wants
 from rlhf.statistics import clustered_mean
@@ -112,6 +113,8 @@ def audit(
     right = torch.ones(len(rows))
     if noise.flip_rate > 0:
         right = posterior_confidence(strength.mean, flip_rate=noise.flip_rate, scale=noise.scale)
+        by_annotator = posterior_by_annotator(values, strength.mean, noise)
+        right = right if by_annotator is None else by_annotator.right
     suspicious = [i for i in torch.argsort(right, stable=True).tolist() if right[i] < 0.5]
     wants = find_wants(values)
     wrong_without_wants = _wrong_without_wants(strength.mean, wants, values)
@@ -141,6 +144,7 @@ def audit(
         "rating_ties": sum(row.values.get("rating_gap") == 0 for row in rows),
         "length": {**length, "alarm": alarm},
         "by": {name: _agreement(audited, name) for name in ("annotator", "source", "subset")},
+        "annotators": report_rows(values, strength.mean, noise),
         "vote": {**shape, **asdict(noise), "settings": settings},
         "key": key,
     }
@@ -226,7 +230,7 @@ def _finished(out: Path, key: str) -> dict[str, Any] | None:
     file = out / "audit.json"
     if file.is_file():
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if result.get("key") == key and "worth" in result:
+        if result.get("key") == key and "annotators" in result:
             return result
         raise UserError(
             f"{out}: holds an audit of other pairs, with another model or settings, or by an older version; choose another --out."

@@ -110,7 +110,7 @@ def _read(source: Source, compare_as: Compare) -> ReadFile:
     for kind, convert in KINDS:
         read: Rows[Any] = read_sources([source], convert, reports, kind, 0, fit=lambda row: row, compare=compare_as)
         rows = read.train + read.test
-        rows = deduplicated(rows) if kind == "pairs" else rows
+        rows = deduplicated(rows, by_annotator=True) if kind == "pairs" else rows
         if rows:
             row = _first_row(source)
             compares = kind != "pairs" and isinstance(row, Mapping) and {"chosen", "rejected"} <= row.keys()

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
-from rlhf.data.rows import SIDES, Pair, answer, asked, pair_digest
+from rlhf.data.rows import SIDES, Pair, answer, asked, label_digest
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.templates import end_at_end_token
@@ -60,7 +60,7 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     names = ("strength_mean", "strength_std", "strength_share", "strength_votes")
     columns = zip(*(column.tolist() for column in strength), strict=True)
     votes = [
-        {"pair": pair_digest(row), **dict(zip(names, v, strict=True))} for row, v in zip(rows, columns, strict=True)
+        {"pair": label_digest(row), **dict(zip(names, v, strict=True))} for row, v in zip(rows, columns, strict=True)
     ]
     write_jsonl(context.folder / STRENGTH, votes)
     contradicted = (strength.mean < 0).float().mean()

@@ -8,6 +8,7 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from rlhf.files import write_text
+from rlhf.report.annotators import annotator_rows, annotator_sentences
 from rlhf.report.figures import bars, histogram
 from rlhf.report.noise import suspects, wanted, worth, wrong_labels
 from rlhf.report.records import Facts
@@ -61,6 +62,8 @@ def write_audit_page(
         suspicious=[_marked(row) for row in suspicious],
         contradictions=[_marked(row) for row in contradictions],
         examples={name: [_marked(row) for row in rows] for name, rows in (examples or {}).items()},
+        annotator_sentences=annotator_sentences(result["annotators"]),
+        annotator_rows=annotator_rows(result["annotators"]),
         groups={name: table for name, table in result["by"].items() if table},
     )
     write_text(target, page)

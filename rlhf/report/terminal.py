@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.progress import duration
+from rlhf.report.annotators import annotator_sentences
 from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import checks_line
 from rlhf.report.noise import suspects, wanted, worth, wrong_labels
@@ -201,7 +202,8 @@ def audit_lines(result: Facts) -> list[str]:
         sentences.append(
             f"{suspects(noise, len(suspicious))} The first: {', '.join(map(str, suspicious[:10])) or 'none'}."
         )
-    return [f"{result['kept_pairs']} pairs.", *sentences, *worth(result), *wanted(result["wants"])]
+    sentences += [*annotator_sentences(result["annotators"]), *worth(result), *wanted(result["wants"])]
+    return [f"{result['kept_pairs']} pairs.", *sentences]
 
 
 def blame_lines(result: Facts, out: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from rlhf.data.rows import TIE, Pair, pair_digest
+from rlhf.data.rows import TIE, Pair, label_digest
 from rlhf.errors import UserError
 from rlhf.objectives.strength import (
     STRENGTH_COLUMNS,
@@ -23,6 +23,7 @@ from rlhf.objectives.strength import (
     smoothing_confidence,
 )
 from rlhf.recipe.objectives import OBJECTIVES, Objective, resolve
+from rlhf.reward.annotators import LabelPosterior, annotators_differ, posterior_by_annotator
 from rlhf.reward.noise import NoiseEstimate
 
 
@@ -210,19 +211,25 @@ def strength_as_confidence(
 def posterior_as_confidence(
     rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
 ) -> Denoised:
-    """Set the confidence by Bayes: p = σ(b μ + log((1 - ε) / ε)); where the votes prove no noise, nothing is set."""
-    if noise.fitted <= 0:
+    """Set the confidence by Bayes: p = σ(b μ + log((1 - ε) / ε)); where the votes prove no noise, nothing is set.
+
+    Noise is also proved where some annotators are shown to be right more often than others. Where the rows name annotators, ε
+    is the annotator's own, and a pair that several labelled becomes one row, with what all its labels say
+    (`rlhf.reward.annotators.posterior_by_annotator`).
+    """
+    posterior = _posterior(rows, strength, noise)
+    if posterior is None:
         return Denoised(rows)
-    return Denoised(_with_columns(rows, confidence=_posterior(strength, noise)))
+    made = _with_columns(rows, confidence=posterior.right)
+    return Denoised([made[i] for i in posterior.rows])
 
 
 def posterior_as_weight(
     rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
 ) -> Denoised:
     """Set the weight to the confidence of `posterior_as_confidence`; where the votes prove no noise, nothing is set."""
-    if noise.fitted <= 0:
-        return Denoised(rows)
-    return Denoised(_with_columns(rows, weight=_posterior(strength, noise)))
+    posterior = _posterior(rows, strength, noise)
+    return Denoised(rows if posterior is None else _with_columns(rows, weight=posterior.right))
 
 
 def drop(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
@@ -239,8 +246,15 @@ def drop(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise:
     return Denoised([row for row, dropped in zip(rows, drops.tolist(), strict=True) if not dropped])
 
 
-def _posterior(strength: VoteStrength, noise: NoiseEstimate) -> Tensor:
-    return posterior_confidence(strength.mean, flip_rate=noise.fitted, scale=noise.scale)
+def _posterior(rows: Sequence[Pair], strength: VoteStrength, noise: NoiseEstimate) -> LabelPosterior | None:
+    """Return what is known of each label; None where the votes prove no noise, neither of all nor of some annotators."""
+    if noise.fitted <= 0 and not (noise.scale > 0 and annotators_differ(rows, strength.mean, noise)):
+        return None
+    by_annotator = posterior_by_annotator(rows, strength.mean, noise)
+    if by_annotator is not None:
+        return by_annotator
+    right = posterior_confidence(strength.mean, flip_rate=noise.fitted, scale=noise.scale)
+    return LabelPosterior(right, list(range(len(rows))))
 
 
 def _with_columns(rows: list[Pair], **columns: Tensor) -> list[Pair]:
@@ -270,13 +284,13 @@ def attach_strength(rows: Sequence[Pair], votes: Sequence[Mapping[str, Any]]) ->
     """Find the votes of exactly these pairs, in their order.
 
     Args:
-        votes: rows of `strength.jsonl`: `pair` (its digest) and `STRENGTH_COLUMNS`.
+        votes: rows of `strength.jsonl`: `pair` (the digest of its label) and `STRENGTH_COLUMNS`.
 
     Raises:
         UserError: the votes are of other pairs.
     """
     by_pair = {vote["pair"]: vote for vote in votes}
-    digests = [pair_digest(row) for row in rows]
+    digests = [label_digest(row) for row in rows]
     missing = sum(digest not in by_pair for digest in digests)
     if missing:
         raise UserError(

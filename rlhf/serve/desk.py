@@ -16,6 +16,7 @@ from rlhf.data.labels import Question, Verdict, agreement, tally
 from rlhf.data.read import ReadReport
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
+from rlhf.report.annotators import annotator_sentences
 
 
 def open_book(run: Path) -> tuple[LabelBook, int, int]:
@@ -119,7 +120,19 @@ def progress_lines(run: Path) -> Sequence[str]:
         lines.append(
             f"{' and '.join(pair['annotators'])}: {pair['agree']:.0%} alike on {pair['questions']}, kappa {kappa}."
         )
-    return lines
+    return [*lines, *_reliability(verdicts)]
+
+
+def _reliability(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """Say how reliable each annotator is, as far as questions that several answered tell, and what else is odd."""
+    from rlhf.reward.annotators import report_verdicts
+
+    report = report_verdicts(verdicts)
+    for name, entry in report.items():
+        if entry["accuracy"] is not None and entry["accuracy_ci"] is not None:
+            low, high = entry["accuracy_ci"]
+            yield f"{name}: accuracy {entry['accuracy']:.2f} [{low:.2f}, {high:.2f}], by the others' verdicts on the same pairs."
+    yield from annotator_sentences(report)
 
 
 def serve_page(run: Path, names: list[str] | None, *, host: str, port: int, say: Callable[[str], None]) -> None:

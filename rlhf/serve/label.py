@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rlhf.data.labelbook import SECONDS_TO_WAIT, LabelBook
-from rlhf.data.labels import Question, Verdict, agreement
+from rlhf.data.labels import Question, Verdict, agreement, shows_second_on_the_left
 
 COOKIE = "rlhf_annotator"
 MOST_BYTES = 65_536  # of a form; the page sends a few hundred
@@ -36,11 +36,6 @@ def annotator_tokens(path: Path, names: list[str]) -> dict[str, str]:
             return dict(connection.execute("SELECT name, token FROM annotators"))
     finally:
         connection.close()
-
-
-def shows_second_on_the_left(annotator: str, question: Question) -> bool:
-    """Tell whether the sides are swapped: drawn for every annotator and question, and the same when a page is loaded again."""
-    return hashlib.sha256(f"{annotator}\x1f{question.id}".encode()).digest()[0] % 2 == 1
 
 
 def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wanted: int, title: str) -> FastAPI:
@@ -126,7 +121,7 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
 
 
 def _side_on_the_left(annotator: str, question: Question) -> str:
-    return "second" if shows_second_on_the_left(annotator, question) else "first"
+    return "second" if shows_second_on_the_left(annotator, question.id) else "first"
 
 
 def _remembered(annotator: str, token: str) -> Response:

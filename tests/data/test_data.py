@@ -13,7 +13,7 @@ from rlhf.data.messages import transcript
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.data.rows import prompt_key
-from rlhf.data.sources import Source
+from rlhf.data.sources import Source, read_pair_rows, read_pairs
 from rlhf.errors import UserError
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -203,3 +203,25 @@ def test_the_hub_is_asked_for_what_is_no_file(tmp_path: Path, monkeypatch: pytes
     assert ("org/pairs", "train") in asked
     assert ("org/pairs", "test") in asked, "a hub dataset's own test split is the test side"
     assert facts["rows"] == {"sft": 5, "pairs": 5, "test_pairs": 5, "prompts": 5, "test_prompts": 5}
+
+
+def test_labels_of_one_pair_by_different_annotators_are_all_kept(tmp_path: Path) -> None:
+    """Also those that disagree; a repeat by the same annotator, and what she says both ways, are left out. Test sides hold each
+    pair once, whoever labelled it."""
+    a_then_b = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    b_then_a = {"prompt": "p", "chosen": "b", "rejected": "a"}
+    rows = [
+        {**a_then_b, "annotator": "ann"},
+        {**a_then_b, "annotator": "bob"},
+        {**b_then_a, "annotator": "cy"},
+        {**a_then_b, "annotator": "ann"},
+        {**a_then_b, "annotator": "dee"},
+        {**b_then_a, "annotator": "dee"},
+    ]
+    file = tmp_path / "several.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read, report = read_pair_rows(str(file))
+    assert [row.values["annotator"] for row in read] == ["ann", "bob", "cy"]
+    assert report.dropped == {"repeats another pair": 1, "stands in both orders": 2}
+    with pytest.raises(UserError, match="no usable pair"):
+        read_pairs(str(file))

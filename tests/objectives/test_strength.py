@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.data.rows import pair_digest
+from rlhf.data.rows import label_digest
 from rlhf.errors import TrainingError, UserError
 from rlhf.objectives import strength
 from rlhf.objectives.pairwise import pair_loss
@@ -330,7 +330,10 @@ def test_a_label_turned_twice_is_itself() -> None:
 def test_votes_of_other_data_are_refused() -> None:
     data = rows(3)
     names = ("strength_mean", "strength_std", "strength_share", "strength_votes")
-    votes = [{"pair": pair_digest(row), **dict.fromkeys(names, float(i))} for i, row in enumerate(data)]
+    votes = [{"pair": label_digest(row), **dict.fromkeys(names, float(i))} for i, row in enumerate(data)]
     assert attach_strength(data[::-1], votes).mean.tolist() == [2.0, 1.0, 0.0], "by pair, not by place"
+    other = [*data, {**data[0], "chosen": data[0]["rejected"], "rejected": data[0]["chosen"]}]
+    both = [*votes, {"pair": label_digest(other[3]), **dict.fromkeys(names, -1.0)}]
+    assert attach_strength(other, both).mean.tolist() == [0.0, 1.0, 2.0, -1.0], "two people who disagree on one pair"
     with pytest.raises(UserError, match="1 of 4 pairs have no vote"):
         attach_strength(rows(4), votes)

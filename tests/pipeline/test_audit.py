@@ -60,7 +60,7 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
     noise = result["noise_rate"]
     assert noise["low"] <= 0.2 <= noise["high"]
     assert noise["mean"] == pytest.approx(0.2, abs=0.07)
-    page = (out / "audit.html").read_text()
+    page = whole_page = (out / "audit.html").read_text()
     assert "Disagreement among members" in page
     assert "±" in page
     row = {"row": 0, "prompt": "p", "chosen": "a", "rejected": "b", "strength_mean": -1.0, "strength_std": 0.0}
@@ -105,6 +105,15 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
     assert len(set(result["suspicious_without_wants"]) & wrong) >= 0.6 * len(wrong)  # "yes" goes with it
     by = result["by"]["annotator"]
     assert by["careless"]["agreement"] < by["careful"]["agreement"]
+    annotators = result["annotators"]
+    assert {name: entry["labels"] for name, entry in annotators.items()} == {"careful": 135, "careless": 15}
+    assert annotators["careless"]["accuracy"] < 0.5 < annotators["careful"]["accuracy_ci"][0]
+    assert annotators["careful"]["accuracy"] == pytest.approx(120 / 135, abs=0.06)
+    assert annotators["careless"]["flags"] == ["few"]
+    section = whole_page.split("Who labelled")[1].split("<h2>")[0]
+    assert section.count("<tr>") == 3
+    assert "Too few labels to be judged: careless (1 of 2)." in section
+    assert "Too few labels to be judged: careless (1 of 2)." in audit_lines(result)
     assert [bucket["n"] for bucket in result["buckets"]] == [15] * 10
     assert result["buckets"][0]["probability_wrong"] > 0.9 > 0.1 > result["buckets"][-1]["probability_wrong"]
 

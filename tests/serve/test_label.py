@@ -73,7 +73,7 @@ def test_the_page_is_blind_escaped_and_drawn_anew_for_everybody(
     policy = reply.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    sides = [[shows_second_on_the_left(name, question(i)) for i in range(200)] for name in ("ann", "bob")]
+    sides = [[shows_second_on_the_left(name, question(i).id) for i in range(200)] for name in ("ann", "bob")]
     assert 70 < sum(sides[0]) < 130, "a fair coin: ±4 deviations"
     assert 70 < sum(a == b for a, b in zip(*sides, strict=True)) < 130, "one for each annotator"
 
@@ -87,7 +87,7 @@ def test_choices_undo_and_the_end(desk: tuple[str, LabelBook, dict[str, str]]) -
             asked = re.search(r'name="id" value="([^"]+)"', page)
             assert asked is not None
             assert asked[1] == question(i).id, "in the order of the round"
-            good = "right" if shows_second_on_the_left(name, question(i)) else "left"
+            good = "right" if shows_second_on_the_left(name, question(i).id) else "left"
             bad = "left" if good == "right" else "right"
             choice = {3: "tie", 4: "skip", 6: bad}.get(i, good) if name == "ann" else good
             page = session.post(
@@ -206,7 +206,7 @@ def test_two_people_in_one_browser_keep_their_clicks_apart(desk: tuple[str, Labe
     for name in ("ann", "bob"):
         assert [labels[name, question(i).id] for i in range(20)] == ["first"] * 20
         assert "Nothing left for you to label" in pages[name]
-    swapped = [shows_second_on_the_left("ann", question(i)) != shows_second_on_the_left("bob", question(i)) for i in range(20)]  # fmt: skip
+    swapped = [shows_second_on_the_left("ann", question(i).id) != shows_second_on_the_left("bob", question(i).id) for i in range(20)]  # fmt: skip
     assert any(swapped), "or else a cookie could not have turned anything round"
     browser.post(url, data=fields(pages["ann"]) | {"choice": "undo"}, timeout=10)
     left = {(v.annotator, v.id) for v in book.verdicts(2)}

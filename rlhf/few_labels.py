@@ -1,0 +1,152 @@
+"""A rate from few labels of people and many of a judge: prediction-powered inference, for one look and for any number of looks.
+
+Of every row a judge says how likely it is a win, f in [0, 1]; of some rows, drawn at random, a person says it too, y in [0, 1]
+(a tie is 1/2). People are right and few; the judge may be wrong in any way and still make the interval narrower, never wrong.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as students_t
+
+CONFIDENCE = 0.95
+FEWEST = 3  # labels below which a deviation is no estimate
+GRID = 2001
+BET = 0.5  # of what a bet may lose at most
+FEW_FOR_WEIGHT = 10.0  # the judge's weight is drawn to 0 as if so many labels had shown that it knows nothing
+Array = NDArray[np.float64]
+
+
+class Rate(NamedTuple):
+    """A rate, the ends of its 95 % interval, and the weight that the judge has in it, in [0, 1]."""
+
+    mean: float
+    low: float
+    high: float
+    judge_weight: float
+
+
+def human_rate(human: Sequence[float]) -> Rate:
+    """Return the rate by people alone, with Student's interval.
+
+    >>> human_rate([1.0, 0.0, 1.0, 0.0]).mean
+    0.5
+    """
+    labels = np.asarray(human, dtype=float)
+    return _with_interval(float(labels.mean()), float(labels.var(ddof=1) / len(labels)), len(labels) - 1, 0.0)
+
+
+def powered_rate(human: Sequence[float], judge: Sequence[float], judge_alone: Sequence[float]) -> Rate:
+    """Return the rate of rows like these: what the judge says of all, corrected by what people say of some. For one look.
+
+        θ = λ · mean f(alone) + mean( y - λ f ),   λ = Cov(y, f) / ( (1 + n/N) Var f ), in [0, 1]
+        Var θ = λ² Var(f) / N + Var( y - λ f ) / n
+
+    Special cases: a judge who knows nothing has λ = 0 and leaves the rate of people alone; one that is always right has λ near
+    1 and makes it that of n + N labels. The interval is Student's with n - 2 degrees of freedom, as λ is fitted too.
+
+    Args:
+        human, judge: [n] what both say of the rows that people labelled, n ≥ 3.
+        judge_alone: [N] what the judge says of all other rows.
+
+    Reference: PPI++, arXiv:2311.01453, eq. 2 and section 6 (power tuning for a mean); arXiv:2301.09633.
+
+    >>> powered_rate([1.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5], [0.9]).mean
+    0.5
+    """
+    labels, verdicts, alone = (np.asarray(values, dtype=float) for values in (human, judge, judge_alone))
+    n, rows = len(labels), len(alone)
+    assert n >= FEWEST, "a deviation needs three labels"
+    spread = float(np.concatenate([verdicts, alone]).var(ddof=1))
+    weight = 0.0
+    if rows and spread > 0:
+        weight = min(1.0, max(0.0, float(np.cov(labels, verdicts)[0, 1]) / ((1 + n / rows) * spread)))
+    rest = labels - weight * verdicts
+    mean = float(rest.mean()) + (weight * float(alone.mean()) if rows else 0.0)
+    variance = float(rest.var(ddof=1)) / n + (weight**2 * spread / rows if rows else 0.0)
+    return _with_interval(mean, variance, n - 2, weight)
+
+
+def _with_interval(mean: float, variance: float, freedom: int, weight: float) -> Rate:
+    half = float(students_t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
+    return Rate(mean, max(0.0, mean - half), min(1.0, mean + half), weight)
+
+
+def rate_at_any_look(
+    human: Sequence[float], judge: Sequence[float], judge_alone: Sequence[float], *, confidence: float = CONFIDENCE
+) -> list[tuple[float, float]]:
+    """Return an interval for the rate of all n + N rows after every label of people; all of them hold together.
+
+    So whoever looks after every label, and stops when the answer is clear, is wrong no more often than they say.
+
+    For each candidate θ somebody bets, before each label is read, that the labels are higher, and somebody that they are lower:
+
+        K±_t(θ) = Π_s ( 1 ± η_s ( z_s - m_s(θ) ) ),   z_s = y_s - λ_s ( f_s - f̄_s )
+        m_s(θ) = ( M θ - Σ_{r<s} y_r ) / ( M - s + 1 ),   M = n + N
+
+    f̄_s is the judge's mean over the M - s + 1 rows that have no label before label s, so E[z_s | before] = m_s(θ) for the true
+    θ, whatever the judge is. Stakes η_s and weight λ_s are chosen from labels before s. By Ville's inequality the true θ lets
+    ( K⁺ + K⁻ ) / 2 ever reach 1/α with probability at most α; candidates that do are out.
+
+    Args:
+        human, judge: [n] in the order in which they were labelled, which must be drawn at random from all rows.
+        judge_alone: [N] the judge on the rows without a label.
+
+    Returns:
+        [n] (low, high), nested: each lies in the one before.
+
+    Reference: Waudby-Smith and Ramdas, arXiv:2010.09686, theorem 3 (hedged capital) and section 5 (without replacement).
+    """
+    labels, verdicts = np.asarray(human, dtype=float), np.asarray(judge, dtype=float)
+    remaining, rows = float(verdicts.sum() + np.sum(judge_alone)), len(verdicts) + len(judge_alone)
+    spread = float(np.concatenate([verdicts, np.asarray(judge_alone, dtype=float)]).var())
+    candidates = np.linspace(0, 1, GRID)
+    higher, lower = np.ones(GRID), np.ones(GRID)
+    is_in = np.ones(GRID, dtype=bool)
+    corrected: list[float] = []
+    intervals: list[tuple[float, float]] = []
+    for s in range(len(labels)):
+        # 1. Before the label: what each candidate expects, the judge's weight, the stakes.
+        left = rows - s
+        mean_left = remaining / left
+        expected = (rows * candidates - labels[:s].sum()) / left
+        is_in &= (expected >= -1e-12) & (expected <= 1 + 1e-12)  # some labels of the rest would be outside [0, 1]
+        weight = _weight_so_far(labels[:s], verdicts[:s], spread)
+        lowest, highest = -weight * (1 - mean_left), 1 + weight * mean_left
+        stake = _stake(corrected, confidence)
+        up = np.minimum(stake, BET / np.maximum(expected - lowest, 1e-12))
+        down = np.minimum(stake, BET / np.maximum(highest - expected, 1e-12))
+
+        # 2. The label.
+        value = labels[s] - weight * (verdicts[s] - mean_left)
+        higher *= 1 + up * (value - expected)
+        lower *= 1 - down * (value - expected)
+        corrected.append(value)
+        remaining -= verdicts[s]
+
+        # 3. Who is left. The true rate is among them but for a chance of α, so where nobody is, the last interval stands.
+        is_in &= (higher + lower) / 2 < 1 / (1 - confidence)
+        inside = candidates[is_in]
+        intervals.append((float(inside.min()), float(inside.max())) if len(inside) else intervals[-1])
+    return intervals
+
+
+def _weight_so_far(labels: Array, verdicts: Array, spread: float) -> float:
+    """Return the judge's weight by the labels so far, drawn to 0 while they are few."""
+    if len(labels) < FEWEST or spread == 0:
+        return 0.0
+    covariance = float(((labels - labels.mean()) * (verdicts - verdicts.mean())).sum()) / (len(labels) + FEW_FOR_WEIGHT)
+    return min(1.0, max(0.0, covariance / spread))
+
+
+def _stake(corrected: Sequence[float], confidence: float) -> float:
+    """Return the predictable stake: sqrt( 2 log(2/α) / ( v t log(1 + t) ) ), v the variance so far, a quarter to begin with."""
+    count = len(corrected)
+    values = np.asarray(corrected)
+    mean = (0.5 + values.sum()) / (count + 1)
+    variance = (0.25 + ((values - mean) ** 2).sum()) / (count + 1)
+    time = count + 1
+    return math.sqrt(2 * math.log(2 / (1 - confidence)) / (variance * time * math.log(1 + time)))

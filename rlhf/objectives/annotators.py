@@ -1,0 +1,203 @@
+"""How reliable the people are who label pairs: Dawid-Skene for pairs with ties, and with what is known of each pair before.
+
+One answer of every pair is the better one: its first or its second. A label says "first" (sign 1), "second" (-1) or "tie" (0).
+Annotator j is right with probability a_j in each label that is no tie, whichever answer is the better one and whatever others
+say of the pair. A tie says nothing about which answer is better.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MOST_SURE = 0.999  # an accuracy beyond this, or below 1 - this, is more than labels can show
+PSEUDO_LABELS = 10.0
+FIRST_GUESS = 0.75
+STEPS, TOLERANCE = 1000, 1e-9
+GRID, LABELS_AT_ONCE = 2001, 4096
+ACCURACIES, SCALES = 51, 31
+NEWTON_STEPS = 50
+
+
+class PairLabels(NamedTuple):
+    """Labels of some pairs, one or several each.
+
+    Attributes:
+        pair: [n] int64, which of the p pairs each label is about.
+        annotator: [n] int64, who gave it.
+        sign: [n] 1 where it says that the pair's first answer is better, -1 the second, 0 a tie.
+        prior: [p] log-odds that the first answer is better before any label is read, nats; 0 where nothing is known.
+    """
+
+    pair: Tensor
+    annotator: Tensor
+    sign: Tensor
+    prior: Tensor
+
+
+def pair_log_odds(labels: PairLabels, accuracy: Tensor) -> Tensor:
+    """Return the log-odds that a pair's first answer is the better one, given all its labels, [p] nats.
+
+        L_p = λ_p + Σ_i s_i log( a_j(i) / (1 - a_j(i)) ),   i the labels of pair p
+
+    Special cases: a label of a coin (a = 1/2) and a tie add nothing; two equally good annotators who disagree cancel.
+
+    Args:
+        accuracy: [annotators] a_j in (0, 1).
+
+    Reference: Dawid and Skene, Applied Statistics 28 (1979), eq. 2.5, with one error rate a person.
+
+    >>> labels = PairLabels(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([1.0, -1.0]), torch.zeros(1))
+    >>> pair_log_odds(labels, torch.tensor([0.9, 0.75])).sigmoid()
+    tensor([0.7500])
+    """
+    evidence = labels.sign * torch.logit(accuracy)[labels.annotator]
+    return labels.prior.index_add(0, labels.pair, evidence.to(labels.prior))
+
+
+def others_log_odds(labels: PairLabels, accuracy: Tensor) -> Tensor:
+    """Return the log-odds that each label is right by all that is known of its pair without this label, [n] nats; a tie has 0.
+
+        o_i = s_i ( L_p(i) - s_i log( a / (1 - a) ) )
+
+    Args:
+        accuracy: [annotators] a_j in (0, 1).
+    """
+    evidence = labels.sign * torch.logit(accuracy)[labels.annotator].to(labels.prior)
+    return labels.sign * (pair_log_odds(labels, accuracy)[labels.pair] - evidence)
+
+
+def fit_accuracy(labels: PairLabels, annotators: int, *, pseudo_labels: float = PSEUDO_LABELS) -> Tensor:
+    """Fit every annotator's accuracy by expectation maximisation, [annotators] in [0.001, 0.999].
+
+        E: r_i = P(label i is right | all labels) = σ(s_i L_p(i))
+        M: a_j = ( κ ā + Σ_i r_i ) / ( κ + n_j ),   i the n_j labels of j that are no tie;   ā the mean of r over all labels
+
+    Every accuracy is drawn towards that of all labels, ā, as if κ more labels had been seen: few labels move it little, and an
+    annotator of whom nothing is known has ā. κ = 0 is maximum likelihood. Where no pair has a prior, all depends on pairs with
+    several labels, and it is taken that the annotators are right rather than wrong; of two annotators only the agreement is
+    known then, and both get accuracies that explain it.
+
+    Args:
+        annotators: how many there are.
+        pseudo_labels: κ ≥ 0.
+
+    Reference: Dawid and Skene, Applied Statistics 28 (1979), section 2.
+
+    >>> sure = PairLabels(torch.arange(4), torch.zeros(4, dtype=torch.long), torch.tensor([1.0, 1, 1, -1]), torch.full((4,), 30.0))
+    >>> fit_accuracy(sure, 1)
+    tensor([0.7500])
+    """
+    decided = labels.sign != 0
+    counts = torch.zeros(annotators, dtype=labels.prior.dtype).index_add(0, labels.annotator, decided.to(labels.prior))
+    accuracy = torch.full_like(counts, FIRST_GUESS)
+    if not decided.any():
+        return accuracy
+    for _ in range(STEPS):
+        right = torch.sigmoid(labels.sign * pair_log_odds(labels, accuracy)[labels.pair]) * decided
+        mean = right.sum() / decided.sum()
+        sums = torch.zeros_like(counts).index_add(0, labels.annotator, right.to(counts))
+        total = counts + pseudo_labels
+        updated = torch.where(total > 0, (pseudo_labels * mean + sums) / total, mean).clamp(1 - MOST_SURE, MOST_SURE)
+        change, accuracy = (updated - accuracy).abs().max(), updated
+        if change < TOLERANCE:
+            break
+    return accuracy
+
+
+class Interval(NamedTuple):
+    """An estimate and the ends of its interval."""
+
+    best: float
+    low: float
+    high: float
+
+
+def accuracy_interval(others: Tensor, *, confidence: float = 0.95) -> Interval:
+    """Return one annotator's accuracy by maximum likelihood, and its likelihood interval.
+
+        ℓ(a) = Σ_i log( a σ(o_i) + (1 - a) σ(-o_i) ),   { a : 2 (max ℓ - ℓ(a)) ≤ χ²_1 }
+
+    Concave in a. Special cases: where the others are sure (o → ±∞) it is the interval of a share; where they know nothing
+    (o = 0, or no label) it is [0, 1] around 1/2.
+
+    Args:
+        others: [n] log-odds that each of the annotator's labels is right, without it, nats (`others_log_odds`).
+        confidence: of the interval.
+
+    >>> accuracy_interval(torch.zeros(9))
+    Interval(best=0.5, low=0.0, high=1.0)
+    """
+    grid = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    likelihood = torch.zeros_like(grid)
+    for right in torch.split(torch.sigmoid(others.double()), LABELS_AT_ONCE):
+        mixed = grid[:, None] * right + (1 - grid[:, None]) * (1 - right)
+        likelihood += mixed.clamp(min=1e-300).log().sum(dim=1)
+    quantile = torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)) ** 2
+    inside = grid[2 * (likelihood.max() - likelihood) <= quantile]
+    flat = bool(likelihood.max() - likelihood.min() < 1e-9)
+    best = 0.5 if flat else grid[likelihood.argmax()].item()
+    return Interval(best, inside.min().item(), inside.max().item())
+
+
+def difference_statistic(differences: Tensor, annotator: Tensor, annotators: int) -> float:
+    """Return the likelihood ratio statistic of "every annotator has an accuracy of their own" against "all have the same".
+
+        2 ( max_b Σ_j max_a ℓ_j(a, b) - max_(b, a) Σ_j ℓ_j(a, b) ),   ℓ_j(a, b) = Σ_i log( a σ(b d_i) + (1 - a) σ(-b d_i) )
+
+    It is χ² with annotators - 1 degrees of freedom where they are equally good. What votes are worth, b, is fitted on both sides,
+    so votes that err more than they say, which do so for all annotators alike, make no difference.
+
+    Args:
+        differences: [n] votes on each label, above 0 where they agree with it.
+        annotator: [n] int64, who gave it.
+
+    >>> difference_statistic(torch.tensor([2.0, -2.0, 2.0, -2.0]), torch.tensor([0, 0, 1, 1]), 2)
+    0.0
+    """
+    accuracies = torch.linspace(0, 1, ACCURACIES, dtype=torch.float64)[:, None]
+    values = differences.double()
+    scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / values.abs().mean().clamp(min=1e-12)
+    separate, common = [], []
+    for scale in scales:
+        right = torch.sigmoid(scale * values)
+        likelihood = (accuracies * right + (1 - accuracies) * (1 - right)).clamp(min=1e-12).log()
+        sums = torch.zeros(ACCURACIES, annotators, dtype=torch.float64).index_add(1, annotator, likelihood)
+        separate.append(sums.max(dim=0).values.sum())
+        common.append(sums.sum(dim=1).max())
+    return 2 * (torch.stack(separate).max() - torch.stack(common).max()).item()
+
+
+class Slopes(NamedTuple):
+    """Coefficients of a logistic regression, [k], and their covariance, [k, k]."""
+
+    slope: Tensor
+    covariance: Tensor
+
+
+def label_slopes(features: Tensor, *, ridge: float = 1.0) -> Slopes:
+    """Fit what moves an annotator's choice: P(chosen is chosen) = σ(x · w), x = features of chosen minus those of rejected.
+
+        w = argmax Σ_i log σ(x_i · w) - (ridge / 2) |w|²,   covariance = ( Σ_i σ(x w) σ(-x w) x xᵀ + ridge I )⁻¹
+
+    No intercept: turned round, a pair has features and label of the other sign. The ridge is a standard normal prior on each
+    slope, which keeps them finite where a feature decides every label.
+
+    Args:
+        features: [n, k] differences, each column scaled to usual size 1.
+        ridge: > 0.
+
+    >>> label_slopes(torch.tensor([[1.0], [-1.0]])).slope.abs() < 1e-6
+    tensor([True])
+    """
+    x = features.double()
+    slope = torch.zeros(x.shape[1], dtype=torch.float64)
+    identity = ridge * torch.eye(x.shape[1], dtype=torch.float64)
+    for _ in range(NEWTON_STEPS):
+        chance = torch.sigmoid(-(x @ slope))
+        information = (x * (chance * (1 - chance))[:, None]).T @ x + identity
+        step = torch.linalg.solve(information, x.T @ chance - ridge * slope)
+        slope = slope + step
+        if step.abs().max() < TOLERANCE:
+            break
+    return Slopes(slope, torch.linalg.inv(information))

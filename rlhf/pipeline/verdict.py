@@ -1,0 +1,156 @@
+"""`rlhf verdict`: how often the first of two answers is better, from few labels of people and many of a judge."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.data.read import ReadReport, read_rows
+from rlhf.errors import UserError
+from rlhf.few_labels import FEWEST, Rate, human_rate, powered_rate, rate_at_any_look
+from rlhf.files import write_text
+
+WORDS = {"first": 1.0, "tie": 0.5, "second": 0.0}
+SHOWN = 10  # problems of a file
+ODD_DRAW = 3.0  # standard errors between the judge's means of rows with and without a label, beyond which it is said
+
+
+class Verdicts(NamedTuple):
+    """What a file says, 1 for the first answer, 0 for the second.
+
+    Attributes:
+        human, judge: [n] of the rows with a label, in the file's order.
+        judge_alone: [N] of the others.
+    """
+
+    human: list[float]
+    judge: list[float]
+    judge_alone: list[float]
+
+
+def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """Estimate a win rate, and say it with what it rests on.
+
+    Args:
+        file: rows with `judge`, and with `label` where a person has labelled: first, second, tie, or a number in [0, 1], the
+            probability that the first answer is better. Labelled rows are drawn at random and stand in the order of labelling.
+        out: where the result is written as JSON.
+
+    Raises:
+        UserError: a row has no judge or what is no verdict; fewer than three labels.
+    """
+    # 1. What the file says, and whether its labelled rows may be a random draw.
+    verdicts = read_verdicts(file)
+    human, judge, alone = verdicts
+    surprise = _surprise(judge, alone)
+    if abs(surprise) > ODD_DRAW:
+        say(
+            f"The judge says other things of rows with a label than of rows without ({surprise:+.1f} standard errors): if they "
+            "were not drawn at random, no interval here holds."
+        )
+
+    # 2. The rate by people, by the judge, and by both; for one look, and for any number.
+    everything = [*judge, *alone]
+    by_people, by_both = human_rate(human), powered_rate(human, judge, alone)
+    low, high = rate_at_any_look(human, judge, alone)[-1]
+    result = {
+        "labels": len(human),
+        "rows": len(everything),
+        "people": {"rate": by_people.mean, "rate_ci": _interval(by_people, human)},
+        "judge": sum(everything) / len(everything),
+        "win_rate": by_both.mean,
+        "win_rate_ci": _interval(by_both, human),
+        "win_rate_any_look_ci": [low, high],
+        "judge_weight": by_both.judge_weight,
+        "draw_z": surprise,
+    }
+    for sentence in sentences(result):
+        say(sentence)
+    if out is not None:
+        write_text(out, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """Return the result in words."""
+    people, interval = result["people"], result["win_rate_ci"]
+    lines = [
+        f"The first answer wins {result['win_rate']:.3f}{_shown(interval)}: {result['rows']} verdicts of the judge, corrected by "
+        f"{result['labels']} labels of people.",
+        f"People alone: {people['rate']:.3f}{_shown(people['rate_ci'])}; the judge alone: {result['judge']:.3f}, which no interval "
+        "makes true.",
+    ]
+    if interval is None:
+        lines.append(
+            "All labels say the same, so they have no spread to make an interval for one look of; read the next one."
+        )
+    else:
+        width = (interval[1] - interval[0]) / (people["rate_ci"][1] - people["rate_ci"][0])
+        lines.append(f"The interval is {width:.2f} times as wide as that of people alone.")
+    any_look = result["win_rate_any_look_ci"]
+    lines.append(f"If you look again with more labels, and stop when it is clear:{_shown(any_look)}, for these rows.")
+    return lines
+
+
+def _shown(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def _interval(rate: Rate, human: Sequence[float]) -> list[float] | None:
+    """Return an interval for one look; None where all labels are equal, for it would be a point and a lie."""
+    return [rate.low, rate.high] if len(set(human)) > 1 else None
+
+
+def read_verdicts(file: str) -> Verdicts:
+    """Read what judge and people say of every row.
+
+    Raises:
+        UserError: as `verdict`.
+    """
+    report = ReadReport(file)
+    verdicts = Verdicts([], [], [])
+    problems: list[str] = []
+    for number, row in read_rows(file, report):
+        judge, label = (_value(row.get(name)) if isinstance(row, dict) else None for name in ("judge", "label"))
+        is_blank = not isinstance(row, dict) or row.get("label") in (None, "", "skip")
+        if judge is None:
+            problems.append(
+                f"{file}: row {number} has no `judge`, which is first, second, tie or a number from 0 to 1."
+            )
+        elif label is None and not is_blank:
+            problems.append(
+                f"{file}: row {number}: `label` is {row['label']!r}; it must be first, second, tie or a number from 0 to 1."
+            )
+        elif label is None:
+            verdicts.judge_alone.append(judge)
+        else:
+            verdicts.human.append(label)
+            verdicts.judge.append(judge)
+    problems += report.sentences()[1:] if report.dropped else []
+    if not problems and len(verdicts.human) < FEWEST:
+        problems.append(f"{file}: {len(verdicts.human)} of its rows have a `label`; at least {FEWEST} are needed.")
+    if problems:
+        more = len(problems) - SHOWN
+        raise UserError(problems[:SHOWN] + ([f"{file}: {more} more rows like these."] if more > 0 else []))
+    return verdicts
+
+
+def _value(verdict: object) -> float | None:
+    """Return a verdict as a number; None for what is none."""
+    if isinstance(verdict, str):
+        return WORDS.get(verdict.strip().lower())
+    if isinstance(verdict, bool) or not isinstance(verdict, int | float):
+        return None
+    return float(verdict) if 0 <= verdict <= 1 else None
+
+
+def _surprise(judge: Sequence[float], alone: Sequence[float]) -> float:
+    """Return how many standard errors the judge's mean of labelled rows lies above that of the others; 0 without others."""
+    everything = [*judge, *alone]
+    mean = sum(everything) / len(everything)
+    variance = sum((value - mean) ** 2 for value in everything) / len(everything)
+    if not alone or variance == 0:
+        return 0.0
+    error = math.sqrt(variance * (1 / len(judge) + 1 / len(alone)))
+    return (sum(judge) / len(judge) - sum(alone) / len(alone)) / error

@@ -1,0 +1,387 @@
+"""Who labels how well: every annotator's accuracy, tastes and drift, from a vote on the pairs and from labels that overlap."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Literal, NamedTuple, TypedDict
+
+import torch
+from scipy.stats import binomtest, chi2, norm
+from torch import Tensor
+
+from rlhf.data.labels import Verdict, shows_second_on_the_left
+from rlhf.data.rows import SIDES, TIE, Pair, pair_digest, told
+from rlhf.data.traits import TRAITS
+from rlhf.models.text import plain
+from rlhf.objectives.annotators import (
+    Interval,
+    PairLabels,
+    accuracy_interval,
+    difference_statistic,
+    fit_accuracy,
+    label_slopes,
+    others_log_odds,
+    pair_log_odds,
+)
+from rlhf.reward.noise import NoiseEstimate
+from rlhf.statistics import unpaired_difference
+
+ENOUGH = 20  # labels, ties left out; who gave fewer is not judged, and shares one error rate with all others who did
+CONFIDENCE = 0.95
+LARGEST = 3.0  # a difference counts as this many usual ones at most, so that a few odd answers do not decide
+UNNAMED = "(not named)"
+TASTES = ("length", "flattery")  # of `rlhf.data.traits`
+
+
+class Taste(TypedDict):
+    """How far one annotator's choices follow a feature of the answers, beside which answer is better.
+
+    Attributes:
+        slope: nats that a usual difference in the feature (root of the mean square) adds to the log-odds of being chosen.
+        slope_ci: its 95 % interval.
+        beyond: slope minus that of all other annotators together.
+        beyond_ci: its interval, which holds for all annotators and features together (Bonferroni).
+    """
+
+    slope: float
+    slope_ci: list[float]
+    beyond: float
+    beyond_ci: list[float]
+
+
+class AnnotatorReport(TypedDict):
+    """What is known of one annotator; None where it is not.
+
+    Attributes:
+        labels, ties: how many labels, and how many of them are ties.
+        accuracy: share of labels that are right, ties left out, with its 95 % likelihood interval.
+        error_rate: what posterior labels take: 1 - accuracy, drawn towards that of all labels.
+        left: share of labels that choose the answer on the left, ties left out, with its 95 % interval.
+        drift: accuracy in the later half of the labels minus that in the earlier, with its 95 % interval.
+        tastes: by feature.
+        flags: `few` labels; `coin`; `left` or `right`; `more` or `less` of a feature; `worse` or `better` later.
+    """
+
+    labels: int
+    ties: int
+    accuracy: float | None
+    accuracy_ci: list[float] | None
+    error_rate: float
+    left: float | None
+    left_ci: list[float] | None
+    drift: float | None
+    drift_ci: list[float] | None
+    tastes: dict[str, Taste]
+    flags: list[str]
+
+
+class Labelled(NamedTuple):
+    """Labels with the names behind them.
+
+    Attributes:
+        labels: `annotator` numbers the groups that share an error rate.
+        side: [n] 1 where the pair's first answer is chosen, -1 where it is not, also in a tie.
+        names: [n] who gave each label.
+        groups: how many error rates there are.
+    """
+
+    labels: PairLabels
+    side: Tensor
+    names: Sequence[str]
+    groups: int
+
+
+def labels_of_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> Labelled:
+    """Return canonical pairs as labels, each "first" or "second" of its pair, with what the vote says of the pair before.
+
+    Rows of the same two answers are labels of one pair, whichever is chosen.
+
+    Args:
+        strength: [n] mean out-of-fold difference of each row.
+        noise: whose `scale` is what a vote is worth, in nats.
+    """
+    numbers, sides = pair_numbers(rows)
+    pair, side = torch.tensor(numbers), torch.tensor(sides, dtype=torch.float64)
+    is_tie = torch.tensor([row.get("confidence") == TIE for row in rows])
+    votes = torch.bincount(pair)
+    summed = torch.zeros(len(votes), dtype=torch.float64).index_add(0, pair, noise.scale * strength.double() * side)
+    return grouped(pair, side, side * ~is_tie, who_labelled(rows), summed / votes)
+
+
+def who_labelled(rows: Sequence[Pair]) -> list[str]:
+    """Return who gave each label: its annotator, or where no row names one its source."""
+    column: Literal["annotator", "source"] = "annotator" if any(row.get("annotator") for row in rows) else "source"
+    return [row.get(column) or UNNAMED for row in rows]
+
+
+def pair_numbers(rows: Sequence[Pair]) -> tuple[list[int], list[float]]:
+    """Return which distinct pair each row is a label of, numbered as they come, and 1 where its first answer is chosen, else -1.
+
+    The first answer is that of the pair's first row that is chosen there.
+    """
+    numbers: dict[str, tuple[int, str]] = {}
+    pair, sign = [], []
+    for row in rows:
+        chosen = told(row, "chosen")
+        number, first = numbers.setdefault(pair_digest(row), (len(numbers), chosen))
+        pair.append(number)
+        sign.append(1.0 if chosen == first else -1.0)
+    return pair, sign
+
+
+def grouped(pair: Tensor, side: Tensor, sign: Tensor, names: Sequence[str], prior: Tensor) -> Labelled:
+    """Return labels with their annotators numbered; those with fewer than `ENOUGH` labels that are no tie are one group."""
+    decided = Counter(name for name, value in zip(names, sign.tolist(), strict=True) if value)
+    known = sorted(name for name in set(names) if decided[name] >= ENOUGH)
+    number = {name: place for place, name in enumerate(known)}
+    group = [number.get(name, len(known)) for name in names]
+    groups = len(known) + (len(known) in group)
+    return Labelled(PairLabels(pair, torch.tensor(group), sign, prior), side, names, groups)
+
+
+class LabelPosterior(NamedTuple):
+    """What the vote and all labels say of each pair, for its rows.
+
+    Attributes:
+        right: [n] P(chosen is better).
+        rows: indices of one row a pair: its first that is no tie, or its first.
+    """
+
+    right: Tensor
+    rows: list[int]
+
+
+def posterior_by_annotator(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> LabelPosterior | None:
+    """Return P(chosen is better) by the vote and all labels of a pair, each with the error rate of who gave it.
+
+    Returns:
+        None where the error rate of the whole says as much: no pair has labels of several annotators, and fewer than two error
+        rates can be told apart (one annotator, or none with `ENOUGH` labels).
+    """
+    labelled = labels_of_rows(rows, strength, noise)
+    labels = labelled.labels
+    given = set(zip(labels.pair.tolist(), labelled.names, strict=True))
+    if labelled.groups < 2 and len(given) == len(labels.prior):
+        return None
+    odds = pair_log_odds(labels, fit_accuracy(labels, labelled.groups))[labels.pair]
+    first: dict[int, int] = {}
+    for i in sorted(range(len(rows)), key=lambda i: rows[i].get("confidence") == TIE):
+        first.setdefault(int(labels.pair[i]), i)
+    return LabelPosterior(torch.sigmoid(labelled.side * odds).to(strength), sorted(first.values()))
+
+
+def annotators_differ(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> bool:
+    """Tell whether the votes show that some annotators are right more often than others, at 5 %; ties are left out."""
+    labelled = labels_of_rows(rows, strength, noise)
+    decided = labelled.labels.sign != 0
+    if labelled.groups < 2 or not decided.any():
+        return False
+    statistic = difference_statistic(strength[decided], labelled.labels.annotator[decided], labelled.groups)
+    return bool(chi2.sf(statistic, labelled.groups - 1) < 1 - CONFIDENCE)
+
+
+def trait_differences(rows: Sequence[Pair], trait: str) -> list[float]:
+    """Return how much more of a trait the chosen answer has than the rejected one, [n]."""
+    count = TRAITS[trait].count
+    prompts = [plain(row["prompt"]).lower() for row in rows]
+    chosen, rejected = (
+        [count(prompt, told(row, side).lower()) for prompt, row in zip(prompts, rows, strict=True)] for side in SIDES
+    )
+    return [more - less for more, less in zip(chosen, rejected, strict=True)]
+
+
+def report_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> dict[str, AnnotatorReport]:
+    """Report the annotators that canonical pairs name, or their sources, by a vote and by pairs that several labelled.
+
+    Args:
+        strength: [n] mean out-of-fold difference of each row.
+
+    Returns:
+        an entry a name; empty where nobody is named and all are of one source.
+    """
+    if not any(row.get("annotator") for row in rows) and len(set(who_labelled(rows))) < 2:
+        return {}
+    features = {trait: trait_differences(rows, trait) for trait in TASTES}
+    return report_annotators(labels_of_rows(rows, strength, noise), features)
+
+
+def report_verdicts(verdicts: Sequence[Verdict]) -> dict[str, AnnotatorReport]:
+    """Report the annotators of verdicts, oldest first, by the questions that several answered; skips are left out.
+
+    Places are those of the labelling page. A verdict that was read from a file was given elsewhere: its place is as good as
+    drawn, and says nothing.
+    """
+    verdicts = [verdict for verdict in verdicts if verdict.label != "skip"]
+    if not verdicts:
+        return {}
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(verdict.id for verdict in verdicts))}
+    sign = torch.tensor([{"first": 1.0, "second": -1.0}.get(verdict.label, 0.0) for verdict in verdicts]).double()
+    swapped = torch.tensor([shows_second_on_the_left(verdict.annotator, verdict.id) for verdict in verdicts])
+    pair = torch.tensor([numbers[verdict.id] for verdict in verdicts])
+    nothing_known = torch.zeros(len(numbers), dtype=torch.float64)
+    labelled = grouped(pair, sign, sign, [verdict.annotator for verdict in verdicts], nothing_known)
+    return report_annotators(labelled, {}, left=torch.where(swapped, -sign, sign))
+
+
+def report_annotators(
+    labelled: Labelled, features: Mapping[str, Sequence[float]], *, left: Tensor | None = None
+) -> dict[str, AnnotatorReport]:
+    """Report every annotator, in the order of their names.
+
+    Args:
+        features: by name, of each label, what its chosen answer has more of than the rejected one; for a tie it is not read.
+        left: [n] 1 where the answer on the left was chosen, -1 the right one; None where places are not known.
+    """
+    # 1. Accuracy, by maximum likelihood given what all others say, and by the fit that posterior labels take.
+    accuracy = fit_accuracy(labelled.labels, labelled.groups)
+    others = others_log_odds(labelled.labels, accuracy)
+    by_name, counts = _decided(labelled), Counter(labelled.names)
+    group_of = dict(zip(labelled.names, labelled.labels.annotator.tolist(), strict=True))
+    report = {
+        name: _entry(counts[name], others[mine], error_rate=1 - accuracy[group_of[name]].item())
+        for name, mine in by_name.items()
+    }
+
+    # 2. Places, drift and tastes, of those who gave enough labels.
+    judged = {name: mine for name, mine in by_name.items() if len(mine) >= ENOUGH}
+    tastes = _tastes(others, features, judged) if len(judged) > 1 else {}
+    for name, mine in judged.items():
+        entry = report[name]
+        entry["tastes"] = tastes.get(name, {})
+        if left is not None:
+            share = share_interval(int((left[mine] > 0).sum()), len(mine))
+            entry["left"], entry["left_ci"] = share.best, [share.low, share.high]
+        if entry["accuracy"] is not None:
+            drift = _drift(others[mine], CONFIDENCE)
+            entry["drift"], entry["drift_ci"] = drift.best, [drift.low, drift.high]
+
+    # 3. What a person should look at.
+    for name, entry in report.items():
+        entry["flags"] = _flags(report, name, others[judged[name]], len(judged)) if name in judged else ["few"]
+    return report
+
+
+def _entry(count: int, others: Tensor, *, error_rate: float) -> AnnotatorReport:
+    """Return the report of an annotator of `count` labels, of whom only accuracy and error rate are known so far."""
+    best, low, high = accuracy_interval(others)
+    is_known = (low, high) != (0.0, 1.0)
+    return {
+        "labels": count,
+        "ties": count - len(others),
+        "accuracy": best if is_known else None,
+        "accuracy_ci": [low, high] if is_known else None,
+        "error_rate": error_rate,
+        "left": None,
+        "left_ci": None,
+        "drift": None,
+        "drift_ci": None,
+        "tastes": {},
+        "flags": [],
+    }
+
+
+def _decided(labelled: Labelled) -> dict[str, Tensor]:
+    """Return the indices of every annotator's labels that are no tie, in their order, by name."""
+    indices: dict[str, list[int]] = {name: [] for name in sorted(set(labelled.names))}
+    for i, (name, sign) in enumerate(zip(labelled.names, labelled.labels.sign.tolist(), strict=True)):
+        if sign:
+            indices[name].append(i)
+    return {name: torch.tensor(mine, dtype=torch.long) for name, mine in indices.items()}
+
+
+def _drift(others: Tensor, confidence: float) -> Interval:
+    """Return the accuracy in the later half of an annotator's labels minus that in the earlier half, with its interval."""
+    half = len(others) // 2
+    earlier, later = (accuracy_interval(part, confidence=confidence) for part in (others[:half], others[half:]))
+    return Interval(*unpaired_difference(later, earlier))
+
+
+def _tastes(
+    others: Tensor, features: Mapping[str, Sequence[float]], judged: Mapping[str, Tensor]
+) -> dict[str, dict[str, Taste]]:
+    """Return the tastes of every judged annotator, by name and feature; features that never differ are left out.
+
+    Beside the features the regression has tanh(o / 2), what the others' log-odds o say of which answer is better: it lies
+    between -1 and 1, as the choices of an annotator who is careless now and then do not follow it beyond a point.
+    """
+    # 1. Every feature in usual differences.
+    columns = {}
+    for name, values in features.items():
+        column = torch.tensor(values, dtype=torch.float64)
+        usual = column.square().mean().sqrt()
+        if usual > 0:
+            columns[name] = (column / usual).clamp(-LARGEST, LARGEST)
+    if not columns or not judged:
+        return {}
+    table = torch.stack([torch.tanh(others.double() / 2), *columns.values()], dim=1)
+
+    # 2. Every annotator against all others.
+    everybody = torch.cat(list(judged.values()))
+    z, z_together = _quantile(CONFIDENCE), _quantile(_together(len(judged) * len(columns)))
+    tastes: dict[str, dict[str, Taste]] = {}
+    for name, rows in judged.items():
+        mine = label_slopes(table[rows])
+        rest = label_slopes(table[everybody[~torch.isin(everybody, rows)]])
+        tastes[name] = {}
+        for place, feature in enumerate(columns, start=1):
+            slope, variance = mine.slope[place].item(), mine.covariance[place, place].item()
+            beyond = slope - rest.slope[place].item()
+            half, wide = z * variance**0.5, z_together * (variance + rest.covariance[place, place].item()) ** 0.5
+            tastes[name][feature] = {
+                "slope": slope,
+                "slope_ci": [slope - half, slope + half],
+                "beyond": beyond,
+                "beyond_ci": [beyond - wide, beyond + wide],
+            }
+    return tastes
+
+
+def _flags(report: Mapping[str, AnnotatorReport], name: str, others: Tensor, judged: int) -> list[str]:
+    """Return what a person should look at, by intervals that hold for all judged annotators together, but for `coin`.
+
+    - `coin`: not shown better than one, and shown worse than the median of those who are shown better.
+    - `left`, `right`: how often one place is chosen.
+    - `more`, `less` of a feature: beyond what all others do, and in the same direction by the annotator's own choices.
+    - `worse`, `better`: in the later half of the labels.
+    """
+    entry = report[name]
+    flags: list[str] = []
+    better = [
+        other["accuracy"]
+        for other in report.values()
+        if other["accuracy"] is not None and other["accuracy_ci"] is not None and other["accuracy_ci"][0] > 0.5
+    ]
+    if entry["accuracy_ci"] is not None and better:
+        low, high = entry["accuracy_ci"]
+        flags += ["coin"] * (low <= 0.5 and high < median(better))
+    together = _together(judged)
+    if entry["left"] is not None:
+        count = entry["labels"] - entry["ties"]
+        _, low, high = share_interval(round(entry["left"] * count), count, together)
+        flags += ["left"] * (low > 0.5) + ["right"] * (high < 0.5)
+    for feature, taste in entry["tastes"].items():
+        (low, high), slope = taste["beyond_ci"], taste["slope"]
+        flags += [f"more {feature}"] * (low > 0 and slope > 0) + [f"less {feature}"] * (high < 0 and slope < 0)
+    if entry["drift"] is not None:
+        _, low, high = _drift(others, together)
+        flags += ["worse"] * (high < 0) + ["better"] * (low > 0)
+    return flags
+
+
+def share_interval(count: int, total: int, confidence: float = CONFIDENCE) -> Interval:
+    """Return the share `count` of `total`, with its exact binomial interval.
+
+    >>> share_interval(0, 1)
+    Interval(best=0.0, low=0.0, high=0.975)
+    """
+    interval = binomtest(count, total).proportion_ci(confidence)
+    return Interval(count / total, float(interval.low), float(interval.high))
+
+
+def _together(tests: int) -> float:
+    """Return the confidence of each of some intervals that hold all together (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(1, tests)
+
+
+def _quantile(confidence: float) -> float:
+    return float(norm.ppf((1 + confidence) / 2))

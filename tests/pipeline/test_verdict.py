@@ -1,0 +1,117 @@
+"""`rlhf verdict`: what a file says becomes a rate with its intervals, and what can't be is a sentence."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf import cli
+from rlhf.errors import UserError
+from rlhf.pipeline.verdict import read_verdicts, verdict
+
+
+def written(tmp_path: Path, rows: list[object]) -> str:
+    file = tmp_path / "verdicts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def verdicts(count: int, labelled: int, *, seed: int = 0) -> list[dict[str, object]]:
+    """The first answer wins in 0.7 of the rows; the judge agrees in 0.9; the first rows, in random order, have labels."""
+    rng = random.Random(seed)
+    rows: list[dict[str, object]] = []
+    for i in range(count):
+        wins = rng.random() < 0.7
+        says = wins if rng.random() < 0.9 else not wins
+        label = {"label": "first" if wins else "second"} if i < labelled else {"label": ""}
+        rows.append({"judge": "first" if says else "second", **label})
+    return rows
+
+
+def test_the_rate_and_what_it_rests_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    out = tmp_path / "verdict.json"
+    result = verdict(written(tmp_path, verdicts(2000, 100)), out, say=said.append)
+    assert result == json.loads(out.read_text())
+    assert (result["labels"], result["rows"]) == (100, 2000)
+    low, high = result["win_rate_ci"]
+    assert low < 0.7 < high
+    assert result["win_rate"] == pytest.approx(0.7, abs=0.07)
+    people_low, people_high = result["people"]["rate_ci"]
+    assert high - low < 0.75 * (people_high - people_low)
+    any_low, any_high = result["win_rate_any_look_ci"]
+    assert any_low < low < high < any_high, "looking as often as you like costs"
+    assert said[0].startswith(f"The first answer wins {result['win_rate']:.3f} [{low:.3f}, {high:.3f}]: 2000 verdicts")
+    assert "corrected by 100 labels of people" in said[0]
+    assert said[2].startswith(f"The interval is {(high - low) / (people_high - people_low):.2f} times")
+    assert "for these rows" in said[3]
+
+
+def test_all_forms_of_a_verdict(tmp_path: Path) -> None:
+    rows = [
+        {"judge": "first", "label": "tie"},
+        {"judge": 0.25, "label": "second"},
+        {"judge": " Tie ", "label": 1},
+        {"judge": 1, "label": "skip"},
+        {"judge": 0},
+        {"judge": "second", "label": None},
+    ]
+    found = read_verdicts(written(tmp_path, rows))
+    assert found.human == [0.5, 0.0, 1.0]
+    assert found.judge == [1.0, 0.25, 0.5]
+    assert found.judge_alone == [1.0, 0.0, 0.0]
+
+
+def test_labels_that_were_picked_are_said_to_be(tmp_path: Path) -> None:
+    """People labelled what the judge called wins: no interval holds for that."""
+    rows = verdicts(400, 0)
+    wins = [row for row in rows if row["judge"] == "first"]
+    for row in wins[:60]:
+        row["label"] = "first"
+    said: list[str] = []
+    result = verdict(written(tmp_path, rows), None, say=said.append)
+    assert result["draw_z"] > 3
+    assert "no interval here holds" in said[0]
+
+
+def test_labels_that_are_all_equal_make_no_certainty_at_any_look(tmp_path: Path) -> None:
+    """20 labels, all wins, and a judge that agrees: the interval for any look still holds what 20 labels can't exclude."""
+    rows = [{"judge": "first", "label": "first" if i < 20 else ""} for i in range(500)]
+    said: list[str] = []
+    result = verdict(written(tmp_path, rows), None, say=said.append)
+    assert result["win_rate_ci"] is result["people"]["rate_ci"] is None, "no spread, no interval for one look"
+    assert "All labels say the same" in said[2]
+    low, high = result["win_rate_any_look_ci"]
+    assert low < 0.8
+    assert high == 1.0
+    assert np.isfinite(result["win_rate"])
+
+
+def test_bad_files_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 of its rows have a `label`; at least 3 are needed"):
+        verdict(written(tmp_path, verdicts(50, 2)), None, say=print)
+    rows = [*verdicts(10, 5), {"label": "first"}, {"judge": "first", "label": "left"}, {"judge": 1.5}, "text"]
+    with pytest.raises(UserError) as error:
+        verdict(written(tmp_path, rows), None, say=print)
+    text = "\n".join(error.value.problems)
+    assert "row 11 has no `judge`" in text
+    assert "row 12: `label` is 'left'" in text
+    many = [{"judge": "left"}] * 25
+    with pytest.raises(UserError) as error:
+        verdict(written(tmp_path, many), None, say=print)
+    assert len(error.value.problems) == 11
+    assert error.value.problems[-1].endswith("15 more rows like these.")
+    assert "row 13 has no `judge`, which is first, second, tie or a number from 0 to 1" in text
+    with pytest.raises(UserError):
+        verdict(str(tmp_path / "nowhere.jsonl"), None, say=print)
+
+
+def test_the_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = written(tmp_path, verdicts(300, 40))
+    monkeypatch.setattr(sys, "argv", ["rlhf", "verdict", file, "--out", str(tmp_path / "v.json")])
+    assert cli._exit_code() == 0
+    assert "300 verdicts of the judge" in capsys.readouterr().out
+    assert (tmp_path / "v.json").is_file()
