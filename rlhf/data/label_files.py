@@ -129,6 +129,8 @@ def _readable(entry: Entry) -> Entry:
     """Return what an annotator wrote, or why a book can't hold it."""
     if isinstance(entry, Unusable):
         return entry
+    if not entry.id:
+        return Unusable(entry.row, "no id")
     if not _is_text(entry.id) or not _is_text(entry.annotator):
         return Unusable(entry.row, "its id or its annotator is no text")
     if len(entry.annotator) > LONGEST_NAME:
@@ -233,10 +235,7 @@ def is_record(row: object) -> bool:
 
 def record_entries(number: int, record: ExportedRow) -> Iterator[Entry]:
     """Yield the responses to a record's question of our name; of a flat record, which says so, those that were submitted."""
-    if record.get("id") is None:
-        yield Unusable(number, "no id")
-        return
-    question = str(record["id"])
+    question = "" if record.get("id") is None else str(record["id"])
     if "fields" in record:
         for response in (record["responses"] or {}).get(CONTROL) or []:
             yield Answered(number, question, response.get("value"), str(response.get("user_id", "unnamed")))
