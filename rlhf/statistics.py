@@ -232,8 +232,8 @@ def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> tupl
     Intervals that are lopsided, as those of shares near 1 are, make a lopsided one (Newcombe, Statistics in Medicine 17 (1998),
     method 10).
 
-    >>> unpaired_difference((0.5, 0.2, 0.8), (0.5, 0.1, 0.9))
-    (0.0, -0.5, 0.5)
+    >>> unpaired_difference((0.5, 0.2, 0.9), (0.5, 0.5, 0.9))
+    (0.0, -0.5, 0.4)
     """
     (one, low_one, high_one), (two, low_two, high_two) = first, second
     difference = one - two

@@ -118,6 +118,17 @@ def test_a_judge_makes_the_interval_of_any_look_narrower() -> None:
     assert np.mean(widths["judge"]) < 0.9 * np.mean(widths["nobody"])
 
 
+def test_the_judges_weight_is_known_before_the_label() -> None:
+    """Three labels are the fewest that a weight is made of, so it moves the fourth bet and none before; a low confidence excludes
+    something at once."""
+    wins, judge, alone = [1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0], [0.5] * 40
+    with_judge = rate_at_any_look(wins, judge, alone, confidence=0.1)
+    nobody = rate_at_any_look(wins, [0.5] * 4, alone, confidence=0.1)
+    assert with_judge[:3] == nobody[:3]
+    assert nobody[2] != (0.0, 1.0)
+    assert with_judge[3] != nobody[3]
+
+
 def test_sure_capital_by_hand() -> None:
     """The first stake on the first label, for one candidate, without a judge: 1 ± η (y - θ), η = sqrt(2 log 40 / (log 2 / 4))."""
     stake = (2 * np.log(40) / (0.25 * np.log(2))) ** 0.5
