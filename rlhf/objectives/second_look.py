@@ -85,7 +85,15 @@ def worth_in_sure_labels(right: Tensor) -> Tensor:
     return (2 * right - 1) ** 2
 
 
-def second_look(features: Tensor, differences: Tensor, right: Tensor, count: int, *, error_rate: float) -> list[int]:
+def second_look(
+    features: Tensor,
+    differences: Tensor,
+    right: Tensor,
+    count: int,
+    *,
+    error_rate: float,
+    is_open: Tensor | None = None,
+) -> list[int]:
     """Choose the pairs whose second look is expected to teach a reward head most, one after the other.
 
         gain_i = 4 Var p'_i · σ'(d_i) · x_i' Σ x_i,    Σ^-1 = Σ_j (2p_j - 1)² σ'(d_j) x_j x_j' + I
@@ -100,9 +108,10 @@ def second_look(features: Tensor, differences: Tensor, right: Tensor, count: int
         right: [n] p.
         count: how many are wanted.
         error_rate: e in [0, 0.5], of the expert.
+        is_open: [n] which pairs may be chosen; the others only are in Σ. None if all may.
 
     Returns:
-        `count` indices, or n, in the order taken.
+        `count` indices, or as many as are open, in the order taken.
 
     >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> second_look(x, torch.zeros(3), torch.tensor([0.5, 0.5, 0.6]), 2, error_rate=0.0)
@@ -112,4 +121,8 @@ def second_look(features: Tensor, differences: Tensor, right: Tensor, count: int
     p = torch.sigmoid(differences)
     teaches = p * (1 - p)
     covariance = weighted_covariance(scaled, worth_in_sure_labels(right) * teaches)
-    return greedy_design(scaled, 4 * expected_change(right, error_rate=error_rate) * teaches, covariance, count)
+    adds = 4 * expected_change(right, error_rate=error_rate) * teaches
+    candidates = torch.arange(len(right)) if is_open is None else is_open.nonzero().flatten()
+    order = greedy_design(scaled[candidates], adds[candidates], covariance, count)
+    chosen: list[int] = candidates[order].tolist()
+    return chosen

@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 import torch
 from scipy.stats import spearmanr
 
-from rlhf.data.read import is_local
+from rlhf.data.read import ReadReport, is_local
 from rlhf.data.rows import TIE, Compare, Pair, told
 from rlhf.data.sources import Row, Source, read_pair_rows
 from rlhf.data.tables import local_files
@@ -52,6 +52,7 @@ def audit(
     recipe: Recipe | None,
     say: Callable[[str], None],
     compare: Compare | None = None,
+    budget: int | None = None,
 ) -> dict[str, Any]:
     """Vote on every pair out of fold and write what follows from it.
 
@@ -71,14 +72,16 @@ def audit(
         recipe: its `vote` and `reward` sections say how members are trained.
         compare: whether pairs that part before their last turn are compared as whole conversations; default "answers", or the
             recipe's `data.compare`.
+        budget: how many of the pairs are to be looked at again afterwards (`rlhf.pipeline.second_look`).
 
     Raises:
-        UserError: nothing usable in the file; the folder holds something else; an impossible vote.
+        UserError: nothing usable in the file, or fewer pairs than the budget; the folder holds something else; an impossible
+            vote.
     """
     quiet_libraries()
     settings, shape = _vote_settings(model, members, recipe)
     source = Source(pairs) if isinstance(pairs, str) else pairs
-    compare = compare or ("answers" if recipe is None else recipe.data.compare)
+    compare = compared_as(compare, recipe)
     identity = _identity(source) if compare == "answers" else [_identity(source), compare]
     key = digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
     finished = _finished(out, key)
@@ -87,8 +90,7 @@ def audit(
         return finished
 
     # 1. Read, count, vote.
-    template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
-    read, report = read_pair_rows(source, fit=template, compare=compare)
+    read, report = read_audited_rows(source, model, compare)
     rows = [row for row in read if row.values.get("confidence") != TIE]
     ties = len(read) - len(rows)
     for sentence in report.sentences():
@@ -97,6 +99,8 @@ def audit(
         say(f"  {ties} ties are kept as they are: nobody calls one of their answers better, so no label can be wrong.")
     if not rows:
         raise UserError(f"{source.source}: all of its pairs are ties, so there is no label to audit.")
+    if budget is not None:
+        check_budget(budget, len(rows), source.source)
     values: list[Any] = [row.values for row in rows]
     seed = 0 if recipe is None else recipe.seed
     (out / WORK).mkdir(parents=True, exist_ok=True)
@@ -143,19 +147,54 @@ def audit(
     _write_parquet(out / "pairs.parquet", audited)
     dropped = [rows[i] for i in suspicious]
     result["cleaned"] = write_cleaned(out / "cleaned.jsonl", source, read, dropped)
+    write_page(out, result, audited, wants)
+    shutil.rmtree(out / WORK)
+    write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def compared_as(compare: Compare | None, recipe: Recipe | None) -> Compare:
+    """Return how pairs that part early are compared: as said, or as the recipe says, else as answers."""
+    return compare or ("answers" if recipe is None else recipe.data.compare)
+
+
+def read_audited_rows(source: Source, model: str, compare: Compare) -> tuple[list[Row[Pair]], ReadReport]:
+    """Read the pairs of a source as an audit sees them, ties among them."""
+    template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
+    return read_pair_rows(source, fit=template, compare=compare)
+
+
+def check_budget(budget: int, pairs: int, source: str) -> None:
+    """Refuse to look again at no pair, or at more pairs than there are.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if not 1 <= budget <= pairs:
+        raise UserError(
+            f"--budget {budget}: {source} holds {pairs} pairs with a label to look at again; name a number from 1 to {pairs}."
+        )
+
+
+def write_page(out: Path, result: dict[str, Any], audited: "Audited", wants: Wants) -> None:
+    """Write `audit.html`.
+
+    Args:
+        result: the content of `audit.json`.
+    """
+    order = torch.argsort(audited.wrong, descending=True, stable=True).tolist()
+    suspicious = [i for i in order if i in audited.suspicious]
+    contradicting = [i for i, row in enumerate(audited.rows) if (row.values.get("rating_gap") or 0) < 0]
     shown, contradictions = ([_shown(audited, i) for i in part[:SHOWN]] for part in (suspicious, contradicting))
     write_audit_page(
         out / "audit.html",
         result,
         shown,
-        strength.mean.tolist(),
-        strength.std.tolist(),
+        audited.strength.mean.tolist(),
+        audited.strength.std.tolist(),
         contradictions=contradictions,
         examples={name: [_shown(audited, i) for i in wants.traits[name]["examples"]] for name in wants.wanted},
     )
-    shutil.rmtree(out / WORK)
-    write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return result
 
 
 def _identity(source: Source) -> object:

@@ -115,8 +115,8 @@ def scene(folder: Path, seed: int, *, quick: bool) -> Scene:
     return Scene(base, rows, torch.tensor(is_wrong(rows)), trunk, features, seed)
 
 
-def voted(here: Scene) -> tuple[Tensor, NoiseEstimate]:
-    """What members that were not trained on a pair say of it, and how many labels are wrong."""
+def voted(here: Scene) -> Tensor:
+    """What members that were not trained on a pair say of it, [n] nats."""
     prompts = [row["prompt"] for row in here.rows]
     plan = plan_vote(prompts, members=MEMBERS, folds=FOLDS, in_sample=False, seed=here.seed)
     sure = torch.ones(len(here.rows))
@@ -124,8 +124,7 @@ def voted(here: Scene) -> tuple[Tensor, NoiseEstimate]:
     def train(member: int, trained: list[int], judged: list[int]) -> Tensor:
         return here.trained(trained, sure, judged, here.seed * 1000 + member + 1, flip_rate=MEMBER_FLIP_RATE)
 
-    strength = vote_strength(collect_votes(plan, train)).mean
-    return strength, estimate_noise(strength, [plain(prompt) for prompt in prompts])
+    return vote_strength(collect_votes(plan, train)).mean
 
 
 def looked_at(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate, right: Tensor) -> list[int]:
@@ -142,62 +141,59 @@ def looked_at(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate, rig
     return second_look(sides[0] - sides[1], noise.scale * strength, right, count, error_rate=EXPERT_ERROR)
 
 
-def measured(folder: Path, seed: int, *, quick: bool) -> dict[str, Any]:
-    """All ways on one seed, kept on disk: which test pairs each gets right, and what it found."""
-    file = folder / f"{seed}.json"
-    if file.is_file():
-        result: dict[str, Any] = json.loads(file.read_text())
-        return result
-    begin = time.monotonic()
-
-    # 1. One vote for all.
-    here = scene(folder, seed, quick=quick)
+def believed(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate) -> tuple[Tensor, dict[str, Any]]:
+    """P(chosen is better) of every pair as a way trains on it, and what it found."""
     n, wrong = len(here.rows), here.wrong
-    strength, noise = voted(here)
-    clusters = [plain(row["prompt"]) for row in here.rows]
-    nobody = torch.zeros(n)
-    right = posterior_of_observations(strength, nobody, flip_rate=noise.fitted, scale=noise.scale)
-    result = {"auroc": auroc((1 - right).tolist(), wrong.tolist()), "fitted": [noise.low, noise.fitted, noise.scale]}
-
-    # 2. What each way believes of every label. An expert's error belongs to the pair, whoever asks.
-    expert = torch.rand(n, generator=torch.Generator().manual_seed(seed)) >= EXPERT_ERROR
-    agrees = expert != wrong
-    beliefs = {"bt": torch.ones(n), "clean": 1.0 - wrong.float(), "posterior": right}
-    for way in RELABELLED:
-        seen = torch.zeros(n, dtype=torch.bool)
-        seen[looked_at(here, way, strength, noise, right)] = True
-        verdicts = log_odds_of_verdicts((seen & agrees).int(), (seen & ~agrees).int(), error_rate=EXPERT_ERROR)
-        again = estimate_noise(strength, clusters, verdicts)
-        beliefs[way] = posterior_of_observations(strength, verdicts, flip_rate=again.fitted, scale=again.scale)
-        result[way] = {
-            "found": float((seen & wrong).sum() / wrong.sum()),
-            "fitted": [again.low, again.fitted, again.scale],
-            "auroc_after": auroc((1 - beliefs[way][~seen]).tolist(), wrong[~seen].tolist()),
-        }
-
-    # 3. A model of each belief, on clean test pairs.
-    test = list(range(n, n + TEST // (10 if quick else 1)))
-    result["right"] = {
-        way: np.packbits((here.trained(list(range(n)), belief, test, 100 * seed) > 0).numpy()).tolist()
-        for way, belief in beliefs.items()
+    right = posterior_of_observations(strength, torch.zeros(n), flip_rate=noise.fitted, scale=noise.scale)
+    if way not in RELABELLED:
+        return {"bt": torch.ones(n), "clean": 1.0 - wrong.float(), "posterior": right}[way], {}
+    # An expert's error belongs to the pair, whoever asks.
+    agrees = (torch.rand(n, generator=torch.Generator().manual_seed(here.seed)) >= EXPERT_ERROR) != wrong
+    seen = torch.zeros(n, dtype=torch.bool)
+    seen[looked_at(here, way, strength, noise, right)] = True
+    verdicts = log_odds_of_verdicts((seen & agrees).int(), (seen & ~agrees).int(), error_rate=EXPERT_ERROR)
+    again = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows], verdicts)
+    belief = posterior_of_observations(strength, verdicts, flip_rate=again.fitted, scale=again.scale)
+    facts = {
+        "found": float((seen & wrong).sum() / wrong.sum()),
+        "fitted": [again.low, again.fitted, again.scale],
+        "auroc_after": auroc((1 - belief[~seen]).tolist(), wrong[~seen].tolist()),
     }
-    result["n"] = len(test)
-    result["seconds"] = time.monotonic() - begin
-    file.write_text(json.dumps(result))
-    accuracy = {way: round(float(_right(result, way).mean()), 4) for way in WAYS}
-    print(
-        f"seed {seed}",
-        accuracy,
-        {w: round(result[w]["found"], 3) for w in RELABELLED},
-        f"{result['seconds']:.0f} s",
-        flush=True,
-    )
-    return result
+    return belief, facts
+
+
+def measured(folder: Path, seed: int, *, quick: bool) -> dict[str, Any]:
+    """All ways on one seed, each kept on disk: which test pairs it gets right, and what it found."""
+    files = {way: folder / f"{seed}-{way}{'-quick' if quick else ''}.json" for way in WAYS}
+    if not all(file.is_file() for file in files.values()):
+        here = scene(folder, seed, quick=quick)
+        n = len(here.rows)
+        kept = folder / f"{seed}-vote{'-quick' if quick else ''}.pt"
+        if not kept.is_file():
+            torch.save(voted(here), kept)
+        strength = torch.load(kept)
+        noise = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows])
+        area = auroc((-strength).tolist(), here.wrong.tolist())
+        test = list(range(n, n + TEST // (10 if quick else 1)))
+    for way, file in files.items():
+        if file.is_file():
+            continue
+        begin = time.monotonic()
+        belief, facts = believed(here, way, strength, noise)
+        right = here.trained(list(range(n)), belief, test, 100 * seed) > 0
+        facts |= {"auroc": area, "n": len(test), "right": np.packbits(right.numpy()).tolist()}
+        file.write_text(json.dumps(facts))
+        accuracy = float(right.double().mean())
+        print(
+            f"seed {seed} {way:10s} accuracy {accuracy:.4f} {facts.get('found', '')} {time.monotonic() - begin:.0f} s",
+            flush=True,
+        )
+    return {way: json.loads(file.read_text()) for way, file in files.items()}
 
 
 def _right(result: dict[str, Any], way: str) -> np.ndarray:
     """Which test pairs a way orders as the true reward does, [n] 0 or 1."""
-    return np.unpackbits(np.array(result["right"][way], np.uint8))[: result["n"]].astype(float)
+    return np.unpackbits(np.array(result[way]["right"], np.uint8))[: result[way]["n"]].astype(float)
 
 
 def paired(results: dict[int, dict[str, Any]]) -> list[dict[str, float]]:
@@ -248,7 +244,7 @@ def main() -> None:
             b: with_interval(mean[b] - mean[f"{b}_random"], [d[b] - d[f"{b}_random"] for d in draws]) for b in BUDGETS
         },
         "found": {way: float(np.mean([r[way]["found"] for r in results.values()])) for way in RELABELLED},
-        "auroc": float(np.mean([r["auroc"] for r in results.values()])),
+        "auroc": float(np.mean([r["bt"]["auroc"] for r in results.values()])),
         "auroc_after": {way: float(np.mean([r[way]["auroc_after"] for r in results.values()])) for way in RELABELLED},
         "estimated_noise": {way: [r[way]["fitted"] for r in results.values()] for way in RELABELLED},
         "flip_rate": FLIP_RATE,
