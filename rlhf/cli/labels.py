@@ -39,6 +39,7 @@ def audit_command(
         str,
         typer.Argument(help="Preferences: a file or hub dataset, or {source: …} as in a recipe.", show_default=False),
     ],
+    *,
     model: Annotated[str, typer.Option(help="What the voters start from: a folder or hub id.", show_default=False)],
     out: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
     members: Annotated[int | None, typer.Option(help="Number of voters. [default: 10]", show_default=False)] = None,
@@ -54,7 +55,7 @@ def audit_command(
 ) -> None:
     """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page; a second look at some."""
     source = source_of(pairs, columns)
-    from rlhf.pipeline.audit import audit, compared_as
+    from rlhf.pipeline.audit import audit
     from rlhf.report.second_look import second_look_sentences
     from rlhf.report.terminal import audit_lines
 
@@ -65,7 +66,7 @@ def audit_command(
     if budget is not None:
         from rlhf.pipeline.second_look import look_again
 
-        compared = compared_as(compare, settings)
+        compared = compare or ("answers" if settings is None else settings.data.compare)
         facts = look_again(source, model, out, budget=budget, expert_error=expert_error, compare=compared)
         for line in second_look_sentences(facts):
             say(line)

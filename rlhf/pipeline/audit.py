@@ -81,7 +81,7 @@ def audit(
     quiet_libraries()
     settings, shape = _vote_settings(model, members, recipe)
     source = Source(pairs) if isinstance(pairs, str) else pairs
-    compare = compared_as(compare, recipe)
+    compare = compare or ("answers" if recipe is None else recipe.data.compare)
     identity = _identity(source) if compare == "answers" else [_identity(source), compare]
     key = digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
     finished = _finished(out, key)
@@ -153,11 +153,6 @@ def audit(
     return result
 
 
-def compared_as(compare: Compare | None, recipe: Recipe | None) -> Compare:
-    """Return how pairs that part early are compared: as said, or as the recipe says, else as answers."""
-    return compare or ("answers" if recipe is None else recipe.data.compare)
-
-
 def read_audited_rows(source: Source, model: str, compare: Compare) -> tuple[list[Row[Pair]], ReadReport]:
     """Read the pairs of a source as an audit sees them, ties among them."""
     template = ToolTemplate(lambda: load_tokenizer(find_source(model).base, conversational=True, pads=False), model)
@@ -177,11 +172,7 @@ def check_budget(budget: int, pairs: int, source: str) -> None:
 
 
 def write_page(out: Path, result: dict[str, Any], audited: "Audited", wants: Wants) -> None:
-    """Write `audit.html`.
-
-    Args:
-        result: the content of `audit.json`.
-    """
+    """Write `audit.html`; `result` is the content of `audit.json`."""
     order = torch.argsort(audited.wrong, descending=True, stable=True).tolist()
     suspicious = [i for i in order if i in audited.suspicious]
     contradicting = [i for i, row in enumerate(audited.rows) if (row.values.get("rating_gap") or 0) < 0]

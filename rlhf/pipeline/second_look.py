@@ -226,9 +226,9 @@ def _opinions(out: Path, rows: Sequence[Row[Pair]]) -> Looked:
         name = pair.id.partition("-")[2]
         if name in questions:
             same, other = ("first", "second") if questions[name].first == pair.first else ("second", "first")
-            is_asked[i], said = True, labels[name]
-            agree[i], contradict[i], equal[i] = said[same], said[other], said["tie"]
-    skipped = sum(name in questions and set(said) == {"skip"} for name, said in labels.items())
+            is_asked[i], counts = True, labels[name]
+            agree[i], contradict[i], equal[i] = counts[same], counts[other], counts["tie"]
+    skipped = sum(name in questions and set(counts) == {"skip"} for name, counts in labels.items())
     return Looked(agree, contradict, equal, is_asked, verdicts, len(questions), skipped, len(looks))
 
 
@@ -321,12 +321,12 @@ def _write_relabelled(
         how many labels are turned round.
     """
     place = {id(row): i for i, row in enumerate(rows)}
-    said = (looked.agree + looked.contradict + looked.equal) > 0
+    is_answered = (looked.agree + looked.contradict + looked.equal) > 0
     pairs: list[Pair] = []
     turned = 0
     for row in read:
         i = place.get(id(row))
-        if i is None or not (proved or said[i]):
+        if i is None or not (proved or is_answered[i]):
             pairs.append(row.values)
             continue
         pair: Pair = {**row.values, "confidence": right[i].item()}
