@@ -39,24 +39,39 @@ def audit_command(
         str,
         typer.Argument(help="Preferences: a file or hub dataset, or {source: …} as in a recipe.", show_default=False),
     ],
+    *,
     model: Annotated[str, typer.Option(help="What the voters start from: a folder or hub id.", show_default=False)],
     out: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
     members: Annotated[int | None, typer.Option(help="Number of voters. [default: 10]", show_default=False)] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Its vote and reward sections say how voters are trained.", show_default=False)
     ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="How many pairs experts look at again: chosen here.", show_default=False)
+    ] = None,
+    expert_error: Annotated[float, typer.Option(help="How often an expert's verdict is wrong.")] = 0.05,
     columns: Columns = None,
     compare: Compared = None,
 ) -> None:
-    """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page."""
+    """Find wrong preference labels: the strength of every pair, suspicious rows, cleaned data, a page; a second look at some."""
     source = source_of(pairs, columns)
     from rlhf.pipeline.audit import audit
+    from rlhf.report.second_look import second_look_sentences
     from rlhf.report.terminal import audit_lines
 
     settings = load_recipe(recipe) if recipe else None
-    result = audit(source, model, out, members=members, recipe=settings, say=say_aside, compare=compare)
+    result = audit(source, model, out, members=members, recipe=settings, say=say_aside, compare=compare, budget=budget)
     for line in audit_lines(result):
         say(line)
+    if budget is not None:
+        from rlhf.pipeline.second_look import look_again
+
+        compared = compare or ("answers" if settings is None else settings.data.compare)
+        facts = look_again(source, model, out, budget=budget, expert_error=expert_error, compare=compared)
+        for line in second_look_sentences(facts):
+            say(line)
+        if facts["open"]:
+            say(f"rlhf label {out}; then the same command again.")
     say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
 
 

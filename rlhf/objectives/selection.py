@@ -24,7 +24,22 @@ def head_covariance(features: Tensor, differences: Tensor, *, ridge: float = 1.0
             [0., 1.]])
     """
     p = torch.sigmoid(differences)
-    precision = (features * (p * (1 - p))[:, None]).T @ features + ridge * torch.eye(features.shape[1])
+    return weighted_covariance(features, p * (1 - p), ridge=ridge)
+
+
+def weighted_covariance(features: Tensor, weight: Tensor, *, ridge: float = 1.0) -> Tensor:
+    """Return (Σ_i w_i x_i x_i' + λ I)^-1, [h, h]: the head's covariance after labels that say w_i about their direction.
+
+    Args:
+        features: [n, h] x.
+        weight: [n] w ≥ 0.
+        ridge: λ, the precision of the prior.
+
+    >>> weighted_covariance(torch.tensor([[1.0, 0.0]]), torch.tensor([3.0]))
+    tensor([[0.2500, 0.0000],
+            [0.0000, 1.0000]])
+    """
+    precision = (features * weight[:, None]).T @ features + ridge * torch.eye(features.shape[1])
     covariance: Tensor = torch.linalg.inv(precision)
     return covariance
 
@@ -67,8 +82,25 @@ def most_diverse(features: Tensor, differences: Tensor, covariance: Tensor, coun
     Returns:
         `count` indices in the order taken.
     """
-    sigma, p = covariance.clone(), torch.sigmoid(differences)
-    weight, taken = p * (1 - p), list[int]()
+    p = torch.sigmoid(differences)
+    return greedy_design(features, p * (1 - p), covariance, count)
+
+
+def greedy_design(features: Tensor, weight: Tensor, covariance: Tensor, count: int) -> list[int]:
+    """Choose rows greedily by the largest w x' Σ x, Σ updated as if each choice were observed with weight w.
+
+    Args:
+        features: [n, h] of the candidates.
+        weight: [n] w ≥ 0, what an observation of each says about its direction.
+        covariance: [h, h] Σ before the first choice.
+
+    Returns:
+        `count` indices, or n, in the order taken.
+
+    >>> greedy_design(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.9]]), torch.ones(3), torch.eye(2), 2)
+    [0, 2]
+    """
+    sigma, taken = covariance.clone(), list[int]()
     variance = (features @ sigma * features).sum(dim=1)
     for _ in range(min(count, len(features))):
         gain = weight * variance

@@ -13,6 +13,7 @@ from rlhf.report.figures import bars, histogram
 from rlhf.report.noise import suspects, wanted, worth, wrong_labels
 from rlhf.report.records import Facts
 from rlhf.report.render import render
+from rlhf.report.second_look import second_look_sentences
 
 MARKED_CHARACTERS = 1200
 
@@ -58,6 +59,7 @@ def write_audit_page(
         title=f"Audit of {Path(result['pairs']).name}",
         result=result,
         verdict=_verdict(result),
+        second_look=second_look_sentences(result["second_look"]) if "second_look" in result else [],
         figures=[(title, note, Markup(svg)) for title, note, svg in figures],
         suspicious=[_marked(row) for row in suspicious],
         contradictions=[_marked(row) for row in contradictions],

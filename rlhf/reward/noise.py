@@ -32,7 +32,7 @@ class NoiseEstimate:
     high: float
 
 
-def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEstimate:
+def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None) -> NoiseEstimate:
     """Estimate how many labels are wrong, as far as out-of-fold votes can tell.
 
     A vote contradicts a label because the label is wrong or because the vote is, and votes alone cannot say which, so
@@ -50,9 +50,14 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEs
     no more than chance (`high` reaches 0.5) say nothing: then ε is 0 and the scale 0, which leaves every label as it is,
     and a warning.
 
+    Experts' verdicts enter the likelihood of `low`, `fitted` and `scale`: with v = σ(verdicts) a label and its verdicts have
+    probability (1 - ε) σ(b d) v + ε σ(-b d) (1 - v), up to a factor. Which pairs were asked about may depend on labels and
+    votes, since both are in it. `flip_rate` and `high` are of labels and votes alone.
+
     Args:
         differences: [n] mean difference of models that did not see the label, in nats.
         clusters: [n] the prompt of each pair, or anything that is equal for pairs of one prompt.
+        verdicts: [n] log-odds of the verdicts that the label is right, nats; 0 where there are none.
     """
     contradicted = ((differences < 0).double() + 0.5 * (differences == 0).double()).tolist()
     high = clustered_mean(contradicted, clusters)[1][1]
@@ -67,21 +72,23 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable]) -> NoiseEs
     agree = torch.sigmoid(differences.double() / temperature)
     average = agree.mean()
     surely_wrong, surely_right = int((1 - agree >= average).sum()), int((agree >= average).sum())
-    low, fitted, scale = _fit(differences, clusters)
+    low, fitted, scale = _fit(differences, clusters, torch.zeros_like(differences) if verdicts is None else verdicts)
     flip_rate = surely_wrong / (surely_wrong + surely_right)
     return NoiseEstimate(flip_rate, fitted if low > 0 else 0.0, scale, low, high)
 
 
-def _fit(differences: Tensor, clusters: Sequence[Hashable]) -> tuple[float, float, float]:
+def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> tuple[float, float, float]:
     """Return the smallest ε whose profile likelihood is within 1.92 of the best, the best ε, and the best b."""
     values = differences.double()
     spread = values.abs().mean().clamp(min=1e-12)
     rates = torch.linspace(0.0, 0.495, RATES, dtype=torch.float64)
     likelihood = torch.empty(SCALES, RATES, dtype=torch.float64)
     scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread
+    confirmed = torch.sigmoid(verdicts.double())
     for i, scale in enumerate(scales):
         agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
-        likelihood[i] = torch.stack([((1 - 2 * rate) * agree + rate).log().mean() for rate in rates])
+        right, wrong = agree * confirmed, (1 - agree) * (1 - confirmed)
+        likelihood[i] = torch.stack([(2 * ((1 - rate) * right + rate * wrong)).log().mean() for rate in rates])
     best_scale, best_rate = divmod(int(likelihood.argmax()), RATES)
     profile = likelihood.max(dim=0).values * len(set(clusters))
     low = rates[profile >= profile.max() - CHI_SQUARE_95 / 2].min()

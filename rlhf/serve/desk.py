@@ -20,18 +20,23 @@ from rlhf.report.annotators import annotator_sentences
 
 
 def open_book(run: Path) -> tuple[LabelBook, int, int]:
-    """Open the run's book, and read which round is asked about and how many verdicts each question should have.
+    """Open the book of a run or an audit, and read which round is asked about and how many verdicts each question should have.
 
     Raises:
-        UserError: the folder is no run, or has no questions (yet).
+        UserError: the folder is neither, or has no questions (yet).
     """
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: no recipe.yaml; this folder holds no run.")
+    is_audit = (run / "audit.json").is_file()
+    if not is_audit and not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run}: no recipe.yaml; this folder holds no run, and no audit either.")
     book = LabelBook(run / BOOK) if (run / BOOK).is_file() else None
+    if is_audit and book is None:
+        raise UserError(f"{run}: no questions yet; `rlhf audit … --out {run} --budget N` asks about N of its pairs.")
     if book is None or not book.rounds():
         raise UserError(
             f"{run}: no questions yet; `rlhf run` asks them where the recipe says `rounds: {{labels_from: people}}`."
         )
+    if is_audit:
+        return book, book.rounds()[-1], 1
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     return book, book.rounds()[-1], int(recipe["rounds"]["annotators_per_pair"])
 
@@ -75,6 +80,10 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     verdicts, refused = read_verdicts(str(file), report)
     questions = book.questions(number)
     asked = {question.id: question for question in questions}
+    if verdicts and not any(verdict.id in asked for verdict in verdicts):
+        raise UserError(
+            f"{file}: none of its {len(verdicts)} verdicts is on one of the {len(asked)} pairs asked about; another folder's?"
+        )
     if say is not None:
         for sentence in _reading(report, verdicts, asked):
             say(f"{file}: {sentence}")

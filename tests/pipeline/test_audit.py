@@ -10,7 +10,8 @@ import torch
 
 from rlhf.errors import UserError
 from rlhf.objectives.strength import vote_strength
-from rlhf.pipeline.audit import audit, length_alarm, length_bias
+from rlhf.pipeline.audit import audit
+from rlhf.pipeline.audited import length_alarm, length_bias
 from rlhf.recipe import load_recipe
 from rlhf.report.audit import mark, write_audit_page
 from rlhf.report.terminal import audit_lines

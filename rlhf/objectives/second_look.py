@@ -1,0 +1,128 @@
+"""Which labels are worth a second look, and what is known of a pair after it.
+
+A pair's label, a vote of reward models and the verdicts of experts are several observations of one thing: which answer is
+better. Bayes adds their log-odds. Throughout, p = P(chosen is better), so 1 - p is the probability that the label is wrong.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf.objectives.selection import greedy_design, weighted_covariance
+
+
+def log_odds_of_verdicts(agree: Tensor, contradict: Tensor, *, error_rate: float) -> Tensor:
+    """Return what verdicts say about a label, [n] nats: (a - c) log((1 - e) / e).
+
+    Of a pair's verdicts, a agree with the label and c contradict it; each is wrong with probability e, independently of the
+    label and of the others. A verdict that calls the answers equal says nothing about which is better and adds 0.
+
+    Args:
+        agree, contradict: [n] counts.
+        error_rate: e in (0, 0.5].
+
+    >>> log_odds_of_verdicts(torch.tensor([1, 0, 1]), torch.tensor([0, 2, 1]), error_rate=0.05)
+    tensor([ 2.9444, -5.8889,  0.0000])
+    """
+    assert 0 < error_rate <= 0.5, "an error rate in (0, 0.5]"
+    return (agree - contradict) * math.log((1 - error_rate) / error_rate)
+
+
+def posterior_of_observations(strength: Tensor, verdicts: Tensor, *, flip_rate: float, scale: float = 1.0) -> Tensor:
+    """Return P(chosen is better) given a label, an independent vote and verdicts, [n].
+
+        p = σ( b d + log((1 - ε) / ε) + Σ_v ± log((1 - e) / e) )
+
+    Special cases: no verdict is `posterior_confidence`; neither vote nor verdict is 1 - ε; label and one verdict that
+    contradicts it, both equally reliable, is 1/2. ε = 0 (a label that cannot be wrong) would silence every verdict, so it
+    is refused.
+
+    Args:
+        strength: [n] d, mean out-of-fold difference of rewards, nats.
+        verdicts: [n] log-odds of the verdicts, nats (`log_odds_of_verdicts`); 0 where there are none.
+        flip_rate: ε in (0, 0.5], the share of wrong labels.
+        scale: b, what a nat of the vote is worth.
+
+    >>> posterior_of_observations(torch.zeros(2), torch.tensor([0.0, math.log(1 / 3)]), flip_rate=0.25)
+    tensor([0.7500, 0.5000])
+    """
+    assert 0 < flip_rate <= 0.5, "a flip rate in (0, 0.5]"
+    return torch.sigmoid(scale * strength + math.log((1 - flip_rate) / flip_rate) + verdicts)
+
+
+def expected_change(right: Tensor, *, error_rate: float) -> Tensor:
+    """Return the variance of p over the two verdicts that an expert may give, [n]: how far a second look moves it.
+
+        Var p' = ( p (1 - p) (1 - 2e) )² / ( q (1 - q) ),    q = p (1 - e) + (1 - p) e
+
+    q is the probability that the verdict agrees with the label. With e = 0 it is p (1 - p): P(wrong) times P(right), since
+    a label that is surely wrong is turned round by the vote already and needs no expert. 0 where p is 0 or 1, or e = 1/2; at
+    most 1/4.
+
+    Args:
+        right: [n] p.
+        error_rate: e in [0, 0.5], of the expert.
+
+    >>> expected_change(torch.tensor([0.5, 0.9, 1.0]), error_rate=0.0)
+    tensor([0.2500, 0.0900, 0.0000])
+    """
+    agrees = right * (1 - error_rate) + (1 - right) * error_rate
+    moved = right * (1 - right) * (1 - 2 * error_rate)
+    return moved**2 / (agrees * (1 - agrees)).clamp(min=torch.finfo(right.dtype).tiny)
+
+
+def worth_in_sure_labels(right: Tensor) -> Tensor:
+    """Return how many sure labels each label is worth, [n]: (2p - 1)².
+
+    A label that is right with probability p is a sure one through a channel that flips it with probability 1 - p. Where the
+    reward model has no opinion yet, such a channel passes (2p - 1)² of the Fisher information of a sure label. A second look
+    is expected to add 4 Var p'.
+
+    >>> worth_in_sure_labels(torch.tensor([1.0, 0.75, 0.5]))
+    tensor([1.0000, 0.2500, 0.0000])
+    """
+    return (2 * right - 1) ** 2
+
+
+def second_look(
+    features: Tensor,
+    differences: Tensor,
+    right: Tensor,
+    count: int,
+    *,
+    error_rate: float,
+    is_open: Tensor | None = None,
+) -> list[int]:
+    """Choose the pairs whose second look is expected to teach a reward head most, one after the other.
+
+        gain_i = 4 Var p'_i · σ'(d_i) · x_i' Σ x_i,    Σ^-1 = Σ_j (2p_j - 1)² σ'(d_j) x_j x_j' + I
+
+    The first factor is what the verdict adds to the label, in sure labels; the others are what a sure label on this pair
+    teaches: Laplace's precision of a logistic head along x. Σ shrinks along every pair that is taken as if it were
+    relabelled, so a second pair like it gains less: the batch is diverse (greedy D-optimal design).
+
+    Args:
+        features: [n, h] what the head reads, chosen minus rejected; scaled here so that their mean square length is 1.
+        differences: [n] chosen minus rejected reward on the scale of P(better) = σ(d), nats.
+        right: [n] p.
+        count: how many are wanted.
+        error_rate: e in [0, 0.5], of the expert.
+        is_open: [n] which pairs may be chosen; the others only are in Σ. None if all may.
+
+    Returns:
+        `count` indices, or as many as are open, in the order taken.
+
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> second_look(x, torch.zeros(3), torch.tensor([0.5, 0.5, 0.6]), 2, error_rate=0.0)
+    [0, 2]
+    """
+    scaled = features / features.square().sum(dim=1).mean().sqrt().clamp(min=torch.finfo(features.dtype).tiny)
+    p = torch.sigmoid(differences)
+    teaches = p * (1 - p)
+    covariance = weighted_covariance(scaled, worth_in_sure_labels(right) * teaches)
+    adds = 4 * expected_change(right, error_rate=error_rate) * teaches
+    candidates = torch.arange(len(right)) if is_open is None else is_open.nonzero().flatten()
+    order = greedy_design(scaled[candidates], adds[candidates], covariance, count)
+    chosen: list[int] = candidates[order].tolist()
+    return chosen

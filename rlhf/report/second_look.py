@@ -1,0 +1,28 @@
+"""What a second look cost and gained, in sentences: for the audit's page and the terminal."""
+
+from rlhf.report.records import Facts
+
+
+def second_look_sentences(facts: Facts) -> list[str]:
+    """Say how far experts are, what their verdicts changed, and what the next pairs are expected to add.
+
+    Args:
+        facts: `second_look` of `audit.json`.
+    """
+    sentences = [f"Second look: {facts['asked']} pairs are asked about, {facts['open']} of them have no verdict yet."]
+    if facts["answered"]:
+        worth, wrong = facts["worth"], facts["wrong"]
+        sentences += [
+            f"Of {facts['answered']} pairs, experts agree with the label of {facts['agree']}, contradict that of "
+            f"{facts['contradict']}, call the answers of {facts['ties']} equal (kept as ties), and skip {facts['skipped']}.",
+            f"An expert is taken to be wrong in {facts['expert_error']:.0%}. With the verdicts, {facts['noise_rate']['mean']:.1%} "
+            f"of the labels are estimated to be wrong as they stand in the file, and {facts['turned']} labels are turned round.",
+            f"Expected wrong labels: {wrong['file']:.0f} as the file has them, {wrong['before']:.0f} if each is turned to the side "
+            f"that the votes make likelier, {wrong['after']:.0f} with the verdicts too.",
+            f"All labels together are worth {worth['before']:.0f} sure ones before the verdicts and {worth['after']:.0f} after.",
+        ]
+    verb = "The next" if facts["answered"] else "These"
+    sentences.append(
+        f"{verb} {facts['next']['pairs']} pairs are expected to add what {facts['next']['worth']:.0f} sure labels are worth."
+    )
+    return sentences

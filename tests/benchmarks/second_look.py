@@ -1,0 +1,266 @@
+"""How much of the gap between noisy and clean labels a second look closes, in the lab: chosen pairs against random ones.
+
+python tests/benchmarks/second_look.py --json second_look.json --seeds 3,4,5,6,7
+python tests/benchmarks/second_look.py --json quick.json --seeds 0 --quick
+
+Every seed has 2,000 pairs of its own, of which a quarter is turned round at random; one SFT model and 4,000 clean test pairs
+serve all. Reward models are members on the SFT model's frozen lowest layer (two layers and a head of their own), for voters
+and for what is compared. All ways see the same vote (five members, five folds, out of fold, trained with the likelihood of
+labels of which a fifth is flipped) and the same expert, who is wrong in 5 % of the pairs, always in the same ones.
+
+`bt` trains on the noisy labels, `clean` on true ones, `posterior` on what labels and vote say; `10` and `20` relabel so many
+per cent of the pairs, chosen by `rlhf.objectives.second_look`, `10_random` and `20_random` as many at random; then noise and
+posteriors are estimated again from labels, vote and verdicts, and one model is trained on these.
+
+`gap_closed` is (way - bt) / (clean - bt) of accuracies over all seeds, `above_random` the paired difference at the same
+budget; intervals are bootstraps over seeds and test pairs. `found` is the share of the wrong labels that were looked at again,
+`auroc` how well the vote orders wrong labels, `auroc_after` the posterior after the verdicts, on the pairs that nobody looked
+at. Finished parts are kept beside FILE, so a killed run goes on.
+"""
+
+import argparse
+import json
+import os
+import random
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import set_seed
+from trl import RewardConfig
+from worlds import FLIP_RATE, Rows, in_true_order, is_wrong, planted, reward_settings, world
+
+from rlhf.models.load import build_reward_model, load_tokenizer
+from rlhf.models.text import encode_answers, plain
+from rlhf.objectives.pairwise import pair_loss
+from rlhf.objectives.second_look import log_odds_of_verdicts, posterior_of_observations, second_look
+from rlhf.objectives.strength import vote_strength
+from rlhf.pipeline.training import quiet_libraries
+from rlhf.reward.frozen_trunk import Features, Trunk
+from rlhf.reward.model import RewardModel
+from rlhf.reward.noise import NoiseEstimate, estimate_noise
+from rlhf.reward.vote import collect_votes, plan_vote
+from rlhf.statistics import auroc
+
+SEEDS, TRAIN, TEST = 8, 2000, 4000
+SIZES = {"pairs": 19_000, "test_pairs": 4800, "demonstrations": 4000}
+TOP_LAYERS, MEMBERS, FOLDS, MEMBER_FLIP_RATE = 2, 5, 5, 0.2
+LEARNING_RATE, EPOCHS = 5e-4, 4
+EXPERT_ERROR = 0.05
+BUDGETS = {"10": 0.1, "20": 0.2}
+RELABELLED = tuple(f"{budget}{kind}" for budget in BUDGETS for kind in ("", "_random"))
+WAYS = ("bt", "clean", "posterior", *RELABELLED)
+DRAWS = 2000
+
+
+@cache
+def splits(folder: Path, *, quick: bool) -> tuple[Path, Rows, Rows]:
+    """The SFT model, and pairs in true order: all seeds' to train on, and those to test on."""
+    scale = 10 if quick else 1
+    base, pairs, test = world(folder, 0, **{name: size // scale for name, size in SIZES.items()})
+    rows, held = in_true_order(pairs), in_true_order(test)
+    assert len(rows) >= SEEDS * TRAIN // scale, "not enough pairs of different true reward"
+    assert len(held) >= TEST // scale
+    return base, rows, held[: TEST // scale]
+
+
+class Scene(NamedTuple):
+    """One seed's noisy pairs [n], with the test pairs behind them at the trunk's end."""
+
+    base: Path
+    rows: Rows
+    wrong: Tensor
+    trunk: Trunk
+    features: Features
+    seed: int
+
+    def trained(self, pairs: list[int], confidence: Tensor, judged: list[int], seed: int, **loss: Any) -> Tensor:
+        """Differences on some pairs of a member trained on others, with P(chosen is better) of each."""
+        set_seed(seed)
+        member = self.trunk.member()
+        settings = reward_settings(LEARNING_RATE, EPOCHS)
+        args = RewardConfig(
+            "unused", **settings, seed=seed, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True
+        )
+        member.train(
+            self.features,
+            pairs,
+            args,
+            objective=lambda chosen, rejected, batch: pair_loss(chosen, rejected, confidence=confidence[batch], **loss),
+            label=f"seed {self.seed}",
+        )
+        return member.differences(self.features, judged)
+
+
+def scene(folder: Path, seed: int, *, quick: bool) -> Scene:
+    """The pairs of a seed, a quarter of them turned round, run through the trunk."""
+    base, pairs, test = splits(folder / "world", quick=quick)
+    size = TRAIN // (10 if quick else 1)
+    rows = planted(pairs[seed * size : (seed + 1) * size], seed)
+    tokenizer: Any = load_tokenizer(base, conversational=True)
+    set_seed(0)
+    trunk = Trunk(build_reward_model(base, pad_token_id=tokenizer.pad_token_id), top_layers=TOP_LAYERS)
+    prompts = [row["prompt"] for row in [*rows, *test]]
+    chosen, rejected = (
+        encode_answers(tokenizer, prompts, [row[side][0]["content"] for row in [*rows, *test]], max_length=512)[0]
+        for side in ("chosen", "rejected")
+    )
+    work = folder / f"trunk-{seed}"
+    work.mkdir(parents=True, exist_ok=True)
+    features = trunk.features(list(zip(chosen, rejected, strict=True)), work, pad_token_id=tokenizer.pad_token_id)
+    return Scene(base, rows, torch.tensor(is_wrong(rows)), trunk, features, seed)
+
+
+def voted(here: Scene) -> Tensor:
+    """What members that were not trained on a pair say of it, [n] nats."""
+    prompts = [row["prompt"] for row in here.rows]
+    plan = plan_vote(prompts, members=MEMBERS, folds=FOLDS, in_sample=False, seed=here.seed)
+    sure = torch.ones(len(here.rows))
+
+    def train(member: int, trained: list[int], judged: list[int]) -> Tensor:
+        return here.trained(trained, sure, judged, here.seed * 1000 + member + 1, flip_rate=MEMBER_FLIP_RATE)
+
+    return vote_strength(collect_votes(plan, train)).mean
+
+
+def looked_at(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate, right: Tensor) -> list[int]:
+    """Which pairs a way looks at again."""
+    budget, _, kind = way.partition("_")
+    count = round(BUDGETS[budget] * len(here.rows))
+    if kind == "random":
+        return random.Random(here.seed).sample(range(len(here.rows)), count)
+    tokenizer: Any = load_tokenizer(here.base, conversational=True)
+    set_seed(0)
+    reward = RewardModel(build_reward_model(here.base, pad_token_id=tokenizer.pad_token_id).eval(), tokenizer)
+    prompts = [row["prompt"] for row in here.rows]
+    sides = [reward.features(prompts, [row[s][0]["content"] for row in here.rows]) for s in ("chosen", "rejected")]
+    return second_look(sides[0] - sides[1], noise.scale * strength, right, count, error_rate=EXPERT_ERROR)
+
+
+def believed(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate) -> tuple[Tensor, dict[str, Any]]:
+    """P(chosen is better) of every pair as a way trains on it, and what it found."""
+    n, wrong = len(here.rows), here.wrong
+    right = posterior_of_observations(strength, torch.zeros(n), flip_rate=noise.fitted, scale=noise.scale)
+    if way not in RELABELLED:
+        return {"bt": torch.ones(n), "clean": 1.0 - wrong.float(), "posterior": right}[way], {}
+    # An expert's error belongs to the pair, whoever asks.
+    agrees = (torch.rand(n, generator=torch.Generator().manual_seed(here.seed)) >= EXPERT_ERROR) != wrong
+    seen = torch.zeros(n, dtype=torch.bool)
+    seen[looked_at(here, way, strength, noise, right)] = True
+    verdicts = log_odds_of_verdicts((seen & agrees).int(), (seen & ~agrees).int(), error_rate=EXPERT_ERROR)
+    again = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows], verdicts)
+    belief = posterior_of_observations(strength, verdicts, flip_rate=again.fitted, scale=again.scale)
+    facts = {
+        "found": float((seen & wrong).sum() / wrong.sum()),
+        "fitted": [again.low, again.fitted, again.scale],
+        "auroc_after": auroc((1 - belief[~seen]).tolist(), wrong[~seen].tolist()),
+    }
+    return belief, facts
+
+
+def measured(folder: Path, seed: int, *, quick: bool) -> dict[str, Any]:
+    """All ways on one seed, each kept on disk: which test pairs it gets right, and what it found."""
+    files = {way: folder / f"{seed}-{way}{'-quick' if quick else ''}.json" for way in WAYS}
+    if not all(file.is_file() for file in files.values()):
+        here = scene(folder, seed, quick=quick)
+        n = len(here.rows)
+        kept = folder / f"{seed}-vote{'-quick' if quick else ''}.pt"
+        if not kept.is_file():
+            torch.save(voted(here), kept)
+        strength = torch.load(kept)
+        noise = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows])
+        area = auroc((-strength).tolist(), here.wrong.tolist())
+        test = list(range(n, n + TEST // (10 if quick else 1)))
+    for way, file in files.items():
+        if file.is_file():
+            continue
+        begin = time.monotonic()
+        belief, facts = believed(here, way, strength, noise)
+        right = here.trained(list(range(n)), belief, test, 100 * seed) > 0
+        facts |= {"auroc": area, "n": len(test), "right": np.packbits(right.numpy()).tolist()}
+        file.write_text(json.dumps(facts))
+        accuracy = float(right.double().mean())
+        print(
+            f"seed {seed} {way:10s} accuracy {accuracy:.4f} {facts.get('found', '')} {time.monotonic() - begin:.0f} s",
+            flush=True,
+        )
+    return {way: json.loads(file.read_text()) for way, file in files.items()}
+
+
+def _right(result: dict[str, Any], way: str) -> np.ndarray:
+    """Which test pairs a way orders as the true reward does, [n] 0 or 1."""
+    return np.unpackbits(np.array(result[way]["right"], np.uint8))[: result[way]["n"]].astype(float)
+
+
+def paired(results: dict[int, dict[str, Any]]) -> list[dict[str, float]]:
+    """Bootstrap means of every way over seeds and test pairs, the same draws for all."""
+    table = {seed: np.stack([_right(result, way) for way in WAYS]) for seed, result in results.items()}
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        means = []
+        for seed in rng.choice(list(table), len(table)):
+            n = table[seed].shape[1]
+            means.append(table[seed][:, rng.integers(0, n, n)].mean(axis=1))
+        draws.append(dict(zip(WAYS, np.mean(means, axis=0).tolist(), strict=True)))
+    return draws
+
+
+def with_interval(value: float, draws: list[float]) -> list[float]:
+    """A figure and the middle 95 % of its bootstrap draws."""
+    return [value, *np.percentile(draws, [2.5, 97.5]).tolist()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seeds", default="3,4,5,6,7", help="of 0 to 7; 0, 1 and 2 were developed on")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the pairs, the first seed")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
+    folder = arguments.json.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # 1. Every way on every seed.
+    results = {seed: measured(folder, seed, quick=arguments.quick) for seed in seeds}
+
+    # 2. Means, and intervals of paired differences.
+    draws = paired(results)
+    mean = {way: float(np.mean([_right(result, way).mean() for result in results.values()])) for way in WAYS}
+
+    def gap_closed(means: dict[str, float], way: str) -> float:
+        return (means[way] - means["bt"]) / (means["clean"] - means["bt"])
+
+    ways = ("posterior", *RELABELLED)
+    found = {
+        "seeds": seeds,
+        "accuracy": {way: with_interval(mean[way], [d[way] for d in draws]) for way in WAYS},
+        "gap_closed": {way: with_interval(gap_closed(mean, way), [gap_closed(d, way) for d in draws]) for way in ways},
+        "above_random": {
+            b: with_interval(mean[b] - mean[f"{b}_random"], [d[b] - d[f"{b}_random"] for d in draws]) for b in BUDGETS
+        },
+        "found": {way: float(np.mean([r[way]["found"] for r in results.values()])) for way in RELABELLED},
+        "auroc": float(np.mean([r["bt"]["auroc"] for r in results.values()])),
+        "auroc_after": {way: float(np.mean([r[way]["auroc_after"] for r in results.values()])) for way in RELABELLED},
+        "estimated_noise": {way: [r[way]["fitted"] for r in results.values()] for way in RELABELLED},
+        "flip_rate": FLIP_RATE,
+        "threads": torch.get_num_threads(),
+    }
+    arguments.json.write_text(json.dumps(found, indent=1))
+
+    # 3. The table.
+    print("| way | accuracy | gap closed | 95 % | wrong labels found |\n|---|---|---|---|---|")
+    for way in ways:
+        value, low, high = found["gap_closed"][way]
+        share = f"{found['found'][way]:.2f}" if way in RELABELLED else ""
+        print(f"| {way} | {mean[way]:.4f} | {value:.2f} | {low:.2f} to {high:.2f} | {share} |")
+    print({key: found[key] for key in ("accuracy", "above_random", "auroc", "auroc_after")})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    main()

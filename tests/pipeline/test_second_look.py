@@ -1,0 +1,240 @@
+"""The second look of an audit: asked blind, taken as observations, and refused in sentences where nothing can be learnt."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from rlhf.data.labelbook import BOOK, LabelBook
+from rlhf.data.labels import Question, Verdict
+from rlhf.data.sources import Source
+from rlhf.errors import UserError
+from rlhf.files import read_jsonl
+from rlhf.pipeline.audit import audit
+from rlhf.pipeline.second_look import RELABELLED, look_again
+from rlhf.recipe import load_recipe
+from rlhf.reward.noise import estimate_noise
+from rlhf.serve.desk import import_from, open_book
+from rlhf.serve.label import annotator_tokens, label_app
+from tests.conftest import WORDS
+
+RECIPE = """
+name: r
+lab: {}
+vote: {members: 4, folds: 2, trunk: 1}
+reward: {learning_rate: 3.0e-3, per_device_train_batch_size: 8, num_train_epochs: 2}
+"""
+ERROR = 0.05
+
+
+def write_pairs(file: Path) -> None:
+    """120 pairs whose better answer says yes, a fifth of them labelled the other way; the last one is a tie."""
+    rows = []
+    for i in range(120):
+        better, worse = f"yes {WORDS[i % 9]}", f"no {WORDS[(i + 4) % 9]}"
+        sides = (worse, better) if i % 5 == 0 else (better, worse)
+        rows.append({"prompt": f"{WORDS[i % 11]} {WORDS[i % 13]} {i}", "chosen": sides[0], "rejected": sides[1]})
+    rows.append({"prompt": "equal", "chosen": "yes a", "rejected": "yes b", "confidence": 0.5})
+    for row in rows[:-1]:
+        row["confidence"] = 1.0
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def audited(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An audit whose vote is made once: its arguments and its folder."""
+    place = tmp_path_factory.mktemp("audited")
+    write_pairs(place / "pairs.jsonl")
+    (place / "r.yaml").write_text(RECIPE)
+    recipe = load_recipe(place / "r.yaml")
+    arguments: dict[str, Any] = {"members": None, "recipe": recipe, "say": lambda _: None}
+    with pytest.raises(UserError, match=r"--budget 500: .* holds 120 pairs"):
+        audit(str(place / "pairs.jsonl"), str(base_folder), place / "out", **arguments, budget=500)
+    assert not (place / "out").exists(), "nothing is made for an impossible budget"
+    audit(str(place / "pairs.jsonl"), str(base_folder), place / "out", **arguments, budget=12)
+    return {"place": place, "pairs": Source(str(place / "pairs.jsonl")), "model": str(base_folder)}
+
+
+@pytest.fixture
+def look(audited: dict[str, Any], tmp_path: Path) -> Any:
+    """Look again in a copy of the audit's folder, `look.out`."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for file in (audited["place"] / "out").iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+
+    def look_in_copy(budget: int, error: float = ERROR) -> dict[str, Any]:
+        return look_again(audited["pairs"], audited["model"], out, budget=budget, expert_error=error, compare="answers")
+
+    look_in_copy.out = out  # type: ignore[attr-defined]
+    return look_in_copy
+
+
+def truth(question: Question) -> str:
+    return "first" if question.first.startswith("yes") else "second"
+
+
+def answer_all(out: Path, label: Any) -> list[Question]:
+    book, number, wanted = open_book(out)
+    assert wanted == 1
+    questions = book.questions(number)
+    book.record([Verdict(q.id, label(i, q), "ann") for i, q in enumerate(questions)])
+    return questions
+
+
+def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: Any) -> None:
+    before = json.loads((look.out / "audit.json").read_text())
+    first = look(12)
+    assert (first["asked"], first["open"], first["answered"]) == (12, 12, 0)
+    assert not (look.out / RELABELLED).exists(), "nothing is relabelled before there is a verdict"
+    questions = answer_all(look.out, lambda i, q: "tie" if i == 0 else "skip" if i == 1 else truth(q))
+    facts = look(12)
+    assert (facts["answered"], facts["skipped"], facts["ties"], facts["open"]) == (11, 1, 1, 0)
+    assert facts["agree"] + facts["contradict"] == 10
+    assert facts["next"]["pairs"] == 12
+    assert facts["worth"]["after"] > facts["worth"]["before"] - 1, "a tie is worth none, ten verdicts are"
+    assert facts["wrong"]["after"] < facts["wrong"]["before"] <= facts["wrong"]["file"]
+
+    # Every row of the file is there; numpy's Bayes gives the confidence of those that were looked at.
+    import pyarrow.parquet as parquet
+
+    relabelled = read_jsonl(look.out / RELABELLED)
+    assert len(relabelled) == 121
+    assert relabelled[-1]["confidence"] == 0.5, "the file's own tie is kept"
+    table = parquet.read_table(look.out / "pairs.parquet").to_pydict()
+    d, rate = np.array(table["strength_mean"]), facts["noise_rate"]["mean"]
+    assert 0.05 < rate < 0.4
+    by_prompt = {q.prompt[0]["content"]: i for i, q in enumerate(questions)}
+    scales, looked_at = [], 0
+    for i, row in enumerate(relabelled[:-1]):
+        place = by_prompt.get(row["prompt"][0]["content"])
+        wrong = i % 5 == 0
+        was_turned = row["chosen"][0]["content"].startswith("yes") == wrong
+        right = 1 - row["confidence"] if was_turned else row["confidence"]
+        assert row["confidence"] >= 0.5
+        if place == 0:
+            assert right == 0.5, "a tie is a tie, whatever the votes say"
+            continue
+        if not 1e-4 < right < 1 - 1e-4:  # beyond, float32 has no digits for the odds
+            continue
+        odds = np.log(right / (1 - right)) - np.log((1 - rate) / rate)
+        if place is not None and place > 1:
+            odds -= (-1 if wrong else 1) * np.log((1 - ERROR) / ERROR)
+            looked_at += 1
+        scales.append(odds / d[i])
+    assert looked_at >= 5
+    assert len(scales) >= 8
+    np.testing.assert_allclose(scales, np.median(scales), rtol=0.02, err_msg="label, vote and verdicts add")
+
+    # The audit's own keys stay; the page says it.
+    after = json.loads((look.out / "audit.json").read_text())
+    assert {key: after[key] for key in before} == before
+    assert after["second_look"] == facts
+    page = (look.out / "audit.html").read_text()
+    assert "Second look" in page
+    assert "call the answers of 1 equal (kept as ties), and skip 1" in page
+    assert "The most suspicious pairs" in page
+
+    # A larger budget asks about other pairs.
+    more = look(20)
+    assert (more["asked"], more["open"]) == (20, 8)
+    book = LabelBook(look.out / BOOK)
+    prompts = [q.prompt[0]["content"] for number in book.rounds() for q in book.questions(number)]
+    assert len(set(prompts)) == 20
+    with pytest.raises(UserError, match="8 of 20 pairs are not labelled yet"):
+        look(30)
+    with pytest.raises(UserError, match="20 pairs were asked about already"):
+        look(5)
+
+
+def test_the_page_is_blind(look: Any) -> None:
+    """Neither the page nor the book says which answer was labelled the better one, nor what the votes think."""
+    look(40)
+    book, number, wanted = open_book(look.out)
+    questions = book.questions(number)
+    assert all(q.difference is None and q.source is None for q in questions)
+    first_is_chosen = 0
+    for question in questions:
+        i = int(question.prompt[0]["content"].split()[-1])
+        first_is_chosen += question.first.startswith("yes") == (i % 5 != 0)
+    assert 8 <= first_is_chosen <= 32, "sides are drawn: ±4 deviations"
+    tokens = annotator_tokens(book.path, ["ann"])
+    client = TestClient(label_app(book, number, tokens, wanted=wanted, title="audit"))
+    page = client.get("/", params={"token": tokens["ann"]}).text
+    assert questions[0].first in page
+    assert questions[0].second in page
+    body = page.split("</style>")[1].split("<script")[0].lower()
+    for word in ("chosen", "rejected", "label of", "confidence", "suspicious", "strength", "wrong"):
+        assert word not in body, word
+
+
+def test_what_cannot_be_used_is_a_sentence(look: Any, tmp_path: Path) -> None:
+    listing = sorted(path.name for path in look.out.iterdir())
+    for budget in (0, 121):
+        with pytest.raises(UserError, match=f"--budget {budget}: .* 120 pairs"):
+            look(budget)
+    for error in (0.0, 0.5):
+        with pytest.raises(UserError, match="--expert-error"):
+            look(12, error)
+    with pytest.raises(UserError, match="no questions yet"):
+        open_book(look.out)
+    assert sorted(path.name for path in look.out.iterdir()) == listing, "nothing is created"
+
+    look(12)
+    with pytest.raises(UserError, match="none of the 12 pairs has a verdict yet: `rlhf label"):
+        look(12)
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"id": "r1-0123456789abcdef", "label": "first", "annotator": "x"}) + "\n")
+    with pytest.raises(UserError, match="none of its 1 verdicts is on one of the 12 pairs asked about"):
+        import_from(look.out, other)
+    assert not (look.out / "quarantine-other.jsonl").exists()
+    book = LabelBook(look.out / BOOK)
+    book.record([Verdict("r1-0123456789abcdef", "first", "x")])
+    with pytest.raises(UserError, match="its 1 verdicts are on other pairs"):
+        look(12)
+    for label, sentence in (("skip", "has a verdict yet"), ("tie", "all 12 verdicts are ties"), ("first", "one key")):
+        (look.out / BOOK).unlink()
+        look(12)
+        answer_all(look.out, lambda i, q, label=label: label)
+        with pytest.raises(UserError, match=sentence):
+            look(12)
+        assert not (look.out / RELABELLED).exists()
+
+
+def test_noise_is_estimated_with_verdicts_on_pairs_that_were_chosen_for_doubt() -> None:
+    """30 % of 4,000 labels are wrong; the 400 with the lowest votes are looked at, most of them wrong: no bias follows.
+
+    The reference is the likelihood written with joint probabilities in numpy, on the estimate's own grid.
+    """
+    rng = np.random.default_rng(0)
+    n, rate, scale = 4000, 0.3, 1.0
+    true_order = rng.normal(0, 2, n)  # the vote's log-odds that the first answer is better
+    first_is_better = rng.random(n) < 1 / (1 + np.exp(-scale * true_order))
+    is_wrong = rng.random(n) < rate
+    d = np.where(first_is_better != is_wrong, true_order, -true_order)
+    seen = np.argsort(d)[:400]
+    agrees = np.zeros(n)
+    agrees[seen] = np.where(is_wrong[seen] != (rng.random(400) < ERROR), -1, 1)
+    odds = agrees * np.log((1 - ERROR) / ERROR)
+    with_verdicts = estimate_noise(torch.tensor(d), list(range(n)), torch.tensor(odds))
+    alone = estimate_noise(torch.tensor(d), list(range(n)))
+    assert np.mean(is_wrong[seen]) > 0.6, "what was looked at is not a sample"
+    assert with_verdicts.fitted == pytest.approx(rate, abs=0.03)
+    assert with_verdicts.low >= alone.low, "verdicts prove more"
+    assert alone == estimate_noise(torch.tensor(d), list(range(n)), torch.zeros(n))
+
+    def log_likelihood(e: float, b: float) -> float:
+        agree = 1 / (1 + np.exp(-b * d))
+        verdict_if_right = np.where(agrees == 0, 1, np.where(agrees > 0, 1 - ERROR, ERROR))
+        verdict_if_wrong = np.where(agrees == 0, 1, np.where(agrees > 0, ERROR, 1 - ERROR))
+        return float(np.log(agree * (1 - e) * verdict_if_right + (1 - agree) * e * verdict_if_wrong).sum())
+
+    best = log_likelihood(with_verdicts.fitted, with_verdicts.scale)
+    for step in (-0.005, 0.005):
+        assert log_likelihood(with_verdicts.fitted + step, with_verdicts.scale) <= best + 1e-6
+    for factor in (0.85, 1.18):
+        assert log_likelihood(with_verdicts.fitted, with_verdicts.scale * factor) <= best + 1e-6
