@@ -1,46 +1,40 @@
-"""What labels are worth when some are wrong: Fisher's information about the reward difference that they label.
+"""What a label is worth when some are wrong, in clean labels: two answers, by how sure the order of a pair is.
 
-A pair whose reward difference is d is labelled "chosen is better" with probability q = ε + (1 - 2ε) σ(d), where a share ε of the
-labels is flipped at random. What one label says about d is then
+A share ε of the labels is flipped at random. Where the order of a pair is sure, a clean label says one bit, and a noisy one what
+a binary symmetric channel lets through:
 
-    I(d, ε) = (∂q/∂d)² / (q (1 - q)) = (1 - 2ε)² σ'(d)² / (q (1 - q)),    σ'(d) = σ(d) (1 - σ(d))
+    1 - H(ε),    H(ε) = -ε log2 ε - (1 - ε) log2 (1 - ε)
 
-With ε = 0 it is σ'(d). Near d = 0 a flipped label is worth (1 - 2ε)² of a clean one, a quarter at ε = 1/4; on pairs with a sure
-order it is worth less, since there flips are most of what is seen.
+Where the two answers are about as good, q = ε + (1 - 2ε) σ(d) is the probability of the label, d the reward difference, and
+Fisher's information about d at d = 0 is that of a clean label times
+
+    (∂q/∂d)² / (q (1 - q)) / σ'(0) = (1 - 2ε)²
+
+The first is the smaller one. At ε = 1/4 they are 0.19 and 0.25: 6,000 such labels are worth 1,132 to 1,500 clean ones.
 """
 
-from torch import Tensor
+import math
 
 
-def label_information(difference: Tensor, flip_rate: float) -> Tensor:
-    """Return what a label says about each reward difference, [n], per nat squared: I(d, ε).
-
-    Args:
-        difference: [n] d, nats.
-        flip_rate: ε in [0, 0.5].
-
-    >>> import torch
-    >>> label_information(torch.zeros(1), 0.0), label_information(torch.zeros(1), 0.25)
-    (tensor([0.2500]), tensor([0.0625]))
-    """
-    sure = difference.sigmoid()
-    slope = sure * (1 - sure)
-    seen = flip_rate + (1 - 2 * flip_rate) * sure
-    return (1 - 2 * flip_rate) ** 2 * slope.square() / (seen * (1 - seen)).clamp(min=1e-12)
-
-
-def clean_equivalent(difference: Tensor, flip_rate: float) -> float:
-    """Return how many clean labels on such pairs say as much as these labels do: Σ_i I(d_i, ε) / mean_i I(d_i, 0).
-
-    It is n for clean labels, n (1 - 2ε)² on pairs near 0, and 0 for coins.
+def worth_on_sure_pairs(flip_rate: float) -> float:
+    """Return how many clean labels a label is worth where pairs have a sure order: 1 - H(ε), the capacity of the channel.
 
     Args:
-        difference: [n] d of the labelled pairs, nats.
         flip_rate: ε in [0, 0.5].
 
-    >>> import torch
-    >>> clean_equivalent(torch.zeros(6000), 0.25)
-    1500.0
+    >>> round(worth_on_sure_pairs(0.25), 4), worth_on_sure_pairs(0.0), worth_on_sure_pairs(0.5)
+    (0.1887, 1.0, 0.0)
     """
-    whole = label_information(difference.double(), flip_rate).sum()
-    return float(whole / label_information(difference.double(), 0.0).mean())
+    return 1.0 + sum(share * math.log2(share) for share in (flip_rate, 1 - flip_rate) if share > 0)
+
+
+def worth_on_close_pairs(flip_rate: float) -> float:
+    """Return how many clean labels a label is worth where the two answers are about as good: (1 - 2ε)².
+
+    Args:
+        flip_rate: ε in [0, 0.5].
+
+    >>> worth_on_close_pairs(0.25), worth_on_close_pairs(0.0), worth_on_close_pairs(0.5)
+    (0.25, 1.0, 0.0)
+    """
+    return (1 - 2 * flip_rate) ** 2

@@ -141,7 +141,7 @@ def audit(
         "dropped": report.dropped,
         "dropped_rows": report.examples,
         "noise_rate": {"mean": noise.flip_rate, "low": noise.low, "high": noise.high},
-        "worth": worth_in_clean_labels(strength, noise),
+        "worth": worth_in_clean_labels(noise, len(rows)),
         "buckets": deciles(audited),
         "suspicious": list(dict.fromkeys(rows[i].number - 1 for i in suspicious)),
         "suspicious_without_wants": most_suspicious(audited),

@@ -15,7 +15,7 @@ from rlhf.data.rows import Pair, told
 from rlhf.data.sources import Row
 from rlhf.models.text import plain
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
-from rlhf.objectives.worth import clean_equivalent
+from rlhf.objectives.worth import worth_on_close_pairs, worth_on_sure_pairs
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.wants import Wants, without_wants
 from rlhf.statistics import clustered_mean
@@ -92,15 +92,16 @@ def length_alarm(correlation: float | None) -> str | None:
     )
 
 
-def worth_in_clean_labels(strength: VoteStrength, noise: NoiseEstimate) -> dict[str, float] | None:
-    """Return how many clean labels these say as much as, `low` if the share of wrong ones is `noise.high`, `high` if `noise.low`.
+def worth_in_clean_labels(noise: NoiseEstimate, pairs: int) -> dict[str, float] | None:
+    """Return how many clean labels these are worth; None where the votes say nothing.
 
-    None where the votes say nothing. The reward differences are the votes' own, in what they are worth (b μ).
+    Returns:
+        `low`, on pairs with a sure order if the share of wrong labels is `noise.high`; `high`, on close pairs if it is
+        `noise.low`.
     """
     if noise.scale == 0:
         return None
-    differences = noise.scale * strength.mean
-    return {"low": clean_equivalent(differences, noise.high), "high": clean_equivalent(differences, noise.low)}
+    return {"low": pairs * worth_on_sure_pairs(noise.high), "high": pairs * worth_on_close_pairs(noise.low)}
 
 
 def probability_wrong_without_wants(strength: torch.Tensor, wants: Wants, pairs: Sequence[Pair]) -> torch.Tensor:

@@ -49,14 +49,14 @@ def worth(result: Facts) -> list[str]:
     """Say how many clean labels these are worth, at the two bounds of the share of wrong ones.
 
     >>> worth({"kept_pairs": 6000, "worth": {"low": 900.2, "high": 3400.0}, "noise_rate": {"low": 0.12, "high": 0.3}})
-    ['If 12% to 30% are wrong at random, these 6,000 labels say as much as 900 to 3,400 clean ones on such pairs.']
+    ['If 12% to 30% are wrong at random, these 6,000 labels are worth 900 to 3,400 clean ones.']
     """
     if result["worth"] is None:
         return []
     rates, clean = result["noise_rate"], result["worth"]
     return [
-        f"If {rates['low']:.0%} to {rates['high']:.0%} are wrong at random, these {result['kept_pairs']:,} labels say as much as "
-        f"{clean['low']:,.0f} to {clean['high']:,.0f} clean ones on such pairs."
+        f"If {rates['low']:.0%} to {rates['high']:.0%} are wrong at random, these {result['kept_pairs']:,} labels are worth "
+        f"{clean['low']:,.0f} to {clean['high']:,.0f} clean ones."
     ]
 
 
