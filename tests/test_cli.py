@@ -115,3 +115,13 @@ def test_a_gguf_file_that_is_not_there_is_said_by_check(
     recipe = Path(__file__).parents[1] / "recipes/smollm2.yaml"
     assert run(monkeypatch, "check", str(recipe), "backbone.model=no/where.gguf") == 2
     assert capsys.readouterr().err == "backbone.model: no/where.gguf: no such file.\n"
+
+
+def test_people_are_shown_their_links_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Addresses lose their secrets wherever they are printed, but the link to the labelling page is nothing without its token."""
+    link = "ann: http://127.0.0.1:8765/?token=abc123"
+    monkeypatch.setattr("rlhf.serve.desk.serve_page", lambda run, names, host, port, say: say(link))
+    assert run(monkeypatch, "label", str(tmp_path)) == 0
+    assert capsys.readouterr().out == f"{link}\n"

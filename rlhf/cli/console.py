@@ -54,6 +54,11 @@ def say(line: str) -> None:
     output.print(hide_secrets(line), markup=False, soft_wrap=True)
 
 
+def say_link(line: str) -> None:
+    """Print a line with an address that is meant for whoever reads it, token and all, to standard output."""
+    output.print(line, markup=False, soft_wrap=True)
+
+
 def say_aside(line: str, *, style: str | None = None) -> None:
     """Print a line to standard error, without secrets of addresses, otherwise as it is."""
     errors.print(hide_secrets(line), style=style, markup=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf.cli.console import Columns, Compared, app, say, say_aside, source_of
+from rlhf.cli.console import Columns, Compared, app, say, say_aside, say_link, source_of
 from rlhf.recipe import load_recipe
 
 
@@ -122,7 +122,7 @@ def label_command(
         for line in progress_lines(run):
             say(line)
         return
-    serve_page(run, annotator, host=host, port=port, say=say)
+    serve_page(run, annotator, host=host, port=port, say=say_link)
 
 
 @app.command("verdict")

@@ -147,6 +147,9 @@ def _reliability(verdicts: Sequence[Verdict]) -> Iterator[str]:
 def serve_page(run: Path, names: list[str] | None, *, host: str, port: int, say: Callable[[str], None]) -> None:
     """Serve the labelling page until somebody ends it; every annotator gets a link of their own.
 
+    Args:
+        say: shows people their links, tokens and all.
+
     Raises:
         UserError: as `open_book`; the server is not installed.
     """
