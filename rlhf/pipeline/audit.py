@@ -186,8 +186,8 @@ def check_budget(budget: int, pairs: int, source: str) -> None:
 
 def write_page(out: Path, result: dict[str, Any], audited: Audited, wants: Wants) -> None:
     """Write `audit.html`; `result` is the content of `audit.json`."""
-    order = torch.argsort(audited.wrong, descending=True, stable=True).tolist()
-    suspicious = [i for i in order if i in audited.suspicious]
+    wrong, strength = audited.wrong.tolist(), audited.strength.mean.tolist()
+    suspicious = sorted(audited.suspicious, key=lambda i: (-wrong[i], strength[i]))  # beyond doubt many are 1.0 alike
     contradicting = [i for i, row in enumerate(audited.rows) if (row.values.get("rating_gap") or 0) < 0]
     shown, contradictions = ([shown_pair(audited, i) for i in part[:SHOWN]] for part in (suspicious, contradicting))
     write_audit_page(
