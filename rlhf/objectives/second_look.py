@@ -57,7 +57,7 @@ def expected_change(right: Tensor, *, error_rate: float) -> Tensor:
         Var p' = ( p (1 - p) (1 - 2e) )² / ( q (1 - q) ),    q = p (1 - e) + (1 - p) e
 
     q is the probability that the verdict agrees with the label. With e = 0 it is p (1 - p): P(wrong) times P(right), since
-    a label that is surely wrong is turned round by the vote already and needs no expert. 0 where p is 0 or 1, or e = 1/2; at
+    a label that is surely wrong is flipped by the vote already and needs no expert. 0 where p is 0 or 1, or e = 1/2; at
     most 1/4.
 
     Args:

@@ -141,7 +141,7 @@ def look_again(
         _ask(out, rows, chosen, looked.looks + 1, seed=result["key"])
         facts |= {"asked": looked.asked + len(chosen), "open": len(chosen)}
     if looked.verdicts:
-        facts["turned"] = _write_relabelled(out / RELABELLED, read, rows, after, looked, proved=noise.fitted > 0)
+        facts["flipped"] = _write_relabelled(out / RELABELLED, read, rows, after, looked, proved=noise.fitted > 0)
     result["second_look"] = facts
     write_page(out, result, audited, find_wants([row.values for row in rows]))
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -205,9 +205,9 @@ def _read_audited(out: Path, rows: Sequence[Row[Pair]]) -> Audited:
     return Audited(rows, strength, wrong, wrong_without_wants, suspicious)
 
 
-def _question(row: Pair, look: int, *, turned: bool) -> Question:
+def _question(row: Pair, look: int, *, swapped: bool) -> Question:
     """Return a pair as a blind question: nothing in it says which answer was labelled the better one."""
-    first, second = (told(row, side) for side in (reversed(SIDES) if turned else SIDES))
+    first, second = (told(row, side) for side in (reversed(SIDES) if swapped else SIDES))
     return Question(question_id(look, row["prompt"], [first, second]), look, row["prompt"], first, second)
 
 
@@ -223,7 +223,7 @@ def _opinions(out: Path, rows: Sequence[Row[Pair]]) -> Looked:
     for verdict in verdicts:
         labels[verdict.id.partition("-")[2]][verdict.label] += 1
     for i, row in enumerate(rows):
-        pair = _question(row.values, 1, turned=False)
+        pair = _question(row.values, 1, swapped=False)
         name = pair.id.partition("-")[2]
         if name in questions:
             same, other = ("first", "second") if questions[name].first == pair.first else ("second", "first")
@@ -269,7 +269,7 @@ def _beliefs(strength: Tensor, noise: NoiseEstimate, verdicts: Tensor) -> Tensor
 
 
 def _still_wrong(right: Tensor) -> float:
-    """Return how many labels are expected to be wrong where each is turned to the likelier side: Σ min(p, 1 - p)."""
+    """Return how many labels are expected to be wrong where each is flipped to the likelier side: Σ min(p, 1 - p)."""
     return torch.minimum(right, 1 - right).sum().item()
 
 
@@ -296,7 +296,7 @@ def _open_pairs(rows: Sequence[Row[Pair]], is_asked: Tensor) -> Tensor:
     seen: set[str] = set()
     is_open = ~is_asked
     for i, row in enumerate(rows):
-        name = _question(row.values, 1, turned=False).id
+        name = _question(row.values, 1, swapped=False).id
         is_open[i] &= name not in seen
         seen.add(name)
     return is_open
@@ -305,7 +305,7 @@ def _open_pairs(rows: Sequence[Row[Pair]], is_asked: Tensor) -> Tensor:
 def _ask(out: Path, rows: Sequence[Row[Pair]], chosen: Sequence[int], look: int, *, seed: str) -> None:
     """Write the chosen pairs into the audit's book, pairs and sides in random order."""
     rng = random.Random(f"{seed} {look}")
-    questions = [_question(rows[i].values, look, turned=rng.random() < 0.5) for i in rng.sample(chosen, len(chosen))]
+    questions = [_question(rows[i].values, look, swapped=rng.random() < 0.5) for i in rng.sample(chosen, len(chosen))]
     LabelBook(out / BOOK).ask(questions)
 
 
@@ -319,19 +319,19 @@ def _write_relabelled(
         proved: some labels are known to be wrong; else only the pairs that were looked at get a confidence.
 
     Returns:
-        how many labels are turned round.
+        how many labels are flipped.
     """
     place = {id(row): i for i, row in enumerate(rows)}
     is_answered = (looked.agree + looked.contradict + looked.equal) > 0
     pairs: list[Pair] = []
-    turned = 0
+    flipped = 0
     for row in read:
         i = place.get(id(row))
         if i is None or not (proved or is_answered[i]):
             pairs.append(row.values)
             continue
         pair: Pair = {**row.values, "confidence": right[i].item()}
-        turned += pair["confidence"] < TIE
+        flipped += pair["confidence"] < TIE
         pairs.append(flip_pair(pair) if pair["confidence"] < TIE else pair)
     write_jsonl(file, pairs)
-    return turned
+    return flipped

@@ -16,8 +16,8 @@ def second_look_sentences(facts: Facts) -> list[str]:
             f"Of {facts['answered']} pairs, experts agree with the label of {facts['agree']}, contradict that of "
             f"{facts['contradict']}, call the answers of {facts['ties']} equal (kept as ties), and skip {facts['skipped']}.",
             f"An expert is taken to be wrong in {facts['expert_error']:.0%}. With the verdicts, {facts['noise_rate']['mean']:.1%} "
-            f"of the labels are estimated to be wrong as they stand in the file, and {facts['turned']} labels are turned round.",
-            f"Expected wrong labels: {wrong['file']:.0f} as the file has them, {wrong['before']:.0f} if each is turned to the side "
+            f"of the labels are estimated to be wrong as they stand in the file, and {facts['flipped']} labels are flipped.",
+            f"Expected wrong labels: {wrong['file']:.0f} as the file has them, {wrong['before']:.0f} if each is flipped to the side "
             f"that the votes make likelier, {wrong['after']:.0f} with the verdicts too.",
             f"All labels together are worth {worth['before']:.0f} sure ones before the verdicts and {worth['after']:.0f} after.",
         ]

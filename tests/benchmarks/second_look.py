@@ -3,7 +3,7 @@
 python tests/benchmarks/second_look.py --json second_look.json --seeds 3,4,5,6,7
 python tests/benchmarks/second_look.py --json quick.json --seeds 0 --quick
 
-Every seed has 2,000 pairs of its own, of which a quarter is turned round at random; one SFT model and 4,000 clean test pairs
+Every seed has 2,000 pairs of its own, of which a quarter is flipped at random; one SFT model and 4,000 clean test pairs
 serve all. Reward models are members on the SFT model's frozen lowest layer (two layers and a head of their own), for voters
 and for what is compared. All ways see the same vote (five members, five folds, out of fold, trained with the likelihood of
 labels of which a fifth is flipped) and the same expert, who is wrong in 5 % of the pairs, always in the same ones.
@@ -97,7 +97,7 @@ class Scene(NamedTuple):
 
 
 def scene(folder: Path, seed: int, *, quick: bool) -> Scene:
-    """The pairs of a seed, a quarter of them turned round, run through the trunk."""
+    """The pairs of a seed, a quarter of them flipped, run through the trunk."""
     base, pairs, test = splits(folder / "world", quick=quick)
     size = TRAIN // (10 if quick else 1)
     rows = planted(pairs[seed * size : (seed + 1) * size], seed)
