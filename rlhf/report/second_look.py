@@ -17,8 +17,8 @@ def second_look_sentences(facts: Facts) -> list[str]:
             f"{facts['contradict']}, call the answers of {facts['ties']} equal (kept as ties), and skip {facts['skipped']}.",
             f"An expert is taken to be wrong in {facts['expert_error']:.0%}. With the verdicts, {facts['noise_rate']['mean']:.1%} "
             f"of the labels are estimated to be wrong as they stand in the file, and {facts['flipped']} labels are flipped.",
-            f"Expected wrong labels: {wrong['file']:.0f} as the file has them, {wrong['before']:.0f} if each is flipped to the side "
-            f"that the votes make likelier, {wrong['after']:.0f} with the verdicts too.",
+            f"Expected wrong labels: {wrong['file']:.0f} as the file has them, {wrong['before']:.0f} if each is flipped to the "
+            f"side that the votes make likelier, {wrong['after']:.0f} with the verdicts too.",
             f"All labels together are worth {worth['before']:.0f} sure ones before the verdicts and {worth['after']:.0f} after.",
         ]
     verb = "The next" if facts["answered"] else "These"
