@@ -139,6 +139,9 @@ def test_no_canary_is_in_any_file_or_line_of_a_whole_run_with_every_verb(
         code=None,
     )
     call("audit", pairs, "--model", "x/round-0/sft/model", "--out", "audit", "--members", "2", code=None)
+    call("blame", "x", "--feature", "length", "--out", "blamed")
+    (place / "judged.jsonl").write_text("".join(f'{{"judge": 0.{i}, "label": 0.{9 - i}}}\n' for i in range(1, 9)))
+    call("verdict", "judged.jsonl", "--out", "verdict.json")
     call("label", "x", "--status")
 
     # 3. What fails: a server that repeats what it was sent, one that is gone, a mistake in an override, a masked recipe.
