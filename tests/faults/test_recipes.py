@@ -80,9 +80,15 @@ def test_overrides_that_are_none(place: Path, capsys: pytest.CaptureFixture[str]
     assert len(outcome.stderr) < 2000
 
 
+NO_FOLDER = ["a file", "below a file", "a dangling link", "a loop", "a long name"]
+
+
 @pytest.mark.fault("folder in use")
-@pytest.mark.parametrize("kind", ["a file", "below a file", "a dangling link", "a loop", "a long name", "read-only"])
-@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("kind", "dry"),
+    # A dry run writes nothing, so it does not find out that a place is read-only.
+    [*((kind, dry) for dry in (False, True) for kind in NO_FOLDER), ("read-only", False)],
+)
 def test_a_place_where_no_folder_can_be(place: Path, capsys: pytest.CaptureFixture[str], kind: str, dry: bool) -> None:
     (place / "file").write_text("mine", encoding="utf-8")
     (place / "dangling").symlink_to("nowhere")
@@ -91,8 +97,6 @@ def test_a_place_where_no_folder_can_be(place: Path, capsys: pytest.CaptureFixtu
         kind, "x" * 300
     )
     if kind == "read-only":
-        if dry:
-            pytest.skip("nothing is written")
         out = "/proc/here"
     arguments = ["run", "r.yaml", "--out", out, *(["--dry-run"] if dry else [])]
     require_refusal(rlhf(*arguments, cwd=place, capsys=capsys), says="--out")
