@@ -3,7 +3,8 @@
 python tests/benchmarks/smollm2_noise.py --json smollm2_noise.json RUN RUN RUN --labels planted,crowd
 
 Each RUN is a finished run of recipes/lab/instructions.yaml, all of other seeds. Training pairs are 400 of its own, drawn at
-random: in true order but for a quarter turned round (`planted`), and as the world's crowd labelled them (`crowd`). Judged are
+random: in true order but for a quarter turned round (`planted`), and as the world's crowd labels them (`crowd`; drawn anew,
+so that a run of an older crowd serves too). Judged are
 the 16 answers of SFT that its evaluation sampled to each held-out prompt, eight disjoint pairs a prompt, in true order.
 
 Every model is two layers of its own above SmolLM2's frozen other 28, with a new head; all see the same pairs in 50 batches of
@@ -15,6 +16,7 @@ Intervals are bootstraps over runs and prompts of the paired differences. Finish
 
 import argparse
 import json
+import random
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,7 +32,9 @@ from worlds import FLIP_RATE
 
 from rlhf.data.rows import SIDES, Pair, answer
 from rlhf.files import read_jsonl
+from rlhf.lab.annotators import label_pair
 from rlhf.lab.instructions import gold
+from rlhf.lab.worlds import INSTRUCTIONS
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, plain
@@ -50,13 +54,12 @@ LABELS = ("planted", "crowd")
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def in_true_order(rows: Sequence[Pair]) -> tuple[list[Pair], list[bool]]:
-    """The pairs whose true rewards differ, the better answer chosen, and which of them were labelled the other way."""
+def in_true_order(rows: Sequence[Pair]) -> list[Pair]:
+    """The pairs whose true rewards differ, the better answer chosen."""
     prompts = [plain(row["prompt"]) for row in rows]
     chosen, rejected = (gold(prompts, [answer(row, side) for row in rows]) for side in SIDES)
-    apart = [a - b for a, b in zip(chosen, rejected, strict=True)]
-    kept = [(row, d) for row, d in zip(rows, apart, strict=True) if d != 0]
-    return [row if d > 0 else flip_pair(row) for row, d in kept], [d < 0 for _, d in kept]
+    sides = zip(rows, chosen, rejected, strict=True)
+    return [row if better > worse else flip_pair(row) for row, better, worse in sides if better != worse]
 
 
 def judged_pairs(run: Path) -> list[Pair]:
@@ -71,7 +74,13 @@ def judged_pairs(run: Path) -> list[Pair]:
             for side, text in zip(SIDES, answers[start : start + 2], strict=True)
         }
         rows.append({"prompt": prompts[start // each]["prompt"], **sides})  # type: ignore[typeddict-item]
-    return in_true_order(rows)[0]
+    return in_true_order(rows)
+
+
+def crowd_errs(row: Pair, rng: random.Random) -> bool:
+    """Whether one annotator of the crowd, drawn at random, prefers the answer that is truly worse."""
+    chosen = answer(row, "chosen")
+    return label_pair(plain(row["prompt"]), chosen, answer(row, "rejected"), rng, INSTRUCTIONS).chosen != chosen
 
 
 class World:
@@ -82,11 +91,11 @@ class World:
         base = run / "round-0/base/model"
         base = base if base.is_dir() else Path(yaml.safe_load((run / "recipe.yaml").read_text())["backbone"]["model"])
         rng = np.random.default_rng(self.seed)
-        ordered, flips = in_true_order(read_jsonl(run / "round-0/data/data/pairs.jsonl"))
-        drawn = rng.permutation(len(ordered))[:PAIRS]
-        self.train, self.crowd_flips = [ordered[i] for i in drawn], [flips[i] for i in drawn]
+        ordered = in_true_order(read_jsonl(run / "round-0/data/data/pairs.jsonl"))
+        self.train = [ordered[i] for i in rng.permutation(len(ordered))[:PAIRS]]
         self.test = judged_pairs(run)
         self.planted_flips = (rng.random(len(self.train)) < FLIP_RATE).tolist()
+        self.crowd_flips = [crowd_errs(row, random.Random(f"{self.seed}/{i}")) for i, row in enumerate(self.train)]
         tokenizer = load_tokenizer(base, conversational=True)
         end_at_end_token(tokenizer)
         model = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
