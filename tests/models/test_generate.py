@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MistralConfig
 
-from rlhf.models.generate import end_token_ids, generate, sampling_settings, without_declared_settings
-from tests.conftest import PROMPTS
+from rlhf.models.generate import (
+    Completions,
+    encode_prompts,
+    end_token_ids,
+    generate,
+    mask_after_end,
+    sample_texts,
+    sampling_settings,
+    without_declared_settings,
+)
+from rlhf.models.text import plain
+from tests.conftest import PROMPTS, WORDS
 
 # A value of each key that changes which tokens are drawn (or ends in an error) where it acts.
 ACTING: dict[str, Any] = {
@@ -128,3 +138,83 @@ def test_the_configuration_comes_back_after_an_error(model: Any) -> None:
         raise RuntimeError("stop")
     assert model.generation_config is before
     assert wrapped.generation_config is before
+
+
+def test_mask_after_end_with_several_end_ids() -> None:
+    ids = torch.tensor([[5, 2, 7, 1], [9, 9, 9, 9], [1, 2, 1, 2]])
+    mask, ended = mask_after_end(ids, [1, 2])
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert ended.tolist() == [True, False, True]
+
+
+def test_generation_samples_the_whole_distribution_whatever_the_model_declares(
+    base_folder: Path, tokenizer: Any
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    model.generation_config.top_k, model.generation_config.top_p = 1, 0.1
+    torch.manual_seed(0)
+    completions = generate(model, tokenizer, [PROMPTS[0]] * 400, max_new_tokens=1, temperature=1.0)
+    with torch.no_grad():
+        logits = model(input_ids=completions.prompt_ids[:1], attention_mask=completions.prompt_mask[:1]).logits[0, -1]
+    entropy = torch.distributions.Categorical(logits=logits).entropy().item()
+    distinct = len(set(completions.response_ids[:, 0].tolist()))
+    assert distinct > 20, f"{distinct} tokens at an entropy of {entropy:.1f} nats"
+
+
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize("window", [None, 8])
+def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, window: int | None, stays: bool
+) -> None:
+    """At temperature 1e-4 sampling is greedy, so stretches must give what transformers gives in one go."""
+    config = AutoConfig.from_pretrained(base_folder)
+    if window is not None:
+        values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+        config = MistralConfig(**values, sliding_window=window)
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # a bias that makes answers end after different numbers of tokens
+        model.lm_head.weight[tokenizer.eos_token_id] *= 2.5
+    monkeypatch.setattr("rlhf.models.generate.STRETCH", 3)
+    if stays:
+        monkeypatch.setattr("rlhf.models.generate.DynamicLayer", None)
+        monkeypatch.setattr("rlhf.models.generate.DynamicSlidingWindowLayer", None)
+    sizes: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, named: sizes.append(named["input_ids"].shape[0]), with_kwargs=True
+    )
+    prompts = [[{"role": "user", "content": " ".join(WORDS[i % 5 : i % 5 + 1 + i % 7])}] for i in range(24)]
+    found = generate(model, tokenizer, prompts, max_new_tokens=20, temperature=1e-4)
+    assert (found.prompt_mask == 0).any(), "some are padded"
+    lengths = found.response_mask.sum(dim=1)
+    assert len(set(lengths.tolist())) > 4, f"answers of lengths {lengths.tolist()} test nothing"
+    assert (sizes[-1] == 24) if stays else (sizes[-1] < 24)
+    expected = model.generate(
+        input_ids=found.prompt_ids, attention_mask=found.prompt_mask, do_sample=False, max_new_tokens=20,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )[:, found.prompt_ids.shape[1] :]  # fmt: skip
+    for ours, theirs, length in zip(found.response_ids, expected, lengths.tolist(), strict=True):
+        assert ours[:length].tolist() == theirs[:length].tolist()
+        assert length == 20 or theirs[length - 1] == tokenizer.eos_token_id
+
+
+def test_answers_come_back_in_the_order_of_their_prompts_from_batches_of_like_length(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    prompts = [[{"role": "user", "content": " ".join(WORDS[: 1 + (7 * i) % 12])}] for i in range(10)]
+    batches: list[list[int]] = []
+
+    def echo(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> Completions:
+        batches.append([len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=None)])
+        none, words = torch.zeros(len(prompts), 0), [plain(prompt) for prompt in prompts]
+        return Completions(none, none, none, none, torch.tensor([len(x.split()) % 2 == 0 for x in words]), words)
+
+    monkeypatch.setattr("rlhf.models.generate.generate", echo)
+    texts, ended = sample_texts(model, tokenizer, prompts, batch_size=3, max_new_tokens=5)
+    assert texts == [plain(prompt) for prompt in prompts]
+    assert ended == [len(text.split()) % 2 == 0 for text in texts]
+    lengths = [n for batch in batches for n in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+    assert len(set(lengths)) > 5
