@@ -1,6 +1,7 @@
 """Log-probabilities of sampled tokens from logits, in passes that stay in the cache and without a copy of the logits."""
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -274,6 +275,7 @@ def reads_states(inner: Any) -> bool:
     """Tell whether a causal model's forward asks its decoder for states and makes logits of them, and of nothing else.
 
     Found out once for each class, with a state of zeros: some forwards reach into their decoder, which a stand-in does not have.
+    Those are warned of once.
     """
     kind = type(inner)
     if kind not in _READS_STATES:
@@ -284,6 +286,12 @@ def reads_states(inner: Any) -> bool:
             _READS_STATES[kind] = logits.shape[:2] == (1, 1)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             _READS_STATES[kind] = False
+        if not _READS_STATES[kind]:
+            warnings.warn(
+                f"{kind.__name__}: its forward needs more than the decoder's last states, so log-probabilities are not made "
+                "in parts: the logits of a whole batch are in memory at once.",
+                stacklevel=2,
+            )
     return _READS_STATES[kind]
 
 

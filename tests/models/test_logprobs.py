@@ -154,6 +154,6 @@ def test_a_model_that_reaches_into_its_decoder_is_read_in_one_piece(monkeypatch:
 
     model.__class__ = Reaching
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 1)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.warns(UserWarning, match="^Reaching: .* the logits of a whole batch are in memory"):
         torch.testing.assert_close(response_logprobs(model, ids, mask, length, 1.0), expected)
     assert logprobs._READS_STATES[Reaching] is False
