@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,7 @@ def verify_target(
         UserError: the model or the target can't be opened or asked, or answers something else than scores.
     """
     quiet_libraries()
-    if kind is not None and kind not in KINDS:
-        raise UserError(f"--kind {kind}: choose one of {', '.join(KINDS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
-    is_url = target.startswith(("http://", "https://"))
-    if is_url == (kind == "folder") and kind is not None:
-        raise UserError(
-            f"verify {target}: --kind {kind} does not fit; a server's address begins with http:// or https://."
-        )
+    is_url = _check_question(target, kind, dtype)
 
     # 1. The model that should be served, its golden texts and scores.
     reward = open_reward_model(against)
@@ -113,62 +106,119 @@ def verify_target(
     tolerances = certificate["tolerance"]
 
     # 2. What the target says.
-    answered: list[Answers] = []
-    faults: list[Fault] = []
-    forms: Iterable[Form] = ()
-    began = time.monotonic()
-    try:
-        if is_url:
-            server = Server(target, token=token, timeout=timeout)
-            found_kind: Kind = kind or find_kind(server, golden[0])  # type: ignore[assignment]
-            name = model or (server.first_model() if found_kind.startswith("vllm") else None)
-            forms = server_forms(found_kind, server, conversational=certificate["conversational"], model=name)
-            if not forms:
-                raise UserError(f"{target}: no endpoint of kind {found_kind} is there; say what it is (--kind).")
-            for form in forms:
-                answered.append(ask_server(server, form, golden))
-                say(f"{form.name}: {len(answered[-1].rows)} texts asked, {time.monotonic() - began:.1f} s")
-        else:
-            found_kind = "folder"
-            for answers in ask_folder(target, certificate):
-                answered.append(answers)
-                say(f"{answers.form}: {len(answers.rows)} texts read, {time.monotonic() - began:.1f} s")
-    except SeveralLabels:
-        faults.append(
-            Fault(
-                fault="labels",
-                form=target,
-                sentence=f"{target}: {FAULTS['labels']}",
-                detail="",
-                difference=None,
-                also=[],
-            )
-        )
+    if is_url:
+        server = Server(target, token=token, timeout=timeout)
+        heard = _hear_server(server, certificate, kind=kind, model=model, target=target, say=say)
+    else:
+        heard = _hear_folder(target, certificate, say=say)
 
     # 3. Where that is not what the model says, the fault under which the model itself would say it.
-    right = all(agree(answers, scores, tolerances[expected]) for answers in answered)
+    right = all(agree(answers, scores, tolerances[expected]) for answers in heard.answers)
     hypotheses = [] if right else suppose_faults(reward, golden)
-    for answers in answered:
+    faults = list(heard.faults)
+    for answers in heard.answers:
         faults += diagnose(answers, scores, hypotheses, tolerances, dtype=expected, names=names)
-    notes = _notes(certificate, tolerances[expected], forms)
-    if is_url and found_kind.startswith("vllm") and any(fault["fault"] in ("sigmoid", "softmax") for fault in faults):
+    notes = _notes(certificate, tolerances[expected], heard.forms)
+    if heard.kind.startswith("vllm") and any(fault["fault"] in ("sigmoid", "softmax") for fault in faults):
         conversational = certificate["conversational"]
-        raw_forms = server_forms(found_kind, server, conversational=conversational, model=name, raw=True)
+        raw_forms = server_forms(heard.kind, server, conversational=conversational, model=heard.model, raw=True)
         mended = all(agree(ask_server(server, form, golden), scores, tolerances[expected]) for form in raw_forms)
         notes.append(
             f'With "use_activation": false in the request, its scores are {"right" if mended else "still wrong"}.'
         )
     return {
         "target": hide_secrets(target),
-        "kind": found_kind,
+        "kind": heard.kind,
         "against": against,
         "held": not faults,
         "dtype": expected,
         "tolerance": tolerances,
-        "forms": [_figures(answers, scores, names) for answers in answered],
+        "forms": [_figures(answers, scores, names) for answers in heard.answers],
         "faults": faults,
         "notes": notes,
     }
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What a target answered to the golden texts.
+
+    Attributes:
+        kind: what the target is.
+        answers: one entry for each form of question.
+        forms: of a server, the forms that it was asked in.
+        model: the model's name there; None: the server has one, or the target is a folder.
+        faults: what was wrong before any score was read.
+    """
+
+    kind: Kind
+    answers: Sequence[Answers]
+    forms: Sequence[Form] = ()
+    model: str | None = None
+    faults: Sequence[Fault] = ()
+
+
+def _check_question(target: str, kind: str | None, dtype: str | None) -> bool:
+    """Return whether the target is a server's address.
+
+    Raises:
+        UserError: an unknown kind or dtype, or a kind that does not fit the target.
+    """
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"--kind {kind}: choose one of {', '.join(KINDS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
+    is_url = target.startswith(("http://", "https://"))
+    if is_url == (kind == "folder") and kind is not None:
+        raise UserError(
+            f"verify {target}: --kind {kind} does not fit; a server's address begins with http:// or https://."
+        )
+    return is_url
+
+
+def _hear_server(
+    server: Server,
+    certificate: Certificate,
+    *,
+    kind: str | None,
+    model: str | None,
+    target: str,
+    say: Callable[[str], None],
+) -> _Heard:
+    """Return a server's scores of the golden texts, in every form of request that it knows."""
+    golden, began = certificate["golden"], time.monotonic()
+    found_kind: Kind = kind or find_kind(server, golden[0])  # type: ignore[assignment]
+    name = model or (server.first_model() if found_kind.startswith("vllm") else None)
+    answered: list[Answers] = []
+    try:
+        forms = list(server_forms(found_kind, server, conversational=certificate["conversational"], model=name))
+        if not forms:
+            raise UserError(f"{target}: no endpoint of kind {found_kind} is there; say what it is (--kind).")
+        for form in forms:
+            answered.append(ask_server(server, form, golden))
+            say(f"{form.name}: {len(answered[-1].rows)} texts asked, {time.monotonic() - began:.1f} s")
+    except SeveralLabels:
+        return _Heard(found_kind, answered, forms, name, [_several_labels(target)])
+    return _Heard(found_kind, answered, forms, name)
+
+
+def _hear_folder(target: str, certificate: Certificate, *, say: Callable[[str], None]) -> _Heard:
+    """Return the scores of the golden texts by the model in a folder, read with plain transformers."""
+    began, answered = time.monotonic(), []
+    try:
+        for answers in ask_folder(target, certificate):
+            answered.append(answers)
+            say(f"{answers.form}: {len(answers.rows)} texts read, {time.monotonic() - began:.1f} s")
+    except SeveralLabels:
+        return _Heard("folder", answered, faults=[_several_labels(target)])
+    return _Heard("folder", answered)
+
+
+def _several_labels(target: str) -> Fault:
+    """Return the fault of a target that answers with several labels where one score is asked."""
+    return Fault(
+        fault="labels", form=target, sentence=f"{target}: {FAULTS['labels']}", detail="", difference=None, also=[]
+    )
 
 
 def _figures(answers: Answers, scores: list[float], names: list[str]) -> dict[str, Any]:
