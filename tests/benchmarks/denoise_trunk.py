@@ -188,7 +188,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
     seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
-    ways = list(dict.fromkeys(["bt", "clean", "posterior", "clean_1500", *arguments.ways.split(",")]))
+    ways = list(dict.fromkeys(["bt", "clean", "posterior", *arguments.ways.split(","), "clean_1500"]))
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.choose:
