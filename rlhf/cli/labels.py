@@ -100,6 +100,11 @@ def label_command(
     annotator: Annotated[
         list[str] | None, typer.Option(help="Who labels; once for each person. [default: you]", show_default=False)
     ] = None,
+    gold: Annotated[
+        Path | None,
+        typer.Option(help="Pairs whose label you are sure of: hidden among the others.", show_default=False),
+    ] = None,
+    repeat: Annotated[float, typer.Option(help="Share of the questions that come again, hidden too; try 0.1.")] = 0.0,
     host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 is everybody.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where.")] = 8765,
     status: Annotated[bool, typer.Option(help="Say how far people are, and stop.")] = False,
@@ -111,8 +116,11 @@ def label_command(
     ] = None,
 ) -> None:
     """Label pairs for a run: a page with one link a person; or as files, out and in."""
-    from rlhf.serve.desk import export_to, import_from, progress_lines, serve_page
+    from rlhf.serve.desk import export_to, hide_gold, import_from, progress_lines, serve_page
 
+    if gold is not None:
+        for line in hide_gold(run, gold):
+            say(line)
     if export is not None:
         say(f"{export}: {export_to(run, export, form)} pairs")
     if import_ is not None:
@@ -122,7 +130,7 @@ def label_command(
         for line in progress_lines(run):
             say(line)
         return
-    serve_page(run, annotator, host=host, port=port, say=say_link)
+    serve_page(run, annotator, repeat=repeat, host=host, port=port, say=say_link)
 
 
 @app.command("verdict")

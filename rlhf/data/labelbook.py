@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf.data.controls import Control, Gold, History, Repeat
 from rlhf.data.labels import Question, Verdict
 
 BOOK = "labels.sqlite"
@@ -17,11 +18,19 @@ CREATE TABLE IF NOT EXISTS questions (
 CREATE TABLE IF NOT EXISTS verdicts (
     id TEXT NOT NULL, annotator TEXT NOT NULL, label TEXT NOT NULL, seconds REAL, at REAL NOT NULL,
     PRIMARY KEY (id, annotator));
+CREATE TABLE IF NOT EXISTS gold (
+    id TEXT PRIMARY KEY, round INTEGER NOT NULL, position INTEGER NOT NULL, row TEXT NOT NULL, label TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS control_verdicts (
+    id TEXT NOT NULL, annotator TEXT NOT NULL, label TEXT NOT NULL, seconds REAL, at REAL NOT NULL, of TEXT NOT NULL,
+    PRIMARY KEY (id, annotator));
 """
 
 
 class LabelBook:
-    """Questions by round, and every annotator's verdicts on them. Each method is one transaction; several processes may write."""
+    """Questions by round, and every annotator's verdicts on them. Each method is one transaction; several processes may write.
+
+    Verdicts on control questions (`rlhf.data.controls`) are kept apart: `verdicts` has none of them, so nothing trains on them.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,14 +68,19 @@ class LabelBook:
             ).fetchall()
         return [Question(**json.loads(row[0])) for row in rows]
 
-    def verdicts(self, round_number: int | None = None) -> list[Verdict]:
-        """Return all verdicts, or those on one round's questions, oldest first."""
-        query = "SELECT v.id, v.label, v.annotator, v.seconds FROM verdicts v"
-        values: tuple[int, ...] = ()
-        if round_number is not None:
-            query, values = f"{query} JOIN questions q ON q.id = v.id WHERE q.round = ?", (round_number,)
+    def verdicts(self, round_number: int | None = None, *, with_gold: bool = False) -> list[Verdict]:
+        """Return all verdicts, or those on one round's questions, oldest first.
+
+        Args:
+            with_gold: also those on gold questions, which are no labels to train on.
+        """
+        columns = "SELECT id, label, annotator, seconds, at FROM"
+        query = f"{columns} verdicts" + (f" UNION ALL {columns} control_verdicts WHERE id = of" if with_gold else "")
+        asked = "SELECT id FROM questions WHERE round = :round UNION SELECT id FROM gold WHERE round = :round"
+        where = "" if round_number is None else f" WHERE id IN ({asked})"
         with self._open() as connection:
-            return [Verdict(*row) for row in connection.execute(f"{query} ORDER BY v.at", values)]
+            rows = connection.execute(f"SELECT * FROM ({query}){where} ORDER BY at", {"round": round_number})
+            return [Verdict(*row[:4]) for row in rows]
 
     def record(self, verdicts: Sequence[Verdict]) -> None:
         """Record verdicts; an annotator's later verdict on a question replaces the earlier one."""
@@ -78,12 +92,16 @@ class LabelBook:
         """Delete an annotator's latest verdict of a round; return the question's id, or None if there was no verdict."""
         with self._open() as connection:
             row = connection.execute(
-                "SELECT v.id FROM verdicts v JOIN questions q ON q.id = v.id WHERE v.annotator = ? AND q.round = ? "
-                "ORDER BY v.at DESC LIMIT 1",
-                (annotator, round_number),
+                "SELECT v.id, v.at FROM verdicts v JOIN questions q ON q.id = v.id "
+                "WHERE v.annotator = :annotator AND q.round = :round UNION ALL "
+                "SELECT c.id, c.at FROM control_verdicts c "
+                "LEFT JOIN questions q ON q.id = c.of LEFT JOIN gold g ON g.id = c.of "
+                "WHERE c.annotator = :annotator AND COALESCE(q.round, g.round) = :round ORDER BY 2 DESC LIMIT 1",
+                {"annotator": annotator, "round": round_number},
             ).fetchone()
             if row is not None:
-                connection.execute("DELETE FROM verdicts WHERE id = ? AND annotator = ?", (row[0], annotator))
+                for table in ("verdicts", "control_verdicts"):  # no id is in both
+                    connection.execute(f"DELETE FROM {table} WHERE id = ? AND annotator = ?", (row[0], annotator))
         return None if row is None else str(row[0])
 
     def next_for(self, annotator: str, round_number: int, *, wanted: int) -> Question | None:
@@ -107,3 +125,52 @@ class LabelBook:
             ).fetchone()[0]
             total = connection.execute("SELECT COUNT(*) FROM questions WHERE round = ?", (round_number,)).fetchone()[0]
         return int(done), int(total)
+
+    def hide_gold(self, gold: Sequence[Gold]) -> None:
+        """Add gold questions to a round; those that are in the book stay as they are."""
+        rows = [
+            (g.question.id, g.question.round, position, json.dumps(g.question.as_row(), ensure_ascii=False), g.label)
+            for position, g in enumerate(gold)
+        ]
+        with self._open() as connection:
+            connection.executemany("INSERT OR IGNORE INTO gold VALUES (?, ?, ?, ?, ?)", rows)
+
+    def gold(self, round_number: int) -> list[Gold]:
+        """Return a round's gold questions in the order of their file."""
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT row, label FROM gold WHERE round = ? ORDER BY position", (round_number,)
+            ).fetchall()
+        return [Gold(Question(**json.loads(row)), label) for row, label in rows]
+
+    def record_control(self, control: Control, verdict: Verdict) -> None:
+        """Record a verdict on a control question; a later one replaces the earlier one."""
+        row = (verdict.id, verdict.annotator, verdict.label, verdict.seconds, time.time(), control.of)
+        with self._open() as connection:
+            connection.execute("INSERT OR REPLACE INTO control_verdicts VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def repeats(self, round_number: int) -> list[Repeat]:
+        """Return what people said twice of a round's questions, oldest first."""
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT v.annotator, v.label, c.label FROM control_verdicts c "
+                "JOIN verdicts v ON v.id = c.of AND v.annotator = c.annotator "
+                "JOIN questions q ON q.id = c.of WHERE q.round = ? ORDER BY c.at",
+                (round_number,),
+            ).fetchall()
+        return [Repeat(*row) for row in rows]
+
+    def history(self, annotator: str, round_number: int) -> History:
+        """Return what one person has answered in a round."""
+        verdicts = [verdict for verdict in self.verdicts(round_number) if verdict.annotator == annotator]
+        with self._open() as connection:
+            controls: dict[str, str] = dict(
+                connection.execute("SELECT id, of FROM control_verdicts WHERE annotator = ? ORDER BY at", (annotator,))
+            )
+        gold = {one.question.id for one in self.gold(round_number)}
+        ordinary = {question.id for question in self.questions(round_number)}
+        return History(
+            verdicts,
+            [name for name in controls if name in gold],
+            [of for name, of in controls.items() if name != of and of in ordinary],
+        )

@@ -140,6 +140,23 @@ def accuracy_interval(others: Tensor, *, confidence: float = 0.95) -> Interval:
     return Interval(best, inside.min().item(), inside.max().item())
 
 
+def most_accuracy(alike: float) -> float:
+    """Return the largest accuracy of somebody who gives the same answer to a question asked twice with chance c, in [1/2, 1].
+
+        a ≤ ( 1 + √max(0, 2c - 1) ) / 2
+
+    With q_i the chance of a right answer to question i, c = E[q² + (1 - q)²] ≥ a² + (1 - a)², a = E[q] (Jensen). Equality where
+    every question is as easy; a person who errs in the same questions every time agrees with themselves more often than that.
+
+    Args:
+        alike: c in [0, 1], without ties and for answers given anew each time.
+
+    >>> round(most_accuracy(0.82), 6), most_accuracy(0.5)
+    (0.9, 0.5)
+    """
+    return float((1 + max(0.0, 2 * alike - 1) ** 0.5) / 2)
+
+
 def difference_statistic(differences: Tensor, annotator: Tensor, annotators: int) -> float:
     """Return the likelihood ratio statistic of "every annotator has an accuracy of their own" against "all have the same".
 

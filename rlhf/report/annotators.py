@@ -8,16 +8,17 @@ from rlhf.report.records import Facts
 NAMED = 10  # of many annotators, so many are named
 
 
-def annotator_sentences(report: Mapping[str, Any]) -> list[str]:
+def annotator_sentences(report: Mapping[str, Any], *, has_gold: bool = False) -> list[str]:
     """Return what a person should know of the annotators, the gravest first; nothing where nobody is named.
 
     Args:
         report: by name, as `rlhf.reward.annotators.AnnotatorReport`.
+        has_gold: there were gold questions, so that one annotator alone can be judged too.
 
     >>> annotator_sentences({"ann": {"labels": 9, "ties": 0, "flags": ["few"]}})
     ['All labels are by one annotator, ann: there is nobody to compare with.']
     """
-    if len(report) == 1:
+    if len(report) == 1 and not has_gold:
         return [f"All labels are by one annotator, {next(iter(report))}: there is nobody to compare with."]
     sentences = []
     coins = [name for name, entry in report.items() if "coin" in entry["flags"]]
@@ -35,6 +36,30 @@ def annotator_sentences(report: Mapping[str, Any]) -> list[str]:
     if unknown:
         sentences.append(
             f"Of unknown accuracy, for nothing else is known of the pairs that they labelled: {', '.join(unknown)}."
+        )
+    return sentences
+
+
+def control_sentences(gold: Mapping[str, Any], repeats: Mapping[str, Any]) -> list[str]:
+    """Return what control questions tell of each annotator.
+
+    Args:
+        gold, repeats: by name, as `rlhf.reward.controls` reports them.
+
+    >>> control_sentences({"ann": {"answered": 4, "right": 0.75, "right_ci": [0.19, 0.99]}}, {})
+    ['ann: 75% of 4 gold questions right [0.19, 0.99].']
+    """
+    sentences = []
+    for name, entry in gold.items():
+        low, high = entry["right_ci"]
+        sentences.append(
+            f"{name}: {entry['right']:.0%} of {entry['answered']} gold questions right [{low:.2f}, {high:.2f}]."
+        )
+    for name, entry in repeats.items():
+        low, high = entry["alike_ci"]
+        sentences.append(
+            f"{name}: {entry['alike']:.0%} of {entry['answered']} repeated questions answered alike [{low:.2f}, {high:.2f}], so an "
+            f"accuracy of {entry['most_accuracy']:.2f} at most."
         )
     return sentences
 

@@ -14,6 +14,7 @@ from rlhf.data.rows import SIDES, TIE, Pair, pair_digest, told
 from rlhf.data.traits import TRAITS
 from rlhf.models.text import plain
 from rlhf.objectives.annotators import (
+    MOST_SURE,
     Interval,
     PairLabels,
     accuracy_interval,
@@ -31,6 +32,7 @@ CONFIDENCE = 0.95
 LARGEST = 3.0  # a difference counts as this many usual ones at most, so that a few odd answers do not decide
 UNNAMED = "(not named)"
 TASTES = ("length", "flattery")  # of `rlhf.data.traits`
+SIGN = {"first": 1.0, "second": -1.0}
 
 
 class Taste(TypedDict):
@@ -205,21 +207,25 @@ def report_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) ->
     return report_annotators(labels_of_rows(rows, strength, noise), features)
 
 
-def report_verdicts(verdicts: Sequence[Verdict]) -> dict[str, AnnotatorReport]:
-    """Report the annotators of verdicts, oldest first, by the questions that several answered; skips are left out.
+def report_verdicts(verdicts: Sequence[Verdict], *, right: Mapping[str, str]) -> dict[str, AnnotatorReport]:
+    """Report the annotators of verdicts, oldest first, by gold questions and those that several answered; skips are left out.
 
     Places are those of the labelling page. A verdict that was read from a file was given elsewhere: its place is as good as
     drawn, and says nothing.
+
+    Args:
+        right: the right label of each gold question, by its id.
     """
     verdicts = [verdict for verdict in verdicts if verdict.label != "skip"]
     if not verdicts:
         return {}
     numbers = {name: number for number, name in enumerate(dict.fromkeys(verdict.id for verdict in verdicts))}
-    sign = torch.tensor([{"first": 1.0, "second": -1.0}.get(verdict.label, 0.0) for verdict in verdicts]).double()
+    sign = torch.tensor([SIGN.get(verdict.label, 0.0) for verdict in verdicts]).double()
     swapped = torch.tensor([shows_second_on_the_left(verdict.annotator, verdict.id) for verdict in verdicts])
     pair = torch.tensor([numbers[verdict.id] for verdict in verdicts])
-    nothing_known = torch.zeros(len(numbers), dtype=torch.float64)
-    labelled = grouped(pair, sign, sign, [verdict.annotator for verdict in verdicts], nothing_known)
+    known = torch.tensor([SIGN.get(right.get(name, ""), 0.0) for name in numbers], dtype=torch.float64)
+    prior = known * torch.logit(torch.tensor(MOST_SURE, dtype=torch.float64))
+    labelled = grouped(pair, sign, sign, [verdict.annotator for verdict in verdicts], prior)
     return report_annotators(labelled, {}, left=torch.where(swapped, -sign, sign))
 
 

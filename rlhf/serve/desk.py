@@ -9,14 +9,18 @@ from typing import cast, get_args
 
 import yaml
 
+from rlhf.data.controls import Control, gold_questions
 from rlhf.data.direction import example
 from rlhf.data.label_files import Format, export_questions, read_verdicts
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, tally
 from rlhf.data.read import ReadReport
+from rlhf.data.sources import read_pairs
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
-from rlhf.report.annotators import annotator_sentences
+from rlhf.report.annotators import annotator_sentences, control_sentences
+
+MOST_REPEATED = 0.5  # more would tell nothing more, and everybody would see it
 
 
 def open_book(run: Path) -> tuple[LabelBook, int, int]:
@@ -41,8 +45,24 @@ def open_book(run: Path) -> tuple[LabelBook, int, int]:
     return book, book.rounds()[-1], int(recipe["rounds"]["annotators_per_pair"])
 
 
+def hide_gold(run: Path, file: Path) -> list[str]:
+    """Hide a file's pairs among the questions, each with its chosen answer as the right one, and say how many they are.
+
+    Raises:
+        UserError: as `open_book`; no usable pair in the file, a tie, or only pairs that are asked about anyway.
+    """
+    book, number, _ = open_book(run)
+    rows, report = read_pairs(str(file))
+    gold = gold_questions(rows, book.questions(number), number)
+    book.hide_gold(gold)
+    lines = [f"{file}: {len(gold)} gold questions are hidden among those of round {number}."]
+    if len(gold) < len(rows):
+        lines.append(f"{len(rows) - len(gold)} of its pairs are left out, as this round asks about them anyway.")
+    return [*lines, *report.sentences()]
+
+
 def export_to(run: Path, file: Path, form: str) -> int:
-    """Write the questions that still want a verdict, and return how many they are.
+    """Write the questions that still want a verdict, gold ones among them, and return how many they are.
 
     Raises:
         UserError: as `open_book`; no such form; the file can't be written.
@@ -52,7 +72,9 @@ def export_to(run: Path, file: Path, form: str) -> int:
     book, number, wanted = open_book(run)
     verdicts = Counter(verdict.id for verdict in book.verdicts(number))
     left = [question for question in book.questions(number) if verdicts[question.id] < wanted]
-    rows = export_questions(left, cast(Format, form))
+    gold = [one.question for one in book.gold(number)] if left else []
+    # By their names, which are drawn, so that nobody sees by its place which question is a gold one.
+    rows = export_questions(sorted([*left, *gold], key=lambda q: q.id) if gold else left, cast(Format, form))
     try:
         if form == "plain":
             write_jsonl(file, rows)
@@ -70,7 +92,7 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
         say: told what the numbers of the file mean, and which of its lines can't be read.
 
     Returns:
-        how many were `taken`, and how many were not, by reason.
+        how many were `taken`, how many of these are on gold questions, and how many were not, by reason.
 
     Raises:
         UserError: no such file, or nothing in it.
@@ -79,7 +101,8 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     report = ReadReport(str(file))
     verdicts, refused = read_verdicts(str(file), report)
     questions = book.questions(number)
-    asked = {question.id: question for question in questions}
+    gold = {one.question.id: one.question for one in book.gold(number)}
+    asked = {question.id: question for question in questions} | gold
     if verdicts and not any(verdict.id in asked for verdict in verdicts):
         raise UserError(
             f"{file}: none of its {len(verdicts)} verdicts is on one of the {len(asked)} pairs asked about; another folder's?"
@@ -87,14 +110,18 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     if say is not None:
         for sentence in _reading(report, verdicts, asked):
             say(f"{file}: {sentence}")
-    book.record([verdict for verdict in verdicts if verdict.id in asked])
-    quarantine = [*refused, *tally(questions, verdicts).quarantine]
+    book.record([verdict for verdict in verdicts if verdict.id in asked and verdict.id not in gold])
+    for verdict in (verdict for verdict in verdicts if verdict.id in gold):
+        book.record_control(Control(gold[verdict.id], verdict.id), verdict)
+    quarantine = [*refused, *tally([*questions, *gold.values()], verdicts).quarantine]
     if quarantine:
         lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in quarantine)
         # Half a character, which JSON may hold, is written as JSON escapes it.
         content = "".join(lines).encode("utf-8", "backslashreplace")
         (run / f"quarantine-{file.stem}.jsonl").write_bytes(content)
     counts = {"taken": sum(verdict.id in asked for verdict in verdicts)}
+    if gold:
+        counts["of them on gold questions"] = sum(verdict.id in gold for verdict in verdicts)
     for row in quarantine:
         counts[row["reason"]] = counts.get(row["reason"], 0) + 1
     return counts
@@ -129,30 +156,41 @@ def progress_lines(run: Path) -> Sequence[str]:
         lines.append(
             f"{' and '.join(pair['annotators'])}: {pair['agree']:.0%} alike on {pair['questions']}, kappa {kappa}."
         )
-    return [*lines, *_reliability(verdicts)]
+    return [*lines, *_reliability(book, number)]
 
 
-def _reliability(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Say how reliable each annotator is, as far as questions that several answered tell, and what else is odd."""
+def _reliability(book: LabelBook, number: int) -> Iterator[str]:
+    """Say how reliable each annotator is, as far as control questions and those that several answered tell, and what is odd."""
     from rlhf.reward.annotators import report_verdicts
+    from rlhf.reward.controls import report_gold, report_repeats
 
-    report = report_verdicts(verdicts)
+    verdicts, gold = book.verdicts(number, with_gold=True), {one.question.id: one.label for one in book.gold(number)}
+    yield from control_sentences(report_gold(verdicts, gold), report_repeats(book.repeats(number)))
+    report = report_verdicts(verdicts, right=gold)
+    yardstick = "by gold questions and the others' verdicts" if gold else "by the others' verdicts on the same pairs"
     for name, entry in report.items():
         if entry["accuracy"] is not None and entry["accuracy_ci"] is not None:
             low, high = entry["accuracy_ci"]
-            yield f"{name}: accuracy {entry['accuracy']:.2f} [{low:.2f}, {high:.2f}], by the others' verdicts on the same pairs."
-    yield from annotator_sentences(report)
+            yield f"{name}: accuracy {entry['accuracy']:.2f} [{low:.2f}, {high:.2f}], {yardstick}."
+    yield from annotator_sentences(report, has_gold=bool(gold))
 
 
-def serve_page(run: Path, names: list[str] | None, *, host: str, port: int, say: Callable[[str], None]) -> None:
+def serve_page(
+    run: Path, names: list[str] | None, *, repeat: float, host: str, port: int, say: Callable[[str], None]
+) -> None:
     """Serve the labelling page until somebody ends it; every annotator gets a link of their own.
 
     Args:
+        repeat: of the questions that somebody answers, the share that is asked again, in [0, 0.5].
         say: shows people their links, tokens and all.
 
     Raises:
-        UserError: as `open_book`; the server is not installed.
+        UserError: as `open_book`; another share; the server is not installed.
     """
+    if not 0 <= repeat <= MOST_REPEATED:
+        raise UserError(
+            f"--repeat {repeat:g}: must lie between 0 and {MOST_REPEATED}; 0.1 asks every tenth question again."
+        )
     book, number, wanted = open_book(run)
     try:
         import uvicorn
@@ -164,5 +202,5 @@ def serve_page(run: Path, names: list[str] | None, *, host: str, port: int, say:
     tokens = annotator_tokens(book.path, names)
     for name in names:
         say(f"{name}: http://{host}:{port}/?token={tokens[name]}")
-    app = label_app(book, number, tokens, wanted=wanted, title=f"{run.name}, round {number}")
+    app = label_app(book, number, tokens, wanted=wanted, title=f"{run.name}, round {number}", repeat=repeat)
     uvicorn.run(app, host=host, port=port, log_level="warning")

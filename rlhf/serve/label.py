@@ -15,6 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from rlhf.data.controls import Control, controls_expected, next_control, repeated
 from rlhf.data.labelbook import SECONDS_TO_WAIT, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, shows_second_on_the_left
 
@@ -38,12 +39,15 @@ def annotator_tokens(path: Path, names: list[str]) -> dict[str, str]:
         connection.close()
 
 
-def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wanted: int, title: str) -> FastAPI:
-    """Build the application for one round's questions.
+def label_app(
+    book: LabelBook, round_number: int, tokens: dict[str, str], *, wanted: int, title: str, repeat: float = 0.0
+) -> FastAPI:
+    """Build the application for one round's questions, with its gold questions hidden among them.
 
     Args:
         tokens: annotator → secret.
         wanted: verdicts that each question should have.
+        repeat: of the questions that somebody answers, the share that is asked again, hidden too.
     """
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
     templates = Environment(loader=PackageLoader("rlhf", "serve"), autoescape=True, undefined=StrictUndefined)
@@ -65,15 +69,22 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
 
         # 2. The next question, or the end.
         done, total = book.progress(round_number, wanted=wanted)
-        answered = [v for v in book.verdicts(round_number) if v.annotator == annotator]
-        shared = {"annotator": annotator, "done": done, "total": total, "answered": len(answered)}
-        shared["token"] = tokens[annotator]
+        history = book.history(annotator, round_number)
+        controls = len(history.gold) + len(history.repeated)
+        shared = {"annotator": annotator, "answered": len(history.verdicts) + controls, "token": tokens[annotator]}
         question = book.next_for(annotator, round_number, wanted=wanted)
         if question is None:
-            times = sorted(v.seconds for v in answered if v.seconds is not None)
+            times = sorted(v.seconds for v in history.verdicts if v.seconds is not None)
             median = times[len(times) // 2] if times else None
             agreed = agreement(book.verdicts(round_number))
-            return page("done", {**shared, "median": median, "agreement": agreed})
+            return page("done", {**shared, "done": done, "total": total, "median": median, "agreement": agreed})
+
+        # 3. In its place a control question, where one is due; the bar counts it like any other.
+        gold, ordinary = book.gold(round_number), {q.id: q for q in book.questions(round_number)}
+        control = next_control(annotator, history, gold, ordinary, repeat=repeat)
+        question = question if control is None else control.question
+        expected = controls_expected(annotator, total, len(gold), repeat=repeat)
+        shared |= {"done": done + min(controls, expected), "total": total + expected}
         left_side = _side_on_the_left(annotator, question)
         left, right = question.first, question.second
         if left_side == "second":
@@ -107,17 +118,30 @@ def label_app(book: LabelBook, round_number: int, tokens: dict[str, str], *, wan
 
         # 2. What was clicked is a side of the page as it was drawn, what is recorded a side of the question.
         asked = {question.id: question for question in book.questions(round_number)}
-        question = asked.get(form.get("id", ""))
+        control = _control(book, annotator, round_number, form.get("id", ""))
+        question = asked.get(form.get("id", "")) if control is None else control.question
         if question is None:
             return page("unknown", status=400)
         left_side = form.get("left_side", _side_on_the_left(annotator, question))
         label = _label(form.get("choice", ""), left_side)
         if label is None:
             return page("unknown", status=400)
-        book.record([Verdict(question.id, label, annotator, _seconds(form.get("shown")))])
+        verdict = Verdict(question.id, label, annotator, _seconds(form.get("shown")))
+        if control is None:
+            book.record([verdict])
+        else:
+            book.record_control(control, verdict)
         return following
 
     return app
+
+
+def _control(book: LabelBook, annotator: str, round_number: int, name: str) -> Control | None:
+    """Return the control question of this name: a gold one, or one of this person's own that comes again; else None."""
+    gold = [Control(one.question, one.question.id) for one in book.gold(round_number)]
+    answered = {verdict.id for verdict in book.history(annotator, round_number).verdicts}
+    again = [repeated(question) for question in book.questions(round_number) if question.id in answered]
+    return next((control for control in (*gold, *again) if control.question.id == name), None)
 
 
 def _side_on_the_left(annotator: str, question: Question) -> str:

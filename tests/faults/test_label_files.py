@@ -186,6 +186,70 @@ def test_an_export_that_cannot_be_written(
     assert f"--export {target}: can't be written" in outcome.stderr
 
 
+# ---- Gold questions ----
+
+
+def gold(*numbers: int, prompt: str = "Name {} towns.") -> str:
+    rows = [{"prompt": prompt.format(i), "chosen": f"good {i}", "rejected": f"bad {i}"} for i in numbers]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.fault("gold questions")
+def test_gold_questions_go_out_and_come_back_in_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "gold.jsonl").write_text(gold(0, 1, 2) + gold(3, prompt="List {} fruits."))
+    outcome = rlhf("label", "run", "--gold", "gold.jsonl", "--export", "out.jsonl", cwd=place, capsys=capsys)
+    assert outcome.code == 0, outcome.stderr
+    assert "3 gold questions are hidden among those of round 2" in outcome.stdout
+    assert "1 of its pairs are left out, as this round asks about them anyway" in outcome.stdout
+    rows = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
+    assert len(rows) == 7
+    assert {tuple(row) for row in rows} == {("id", "prompt", "first", "second", "label", "annotator")}
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows), "no place tells a gold one"
+    for row in rows:
+        row |= {"label": "first" if row["first"].startswith("good") else "second", "annotator": "ann"}
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    outcome = take(place, capsys, "in.jsonl", lines.encode())
+    assert outcome.code == 0, outcome.stderr
+    assert "7 taken, 3 of them on gold questions." in outcome.stdout
+    assert "ann: 100% of 3 gold questions right [0.29, 1.00]." in outcome.stdout
+    assert "ann: accuracy 1.00" in outcome.stdout
+    assert "by gold questions and the others' verdicts" in outcome.stdout
+    assert "nobody to compare with" not in outcome.stdout
+    assert len(LabelBook(place / "run" / BOOK).verdicts(2)) == 4, "no gold question is a label"
+
+
+@pytest.mark.fault("gold questions")
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            gold(3, prompt="List {} fruits."),
+            "none of its 1 pairs can be a control question, as this round asks about them",
+        ),
+        ('{"prompt": "a", "chosen": "x", "rejected": "y", "confidence": 0.5}\n', "pair 1 is a tie"),
+        ('{"id": "r2-0000000000000000", "label": "first"}\n', "no usable pair"),
+        ("", "gold.jsonl"),
+    ],
+    ids=["asked anyway", "a tie", "labels of unknown pairs", "empty"],
+)
+def test_what_can_be_no_gold_question_is_a_sentence(
+    place: Path, capsys: pytest.CaptureFixture[str], content: str, sentence: str
+) -> None:
+    (place / "gold.jsonl").write_text(content)
+    outcome = rlhf("label", "run", "--gold", "gold.jsonl", "--status", cwd=place, capsys=capsys)
+    assert outcome.code == 2, outcome.stdout
+    assert sentence in " ".join(outcome.stderr.split())
+    assert LabelBook(place / "run" / BOOK).gold(2) == []
+
+
+@pytest.mark.fault("gold questions")
+@pytest.mark.parametrize("share", ["-0.1", "0.9", "nan"])
+def test_a_share_that_no_page_can_repeat(place: Path, capsys: pytest.CaptureFixture[str], share: str) -> None:
+    outcome = rlhf("label", "run", "--repeat", share, cwd=place, capsys=capsys)
+    assert outcome.code == 2
+    assert "must lie between 0 and 0.5" in outcome.stderr
+
+
 # ---- The page ----
 
 

@@ -220,12 +220,12 @@ def test_an_annotator_with_one_label_is_not_judged() -> None:
 def test_labels_that_are_all_equal() -> None:
     """Verdicts: everybody always says first, or tie. No figure is invented, and what is seen is said."""
     same = [Verdict(f"q{i}", "first", name) for i in range(40) for name in ("ann", "bob")]
-    assert report_verdicts(same)["ann"]["accuracy"] == 1.0
+    assert report_verdicts(same, right={})["ann"]["accuracy"] == 1.0
     ties = [Verdict(f"q{i}", "tie", name) for i in range(40) for name in ("ann", "bob")]
-    report = report_verdicts(ties)
+    report = report_verdicts(ties, right={})
     assert (report["ann"]["ties"], report["ann"]["accuracy"], report["ann"]["flags"]) == (40, None, ["few"])
     skips = [Verdict(f"q{i}", "skip", "ann") for i in range(40)]
-    assert report_verdicts(skips) == report_verdicts([]) == {}
+    assert report_verdicts(skips, right={}) == report_verdicts([], right={}) == {}
 
 
 def test_a_habit_of_place_is_seen() -> None:
@@ -236,7 +236,7 @@ def test_a_habit_of_place_is_seen() -> None:
         verdicts.append(Verdict(f"q{i}", "second" if shows_second_on_the_left("ann", f"q{i}") else "first", "ann"))
         for name in ("bob", "cy"):
             verdicts.append(Verdict(f"q{i}", "first" if rng.random() < 0.9 else "second", name))
-    report = report_verdicts(verdicts)
+    report = report_verdicts(verdicts, right={})
     assert report["ann"]["left"] == 1.0
     assert {"left", "coin"} <= set(report["ann"]["flags"])
     assert report["bob"]["flags"] == []
@@ -245,7 +245,7 @@ def test_a_habit_of_place_is_seen() -> None:
 
 def test_verdicts_that_no_one_else_gave_tell_no_accuracy() -> None:
     verdicts = [Verdict(f"{name}{i}", "first", name) for i in range(ENOUGH) for name in ("ann", "bob")]
-    report = report_verdicts(verdicts)
+    report = report_verdicts(verdicts, right={})
     assert report["ann"]["accuracy"] is report["ann"]["accuracy_ci"] is None
     assert any("Of unknown accuracy" in line for line in annotator_sentences(report))
 

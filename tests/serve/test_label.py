@@ -12,8 +12,11 @@ import pytest
 import requests
 import uvicorn
 
+from rlhf.data.controls import gold_questions
 from rlhf.data.labelbook import LabelBook
 from rlhf.data.labels import Question, agreement, question_id
+from rlhf.data.rows import Pair, assistant_turn, user_turn
+from rlhf.reward.controls import report_gold, report_repeats
 from rlhf.serve.label import annotator_tokens, label_app, shows_second_on_the_left
 
 EVIL = "<script>document.title='taken'</script><b>bold</b>"
@@ -266,3 +269,60 @@ def test_an_annotator_with_any_name(tmp_path: Path) -> None:
     for name in names:
         assert client.post("/", data=click_good(pages[name])).status_code == 200
     assert {(v.annotator, v.label) for v in book.verdicts()} == {(name, "first") for name in names}
+
+
+def test_control_questions_look_like_all_others_and_are_no_labels(tmp_path: Path) -> None:
+    """Ann knows what is good; bob clicks on the left. 60 questions each, 8 gold ones, a fifth asked again."""
+    from starlette.testclient import TestClient
+
+    book = LabelBook(tmp_path / "labels.sqlite")
+    book.ask([question(i) for i in range(1, 61)])
+    pairs: list[Pair] = [
+        {
+            "prompt": user_turn(f"Gold {i}."),
+            "chosen": assistant_turn(f"good g{i}"),
+            "rejected": assistant_turn(f"bad g{i}"),
+        }
+        for i in range(8)
+    ]
+    book.hide_gold(gold_questions(pairs, book.questions(2), 2))
+    tokens = annotator_tokens(book.path, ["ann", "bob"])
+    app = label_app(book, 2, tokens, wanted=2, title="t", repeat=0.2)
+    shapes, names = set(), dict[str, list[str]]()
+    for name in ("ann", "bob"):
+        client = TestClient(app)
+        page = client.get("/", params={"token": tokens[name]}).text
+        seen, totals, by_you = list[str](), set[int](), 0
+        while "Nothing left" not in page:
+            form = click_good(page)
+            shapes.add(
+                (len(form["id"]), form["id"][:3], tuple(sorted(form)), re.sub(r">[^<]*<", "><", page).count("<"))
+            )
+            progress = re.search(r"(\d+) of (\d+) labelled, (\d+) by you", page)
+            assert progress is not None
+            assert int(progress[3]) == by_you, "every answer counts one, whatever was asked"
+            if name == "ann":
+                assert client.get("/").text.count(form["id"]) == 1, "the same again when the page is loaded again"
+            totals.add(int(progress[2]))
+            form["choice"] = form["choice"] if name == "ann" else "left"
+            seen.append(form["id"])
+            by_you += 1
+            if name == "ann" and by_you == 20:
+                client.post("/", data=form)
+                page = client.post("/", data={**form, "choice": "undo"}).text
+                assert fields(page)["id"] == form["id"], "what was taken back comes again, control or not"
+            page = client.post("/", data=form).text
+        names[name] = seen
+        assert totals == {len(seen)}, "the bar ends with the last question"
+    assert len(shapes) == 1, "no name, field or element tells a control question"
+    verdicts = book.verdicts(2)
+    assert len(verdicts) == 120
+    assert {v.id for v in verdicts} == {question(i).id for i in range(1, 61)}, "no control is a label"
+    assert all(len(set(seen)) == len(seen) > 66 for seen in names.values())
+    report = report_gold(book.verdicts(2, with_gold=True), {g.question.id: g.label for g in book.gold(2)})
+    assert report["ann"]["right"] == 1.0
+    assert report["ann"]["answered"] >= 3
+    again = report_repeats(book.repeats(2))
+    assert again["ann"]["alike"] == 1.0
+    assert again["ann"]["answered"] + report["ann"]["answered"] == len(names["ann"]) - 60
+    assert 0 < again["bob"]["alike"] < 1, "the sides are drawn anew when a question comes again"

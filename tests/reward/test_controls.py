@@ -1,0 +1,73 @@
+"""What control questions tell of those who label."""
+
+import random
+
+import pytest
+from scipy.stats import binomtest
+
+from rlhf.data.controls import Repeat
+from rlhf.data.labels import Verdict
+from rlhf.objectives.annotators import most_accuracy
+from rlhf.report.annotators import annotator_sentences, control_sentences
+from rlhf.reward.annotators import report_verdicts
+from rlhf.reward.controls import report_gold, report_repeats
+
+OTHER = {"first": "second", "second": "first"}
+
+
+def test_gold_questions_are_counted_without_ties_and_skips() -> None:
+    right = {"g1": "first", "g2": "second", "g3": "first"}
+    labels = [("g1", "first"), ("g2", "first"), ("g3", "tie"), ("q", "second")]
+    verdicts = [Verdict(name, label, "ann") for name, label in labels] + [Verdict("g1", "skip", "bob")]
+    interval = binomtest(1, 2).proportion_ci(0.95)
+    assert report_gold(verdicts, right) == {
+        "ann": {"answered": 2, "right": 0.5, "right_ci": [interval.low, interval.high]}
+    }
+
+
+def test_agreement_with_oneself_bounds_accuracy() -> None:
+    repeats = [Repeat("ann", "first", "first")] * 9 + [Repeat("ann", "first", "tie"), Repeat("ann", "skip", "first")]
+    report = report_repeats(repeats)["ann"]
+    high = binomtest(9, 10).proportion_ci(0.95).high
+    assert (report["answered"], report["alike"]) == (10, 0.9)
+    assert report["most_accuracy"] == pytest.approx((1 + (2 * high - 1) ** 0.5) / 2)
+    for accuracy in (0.5, 0.75, 0.9, 1.0):
+        assert most_accuracy(accuracy**2 + (1 - accuracy) ** 2) == pytest.approx(accuracy), "equally easy questions"
+    easy_and_hard = [1.0] * 50 + [0.6] * 50
+    alike = sum(q * q + (1 - q) ** 2 for q in easy_and_hard) / 100
+    assert most_accuracy(alike) > sum(easy_and_hard) / 100, "else a bound"
+
+
+def test_gold_questions_tell_a_coin_from_one_who_is_alone() -> None:
+    """One annotator, 40 gold questions: nobody else labelled, and the accuracy is the share of right answers."""
+    right = {f"g{i}": ("first", "second")[i % 2] for i in range(40)}
+    verdicts = [
+        Verdict(name, label if i % 10 else OTHER[label], "ann") for i, (name, label) in enumerate(right.items())
+    ]
+    entry = report_verdicts(verdicts, right=right)["ann"]
+    assert entry["accuracy"] == pytest.approx(0.9, abs=0.003), "a gold answer is taken for right with 0.999"
+    alone = report_verdicts(verdicts, right={})
+    assert alone["ann"]["accuracy"] is None
+    assert annotator_sentences(alone) == ["All labels are by one annotator, ann: there is nobody to compare with."]
+    assert annotator_sentences({"ann": entry}, has_gold=True) == []
+
+    # A coin beside her, on the gold questions and on questions that nobody shares.
+    rng = random.Random(0)
+    verdicts += [Verdict(name, rng.choice(list(OTHER)), "bob") for name in right]
+    verdicts += [Verdict(f"{name}-{i}", "first", name) for name in ("ann", "bob") for i in range(30)]
+    report = report_verdicts(verdicts, right=right)
+    assert "coin" in report["bob"]["flags"]
+    assert "coin" not in report["ann"]["flags"]
+
+
+def test_an_annotator_with_one_label_is_said_to_have_too_few() -> None:
+    verdicts = [Verdict("g", "first", "ann"), *(Verdict(f"q{i}", "first", "bob") for i in range(25))]
+    report = report_verdicts(verdicts, right={"g": "first"})
+    assert report["ann"]["flags"] == ["few"]
+    assert "Too few labels to be judged: ann (1 of 2)." in annotator_sentences(report)
+    assert control_sentences(report_gold(verdicts, {"g": "first"}), {}) == [
+        "ann: 100% of 1 gold questions right [0.03, 1.00]."
+    ]
+    assert control_sentences({}, report_repeats([Repeat("ann", "tie", "tie")])) == [
+        "ann: 100% of 1 repeated questions answered alike [0.03, 1.00], so an accuracy of 1.00 at most."
+    ]
