@@ -120,12 +120,23 @@ def load_verdict_model(name: str) -> VerdictModel:
     Raises:
         UserError: it can't be opened, is an encoder, or does not write the letters as one token each.
     """
-    if encoder_type(name) is not None:
-        raise UserError(f"{name}: an encoder says no next token, so it gives no verdict; take a causal model.")
-    tokenizer = load_tokenizer(name, conversational=True, pads=False)
+    tokenizer = check_verdict_model(name)
     model = load_policy(name, model_settings({"dtype": "auto"}), trainable=False).eval().requires_grad_(False)
     check_vocabulary(tokenizer, model.config, name=name)
     return VerdictModel(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, name=name)
+
+
+def check_verdict_model(name: str) -> PreTrainedTokenizerBase:
+    """Refuse a model that can't be asked for verdicts, before its weights are read; return its tokenizer.
+
+    Raises:
+        UserError: it is an encoder, or does not write the letters as one token each.
+    """
+    if encoder_type(name) is not None:
+        raise UserError(f"{name}: an encoder says no next token, so it gives no verdict; take a causal model.")
+    tokenizer = load_tokenizer(name, conversational=True, pads=False)
+    _letter_ids(tokenizer, name)
+    return tokenizer
 
 
 def _rows_before_letter(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[list[int]]:

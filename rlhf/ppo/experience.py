@@ -5,7 +5,7 @@ The second half, the update, is `PPOTrainer.training_step` and the losses below 
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from rlhf.ppo.rewards import Scores
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_columns
 from rlhf.ppo.state import PPOState
+from rlhf.ppo.verdict_reward import OPPONENT
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
@@ -90,6 +91,8 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
     # 1. Sample answers and score them; text crosses to the reward functions, never ids.
     prompts = [row["prompt"] for row in rows]
     completions = trainer.sample(rows)
+    if trainer.rewards.compares:
+        rows = _with_opponents(trainer, rows)
     scores = trainer.rewards(rows, completions)
     if trainer.args.baseline_samples > 0:
         scores = scores._replace(total=scores.total - _reference_baseline(trainer, rows))
@@ -171,6 +174,15 @@ def shape_scores(scores: Tensor, ended: Tensor, args: PPOConfig, state: PPOState
     if args.missing_eos_penalty is not None:
         scores = scores - args.missing_eos_penalty * (~ended).to(scores.dtype)
     return scores
+
+
+def _with_opponents(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """Return rows with an answer of the reference to each prompt, for sources that compare two; a row's own one stays."""
+    if OPPONENT in rows[0]:
+        return list(rows)
+    with trainer.reference.acting() as model:
+        texts = trainer.generate(model, rows).texts
+    return [cast(PromptRow, {**row, OPPONENT: text}) for row, text in zip(rows, texts, strict=True)]
 
 
 def _reference_baseline(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Tensor:
