@@ -29,6 +29,7 @@ from rlhf.ppo.rewards import Scores
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_columns
 from rlhf.ppo.state import PPOState
+from rlhf.ppo.token_rewards import own_token_rewards
 from rlhf.ppo.verdict_reward import OPPONENT
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def make_rollout(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Rollout:
         count, mean, variance = moments_of_all(accelerator, experience.scores)
         trainer.progress.see_rewards(count, mean, variance * count)
 
-    # 2. A reward for every token: the score at the answer's last one, the sources' rewards of single tokens, the KL.
+    # 2. A reward for every token: the score at the answer's last one, the rewards of single tokens, the KL.
     scores = shape_scores(experience.scores, experience.ended, args, trainer.progress)
     kl_coef = trainer.progress.kl_coef if args.kl_estimator == "k1" else 0.0
     rewards = token_rewards(scores, experience.kl, mask, kl_coef=kl_coef) + experience.dense
@@ -109,6 +110,7 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
             "ppo: a log-probability of the policy or the reference is not finite; nothing was updated.",
             rows=[{"prompt": p, "completion": text} for p, text in zip(prompts, completions.texts, strict=True)],
         )
+    own_rewards = own_token_rewards(trainer, rows, completions, outputs, logprobs_reference)
     weights = torch.ones_like(kl)
     if completions.logprobs_sampler is not None:
         limit = trainer.args.vllm_importance_sampling_clip_max
@@ -118,7 +120,7 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
         attention_mask,
         mask,
         scores.total,
-        scores.per_token,
+        scores.per_token + own_rewards,
         completions.ended,
         kl,
         outputs,
