@@ -60,6 +60,18 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def verdict_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A one-layer Llama with room for two answers in a question about them."""
+    from rlhf.models.scratch import build_base
+
+    folder = tmp_path_factory.mktemp("verdicts")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {**sizes, "max_position_embeddings": 1024, "vocab_size": 300, "initializer_range": 0.5}
+    build_base(folder, [" ".join(WORDS)] * 5, architecture="llama", settings=settings, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tokenizer(base_folder: Path) -> Any:
     from rlhf.models.load import load_tokenizer
 

@@ -53,6 +53,13 @@ def evaluate_command(
     ] = None,
     compare: Compared = None,
     probes: Annotated[bool, typer.Option("--probes", help="Measure biases by minimal edits of the answers.")] = False,
+    verdicts: Annotated[
+        str | None,
+        typer.Option(
+            help="A causal model that is asked which answer is better, on the same pairs, in both orders.",
+            show_default=False,
+        ),
+    ] = None,
     columns: Columns = None,
 ) -> None:
     """Evaluate reward models: accuracy with its interval, length rules, calibration, published benchmarks, biases."""
@@ -64,7 +71,13 @@ def evaluate_command(
     models, data = models_and_data(names)
     sources = [source_of(text, columns) for text in data]
     result = evaluate_models(
-        [*models, *(against or [])], sources, out, probes=probes, say=say_aside, compare_as=compare or "answers"
+        [*models, *(against or [])],
+        sources,
+        out,
+        probes=probes,
+        verdicts=verdicts,
+        say=say_aside,
+        compare_as=compare or "answers",
     )
     for table in evaluation_tables(result):
         output.print(table)

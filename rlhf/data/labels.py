@@ -47,12 +47,20 @@ class Verdict:
     Attributes:
         label: first, second, tie, or skip (cannot say).
         seconds: how long it took, where that was measured.
+        confidence: P(the answer that the label calls the better one is better), where the annotator says it; else it counts as 1.
     """
 
     id: str
     label: str
     annotator: str
     seconds: float | None = None
+    confidence: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Return P(the first answer is better) by this verdict, which must not be a skip; a tie has 1/2."""
+        sure = 1.0 if self.confidence is None else self.confidence
+        return {"first": sure, "tie": 0.5, "second": 1 - sure}[self.label]
 
 
 @dataclass
@@ -60,7 +68,7 @@ class Tally:
     """The pairs that a round's questions became, and what happened to all verdicts.
 
     Attributes:
-        rows: canonical pairs, with `confidence` below 1 where annotators disagree and 1/2 for a tie.
+        rows: canonical pairs, with `confidence` below 1 where annotators disagree or are not sure, and 1/2 for a tie.
         counts: questions labelled, unlabelled, skipped, tied, contested; verdicts counted, quarantined by reason.
         quarantine: the verdicts that were not counted, each with its reason.
     """
@@ -112,19 +120,19 @@ def read_questions(path: Path) -> list[Question]:
 def tally(questions: Sequence[Question], verdicts: Iterable[Verdict]) -> Tally:
     """Turn verdicts into pairs: each annotator's last verdict on a question counts, once; others are put aside, with reasons.
 
-    P(chosen is better) is the share of annotators that say so, a tie being half a vote for each; it is written down as
-    `confidence` only where it is not 1, so that unanimous pairs stay ordinary ones.
+    P(chosen is better) is the share of annotators that say so, a tie being half a vote for each, and a verdict with a confidence
+    that part of one; it is written down as `confidence` only where it is not 1, so that unanimous pairs stay ordinary ones.
     """
     asked = {question.id: question for question in questions}
     this_round = {question.round for question in questions}
     result = Tally()
-    labels_of: defaultdict[str, dict[str, str]] = defaultdict(dict)  # question → annotator → label
+    verdicts_on: defaultdict[str, dict[str, Verdict]] = defaultdict(dict)  # question → annotator → verdict
     reasons: Counter[str] = Counter()
     for verdict in verdicts:
         if verdict.id in asked:
-            if verdict.annotator in labels_of[verdict.id]:
+            if verdict.annotator in verdicts_on[verdict.id]:
                 reasons["superseded"] += 1
-            labels_of[verdict.id][verdict.annotator] = verdict.label
+            verdicts_on[verdict.id][verdict.annotator] = verdict
             continue
         number = verdict.id.partition("-")[0].removeprefix("r")
         reason = "of another round" if number.isdigit() and int(number) not in this_round else "unknown id"
@@ -132,19 +140,19 @@ def tally(questions: Sequence[Question], verdicts: Iterable[Verdict]) -> Tally:
         result.quarantine.append({**asdict(verdict), "reason": reason})
     kinds: Counter[str] = Counter()
     for question in questions:
-        labels = labels_of.get(question.id, {})
-        votes = {name: label for name, label in labels.items() if label != "skip"}
+        given = verdicts_on.get(question.id, {})
+        votes = {name: verdict for name, verdict in given.items() if verdict.label != "skip"}
         if not votes:
-            kinds["skipped" if labels else "unlabelled"] += 1
+            kinds["skipped" if given else "unlabelled"] += 1
             continue
-        share = sum({"first": 1.0, "tie": 0.5, "second": 0.0}[label] for label in votes.values()) / len(votes)
+        share = sum(verdict.share for verdict in votes.values()) / len(votes)
         kinds["labelled"] += 1
         kinds["tied"] += share == 0.5
-        kinds["contested"] += len(set(votes.values())) > 1
+        kinds["contested"] += len({verdict.label for verdict in votes.values()}) > 1
         result.rows.append(_pair(question, share, sorted(votes)))
     names = ("labelled", "unlabelled", "skipped", "tied", "contested")
     result.counts = {name: kinds[name] for name in names} | {
-        "verdicts": sum(map(len, labels_of.values())),
+        "verdicts": sum(map(len, verdicts_on.values())),
         **{f"quarantined: {reason}": count for reason, count in sorted(reasons.items()) if reason != "superseded"},
         "superseded": reasons["superseded"],
     }

@@ -12,7 +12,9 @@ from rlhf.data.rows import user_turn
 from rlhf.errors import TrainingError, UserError
 
 TIMEOUT = 120.0  # seconds a try: a judge thinks
-ASK = """Two assistants answered the same request. Judge which answer is better: correct, complete, safe, and no longer than \
+# What every language model is asked, whether it writes its verdict or is read at one token.
+COMPARISON = """\
+Two assistants answered the same request. Judge which answer is better: correct, complete, safe, and no longer than \
 it needs to be. The order of the answers says nothing about them.
 
 [Request]
@@ -26,7 +28,8 @@ it needs to be. The order of the answers says nothing about them.
 {second}
 [End of B]
 
-Think briefly, then end with exactly one of [[A]], [[B]], or [[C]] for a tie."""
+"""
+ASK = COMPARISON + "Think briefly, then end with exactly one of [[A]], [[B]], or [[C]] for a tie."
 VERDICT_OF = {"A": "first", "B": "second", "C": "tie"}
 
 

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from rlhf.objectives.intrinsic import self_certainty
+
 ELEMENTS_AT_ONCE = 2**20  # 4 MB of float32: what a core's cache holds
 LOGITS_AT_ONCE = 2**24  # 64 MB of float32: 341 places of a vocabulary of 49,152
 
@@ -35,17 +37,19 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.
 
 
 class Surprise(NamedTuple):
-    """Moments of the surprise -log π(a) of a token a that is drawn from π, at every position.
+    """Moments of the surprise -log π(a) of a token a that is drawn from π, at every position, and how far π is from uniform.
 
     Attributes:
         entropy: [b, r] the mean, nats.
         variance: [b, r] nats².
         third: [b, r] the third central moment, nats³.
+        certainty: [b, r] KL(U || π), nats (`rlhf.objectives.intrinsic.self_certainty`).
     """
 
     entropy: Tensor
     variance: Tensor
     third: Tensor
+    certainty: Tensor
 
 
 class ExpectedCounts(NamedTuple):
@@ -76,6 +80,7 @@ def token_surprise(
     parts = []
     for rows in _few_rows(logits):
         log_softmax = torch.log_softmax(logits[rows, :length].float() / temperature, dim=-1)
+        certainty = self_certainty(log_softmax)
         weighted = log_softmax.exp()
         if expected is not None:
             places = expected.weights[rows].transpose(0, 1).flatten(1)
@@ -86,7 +91,7 @@ def token_surprise(
             weighted.mul_(log_softmax)
             moments.append(weighted.sum(dim=-1))
         first, second, third = -moments[0], moments[1], -moments[2]
-        parts.append((first, (second - first**2).clamp(min=0), third - 3 * first * second + 2 * first**3))
+        parts.append((first, (second - first**2).clamp(min=0), third - 3 * first * second + 2 * first**3, certainty))
     return Surprise(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
 from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, pad_batch, run_batches
@@ -106,3 +107,9 @@ def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, po
     assert head is not None, "check_critic refuses models without a linear score head"
     scores: Tensor = inner.score(hidden.to(head.weight.dtype)).squeeze(-1)
     return scores
+
+
+def position_limit(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens a model can read: an encoder has no positions beyond, a decoder was not trained on them."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)

@@ -16,7 +16,14 @@ from rlhf.data.sources import Source
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
 from rlhf.models.gguf import SUFFIX
-from rlhf.ppo.source_kinds import FOLDER, is_function_in_a_file, kind_of, source_problem
+from rlhf.ppo.source_kinds import (
+    FOLDER,
+    is_function_in_a_file,
+    kind_of,
+    missing_model,
+    source_problem,
+    verdict_model,
+)
 from rlhf.recipe.document import differences
 from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.recipe.schema import DATA_SOURCES, RATING_SCALE, Recipe, RewardSection, RoundsSection
@@ -108,7 +115,10 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def _judge_problems(rounds: RoundsSection) -> Iterator[str]:
-    """Yield which secrets of a language model that labels are not there."""
+    """Yield what is missing of a language model that labels: its folder, or its secrets."""
+    model = rounds.judge_model
+    if rounds.labels_from == "verdicts" and model is not None and (missing := missing_model(model)) is not None:
+        yield f"rounds.judge_model: {missing}"
     if rounds.labels_from != "judge":
         return
     if rounds.judge_url is not None and (problem := secret_problem(rounds.judge_url)) is not None:
@@ -193,6 +203,23 @@ def _reward_folder_problems(recipe: Recipe) -> Iterator[str]:
                 yield from (f"ppo.extra_rewards: {problem}" for problem in error.problems)
 
 
+def _verdict_model_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why causal models that are asked for verdicts can't give any."""
+    named = [("ppo.extra_rewards", verdict_model(name)) for name in recipe.ppo.extra_rewards]
+    if recipe.rounds.labels_from == "verdicts":
+        named.append(("rounds.judge_model", recipe.rounds.judge_model))
+    for key, model in named:
+        if model is not None:
+            from rlhf.models.look import check_model
+            from rlhf.models.verdicts import check_verdict_model
+
+            try:
+                check_verdict_model(model)
+                check_model(model)
+            except UserError as error:
+                yield from (f"{key}: {problem}" for problem in error.problems)
+
+
 def check_local_backbone(recipe: Recipe) -> None:
     """Refuse a backbone on this machine that could not be used; one on a hub is looked at when a run begins.
 
@@ -232,6 +259,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
     problems += _function_problems(recipe)
     problems += _reward_folder_problems(recipe)
+    problems += _verdict_model_problems(recipe)
     problems += _reward_problems(recipe)
     problems += _trl_problems(recipe)
     if problems:

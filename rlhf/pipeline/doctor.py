@@ -38,6 +38,7 @@ from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.rewards import RewardSource, other_columns
 from rlhf.ppo.setup import longest_prompt
+from rlhf.ppo.verdict_reward import OPPONENT
 from rlhf.recipe.schema import Recipe
 from rlhf.reward.load import check_scores
 from rlhf.reward.model import RewardModel
@@ -314,8 +315,11 @@ def _examine_source(examination: Examination, name: str) -> None:
     if completions is None:
         raise UserError("there are no answers of the policy to score.")
     rows = examination.asked
+    columns = other_columns(rows)
+    if source.compares:
+        columns[OPPONENT] = [*completions.texts[1:], completions.texts[0]]
     with _foreign(subject):
-        scores, _ = source([row["prompt"] for row in rows], completions, other_columns(rows))
+        scores, _ = source([row["prompt"] for row in rows], completions, columns)
     examination.enter(subject, _scores_given(scores.tolist()))
 
 

@@ -37,14 +37,16 @@ from rlhf.evaluation.pairs import (
     score_rankings,
 )
 from rlhf.evaluation.probes import probe
+from rlhf.evaluation.verdicts import compare_pairs, right_verdicts, verdict_report
 from rlhf.files import write_text
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.tools import ToolTemplate
+from rlhf.models.verdicts import VerdictModel, load_verdict_model
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
 from rlhf.reward.load import open_reward_model
 from rlhf.reward.model import RewardModel
-from rlhf.statistics import Array
+from rlhf.statistics import Array, paired_difference
 
 # What each model's entry has of its report on the pairs.
 MODEL_KEYS = ("accuracy", "accuracy_ci", "ties", "ece", "accuracy_length_controlled", "temperature")
@@ -119,6 +121,7 @@ def evaluate_models(
     out: Path,
     *,
     probes: bool = False,
+    verdicts: str | None = None,
     say: Callable[[str], None],
     compare_as: Compare = "answers",
 ) -> dict[str, Any]:
@@ -129,6 +132,7 @@ def evaluate_models(
         data: files or hub datasets of pairs, rankings, trees or published benchmarks. Ties are left out, for nothing can be
             right about them; tool calls are written by the first model's chat template.
         probes: whether minimal edits of the same answers are scored too.
+        verdicts: a causal model whose verdicts on the same pairs stand beside.
         compare_as: whether pairs that part before their last turn are left out, or compared as whole conversations.
 
     Raises:
@@ -147,6 +151,7 @@ def evaluate_models(
         _attempt(problems, _read, name, source, fit, compare_as) for name, source in zip(names, sources, strict=True)
     ]
     rewards = [_attempt(problems, open_reward_model, model) for model in models]
+    annotator = None if verdicts is None else _attempt(problems, load_verdict_model, verdicts)
     if problems:
         raise UserError(problems)
     data_sets, opened = [x for x in sets if x is not None], [x for x in rewards if x is not None]
@@ -169,6 +174,8 @@ def evaluate_models(
                     f"last {reward.max_length} tokens, which are all that {model} reads; they count as ties."
                 )
         reports[data_set.name] = _report(data_set, models, scored)
+        if annotator is not None:
+            reports[data_set.name]["verdicts"] = _verdicts(annotator, data_set.name, scored[0].pairs)
         shown[data_set.name] = scored[0].pairs.samples()
 
     # 3. Probes: the answers of all data sets together.
@@ -315,6 +322,17 @@ def _report(data_set: _Data, models: Sequence[str], scored: Sequence[_Scored]) -
         report["rankings"]["reward_bench_2"] = sections if name == "RewardBench 2" else None
     report["read"] = data_set.report.as_dict()
     return report
+
+
+def _verdicts(annotator: VerdictModel, name: str, pairs: ScoredPairs) -> dict[str, Any]:
+    """Report a causal model's verdicts on the pairs of a data set, and how they differ from the first model's scores.
+
+    Args:
+        pairs: as the first model scored them.
+    """
+    verdicts = compare_pairs(annotator, pairs.rows, label=f"{name}: verdicts of {annotator.name}")
+    difference = paired_difference(right_verdicts(verdicts), pairs.right.tolist(), pairs.prompts)
+    return {**verdict_report(annotator.name, verdicts, pairs.rows), **difference}
 
 
 def _figures(data_set: _Data, scored: Sequence[_Scored]) -> dict[str, dict[str, Any]]:

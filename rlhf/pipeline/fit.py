@@ -14,6 +14,7 @@ from rlhf.data.rows import SIDES, Messages, Pair, asked
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.load import load_tokenizer
+from rlhf.models.score import position_limit
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.ends import refuse_unreadable_turns
 from rlhf.pipeline.sampling import SAMPLES
@@ -37,7 +38,6 @@ from rlhf.pipeline.vote import STRENGTH
 from rlhf.recipe.objectives import OBJECTIVES, resolve
 from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
 from rlhf.reward.meta import group_samples
-from rlhf.reward.model import position_limit
 from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.rankings import ranking_rows
 from rlhf.reward.trainer import training_columns

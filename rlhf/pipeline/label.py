@@ -14,6 +14,8 @@ from rlhf.files import read_jsonl, write_jsonl
 from rlhf.lab.annotators import simulate_label
 from rlhf.lab.worlds import WORLDS
 from rlhf.models.text import plain
+from rlhf.models.verdicts import load_verdict_model
+from rlhf.objectives.verdicts import first_is_better, turns_with_order
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
 from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
@@ -161,6 +163,8 @@ def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verd
             )
             for q in questions
         ]
+    if rounds.labels_from == "verdicts":
+        return _verdicts_of_a_model(context, questions)
     book = LabelBook(context.run / BOOK)
     book.ask(questions)
     if rounds.labels_from == "judge":
@@ -172,6 +176,32 @@ def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verd
             f"round {context.round}: {done} of {total} pairs labelled: `rlhf label {context.run}`; then run the same command again."
         )
     return book.verdicts(context.round)
+
+
+def _verdicts_of_a_model(context: StageContext, questions: Sequence[Question]) -> list[Verdict]:
+    """Read a causal model's verdicts on both orders of every pair; what does not fit in its context is skipped."""
+    # 1. Ask. Nothing is lost in a killed stage but time: the same model gives the same verdicts again.
+    name = context.recipe.rounds.judge_model
+    assert name is not None, "the recipe's check wants one"
+    model = load_verdict_model(name)
+    found = model.compare(
+        [q.prompt for q in questions], [q.first for q in questions], [q.second for q in questions], label="label"
+    )
+
+    # 2. A label for each pair, and how sure the model is of it.
+    verdicts = []
+    for question, fits, share in zip(
+        questions, found.fits.tolist(), first_is_better(found.orders).tolist(), strict=True
+    ):
+        label = "skip" if not fits else "tie" if share == TIE else "first" if share > TIE else "second"
+        sure = max(share, 1 - share) if label in ("first", "second") else None
+        verdicts.append(Verdict(question.id, label, name, confidence=sure))
+    turned = turns_with_order(found.orders)
+    context.say(
+        f"label: {name} gave its verdicts; {int(turned.sum())} of {len(questions)} turn with the order, mean bias "
+        f"{found.orders.bias.mean():+.2f} nats towards A; {model.too_long} pairs were too long for it (skipped)."
+    )
+    return verdicts
 
 
 def _ask_a_model(context: StageContext, book: LabelBook, questions: Sequence[Question]) -> None:

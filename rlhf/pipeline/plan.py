@@ -9,6 +9,7 @@ from rlhf.errors import UserError
 from rlhf.models.gguf import gguf_file
 from rlhf.pipeline.digests import known_digest, named_digests
 from rlhf.pipeline.store import Stage
+from rlhf.ppo.source_kinds import verdict_model
 from rlhf.recipe.schema import DATA_SOURCES, Recipe
 
 
@@ -120,7 +121,8 @@ def _round(
         select = add("select", f"{folder}/select", rounds.selection(), **start, **sample, **known)
         lab = {} if recipe.lab is None else recipe.lab.model_dump(include={"annotators", "flip_rate"})
         earlier = {"earlier": before["label"]} if "label" in before else {}
-        settings = rounds.labelling() | {"round": number} | lab | gold | _files(function)
+        annotator = rounds.judge_model if rounds.labels_from == "verdicts" else None
+        settings = rounds.labelling() | {"round": number} | lab | gold | _files(function, annotator)
         label = {"label": add("label", f"{folder}/label", settings, **start, select=select, **earlier)}
     elif rounds.labels_from == "dataset" and rounds.count > 1:
         settings = rounds.labelling() | {"round": number, "of": rounds.count} | gold | _files(function)
@@ -141,7 +143,8 @@ def _round(
     reward = add("reward", f"{folder}/reward", settings, **start, **parents)
 
     # 4. PPO, and its evaluation; SFT's answers are those of the first one and are not sampled again.
-    settings = recipe.ppo.model_dump() | backbone | gold | _files(model, function, *recipe.ppo.extra_rewards)
+    sources = [verdict_model(name) or name for name in recipe.ppo.extra_rewards]
+    settings = recipe.ppo.model_dump() | backbone | gold | _files(model, function, *sources)
     if before and rounds.start == "previous":
         settings |= {"reference": rounds.reference}
     continued = policy_before if rounds.start == "previous" else {}

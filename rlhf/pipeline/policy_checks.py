@@ -47,7 +47,7 @@ def sampling_checks(model: PreTrainedModel, completions: Sequence[Completions], 
                 model, ids, mask, length, temperature, moments=True, expected=counts
             )
             assert moments is not None, "asked for"
-            surprise += surprise_sums(logprobs, *moments, answer_mask).cpu()
+            surprise += surprise_sums(logprobs, *moments[:3], answer_mask).cpu()
             sampled += sampled_counts(answers, answer_mask, vocabulary)
     rounding = ROUNDING[computed_dtype(model)]
     return [

@@ -18,6 +18,7 @@ from trl import ModelConfig, RewardConfig
 from rlhf.data.rows import SIDES, Pair, answer, asked, label_digest
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.load import build_reward_model, load_tokenizer
+from rlhf.models.score import position_limit
 from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
@@ -31,7 +32,7 @@ from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.recipe.objectives import PAIR_COLUMNS
 from rlhf.report.noise import wrong_labels
 from rlhf.reward.frozen_trunk import Features, Trunk
-from rlhf.reward.model import RewardModel, position_limit
+from rlhf.reward.model import RewardModel
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.trainer import training_columns
 from rlhf.reward.vote import collect_votes, plan_vote

@@ -102,6 +102,17 @@ class PPOConfig(BaseConfig):
         default=0,
         metadata={"help": "Answers of the reference a prompt, whose mean score is subtracted (contrastive reward)."},
     )
+    shaping_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of shaping by the first reward model's scores of an answer's beginnings; 0: none."},
+    )
+    shaping_tokens: int = field(default=8, metadata={"help": "Tokens from one such beginning to the next."})
+    self_certainty_coef: float = field(
+        default=0.0, metadata={"help": "Weight of an answer's mean KL of the uniform distribution from the policy's."}
+    )
+    novelty_coef: float = field(
+        default=0.0, metadata={"help": "Weight of an answer's mean surprise to the reference, -log π_ref."}
+    )
     reward_clip: float | None = field(default=5.0, metadata={"help": "Bound on the normalised score; None: off."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward function; None: all 1."})
 
@@ -129,6 +140,7 @@ class PPOConfig(BaseConfig):
             "num_mini_batches",
             "kl_target",
             "kl_limit",
+            "shaping_tokens",
         )
         for name in (*positive, "kl_horizon", "reward_ensemble_strength"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
@@ -138,7 +150,8 @@ class PPOConfig(BaseConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
         if not 0 < self.cliprange < 1:
             raise ValueError(f"cliprange={self.cliprange} must lie in (0, 1).")
-        for name in ("kl_coef", "ptx_coef", "baseline_samples"):
+        not_negative = ("shaping_coef", "self_certainty_coef", "novelty_coef")
+        for name in ("kl_coef", "ptx_coef", "baseline_samples", *not_negative):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for name, allowed in (

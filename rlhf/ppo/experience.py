@@ -5,7 +5,7 @@ The second half, the update, is `PPOTrainer.training_step` and the losses below 
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from rlhf.ppo.rewards import Scores
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_columns
 from rlhf.ppo.state import PPOState
+from rlhf.ppo.token_rewards import own_token_rewards
+from rlhf.ppo.verdict_reward import OPPONENT
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
@@ -53,7 +55,7 @@ def make_rollout(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Rollout:
         count, mean, variance = moments_of_all(accelerator, experience.scores)
         trainer.progress.see_rewards(count, mean, variance * count)
 
-    # 2. A reward for every token: the score at the answer's last one, the sources' rewards of single tokens, the KL.
+    # 2. A reward for every token: the score at the answer's last one, the rewards of single tokens, the KL.
     scores = shape_scores(experience.scores, experience.ended, args, trainer.progress)
     kl_coef = trainer.progress.kl_coef if args.kl_estimator == "k1" else 0.0
     rewards = token_rewards(scores, experience.kl, mask, kl_coef=kl_coef) + experience.dense
@@ -90,6 +92,8 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
     # 1. Sample answers and score them; text crosses to the reward functions, never ids.
     prompts = [row["prompt"] for row in rows]
     completions = trainer.sample(rows)
+    if trainer.rewards.compares:
+        rows = _with_opponents(trainer, rows)
     scores = trainer.rewards(rows, completions)
     if trainer.args.baseline_samples > 0:
         scores = scores._replace(total=scores.total - _reference_baseline(trainer, rows))
@@ -106,6 +110,7 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
             "ppo: a log-probability of the policy or the reference is not finite; nothing was updated.",
             rows=[{"prompt": p, "completion": text} for p, text in zip(prompts, completions.texts, strict=True)],
         )
+    own_rewards = own_token_rewards(trainer, rows, completions, outputs, logprobs_reference)
     weights = torch.ones_like(kl)
     if completions.logprobs_sampler is not None:
         limit = trainer.args.vllm_importance_sampling_clip_max
@@ -115,7 +120,7 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
         attention_mask,
         mask,
         scores.total,
-        scores.per_token,
+        scores.per_token + own_rewards,
         completions.ended,
         kl,
         outputs,
@@ -171,6 +176,15 @@ def shape_scores(scores: Tensor, ended: Tensor, args: PPOConfig, state: PPOState
     if args.missing_eos_penalty is not None:
         scores = scores - args.missing_eos_penalty * (~ended).to(scores.dtype)
     return scores
+
+
+def _with_opponents(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """Return rows with an answer of the reference to each prompt, for sources that compare two; a row's own one stays."""
+    if OPPONENT in rows[0]:
+        return list(rows)
+    with trainer.reference.acting() as model:
+        texts = trainer.generate(model, rows).texts
+    return [cast(PromptRow, {**row, OPPONENT: text}) for row, text in zip(rows, texts, strict=True)]
 
 
 def _reference_baseline(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Tensor:

@@ -30,10 +30,10 @@ class RewardSource:
 
     Args:
         function: of one of the kinds in `rlhf.ppo.source_kinds`: a folder of `rlhf.load_reward_model`; the http address of
-            a reward server (`RemoteReward`); a function in a file (`FileReward`); a loaded `RewardModel`; a one-label
-            classifier (with its tokenizer as `processing_class`); or a function, `async` or not, called as TRL calls its
-            own, `f(prompts=..., completions=..., completion_ids=..., **columns)`, returning one number an answer, or a
-            list of one number a token.
+            a reward server (`RemoteReward`); a function in a file (`FileReward`); a causal model's verdicts
+            (`VerdictReward`); a loaded `RewardModel`; a one-label classifier (with its tokenizer as `processing_class`);
+            or a function, `async` or not, called as TRL calls its own, `f(prompts=..., completions=...,
+            completion_ids=..., **columns)`, returning one number an answer, or a list of one number a token.
 
     Raises:
         UserError: of none of them; or it can't be opened.
@@ -42,6 +42,11 @@ class RewardSource:
     def __init__(self, function: RewardFunction, processing_class: PreTrainedTokenizerBase | None = None):
         self.function = cast(RewardModel | ScoringFunction, kind_of(function).open(function, processing_class))
         self.name = getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def compares(self) -> bool:
+        """Tell whether it compares an answer with one of the reference, which it finds in the column `reference_answer`."""
+        return bool(getattr(self.function, "compares", False))
 
     @property
     def has_scale(self) -> bool:
@@ -171,6 +176,11 @@ class Rewards:
 
     def _scale(self, source: RewardSource) -> tuple[float, float]:
         return source.scale if self.args.normalize_reward else (0.0, 1.0)
+
+    @property
+    def compares(self) -> bool:
+        """Tell whether a source compares an answer with one of the reference."""
+        return any(source.compares for source in self.sources)
 
     def to(self, device: torch.device) -> None:
         """Move the sources that have weights to a device."""

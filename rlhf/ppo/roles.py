@@ -40,6 +40,7 @@ class TokenOutputs(NamedTuple):
         entropy: [b, r] nats; None while gradients are recorded, since nothing is made of it then.
         values: [b, r] V before the token was chosen, in normalised score units.
         variance, third: [b, r] second and third central moment of the surprise -log π, nats² and nats³; where entropy is.
+        certainty: [b, r] KL of the uniform distribution from the policy's, nats; where entropy is.
     """
 
     logprobs: Any
@@ -47,6 +48,7 @@ class TokenOutputs(NamedTuple):
     values: Any
     variance: Any = None
     third: Any = None
+    certainty: Any = None
 
 
 class AdapterHead(nn.Module):
@@ -156,7 +158,7 @@ class PolicyAndCritic(nn.Module):
             temperature: by which the policy's logits are divided.
             expected: where the policy's expected counts of tokens are added up; not while gradients are recorded.
         """
-        logprobs = entropy = values = variance = third = None
+        logprobs = entropy = values = variance = third = certainty = None
         if "policy" in roles:
             statistics = response_statistics(
                 self.policy,
@@ -169,7 +171,7 @@ class PolicyAndCritic(nn.Module):
             )
             logprobs = statistics.logprobs
             if statistics.surprise is not None:
-                entropy, variance, third = statistics.surprise
+                entropy, variance, third, certainty = statistics.surprise
         if "critic" in roles:
             positions = position_ids(attention_mask)
             with self.acting("critic"):
@@ -178,7 +180,7 @@ class PolicyAndCritic(nn.Module):
                 else:
                     scores = token_scores(self.critic, input_ids, attention_mask, positions).float()
             values = (scores[:, -response_length - 1 : -1] - self.value_mean) / self.value_std
-        return TokenOutputs(logprobs, entropy, values, variance, third)
+        return TokenOutputs(logprobs, entropy, values, variance, third, certainty)
 
     def gradient_checkpointing_enable(self, **arguments: object) -> None:
         """Switch on checkpointing in both roles."""

@@ -41,7 +41,7 @@ class Experience(NamedTuple):
         input_ids, attention_mask: [b, p + r] prompt (left-padded) and answer (right-padded).
         response_mask: [b, r] 1 on the answer's tokens, its end token included.
         scores: [b] all sources as one, before shaping and KL.
-        dense: [b, r] what sources said of single tokens; 0 elsewhere.
+        dense: [b, r] rewards of single tokens, of the sources and of PPO's own (`rlhf.ppo.token_rewards`); 0 elsewhere.
         ended: [b] bool, whether the answer stopped by itself.
         kl: [b, r] k1 of each token, nats.
         outputs: policy and critic.

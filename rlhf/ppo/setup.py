@@ -94,7 +94,8 @@ def rewards_and_critic(
     """Return the reward sources and the critic; the first source and the critic on the policy's base where that is possible.
 
     Raises:
-        UserError: weights for another number of sources, ensemble members on unknown scales, no critic to be had.
+        UserError: weights for another number of sources, ensemble members on unknown scales, shaping without a reward model, no
+            critic to be had.
     """
     # 1. One source or a list.
     functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
@@ -117,6 +118,11 @@ def rewards_and_critic(
     sources = [RewardSource(f, t) for f, t in zip(functions, tokenizers, strict=True)]
     if args.reward_ensemble is not None:
         _check_one_scale(sources, args)
+    if args.shaping_coef > 0 and not isinstance(sources[0].function, RewardModel):
+        raise UserError(
+            f"ppo: shaping_coef needs scores of answers that are not finished, which a reward model gives and {sources[0].name!r} "
+            "may not; name a reward model first, or leave shaping_coef out."
+        )
     if not isinstance(critic, AdapterHead):
         critic = _check_critic(critic or _copy_of_reward_model(sources[0], processing_class))
     return sources, critic

@@ -80,6 +80,24 @@ def _missing_folder(name: str) -> str | None:
     return None if folder.exists() else f"{folder}: no such folder."
 
 
+def missing_model(name: str) -> str | None:
+    """Return that the folder of a model is not there, in a sentence, or None; what may be a hub id is not looked for."""
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return f"{name}: no such folder." if is_path and not Path(name).expanduser().exists() else None
+
+
+def verdict_model(source: object) -> str | None:
+    """Return the causal model of `verdicts:MODEL`, a folder or hub id; None for other sources."""
+    return source.removeprefix(PREFIX) if isinstance(source, str) and source.startswith(PREFIX) else None
+
+
+PREFIX = "verdicts:"
+VERDICTS = SourceKind(
+    "verdicts:MODEL, a causal model that is asked which answer is better",
+    lambda source: verdict_model(source) is not None,
+    "rlhf.ppo.verdict_reward:VerdictReward",
+    problem=lambda name: missing_model(name.removeprefix(PREFIX)),
+)
 FOLDER = SourceKind(
     "the folder of a reward model", _is_name, "rlhf.reward.load:load_reward_model", problem=_missing_folder
 )
@@ -93,6 +111,7 @@ KINDS = (
         "rlhf.ppo.file_reward:FileReward",
         problem=_missing_file,
     ),
+    VERDICTS,
     FOLDER,  # any other name
     SourceKind("a loaded reward model", _is_reward_model, None),
     SourceKind(

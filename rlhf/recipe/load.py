@@ -236,7 +236,7 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
     yield from _check_rounds(recipe, document)
     yield from _check_lab(recipe, document)
     if recipe.lab is None:
-        starts_cold = recipe.rounds.first == "sampled" and recipe.rounds.labels_from in ("people", "judge")
+        starts_cold = recipe.rounds.first == "sampled" and recipe.rounds.labels_from in ("people", "judge", "verdicts")
         if data.preferences is None and not starts_cold:
             yield f"{document.place(('data',))}: data.preferences is missing (a hub id or a local file)."
         if data.preferences is None and starts_cold and data.prompts is None:
@@ -293,11 +293,22 @@ def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:
     asks = rounds.count > 1 or rounds.first == "sampled"
     if asks and rounds.labels_from == "lab" and recipe.lab is None:
         yield (
-            f"{document.place(('rounds', 'labels_from'))}: rounds.labels_from is lab, but there is no `lab:`; use people, judge "
-            "or dataset."
+            f"{document.place(('rounds', 'labels_from'))}: rounds.labels_from is lab, but there is no `lab:`; use people, judge, "
+            "verdicts or dataset."
         )
     if rounds.labels_from == "judge" and (rounds.judge_url is None or rounds.judge_model is None):
         yield f"{document.place(('rounds',))}: rounds.labels_from is judge; set rounds.judge_url and rounds.judge_model."
+    if rounds.labels_from == "verdicts":
+        if rounds.judge_model is None:
+            yield (
+                f"{document.place(('rounds',))}: rounds.labels_from is verdicts; set rounds.judge_model (a folder or hub id of a "
+                "causal model)."
+            )
+        for key in sorted(rounds.model_fields_set & {"judge_url", "judge_key", "judge_budget"}):
+            yield (
+                f"{document.place(('rounds', key))}: rounds.{key} is not used: with labels_from: verdicts the model is loaded, and "
+                "nobody is asked over a network. Leave it out, or set labels_from: judge."
+            )
     if rounds.labels_from == "dataset" and rounds.first == "sampled":
         yield f"{document.place(('rounds', 'first'))}: rounds.first is sampled, but labels_from: dataset samples nothing."
     if rounds.start == "sft" and rounds.reference == "previous":

@@ -295,14 +295,14 @@ class RoundsSection(Section):
     first: Literal["offline", "sampled"] = "offline"  # round 1: the recipe's preferences, or SFT's own answers
 
     # What is labelled, by whom.
-    labels_from: Literal["lab", "people", "judge", "dataset"] = "lab"
+    labels_from: Literal["lab", "people", "judge", "verdicts", "dataset"] = "lab"
     prompts: int = Field(512, ge=1)
     responses: int = Field(4, ge=2)
     labels: int = Field(500, ge=1)
     select: Literal["random", "deviation", "information", "diversity"] = "random"
     annotators_per_pair: int = Field(1, ge=1)
     judge_url: Address | None = None
-    judge_model: str | None = None
+    judge_model: str | None = None  # its name at the endpoint; for verdicts the folder or hub id of a causal model
     judge_key: str | None = None  # an environment variable's name
     judge_budget: int | None = Field(None, ge=2)
     age_weight: float = Field(1.0, gt=0, le=1)  # weight of a pair, for every round since it was labelled

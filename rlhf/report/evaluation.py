@@ -61,14 +61,29 @@ def write_evaluation(target: Path, result: Facts, pairs: Mapping[str, Sequence[F
 
 def _more(report: Facts) -> list[tuple[str, str, str]]:
     """Return the facts that only some data have: name, value, note."""
+    facts = _verdicts(report["verdicts"]) if "verdicts" in report else []
     if "rankings" not in report:
-        return []
+        return facts
     ranked = report["rankings"]
     chance = f"by chance {ranked['best_of_k_by_chance']:.3f}; {ranked['prompts']} rankings, a tie is wrong"
     tau = "-" if ranked["tau_b"] is None else f"{ranked['tau_b']:.3f}"
     return [
+        *facts,
         ("best of K is a best one", with_interval(ranked["best_of_k"], ranked["best_of_k_ci"]), chance),
         ("Kendall's tau-b", tau, "mean over prompts"),
+    ]
+
+
+def _verdicts(entry: Facts) -> list[tuple[str, str, str]]:
+    """Return the facts of a causal model's verdicts on the same pairs: name, value, note."""
+    difference = with_interval(entry["difference"], entry["difference_ci"], sign=True)
+    note = f"{difference} from the reward model; ECE {entry['ece']:.3f}"
+    order = f"A is said {entry['says_a']:.0%} of the time; mean bias {entry['bias']:+.2f} nats"
+    letters = f"of the probability of its next token; {entry['too_long']} pairs were too long for it"
+    return [
+        (f"verdicts of {entry['model']}", with_interval(entry["accuracy"], entry["accuracy_ci"]), note),
+        ("verdicts that turn with the order", with_interval(entry["turned"], entry["turned_ci"]), order),
+        ("on the letters A and B", f"{entry['letter_share']:.0%}", letters),
     ]
 
 

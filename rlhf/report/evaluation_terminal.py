@@ -68,6 +68,17 @@ def length_sentence(report: Facts) -> str | None:
     return f"a length rule alone gets {', '.join(solved)}." if solved else None
 
 
+def verdict_sentence(entry: Facts) -> str:
+    """Say how a causal model's verdicts agree with the labels, and how much of them is the order of the answers."""
+    difference = with_interval(entry["difference"], entry["difference_ci"], sign=True)
+    unknown = f" {entry['too_long']} pairs are too long for it, and count as wrong." if entry["too_long"] else ""
+    return (
+        f"verdicts of {entry['model']}: accuracy {with_interval(entry['accuracy'], entry['accuracy_ci'])}, {difference} from the "
+        f"first; {entry['turned']:.0%} of the verdicts turn with the order, A is said {entry['says_a']:.0%} of the time (mean bias "
+        f"{entry['bias']:+.2f} nats); {entry['letter_share']:.0%} of its probability is on the letters.{unknown}"
+    )
+
+
 def with_interval(value: float, interval: Sequence[float], *, sign: bool = False) -> str:
     """Return a number with its interval.
 
@@ -166,5 +177,7 @@ def _more(report: Facts, models: Sequence[str]) -> list[str]:
             lines.append(
                 f"{model} has {entry['accuracy']:.3f}, {difference} from the first; p = {entry['p_value']:.2g} (paired, by prompt)."
             )
+    if "verdicts" in report:
+        lines.append(verdict_sentence(report["verdicts"]))
     sentence = length_sentence(report)
     return [*lines, sentence] if sentence else lines

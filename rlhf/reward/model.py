@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
-from rlhf.models.score import score_rows
+from rlhf.models.score import position_limit, score_rows
 from rlhf.models.text import closed_text, encode_answers, encode_texts, is_rendered
 from rlhf.models.typed import is_typed
 
@@ -199,9 +199,3 @@ class RewardModel:
                 "end alike get the same score. Leave them out, or take a model that reads more."
             )
         return sentences
-
-
-def position_limit(model: Network, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens a model can read: an encoder has no positions beyond, a decoder was not trained on them."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)

@@ -108,7 +108,13 @@ def fitted(
 
 
 def ppo_curve(world: Path, seed: int, rewards: Any, **settings: Any) -> list[tuple[float, float, float]]:
-    """KL, true reward and raw score of every rollout of PPO from a world's SFT model, with the quickstart's settings.
+    """KL, true reward and raw score of every rollout of `ppo_log`."""
+    rows = ppo_log(world, seed, rewards, **settings)
+    return [(row["kl"], row["reward_gold"], row["reward_proxy"]) for row in rows]
+
+
+def ppo_log(world: Path, seed: int, rewards: Any, **settings: Any) -> list[dict[str, float]]:
+    """The log of every rollout of PPO from a world's SFT model, with the quickstart's settings.
 
     The critic starts as a copy of the world's own reward model whatever the rewards are, so that only those differ.
 
@@ -133,8 +139,7 @@ def ppo_curve(world: Path, seed: int, rewards: Any, **settings: Any) -> list[tup
             monitor_funcs={"gold": gold},
         )
         trainer.train()
-    rows = [row for row in trainer.state.log_history if "reward_gold" in row]
-    return [(row["kl"], row["reward_gold"], row["reward_proxy"]) for row in rows]
+    return [row for row in trainer.state.log_history if "reward_gold" in row]
 
 
 def differences(reward: RewardModel, rows: Rows) -> Tensor:

@@ -44,6 +44,19 @@ def test_pairs_say_what_annotators_said() -> None:
     assert found.counts == expected
 
 
+def test_annotators_who_say_how_sure_they_are_are_believed() -> None:
+    a, b, c = (q.id for q in FIVE[:3])
+    verdicts = [
+        Verdict(a, "first", "m", confidence=0.8),
+        Verdict(b, "second", "m", confidence=0.7), Verdict(b, "first", "ann"),
+        Verdict(c, "second", "m", confidence=0.9), Verdict(c, "tie", "ann"),
+    ]  # fmt: skip
+    found = tally(FIVE, verdicts)
+    assert [(row["chosen"][0]["content"], row.get("confidence")) for row in found.rows] == [
+        ("yes 0", 0.8), ("yes 1", pytest.approx(0.65)), ("no 2", pytest.approx(0.7)),
+    ]  # fmt: skip
+
+
 @pytest.mark.fault("labels of a round")
 def test_what_cannot_count_is_put_aside_with_its_reason() -> None:
     old = question(0, round_number=1)

@@ -31,7 +31,7 @@ ROLLOUTS, ANSWERS, LENGTH, VOCABULARY = 400, 16, 12, 300
 def sums_of(logits: Tensor, tokens: Tensor) -> MomentSums:
     """Sums of tokens [b, r] under the policy with these logits [b, r + 1, v]."""
     surprise = token_surprise(logits, tokens.shape[1])
-    sums = surprise_sums(token_logprobs(logits, tokens), *surprise, torch.ones_like(tokens))
+    sums = surprise_sums(token_logprobs(logits, tokens), *surprise[:3], torch.ones_like(tokens))
     return MomentSums(*sums.tolist())
 
 
@@ -199,6 +199,6 @@ def test_only_sampled_tokens_count() -> None:
     logits = torch.randn(2, 4, 9)
     tokens = torch.randint(9, (2, 3))
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    columns: Any = (token_logprobs(logits, tokens), *token_surprise(logits, 3))
+    columns: Any = (token_logprobs(logits, tokens), *token_surprise(logits, 3)[:3])
     poisoned = [torch.where(mask.bool(), column, torch.full_like(column, math.nan)) for column in columns]
     torch.testing.assert_close(surprise_sums(*poisoned, mask), surprise_sums(*columns, mask))

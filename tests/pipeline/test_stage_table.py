@@ -22,6 +22,7 @@ MADE = {
     "sampled": ("rounds.count=2", "rounds.first=sampled"),
     "people": ("rounds.count=2", "rounds.labels_from=people"),
     "judge": ("rounds.count=2", "rounds.labels_from=judge", "rounds.judge_url=http://x/v1", "rounds.judge_model=j"),
+    "verdicts": ("rounds.count=2", "rounds.labels_from=verdicts", "rounds.judge_model=org/m"),
     "dataset": ("rounds.count=3", "rounds.labels_from=dataset", "reward.meta=true"),
     "a model": ("lab=null", "backbone.model=m", "data.sft=s", "data.preferences=p"),
     "no sft": ("lab=null", "backbone.model=m", "data.preferences=p", "rounds.count=2", "rounds.labels_from=people"),

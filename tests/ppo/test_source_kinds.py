@@ -26,6 +26,7 @@ def test_every_source_has_the_first_kind_that_it_matches(reward_folder: Path) ->
     sources = (
         "https://host:5000/rules.py:brief",
         "rules.py:brief",
+        "verdicts:org/model",
         str(reward_folder),
         load_reward_model(reward_folder),
         AutoModelForSequenceClassification.from_pretrained(reward_folder, num_labels=1),
@@ -53,7 +54,7 @@ def test_names_are_looked_at_without_torch() -> None:
     code = """
 import sys
 from rlhf.ppo.source_kinds import source_problem
-for name in ("http://x", "rules.py:f", "folder"):
+for name in ("http://x", "rules.py:f", "verdicts:m", "folder"):
     source_problem(name)
 assert "torch" not in sys.modules, "torch was imported"
 """

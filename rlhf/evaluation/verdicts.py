@@ -1,0 +1,89 @@
+"""How well the verdicts of a causal model agree with labelled pairs, and how much of them is the order of the answers."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+
+from rlhf.data.rows import Pair, told
+from rlhf.models.text import plain
+from rlhf.models.verdicts import VerdictModel, Verdicts
+from rlhf.objectives.verdicts import first_is_better, turns_with_order
+from rlhf.statistics import clustered_mean, expected_calibration_error
+
+
+class VerdictReport(TypedDict):
+    """A model's verdicts on labelled pairs, both orders averaged; intervals resample prompts.
+
+    Attributes:
+        model: its name.
+        n, ties, too_long: pairs; those with log-odds of exactly 0, which count as wrong; those that did not fit in its context.
+        accuracy: share of the pairs whose chosen answer it calls the better one.
+        ece: how far P(chosen is better) = σ(log-odds) is from how often it is right.
+        turned: share of the pairs whose verdict turns with the order, that is, of which it says the same letter twice.
+        says_a: share of all questions, two a pair, to which it says A; 0.5 without position bias.
+        bias: mean bias towards A, nats.
+        letter_share: mean share of the next-token probability that lies on A and B.
+    """
+
+    model: str
+    n: int
+    ties: int
+    too_long: int
+    accuracy: float
+    accuracy_ci: list[float]
+    ece: float
+    turned: float
+    turned_ci: list[float]
+    says_a: float
+    bias: float
+    bias_ci: list[float]
+    letter_share: float
+
+
+def compare_pairs(model: VerdictModel, rows: Sequence[Pair], *, label: str | None = None) -> Verdicts:
+    """Ask a model which side of every pair is better; the chosen one is called the first.
+
+    Args:
+        label: what the progress bar says.
+    """
+    prompts = [row["prompt"] for row in rows]
+    chosen, rejected = ([told(row, side) for row in rows] for side in ("chosen", "rejected"))
+    return model.compare(prompts, chosen, rejected, label=label)
+
+
+def right_verdicts(verdicts: Verdicts) -> list[float]:
+    """Return 1 where the chosen answer is called the better one and 0 elsewhere, [n]; a tie is wrong."""
+    values: list[float] = (verdicts.orders.log_odds > 0).double().tolist()
+    return values
+
+
+def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> VerdictReport:
+    """Report a model's verdicts on labelled pairs, of which the chosen answer was called the first.
+
+    Args:
+        name: the model's.
+    """
+    prompts = [plain(row["prompt"]) for row in rows]
+    log_odds, bias = verdicts.orders
+    right, turned = right_verdicts(verdicts), turns_with_order(verdicts.orders).double().tolist()
+    sure = first_is_better(verdicts.orders).double()
+    accuracy, accuracy_ci = clustered_mean(right, prompts)
+    turned_share, turned_ci = clustered_mean(turned, prompts)
+    mean_bias, bias_ci = clustered_mean(bias.double().tolist(), prompts)
+    says_a = np.concatenate([(bias + log_odds > 0).numpy(), (bias - log_odds > 0).numpy()])
+    return {
+        "model": name,
+        "n": len(rows),
+        "ties": int((log_odds == 0).sum()),
+        "too_long": int((~verdicts.fits).sum()),
+        "accuracy": accuracy,
+        "accuracy_ci": accuracy_ci,
+        "ece": expected_calibration_error(sure.maximum(1 - sure).tolist(), right),
+        "turned": turned_share,
+        "turned_ci": turned_ci,
+        "says_a": float(says_a.mean()),
+        "bias": mean_bias,
+        "bias_ci": bias_ci,
+        "letter_share": float(verdicts.share.mean()),
+    }

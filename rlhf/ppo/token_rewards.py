@@ -1,0 +1,62 @@
+"""Rewards of single tokens that PPO makes itself: shaping by the reward model, self-certainty, novelty."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from rlhf.models.generate import Completions
+from rlhf.objectives.intrinsic import novelty, spread_mean
+from rlhf.objectives.shaping import shaping_rewards
+from rlhf.ppo.roles import TokenOutputs
+from rlhf.ppo.rollout import PromptRow
+from rlhf.reward.load import RewardModel
+
+if TYPE_CHECKING:
+    from rlhf.ppo.trainer import PPOTrainer
+
+
+def own_token_rewards(
+    trainer: "PPOTrainer",
+    rows: Sequence[PromptRow],
+    completions: Completions,
+    outputs: TokenOutputs,
+    logprobs_reference: Tensor,
+) -> Tensor:
+    """Return what the settings ask for beside the sources' rewards, [b, r]: 0 where that is nothing."""
+    args, mask = trainer.args, completions.response_mask
+    rewards = torch.zeros(mask.shape, device=mask.device)
+    if args.shaping_coef > 0:
+        rewards += args.shaping_coef * shaping_rewards(_potentials(trainer, rows, completions), mask, gamma=args.gamma)
+    if args.self_certainty_coef > 0:
+        certainty = spread_mean(outputs.certainty, mask)
+        trainer.metrics.count("self_certainty", certainty.sum(), len(mask))
+        rewards += args.self_certainty_coef * certainty
+    if args.novelty_coef > 0:
+        rewards += args.novelty_coef * spread_mean(novelty(logprobs_reference), mask)
+    return rewards
+
+
+def _potentials(trainer: "PPOTrainer", rows: Sequence[PromptRow], completions: Completions) -> Tensor:
+    """Return the potential before each token, [b, r]: the first reward model's score of the answer so far, on its own scale.
+
+    It is taken every `shaping_tokens` tokens, of the answer as far as it had come, without an end, and stays from there to the
+    next one.
+    """
+    # 1. The answers' beginnings.
+    step, mask = trainer.args.shaping_tokens, completions.response_mask
+    lengths = mask.sum(dim=1).tolist()
+    places = [(row, start) for row, length in enumerate(lengths) for start in range(0, length, step)]
+    beginnings = [completions.response_ids[row, :start].tolist() for row, start in places]
+    texts = trainer.processing_class.batch_decode(beginnings, skip_special_tokens=True)
+
+    # 2. Their scores, each from its place to the next.
+    reward = cast(RewardModel, trainer.rewards.sources[0].function)
+    mean, std = trainer.rewards.scale
+    prompts = [rows[row]["prompt"] for row, _ in places]
+    scores = (reward.score(prompts, texts, ended=[False] * len(texts)) - mean) / std
+    potentials = torch.zeros(mask.shape)
+    for (row, start), score in zip(places, scores.tolist(), strict=True):
+        potentials[row, start : start + step] = score
+    return potentials.to(mask.device)

@@ -1,0 +1,71 @@
+"""Verdicts against labels: counts by hand on planted log-odds, and the JSON and sentence of `rlhf evaluate --verdicts`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rlhf.cli import app
+from rlhf.data.rows import Pair, assistant_turn, user_turn
+from rlhf.errors import UserError
+from rlhf.evaluation.verdicts import compare_pairs, verdict_report
+from rlhf.models.verdicts import Verdicts, load_verdict_model
+from rlhf.objectives.verdicts import TwoOrders
+from tests.conftest import PROMPTS, WORDS
+
+
+def pair(i: int) -> Pair:
+    words = f"yes {WORDS[i % 9]}", f"no {WORDS[i % 7]}"
+    return {"prompt": user_turn(f"list {i}"), "chosen": assistant_turn(words[0]), "rejected": assistant_turn(words[1])}
+
+
+def test_counts_are_those_made_by_hand() -> None:
+    """Five pairs: right and firm, right and turned, wrong and firm, wrong and turned the other way, too long."""
+    log_odds, bias = torch.tensor([2.0, 0.5, -2.0, -0.5, 0.0]), torch.tensor([1.0, 1.0, 1.0, -1.0, 0.0])
+    fits, share = log_odds != 0, torch.tensor([0.5, 0.5, 0.5, 0.5, 0.0])
+    report = verdict_report("m", Verdicts(fits, TwoOrders(log_odds, bias), share), [pair(i) for i in range(5)])
+    assert (report["n"], report["ties"], report["too_long"]) == (5, 1, 1)
+    assert report["accuracy"] == pytest.approx(2 / 5)
+    assert report["turned"] == pytest.approx(2 / 5)
+    # Letters of both orders, bias ± log-odds: AB, AA, BA, BB, and none.
+    assert report["says_a"] == pytest.approx(4 / 10)
+    assert report["bias"] == pytest.approx(2 / 5)
+    assert report["letter_share"] == pytest.approx(0.4)
+
+
+def test_evaluate_has_verdicts_beside_the_models(reward_folder: Path, verdict_folder: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": p, "chosen": f"yes {WORDS[i % 9]}", "rejected": f"no {i}"} for i, p in enumerate(PROMPTS[:8])
+    ]
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "e.json"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["evaluate", str(reward_folder), str(file), "--verdicts", str(verdict_folder), "--out", str(out)]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    report = json.loads(out.read_text())["data"]["pairs"]
+    pairs: list[Pair] = [
+        {"prompt": r["prompt"], "chosen": assistant_turn(r["chosen"]), "rejected": assistant_turn(r["rejected"])}
+        for r in rows
+    ]
+    verdicts = compare_pairs(load_verdict_model(str(verdict_folder)), pairs)
+    right = (verdicts.orders.log_odds > 0).float().mean().item()
+    assert report["verdicts"]["accuracy"] == pytest.approx(right)
+    assert report["verdicts"]["difference"] == pytest.approx(right - report["accuracy"])
+    shown = " ".join(outcome.output.split())
+    assert f"verdicts of {verdict_folder}: accuracy {right:.3f}" in shown.replace("\n", "")
+    assert "of the verdicts turn with the order" in shown
+    assert "verdicts that turn with the order" in out.with_suffix(".html").read_text()
+
+
+def test_a_model_that_gives_no_verdicts_is_told_before_anything_is_scored(
+    reward_folder: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "e.json"
+    file.write_text(json.dumps({"prompt": PROMPTS[0], "chosen": "yes", "rejected": "no"}) + "\n")
+    arguments = ["evaluate", str(reward_folder), str(file), "--verdicts", str(encoder_folder), "--out", str(out)]
+    outcome = CliRunner().invoke(app, arguments)
+    assert isinstance(outcome.exception, UserError)
+    assert not out.exists()

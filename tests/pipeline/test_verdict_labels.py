@@ -1,0 +1,93 @@
+"""Labels of a round from a causal model's verdicts: which pairs they make, how sure they are, what is refused before a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.data.labels import Question, question_id
+from rlhf.errors import UserError
+from rlhf.files import read_jsonl, write_jsonl
+from rlhf.models.verdicts import load_verdict_model
+from rlhf.objectives.verdicts import first_is_better
+from rlhf.pipeline.checks import check_arguments, check_sources
+from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.label import run_label
+from rlhf.pipeline.plan import plan
+from rlhf.recipe import Recipe, load_recipe
+from tests.conftest import PROMPTS, WORDS
+
+
+def recipe(folder: Path, base: Path, annotator: object, *overrides: str) -> Recipe:
+    file = folder / "r.yaml"
+    prompts = folder / "prompts.jsonl"
+    write_jsonl(prompts, [{"prompt": prompt} for prompt in PROMPTS])
+    file.write_text(f"""
+name: verdicts
+backbone: {{model: {base}}}
+data: {{prompts: {prompts}, test_fraction: 0.3}}
+rounds: {{count: 1, first: sampled, labels_from: verdicts, judge_model: {annotator}}}
+""")
+    return load_recipe(file, list(overrides))
+
+
+def questions() -> list[Question]:
+    made = []
+    for i, prompt in enumerate(PROMPTS[:12]):
+        first, second = f"yes {WORDS[i % 9]}", f"no {WORDS[i % 7]} and more" if i else "dog " * 600
+        made.append(Question(question_id(1, prompt, [first, second]), 1, prompt, first, second))
+    return made
+
+
+def test_pairs_have_the_models_label_and_its_confidence(
+    base_folder: Path, verdict_folder: Path, tmp_path: Path
+) -> None:
+    run, asked, said = tmp_path / "x", questions(), list[str]()
+    folder, parents = run / "round-1/label", {"data": run / "round-0/data", "select": run / "round-1/select"}
+    for place in (folder, parents["data"] / "data", parents["select"]):
+        place.mkdir(parents=True)
+    write_jsonl(parents["select"] / "questions.jsonl", [q.as_row() for q in asked])
+    made = recipe(tmp_path, base_folder, verdict_folder)
+    facts = run_label(StageContext(made, folder, parents, said.append))
+    pairs = [*read_jsonl(folder / "fresh.jsonl"), *read_jsonl(folder / "test_pairs.jsonl")]
+    assert (facts["labelled"], facts["skipped"], len(pairs)) == (11, 1, 11)
+
+    # Each by itself, from the answers' own side.
+    model = load_verdict_model(str(verdict_folder))
+    for row in pairs:
+        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        orders = model.compare([row["prompt"]], [chosen], [rejected]).orders
+        assert row["confidence"] == pytest.approx(first_is_better(orders).item(), abs=1e-5)
+        assert 0.5 < row["confidence"] < 1
+        assert row["annotator"] == str(verdict_folder)
+    turned = sum("turn with the order" in line and "1 pairs were too long for it (skipped)" in line for line in said)
+    assert turned == 1, said
+
+
+def test_what_cannot_label_is_refused_before_a_run(
+    base_folder: Path, verdict_folder: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"set rounds.judge_model \(a folder or hub id"):
+        recipe(tmp_path, base_folder, "null")
+    with pytest.raises(UserError, match=r"rounds.judge_url is not used"):
+        recipe(tmp_path, base_folder, verdict_folder, "rounds.judge_url=http://x/v1")
+    with pytest.raises(UserError, match=r"rounds.judge_model: /none/there: no such folder"):
+        check_sources(recipe(tmp_path, base_folder, "/none/there"))
+    with pytest.raises(UserError, match=r"rounds.judge_model: .*an encoder says no next token"):
+        check_arguments(recipe(tmp_path, base_folder, encoder_folder))
+
+
+def test_another_model_is_another_stage(base_folder: Path, verdict_folder: Path, tmp_path: Path) -> None:
+    """The files of the model are part of the key, so weights that changed make new labels."""
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree(verdict_folder, copy)
+
+    def key() -> str:
+        return next(stage.key for stage in plan(recipe(tmp_path, base_folder, copy)) if stage.name == "label")
+
+    before = key()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "note": 1}))
+    assert key() != before
