@@ -15,7 +15,7 @@ PSEUDO_LABELS = 10.0
 FIRST_GUESS = 0.75
 STEPS, TOLERANCE = 1000, 1e-9
 GRID, LABELS_AT_ONCE = 2001, 4096
-ACCURACIES, SCALES = 51, 31
+ACCURACIES, SCALES = 51, 61
 NEWTON_STEPS = 50
 
 
@@ -157,20 +157,28 @@ def most_accuracy(alike: float) -> float:
     return float((1 + max(0.0, 2 * alike - 1) ** 0.5) / 2)
 
 
-def difference_statistic(differences: Tensor, annotator: Tensor, annotators: int) -> float:
-    """Return the likelihood ratio statistic of "every annotator has an accuracy of their own" against "all have the same".
+class AccuracyFits(NamedTuple):
+    """Largest log-likelihoods of labels at each worth of a vote, on a grid of accuracies.
 
-        2 ( max_b Σ_j max_a ℓ_j(a, b) - max_(b, a) Σ_j ℓ_j(a, b) ),   ℓ_j(a, b) = Σ_i log( a σ(b d_i) + (1 - a) σ(-b d_i) )
+        ℓ_j(a, b) = Σ_i log( a σ(b d_i) + (1 - a) σ(-b d_i) ),   i the labels of annotator j
 
-    It is χ² with annotators - 1 degrees of freedom where they are equally good. What votes are worth, b, is fitted on both sides,
-    so votes that err more than they say, which do so for all annotators alike, make no difference.
+    Attributes:
+        scales: [s] b, what a vote is worth.
+        separate: [s] Σ_j max_a ℓ_j(a, b): every annotator with an accuracy of their own.
+        common: [s] max_a Σ_j ℓ_j(a, b): all with the same.
+    """
+
+    scales: Tensor
+    separate: Tensor
+    common: Tensor
+
+
+def fit_scales(differences: Tensor, annotator: Tensor, annotators: int) -> AccuracyFits:
+    """Fit accuracies to votes at each worth of a vote.
 
     Args:
         differences: [n] votes on each label, above 0 where they agree with it.
         annotator: [n] int64, who gave it.
-
-    >>> difference_statistic(torch.tensor([2.0, -2.0, 2.0, -2.0]), torch.tensor([0, 0, 1, 1]), 2)
-    0.0
     """
     accuracies = torch.linspace(0, 1, ACCURACIES, dtype=torch.float64)[:, None]
     values = differences.double()
@@ -182,7 +190,46 @@ def difference_statistic(differences: Tensor, annotator: Tensor, annotators: int
         sums = torch.zeros(ACCURACIES, annotators, dtype=torch.float64).index_add(1, annotator, likelihood)
         separate.append(sums.max(dim=0).values.sum())
         common.append(sums.sum(dim=1).max())
-    return 2 * (torch.stack(separate).max() - torch.stack(common).max()).item()
+    return AccuracyFits(scales, torch.stack(separate), torch.stack(common))
+
+
+def vote_worth(differences: Tensor, annotator: Tensor, annotators: int) -> float:
+    """Return what a vote is worth, b in nats per unit, where every annotator has an accuracy of their own.
+
+        b = argmax_b Σ_j max_a ℓ_j(a, b)
+
+    One accuracy for all can't explain that some labels are contradicted more often than others, and takes it for blunt votes.
+
+    Args:
+        differences: [n] votes on each label, above 0 where they agree with it.
+        annotator: [n] int64, who gave it.
+
+    >>> sure, blunt = torch.full((8,), 4.0), torch.tensor([4.0, -4.0] * 4)
+    >>> alone = vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 16), 1)
+    >>> vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 8 + [1] * 8), 2) > 2 * alone
+    True
+    """
+    fits = fit_scales(differences, annotator, annotators)
+    return fits.scales[fits.separate.argmax()].item()
+
+
+def difference_statistic(differences: Tensor, annotator: Tensor, annotators: int) -> float:
+    """Return the likelihood ratio statistic of "every annotator has an accuracy of their own" against "all have the same".
+
+        2 ( max_b Σ_j max_a ℓ_j(a, b) - max_(b, a) Σ_j ℓ_j(a, b) )
+
+    It is χ² with annotators - 1 degrees of freedom where they are equally good. What votes are worth, b, is fitted on both sides,
+    so votes that err more than they say, which do so for all annotators alike, make no difference.
+
+    Args:
+        differences: [n] votes on each label, above 0 where they agree with it.
+        annotator: [n] int64, who gave it.
+
+    >>> difference_statistic(torch.tensor([2.0, -2.0, 2.0, -2.0]), torch.tensor([0, 0, 1, 1]), 2)
+    0.0
+    """
+    fits = fit_scales(differences, annotator, annotators)
+    return 2 * (fits.separate.max() - fits.common.max()).item()
 
 
 class Slopes(NamedTuple):

@@ -23,6 +23,7 @@ from rlhf.objectives.annotators import (
     label_slopes,
     others_log_odds,
     pair_log_odds,
+    vote_worth,
 )
 from rlhf.reward.noise import NoiseEstimate
 from rlhf.statistics import unpaired_difference
@@ -96,18 +97,23 @@ class Labelled(NamedTuple):
 def labels_of_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> Labelled:
     """Return canonical pairs as labels, each "first" or "second" of its pair, with what the vote says of the pair before.
 
-    Rows of the same two answers are labels of one pair, whichever is chosen.
+    Rows of the same two answers are labels of one pair, whichever is chosen. What a vote is worth is fitted with an accuracy for
+    each annotator, where two can be told apart; votes that say nothing of the labels (`noise.scale` 0) stay so.
 
     Args:
         strength: [n] mean out-of-fold difference of each row.
-        noise: whose `scale` is what a vote is worth, in nats.
+        noise: whose `scale` is what a vote is worth with one accuracy for all, in nats.
     """
     numbers, sides = pair_numbers(rows)
     pair, side = torch.tensor(numbers), torch.tensor(sides, dtype=torch.float64)
     is_tie = torch.tensor([row.get("confidence") == TIE for row in rows])
     votes = torch.bincount(pair)
-    summed = torch.zeros(len(votes), dtype=torch.float64).index_add(0, pair, noise.scale * strength.double() * side)
-    return grouped(pair, side, side * ~is_tie, who_labelled(rows), summed / votes)
+    labelled = grouped(pair, side, side * ~is_tie, who_labelled(rows), torch.zeros(len(votes), dtype=torch.float64))
+    scale = noise.scale
+    if scale > 0 and labelled.groups > 1 and not is_tie.all():
+        scale = vote_worth(strength[~is_tie], labelled.labels.annotator[~is_tie], labelled.groups)
+    prior = labelled.labels.prior.index_add(0, pair, scale * strength.double() * side) / votes
+    return labelled._replace(labels=labelled.labels._replace(prior=prior))
 
 
 def who_labelled(rows: Sequence[Pair]) -> list[str]:

@@ -77,7 +77,8 @@ def label_app(
             times = sorted(v.seconds for v in history.verdicts if v.seconds is not None)
             median = times[len(times) // 2] if times else None
             agreed = agreement(book.verdicts(round_number))
-            return page("done", {**shared, "done": done, "total": total, "median": median, "agreement": agreed})
+            counted = {"done": done + controls, "total": total + controls}
+            return page("done", {**shared, **counted, "median": median, "agreement": agreed})
 
         # 3. In its place a control question, where one is due; the bar counts it like any other.
         gold, ordinary = book.gold(round_number), {q.id: q for q in book.questions(round_number)}

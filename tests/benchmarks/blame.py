@@ -3,7 +3,7 @@
 python tests/benchmarks/blame.py --json blame.json --seeds 3,4,5 --ppo
 python tests/benchmarks/blame.py --json quick.json --seeds 0 --quick
 
-Every seed has 2,000 pairs of its own in true order; in 5 % of them a phrase of flattery is put before the worse answer, and the
+Every seed has 1,000 pairs of its own in true order; in 5 % of them a phrase of flattery is put before the worse answer, and the
 label prefers it. Four reward models, alike but for their pairs: `planted` on all; `removed` without the 5 % that
 `rlhf blame --feature flattery` names; `random` without as many drawn at random; `clean` on the pairs before the planting.
 
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from worlds import RECIPE, Rows, differences, in_true_order, reward_settings, world
@@ -35,7 +35,7 @@ from rlhf.pipeline.blame import blame
 from rlhf.pipeline.training import quiet_libraries
 
 SIZES = {"pairs": 19_000, "test_pairs": 4800, "demonstrations": 4000}  # as second_look.py
-TRAIN, TEST, SHARE, EPISODES = 2000, 1000, 0.05, 2048
+TRAIN, TEST, SHARE, EPISODES = 1000, 1000, 0.05, 2048
 GOLD = """from rlhf.data.traits import TRAITS
 
 
@@ -57,17 +57,26 @@ def pairs_of(rows: Rows, seed: int) -> tuple[Rows, set[int]]:
     return [flattered(row, rng) if i in planted else row for i, row in enumerate(rows)], planted
 
 
-def trained(folder: Path, base: Path, rows: Rows, prompts: Rows, seed: int, *, ppo: bool) -> Path:
+class Scene(NamedTuple):
+    """What the runs of a seed have in common."""
+
+    base: Path
+    prompts: Rows
+    test: Rows
+    seed: int
+
+
+def trained(folder: Path, here: Scene, rows: Rows, *, ppo: bool = False) -> Path:
     """A run on some pairs: its reward model, and with `ppo` the policy after it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, lines in (("pairs", rows), ("prompts", prompts)):
+    for name, lines in (("pairs", rows), ("prompts", here.prompts), ("test", here.test)):
         write_jsonl(folder / f"{name}.jsonl", lines)
     (folder / "gold.py").write_text(GOLD)
     recipe = {
         "name": folder.name,
-        "seed": seed,
-        "backbone": {"model": str(base)},
-        "data": {"preferences": "pairs.jsonl", "prompts": "prompts.jsonl", "test_fraction": 0.02},
+        "seed": here.seed,
+        "backbone": {"model": str(here.base)},
+        "data": {"preferences": "pairs.jsonl", "prompts": "prompts.jsonl", "test": "test.jsonl"},
         "reward": reward_settings(5e-4, 2),
         "ppo": {**yaml.safe_load(RECIPE.read_text())["ppo"], "total_episodes": EPISODES},
         "evaluate": {"gold": "gold.py:flattery"},
@@ -99,9 +108,10 @@ def measured(folder: Path, seed: int, *, ppo: bool, quick: bool) -> dict[str, An
     prompts = read_jsonl(folder / "world/round-0/data/data/prompts.jsonl")
     work = folder / f"{seed}{'-quick' if quick else ''}"
     labels, planted = pairs_of(mine, seed)
+    here = Scene(base, prompts, held[:100], seed)
 
     # 1. All labels, and what blame takes out of them.
-    runs = {"planted": trained(work / "planted", base, labels, prompts, seed, ppo=False)}
+    runs = {"planted": trained(work / "planted", here, labels)}
     out = work / "blamed"
     if not out.is_dir():
         blame(runs["planted"], "flattery", out, share=SHARE, say=print)
@@ -113,7 +123,7 @@ def measured(folder: Path, seed: int, *, ppo: bool, quick: bool) -> dict[str, An
     # 2. The others, with as many pairs.
     drawn = random.Random(seed + 1).sample(range(len(labels)), len(labels) - facts["removed"])
     for name, kept in (("removed", rest), ("random", [labels[i] for i in sorted(drawn)]), ("clean", mine)):
-        runs[name] = trained(work / name, base, kept, prompts, seed, ppo=False)
+        runs[name] = trained(work / name, here, kept)
     result: dict[str, Any] = {
         "planted": len(planted),
         "removed": facts["removed"],
@@ -126,9 +136,7 @@ def measured(folder: Path, seed: int, *, ppo: bool, quick: bool) -> dict[str, An
     if ppo:
         result["policy"] = {}
         for name, data in (("planted", labels), ("removed", rest), ("random", [labels[i] for i in sorted(drawn)])):
-            summary = json.loads(
-                (trained(work / name, base, data, prompts, seed, ppo=True) / "summary.json").read_text()
-            )
+            summary = json.loads((trained(work / name, here, data, ppo=True) / "summary.json").read_text())
             result["policy"]["sft"] = summary["sft"]["gold"]
             policy = summary["rounds"][-1]["policy"]
             result["policy"][name] = policy["gold"]
@@ -152,7 +160,7 @@ def compared(values: list[dict[str, float]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seeds", default="3,4,5", help="of 0 to 7")
+    parser.add_argument("--seeds", default="3,4,5", help="of 0 to 15")
     parser.add_argument("--ppo", action="store_true", help="also a short PPO against three of the reward models")
     parser.add_argument("--quick", action="store_true", help="a tenth of the pairs, the first seed")
     arguments = parser.parse_args()
