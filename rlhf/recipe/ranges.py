@@ -77,7 +77,7 @@ RANGES: dict[str, Range] = dict(
             NOT_NEGATIVE,
             """
             weight_decay max_grad_norm kl_coef ptx_coef baseline_samples shaping_coef self_certainty_coef novelty_coef
-            center_rewards_coefficient critic_warmup
+            adversarial_coef center_rewards_coefficient critic_warmup
             dataloader_num_workers eval_delay missing_eos_penalty num_completions_to_print router_aux_loss_coef warmup_steps
             chunk_size_feed_forward max_window_layers
             """,
