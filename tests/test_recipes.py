@@ -40,16 +40,23 @@ def test_every_shipped_recipe_is_valid_and_can_be_executed() -> None:
         recipe = load_recipe(file)
         assert os.access(file, os.X_OK), file
         if recipe.rounds.count > 1:
-            stem = {"people": "people", "lab": "rounds", "dataset": "secrets-of-rlhf"}[recipe.rounds.labels_from]
+            stem = {
+                "people": "people",
+                "lab": "rounds",
+                "verdicts": "verdicts",
+                "dataset": "secrets-of-rlhf",
+            }[recipe.rounds.labels_from]
             assert file.stem == stem
         elif file.parent.name == "lab":
-            reward = recipe.reward
+            reward, ppo = recipe.reward, recipe.ppo.trl_settings()
             parts = {
                 "likelihood": reward.flip_rate > 0,
                 "meta": reward.meta,
                 "experts": reward.experts is not None,
                 "ensemble": reward.members > 1,
                 "instructions": recipe.lab is not None and recipe.lab.is_sampled,
+                "shaped": ppo.get("shaping_coef", 0) > 0,
+                "self_certainty": ppo.get("self_certainty_coef", 0) > 0,
                 str(reward.extra): reward.extra is not None,
                 reward.objective: reward.objective != "bt",
             }

@@ -237,7 +237,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
         eval_dataset=evaluation_rows(context.data / "test_prompts.jsonl", args, recipe.evaluate.prompts),
         monitor_funcs={"gold": gold} if gold is not None else None,
-        ptx_dataset=Dataset.from_list(read_jsonl(context.data / "sft.jsonl")) if args.ptx_coef > 0 else None,
+        ptx_dataset=Dataset.from_list(read_jsonl(context.data / "sft.jsonl")) if args.reads_demonstrations else None,
         adapter_was_trained=find_source(reference).adapter is not None and model_config.use_peft,
     )
     if reference != start:

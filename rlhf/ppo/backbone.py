@@ -43,6 +43,11 @@ class AdapterScorer(nn.Module):
         return self.role.policy.config
 
     @property
+    def score(self) -> nn.Linear:
+        """Return the head, by the name that classifiers give it."""
+        return self.role.head
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return the type that the backbone computes in."""
         return computed_dtype(self.role.policy)

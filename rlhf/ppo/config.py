@@ -113,6 +113,12 @@ class PPOConfig(BaseConfig):
     novelty_coef: float = field(
         default=0.0, metadata={"help": "Weight of an answer's mean surprise to the reference, -log π_ref."}
     )
+    adversarial_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the log-odds that an answer is a demonstration, by a discriminator of each rollout."
+        },
+    )
     reward_clip: float | None = field(default=5.0, metadata={"help": "Bound on the normalised score; None: off."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward function; None: all 1."})
 
@@ -150,7 +156,7 @@ class PPOConfig(BaseConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
         if not 0 < self.cliprange < 1:
             raise ValueError(f"cliprange={self.cliprange} must lie in (0, 1).")
-        not_negative = ("shaping_coef", "self_certainty_coef", "novelty_coef")
+        not_negative = ("shaping_coef", "self_certainty_coef", "novelty_coef", "adversarial_coef")
         for name in ("kl_coef", "ptx_coef", "baseline_samples", *not_negative):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
@@ -177,6 +183,11 @@ class PPOConfig(BaseConfig):
             raise ValueError(
                 "auto_find_batch_size and load_best_model_at_end do not work with rollouts; leave them off."
             )
+
+    @property
+    def reads_demonstrations(self) -> bool:
+        """Tell whether demonstrations are mixed in, or answers told apart from them."""
+        return self.ptx_coef > 0 or self.adversarial_coef > 0
 
     @property
     def local_rollout_size(self) -> int:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.rows import Demonstration
+from rlhf.data.rows import Demonstration, Prompt
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, last_turn
@@ -16,6 +16,9 @@ from rlhf.models.text import encode_answers, last_turn
 
 class Demonstrations:
     """Tokenised demonstrations, drawn at random; the draw is from the global generator, which checkpoints hold.
+
+    Attributes:
+        texts: prompts and answers as they were given.
 
     Args:
         rows: `prompt` (a string or a conversation) and `completion` (a string, or an assistant's turn in a list).
@@ -27,6 +30,7 @@ class Demonstrations:
         end_at_end_token(tokenizer)
         prompts = [row["prompt"] for row in rows]
         answers = [last_turn(row["completion"]) for row in rows]
+        self.texts: list[tuple[Prompt, str]] = list(zip(prompts, answers, strict=True))
         self.rows, _ = encode_answers(tokenizer, prompts, answers, max_length=max_length)
         prompt_rows, _ = encode_answers(tokenizer, prompts, [""] * len(rows), ended=[False] * len(rows))
         # What was cut off a row's beginning is missing from its prompt.
@@ -37,6 +41,10 @@ class Demonstrations:
         ]
         assert isinstance(tokenizer.pad_token_id, int)
         self.pad_token_id = tokenizer.pad_token_id
+
+    def draw_texts(self, count: int) -> list[tuple[Prompt, str]]:
+        """Draw prompts and answers with replacement."""
+        return [self.texts[i] for i in torch.randint(len(self.texts), (count,)).tolist()]
 
     def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draw rows with replacement: ids [n, t], padded on the right, and a mask [n, t] of the completions' tokens."""

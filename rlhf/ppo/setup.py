@@ -94,8 +94,8 @@ def rewards_and_critic(
     """Return the reward sources and the critic; the first source and the critic on the policy's base where that is possible.
 
     Raises:
-        UserError: weights for another number of sources, ensemble members on unknown scales, shaping without a reward model, no
-            critic to be had.
+        UserError: weights for another number of sources, ensemble members on unknown scales, shaping or a discriminator without
+            a reward model, no critic to be had.
     """
     # 1. One source or a list.
     functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
@@ -118,11 +118,7 @@ def rewards_and_critic(
     sources = [RewardSource(f, t) for f, t in zip(functions, tokenizers, strict=True)]
     if args.reward_ensemble is not None:
         _check_one_scale(sources, args)
-    if args.shaping_coef > 0 and not isinstance(sources[0].function, RewardModel):
-        raise UserError(
-            f"ppo: shaping_coef needs scores of answers that are not finished, which a reward model gives and {sources[0].name!r} "
-            "may not; name a reward model first, or leave shaping_coef out."
-        )
+    _check_reads_model(sources[0], args)
     if not isinstance(critic, AdapterHead):
         critic = _check_critic(critic or _copy_of_reward_model(sources[0], processing_class))
     return sources, critic
@@ -172,6 +168,22 @@ def _check_one_scale(sources: Sequence[RewardSource], args: PPOConfig) -> None:
         raise UserError("ppo: reward_ensemble compares its members on one scale; leave normalize_reward on.")
 
 
+def _check_reads_model(first: RewardSource, args: PPOConfig) -> None:
+    """Refuse rewards that are made with the first reward model where that is none, or has no features."""
+    if args.shaping_coef > 0 and not isinstance(first.function, RewardModel):
+        raise UserError(
+            f"ppo: shaping_coef needs scores of answers that are not finished, which a reward model gives and {first.name!r} may "
+            "not; name a reward model first, or leave shaping_coef out."
+        )
+    if args.adversarial_coef > 0 and not (
+        isinstance(first.function, RewardModel) and score_head(first.function.model) is not None
+    ):
+        raise UserError(
+            f"ppo: adversarial_coef tells answers apart by the features of a reward model with a linear head, which {first.name!r} "
+            "has not; name one first, or leave adversarial_coef out."
+        )
+
+
 def _copy_of_reward_model(source: RewardSource, processing_class: PreTrainedTokenizerBase) -> nn.Module:
     """Return a trainable copy of a reward model, if it can read the policy's token ids."""
     reward = source.function
@@ -212,16 +224,17 @@ def read_demonstrations(
     processes: int,
     shares_backbone: bool,
 ) -> Demonstrations | None:
-    """Return the demonstrations for `ptx_coef`, or None where it is 0.
+    """Return the demonstrations for `ptx_coef` and `adversarial_coef`, or None where both are 0.
 
     Raises:
         UserError: none were given, or separate models are trained by several processes.
     """
-    if args.ptx_coef == 0:
+    asked = [name for name in ("ptx_coef", "adversarial_coef") if getattr(args, name) > 0]
+    if not asked:
         return None
     if dataset is None or not {"prompt", "completion"} <= set(dataset.column_names):
-        raise UserError("ppo: ptx_coef is above 0, so ptx_dataset must have the columns `prompt` and `completion`.")
-    if processes > 1 and not shares_backbone:
+        raise UserError(f"ppo: {asked[0]} is above 0, so ptx_dataset must have the columns `prompt` and `completion`.")
+    if args.ptx_coef > 0 and processes > 1 and not shares_backbone:
         raise UserError(
             "ppo: ptx_coef with several processes needs the four roles on one base (LoRA); the wrapper of separate models "
             "sees one forward a step."

@@ -1,4 +1,4 @@
-"""Rewards of single tokens that PPO makes itself: shaping by the reward model, self-certainty, novelty."""
+"""Rewards that PPO makes itself: shaping by the reward model, self-certainty, novelty, a discriminator of demonstrations."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from rlhf.models.generate import Completions
+from rlhf.objectives.advantage import token_rewards
+from rlhf.objectives.adversarial import fit_discriminator
 from rlhf.objectives.intrinsic import novelty, spread_mean
 from rlhf.objectives.shaping import shaping_rewards
 from rlhf.ppo.roles import TokenOutputs
@@ -35,6 +37,9 @@ def own_token_rewards(
         rewards += args.self_certainty_coef * certainty
     if args.novelty_coef > 0:
         rewards += args.novelty_coef * spread_mean(novelty(logprobs_reference), mask)
+    if args.adversarial_coef > 0:
+        log_odds = args.adversarial_coef * _like_demonstrations(trainer, rows, completions).to(mask.device)
+        rewards += token_rewards(log_odds, torch.zeros_like(rewards), mask, kl_coef=0.0)
     return rewards
 
 
@@ -60,3 +65,25 @@ def _potentials(trainer: "PPOTrainer", rows: Sequence[PromptRow], completions: C
     for (row, start), score in zip(places, scores.tolist(), strict=True):
         potentials[row, start : start + step] = score
     return potentials.to(mask.device)
+
+
+def _like_demonstrations(trainer: "PPOTrainer", rows: Sequence[PromptRow], completions: Completions) -> Tensor:
+    """Return the log-odds that each answer is a demonstration and none of the policy's, [b] nats, float32 on the CPU.
+
+    The discriminator is fitted anew in every rollout, to as many demonstrations as there are answers, on the features that the
+    first reward model's head reads. Of two halves each is scored by what the other half taught, so no answer is told apart by
+    itself.
+    """
+    # 1. Features of both sides.
+    reward = cast(RewardModel, trainer.rewards.sources[0].function)
+    assert trainer.demonstrations is not None, "set up for adversarial_coef"
+    prompts, texts = zip(*trainer.demonstrations.draw_texts(len(rows)), strict=True)
+    demonstrations = reward.features(prompts, texts)
+    answers = reward.features([row["prompt"] for row in rows], completions.texts)
+
+    # 2. One half's discriminator for the other.
+    log_odds = torch.zeros(len(rows))
+    for half in (0, 1):
+        fitted = fit_discriminator(demonstrations[1 - half :: 2], answers[1 - half :: 2])
+        log_odds[half::2] = fitted.log_odds(answers[half::2])
+    return log_odds

@@ -80,7 +80,7 @@ class PPOTrainer(BaseTrainer):
         callbacks, optimizers, peft_config: as in `trl.RLOOTrainer`.
         adapter_was_trained: of a PEFT model, whether its adapter holds what SFT learnt (then a frozen copy of it is the
             reference) or is fresh (then the base is). Default: a PEFT model's was, one made from `peft_config` was not.
-        ptx_dataset: demonstrations (`prompt`, `completion`) that are mixed in by `args.ptx_coef`.
+        ptx_dataset: demonstrations (`prompt`, `completion`), for `args.ptx_coef` and `args.adversarial_coef`.
 
     The metrics of a rollout are explained at `rlhf.ppo.metrics.RolloutMetrics`.
     """
@@ -317,7 +317,7 @@ class PPOTrainer(BaseTrainer):
         losses = torch.where(mask.bool(), losses, torch.zeros_like(losses))
         share = self.accelerator.num_processes / num_items_in_batch
         loss = losses.sum() * share
-        if self.demonstrations is not None and "policy" in roles:
+        if self.demonstrations is not None and args.ptx_coef > 0 and "policy" in roles:
             # Mixed in by this micro-batch's share of the step's tokens, so that accumulation changes nothing in the mean.
             ids, is_completion = self.demonstrations.draw(len(mask), mask.device)
             policy = self.accelerator.unwrap_model(model).policy

@@ -58,7 +58,7 @@ RANGES: dict[str, Range] = dict(
             per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches
             max_completion_length max_prompt_length max_length total_episodes lora_r lora_alpha kl_horizon dataset_num_proc
             dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout eval_accumulation_steps pad_to_multiple_of
-            save_total_limit torch_empty_cache_steps vllm_max_model_length
+            shaping_tokens save_total_limit torch_empty_cache_steps vllm_max_model_length
             num_attention_heads num_key_value_heads head_dim sliding_window pretraining_tp
             """,
         ),
@@ -77,7 +77,7 @@ RANGES: dict[str, Range] = dict(
             NOT_NEGATIVE,
             """
             weight_decay max_grad_norm kl_coef ptx_coef baseline_samples shaping_coef self_certainty_coef novelty_coef
-            center_rewards_coefficient critic_warmup
+            adversarial_coef center_rewards_coefficient critic_warmup
             dataloader_num_workers eval_delay missing_eos_penalty num_completions_to_print router_aux_loss_coef warmup_steps
             chunk_size_feed_forward max_window_layers
             """,

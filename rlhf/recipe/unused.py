@@ -86,6 +86,7 @@ NEEDS = (
         lambda v: v["reward_ensemble"] in ("uncertainty", "soft_min"),
         "ppo.reward_ensemble is neither uncertainty nor soft_min",
     ),
+    Needs("ppo", ("shaping_tokens",), lambda v: v["shaping_coef"] > 0, "ppo.shaping_coef is 0"),
     Needs("ppo", (*VLLM_KEYS, "vllm_server_base_url"), lambda v: v["use_vllm"], "ppo.use_vllm is not true", "use_vllm"),
     Needs("ppo", ("vllm_server_base_url",), lambda v: v["vllm_mode"] == "server", "ppo.vllm_mode is not server"),
     Needs(

@@ -96,6 +96,7 @@ DEPENDENT: dict[str, Any] = {
     "vllm_max_model_length": 100,
     "vllm_server_base_url": "http://x",
     "num_train_epochs": 2.0,
+    "shaping_tokens": 4,
 }
 # By dependent key, what makes it count; where nothing is listed, `reason` can't be taken away in a test of one section.
 MEANT: dict[str, dict[str, Any]] = {
@@ -118,6 +119,7 @@ MEANT: dict[str, dict[str, Any]] = {
     **{key: {"use_vllm": True} for key in DEPENDENT if key.startswith("vllm_")},
     "vllm_server_base_url": {"use_vllm": True, "vllm_mode": "server"},
     "num_train_epochs": {},
+    "shaping_tokens": {"shaping_coef": 1.0},
 }
 
 
