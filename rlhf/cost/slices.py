@@ -90,10 +90,10 @@ class Slices:
             lambda model: _bytes(p for p in model.parameters() if p.requires_grad or not trainable)
         )
 
-    def layer_weights(self) -> float:
-        """Return the bytes of all layers' frozen weights, which 4-bit quantisation makes smaller."""
-        one, two = (_bytes(p for p in model.parameters() if not p.requires_grad) for model in self.models)
-        return float(self.layers * (two - one))
+    def layer(self, *, trainable: bool = False) -> float:
+        """Return the bytes of one layer's weights, or of those of them that are trained."""
+        one, two = (_bytes(p for p in model.parameters() if p.requires_grad or not trainable) for model in self.models)
+        return float(two - one)
 
     def peak(self, shape: Shape, *, training: bool) -> float:
         """Return the bytes of the tensors that live at once, at most, in a forward, with its backward where it trains.

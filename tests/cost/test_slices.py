@@ -68,7 +68,8 @@ def test_with_lora_only_the_adapter_is_trained() -> None:
     found = slices(LlamaConfig(num_hidden_layers=6, **SIZES), has_logits=True, device=CPU, adapter=LORA)
     # Of each layer: q, k, v, o (32 + 32), gate, up (32 + 64) and down (64 + 32), times the rank.
     assert found.weights(trainable=True) == 4 * 6 * 4 * (4 * 64 + 3 * 96)
-    assert found.layer_weights() == 4 * 6 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
+    assert found.layer(trainable=True) == found.weights(trainable=True) / 6
+    assert found.layer() - found.layer(trainable=True) == 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
