@@ -96,6 +96,8 @@ class Estimator:
         prompts = [min(length, rollouts.max_prompt_length or length) for length in sizes.prompts]
         # Tokens of the longest answer and prompt in a batch, and of a prompt with its answer on average.
         self.answer, self.prompt = longest_of(self.answers, rows), longest_of(prompts, rows)
+        # Of all batches of a run one is the largest: what decides on memory, where time is a sum over all of them.
+        self.longest_answer, self.longest_prompt = max(self.answers), max(prompts)
         self.whole = round(statistics.mean(prompts) + statistics.mean(self.answers))
         rng = random.Random(0)
         self.texts = [rng.choice(prompts) + rng.choice(self.answers) for _ in range(BATCHES)]
@@ -122,7 +124,8 @@ class Estimator:
         tokens = work.rows * statistics.mean(lengths) * args.num_train_epochs / self.processes.count
         shape = Shape(args.per_device_train_batch_size, longest, longest)
         steps, seconds = self._supervised("sft", shape, self._micro_batches(work.rows, shape.rows))
-        return Estimate(work.folder, work.rows, round(tokens), steps, self.memory("sft", shape), seconds)
+        memory = self.memory("sft", Shape(shape.rows, max(lengths), max(lengths)))
+        return Estimate(work.folder, work.rows, round(tokens), steps, memory, seconds)
 
     def _pairs(self, work: PairWork) -> Estimate:
         """Estimate reward models; where the model allows it, the prompt of a pair is read once.
@@ -238,10 +241,14 @@ class Estimator:
             + rollouts.epochs * (micro_batches * updates + rollouts.mini_batches * optimizer)
         )
         # Where nothing is trained, every role is whole on each process.
-        update, roles = self.memory("ppo", policy), self._roles("ppo", has_logits=True)
+        length = self.longest_prompt + self.longest_answer
+        update, roles = (
+            self.memory("ppo", Shape(rows, length, self.longest_answer)),
+            self._roles("ppo", has_logits=True),
+        )
         rollout = replace(update, exchanged=exchanged_in_rollouts(roles, self.processes), accumulates=True)
-        scored = Shape(min(SCORED, rollouts.size), self.prompt + self.answer, 0)
-        prefill = self._peak("ppo", Shape(rollouts.size, self.prompt, 1), training=False)
+        scored = Shape(min(SCORED, rollouts.size), length, 0)
+        prefill = self._peak("ppo", Shape(rollouts.size, self.longest_prompt, 1), training=False)
         memories = [
             update,
             replace(rollout, activations=self._peak("ppo", scored, training=False)),
@@ -263,7 +270,8 @@ class Estimator:
             seconds += self.rollouts.reward_models * scoring.seconds
             compared = Shape(min(rows, max(1, work.compared)), self.prompt + self.answer, self.answer)
             seconds += 2 * work.compared / compared.rows * self._time("ppo", compared)
-            peaks = [memory.activations, scoring.bytes, self._peak("ppo", compared, training=False)]
+            longest = Shape(compared.rows, self.longest_prompt + self.longest_answer, self.longest_answer)
+            peaks = [memory.activations, scoring.bytes, self._peak("ppo", longest, training=False)]
             memory = largest([self._alone(models, peak) for peak in peaks])
         return Estimate(work.folder, work.answers, work.answers * self.whole, 0, memory, seconds)
 
@@ -333,6 +341,7 @@ class Estimator:
                 autocast=args.bf16,
                 adapter=adapter_settings(model) if model.use_peft else None,
                 checkpointing=args.gradient_checkpointing,
+                fused_head=section == "sft",
             )
         return self._slices[section, has_logits, dtype]
 
@@ -375,7 +384,7 @@ class Estimator:
     def _memory_of_sampling(self) -> Memory:
         """Return the bytes at the peak of sampling from one policy, two rollouts at once."""
         rows = 2 * self.rollouts.size
-        prefill = self._peak("ppo", Shape(rows, self.prompt, 1), training=False)
+        prefill = self._peak("ppo", Shape(rows, self.longest_prompt, 1), training=False)
         return self._alone([self._model("policy", "ppo", has_logits=True)], self._cache(rows) + prefill)
 
     def _cache(self, rows: int) -> float:
@@ -384,7 +393,7 @@ class Estimator:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         size = torch.tensor([], dtype=text.dtype or torch.float32).element_size()
-        return 2.0 * rows * (self.prompt + self.answer) * text.num_hidden_layers * width * size
+        return 2.0 * rows * (self.longest_prompt + self.longest_answer) * text.num_hidden_layers * width * size
 
 
 def largest(memories: Sequence[Memory]) -> Memory:
