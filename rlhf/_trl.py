@@ -12,7 +12,7 @@ from torch import Tensor
 from trl.trainer.base_config import _BaseConfig as BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
-from trl.trainer.utils import print_prompt_completions_sample
+from trl.trainer.utils import add_fused_lm_head, print_prompt_completions_sample
 
 
 def vllm_generation(merged_weights: Callable[[PeftModel], Iterator[tuple[str, Tensor]]]) -> Any:
@@ -35,6 +35,7 @@ __all__ = [
     "BaseConfig",
     "BaseTrainer",
     "DataCollatorForPreference",
+    "add_fused_lm_head",
     "print_prompt_completions_sample",
     "vllm_generation",
 ]

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -64,19 +64,31 @@ def plan_command(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of a launch, each with a GPU: what one of them does and holds, by role.", show_default=False
+        ),
+    ] = None,
+    sharding: Annotated[
+        Literal["ddp", "fsdp2"], typer.Option(help="Whether a process holds all of a model (ddp) or its part (fsdp2).")
+    ] = "ddp",
 ) -> None:
     """Estimate rows, tokens, steps, memory and time of every stage, before any weights are loaded; writes nothing."""
     from rlhf.pipeline.checks import check_arguments, check_sources
-    from rlhf.report.terminal import estimates_table
+    from rlhf.report.terminal import estimates_table, memory_table
 
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)
     with errors.status("counting the data, timing one and two layers of the model …"):
         check_arguments(recipe, until=until)
+        from rlhf.cost.memory import Processes
         from rlhf.pipeline.estimate import estimate
 
-        estimates, notes = estimate(recipe, until=until)
+        estimates, notes = estimate(recipe, until=until, processes=Processes(processes or 1, sharding))
     output.print(estimates_table(recipe.name, estimates))
+    if processes is not None:
+        output.print(memory_table(recipe.name, estimates, processes=processes, sharding=sharding))
     for note in notes:
         say(note)
 

@@ -9,26 +9,34 @@ import random
 import resource
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from rlhf.cost.batches import BATCHES, longest_of, mean_shape, stretches_of
+from rlhf.cost.memory import (
+    MOMENTS,
+    Memory,
+    Processes,
+    Role,
+    adapter_of,
+    exchanged_in_rollouts,
+    exchanged_in_training,
+    role_of,
+)
 from rlhf.cost.sizes import PairTokens, Sizes
 from rlhf.cost.slices import Shape, Slices, slices
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.models.batching import TOKENS_TOGETHER
-from rlhf.models.generate import STRETCH
 from rlhf.models.load import adapter_settings
 from rlhf.models.packing import pack
 
-BITS = 4.5  # of a 4-bit weight, with its scales
-MOMENTS = 2  # that AdamW keeps of each weight, each as large
+ONE_PROCESS = Processes()
 SCORED = 64  # texts that a reward model scores together
 TRAINED_TO_FORWARD = 3  # a backward takes twice the operations of its forward
-BATCHES = 200  # drawn to learn how long the longest row of a batch is
 
 
 @dataclass(frozen=True)
@@ -37,19 +45,24 @@ class Estimate:
 
     Attributes:
         folder: of the stage in the run.
-        rows: trained on or sampled, each counted once.
-        tokens: of these rows, over all passes.
+        rows: trained on or sampled by all processes, each counted once.
+        tokens: that one process reads of these rows, over all passes.
         steps: of the optimizer.
-        bytes: at the peak, of one process (of its GPU, where there is one).
-        seconds: on this machine, by one process.
+        memory: at the peak, of one process (of its GPU, where there is one).
+        seconds: on this machine, of one process that waits for no other.
     """
 
     folder: str
     rows: int
     tokens: int
     steps: int
-    bytes: float
+    memory: Memory
     seconds: float
+
+    @property
+    def bytes(self) -> float:
+        """Return the bytes of one process at the peak."""
+        return self.memory.bytes
 
 
 class Estimator:
@@ -60,12 +73,19 @@ class Estimator:
         sizes: of the data.
         training: how each section trains.
         rollouts: how PPO samples and learns.
+        processes: that train together.
     """
 
     def __init__(
-        self, config: PretrainedConfig, sizes: Sizes, training: Mapping[Section, Training], rollouts: Rollouts
+        self,
+        config: PretrainedConfig,
+        sizes: Sizes,
+        training: Mapping[Section, Training],
+        rollouts: Rollouts,
+        processes: Processes = ONE_PROCESS,
     ):
         self.config, self.sizes, self.training, self.rollouts = config, sizes, training, rollouts
+        self.processes = processes
         self.shares_prompt = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         self.process = 0.0 if torch.cuda.is_available() else 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._slices: dict[tuple[Section, bool, torch.dtype | None], Slices] = {}
@@ -76,6 +96,8 @@ class Estimator:
         prompts = [min(length, rollouts.max_prompt_length or length) for length in sizes.prompts]
         # Tokens of the longest answer and prompt in a batch, and of a prompt with its answer on average.
         self.answer, self.prompt = longest_of(self.answers, rows), longest_of(prompts, rows)
+        # Of all batches of a run one is the largest: what decides on memory, where time is a sum over all of them.
+        self.longest_answer, self.longest_prompt = max(self.answers), max(prompts)
         self.whole = round(statistics.mean(prompts) + statistics.mean(self.answers))
         rng = random.Random(0)
         self.texts = [rng.choice(prompts) + rng.choice(self.answers) for _ in range(BATCHES)]
@@ -99,10 +121,11 @@ class Estimator:
         args = self.training["sft"].args
         lengths = [min(length, args.max_length or length) for length in self.sizes.demonstrations]
         longest = longest_of(lengths, args.per_device_train_batch_size)
-        tokens = work.rows * statistics.mean(lengths) * args.num_train_epochs
+        tokens = work.rows * statistics.mean(lengths) * args.num_train_epochs / self.processes.count
         shape = Shape(args.per_device_train_batch_size, longest, longest)
-        steps, seconds = self._supervised("sft", shape, math.ceil(work.rows / shape.rows))
-        return Estimate(work.folder, work.rows, round(tokens), steps, self.memory("sft", shape), seconds)
+        steps, seconds = self._supervised("sft", shape, self._micro_batches(work.rows, shape.rows))
+        memory = self.memory("sft", Shape(shape.rows, max(lengths), max(lengths)))
+        return Estimate(work.folder, work.rows, round(tokens), steps, memory, seconds)
 
     def _pairs(self, work: PairWork) -> Estimate:
         """Estimate reward models; where the model allows it, the prompt of a pair is read once.
@@ -123,34 +146,35 @@ class Estimator:
             return self._on_trunk(work, work.top_layers, trained, shapes, round(tokens))
 
         # 2. Training, each model beginning with a comparison of the shared forward with the plain one.
-        micro_batches = math.ceil(trained / count)
-        steps, seconds = self._supervised(section, shape, micro_batches)
+        steps, seconds = self._supervised(section, shape, self._micro_batches(trained, count))
         texts = [length for pair in pairs for length in (pair.chosen, pair.rejected)]
         if self.shares_prompt:
             alone = Shape(2 * work.views * together, longest_of(texts, 2 * together), 0)
             seconds += self._time(section, shape) + self._time(section, alone)
         if work.ascent is not None:
             prompts, answers = work.ascent
-            ascent = Shape(prompts, self.prompt + answers * self.answer, 0)
+            ascent = Shape(math.ceil(prompts / self.processes.count), self.prompt + answers * self.answer, 0)
             seconds += steps * self._time(section, ascent, training=True)
 
         # 3. Scores of pairs; the scale of the scores; the certificate, in the model's precision and in bfloat16.
         memory = self.memory(section, max(shapes, key=lambda batch: batch.rows * batch.length))
         scoring = [self._scoring(section, 2 * work.scored, texts), self._scoring(section, work.calibrated, self.texts)]
         seconds += sum(scored.seconds for scored in scoring)
-        weights = self.process + self._slices_of(section, False).weights()
-        memory = max(memory, *(weights + scored.bytes for scored in scoring))
+        memories = [
+            memory,
+            *(self._alone([self._model("reward", section, has_logits=False)], scored.bytes) for scored in scoring),
+        ]
         once = 0.0
         if work.calibrated and self.shares_prompt:
             once = self._sampling(work.calibrated, 2 * self.rollouts.size)
-            memory = max(memory, self._memory_of_sampling())
+            memories.append(self._memory_of_sampling())
         for length_alone in work.golden:
             seconds += self._time(section, Shape(1, length_alone, 0))
             if length_alone < max(work.golden):  # the long text is not read in bfloat16
                 seconds += self._time(section, Shape(1, length_alone, 0), dtype=torch.bfloat16)
-        total = round(work.models * trained * work.views * tokens * args.num_train_epochs)
-        rows = round(work.pairs * share)
-        return Estimate(work.folder, rows, total, work.models * steps, memory, once + work.models * seconds)
+        total = round(work.models * trained * work.views * tokens * args.num_train_epochs / self.processes.count)
+        rows, seconds = round(work.pairs * share), once + work.models * seconds
+        return Estimate(work.folder, rows, total, work.models * steps, largest(memories), seconds)
 
     def _on_trunk(
         self, work: PairWork, top_layers: int, trained: int, shapes: Sequence[Shape], tokens: int
@@ -173,10 +197,10 @@ class Estimator:
         each = args.num_train_epochs * micro_batches * TRAINED_TO_FORWARD + work.scored / size
         seconds = forward * ((1 - share) * math.ceil(work.pairs / size) + share * work.models * each)
         longest = max(shape.length for shape in shapes)
-        largest = Shape(max(1, min(work.pairs, TOKENS_TOGETHER // longest)), longest, 0)
-        whole = self._slices_of(work.section, False)
-        of_member = (2 + MOMENTS) * share * whole.layer_weights()
-        memory = self.process + whole.weights() + of_member + self._peak(work.section, largest, training=False)
+        batch = Shape(max(1, min(work.pairs, TOKENS_TOGETHER // longest)), longest, 0)
+        of_member = (2 + MOMENTS) * top_layers * self._slices_of(work.section, False).layer()
+        activations = of_member + self._peak(work.section, batch, training=False)
+        memory = self._alone([self._model("reward", work.section, has_logits=False)], activations)
         total = round(work.models * trained * tokens * args.num_train_epochs)
         return Estimate(work.folder, work.pairs, total, round(work.models * steps), memory, seconds)
 
@@ -216,32 +240,46 @@ class Estimator:
             + micro_batches * forwards
             + rollouts.epochs * (micro_batches * updates + rollouts.mini_batches * optimizer)
         )
-        weights = self.memory("ppo", policy, activations=False)
-        scored = Shape(min(SCORED, rollouts.size), self.prompt + self.answer, 0)
-        memory = max(
-            self.memory("ppo", policy),
-            weights + self._memory_of_forward("ppo", scored),
-            weights + self._cache(rollouts.size) + self._memory_of_forward("ppo", Shape(rollouts.size, self.prompt, 1)),
+        # Where nothing is trained, every role is whole on each process.
+        length = self.longest_prompt + self.longest_answer
+        update, roles = (
+            self.memory("ppo", Shape(rows, length, self.longest_answer)),
+            self._roles("ppo", has_logits=True),
         )
+        rollout = replace(update, exchanged=exchanged_in_rollouts(roles, self.processes), accumulates=True)
+        scored = Shape(min(SCORED, rollouts.size), length, 0)
+        prefill = self._peak("ppo", Shape(rollouts.size, self.longest_prompt, 1), training=False)
+        memories = [
+            update,
+            replace(rollout, activations=self._peak("ppo", scored, training=False)),
+            replace(rollout, activations=self._cache(rollouts.size) + prefill),
+        ]
         answers = work.rollouts * rollouts.size
-        return Estimate(work.folder, answers, answers * self.whole, work.rollouts * rollouts.steps, memory, seconds)
+        rows, steps = answers * self.processes.count, work.rollouts * rollouts.steps
+        return Estimate(work.folder, rows, answers * self.whole, steps, largest(memories), seconds)
 
     def _sampled(self, work: SamplingWork) -> Estimate:
         """Estimate the sampling of answers, two rollouts at once since no backward follows, their scoring and their KL."""
-        rows, policy = 2 * self.rollouts.size, self._slices_of("ppo", True)
+        rows = 2 * self.rollouts.size
         seconds, memory = self._sampling(work.answers, rows), self._memory_of_sampling()
         if work.is_scored:
             # Policy, SFT and reward models, each with a base of its own.
-            models = 2 * policy.weights() + self.rollouts.reward_models * self._slices_of("reward", False).weights()
+            policies = [self._model(name, "ppo", has_logits=True) for name in ("policy", "sft")]
+            models = [*policies, *[self._model("reward", "reward", has_logits=False)] * self.rollouts.reward_models]
             scoring = self._scoring("reward", work.answers, self.texts)
             seconds += self.rollouts.reward_models * scoring.seconds
-            memory = max(memory - policy.weights() + models, self.process + models + scoring.bytes)
             compared = Shape(min(rows, max(1, work.compared)), self.prompt + self.answer, self.answer)
             seconds += 2 * work.compared / compared.rows * self._time("ppo", compared)
-            memory = max(memory, self.process + models + self._peak("ppo", compared, training=False))
+            longest = Shape(compared.rows, self.longest_prompt + self.longest_answer, self.longest_answer)
+            peaks = [memory.activations, scoring.bytes, self._peak("ppo", longest, training=False)]
+            memory = largest([self._alone(models, peak) for peak in peaks])
         return Estimate(work.folder, work.answers, work.answers * self.whole, 0, memory, seconds)
 
     # Their parts.
+
+    def _micro_batches(self, rows: int, size: int) -> int:
+        """Return how many micro-batches of so many rows one process reads in an epoch."""
+        return math.ceil(rows / (size * self.processes.count))
 
     def _supervised(self, section: Section, shape: Shape, micro_batches: int) -> tuple[int, float]:
         """Return the steps and seconds of training on a file that has so many micro-batches."""
@@ -303,46 +341,51 @@ class Estimator:
                 autocast=args.bf16,
                 adapter=adapter_settings(model) if model.use_peft else None,
                 checkpointing=args.gradient_checkpointing,
+                fused_head=section == "sft",
             )
         return self._slices[section, has_logits, dtype]
 
-    def memory(self, section: Section, shape: Shape, *, activations: bool = True) -> float:
-        """Return the bytes at the peak of training: of one model, or of PPO's four roles.
+    def memory(self, section: Section, shape: Shape) -> Memory:
+        """Return the bytes at the peak of training: of one model, or of PPO's four roles."""
+        roles = self._roles(section, has_logits=shape.has_logits)
+        activations = self._peak(section, shape, training=True)
+        if section == "ppo" and not self.training[section].model.use_peft:  # policy and critic in one backward
+            activations += self._peak("ppo", Shape(shape.rows, shape.length, 0), training=True)
+        return Memory(
+            self.process,
+            tuple(role.share(self.processes) for role in roles),
+            exchanged_in_training(roles, self.processes),
+            activations,
+            accumulates=self.training[section].args.gradient_accumulation_steps > 1,
+        )
 
-        They are the process itself, weights, gradients and AdamW's two moments of what is trained, and activations.
-        """
-        model = self.training[section].model
-        whole = self._slices_of(section, shape.has_logits)
-        trained = whole.weights(trainable=True)
-        frozen = whole.weights() - trained
-        if model.load_in_4bit:
-            frozen -= whole.layer_weights() * (1 - BITS / 16)
-        peak = self._peak(section, shape, training=True) if activations else 0.0
-        if section == "ppo":
-            head = self._slices_of("ppo", False)
-            others = self.rollouts.reward_models - 1  # of an ensemble, each with a base of its own
-            frozen += others * head.weights()
-            critic = head.weights(trainable=True)
-            trained += critic
-            if model.use_peft:  # reference and reward adapters
-                frozen += 2 * critic
-            else:  # reward and reference
-                frozen += head.weights() + whole.weights()
-                peak += self._peak("ppo", Shape(shape.rows, shape.length, 0), training=True) if activations else 0.0
-        # Gradients grow while activations go, unless those of an earlier micro-batch are there already.
-        accumulates = self.training[section].args.gradient_accumulation_steps > 1 or not activations
-        changing = trained + peak if accumulates else max(trained, peak)
-        return self.process + frozen + (1 + MOMENTS) * trained + changing
+    def _roles(self, section: Section, *, has_logits: bool) -> tuple[Role, ...]:
+        """Return the roles of a section's training: one model, or those of PPO."""
+        model, slices_of = self.training[section].model, self._slices_of(section, has_logits)
+        if section != "ppo":
+            return (role_of("model", slices_of, quantised=model.load_in_4bit),)
+        policy, head = role_of("policy", slices_of, quantised=model.load_in_4bit), self._slices_of("ppo", False)
+        if model.use_peft:
+            others = [adapter_of(name, head, trained=name == "critic") for name in ("critic", "reference", "reward")]
+        else:
+            reference, reward = role_of("reference", slices_of, trained=False), role_of("reward", head, trained=False)
+            others = [role_of("critic", head), reference, reward]
+        ensemble = [role_of("reward", head, trained=False)] * (self.rollouts.reward_models - 1)  # each with its base
+        return (policy, *others, *ensemble)
 
-    def _memory_of_forward(self, section: Section, shape: Shape) -> float:
-        """Return the bytes that a forward without a backward takes beside the weights."""
-        return self._peak(section, shape, training=False)
+    def _model(self, name: str, section: Section, *, has_logits: bool) -> Role:
+        """Return a section's model as it is where it is not trained."""
+        return role_of(name, self._slices_of(section, has_logits), trained=False)
 
-    def _memory_of_sampling(self) -> float:
+    def _alone(self, models: Sequence[Role], activations: float) -> Memory:
+        """Return the bytes of one process that has models to itself and trains none."""
+        return Memory(self.process, tuple(model.share(ONE_PROCESS) for model in models), 0.0, activations)
+
+    def _memory_of_sampling(self) -> Memory:
         """Return the bytes at the peak of sampling from one policy, two rollouts at once."""
-        rows, policy = 2 * self.rollouts.size, self._slices_of("ppo", True)
-        prefill = self._memory_of_forward("ppo", Shape(rows, self.prompt, 1))
-        return self.process + policy.weights() + self._cache(rows) + prefill
+        rows = 2 * self.rollouts.size
+        prefill = self._peak("ppo", Shape(rows, self.longest_prompt, 1), training=False)
+        return self._alone([self._model("policy", "ppo", has_logits=True)], self._cache(rows) + prefill)
 
     def _cache(self, rows: int) -> float:
         """Return the bytes of keys and values while so many answers are sampled."""
@@ -350,7 +393,12 @@ class Estimator:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         size = torch.tensor([], dtype=text.dtype or torch.float32).element_size()
-        return 2.0 * rows * (self.prompt + self.answer) * text.num_hidden_layers * width * size
+        return 2.0 * rows * (self.longest_prompt + self.longest_answer) * text.num_hidden_layers * width * size
+
+
+def largest(memories: Sequence[Memory]) -> Memory:
+    """Return the largest of the moments of a stage."""
+    return max(memories, key=lambda memory: memory.bytes)
 
 
 class Scoring(NamedTuple):
@@ -358,42 +406,3 @@ class Scoring(NamedTuple):
 
     seconds: float
     bytes: float
-
-
-def mean_shape(shapes: Sequence[Shape]) -> Shape:
-    """Return the shape with the mean number of tokens of some, its rows about as long as those of most of their tokens.
-
-    >>> mean_shape([Shape(4, 10, 0), Shape(2, 20, 0)])
-    Shape(rows=3, length=13, answer=0)
-    """
-    tokens = [shape.rows * shape.length for shape in shapes]
-    typical = sum(n * shape.length for n, shape in zip(tokens, shapes, strict=True)) / sum(tokens)
-    mean = statistics.mean(tokens)
-    rows = max(1, round(mean / typical))
-    return Shape(rows, round(mean / rows), 0)
-
-
-def longest_of(lengths: Sequence[int], rows: int) -> int:
-    """Estimate the longest of so many rows, drawn from lengths: a mean over 200 batches, and what a padded batch is as long as."""
-    rng = random.Random(0)
-    return round(statistics.mean(max(rng.choices(lengths, k=rows)) for _ in range(BATCHES)))
-
-
-def stretches_of(lengths: Sequence[int], rows: int) -> list[tuple[float, float]]:
-    """Estimate in which steps answers are written: of each stretch its tokens, and how many rows are still at work.
-
-    Means over 200 batches of so many rows, drawn from lengths; rows that have ended leave the batch between stretches.
-
-    >>> stretches_of([20], 3)
-    [(16.0, 3.0), (4.0, 3.0)]
-    """
-    rng = random.Random(0)
-    batches = [rng.choices(lengths, k=rows) for _ in range(BATCHES)]
-    stretches = []
-    for begin in range(0, max(lengths), STRETCH):
-        left = [[length - begin for length in batch if length > begin] for batch in batches]
-        at_work = [len(batch) for batch in left if batch]
-        if at_work:
-            tokens = sum(min(STRETCH, max(batch)) for batch in left if batch) / BATCHES
-            stretches.append((tokens, statistics.mean(map(float, at_work))))
-    return stretches

@@ -17,12 +17,14 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from rlhf._trl import add_fused_lm_head
 from rlhf.cost.live import LiveBytes, storages
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 FLOPS_ON_CPU = 1e10  # of one timed pass, a fraction of a second; larger batches are timed in part and scaled
 REPETITIONS = 4
 SHORT, LONG = 4, 12  # tokens of two generations, whose difference is the cost of a step
+FUSED = ("log_probs", "entropy", "is_top1")  # what TRL's SFT asks of its head
 clock = time.perf_counter
 
 
@@ -73,12 +75,14 @@ class Slices:
         layers: of the whole model.
         device: of both.
         autocast: whether forwards run in bfloat16 over float32 weights.
+        fused_head: whether the loss is TRL's of SFT, which makes of logits what it needs without handing them out.
     """
 
     models: tuple[Model, Model]
     layers: int
     device: torch.device
     autocast: bool
+    fused_head: bool = False
 
     def _for_all_layers(self, measure: Callable[[Model], float]) -> float:
         """Measure both models and return the value for the whole one."""
@@ -90,10 +94,10 @@ class Slices:
             lambda model: _bytes(p for p in model.parameters() if p.requires_grad or not trainable)
         )
 
-    def layer_weights(self) -> float:
-        """Return the bytes of all layers' frozen weights, which 4-bit quantisation makes smaller."""
-        one, two = (_bytes(p for p in model.parameters() if not p.requires_grad) for model in self.models)
-        return float(self.layers * (two - one))
+    def layer(self, *, trainable: bool = False) -> float:
+        """Return the bytes of one layer's weights, or of those of them that are trained."""
+        one, two = (_bytes(p for p in model.parameters() if p.requires_grad or not trainable) for model in self.models)
+        return float(two - one)
 
     def peak(self, shape: Shape, *, training: bool) -> float:
         """Return the bytes of the tensors that live at once, at most, in a forward, with its backward where it trains.
@@ -190,6 +194,8 @@ class Slices:
         ids = torch.randint(0, model.config.vocab_size, (shape.rows, shape.length), device=self.device)
         keep = {"logits_to_keep": shape.answer} if shape.has_logits else {}
         with self._precision():
+            if self.fused_head:
+                return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).loss
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **keep)
             if not shape.has_logits:
                 return output.last_hidden_state.float().sum()
@@ -245,6 +251,7 @@ def slices(
     autocast: bool = False,
     adapter: LoraConfig | None = None,
     checkpointing: bool = False,
+    fused_head: bool = False,
 ) -> Slices:
     """Build the two models of a configuration.
 
@@ -255,6 +262,7 @@ def slices(
         autocast: forwards in bfloat16 over these weights.
         adapter: LoRA settings, where only an adapter is trained.
         checkpointing: gradient checkpointing.
+        fused_head: the loss of TRL's SFT.
     """
     text = config.get_text_config()
     models = []
@@ -266,6 +274,8 @@ def slices(
             shallow.layer_types = shallow.layer_types[:layers]
         auto = AutoModelForCausalLM if has_logits else AutoModel
         model: Model = auto.from_config(shallow, dtype=dtype).to(device)
+        if fused_head:
+            add_fused_lm_head(model, outputs=FUSED)
         if adapter is not None:
             model = get_peft_model(model, _for_task(adapter, has_logits=has_logits))
         model.train()
@@ -273,7 +283,7 @@ def slices(
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         models.append(model)
     gc.collect()
-    return Slices((models[0], models[1]), text.num_hidden_layers, device, autocast)
+    return Slices((models[0], models[1]), text.num_hidden_layers, device, autocast, fused_head)
 
 
 def _for_task(adapter: LoraConfig, *, has_logits: bool) -> LoraConfig:

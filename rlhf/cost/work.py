@@ -96,7 +96,7 @@ class PpoWork:
 
     Attributes:
         folder: of the stage in the run, "round-1/ppo".
-        rollouts: how many it makes.
+        rollouts: how many each process makes, with the others.
         tried: answers that are sampled before the first rollout, to see whether they end.
     """
 

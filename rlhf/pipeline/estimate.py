@@ -11,7 +11,8 @@ from pathlib import Path
 from transformers import PretrainedConfig, TrainingArguments
 from trl import RewardConfig, SFTConfig
 
-from rlhf.cost.estimate import Estimate, Estimator
+from rlhf.cost.estimate import ONE_PROCESS, Estimate, Estimator
+from rlhf.cost.memory import Processes
 from rlhf.cost.sizes import PairTokens, Sizes, count_sizes
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.data.read import is_local
@@ -25,6 +26,7 @@ from rlhf.models.scratch import design_base
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.reward import CALIBRATION_SAMPLES
+from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stages import base_texts, run_data, run_lab
 from rlhf.pipeline.store import Stage
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
@@ -41,11 +43,14 @@ UNKNOWN_ANSWERS = (
 )
 
 
-def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate], list[str]]:
+def estimate(
+    recipe: Recipe, *, until: str | None = None, processes: Processes = ONE_PROCESS
+) -> tuple[list[Estimate], list[str]]:
     """Estimate every stage of a recipe that trains or samples, and say what there is to know about these figures.
 
     Args:
         until: the last stage, as `rlhf run --until` takes it.
+        processes: of the launch; figures are those of one of them.
 
     Raises:
         UserError: the data or the model's configuration can't be read.
@@ -54,11 +59,39 @@ def estimate(recipe: Recipe, *, until: str | None = None) -> tuple[list[Estimate
     with tempfile.TemporaryDirectory() as folder:
         config, sizes = model_and_sizes(recipe, Path(folder))
     training = section_training(recipe)
-    works = [work_of(stage, recipe, sizes, training["ppo"].args) for stage in stages_until(plan(recipe), until)]
-    estimator = Estimator(config, sizes, training, ppo_rollouts(recipe, training["ppo"].args))
+    stages, ppo = stages_until(plan(recipe), until), training["ppo"].args
+    works = [work_of(stage, recipe, sizes, ppo, processes.count) for stage in stages]
+    estimator = Estimator(config, sizes, training, ppo_rollouts(recipe, ppo), processes)
     estimates = [estimator.estimate(work) for work in works if work is not None]
-    unknown = [UNKNOWN_ANSWERS] if recipe.lab is not None and recipe.lab.is_sampled else []
-    return estimates, [*sizes.notes, *unknown, *_evaluation_note(estimates, recipe.evaluate.prompts)]
+    alone = [
+        stage.folder for stage, work in zip(stages, works, strict=True) if work and not STAGES[stage.name].together
+    ]
+    return estimates, [
+        *sizes.notes,
+        *([UNKNOWN_ANSWERS] if recipe.lab is not None and recipe.lab.is_sampled else []),
+        *_evaluation_note(estimates, recipe.evaluate.prompts),
+        *_notes_of_processes(recipe, processes, alone, training),
+    ]
+
+
+def _notes_of_processes(
+    recipe: Recipe, processes: Processes, alone: list[str], training: dict[Section, Training]
+) -> list[str]:
+    """Return what several processes do not divide, and what they can't run.
+
+    Args:
+        alone: the folders of stages that one process runs.
+    """
+    if processes.count == 1:
+        return []
+    notes = []
+    if alone:
+        notes.append(f"{', '.join(alone)}: run by one process while the others wait, with whole models.")
+    if recipe.reward.needs_vote and recipe.vote.trunk is not None:
+        notes.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
+    if processes.sharding == "fsdp2" and any(section.model.load_in_4bit for section in training.values()):
+        notes.append("load_in_4bit: FSDP2 leaves 4-bit weights whole on every process; only the adapters are divided.")
+    return notes
 
 
 def _evaluation_note(estimates: list[Estimate], prompts: int) -> list[str]:
@@ -186,7 +219,7 @@ def ppo_rollouts(recipe: Recipe, args: PPOConfig) -> Rollouts:
 # ---- Stages ----
 
 
-def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work | None:
+def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig, processes: int) -> Work | None:
     """Return what a planned stage has to do, or None where it neither trains nor samples."""
     rows = sizes.rows
     match stage.name:
@@ -224,7 +257,7 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig) -> Work 
             )
         case "ppo":
             episodes = ppo.total_episodes or round(ppo.num_train_epochs * rows["prompts"])
-            rollouts = max(1, round(episodes / ppo.local_rollout_size))
+            rollouts = max(1, round(episodes / (ppo.local_rollout_size * processes)))
             return PpoWork(stage.folder, rollouts, tried=min(SAMPLED, rows["prompts"]))
         case "lab" if recipe.lab is not None and recipe.lab.is_sampled:
             lab = recipe.lab

@@ -1,5 +1,7 @@
 """Run what is not done yet of a plan, round after round, and know when to stop."""
 
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -95,6 +97,14 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _give_memory_back() -> None:
+    """Give the memory of a finished stage back to the system; glibc would keep gibibytes of it for the next one."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not there in other C libraries
+    if trim is not None:
+        trim(0)
+
+
 def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say: Callable[[str], None]) -> None:
     """Run one stage and write its manifest, or wait for the process that does.
 
@@ -138,6 +148,7 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
             f"{stage.folder}: no space left on the device that holds {store.root}. Finished stages and whole checkpoints are "
             "intact: make room, and the same command goes on."
         ) from error
+    _give_memory_back()
     if not is_main:
         store.wait_until_done(stage)
     earlier = f", {seconds_before:.0f} s of them before it was interrupted" if seconds_before else ""

@@ -142,6 +142,70 @@ def estimates_table(name: str, stages: Sequence[_Estimate]) -> Table:
     return table
 
 
+class _Share(Protocol):
+    """What a process holds of a role, in bytes, as `rlhf.cost.memory` says it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weights(self) -> float: ...
+    @property
+    def gradients(self) -> float: ...
+    @property
+    def moments(self) -> float: ...
+
+
+class _Memory(Protocol):
+    """What a process holds at the peak of a stage."""
+
+    @property
+    def shares(self) -> Sequence[_Share]: ...
+    @property
+    def exchanged(self) -> float: ...
+    @property
+    def activations(self) -> float: ...
+    @property
+    def bytes(self) -> float: ...
+
+
+class _StageMemory(Protocol):
+    """A stage and its memory, as `rlhf.cost.estimate` says it."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def memory(self) -> _Memory: ...
+
+
+DIVIDED = {
+    "ddp": "Each process holds all weights, gradients and moments; exchanged: the copy of the gradients that is sent.",
+    "fsdp2": "Weights, gradients and moments are divided. Not divided: activations with logits, and exchanged: layers, embeddings "
+    "and head that are whole for now; in a rollout all weights.",
+}
+
+
+def memory_table(name: str, stages: Sequence[_StageMemory], *, processes: int, sharding: str) -> Table:
+    """Build the table of what one process holds at the peak of each stage, by role, in GiB."""
+    caption = f"{DIVIDED[sharding]} Gradients may come while activations go; then a peak has the larger of both."
+    table = Table(
+        title=f"{name}: memory of one of {processes} processes, {sharding}, GiB",
+        caption=caption,
+        caption_justify="left",
+    )
+    table.add_column("stage")
+    table.add_column("role")
+    for heading in ("weights", "gradients", "moments", "exchanged", "activations", "peak"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        memory = stage.memory
+        for place, share in enumerate(memory.shares):
+            held = (share.weights, share.gradients, share.moments)
+            of_stage = (memory.exchanged, memory.activations, memory.bytes) if place == 0 else ()
+            figures = (f"{value / 2**30:.2f}" for value in (*held, *of_stage))
+            table.add_row("" if place else stage.folder, share.name, *figures)
+    return table
+
+
 class _Check(Protocol):
     """What was measured and how much is allowed, as `rlhf.invariants.checks` says it."""
 

@@ -6,7 +6,9 @@ import pytest
 from transformers import BertConfig, LlamaConfig, PretrainedConfig
 from trl import RewardConfig, SFTConfig
 
-from rlhf.cost.estimate import MOMENTS, Estimator, longest_of, stretches_of
+from rlhf.cost.batches import longest_of, stretches_of
+from rlhf.cost.estimate import ONE_PROCESS, Estimator
+from rlhf.cost.memory import MOMENTS, Memory, Processes
 from rlhf.cost.sizes import PairTokens, Sizes
 from rlhf.cost.slices import Shape, Slices
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, SftWork, Training
@@ -23,11 +25,15 @@ SIZES = Sizes(
     demonstrations=[16, 18],
     pairs=[PairTokens(11, 17, 17), PairTokens(10, 15, 17), PairTokens(12, 17, 19)],
 )
+ADAPTED = {"lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+ADAPTER = 4 * 3 * 2 * 4 * (64 + 64)
 TRAINED = 1 + 1 + MOMENTS  # weights, gradients, moments
 PAIRS = PairWork("round-1/reward", "reward", pairs=200, trained=200, scored=60)
 
 
-def estimator(*, config: PretrainedConfig = LLAMA, reward_models: int = 1, **ppo_model: Any) -> Estimator:
+def estimator(
+    *, config: PretrainedConfig = LLAMA, reward_models: int = 1, processes: Processes = ONE_PROCESS, **ppo_model: Any
+) -> Estimator:
     arguments = {"output_dir": "nowhere", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     arguments |= {"num_train_epochs": 2, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 4}
     whole = model_settings({})
@@ -47,7 +53,7 @@ def estimator(*, config: PretrainedConfig = LLAMA, reward_models: int = 1, **ppo
         steps=4,
         reward_models=reward_models,
     )
-    costs = Estimator(config, SIZES, training, rollouts)
+    costs = Estimator(config, SIZES, training, rollouts, processes)
     costs.process = 0.0
     return costs
 
@@ -131,30 +137,98 @@ def test_models_on_a_trunk_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert above.seconds == pytest.approx(3.0 * (2 / 3 * all_batches + 4 / 3 * (epochs * batches * 3 + 50 / 16)))
 
 
+def state(memory: Memory) -> float:
+    """Bytes of weights, gradients and moments of a process."""
+    return sum(share.weights + share.gradients + share.moments for share in memory.shares)
+
+
 def test_memory_is_weights_gradients_and_moments_of_four_roles() -> None:
     whole = estimator()
     shape = Shape(8, whole.prompt + whole.answer, whole.answer)
     expected = TRAINED * (POLICY + BELOW_HEAD) + POLICY + BELOW_HEAD
-    assert whole.memory("ppo", shape, activations=False) == expected
-    assert estimator(reward_models=3).memory("ppo", shape, activations=False) == expected + 2 * BELOW_HEAD
+    memory = whole.memory("ppo", shape)
+    assert state(memory) == expected
+    assert [share.name for share in memory.shares] == ["policy", "critic", "reference", "reward"]
+    assert state(estimator(reward_models=3).memory("ppo", shape)) == expected + 2 * BELOW_HEAD
     # One base; policy and critic with gradients and moments, reference and reward without.
-    adapted = estimator(use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"])
-    adapter = 4 * 3 * 2 * 4 * (64 + 64)
-    expected = POLICY + 2 * TRAINED * adapter + 2 * adapter
-    assert adapted.memory("ppo", shape, activations=False) == expected
-    assert adapted.memory("ppo", shape) > expected
+    adapted = estimator(use_peft=True, **ADAPTED).memory("ppo", shape)
+    assert state(adapted) == POLICY + 2 * TRAINED * ADAPTER + 2 * ADAPTER
+    assert adapted.bytes > state(adapted) - (1 + 1) * ADAPTER
 
 
 def test_memory_of_one_model() -> None:
     """Gradients come while activations go: the larger of both is there at once, or their sum where gradients stay."""
     costs = estimator()
-    assert costs.memory("reward", Shape(16, 20, 0), activations=False) == TRAINED * BELOW_HEAD
     small, large = Shape(1, 2, 0), Shape(64, 40, 0)
-    assert costs.memory("reward", small) == TRAINED * BELOW_HEAD
+    assert costs.memory("reward", small).bytes == TRAINED * BELOW_HEAD
     peak = costs._peak("reward", large, training=True)
-    assert costs.memory("reward", large) == (1 + MOMENTS) * BELOW_HEAD + peak > TRAINED * BELOW_HEAD
+    assert costs.memory("reward", large).bytes == (1 + MOMENTS) * BELOW_HEAD + peak > TRAINED * BELOW_HEAD
     both = Shape(16, 20, 20)  # of SFT, which accumulates
-    assert costs.memory("sft", both) == TRAINED * POLICY + costs._peak("sft", both, training=True)
+    assert costs.memory("sft", both).bytes == TRAINED * POLICY + costs._peak("sft", both, training=True)
+
+
+@pytest.mark.parametrize("model", [{}, {"use_peft": True, **ADAPTED}])
+def test_a_process_of_several_holds_its_part_under_fsdp2_and_everything_under_ddp(model: dict[str, Any]) -> None:
+    shape = Shape(8, 18, 7)
+    one = estimator(**model).memory("ppo", shape)
+    assert one.exchanged == 0
+    assert estimator(processes=Processes(1, "fsdp2"), **model).memory("ppo", shape) == one
+    trained = POLICY + BELOW_HEAD if not model else 2 * ADAPTER
+    for count in (2, 8):
+        sharded = estimator(processes=Processes(count, "fsdp2"), **model).memory("ppo", shape)
+        assert state(sharded) == pytest.approx(state(one) / count, rel=1e-12)
+        assert sharded.activations == one.activations
+        copied = estimator(processes=Processes(count, "ddp"), **model).memory("ppo", shape)
+        assert (copied.shares, copied.activations) == (one.shares, one.activations)
+        assert (copied.exchanged, copied.bytes) == (trained, one.bytes + trained)
+
+
+def test_what_is_whole_for_now_under_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers and what is no layer, with their gradients; in a rollout every role."""
+    processes = Processes(4, "fsdp2")
+    layer, embedding, norm = 4 * LAYER, 4 * 200 * 64, 4 * 64
+    sft = estimator(processes=processes).memory("sft", Shape(4, 17, 17))
+    assert sft.exchanged == 2 * (2 * layer + 2 * embedding + norm)
+    update = estimator(processes=processes).memory("ppo", Shape(8, 18, 7))
+    assert update.exchanged == 2 * (2 * layer + (2 * embedding + norm) + (embedding + norm))
+    # With an adapter there is one base, of whose gradients only the adapter's are exchanged.
+    adapted = estimator(processes=processes, use_peft=True, **ADAPTED)
+    assert adapted.memory("ppo", Shape(8, 18, 7)).exchanged == 2 * (layer + 2 * ADAPTER / 3) + 2 * embedding + norm
+    monkeypatch.setattr(Slices, "peak", lambda *_, **__: 0.0)  # so that weights decide which moment is the peak
+    rollout = estimator(processes=processes).estimate(PpoWork("p", rollouts=3)).memory
+    assert rollout.exchanged == 2 * (POLICY + BELOW_HEAD)
+
+
+def test_weights_in_4_bits_stay_whole_under_fsdp2() -> None:
+    """Of a 4-bit base only adapters, embeddings, norm and head are divided; what is not in 4 bits is in bfloat16."""
+    quantised = {"use_peft": True, "load_in_4bit": True, **ADAPTED}
+    one, four = (
+        estimator(processes=Processes(count, "fsdp2"), **quantised).memory("ppo", Shape(8, 18, 7)).shares[0].weights
+        for count in (1, 4)
+    )
+    base = 2 * 3 * LAYER * 4.5 / 16
+    assert one == base + POLICY / 2 - 2 * 3 * LAYER + ADAPTER
+    assert four == base + (one - base) / 4
+
+
+def test_tokens_and_steps_of_one_process_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the rows, so half of the steps where a batch is twice as large; the rows are still those of the stage."""
+    monkeypatch.setattr(Slices, "seconds", lambda *_, **__: 1.0)
+    monkeypatch.setattr(Slices, "seconds_of_update", lambda _: 0.5)
+    monkeypatch.setattr(Slices, "seconds_of_sampling", lambda *_: 10.0)
+    one, two = estimator(), estimator(processes=Processes(2, "ddp"))
+    works = [SftWork("s", rows=300), PAIRS, PpoWork("p", rollouts=3)]
+    for work, steps in zip(works, (2 * 5, 2 * 7, 3 * 4), strict=True):
+        alone, shared = one.estimate(work), two.estimate(work)
+        assert shared.steps == steps
+        if isinstance(work, PpoWork):  # rollouts are told for each process
+            assert (shared.rows, shared.tokens, shared.seconds) == (2 * alone.rows, alone.tokens, alone.seconds)
+        else:
+            assert (shared.rows, shared.tokens) == (alone.rows, alone.tokens / 2)
+            assert shared.seconds < alone.seconds
+    # What one process does while the others wait is not divided.
+    sampled = SamplingWork("e", answers=40, is_scored=True, compared=20)
+    assert two.estimate(sampled) == one.estimate(sampled)
 
 
 def test_policies_and_reward_model_of_an_evaluation_have_a_base_each() -> None:

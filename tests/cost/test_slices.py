@@ -1,11 +1,14 @@
 """Straight lines through one and two layers: what they say of deeper models is what those are."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+from trl import SFTConfig, SFTTrainer
 
 from rlhf.cost.live import LiveBytes, storages
 from rlhf.cost.slices import FLOPS_ON_CPU, Shape, Slices, slices
@@ -41,6 +44,37 @@ def test_weights_and_activations_are_those_of_the_whole_model(config: Any) -> No
         assert found.peak(SHAPE, training=training) == true.peak(SHAPE, training=training)
 
 
+def test_memory_of_sft_is_that_of_trls_own_loss(base_folder: Path, tmp_path: Path) -> None:
+    """TRL's SFT makes no logits of its own batch at once on a GPU, and several copies of them on a CPU."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base_folder)
+    rows = torch.randint(5, 200, (3, 20))
+    args = SFTConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=3,
+        report_to="none",
+    )
+    trainer = SFTTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_list([{"input_ids": row} for row in rows.tolist()]),
+        processing_class=AutoTokenizer.from_pretrained(base_folder),
+    )
+    model.train()
+    handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in model.parameters()]
+    batch = next(iter(trainer.get_train_dataloader()))
+    with LiveBytes(storages(model.parameters())) as live:
+        trainer.compute_loss(model, batch).backward()
+    for handle in handles:
+        handle.remove()
+    found = slices(model.config, has_logits=True, device=CPU, fused_head=True).peak(Shape(3, 20, 20), training=True)
+    assert found == pytest.approx(live.peak, rel=0.01)
+    plain = slices(model.config, has_logits=True, device=CPU).peak(Shape(3, 20, 20), training=True)
+    assert found > 1.1 * plain
+
+
 def test_live_bytes_are_those_of_the_tensors_that_are_there() -> None:
     weight = torch.ones(10, 10)
     with LiveBytes(storages([weight])) as live:
@@ -68,7 +102,8 @@ def test_with_lora_only_the_adapter_is_trained() -> None:
     found = slices(LlamaConfig(num_hidden_layers=6, **SIZES), has_logits=True, device=CPU, adapter=LORA)
     # Of each layer: q, k, v, o (32 + 32), gate, up (32 + 64) and down (64 + 32), times the rank.
     assert found.weights(trainable=True) == 4 * 6 * 4 * (4 * 64 + 3 * 96)
-    assert found.layer_weights() == 4 * 6 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
+    assert found.layer(trainable=True) == found.weights(trainable=True) / 6
+    assert found.layer() - found.layer(trainable=True) == 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
