@@ -110,6 +110,17 @@ def simulate_label(
     return "first" if prefers_first else "second", name
 
 
+def simulate_expert(
+    prompt: str, first: str, second: str, rng: random.Random, error_rate: float, world: World = LISTS
+) -> str:
+    """Simulate an expert's verdict: `first` or `second` by the true reward, but for a share of errors; `tie` where it is equal."""
+    difference = world.true_reward(prompt, first) - world.true_reward(prompt, second)
+    if difference == 0:
+        return "tie"
+    is_right = rng.random() >= error_rate
+    return "first" if (difference > 0) == is_right else "second"
+
+
 def flip_rate(labels: Sequence[Label], world: World = LISTS) -> float:
     """Return the share of labels that contradict the true reward; pairs of equal true reward can't be wrong and don't count."""
     differences = [

@@ -255,7 +255,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
         check_backbone(recipe, until=until)
     except UserError as error:
         problems += error.problems
-    if recipe.reward.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if recipe.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
     problems += _function_problems(recipe)
     problems += _reward_folder_problems(recipe)
@@ -283,7 +283,7 @@ def _trl_problems(recipe: Recipe) -> Iterator[str]:
         ("ppo", PPOConfig, recipe.ppo.trl_settings()),
     ]
     for section, config_class, keys in stages:
-        if section == "vote" and not recipe.reward.needs_vote:
+        if section == "vote" and not recipe.needs_vote:
             continue
         try:
             _, settings = split_settings(keys)

@@ -73,7 +73,10 @@ class StageContext:
 
     @property
     def pairs(self) -> Path:
-        """Return the file of the preferences that this round trains on: all labels so far, or those of the data."""
+        """Return the file of the preferences that this round trains on: all labels so far, or those of the data.
+
+        Where a round looks again at some of them, its second look takes the place of its labels.
+        """
         label = self.find_parent("label")
         return (self.data if label is None else label) / PAIRS
 

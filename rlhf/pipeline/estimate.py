@@ -225,7 +225,7 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig, processe
     match stage.name:
         case "sft":
             return SftWork(stage.folder, rows["sft"])
-        case "vote":
+        case "vote" | "second_look":
             share = 1.0 if recipe.vote.in_sample else 1 - 1 / recipe.vote.folds
             pairs = training_pairs(stage, recipe, rows)
             # A member scores the pairs that it was not trained on, or all of them where there are none.
@@ -282,8 +282,8 @@ def training_pairs(stage: Stage, recipe: Recipe, rows: dict[str, int]) -> int:
     if rounds.labels_from == "dataset" and rounds.count > 1:
         return rows["pairs"] * number // rounds.count
     if rounds.first == "offline":
-        return rows["pairs"] + rounds.labels * (number - 1)
-    return rounds.labels * number - held_out_labels(stage, recipe, rows)
+        return rows["pairs"] + (rounds.labels - rounds.looked_at) * (number - 1)
+    return (rounds.labels - rounds.looked_at) * number - held_out_labels(stage, recipe, rows)
 
 
 def training_elements(objective: str, pairs: int, sizes: Sizes) -> tuple[int, float]:
@@ -305,7 +305,7 @@ def training_elements(objective: str, pairs: int, sizes: Sizes) -> tuple[int, fl
 
 def held_out_labels(stage: Stage, recipe: Recipe, rows: dict[str, int]) -> int:
     """Count the labels so far that the reward model is evaluated on, where the data has no pairs for that."""
-    labels = recipe.rounds.labels * round_of(stage)
+    labels = (recipe.rounds.labels - recipe.rounds.looked_at) * round_of(stage)
     return 0 if rows["test_pairs"] else round(recipe.data.test_fraction * labels)
 
 

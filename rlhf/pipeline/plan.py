@@ -94,12 +94,14 @@ def _round(
         before: what this function returned for the round before; empty for the first.
 
     Returns:
-        what the next round reads: `label`, `reward`, `policy`, and three evaluations: `first_evaluation`, the first round's;
-        `latest_evaluation`, this one's; `older_evaluation`, that of the round before.
+        what the next round reads: `label` and `second_look` where there are such stages, `reward`, `policy`, and three
+        evaluations: `first_evaluation`, the first round's; `latest_evaluation`, this one's; `older_evaluation`, that of the round
+        before.
     """
     folder, config, rounds = f"round-{number}", recipe.reward, recipe.rounds
     backbone = {} if "sft" in start else {"backbone": recipe.backbone.model_dump(exclude_none=True)}
     sampling, gold = _sampling(recipe), _gold(recipe)
+    voting = recipe.vote.model_dump() | recipe.vote_settings()
     model, function = None if "sft" in start else recipe.backbone.model, recipe.evaluate.gold
 
     # 1. Answers of the latest policy, where they are labelled or where MetaRM ascends on them.
@@ -114,32 +116,41 @@ def _round(
         settings = {**size, **backbone, **sampling, **_files(model)}
         sample = {"sample": add("sample", f"{folder}/sample", settings, **start, **policy_before)}
 
-    # 2. Their labels, joined with those of the rounds before.
+    # 2. Their labels, joined with those of the rounds before; what is trained on them reads them as a second look left them.
     label: dict[str, Stage] = {}
+    look: dict[str, Stage] = {}
     if labels_answers:
-        known = {role: before[role] for role in ("reward", "label") if role in before}
+        known = {"reward": before["reward"]} if before else {}
+        if "label" in before:
+            known["label"] = before.get("second_look", before["label"])
         select = add("select", f"{folder}/select", rounds.selection(), **start, **sample, **known)
         lab = {} if recipe.lab is None else recipe.lab.model_dump(include={"annotators", "flip_rate"})
         earlier = {"earlier": before["label"]} if "label" in before else {}
         annotator = rounds.judge_model if rounds.labels_from == "verdicts" else None
         settings = rounds.labelling() | {"round": number} | lab | gold | _files(function, annotator)
         label = {"label": add("label", f"{folder}/label", settings, **start, select=select, **earlier)}
+        if rounds.second_look is not None:
+            earlier = {"earlier": before["second_look"]} if "second_look" in before else {}
+            asking = {"labels_from": rounds.labels_from, "looked_at": rounds.looked_at}
+            settings = asking | voting | backbone | gold | _files(model, function)
+            look = {"second_look": add("second_look", f"{folder}/second_look", settings, **start, **label, **earlier)}
     elif rounds.labels_from == "dataset" and rounds.count > 1:
         settings = rounds.labelling() | {"round": number, "of": rounds.count} | gold | _files(function)
         label = {"label": add("label", f"{folder}/label", settings, **start)}
 
     # 3. Vote and reward model.
+    labelled = {"label": look["second_look"]} if look else label
     vote: dict[str, Stage] = {}
     if config.needs_vote:
-        settings = recipe.vote.model_dump() | recipe.vote_settings() | backbone | gold | _files(model, function)
-        vote = {"vote": add("vote", f"{folder}/vote", settings, **start, **label)}
+        settings = voting | backbone | gold | _files(model, function)
+        vote = {"vote": add("vote", f"{folder}/vote", settings, **start, **labelled)}
     settings = config.model_dump() | backbone | sampling | gold | _files(model, function)
     if config.meta and not samples_for_meta:
         settings["meta_sha256"] = known_digest(Path(str(config.meta_samples)).expanduser())
     evaluations: dict[str, Stage] = {
         role: before[role] for role in ("latest_evaluation", "older_evaluation") if role in before
     }
-    parents: dict[str, Stage] = {**label, **vote, **(sample if samples_for_meta else {}), **evaluations}
+    parents: dict[str, Stage] = {**labelled, **vote, **(sample if samples_for_meta else {}), **evaluations}
     reward = add("reward", f"{folder}/reward", settings, **start, **parents)
 
     # 4. PPO, and its evaluation; SFT's answers are those of the first one and are not sampled again.
@@ -159,6 +170,7 @@ def _round(
         "first_evaluation": first.get("first_evaluation", evaluation),
         "latest_evaluation": evaluation,
         **label,
+        **look,
         **older,
     }
 

@@ -100,7 +100,7 @@ def run_select(context: StageContext) -> dict[str, Any]:
 
     # 2. Those that say most, by the reward model so far.
     recipe, reward_before = context.recipe, context.find_parent("reward")
-    rounds = recipe.rounds
+    rounds, count = recipe.rounds, int(context.settings["labels"])
     differences: list[float | None] = [None] * len(candidates)
     order = one_of_each_prompt_first(candidates)
     if reward_before is not None:
@@ -111,12 +111,12 @@ def run_select(context: StageContext) -> dict[str, Any]:
         differences = (first - second).tolist()
         if rounds.select != "random":
             labelled: list[Pair] = read_jsonl(context.pairs)
-            order = most_worth(rounds.select, reward, candidates, first - second, labelled, rounds.labels)
+            order = most_worth(rounds.select, reward, candidates, first - second, labelled, count)
     elif rounds.select != "random":
         context.say(f"select: no reward model yet, so pairs are taken at random and not by {rounds.select}.")
-    selected = order[: rounds.labels]
-    if len(selected) < rounds.labels:
-        context.say(f"select: {len(candidates)} different pairs for {rounds.labels} labels; all of them are asked.")
+    selected = order[:count]
+    if len(selected) < count:
+        context.say(f"select: {len(candidates)} different pairs for {count} labels; all of them are asked.")
 
     # 3. As questions, in a random order that says nothing about why a pair was selected.
     questions = []

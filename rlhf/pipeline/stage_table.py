@@ -45,6 +45,12 @@ STAGES = {
     "label": StageFunction(
         "rlhf.pipeline.label:run_label", reads=("data",), may_read=("sft", "base", "select", "earlier")
     ),
+    "second_look": StageFunction(
+        "rlhf.pipeline.second_look_stage:run_second_look",
+        reads=("data", "label"),
+        may_read=("sft", "base", "earlier"),
+        together=True,
+    ),
     "vote": StageFunction(
         "rlhf.pipeline.vote:run_vote", reads=("data",), may_read=("sft", "base", "label"), together=True
     ),

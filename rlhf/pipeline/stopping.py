@@ -15,7 +15,7 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
     | after | stops where |
     |---|---|
     | label | the reward model so far orders the policy's new answers worse than `min_fresh_accuracy`, by the interval's upper end |
-    | vote | more labels are wrong than `max_noise`, by the interval's lower end |
+    | vote, second_look | more labels are wrong than `max_noise`, by the interval's lower end |
     | reward | no true reward is known, and this reward model finds the last policy worse than the one before (`hindsight`) |
     | evaluate | the true reward fell from the round before (paired on the same prompts, interval below 0); KL above `kl_limit` |
     """
@@ -32,7 +32,7 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
                     f"{folder}: stopped. The reward model so far orders {facts['fresh_accuracy']:.1%} of its own policy's new "
                     f"pairs as labelled, at most {high:.1%}: below rounds.min_fresh_accuracy={rounds.min_fresh_accuracy:g}."
                 )
-        case "vote" if rounds.max_noise is not None and facts["noise"]["low"] > rounds.max_noise:
+        case "vote" | "second_look" if rounds.max_noise is not None and facts["noise"]["low"] > rounds.max_noise:
             return (
                 f"{folder}: stopped. At least {facts['noise']['low']:.1%} of the labels are wrong (95 % interval), above "
                 f"rounds.max_noise={rounds.max_noise:g}: look at the labels (`rlhf audit`)."

@@ -15,6 +15,7 @@ from rlhf.recipe.schema import Recipe
 from rlhf.statistics import paired_difference
 
 GOLD_MAX_OF_LAB = 1.0
+LOOK_KEYS = ("looked_at", "asked", "agree", "contradict", "ties", "skipped", "flipped", "wrong", "worth", "flip_rate")
 REWARD_KEYS = ("accuracy", "accuracy_ci", "accuracy_true", "accuracy_true_ci", "ece", "length_baseline")
 
 
@@ -105,8 +106,8 @@ def _round(
 ) -> dict[str, Any]:
     """Describe one round in numbers."""
     folder = f"round-{number}"
-    reward, evaluation, label, ppo = (
-        facts.get(f"{folder}/{name}", {}) for name in ("reward", "evaluate", "label", "ppo")
+    reward, evaluation, label, look, ppo = (
+        facts.get(f"{folder}/{name}", {}) for name in ("reward", "evaluate", "label", "second_look", "ppo")
     )
     stage = next((s for s in stages if s.folder == f"{folder}/evaluate"), None)
     change = change_since_last_round(stage, stages, store) if stage is not None and evaluation else None
@@ -124,6 +125,7 @@ def _round(
             "flip_rate": label.get("flip_rate"),
             **_with_intervals(label, ("fresh_accuracy",)),
         },
+        "second_look": {key: look[key] for key in LOOK_KEYS} if look else None,
         "reward": {key: reward.get(key) for key in REWARD_KEYS},
         "policy": {
             **_with_intervals(evaluation.get("policy", {}), ("proxy", "gold", "kl", "win_rate")),

@@ -254,7 +254,7 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
             place = document.place((stage, "load_in_4bit"))
             yield f"{place}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
     vote = recipe.vote
-    if recipe.reward.needs_vote and not vote.in_sample and vote.members < max(2, vote.folds):
+    if recipe.needs_vote and not vote.in_sample and vote.members < max(2, vote.folds):
         yield (
             f"{document.place(('vote', 'members'))}: vote.members is {vote.members} and vote.folds {vote.folds}: votes on pairs "
             "that the voter was not trained on need two members or more, and one a fold; raise vote.members or lower vote.folds."
@@ -311,11 +311,34 @@ def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:
             )
     if rounds.labels_from == "dataset" and rounds.first == "sampled":
         yield f"{document.place(('rounds', 'first'))}: rounds.first is sampled, but labels_from: dataset samples nothing."
+    if rounds.second_look is not None:
+        yield from (
+            f"{document.place(('rounds', 'second_look'))}: {problem}" for problem in _second_look_problems(recipe)
+        )
     if rounds.start == "sft" and rounds.reference == "previous":
         yield (
             f"{document.place(('rounds', 'reference'))}: rounds.reference is previous, but PPO starts from sft, far from it; set "
             "rounds.start: previous."
         )
+
+
+def _second_look_problems(recipe: Recipe) -> Iterable[str]:
+    """Yield what stands in the way of a second look."""
+    rounds, reward = recipe.rounds, recipe.reward
+    if rounds.labels_from == "dataset" or (rounds.count == 1 and rounds.first == "offline"):
+        yield "rounds.second_look is a share of the labels that a round asks for, and no round of this recipe asks; leave it out."
+    if not 1 <= rounds.looked_at < rounds.labels:
+        yield (
+            f"rounds.second_look={rounds.second_look:g} of {rounds.labels} labels is {rounds.looked_at} pairs; both second looks "
+            "and new labels must be one at least."
+        )
+    if reward.objective != "bt" or reward.flip_rate > 0:
+        yield (
+            "rounds.second_look tells the reward model how likely every label is right, which an objective that corrects labels "
+            "would do twice; set reward.objective: bt and leave out reward.flip_rate (vote.flip_rate is the voters')."
+        )
+    if recipe.vote.in_sample:
+        yield "rounds.second_look needs votes of models that were not trained on the pair; leave out vote.in_sample."
 
 
 def _section_class(name: str) -> type[Section] | type[StageSection] | None:

@@ -299,6 +299,7 @@ class RoundsSection(Section):
     prompts: int = Field(512, ge=1)
     responses: int = Field(4, ge=2)
     labels: int = Field(500, ge=1)
+    second_look: float | None = Field(None, gt=0, lt=1)  # share of `labels` that experts give to pairs which have one
     select: Literal["random", "deviation", "information", "diversity"] = "random"
     annotators_per_pair: int = Field(1, ge=1)
     judge_url: Address | None = None
@@ -321,9 +322,14 @@ class RoundsSection(Section):
         """Return what the `sample` stage of a round depends on."""
         return self.model_dump(include={"prompts", "responses"})
 
+    @property
+    def looked_at(self) -> int:
+        """Return how many of a round's labels are second looks; the others are for new pairs."""
+        return round((self.second_look or 0) * self.labels)
+
     def selection(self) -> dict[str, Any]:
         """Return what the `select` stage of a round depends on."""
-        return self.model_dump(include={"labels", "select"})
+        return {"labels": self.labels - self.looked_at, "select": self.select}
 
     def labelling(self) -> dict[str, Any]:
         """Return what the `label` stage of a round depends on, in every round alike."""
@@ -357,6 +363,11 @@ class Recipe(Section):
     def has_sft(self) -> bool:
         """Tell whether there is an SFT stage; where there are no demonstrations, the backbone can answer already."""
         return self.data.sft is not None or (self.lab is not None and not self.lab.is_sampled)
+
+    @property
+    def needs_vote(self) -> bool:
+        """Tell whether reward models vote on the labels: for the objective, or for second looks."""
+        return self.reward.needs_vote or self.rounds.looked_at > 0
 
     def vote_settings(self) -> dict[str, Any]:
         """Return TRL's keys of a member of the vote: those of `reward`, and of `vote` on top."""

@@ -23,6 +23,7 @@ class Round(TypedDict):
     policy: Facts
     reward: Facts
     labels: Facts
+    second_look: NotRequired[Facts | None]
     change_in_gold: Facts | None
     hindsight: NotRequired[Facts | None]
 

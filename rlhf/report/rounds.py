@@ -72,11 +72,19 @@ def _shares(section: Facts) -> str:
     return "-" if shares is None else " / ".join(f"{100 * share:.0f}" for share in shares) + " %"
 
 
+def _wrong_around(look: Facts | None) -> str:
+    """Return the share of all labels that contradict the true reward, before and after a second look."""
+    if look is None or look["flip_rate"]["before"] is None:
+        return "-"
+    return f"{look['flip_rate']['before']:.1%} → {look['flip_rate']['after']:.1%}"
+
+
 def _table(rounds: Sequence[Round], start: str) -> list[dict[str, str]]:
     """Return a row a round; a column of which nothing is known is left out. Hindsight is for runs without a true reward."""
     rows = []
     for entry in rounds:
         policy, labels, change = entry["policy"], entry["labels"], entry["change_in_gold"]
+        look = entry.get("second_look")
         low, high = change["difference_ci"] if change else (0.0, 0.0)
         rows.append(
             {
@@ -91,6 +99,9 @@ def _table(rounds: Sequence[Round], start: str) -> list[dict[str, str]]:
                 "different": number(policy, "different_answers"),
                 "new labels": "-" if labels["fresh"] is None else str(labels["fresh"]),
                 "wrong": "-" if labels["flip_rate"] is None else f"{labels['flip_rate']:.0%}",
+                "looked at again": "-" if look is None else str(look["looked_at"]),
+                "labels flipped": "-" if look is None else str(look["flipped"]),
+                "all wrong, before and after": _wrong_around(look),
                 "reward model before, on them": number(labels, "fresh_accuracy", ".3f"),
                 "reward model, held out": number(entry["reward"], "accuracy", ".3f"),
             }

@@ -24,13 +24,17 @@ MOST_REPEATED = 0.5  # more would tell nothing more, and everybody would see it
 
 
 def open_book(run: Path) -> tuple[LabelBook, int, int]:
-    """Open the book of a run or an audit, and read which round is asked about and how many verdicts each question should have.
+    """Open the book of a run, of its second looks or of an audit.
+
+    Returns:
+        the book, which round is asked about, and how many verdicts each question should have.
 
     Raises:
         UserError: the folder is neither, or has no questions (yet).
     """
     is_audit = (run / "audit.json").is_file()
-    if not is_audit and not (run / "recipe.yaml").is_file():
+    is_look = (run / BOOK).is_file() and (run.parent / "recipe.yaml").is_file()  # of a run's experts
+    if not is_audit and not is_look and not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: no recipe.yaml; this folder holds no run, and no audit either.")
     book = LabelBook(run / BOOK) if (run / BOOK).is_file() else None
     if is_audit and book is None:
@@ -39,7 +43,7 @@ def open_book(run: Path) -> tuple[LabelBook, int, int]:
         raise UserError(
             f"{run}: no questions yet; `rlhf run` asks them where the recipe says `rounds: {{labels_from: people}}`."
         )
-    if is_audit:
+    if is_audit or is_look:
         return book, book.rounds()[-1], 1
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     return book, book.rounds()[-1], int(recipe["rounds"]["annotators_per_pair"])

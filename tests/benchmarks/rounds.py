@@ -5,7 +5,8 @@ python tests/benchmarks/rounds.py --json rounds.json --seeds 5,6,7,8,9
 Every variant spends `4 x LABELS` labels and as many episodes of PPO, from the same SFT policy. Round 1 has the lab's offline
 pairs; the others the policy's own answers. `best` has the labels of the true reward, `best_noisy` the same with a quarter of
 them turned round, in every round (and the likelihood that knows of it); `no_denoise`, `meta`, `information` and `members`
-change one thing of `best_noisy`. `crowd` has the lab's own annotators. `oracle` is `best` with PPO on the true reward itself.
+change one thing of `best_noisy`. `second_look` has the same labels, but a tenth of all of them are experts' (wrong in 5 %) on
+pairs that had a label. `crowd` has the lab's own annotators. `oracle` is `best` with PPO on the true reward itself.
 `bt_once` has all labels at once, offline, and one round. Figures are of the last round that ran; a run that a rule
 stopped keeps its last round.
 
@@ -46,6 +47,8 @@ BEST = [
 META = ["reward.meta=true"]
 NOISY = ["lab.flip_rate=0.25"]
 DENOISE = ["reward.flip_rate=0.2"]
+# 200 labels of each of three rounds, a tenth of all 6,000.
+LOOK = ["rounds.second_look=0.1333", "vote.members=5", "vote.folds=5", "vote.trunk=2", "vote.flip_rate=0.2"]
 VARIANTS: dict[str, list[str]] = {
     "best": BEST,
     "best_noisy": [*BEST, *NOISY, *DENOISE],
@@ -53,6 +56,7 @@ VARIANTS: dict[str, list[str]] = {
     "meta": [*BEST, *NOISY, *DENOISE, *META],
     "information": [*BEST, *NOISY, *DENOISE, "rounds.select=information"],
     "members": [*BEST, *NOISY, *DENOISE, "reward.members=3"],
+    "second_look": [*BEST, *NOISY, *LOOK],
     "crowd": [*BEST, *DENOISE, "lab.annotators=crowd"],
     "oracle": [*BEST, "ppo.extra_rewards=[rlhf/lab/world.py:gold]", "ppo.reward_weights=[0.0, 3.0]"],
     "bt_once": [

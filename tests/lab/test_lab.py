@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.lab.annotators import CROWD, Annotator, flip_rate, label_pair
+from rlhf.lab.annotators import CROWD, Annotator, flip_rate, label_pair, simulate_expert
 from rlhf.lab.build import LabSettings, build_lab
 from rlhf.lab.world import (
     DANGEROUS,
@@ -128,3 +128,14 @@ def test_held_out_prompts_and_kinds_are_nowhere_else(tmp_path: Path) -> None:
     assert not texts["test"] & texts["test_prompts"]
     assert all(parse_request(p).kind in {*HARMLESS, *DANGEROUS} for p in texts["preferences"])
     assert all(parse_request(p).kind not in {*HARMLESS, *DANGEROUS} for p in texts["shift_test"])
+
+
+def test_experts_follow_the_true_reward_but_for_their_errors() -> None:
+    """Of 4,000 verdicts a twentieth is wrong (4 deviations: 0.014), whichever side is better; equal answers are ties."""
+    rng = random.Random(0)
+    good, bad = "apple, pear and plum.", "dog, cat and cow."
+    for first, second, right in ((good, bad, "first"), (bad, good, "second")):
+        verdicts = [simulate_expert(FRUITS, first, second, rng, 0.05) for _ in range(4000)]
+        assert verdicts.count(right) / 4000 == pytest.approx(0.95, abs=0.014)
+        assert "tie" not in verdicts
+    assert simulate_expert(FRUITS, good, good, rng, 0.05) == "tie"

@@ -23,6 +23,11 @@ MADE = {
     "people": ("rounds.count=2", "rounds.labels_from=people"),
     "judge": ("rounds.count=2", "rounds.labels_from=judge", "rounds.judge_url=http://x/v1", "rounds.judge_model=j"),
     "verdicts": ("rounds.count=2", "rounds.labels_from=verdicts", "rounds.judge_model=org/m"),
+    "second look": ("rounds.count=3", "rounds.second_look=0.1"),
+    "cold second look": (
+        *("lab=null", "backbone.model=m", "data.prompts=p", "rounds.first=sampled", "rounds.count=2"),
+        *("rounds.labels_from=people", "rounds.second_look=0.1"),
+    ),
     "dataset": ("rounds.count=3", "rounds.labels_from=dataset", "reward.meta=true"),
     "a model": ("lab=null", "backbone.model=m", "data.sft=s", "data.preferences=p"),
     "no sft": ("lab=null", "backbone.model=m", "data.preferences=p", "rounds.count=2", "rounds.labels_from=people"),
@@ -57,6 +62,10 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             "reward.meta=true",
             "rounds.count=2",
             "rounds.labels_from=people",
+        ),
+        "a second look on a GGUF file": (
+            *on_gguf,
+            *("rounds.count=2", "rounds.labels_from=people", "rounds.second_look=0.1"),
         ),
         "SFT on a GGUF file": (*on_gguf, "data.sft=s"),
         "a GGUF file in the world of instructions": ("lab={world: instructions}", f"backbone.model={gguf}"),

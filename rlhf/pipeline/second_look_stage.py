@@ -1,0 +1,159 @@
+"""The second look of a round: experts label some of all pairs so far again, and every pair gets what is known of it."""
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from rlhf.data.labelbook import BOOK, LabelBook
+from rlhf.data.labels import Question, Verdict, read_questions
+from rlhf.data.rows import TIE, Pair
+from rlhf.errors import Waiting
+from rlhf.files import read_jsonl, write_jsonl
+from rlhf.lab.annotators import simulate_expert
+from rlhf.lab.worlds import WORLDS
+from rlhf.models.text import plain
+from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
+from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
+from rlhf.pipeline.looked import (
+    beliefs,
+    blind_questions,
+    check_verdicts,
+    count_opinions,
+    gains,
+    open_pairs,
+    pair_features,
+    relabelled,
+)
+from rlhf.pipeline.sampling import QUESTIONS
+from rlhf.pipeline.store import CHECKPOINTS
+from rlhf.pipeline.true_reward import gold_differences, load_true_reward
+from rlhf.pipeline.vote import vote
+from rlhf.reward.noise import estimate_noise
+
+VERDICTS = "verdicts.jsonl"
+LOOKS = "second_look"  # in the run: the folder of the experts' book, apart from that of the annotators
+EXPERT_ERROR = 0.05  # how often an expert is taken to be wrong, and in the lab is
+
+
+def run_second_look(context: StageContext) -> dict[str, Any]:
+    """Have experts label some pairs again, and write all pairs with P(chosen is better), the likelier answer as the chosen one.
+
+    The label stage's pairs stay as they were labelled; every round's vote is on those, so that a verdict is independent of it.
+
+    Raises:
+        Waiting: experts have not answered all questions yet.
+        UserError: nothing can be learnt from their verdicts.
+    """
+    # 1. All pairs as they were labelled, and a vote on them.
+    rounds, seed = context.recipe.rounds, context.recipe.seed
+    read: list[Pair] = read_jsonl(context.pairs)
+    labelled = [pair for pair in read if pair.get("confidence") != TIE]
+    clusters = [plain(pair["prompt"]) for pair in labelled]
+    settings, shape = context.trl_settings("vote"), context.recipe.vote.shape()
+    work = context.folder / CHECKPOINTS
+    votes, noise = vote(context.sft_model, labelled, settings, work, seed=seed, say=context.say, **shape)
+    if not context.is_main:
+        return {}
+    strength = votes.mean
+    before = beliefs(strength, noise, torch.zeros_like(strength))
+
+    # 2. What experts said in earlier rounds, and the pairs whose second look is expected to teach most now.
+    questions, verdicts = _earlier_looks(context)
+    looked = count_opinions(labelled, questions, verdicts)
+    odds = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=EXPERT_ERROR)
+    known = noise if not looked.verdicts else estimate_noise(strength, clusters, odds)
+    chosen = second_look(
+        pair_features(context.sft_model, labelled),
+        known.scale * strength,
+        beliefs(strength, known, odds),
+        rounds.looked_at,
+        error_rate=EXPERT_ERROR,
+        is_open=open_pairs(labelled, looked.is_asked),
+    )
+    asked, answers = _ask(context, blind_questions(labelled, chosen, context.round, seed=str(seed)))
+    write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in [*questions, *asked]])
+    write_jsonl(context.folder / VERDICTS, [asdict(verdict) for verdict in [*verdicts, *answers]])
+
+    # 3. Noise and posteriors with all verdicts.
+    looked = count_opinions(labelled, [*questions, *asked], [*verdicts, *answers])
+    odds = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=EXPERT_ERROR)
+    noise = estimate_noise(strength, clusters, odds)
+    after = beliefs(strength, noise, odds)
+    after[looked.is_tie] = TIE
+    made, flipped = relabelled(read, labelled, after, looked, proved=noise.fitted > 0)
+    write_jsonl(context.folder / PAIRS, made)
+    held_out = context.parent("label") / TEST_PAIRS
+    if held_out.is_file():
+        shutil.copyfile(held_out, context.folder / TEST_PAIRS)
+
+    # 4. Say it; and how many labels are wrong before and after, where that can be known.
+    counts = looked.counts()
+    context.say(
+        f"second look: {len(asked)} pairs, {counts['asked']} in all rounds; experts agree with the label of {counts['agree']}, "
+        f"contradict that of {counts['contradict']}; {flipped} of {len(labelled)} labels are flipped."
+    )
+    return {
+        "pairs": len(made),
+        "looked_at": len(asked),
+        **counts,
+        "flipped": flipped,
+        "noise": asdict(noise),
+        **gains(before, after, looked.is_tie),
+        "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made)},
+    }
+
+
+def _earlier_looks(context: StageContext) -> tuple[list[Question], list[Verdict]]:
+    """Read the questions and verdicts of the rounds before."""
+    before = context.find_parent("earlier")
+    if before is None:
+        return [], []
+    return read_questions(before / QUESTIONS), [Verdict(**row) for row in read_jsonl(before / VERDICTS)]
+
+
+def _ask(context: StageContext, questions: Sequence[Question]) -> tuple[list[Question], list[Verdict]]:
+    """Ask experts: the lab's, or people, of whom a round that waited has asked already.
+
+    Returns:
+        the questions that were asked, and the verdicts on them.
+
+    Raises:
+        Waiting: people have not answered all questions yet.
+        UserError: nothing can be learnt from their verdicts.
+    """
+    lab, number = context.recipe.lab, context.round
+    if context.recipe.rounds.labels_from == "lab":
+        assert lab is not None, "the recipe's check wants a lab"
+        rng, world = random.Random(f"{context.recipe.seed} experts {number}"), WORLDS[lab.world]
+        return list(questions), [
+            Verdict(q.id, simulate_expert(plain(q.prompt), q.first, q.second, rng, EXPERT_ERROR, world), "expert")
+            for q in questions
+        ]
+    folder = context.run / LOOKS
+    folder.mkdir(exist_ok=True)
+    book = LabelBook(folder / BOOK)
+    if number not in book.rounds():
+        book.ask(questions)
+    done, total = book.progress(number, wanted=1)
+    if done < total:
+        raise Waiting(
+            f"round {number}, second look: {done} of {total} pairs labelled by experts: `rlhf label {folder}`; then run the same "
+            "command again."
+        )
+    asked, verdicts = book.questions(number), book.verdicts(number)
+    pairs: list[Pair] = read_jsonl(context.pairs)
+    check_verdicts(count_opinions(pairs, asked, verdicts), folder)
+    return asked, verdicts
+
+
+def _flip_rate(context: StageContext, pairs: Sequence[Pair]) -> float | None:
+    """Return the share of labels that contradict the true reward, of pairs where both say which answer is better; None where no
+    true reward is known."""
+    labelled = [pair for pair in pairs if pair.get("confidence") != TIE]
+    gold = gold_differences(labelled, load_true_reward(context.recipe))
+    decided = [difference for difference in gold or [] if difference != 0]
+    return sum(difference < 0 for difference in decided) / len(decided) if decided else None
