@@ -34,10 +34,11 @@ from rlhf.models.load import (
     reward_model_on,
     score_head,
 )
-from rlhf.models.logprobs import position_ids, response_logprobs
+from rlhf.models.logprobs import response_logprobs
 from rlhf.models.save import base_fingerprint, save_model
 from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import answer_text, check_tokenizer, encode_answers, plain
+from rlhf.models.unpadded import position_ids
 from rlhf.ppo.roles import PolicyAndCritic, active_adapter, make_reference
 from tests.conftest import PROMPTS, WORDS
 
