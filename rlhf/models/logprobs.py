@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from rlhf.models.unpadded import position_ids, token_states
 from rlhf.objectives.intrinsic import self_certainty
 
 ELEMENTS_AT_ONCE = 2**20  # 4 MB of float32: what a core's cache holds
@@ -142,17 +143,8 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Return positions [b, t] that do not count padding on the left; padding itself gets 0.
-
-    >>> position_ids(torch.tensor([[0, 0, 1, 1, 1]]))
-    tensor([[0, 0, 0, 1, 2]])
-    """
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
 class AnswerStatistics(NamedTuple):
-    """What a causal model says of the tokens of answers; 0 at padding where the logits were computed in parts.
+    """What a causal model says of the tokens of answers; nothing that means anything at padding.
 
     Attributes:
         logprobs: [b, r] log π(token), nats, at the sampling temperature.
@@ -182,8 +174,9 @@ def response_statistics(
 ) -> AnswerStatistics:
     """Return log-probabilities of the last r = `response_length` tokens, and the moments of their surprise.
 
-    Where the logits of all places would take more than `LOGITS_AT_ONCE`, the output layer reads the places of tokens a part at a
-    time, padding left out; with gradients, a part's logits are computed a second time in the backward pass instead of being kept.
+    Padding is read by neither the decoder nor the output layer. Where the logits of all answers would take more than
+    `LOGITS_AT_ONCE`, the output layer reads a part of the tokens at a time; with gradients, a part's logits are computed a second
+    time in the backward pass instead of being kept.
 
     Args:
         model: a causal model, with or without an adapter.
@@ -193,8 +186,7 @@ def response_statistics(
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     ids = input_ids[:, -response_length:]
-    vocabulary = inner.config.get_text_config().vocab_size
-    if ids.numel() * vocabulary <= LOGITS_AT_ONCE or not reads_states(inner):
+    if not reads_states(inner):
         logits = response_logits(model, input_ids, attention_mask, response_length)
         logprobs = token_logprobs(logits, ids, temperature=temperature)
         if not moments:
@@ -202,41 +194,35 @@ def response_statistics(
         surprise = token_surprise(logits, response_length, temperature=temperature, expected=expected)
         return AnswerStatistics(logprobs, surprise)
 
-    # 1. The state before each token of an answer, and the token.
-    keep = attention_mask[:, -response_length:].bool()
-    hidden = getattr(inner, inner.base_model_prefix)(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    ).last_hidden_state[:, -response_length - 1 : -1][keep]
-    tokens = ids[keep]
+    # 1. The state before each of the n tokens of answers, and the token.
+    is_token = attention_mask.bool()
+    keep, tokens = is_token[:, -response_length:], ids[is_token[:, -response_length:]]
+    number = is_token.flatten().cumsum(dim=0).view_as(is_token) - 1
+    states = token_states(getattr(inner, inner.base_model_prefix), input_ids, attention_mask)
+    states = states[number[:, -response_length - 1 : -1][keep]]
 
-    # 2. The model's own way from states to logits, so many places at a time.
-    def part_logprobs(states: Tensor, part: Tensor) -> Tensor:
-        return token_logprobs(logits_of_states(inner, states[None]), part[None], temperature=temperature)[0]
+    # 2. The model's own way from states to logits, so many tokens at a time, each a row of its own.
+    weights = torch.empty(0) if expected is None else expected.weights.transpose(1, 2)[keep][:, :, None]
+
+    def part_columns(part: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        logits = logits_of_states(inner, part[:, None])
+        columns: tuple[Tensor, ...] = (token_logprobs(logits, tokens[rows, None], temperature=temperature),)
+        if moments:
+            counts = None if expected is None else ExpectedCounts(weights[rows], expected.sums)
+            columns += token_surprise(logits, 1, temperature=temperature, expected=counts)
+        return tuple(column[:, 0] for column in columns)
 
     parts: list[tuple[Tensor, ...]] = []
-    weights = None if expected is None else expected.weights.transpose(0, 1)[:, keep]
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
-    for start in range(0, len(tokens), size):
-        states, part = hidden[start : start + size], tokens[start : start + size]
-        if torch.is_grad_enabled():
-            parts.append((checkpoint(part_logprobs, states, part, use_reentrant=False),))
-            continue
-        logits = logits_of_states(inner, states[None])
-        columns: tuple[Tensor, ...] = (token_logprobs(logits, part[None], temperature=temperature)[0],)
-        if moments:
-            counts = None
-            if expected is not None and weights is not None:
-                counts = ExpectedCounts(weights[None, :, start : start + size], expected.sums)
-            surprise = token_surprise(logits, len(part), temperature=temperature, expected=counts)
-            columns += tuple(column[0] for column in surprise)
-        parts.append(columns)
+    size = max(1, LOGITS_AT_ONCE // inner.config.get_text_config().vocab_size)
+    for rows in (slice(start, start + size) for start in range(0, len(tokens), size)):
+        if torch.is_grad_enabled() and len(tokens) > size:
+            parts.append(checkpoint(part_columns, states[rows], rows, use_reentrant=False))
+        else:
+            parts.append(part_columns(states[rows], rows))
 
     # 3. Back to their places.
     def placed(values: Sequence[Tensor]) -> Tensor:
-        return hidden.new_zeros(keep.shape, dtype=torch.float32).masked_scatter(keep, torch.cat(list(values)))
+        return states.new_zeros(keep.shape, dtype=torch.float32).masked_scatter(keep, torch.cat(list(values)))
 
     logprobs, *rest = (placed(column) for column in zip(*parts, strict=True))
     return AnswerStatistics(logprobs, Surprise(*rest) if rest else None)

@@ -66,7 +66,7 @@ def pack(
     """
     parts = [_one_group(group) for group in groups]
     lengths = [len(ids) for ids, *_ in parts]
-    layout = _balanced(lengths, long_row) if long_row else [[number] for number in range(len(parts))]
+    layout = balanced_rows(lengths, long_row) if long_row else [[number] for number in range(len(parts))]
     multiple = pad_to_multiple_of or 1
     width = -(-max(sum(lengths[number] for number in row) for row in layout) // multiple) * multiple
     shape = (len(layout), width)
@@ -101,14 +101,29 @@ def _one_group(group: Sequence[Sequence[int]]) -> tuple[list[int], list[int], li
     return ids, positions, segments, ends
 
 
-def _balanced(lengths: Sequence[int], long_row: int) -> list[list[int]]:
+def balanced_rows(lengths: Sequence[int], long_row: int, *, widest: int = 3) -> list[list[int]]:
     """Choose which groups share a row: as many rows as cost least, groups dealt longest first to the shortest row.
 
     Costs are padded tokens, dearer the longer the rows are, since attention looks over a whole row.
+
+    Args:
+        lengths: tokens of each group.
+        long_row: the row length at which attention costs as much as all else in a layer.
+        widest: how often the longest group may fit into a row, about; more rows are tried where it is large.
+
+    Returns:
+        the groups of each row.
+
+    >>> balanced_rows([4, 2, 5], long_row=1000)
+    [[2], [0, 1]]
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest, shortest = lengths[longest_first[0]], lengths[longest_first[-1]]
     best: tuple[float, list[list[int]]] | None = None
-    for count in range(max(1, sum(lengths) // (3 * max(lengths))), len(lengths) + 1):
+    fewest = len(lengths) if longest == shortest else max(1, sum(lengths) // (widest * longest))
+    for count in range(fewest, len(lengths) + 1):
+        if best is not None and count * longest * (1 + longest / long_row) >= best[0]:
+            break  # no more rows cost less than these
         heap = [(0, row) for row in range(count)]
         layout: list[list[int]] = [[] for _ in range(count)]
         for number in longest_first:

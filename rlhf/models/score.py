@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.data.rows import Prompt
 from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, pad_batch, run_batches
 from rlhf.models.load import score_head
+from rlhf.models.unpadded import token_states
 
 
 class Scorer(Protocol):
@@ -86,27 +87,24 @@ def padding_of(model: nn.Module, pad_token_id: int | None, rows: Sequence[Sequen
             c.pad_token_id = value
 
 
-def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-    """Return what the scalar head says at every token.
+def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return what the scalar head says at every token, and 0 at padding.
 
     One function for two roles: a reward model is read at the last token of an answer, a critic at every token.
 
     Args:
         model: a decoder with a linear `score` head, with or without an adapter.
-        input_ids, attention_mask, position_ids: [b, t], padding on either side.
+        input_ids, attention_mask: [b, t], padding on either side.
 
     Returns:
         [b, t] in the head's dtype.
     """
     inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
-    backbone = getattr(inner, inner.base_model_prefix)
-    hidden = backbone(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
+    states = token_states(getattr(inner, inner.base_model_prefix), input_ids, attention_mask)
     head = score_head(model)
     assert head is not None, "check_critic refuses models without a linear score head"
-    scores: Tensor = inner.score(hidden.to(head.weight.dtype)).squeeze(-1)
-    return scores
+    scores: Tensor = inner.score(states.to(head.weight.dtype)).squeeze(-1)
+    return scores.new_zeros(attention_mask.shape).masked_scatter(attention_mask.bool(), scores)
 
 
 def position_limit(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -58,9 +58,8 @@ class AdapterScorer(nn.Module):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         was_training = policy.training
         policy.eval()
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         with self.role.active():
-            scores = self.role.token_scores(input_ids, attention_mask, positions)
+            scores = self.role.token_scores(input_ids, attention_mask)
         policy.train(was_training)
         last = attention_mask.sum(dim=1, keepdim=True) - 1
         return SequenceClassifierOutput(logits=scores.gather(1, last))

@@ -21,12 +21,12 @@ from transformers import PretrainedConfig
 from rlhf.errors import UserError
 from rlhf.models.logprobs import (
     ExpectedCounts,
-    position_ids,
     response_logprobs,
     response_statistics,
 )
 from rlhf.models.save import load_weights
 from rlhf.models.score import token_scores
+from rlhf.models.unpadded import token_states
 
 POLICY_ADAPTER, REFERENCE_ADAPTER, CRITIC_ADAPTER, REWARD_ADAPTER = "default", "reference", "critic", "reward"
 ROLES = ("policy", "critic")
@@ -81,14 +81,12 @@ class AdapterHead(nn.Module):
         """Return the context in which the backbone acts for this role; its backward belongs inside too."""
         return active_adapter(self.policy, self.adapter)
 
-    def token_scores(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Return the head's scores at every token, [b, t], under whichever adapter is active."""
+    def token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the head's scores at every token and 0 at padding, [b, t], under whichever adapter is active."""
         inner = self.policy.base_model.model
-        hidden = getattr(inner, inner.base_model_prefix)(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        scores: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
-        return scores
+        states = token_states(getattr(inner, inner.base_model_prefix), input_ids, attention_mask)
+        scores: Tensor = self.head(states.to(self.head.weight.dtype)).squeeze(-1)
+        return scores.new_zeros(attention_mask.shape).masked_scatter(attention_mask.bool(), scores)
 
 
 class PolicyAndCritic(nn.Module):
@@ -173,12 +171,11 @@ class PolicyAndCritic(nn.Module):
             if statistics.surprise is not None:
                 entropy, variance, third, certainty = statistics.surprise
         if "critic" in roles:
-            positions = position_ids(attention_mask)
             with self.acting("critic"):
                 if isinstance(self.critic, AdapterHead):
-                    scores = self.critic.token_scores(input_ids, attention_mask, positions).float()
+                    scores = self.critic.token_scores(input_ids, attention_mask).float()
                 else:
-                    scores = token_scores(self.critic, input_ids, attention_mask, positions).float()
+                    scores = token_scores(self.critic, input_ids, attention_mask).float()
             values = (scores[:, -response_length - 1 : -1] - self.value_mean) / self.value_std
         return TokenOutputs(logprobs, entropy, values, variance, third, certainty)
 

@@ -11,14 +11,20 @@ benchmark's first shape: the main row became 128 after that one had been seen); 
 which the vocabulary weighs more. Each side runs in a process of its own, A B A B; a rollout is the warm-up, the next two are
 timed.
 
+`full_hh` has real lengths: 32 prompts that stand for all of HH helpful (evenly spaced in its order of length, 9 to 512 tokens),
+and answers of at most 256 tokens that end by themselves. A random model never ends an answer, so its end token has a fixed
+logit, on both sides, by which an answer ends after 58 tokens on average: the mean of HH's answers, whose deviation (56) is
+that of such a geometric distribution too. The tokenizer is trained on the same texts (18k tokens).
+
 Memory: a base of 110M parameters; ours with four roles on one base (LoRA), TRL's as lean as it goes (`peft_config`,
 `ref_model=None`, its critic and reward model whole). Peak resident size less that after the imports.
 
-Finished parts are kept beside FILE. `gpu` is a row for a CUDA machine: a 7B-shaped model with random weights, four roles.
+Finished parts are kept beside FILE. `--before DIR` is another version of this project, timed as a third side. `gpu` is a row for a CUDA machine: a 7B-shaped model with random weights, four roles.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -45,22 +51,53 @@ MEMORY = {
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000}  # fmt: skip
 BATCH, MINIBATCHES, EPOCHS, ANSWER = 16, 2, 2, 32
 PROMPT = {"full": 128, "lora": 128, "full_short": 16, "full_14m": 128, "memory": 16, "gpu": 512}
+HH_PROMPT, HH_ANSWER, HH_MEAN = 512, 256, 58  # tokens: the longest of each, and what an answer has on average
+PAIRS = Path("/work/shared/data/pairs_hh_helpful.jsonl.gz")
 ROLLOUTS = 3  # the first is the warm-up
 
 
-def build(folder: Path, sizes: dict[str, int]) -> None:
-    """A causal model, a scalar-headed one, and adapters on the first; a word-level tokenizer of the same vocabulary."""
+def words_tokenizer(size: int) -> Any:
+    """A word-level tokenizer of w3, w4, …"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, size)}}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def hh_prompts_and_answers(pairs: Path) -> tuple[list[str], list[str]]:
+    import gzip
+
+    with gzip.open(pairs, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    names = {"user": "Human", "assistant": "Assistant"}
+    prompts = ["".join(f"\n\n{names[m['role']]}: {m['content']}" for m in row["prompt"]) for row in rows]
+    return [prompt + "\n\nAssistant:" for prompt in prompts], [" " + row["chosen"][-1]["content"] for row in rows]
+
+
+def build(folder: Path, sizes: dict[str, int], pairs: Path | None = None) -> None:
+    """A causal model, a scalar-headed one, adapters on the first, a tokenizer of the same vocabulary; and the prompts of `pairs`."""
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     if (folder / "policy/config.json").is_file():
         return
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, sizes["vocab_size"])}}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    if pairs is None:
+        tokenizer = words_tokenizer(sizes["vocab_size"])
+    else:
+        from rlhf.models.scratch import train_tokenizer
+
+        texts, answers = hh_prompts_and_answers(pairs)
+        tokenizer = train_tokenizer(texts + answers, vocab_size=sizes["vocab_size"], model_max_length=1024)
+        sizes = {**sizes, "vocab_size": len(tokenizer)}
+        rows = sorted((tokenizer(text).input_ids[-HH_PROMPT:] for text in texts), key=len)
+        count = BATCH * MINIBATCHES
+        chosen = [rows[int((i + 0.5) / count * len(rows))] for i in range(count)]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "prompts.json").write_text(json.dumps(tokenizer.batch_decode(chosen)))
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(folder / "policy")
@@ -80,19 +117,35 @@ def build(folder: Path, sizes: dict[str, int]) -> None:
     save_reward_model(folder / "reward-adapter", adapted, tokenizer, samples=samples)
 
 
-def prompts(length: int, count: int) -> list[str]:
+def prompts(folder: Path, length: int | None, count: int = 256) -> list[str]:
+    """Prompts of so many tokens; with None, the real ones."""
     import random
+
+    if length is None:
+        real: list[str] = json.loads((folder / "prompts.json").read_text())
+        return real
 
     rng = random.Random(0)
     return [" ".join(f"w{rng.randrange(3, 30_000)}" for _ in range(length)) for _ in range(count)]
 
 
-def no_end(model: Any) -> None:
-    """Answers of a fixed length on both sides: the end token is never sampled."""
+def fix_end(model: Any, mean_length: int | None) -> None:
+    """Give the end token a fixed logit, so that an answer ends after so many tokens on average; with None, never.
+
+    The other logits of a random model are near 0: their exponentials add up to about the size of the vocabulary.
+    """
     import torch
 
+    logit = -1e9 if mean_length is None else math.log(model.config.vocab_size / (mean_length - 1))
     head = model.get_output_embeddings()
-    head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([1], device=out.device), -1e9))
+    head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([1], device=out.device), logit))
+
+
+def now() -> float:
+    """Seconds: of this process's own work, so that others on the machine don't count; of the clock, where a GPU works."""
+    import torch
+
+    return time.monotonic() if torch.cuda.is_available() else time.process_time()
 
 
 def resident(key: str) -> float:
@@ -100,7 +153,7 @@ def resident(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def run_ours(folder: Path, *, lora: bool, prompt_length: int, rollouts: int) -> dict[str, Any]:
+def run_ours(folder: Path, *, lora: bool, prompt_length: int | None, rollouts: int) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -114,13 +167,14 @@ def run_ours(folder: Path, *, lora: bool, prompt_length: int, rollouts: int) -> 
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     args = PPOConfig(
         str(folder / "out-ours"), total_episodes=BATCH * MINIBATCHES * rollouts, per_device_train_batch_size=BATCH,
-        num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, learning_rate=1e-6, max_completion_length=ANSWER,
+        num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, learning_rate=1e-6,
+        max_completion_length=ANSWER if prompt_length else HH_ANSWER,
         missing_eos_penalty=None, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(),
         gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     settings = {"use_peft": True, "lora_r": 16, "lora_target_modules": ["all-linear"]} if lora else {}
     policy: Any = load_policy(folder / "policy", model_settings(settings))
-    no_end(policy)
+    fix_end(policy, None if prompt_length else HH_MEAN)
     if lora:
         source: Any = str(folder / "reward-adapter")
     else:
@@ -131,46 +185,49 @@ def run_ours(folder: Path, *, lora: bool, prompt_length: int, rollouts: int) -> 
         policy,
         source,
         args,
-        Dataset.from_list([{"prompt": p} for p in prompts(prompt_length, 256)]),
+        Dataset.from_list([{"prompt": p} for p in prompts(folder, prompt_length)]),
         processing_class=tokenizer,
     )
     clock: list[float] = []
+    lengths: list[float] = []
     parts = {"generation": 0.0, "forwards and reward": 0.0}
     sample, experience = trainer.sample, trainer.experience
 
     def timed_sample(rows: Any) -> Any:
-        begin = time.monotonic()
+        begin = now()
         found = sample(rows)
-        parts["generation"] += time.monotonic() - begin
-        assert (found.response_mask.sum(dim=1) == ANSWER).all()
+        parts["generation"] += now() - begin
+        lengths.append(found.response_mask.sum(dim=1).float().mean().item())
+        assert prompt_length is None or (found.response_mask.sum(dim=1) == ANSWER).all()
         return found
 
     def timed_experience(rows: Any) -> Any:
-        clock.append(time.monotonic())
+        clock.append(now())
         if len(clock) == 2:
             parts.update({name: 0.0 for name in parts})
-        begin, before_sampling = time.monotonic(), parts["generation"]
+        begin, before_sampling = now(), parts["generation"]
         found = experience(rows)
-        parts["forwards and reward"] += time.monotonic() - begin - (parts["generation"] - before_sampling)
+        parts["forwards and reward"] += now() - begin - (parts["generation"] - before_sampling)
         return found
 
     trainer.sample, trainer.experience = timed_sample, timed_experience  # type: ignore[method-assign]
     trainer.train()
-    seconds = time.monotonic() - clock[1]
+    seconds = now() - clock[1]
     parts["update"] = seconds - sum(parts.values())
     found: dict[str, Any] = {
         "episodes_per_second": BATCH * MINIBATCHES * (rollouts - 1) / seconds,
         "mib": resident("VmHWM") - before,
         "parts": {name: value / seconds for name, value in parts.items()},
+        "answer_tokens": statistics.mean(lengths[1:]),
         "parameters": sum(p.numel() for n, p in policy.named_parameters() if "lora_" not in n),
     }
     if torch.cuda.is_available():
         found["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        found["tokens_per_second"] = found["episodes_per_second"] * (prompt_length + ANSWER)
+        found["tokens_per_second"] = found["episodes_per_second"] * (PROMPT["gpu"] + ANSWER)
     return found
 
 
-def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int, rollouts: int) -> dict[str, Any]:
+def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int | None, rollouts: int) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -188,13 +245,13 @@ def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int, rollout
     args = PPOConfig(
         str(folder / "out-trl"), total_episodes=BATCH * MINIBATCHES * rollouts, per_device_train_batch_size=BATCH * MINIBATCHES,
         num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, learning_rate=1e-6,
-        response_length=ANSWER, local_rollout_forward_batch_size=BATCH * MINIBATCHES, num_sample_generations=0, use_cpu=True, bf16=False,
+        response_length=ANSWER if prompt_length else HH_ANSWER, stop_token=None if prompt_length else "eos", local_rollout_forward_batch_size=BATCH * MINIBATCHES, num_sample_generations=0, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
-    ids = [{"input_ids": tokenizer(p).input_ids} for p in prompts(prompt_length, 256)]
+    ids = [{"input_ids": tokenizer(p).input_ids} for p in prompts(folder, prompt_length)]
     load = {"dtype": torch.float32}
     policy: Any = AutoModelForCausalLM.from_pretrained(folder / "policy", **load)
-    no_end(policy)
+    fix_end(policy, None if prompt_length else HH_MEAN)
     reference = None if lora or lean else AutoModelForCausalLM.from_pretrained(folder / "policy", **load)
     reward, value = (AutoModelForSequenceClassification.from_pretrained(folder / "reward", **load) for _ in range(2))
 
@@ -202,14 +259,14 @@ def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int, rollout
         ends: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append(time.monotonic())
+            self.ends.append(now())
 
     trainer = PPOTrainer(
         args=args, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
         train_dataset=Dataset.from_list(ids), eval_dataset=Dataset.from_list(ids[:16]), callbacks=[Clock()],
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora or lean else None,
     )  # fmt: skip
-    begin = time.monotonic()
+    begin = now()
     trainer.train()
     ends = Clock.ends
     assert len(ends) == rollouts, (len(ends), "TRL counts a batch as a step")
@@ -220,16 +277,15 @@ def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int, rollout
     }
 
 
-def in_a_process(side: str, kind: str, folder: Path, trl: Path | None) -> dict[str, Any]:
-    """One side in a process of its own."""
-    path = [str(Path(__file__).parents[2])] if side == "ours" else [str(trl)]
+def in_a_process(side: str, kind: str, folder: Path, libraries: Path | None) -> dict[str, Any]:
+    """One side in a process of its own, with what it is to be found in."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONPATH": str(libraries),
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, __file__, "--json", "unused", "--side", side, kind, str(folder)]
+    command = [sys.executable, "-P", __file__, "--json", "unused", "--side", side, kind, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(done.stderr[-3000:])
@@ -237,12 +293,29 @@ def in_a_process(side: str, kind: str, folder: Path, trl: Path | None) -> dict[s
     return found
 
 
+def comparison(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of every side, and of the ratios of pairs: [median, smallest, largest]."""
+    found: dict[str, Any] = {"repetitions": len(runs), "parts": runs[0]["ours"].get("parts")}
+    for side in runs[0]:
+        for key in ("episodes_per_second", "mib", "answer_tokens"):
+            values = [run[side][key] for run in runs if key in run[side]]
+            if values:
+                found[f"{key}_{side}"] = statistics.median(values)
+        for key in ("episodes_per_second", "mib"):
+            if side != "ours":
+                ratios = [run["ours"][key] / run[side][key] for run in runs]
+                found[f"{key}_ratio_to_{side}"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--trl", type=Path, help="folder of trl==1.12.0")
+    parser.add_argument("--before", type=Path, help="folder of another version of this project: a third side")
+    parser.add_argument("--pairs", type=Path, default=PAIRS, help="pairs of HH helpful, whose prompts `full_hh` takes")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="one repetition of both sides each")
-    parser.add_argument("--variants", default="full,full_14m,full_short,lora,memory")
+    parser.add_argument("--variants", default="full_hh,full,full_14m,full_short,lora,memory")
     parser.add_argument("--quick", action="store_true", help="one layer: whether it runs, not how fast")
     parser.add_argument("--side", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -251,10 +324,14 @@ def main() -> None:
         rollouts = 2 if kind == "memory" else ROLLOUTS
         if side == "ours":
             lora = not kind.startswith("full")
-            found = run_ours(Path(name), lora=lora, prompt_length=PROMPT[kind], rollouts=rollouts)
+            found = run_ours(Path(name), lora=lora, prompt_length=PROMPT.get(kind), rollouts=rollouts)
         else:
             found = run_trl(
-                Path(name), lora=kind == "lora", lean=kind == "memory", prompt_length=PROMPT[kind], rollouts=rollouts
+                Path(name),
+                lora=kind == "lora",
+                lean=kind == "memory",
+                prompt_length=PROMPT.get(kind),
+                rollouts=rollouts,
             )
         print(json.dumps(found))
         return
@@ -264,35 +341,27 @@ def main() -> None:
         sizes = {"memory": MEMORY, "gpu": SEVEN_B, "full_14m": SMALL}.get(kind, SPEED)
         if arguments.quick:
             sizes = {**sizes, "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2}
-        models = folder / (f"hidden-{sizes['hidden_size']}" + "-quick" * arguments.quick)
-        build(models, sizes)
+        models = folder / (f"hidden-{sizes['hidden_size']}" + "-hh" * (kind == "full_hh") + "-quick" * arguments.quick)
+        build(models, sizes, arguments.pairs if kind == "full_hh" else None)
+        here = Path(__file__).parents[2]
         if kind == "gpu":
-            result["gpu"] = in_a_process("ours", "gpu", models, None)
+            result["gpu"] = in_a_process("ours", "gpu", models, here)
             continue
-        pairs = []
+        sides = {"trl": arguments.trl, "before": arguments.before, "ours": here}
+        runs: list[dict[str, dict[str, Any]]] = []
         for seed in arguments.seeds.split(",")[: 1 if kind == "memory" else None]:
             file = folder / f"{kind}-{seed}{'-quick' if arguments.quick else ''}.json"
-            if not file.is_file():
-                file.write_text(
-                    json.dumps([in_a_process(side, kind, models, arguments.trl) for side in ("trl", "ours")])
-                )
-            theirs, ours = json.loads(file.read_text())
-            pairs.append((theirs, ours))
-            print(
-                f"{kind} {seed}: {theirs['episodes_per_second']:.2f} {ours['episodes_per_second']:.2f} episodes/s, "
-                f"{theirs['mib']:.0f} {ours['mib']:.0f} MiB",
-                flush=True,
+            run = json.loads(file.read_text()) if file.is_file() else {}
+            for side, libraries in sides.items():
+                if side not in run and libraries is not None:
+                    run[side] = in_a_process("trl" if side == "trl" else "ours", kind, models, libraries)
+                    file.write_text(json.dumps(run, indent=1))
+            runs.append(run)
+            rates = "; ".join(
+                f"{n} {r['episodes_per_second']:.2f} episodes/s, {r['mib']:.0f} MiB" for n, r in run.items()
             )
-        ratios = [ours["episodes_per_second"] / theirs["episodes_per_second"] for theirs, ours in pairs]
-        if kind == "memory":
-            theirs, ours = pairs[0]
-            result |= {"memory_ratio": ours["mib"] / theirs["mib"], "memory_mib": [theirs["mib"], ours["mib"]]}
-            result["memory_parameters"] = ours["parameters"]
-        else:
-            key = "episodes_ratio" + kind.removeprefix("full").replace("lora", "_lora")
-            result |= {key: statistics.median(ratios), f"{key}_range": [min(ratios), max(ratios)]}
-            result[f"parts_{kind}"] = pairs[0][1]["parts"]
-            result[f"parameters_{kind}"] = pairs[0][1]["parameters"]
+            print(f"{kind} {seed}: {rates}", flush=True)
+        result[kind] = comparison(runs) | {"parameters": runs[0]["ours"]["parameters"]}
     arguments.json.write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 

@@ -31,9 +31,9 @@ from rlhf.models.load import (
     reward_model_on,
     score_head,
 )
-from rlhf.models.logprobs import position_ids
 from rlhf.models.save import base_fingerprint, save_model
 from rlhf.models.text import answer_text, encode_answers, plain
+from rlhf.models.unpadded import position_ids
 from tests.conftest import PROMPTS, WORDS
 
 PROMPT = PROMPTS[0]

@@ -142,7 +142,7 @@ def test_a_resumed_run_ends_bit_for_bit_and_the_critic_is_an_ordinary_adapter(
     ids = alone.encode(PROMPTS[:1], ["yes"], None)
     with torch.no_grad(), critic.active():
         tokens = torch.tensor(ids)
-        values = critic.token_scores(tokens, torch.ones_like(tokens), torch.arange(len(ids[0]))[None])
+        values = critic.token_scores(tokens, torch.ones_like(tokens))
     torch.testing.assert_close(values[0, -1], alone.score(PROMPTS[:1], ["yes"])[0], atol=1e-5, rtol=1e-5)
 
 

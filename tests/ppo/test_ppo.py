@@ -86,7 +86,6 @@ def test_at_step_0_the_policy_is_the_reference(
 
 
 def test_token_scores_at_the_last_token_are_the_reward(base_folder: Path, reward_folder: Path, tokenizer: Any) -> None:
-    from rlhf.models.logprobs import position_ids
     from rlhf.models.score import token_scores
     from rlhf.models.text import encode_answers
 
@@ -96,7 +95,7 @@ def test_token_scores_at_the_last_token_are_the_reward(base_folder: Path, reward
     width = max(map(len, rows))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])  # left, as in PPO
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    at_end = token_scores(reward.model, ids, mask, position_ids(mask))[:, -1]
+    at_end = token_scores(reward.model, ids, mask)[:, -1]
     torch.testing.assert_close(at_end, reward.score(prompts, answers), atol=1e-5, rtol=1e-5)
 
 

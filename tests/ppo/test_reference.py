@@ -81,11 +81,10 @@ def test_the_four_roles_stay_apart(
     answers = ["yes", "no no", "apple"]
     expected = load_reward_model(reward_adapter).score(PROMPTS[:3], answers)
     critic = trainer.model.critic
-    positions = torch.arange(20).expand(4, -1)
 
     def valued() -> Tensor:
         with torch.no_grad(), critic.active():
-            return critic.token_scores(IDS, torch.ones_like(IDS), positions)
+            return critic.token_scores(IDS, torch.ones_like(IDS))
 
     trainer.train()
     assert trainer.checks.entries["policy is reference at start"]["held"]

@@ -1,0 +1,110 @@
+"""The states of a decoder at the tokens of a padded batch, computed without the padding.
+
+    batch   . . a a a a .    is read as   a a a a d d    at positions   0 1 2 3 0 1
+            . b b b b b .                 b b b b b .                   0 1 2 3 4 0
+            . . . d d . .
+
+Texts lie behind each other, in rows that cost least. A text begins where positions begin again: from them transformers makes
+the mask under which no text sees another one, or, for FlashAttention, the bounds of all texts in one row. It is one call of the
+decoder whatever the lengths are, so processes that hold its weights together stay in step.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.models.packing import TOLERANCE, balanced_rows
+
+LONG_ROW = 6  # hidden sizes: the length of a row at which attention costs as much as all else in a layer
+
+
+def token_states(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return a decoder's last states at all tokens of a batch, [n, hidden] with n = Σ attention_mask, text by text.
+
+    Args:
+        decoder: a model that gives a `last_hidden_state`.
+        input_ids, attention_mask: [b, t], padding on either side.
+    """
+    is_token = attention_mask.bool()
+    # First of all `can_pack`: its forward must happen in all processes that hold the weights together, or in none.
+    if not can_pack(decoder) or is_token.all():
+        states: Tensor = decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        return states[is_token]
+
+    # 1. A place in the rows for every token.
+    lengths = is_token.sum(dim=1).tolist()
+    rows = rows_of_texts(lengths, decoder)
+    width = max(sum(lengths[text] for text in row) for row in rows)
+    begins = torch.empty(len(lengths), dtype=torch.long)
+    for number, row in enumerate(rows):
+        begin = number * width
+        for text in row:
+            begins[text] = begin
+            begin += lengths[text]
+    positions = position_ids(attention_mask)[is_token]
+    places = begins.to(positions.device).repeat_interleave(is_token.sum(dim=1)) + positions
+
+    # 2. One forward; what is left of a row is texts of one token each.
+    def in_rows(values: Tensor) -> Tensor:
+        return values.new_zeros(len(rows) * width).index_copy(0, places, values).view(len(rows), width)
+
+    packed = decoder(input_ids=in_rows(input_ids[is_token]), position_ids=in_rows(positions), use_cache=False)
+    states = packed.last_hidden_state.flatten(0, 1)
+    return states[places]
+
+
+def rows_of_texts(lengths: Sequence[int], decoder: Any) -> list[list[int]]:
+    """Return which texts share a row: as many rows as cost least; one row under FlashAttention, which reads each text by itself."""
+    if "flash" in decoder.config._attn_implementation:
+        return [list(range(len(lengths)))]
+    return balanced_rows(lengths, LONG_ROW * decoder.config.get_text_config().hidden_size, widest=1)
+
+
+@torch.no_grad()
+def can_pack(decoder: nn.Module) -> bool:
+    """Tell whether texts that share a row have the states that they have alone in this decoder.
+
+    Found out once for each decoder, with two texts of three and two tokens: some carry a state from token to token (linear
+    attention), others read no positions. One warning says so; such a decoder reads its padding.
+    """
+    if decoder not in _CAN_PACK:
+        weight = next(decoder.parameters())
+        ids, positions = (torch.tensor([row], device=weight.device) for row in ([4, 3, 2, 1, 3], [0, 1, 2, 0, 1]))
+        was_training = decoder.training
+        decoder.eval()
+        together, alone = (
+            decoder(input_ids=ids[:, begin:], position_ids=positions[:, begin:], use_cache=False).last_hidden_state[
+                0, -2:
+            ]
+            for begin in (0, 3)
+        )
+        decoder.train(was_training)
+        difference = ((together - alone).abs().max() / alone.abs().max()).item()
+        _CAN_PACK[decoder] = difference <= TOLERANCE.get(alone.dtype, 0.1)
+        if not _CAN_PACK[decoder]:
+            warnings.warn(
+                f"{type(decoder).__name__}: texts in one row would see each other, so padding is read too (slower).",
+                stacklevel=2,
+            )
+    return _CAN_PACK[decoder]
+
+
+_CAN_PACK: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Return positions [b, t] that do not count padding on the left; padding itself gets 0.
+
+    >>> position_ids(torch.tensor([[0, 0, 1, 1, 1]]))
+    tensor([[0, 0, 0, 1, 2]])
+    """
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
