@@ -16,19 +16,18 @@ import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from rlhf.cost.batches import BATCHES, longest_of, mean_shape, stretches_of, unpadded_shapes
 from rlhf.cost.sizes import PairTokens, Sizes
 from rlhf.cost.slices import Shape, Slices, slices
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.models.batching import TOKENS_TOGETHER
-from rlhf.models.generate import STRETCH
 from rlhf.models.load import adapter_settings
-from rlhf.models.packing import pack
+from rlhf.models.packing import LONG_ROW, pack
 
 BITS = 4.5  # of a 4-bit weight, with its scales
 MOMENTS = 2  # that AdamW keeps of each weight, each as large
 SCORED = 64  # texts that a reward model scores together
 TRAINED_TO_FORWARD = 3  # a backward takes twice the operations of its forward
-BATCHES = 200  # drawn to learn how long the longest row of a batch is
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,12 @@ class Estimator:
         self._peaks: dict[tuple[object, ...], float] = {}
         rows = training["ppo"].args.per_device_train_batch_size
         self.answers = [min(length, rollouts.max_answer_length) for length in sizes.answers]
-        prompts = [min(length, rollouts.max_prompt_length or length) for length in sizes.prompts]
+        self.prompts = [min(length, rollouts.max_prompt_length or length) for length in sizes.prompts]
         # Tokens of the longest answer and prompt in a batch, and of a prompt with its answer on average.
-        self.answer, self.prompt = longest_of(self.answers, rows), longest_of(prompts, rows)
-        self.whole = round(statistics.mean(prompts) + statistics.mean(self.answers))
+        self.answer, self.prompt = longest_of(self.answers, rows), longest_of(self.prompts, rows)
+        self.whole = round(statistics.mean(self.prompts) + statistics.mean(self.answers))
         rng = random.Random(0)
-        self.texts = [rng.choice(prompts) + rng.choice(self.answers) for _ in range(BATCHES)]
+        self.texts = [rng.choice(self.prompts) + rng.choice(self.answers) for _ in range(BATCHES)]
 
     def estimate(self, work: Work) -> Estimate:
         """Estimate what a stage costs."""
@@ -187,7 +186,7 @@ class Estimator:
     def _batches(self, pairs: Sequence[PairTokens], count: int, views: int) -> list[Shape]:
         """Return the shapes of the batches of a sample, grouped by length and packed or padded as the trainer does it."""
         by_length = sorted(pairs, key=lambda pair: -max(pair.chosen, pair.rejected))
-        long_row = 6 * self.config.get_text_config().hidden_size
+        long_row = LONG_ROW * self.config.get_text_config().hidden_size
         shapes = []
         for start in range(0, len(by_length), count):
             batch = by_length[start : start + count]
@@ -205,7 +204,8 @@ class Estimator:
     def _ppo(self, work: PpoWork) -> Estimate:
         """Estimate PPO: sampling, scoring, three forwards, and the update of policy and critic."""
         rollouts, rows = self.rollouts, self.training["ppo"].args.per_device_train_batch_size
-        policy, critic = Shape(rows, self.prompt + self.answer, self.answer), Shape(rows, self.prompt + self.answer, 0)
+        policy, largest = self._unpadded(rows)
+        critic = Shape(policy.rows, policy.length, 0)
         micro_batches = rollouts.size // rows
         # Policy and reference; critic and reward models.
         forwards = 2 * self._time("ppo", policy) + (1 + rollouts.reward_models) * self._time("ppo", critic)
@@ -216,10 +216,10 @@ class Estimator:
             + micro_batches * forwards
             + rollouts.epochs * (micro_batches * updates + rollouts.mini_batches * optimizer)
         )
-        weights = self.memory("ppo", policy, activations=False)
+        weights = self.memory("ppo", largest, activations=False)
         scored = Shape(min(SCORED, rollouts.size), self.prompt + self.answer, 0)
         memory = max(
-            self.memory("ppo", policy),
+            self.memory("ppo", largest),
             weights + self._memory_of_forward("ppo", scored),
             weights + self._cache(rollouts.size) + self._memory_of_forward("ppo", Shape(rollouts.size, self.prompt, 1)),
         )
@@ -236,12 +236,18 @@ class Estimator:
             scoring = self._scoring("reward", work.answers, self.texts)
             seconds += self.rollouts.reward_models * scoring.seconds
             memory = max(memory - policy.weights() + models, self.process + models + scoring.bytes)
-            compared = Shape(min(rows, max(1, work.compared)), self.prompt + self.answer, self.answer)
-            seconds += 2 * work.compared / compared.rows * self._time("ppo", compared)
-            memory = max(memory, self.process + models + self._peak("ppo", compared, training=False))
+            together = min(rows, max(1, work.compared))
+            compared, largest = self._unpadded(together)
+            seconds += 2 * work.compared / together * self._time("ppo", compared)
+            memory = max(memory, self.process + models + self._peak("ppo", largest, training=False))
         return Estimate(work.folder, work.answers, work.answers * self.whole, 0, memory, seconds)
 
     # Their parts.
+
+    def _unpadded(self, texts: int) -> tuple[Shape, Shape]:
+        """Return the mean and the largest shape of batches of so many texts as the roles of PPO read them."""
+        long_row = LONG_ROW * self.config.get_text_config().hidden_size
+        return unpadded_shapes(self.prompts, self.answers, texts, long_row=long_row)
 
     def _supervised(self, section: Section, shape: Shape, micro_batches: int) -> tuple[int, float]:
         """Return the steps and seconds of training on a file that has so many micro-batches."""
@@ -358,42 +364,3 @@ class Scoring(NamedTuple):
 
     seconds: float
     bytes: float
-
-
-def mean_shape(shapes: Sequence[Shape]) -> Shape:
-    """Return the shape with the mean number of tokens of some, its rows about as long as those of most of their tokens.
-
-    >>> mean_shape([Shape(4, 10, 0), Shape(2, 20, 0)])
-    Shape(rows=3, length=13, answer=0)
-    """
-    tokens = [shape.rows * shape.length for shape in shapes]
-    typical = sum(n * shape.length for n, shape in zip(tokens, shapes, strict=True)) / sum(tokens)
-    mean = statistics.mean(tokens)
-    rows = max(1, round(mean / typical))
-    return Shape(rows, round(mean / rows), 0)
-
-
-def longest_of(lengths: Sequence[int], rows: int) -> int:
-    """Estimate the longest of so many rows, drawn from lengths: a mean over 200 batches, and what a padded batch is as long as."""
-    rng = random.Random(0)
-    return round(statistics.mean(max(rng.choices(lengths, k=rows)) for _ in range(BATCHES)))
-
-
-def stretches_of(lengths: Sequence[int], rows: int) -> list[tuple[float, float]]:
-    """Estimate in which steps answers are written: of each stretch its tokens, and how many rows are still at work.
-
-    Means over 200 batches of so many rows, drawn from lengths; rows that have ended leave the batch between stretches.
-
-    >>> stretches_of([20], 3)
-    [(16.0, 3.0), (4.0, 3.0)]
-    """
-    rng = random.Random(0)
-    batches = [rng.choices(lengths, k=rows) for _ in range(BATCHES)]
-    stretches = []
-    for begin in range(0, max(lengths), STRETCH):
-        left = [[length - begin for length in batch if length > begin] for batch in batches]
-        at_work = [len(batch) for batch in left if batch]
-        if at_work:
-            tokens = sum(min(STRETCH, max(batch)) for batch in left if batch) / BATCHES
-            stretches.append((tokens, statistics.mean(map(float, at_work))))
-    return stretches

@@ -1,0 +1,78 @@
+"""How batches look that are drawn from rows of many lengths: means over drawn ones, which need no model."""
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+
+from rlhf.cost.slices import Shape
+from rlhf.models.generate import STRETCH
+from rlhf.models.packing import balanced_rows
+
+BATCHES = 200  # drawn
+
+
+def mean_shape(shapes: Sequence[Shape]) -> Shape:
+    """Return the shape with the mean number of tokens of some, its rows about as long as those of most of their tokens.
+
+    >>> mean_shape([Shape(4, 10, 0), Shape(2, 20, 0)])
+    Shape(rows=3, length=13, answer=0)
+    """
+    tokens = [shape.rows * shape.length for shape in shapes]
+    typical = sum(n * shape.length for n, shape in zip(tokens, shapes, strict=True)) / sum(tokens)
+    mean = statistics.mean(tokens)
+    rows = max(1, round(mean / typical))
+    return Shape(rows, round(mean / rows), 0)
+
+
+def longest_of(lengths: Sequence[int], rows: int) -> int:
+    """Estimate the longest of so many rows, drawn from lengths: a mean over 200 batches, and what a padded batch is as long as."""
+    rng = random.Random(0)
+    return round(statistics.mean(max(rng.choices(lengths, k=rows)) for _ in range(BATCHES)))
+
+
+def stretches_of(lengths: Sequence[int], rows: int) -> list[tuple[float, float]]:
+    """Estimate in which steps answers are written: of each stretch its tokens, and how many rows are still at work.
+
+    Means over 200 batches of so many rows, drawn from lengths; rows that have ended leave the batch between stretches.
+
+    >>> stretches_of([20], 3)
+    [(16.0, 3.0), (4.0, 3.0)]
+    """
+    rng = random.Random(0)
+    batches = [rng.choices(lengths, k=rows) for _ in range(BATCHES)]
+    stretches = []
+    for begin in range(0, max(lengths), STRETCH):
+        left = [[length - begin for length in batch if length > begin] for batch in batches]
+        at_work = [len(batch) for batch in left if batch]
+        if at_work:
+            tokens = sum(min(STRETCH, max(batch)) for batch in left if batch) / BATCHES
+            stretches.append((tokens, statistics.mean(map(float, at_work))))
+    return stretches
+
+
+def unpadded_shapes(
+    prompts: Sequence[int], answers: Sequence[int], texts: int, *, long_row: int
+) -> tuple[Shape, Shape]:
+    """Return the mean and the largest shape of batches of so many texts, laid out in rows without padding.
+
+    The logits of a row are its share of those of the batch.
+
+    Args:
+        prompts, answers: tokens of each; a text is one of either.
+        texts: in a batch.
+        long_row: the row length at which attention costs as much as all else in a layer.
+
+    >>> unpadded_shapes([10], [6], 8, long_row=384)
+    (Shape(rows=8, length=16, answer=6), Shape(rows=8, length=16, answer=6))
+    """
+    rng, shapes = random.Random(0), []
+    for _ in range(BATCHES):
+        drawn = rng.choices(answers, k=texts)
+        lengths = [prompt + answer for prompt, answer in zip(rng.choices(prompts, k=texts), drawn, strict=True)]
+        rows = balanced_rows(lengths, long_row, widest=1)
+        width = max(sum(lengths[text] for text in row) for row in rows)
+        shapes.append(Shape(len(rows), width, math.ceil(sum(drawn) / len(rows))))
+    mean = mean_shape(shapes)
+    answer = math.ceil(texts * statistics.mean(answers) / mean.rows)
+    return Shape(mean.rows, mean.length, answer), max(shapes, key=lambda shape: shape.rows * shape.length)
