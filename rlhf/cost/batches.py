@@ -1,11 +1,13 @@
 """What batches drawn from some rows are like: their mean shape, their longest row, and when their answers end."""
 
+import math
 import random
 import statistics
 from collections.abc import Sequence
 
 from rlhf.cost.slices import Shape
 from rlhf.models.generate import STRETCH
+from rlhf.models.packing import balanced_rows
 
 BATCHES = 200  # drawn to learn what a batch is like
 
@@ -47,3 +49,30 @@ def stretches_of(lengths: Sequence[int], rows: int) -> list[tuple[float, float]]
             tokens = sum(min(STRETCH, max(batch)) for batch in left if batch) / BATCHES
             stretches.append((tokens, statistics.mean(map(float, at_work))))
     return stretches
+
+
+def unpadded_shapes(
+    prompts: Sequence[int], answers: Sequence[int], texts: int, *, long_row: int
+) -> tuple[Shape, Shape]:
+    """Return the mean and the largest shape of batches of so many texts, laid out in rows without padding.
+
+    The logits of a row are its share of those of the batch.
+
+    Args:
+        prompts, answers: tokens of each; a text is one of either.
+        texts: in a batch.
+        long_row: the row length at which attention costs as much as all else in a layer.
+
+    >>> unpadded_shapes([10], [6], 8, long_row=384)
+    (Shape(rows=8, length=16, answer=6), Shape(rows=8, length=16, answer=6))
+    """
+    rng, shapes = random.Random(0), []
+    for _ in range(BATCHES):
+        drawn = rng.choices(answers, k=texts)
+        lengths = [prompt + answer for prompt, answer in zip(rng.choices(prompts, k=texts), drawn, strict=True)]
+        rows = balanced_rows(lengths, long_row, widest=1)
+        width = max(sum(lengths[text] for text in row) for row in rows)
+        shapes.append(Shape(len(rows), width, math.ceil(sum(drawn) / len(rows))))
+    mean = mean_shape(shapes)
+    answer = math.ceil(texts * statistics.mean(answers) / mean.rows)
+    return Shape(mean.rows, mean.length, answer), max(shapes, key=lambda shape: shape.rows * shape.length)

@@ -10,13 +10,12 @@ import resource
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rlhf.cost.batches import BATCHES, longest_of, mean_shape, stretches_of
+from rlhf.cost.batches import BATCHES, longest_of, mean_shape, stretches_of, unpadded_shapes
 from rlhf.cost.memory import (
     MOMENTS,
     Memory,
@@ -25,14 +24,15 @@ from rlhf.cost.memory import (
     adapter_of,
     exchanged_in_rollouts,
     exchanged_in_training,
+    largest,
     role_of,
 )
 from rlhf.cost.sizes import PairTokens, Sizes
-from rlhf.cost.slices import Shape, Slices, slices
+from rlhf.cost.slices import Scoring, Shape, Slices, slices
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.models.batching import TOKENS_TOGETHER
 from rlhf.models.load import adapter_settings
-from rlhf.models.packing import pack
+from rlhf.models.packing import LONG_ROW, pack
 
 ONE_PROCESS = Processes()
 SCORED = 64  # texts that a reward model scores together
@@ -93,14 +93,14 @@ class Estimator:
         self._peaks: dict[tuple[object, ...], float] = {}
         rows = training["ppo"].args.per_device_train_batch_size
         self.answers = [min(length, rollouts.max_answer_length) for length in sizes.answers]
-        prompts = [min(length, rollouts.max_prompt_length or length) for length in sizes.prompts]
+        self.prompts = [min(length, rollouts.max_prompt_length or length) for length in sizes.prompts]
         # Tokens of the longest answer and prompt in a batch, and of a prompt with its answer on average.
-        self.answer, self.prompt = longest_of(self.answers, rows), longest_of(prompts, rows)
+        self.answer, self.prompt = longest_of(self.answers, rows), longest_of(self.prompts, rows)
         # Of all batches of a run one is the largest: what decides on memory, where time is a sum over all of them.
-        self.longest_answer, self.longest_prompt = max(self.answers), max(prompts)
-        self.whole = round(statistics.mean(prompts) + statistics.mean(self.answers))
+        self.longest_answer, self.longest_prompt = max(self.answers), max(self.prompts)
+        self.whole = round(statistics.mean(self.prompts) + statistics.mean(self.answers))
         rng = random.Random(0)
-        self.texts = [rng.choice(prompts) + rng.choice(self.answers) for _ in range(BATCHES)]
+        self.texts = [rng.choice(self.prompts) + rng.choice(self.answers) for _ in range(BATCHES)]
 
     def estimate(self, work: Work) -> Estimate:
         """Estimate what a stage costs."""
@@ -211,7 +211,7 @@ class Estimator:
     def _batches(self, pairs: Sequence[PairTokens], count: int, views: int) -> list[Shape]:
         """Return the shapes of the batches of a sample, grouped by length and packed or padded as the trainer does it."""
         by_length = sorted(pairs, key=lambda pair: -max(pair.chosen, pair.rejected))
-        long_row = 6 * self.config.get_text_config().hidden_size
+        long_row = LONG_ROW * self.config.get_text_config().hidden_size
         shapes = []
         for start in range(0, len(by_length), count):
             batch = by_length[start : start + count]
@@ -229,7 +229,8 @@ class Estimator:
     def _ppo(self, work: PpoWork) -> Estimate:
         """Estimate PPO: sampling, scoring, three forwards, and the update of policy and critic."""
         rollouts, rows = self.rollouts, self.training["ppo"].args.per_device_train_batch_size
-        policy, critic = Shape(rows, self.prompt + self.answer, self.answer), Shape(rows, self.prompt + self.answer, 0)
+        policy, widest = self._unpadded(rows)
+        critic = Shape(policy.rows, policy.length, 0)
         micro_batches = rollouts.size // rows
         # Policy and reference; critic and reward models.
         forwards = 2 * self._time("ppo", policy) + (1 + rollouts.reward_models) * self._time("ppo", critic)
@@ -241,13 +242,9 @@ class Estimator:
             + rollouts.epochs * (micro_batches * updates + rollouts.mini_batches * optimizer)
         )
         # Where nothing is trained, every role is whole on each process.
-        length = self.longest_prompt + self.longest_answer
-        update, roles = (
-            self.memory("ppo", Shape(rows, length, self.longest_answer)),
-            self._roles("ppo", has_logits=True),
-        )
+        update, roles = self.memory("ppo", widest), self._roles("ppo", has_logits=True)
         rollout = replace(update, exchanged=exchanged_in_rollouts(roles, self.processes), accumulates=True)
-        scored = Shape(min(SCORED, rollouts.size), length, 0)
+        scored = Shape(min(SCORED, rollouts.size), self.longest_prompt + self.longest_answer, 0)
         prefill = self._peak("ppo", Shape(rollouts.size, self.longest_prompt, 1), training=False)
         memories = [
             update,
@@ -268,14 +265,19 @@ class Estimator:
             models = [*policies, *[self._model("reward", "reward", has_logits=False)] * self.rollouts.reward_models]
             scoring = self._scoring("reward", work.answers, self.texts)
             seconds += self.rollouts.reward_models * scoring.seconds
-            compared = Shape(min(rows, max(1, work.compared)), self.prompt + self.answer, self.answer)
-            seconds += 2 * work.compared / compared.rows * self._time("ppo", compared)
-            longest = Shape(compared.rows, self.longest_prompt + self.longest_answer, self.longest_answer)
-            peaks = [memory.activations, scoring.bytes, self._peak("ppo", longest, training=False)]
+            together = min(rows, max(1, work.compared))
+            compared, widest = self._unpadded(together)
+            seconds += 2 * work.compared / together * self._time("ppo", compared)
+            peaks = [memory.activations, scoring.bytes, self._peak("ppo", widest, training=False)]
             memory = largest([self._alone(models, peak) for peak in peaks])
         return Estimate(work.folder, work.answers, work.answers * self.whole, 0, memory, seconds)
 
     # Their parts.
+
+    def _unpadded(self, texts: int) -> tuple[Shape, Shape]:
+        """Return the mean and the largest shape of batches of so many texts as the roles of PPO read them."""
+        long_row = LONG_ROW * self.config.get_text_config().hidden_size
+        return unpadded_shapes(self.prompts, self.answers, texts, long_row=long_row)
 
     def _micro_batches(self, rows: int, size: int) -> int:
         """Return how many micro-batches of so many rows one process reads in an epoch."""
@@ -394,15 +396,3 @@ class Estimator:
         width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         size = torch.tensor([], dtype=text.dtype or torch.float32).element_size()
         return 2.0 * rows * (self.longest_prompt + self.longest_answer) * text.num_hidden_layers * width * size
-
-
-def largest(memories: Sequence[Memory]) -> Memory:
-    """Return the largest of the moments of a stage."""
-    return max(memories, key=lambda memory: memory.bytes)
-
-
-class Scoring(NamedTuple):
-    """Cost of scoring some texts: seconds, and the bytes of the largest batch beside the weights."""
-
-    seconds: float
-    bytes: float

@@ -8,6 +8,7 @@ Of n processes each holds, in bytes:
 Activations, logits among them, are those of a process's own rows, so they don't divide.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -163,3 +164,8 @@ def exchanged_in_rollouts(roles: tuple[Role, ...], processes: Processes) -> floa
     45.0
     """
     return sum(role.weights - role.quantised for role in roles) if processes.parts > 1 else 0.0
+
+
+def largest(memories: Sequence[Memory]) -> Memory:
+    """Return the largest of the moments of a stage."""
+    return max(memories, key=lambda memory: memory.bytes)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from rlhf.models.load import score_head
 
 MEGABATCH = 50
+LONG_ROW = 6  # hidden sizes: the length of a row at which attention costs as much as all else in a layer, about
 # Largest difference between shared and plain scores that sharing survives: sums in another order, and no more.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -62,7 +63,7 @@ def pack(
         pad_token_id: what fills a row on the right.
         pad_to_multiple_of: round the length of the rows up to a multiple of this.
         long_row: put several groups into a row where that costs less; the row length at which attention costs as much
-            as all else in a layer, about six times the hidden size. None: group i is row i.
+            as all else in a layer, `LONG_ROW` times the hidden size. None: group i is row i.
     """
     parts = [_one_group(group) for group in groups]
     lengths = [len(ids) for ids, *_ in parts]

@@ -17,9 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.packing import TOLERANCE, balanced_rows
-
-LONG_ROW = 6  # hidden sizes: the length of a row at which attention costs as much as all else in a layer
+from rlhf.models.packing import LONG_ROW, TOLERANCE, balanced_rows
 
 
 def token_states(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

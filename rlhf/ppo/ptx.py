@@ -57,6 +57,10 @@ class Demonstrations:
         ends = torch.tensor([len(self.rows[i]) for i in drawn])[:, None]
         return ids.to(device), ((places >= starts) & (places < ends)).to(device)
 
+    def loss(self, policy: nn.Module, count: int) -> Tensor:
+        """Return the loss of so many drawn rows, nats a token."""
+        return demonstration_loss(policy, *self.draw(count, next(policy.parameters()).device))
+
 
 def demonstration_loss(policy: nn.Module, ids: Tensor, is_completion: Tensor) -> Tensor:
     """Return the mean of -log π over the completions' tokens, nats a token; rows are padded on the right.

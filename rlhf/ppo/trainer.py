@@ -32,7 +32,6 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import gather_experience, make_rollout
 from rlhf.ppo.metrics import RolloutMetrics
 from rlhf.ppo.processes import whole_roles
-from rlhf.ppo.ptx import demonstration_loss
 from rlhf.ppo.reporting import evaluate, print_samples, warn_of_trouble
 from rlhf.ppo.rewards import RewardFunction, Rewards
 from rlhf.ppo.roles import ROLES, PolicyAndCritic, Reference, make_reference
@@ -319,9 +318,7 @@ class PPOTrainer(BaseTrainer):
         loss = losses.sum() * share
         if self.demonstrations is not None and args.ptx_coef > 0 and "policy" in roles:
             # Mixed in by this micro-batch's share of the step's tokens, so that accumulation changes nothing in the mean.
-            ids, is_completion = self.demonstrations.draw(len(mask), mask.device)
-            policy = self.accelerator.unwrap_model(model).policy
-            demonstrated = demonstration_loss(policy, ids, is_completion)
+            demonstrated = self.demonstrations.loss(self.accelerator.unwrap_model(model).policy, len(mask))
             self.metrics.count("ptx_loss", demonstrated.detach(), 1)
             loss = loss + args.ptx_coef * demonstrated * mask.sum() * share
         if not torch.isfinite(loss):

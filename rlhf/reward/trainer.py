@@ -23,6 +23,7 @@ from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.load import score_head
 from rlhf.models.packing import (
+    LONG_ROW,
     GroupedByLength,
     Packed,
     largest_difference,
@@ -169,7 +170,7 @@ class PairRewardTrainer(RewardTrainer):
             collator.pad_token_id,
             collator.pad_to_multiple_of,
             shared=self._shares,
-            long_row=6 * self.model.config.get_text_config().hidden_size,
+            long_row=LONG_ROW * self.model.config.get_text_config().hidden_size,
             columns=tuple(loss.columns),
         )
 

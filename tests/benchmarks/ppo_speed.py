@@ -14,7 +14,8 @@ timed.
 `full_hh` has real lengths: 32 prompts that stand for all of HH helpful (evenly spaced in its order of length, 9 to 512 tokens),
 and answers of at most 256 tokens that end by themselves. A random model never ends an answer, so its end token has a fixed
 logit, on both sides, by which an answer ends after 58 tokens on average: the mean of HH's answers, whose deviation (56) is
-that of such a geometric distribution too. The tokenizer is trained on the same texts (18k tokens).
+that of such a geometric distribution too. The tokenizer is trained on the same texts (18k tokens). One rollout is timed, without
+a warm-up: it takes minutes.
 
 Memory: a base of 110M parameters; ours with four roles on one base (LoRA), TRL's as lean as it goes (`peft_config`,
 `ref_model=None`, its critic and reward model whole). Peak resident size less that after the imports.
@@ -53,7 +54,7 @@ BATCH, MINIBATCHES, EPOCHS, ANSWER = 16, 2, 2, 32
 PROMPT = {"full": 128, "lora": 128, "full_short": 16, "full_14m": 128, "memory": 16, "gpu": 512}
 HH_PROMPT, HH_ANSWER, HH_MEAN = 512, 256, 58  # tokens: the longest of each, and what an answer has on average
 PAIRS = Path("/work/shared/data/pairs_hh_helpful.jsonl.gz")
-ROLLOUTS = 3  # the first is the warm-up
+ROLLOUTS = {"memory": 2, "full_hh": 1}  # elsewhere 3; where there are several, the first is the warm-up
 
 
 def words_tokenizer(size: int) -> Any:
@@ -212,13 +213,14 @@ def run_ours(folder: Path, *, lora: bool, prompt_length: int | None, rollouts: i
 
     trainer.sample, trainer.experience = timed_sample, timed_experience  # type: ignore[method-assign]
     trainer.train()
-    seconds = now() - clock[1]
+    warm = 1 if rollouts > 1 else 0
+    seconds = now() - clock[warm]
     parts["update"] = seconds - sum(parts.values())
     found: dict[str, Any] = {
-        "episodes_per_second": BATCH * MINIBATCHES * (rollouts - 1) / seconds,
+        "episodes_per_second": BATCH * MINIBATCHES * (rollouts - warm) / seconds,
         "mib": resident("VmHWM") - before,
         "parts": {name: value / seconds for name, value in parts.items()},
-        "answer_tokens": statistics.mean(lengths[1:]),
+        "answer_tokens": statistics.mean(lengths[warm:]),
         "parameters": sum(p.numel() for n, p in policy.named_parameters() if "lora_" not in n),
     }
     if torch.cuda.is_available():
@@ -272,7 +274,10 @@ def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int | None, 
     assert len(ends) == rollouts, (len(ends), "TRL counts a batch as a step")
     assert begin < ends[0]
     return {
-        "episodes_per_second": BATCH * MINIBATCHES * (rollouts - 1) / (ends[-1] - ends[0]),
+        "episodes_per_second": BATCH
+        * MINIBATCHES
+        * max(1, rollouts - 1)
+        / (ends[-1] - (ends[0] if rollouts > 1 else begin)),
         "mib": resident("VmHWM") - before,
     }
 
@@ -321,7 +326,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         side, kind, name = arguments.side
-        rollouts = 2 if kind == "memory" else ROLLOUTS
+        rollouts = ROLLOUTS.get(kind, 3)
         if side == "ours":
             lora = not kind.startswith("full")
             found = run_ours(Path(name), lora=lora, prompt_length=PROMPT.get(kind), rollouts=rollouts)

@@ -6,7 +6,7 @@ import pytest
 from transformers import BertConfig, LlamaConfig, PretrainedConfig
 from trl import RewardConfig, SFTConfig
 
-from rlhf.cost.batches import longest_of, stretches_of
+from rlhf.cost.batches import longest_of, stretches_of, unpadded_shapes
 from rlhf.cost.estimate import ONE_PROCESS, Estimator
 from rlhf.cost.memory import MOMENTS, Memory, Processes
 from rlhf.cost.sizes import PairTokens, Sizes
@@ -253,3 +253,25 @@ def test_rows_leave_the_batch_where_answers_end() -> None:
     (_, one), (tokens, alone), _ = stretches_of([10, 40], 1)
     assert (one, alone) == (1.0, 1.0)
     assert tokens == pytest.approx(8, abs=1.5)
+
+
+def test_without_padding_a_batch_is_as_large_as_its_tokens() -> None:
+    """Prompts of 10 to 500 tokens and answers of 1 to 200: a padded batch of 16 would be more than twice as large."""
+    prompts, answers = list(range(10, 500, 10)), list(range(1, 200, 5))
+    mean, largest = unpadded_shapes(prompts, answers, 16, long_row=1500)
+    tokens = 16 * (sum(prompts) / len(prompts) + sum(answers) / len(answers))
+    assert tokens <= mean.rows * mean.length < 1.2 * tokens
+    assert mean.rows * mean.answer == pytest.approx(16 * sum(answers) / len(answers), abs=mean.rows)
+    assert mean.rows * mean.length < 0.6 * 16 * (longest_of(prompts, 16) + longest_of(answers, 16))
+    assert largest.rows * largest.length > mean.rows * mean.length
+
+
+def test_ppo_is_estimated_without_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place of a forward or backward costs a second in place of a clock; sampling and updates cost nothing."""
+    monkeypatch.setattr(Slices, "seconds", lambda _, shape, *, training: float(shape.rows * shape.length))
+    monkeypatch.setattr(Slices, "seconds_of_update", lambda _: 0.0)
+    monkeypatch.setattr(Slices, "seconds_of_sampling", lambda *_: 0.0)
+    costs = estimator()
+    costs.prompts, costs.answers = list(range(2, 90)), list(range(1, 60))
+    places = costs.estimate(PpoWork("p", rollouts=1)).seconds / (4 + 2 * 2)  # forwards; two roles in two epochs
+    assert places == pytest.approx(16 * (45.5 + 30), rel=0.2), "of 16 * 148 where every text is padded to the longest"

@@ -157,20 +157,19 @@ def test_one_token_among_many_stops_the_first_step_and_no_later_one(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [2, 12])
 def test_two_forwards_differ_by_less_than_the_bound(dtype: torch.dtype, layers: int) -> None:
-    """Other batches, other padding: far within, with logits up to 5 and three passes' worth of tokens."""
+    """Other batches, other rows in them: far within, with logits up to 5 and three passes' worth of tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
         initializer_range=0.12,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    ids = torch.randint(5, 500, (48, 40))
-    padded, ones = torch.cat([torch.zeros(48, 7, dtype=torch.long), ids], dim=1), torch.ones_like(ids)
-    mask = torch.cat([torch.zeros(48, 7, dtype=torch.long), ones], dim=1)
+    ids, prompts = torch.randint(5, 500, (48, 40)), torch.randint(1, 17, (48, 1))
+    mask = (torch.arange(40) >= 16 - prompts).long()
     with torch.no_grad():
-        one = response_logprobs(model, ids, ones, 24, 1.0)
+        one = response_logprobs(model, ids, mask, 24, 1.0)
         other = torch.cat(
-            [response_logprobs(model, *both, 24, 1.0) for both in zip(padded.split(5), mask.split(5), strict=True)]
+            [response_logprobs(model, *both, 24, 1.0) for both in zip(ids.split(5), mask.split(5), strict=True)]
         )
     deviation = largest_ratio_deviation(one, other, torch.ones(48, 24)).item()
     assert 0 < deviation < LARGEST[dtype] / 10
