@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cost.estimate import Estimate
+from rlhf.cost.estimate import ONE_PROCESS, Estimate
+from rlhf.cost.memory import Memory, Processes
 from rlhf.errors import UserError
-from rlhf.pipeline.estimate import _evaluation_note, estimate
+from rlhf.pipeline.estimate import _evaluation_note, _notes_of_processes, estimate, section_training
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
 from tests.pipeline.test_run import RECIPE
@@ -56,10 +57,42 @@ def test_rows_and_steps_are_those_of_the_run(recipe_file: Path) -> None:
 
 def test_the_command_prints_it_and_writes_nothing(recipe_file: Path) -> None:
     before = sorted(recipe_file.parent.iterdir())
-    result = rlhf("plan", str(recipe_file), cwd=recipe_file.parent)
+    result = rlhf("plan", str(recipe_file), "--processes", "2", "--sharding", "fsdp2", cwd=recipe_file.parent)
     assert result.returncode == 0, result.stderr
     assert all(word in result.stdout for word in ("round-0/sft", "round-1/ppo", "memory", "tokens", "steps", "time"))
+    assert "memory of one of 2 processes, fsdp2, GiB" in result.stdout
+    assert all(word in result.stdout for word in ("policy", "critic", "reference", "exchanged", "activations"))
+    assert "round-1/evaluate: run by one process while the others wait" in result.stdout
     assert sorted(recipe_file.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--processes", "0"), "'--processes': Input should be greater than or equal to 1"),
+        (("--processes", "many"), "'--processes': Input should be a valid integer"),
+        (("--sharding", "zero3"), "'--sharding': Value error, 'zero3' is not one of 'ddp', 'fsdp2'"),
+    ],
+)
+def test_a_launch_that_is_none_is_refused(arguments: tuple[str, ...], sentence: str, recipe_file: Path) -> None:
+    result = rlhf("plan", str(recipe_file), *arguments, cwd=recipe_file.parent)
+    assert result.returncode == 2
+    assert sentence in result.stderr
+
+
+def test_what_several_processes_can_not_divide_is_said(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "name: n\nbackbone: {model: a/b}\ndata: {preferences: a/b}\nvote: {trunk: 1}\n"
+        "reward: {objective: posterior, use_peft: true, load_in_4bit: true}\n"
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    training = section_training(recipe)
+    assert _notes_of_processes(recipe, ONE_PROCESS, ["round-1/evaluate"], training) == []
+    alone, trunk, bits = _notes_of_processes(recipe, Processes(4, "fsdp2"), ["round-1/evaluate"], training)
+    assert alone.startswith("round-1/evaluate: run by one process")
+    assert trunk.startswith("vote.trunk: ")
+    assert bits.startswith("load_in_4bit: FSDP2 leaves 4-bit weights whole")
+    assert len(_notes_of_processes(recipe, Processes(4, "ddp"), [], training)) == 1
 
 
 def test_data_on_a_hub_are_not_downloaded(base_folder: Path, tmp_path: Path) -> None:
@@ -81,7 +114,7 @@ def test_an_evaluation_that_takes_long_is_said() -> None:
 
     def stages(evaluation: float) -> list[Estimate]:
         seconds = {"round-1/ppo": 100 - 2 * evaluation, "round-1/evaluate": evaluation, "round-2/evaluate": evaluation}
-        return [Estimate(folder, 1, 1, 1, 1.0, value) for folder, value in seconds.items()]
+        return [Estimate(folder, 1, 1, 1, Memory(1.0, ()), value) for folder, value in seconds.items()]
 
     (note,) = _evaluation_note(stages(30.0), 512)
     assert note.startswith("Evaluation takes 60% of this time, with evaluate.prompts=512;")
