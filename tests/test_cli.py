@@ -122,6 +122,6 @@ def test_people_are_shown_their_links_whole(
 ) -> None:
     """Addresses lose their secrets wherever they are printed, but the link to the labelling page is nothing without its token."""
     link = "ann: http://127.0.0.1:8765/?token=abc123"
-    monkeypatch.setattr("rlhf.serve.desk.serve_page", lambda run, names, host, port, say: say(link))
+    monkeypatch.setattr("rlhf.serve.desk.serve_page", lambda run, names, repeat, host, port, say: say(link))
     assert run(monkeypatch, "label", str(tmp_path)) == 0
     assert capsys.readouterr().out == f"{link}\n"

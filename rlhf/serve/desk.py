@@ -50,7 +50,7 @@ def open_book(run: Path) -> tuple[LabelBook, int, int]:
 
 
 def hide_gold(run: Path, file: Path) -> list[str]:
-    """Hide a file's pairs among the questions, each with its chosen answer as the right one, and say how many they are.
+    """Add a file's pairs to the questions as hidden gold ones, the chosen answer the right one, and say how many they are.
 
     Raises:
         UserError: as `open_book`; no usable pair in the file, a tie, or only pairs that are asked about anyway.

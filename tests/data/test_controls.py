@@ -49,7 +49,7 @@ def test_controls_come_at_their_share() -> None:
     """Mean over people of the controls due after 1,000 answers, ±4 deviations of a binomial."""
     people, answers = [f"p{i}" for i in range(20)], 1000
     for kind, share in (("gold", GOLD_SHARE), ("repeat", 0.2)):
-        total = sum(controls_due(name, kind, answers, share) for name in people)  # type: ignore[arg-type]
+        total = sum(controls_due(name, kind, answers, share) for name in people)
         assert abs(total - 20_000 * share) < 4 * (20_000 * share * (1 - share)) ** 0.5
     orders = {tuple(controls_due(name, "gold", n, 0.1) for n in range(50)) for name in people}
     assert len(orders) == 20, "everybody has an order of their own"
