@@ -56,6 +56,7 @@ def test_every_shipped_recipe_is_valid_and_can_be_executed() -> None:
                 "ensemble": reward.members > 1,
                 "instructions": recipe.lab is not None and recipe.lab.is_sampled,
                 "shaped": ppo.get("shaping_coef", 0) > 0,
+                "adversarial": ppo.get("adversarial_coef", 0) > 0,
                 "self_certainty": ppo.get("self_certainty_coef", 0) > 0,
                 str(reward.extra): reward.extra is not None,
                 reward.objective: reward.objective != "bt",

@@ -58,13 +58,13 @@ def fit_discriminator(demonstrations: Tensor, answers: Tensor, *, ridge: float =
     penalty[-1] = 0.0
 
     # 2. Newton's steps on a convex loss.
-    found = torch.zeros_like(penalty)
+    solution = torch.zeros_like(penalty)
     for _ in range(NEWTON_STEPS):
-        wrong = torch.sigmoid(-sign * (inputs @ found))
-        gradient = penalty * found - inputs.T @ (weight * sign * wrong)
+        wrong = torch.sigmoid(-sign * (inputs @ solution))
+        gradient = penalty * solution - inputs.T @ (weight * sign * wrong)
         curvature = (inputs * (weight * wrong * (1 - wrong))[:, None]).T @ inputs + torch.diag(penalty + 1e-12)
         step = torch.linalg.solve(curvature, gradient)
-        found = found - step
+        solution = solution - step
         if step.abs().max() < TOLERANCE:
             break
-    return Discriminator(found[:-1], found[-1], center, scale)
+    return Discriminator(solution[:-1], solution[-1], center, scale)

@@ -184,22 +184,22 @@ def _verdicts_of_a_model(context: StageContext, questions: Sequence[Question]) -
     name = context.recipe.rounds.judge_model
     assert name is not None, "the recipe's check wants one"
     model = load_verdict_model(name)
-    found = model.compare(
+    compared = model.compare(
         [q.prompt for q in questions], [q.first for q in questions], [q.second for q in questions], label="label"
     )
 
     # 2. A label for each pair, and how sure the model is of it.
     verdicts = []
     for question, fits, share in zip(
-        questions, found.fits.tolist(), first_is_better(found.orders).tolist(), strict=True
+        questions, compared.fits.tolist(), first_is_better(compared.orders).tolist(), strict=True
     ):
         label = "skip" if not fits else "tie" if share == TIE else "first" if share > TIE else "second"
         sure = max(share, 1 - share) if label in ("first", "second") else None
         verdicts.append(Verdict(question.id, label, name, confidence=sure))
-    turned = turns_with_order(found.orders)
+    turned = turns_with_order(compared.orders)
     context.say(
         f"label: {name} gave its verdicts; {int(turned.sum())} of {len(questions)} turn with the order, mean bias "
-        f"{found.orders.bias.mean():+.2f} nats towards A; {model.too_long} pairs were too long for it (skipped)."
+        f"{compared.orders.bias.mean():+.2f} nats towards A; {model.too_long} pairs were too long for it (skipped)."
     )
     return verdicts
 

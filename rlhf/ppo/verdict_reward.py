@@ -1,5 +1,6 @@
 """Rewards from a causal model's verdicts, `verdicts:MODEL`: how much better an answer is than one of the reference."""
 
+import warnings
 from collections.abc import Sequence
 
 from rlhf.data.rows import Messages, Prompt
@@ -20,7 +21,8 @@ class VerdictReward:
         r(x, y) = E_{y' ~ π_ref(·|x)} [ L(x, y, y') ],   L the log-odds of `rlhf.objectives.verdicts`
 
     L changes its sign when the answers are swapped, so a policy that is the reference has a mean reward of 0. Where the data
-    has a column `reference_answer`, answers are compared with that instead.
+    has a column `reference_answer`, answers are compared with that instead. Two answers that do not fit in the model's context
+    have no verdict: 0, said once.
 
     Args:
         name: "verdicts:MODEL", a folder or a hub id.
@@ -51,6 +53,13 @@ class VerdictReward:
         """
         if reference_answer is None:
             raise TrainingError(f"The reward {self.__name__} compares two answers; give it a column {OPPONENT!r}.")
-        answers = [last_turn(completion) for completion in completions]
-        log_odds: list[float] = self.verdicts.compare(prompts, answers, reference_answer).orders.log_odds.tolist()
+        answers, was_said = [last_turn(completion) for completion in completions], self.verdicts.too_long > 0
+        verdicts = self.verdicts.compare(prompts, answers, reference_answer)
+        if self.verdicts.too_long and not was_said:
+            warnings.warn(
+                f"{self.__name__}: {self.verdicts.too_long} of {len(answers)} pairs of answers do not fit in its context with "
+                "their prompt, and get a reward of 0; lower max_prompt_length, or take a model that reads more.",
+                stacklevel=2,
+            )
+        log_odds: list[float] = verdicts.orders.log_odds.tolist()
         return log_odds

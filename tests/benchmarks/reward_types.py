@@ -1,4 +1,4 @@
-"""Reward types in the lab: true reward against KL for sparse, shaped, intrinsic and contrastive rewards of PPO.
+"""Reward types in the lab: true reward against KL for each type of reward of PPO.
 
 rlhf run recipes/quickstart.yaml --out RUN --until reward
 python tests/benchmarks/reward_types.py RUN --json reward_types.json --seeds 0,1,2
@@ -27,6 +27,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "shaped": {"shaping_coef": 1.0},
     "contrastive": {"baseline_samples": 1},
     "novelty": {"novelty_coef": 0.1},
+    "adversarial": {**ALONE, "adversarial_coef": 0.3},
     "self-certainty, no KL": {**ALONE, "self_certainty_coef": 1.0, "kl_coef": 0.0},
     "self-certainty, KL": {**ALONE, "self_certainty_coef": 1.0},
 }

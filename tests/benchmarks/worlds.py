@@ -123,6 +123,8 @@ def ppo_log(world: Path, seed: int, rewards: Any, **settings: Any) -> list[dict[
     """
     base = world / "round-0/sft/model"
     prompts = [json.loads(line) for line in (world / "round-0/data/data/prompts.jsonl").read_text().splitlines()]
+    sft = (world / "round-0/data/data/sft.jsonl").read_text().splitlines()
+    demonstrations = Dataset.from_list([json.loads(line) for line in sft])
     critic: Any = load_reward_model(world / "round-1/reward/model").model.requires_grad_(True)
     with tempfile.TemporaryDirectory() as work:
         args = PPOConfig(
@@ -137,6 +139,7 @@ def ppo_log(world: Path, seed: int, rewards: Any, **settings: Any) -> list[dict[
             processing_class=load_tokenizer(base, conversational=True),
             critic=critic,
             monitor_funcs={"gold": gold},
+            ptx_dataset=demonstrations if args.reads_demonstrations else None,
         )
         trainer.train()
     return [row for row in trainer.state.log_history if "reward_gold" in row]

@@ -1,5 +1,6 @@
 """Verdicts as a reward: whom an answer is compared with, that the reference's mean reward is 0, what is refused."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def test_equally_good_policies_have_a_mean_of_0(verdict_folder: Path) -> None:
     )
     assert sum(scores) == pytest.approx(0, abs=1e-4)
     assert max(scores) > 0.01
+
+
+def test_answers_that_do_not_fit_get_nothing_and_are_said_once(verdict_folder: Path) -> None:
+    source: Any = RewardSource(f"verdicts:{verdict_folder}").function
+    arguments = {"prompts": PROMPTS[:2], "completions": ["dog " * 600, "yes"], "reference_answer": ["no", "no"]}
+    with pytest.warns(UserWarning, match="1 of 2 pairs of answers do not fit in its context"):
+        first = source(**arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = source(**arguments)
+    assert first == second
+    assert first[0] == 0 != first[1]
 
 
 def test_what_it_cannot_do_is_said(verdict_folder: Path, encoder_folder: Path, tmp_path: Path) -> None:
