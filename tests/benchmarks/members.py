@@ -71,7 +71,7 @@ def trained(base: Path, rows: Rows, seed: int, **how: Any) -> tuple[RewardModel,
     if cls is TextRewardTrainer:
         how["language_head"] = language_head(base, model_settings({}))
     args = RewardConfig(
-        tempfile.mkdtemp(), **reward_settings(5e-4, 1), **trl, seed=seed, use_cpu=True, bf16=False,
+        tempfile.mkdtemp(), **(reward_settings(1e-3, 1) | {"per_device_train_batch_size": 16}), **trl, seed=seed, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     trainer = cls(
