@@ -181,19 +181,27 @@ def encode_demonstrations(
 ) -> dict[str, list[list[int]]]:
     """Return the columns that TRL's SFT makes of conversations: `input_ids`, and `completion_mask` with 1 on the answer.
 
-    The answer begins where the ids of the prompt and those of the whole part. Typed special tokens are words.
+    Typed special tokens are words.
 
     Args:
         batch: `prompt`, and `completion`, one assistant message each.
     """
     answers = [completion[-1]["content"] for completion in batch["completion"]]
-    prompt_rows = encode_prompts(tokenizer, batch["prompt"], max_prompt_length=None)
     rows, _ = encode_answers(tokenizer, batch["prompt"], answers)
-    masks = []
-    for prompt, row in zip(prompt_rows, rows, strict=True):
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, row, strict=False)) if a != b), len(prompt))
-        masks.append([0] * shared + [1] * (len(row) - shared))
+    starts = answer_starts(tokenizer, batch["prompt"], rows)
+    masks = [[0] * start + [1] * (len(row) - start) for start, row in zip(starts, rows, strict=True)]
     return {"input_ids": rows, "completion_mask": masks}
+
+
+def answer_starts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]
+) -> list[int]:
+    """Return where each answer begins in the ids of prompt and answer: where these and the ids of the prompt part."""
+    prompt_rows = encode_prompts(tokenizer, prompts, max_prompt_length=None)
+    return [
+        next((i for i, (a, b) in enumerate(zip(prompt, row, strict=False)) if a != b), len(prompt))
+        for prompt, row in zip(prompt_rows, rows, strict=True)
+    ]
 
 
 def sample_texts(

@@ -1,13 +1,20 @@
-"""A head of several labels made into one of a single score, so that what is saved is an ordinary reward model."""
+"""Heads that a reward model has while it trains: several labels, of which one score is made; a language model's, beside it."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trl import ModelConfig
 
-from rlhf.models.load import REWARD_LABEL
+from rlhf.errors import UserError
+from rlhf.models.load import REWARD_LABEL, load_policy
+from rlhf.models.logprobs import reads_states
 
 
 @torch.no_grad()
@@ -23,8 +30,7 @@ def combine_labels(model: PreTrainedModel | PeftModel, weights: Tensor) -> None:
         model: a sequence classifier of k labels whose head ends in a linear layer.
         weights: [k].
     """
-    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
-    name = "score" if hasattr(inner, "score") else "classifier"
+    inner, name = _head_place(model)
     head = getattr(inner, name)
     if isinstance(head, nn.Linear):
         setattr(inner, name, _combined(head, weights))
@@ -46,3 +52,49 @@ def _combined(linear: nn.Linear, weights: Tensor) -> nn.Linear:
     if linear.bias is not None:
         single.bias.copy_((exact @ linear.bias.double())[None])
     return single.train(linear.training)
+
+
+def label_layer(model: PreTrainedModel | PeftModel, labels: int) -> nn.Linear:
+    """Return the last linear layer of a head of so many labels: of an adapter's, the one that is trained."""
+    inner, name = _head_place(model)
+    layers = [m for m in getattr(inner, name).modules() if isinstance(m, nn.Linear) and m.out_features == labels]
+    return [layer for layer in layers if layer.weight.requires_grad][-1]
+
+
+def _head_place(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
+    """Return the classifier without an adapter's wrapper, and under which name its head is there."""
+    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    return inner, "score" if hasattr(inner, "score") else "classifier"
+
+
+@contextmanager
+def one_label(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Let the configuration say, for a while, that the head has one label: TRL refuses every other reward model."""
+    labels = dict(model.config.id2label)
+    model.config.num_labels = 1
+    try:
+        yield
+    finally:
+        model.config.id2label, model.config.label2id = labels, {label: number for number, label in labels.items()}
+
+
+def language_head(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """Return the output layer of an SFT checkpoint or adapter, frozen: its causal model without the decoder below.
+
+    Args:
+        path: what the reward model is built on; an adapter is merged in.
+        config: of the reward model; its dtype is kept, an output layer has no LoRA and no 4-bit weights.
+
+    Raises:
+        UserError: an encoder, or an architecture whose output layer can't be read by itself.
+    """
+    whole = copy.copy(config)
+    whole.use_peft = whole.load_in_4bit = whole.load_in_8bit = False
+    model: Any = load_policy(path, whole)
+    if not reads_states(model):
+        raise UserError(
+            f"{path}: the output layer of this architecture can't be read by itself; leave reward.extra: text out."
+        )
+    setattr(model, model.base_model_prefix, nn.Module())
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    return frozen

@@ -261,6 +261,24 @@ def logits_of_states(inner: Any, states: Tensor) -> Tensor:
     return logits
 
 
+def logprobs_of_states(inner: Any, states: Tensor, tokens: Tensor) -> Tensor:
+    """Return log π(token) [n], nats, from the decoder's states before each token, [n, hidden], a part of them at a time.
+
+    A part's logits are computed a second time in the backward pass instead of being kept.
+
+    Args:
+        inner: a causal model that `reads_states`; of it the output layer alone is used.
+        tokens: [n].
+    """
+
+    def part_logprobs(part: Tensor, part_tokens: Tensor) -> Tensor:
+        return token_logprobs(logits_of_states(inner, part[None]), part_tokens[None])[0]
+
+    size = max(1, LOGITS_AT_ONCE // inner.config.get_text_config().vocab_size)
+    parts = zip(states.split(size), tokens.split(size), strict=True)
+    return torch.cat([checkpoint(part_logprobs, *part, use_reentrant=False) for part in parts])
+
+
 @torch.no_grad()
 def reads_states(inner: Any) -> bool:
     """Tell whether a causal model's forward asks its decoder for states and makes logits of them, and of nothing else.

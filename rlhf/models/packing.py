@@ -141,14 +141,20 @@ def balanced_rows(lengths: Sequence[int], long_row: int, *, widest: int = 3) -> 
 
 def unpack(packed: Packed, *, pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Return the sequences that were packed, each by itself: `input_ids` and `attention_mask` [n, t], padded on the right."""
-    sequences = []
-    for row, end in zip(packed.rows.tolist(), packed.ends.tolist(), strict=True):
-        groups, segments = packed.groups[row], packed.segments[row]
-        is_read = (groups == groups[end]) & ((segments == 0) | (segments == segments[end]))
-        sequences.append(packed.input_ids[row][is_read])
+    sequences = [packed.input_ids[row][columns] for row, columns in tokens_read(packed)]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
     return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
+def tokens_read(packed: Packed) -> list[tuple[int, Tensor]]:
+    """Return for each packed answer its row, and the columns of the tokens that it reads and is, in their order."""
+    places = []
+    for row, end in zip(packed.rows.tolist(), packed.ends.tolist(), strict=True):
+        groups, segments = packed.groups[row], packed.segments[row]
+        is_read = (groups == groups[end]) & ((segments == 0) | (segments == segments[end]))
+        places.append((row, is_read.nonzero()[:, 0]))
+    return places
 
 
 def attention_bias(packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -314,6 +314,8 @@ def _reward_problems(recipe: Recipe) -> Iterator[str]:
     of_pairs = ("extra", "meta", "flip_rate", "group_weight")
     for key in [name for name in of_pairs if getattr(reward, name) and elements != "pairs"]:
         yield f"reward.{key}: it is for pairs, and {reward.objective} trains on {elements}; leave it out, or take a pair objective."
+    if reward.meta and reward.extra_kind not in (None, "contrastive"):
+        yield f"reward.meta: MetaRM goes with the contrastive terms, and extra is {reward.extra}; leave one of them out."
     if reward.needs_ratings:
         yield from _rating_problems(recipe)
     yield from _meta_problems(reward)

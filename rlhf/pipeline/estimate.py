@@ -252,7 +252,7 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig, processe
                 models=reward.members,
                 calibrated=min(CALIBRATION_SAMPLES, rows["prompts"]),
                 golden=GOLDEN,
-                views=1 if reward.extra is None else 2,
+                views=2 if reward.extra_kind == "contrastive" else 1,
                 ascent=(reward.meta_prompts, reward.meta_responses) if reward.meta else None,
             )
         case "ppo":

@@ -13,6 +13,7 @@ from rlhf.data.read import ReadReport, read_rows
 from rlhf.data.rows import SIDES, Messages, Pair, asked
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import CheckBook
+from rlhf.models.heads import language_head
 from rlhf.models.load import load_tokenizer
 from rlhf.models.score import position_limit
 from rlhf.pipeline.context import StageContext
@@ -21,10 +22,13 @@ from rlhf.pipeline.sampling import SAMPLES
 from rlhf.pipeline.store import MANIFEST, read_record
 from rlhf.pipeline.trainers import (
     StageAttributeRewardTrainer,
+    StageBottleneckRewardTrainer,
     StageContrastiveRewardTrainer,
+    StageLengthRewardTrainer,
     StageMetaRewardTrainer,
     StagePairRewardTrainer,
     StageRankingRewardTrainer,
+    StageTextRewardTrainer,
 )
 from rlhf.pipeline.training import (
     check_nothing_lost,
@@ -36,7 +40,9 @@ from rlhf.pipeline.training import (
 )
 from rlhf.pipeline.vote import STRENGTH
 from rlhf.recipe.objectives import OBJECTIVES, resolve
+from rlhf.reward.bottleneck import CODE_LABELS
 from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
+from rlhf.reward.length import HEADS
 from rlhf.reward.meta import group_samples
 from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.rankings import ranking_rows
@@ -46,10 +52,15 @@ from rlhf.reward.weights import prompt_balanced
 StageTrainer = (
     StagePairRewardTrainer
     | StageContrastiveRewardTrainer
+    | StageTextRewardTrainer
+    | StageLengthRewardTrainer
+    | StageBottleneckRewardTrainer
     | StageMetaRewardTrainer
     | StageRankingRewardTrainer
     | StageAttributeRewardTrainer
 )
+# The labels of heads of which one score is made when training is over; those of ratings are the recipe's attributes.
+LABELS: Mapping[str | None, Sequence[str]] = {"length": HEADS, "bottleneck": CODE_LABELS}
 
 
 class TrainingRows(NamedTuple):
@@ -88,7 +99,8 @@ def fit_reward_model(
     # 1. Tokenizer, model and the rows as the objective counts them.
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
     refuse_unreadable_turns(tokenizer, _conversations(rows), source="reward: pairs")
-    head = {"labels": list(section.attribute_weights)} if section.needs_ratings else {}
+    labels = list(section.attribute_weights) if section.needs_ratings else LABELS.get(section.extra_kind)
+    head = {} if labels is None else {"labels": labels}
     model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id, **head)
     check_nothing_lost(context, sft, model, book)
     if args.max_length is not None:
@@ -109,16 +121,25 @@ def fit_reward_model(
     elif section.meta:
         arguments |= {"flip_rate": section.flip_rate, "meta_samples": _meta_samples(context, label)}
         trainer = StageMetaRewardTrainer(model, args, **section.ascent(), **section.contrast(), **arguments)
-    elif section.extra is not None:
-        arguments |= {"flip_rate": section.flip_rate, **section.contrast()}
-        trainer = StageContrastiveRewardTrainer(model, args, **arguments)
     else:
-        trainer = StagePairRewardTrainer(model, args, flip_rate=section.flip_rate, **arguments)
+        arguments |= {"flip_rate": section.flip_rate}
+        weight = {"extra_weight": section.extra_weight}
+        match section.extra_kind:
+            case None:
+                trainer = StagePairRewardTrainer(model, args, **arguments)
+            case "contrastive":
+                trainer = StageContrastiveRewardTrainer(model, args, **section.contrast(), **arguments)
+            case "text":
+                texts = language_head(sft, model_config)
+                trainer = StageTextRewardTrainer(model, args, language_head=texts, **weight, **arguments)
+            case "length":
+                trainer = StageLengthRewardTrainer(model, args, **weight, **arguments)
+            case _:
+                trainer = StageBottleneckRewardTrainer(model, args, **weight, **arguments)
 
-    # 3. Training; of several attributes one score is made.
+    # 3. Training; of several labels one score is made.
     train(trainer, folder, label=label, say=context.say)
-    if isinstance(trainer, StageAttributeRewardTrainer):
-        trainer.merge_attributes()
+    trainer.merge_head()
     book.merge(checks_of(trainer))
     return trainer
 

@@ -19,9 +19,12 @@ from rlhf.models.packing import Packed, unpack
 from rlhf.models.typed import is_typed
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.reward.attributes import AttributeRewardTrainer
+from rlhf.reward.bottleneck import BottleneckRewardTrainer
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
+from rlhf.reward.length import LengthRewardTrainer
 from rlhf.reward.meta import MetaRewardTrainer
 from rlhf.reward.rankings import RankingRewardTrainer
+from rlhf.reward.text import TextRewardTrainer
 from rlhf.reward.trainer import PairRewardTrainer
 
 FAILED_BATCH = "failed_batch"
@@ -96,6 +99,18 @@ class StagePairRewardTrainer(KeepsBatches, PairRewardTrainer):
 
 class StageContrastiveRewardTrainer(KeepsBatches, ContrastiveRewardTrainer):
     """`ContrastiveRewardTrainer` in a stage."""
+
+
+class StageTextRewardTrainer(KeepsBatches, TextRewardTrainer):
+    """`TextRewardTrainer` in a stage."""
+
+
+class StageLengthRewardTrainer(KeepsBatches, LengthRewardTrainer):
+    """`LengthRewardTrainer` in a stage."""
+
+
+class StageBottleneckRewardTrainer(KeepsBatches, BottleneckRewardTrainer):
+    """`BottleneckRewardTrainer` in a stage."""
 
 
 class StageMetaRewardTrainer(KeepsBatches, MetaRewardTrainer):

@@ -1,7 +1,7 @@
-"""The table of objectives: what each needs, what it does to the pairs, and which loss it trains with.
+"""The table of objectives: what each needs, what it does to the pairs, which loss it trains with; and the terms beside a loss.
 
-The schema's values of `reward.objective`, the planning of a vote, the denoising step, the trainers in Python and the guide's
-table are all read from here. Functions are named, not imported, so that reading the table loads no torch.
+The schema's values of `reward.objective` and `reward.extra`, the planning of a vote, the denoising step, the trainers in
+Python and the guides' tables are all read from here. Functions are named, not imported, so that reading the table loads no torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -193,11 +193,53 @@ OBJECTIVES: dict[str, Objective] = {
         ),
     )
 }
-# A type checker reads no values, so to it an objective is any string; pydantic accepts exactly the names above.
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A term beside a pair loss, whichever that is.
+
+    Attributes:
+        name: its value in `reward.extra`.
+        summary: what it does, in half a sentence.
+        paper: where it is from.
+        kind: which trainer trains with it.
+        symbol, weight: what `reward.extra_weight` is in the paper, and the value that it has where a recipe sets none.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    kind: Literal["contrastive", "text", "length", "bottleneck"]
+    symbol: str
+    weight: float
+
+
+EXTRAS: dict[str, Extra] = {
+    extra.name: extra
+    for extra in (
+        Extra("simcse", "two views of an answer alike, answers apart", "arXiv:2401.06080", "contrastive", "β", 1.0),
+        Extra("simcse_diff", "the same of differences of pairs", "arXiv:2401.06080", "contrastive", "β", 1.0),
+        Extra("swav", "each view predicts the other's cluster", "arXiv:2401.06080", "contrastive", "β", 0.1),
+        Extra("swav_diff", "the same of differences of pairs", "arXiv:2401.06080", "contrastive", "β", 0.5),
+        Extra("text", "GRM: the states must go on writing the chosen answer", "arXiv:2406.10216", "text", "α", 0.01),
+        Extra(
+            "length",
+            "ODIN: a second head takes up the length, and is dropped",
+            "arXiv:2402.07319",
+            "length",
+            "λ",
+            1.0,
+        ),
+        Extra("bottleneck", "InfoRM: the score is read from a noisy code", "arXiv:2402.09345", "bottleneck", "β", 0.01),
+    )
+}
+# A type checker reads no values, so to it such a name is any string; pydantic accepts exactly the names above.
 if TYPE_CHECKING:
     ObjectiveName = str
+    ExtraName = str
 else:
-    ObjectiveName = Literal[tuple(OBJECTIVES)]
+    ObjectiveName, ExtraName = Literal[tuple(OBJECTIVES)], Literal[tuple(EXTRAS)]
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -212,4 +254,12 @@ def objectives_table() -> str:
     lines = ["| `reward.objective` | needs | what it does | from |", "|---|---|---|---|"]
     for objective in OBJECTIVES.values():
         lines.append(f"| `{objective.name}` | {objective.needs} | {objective.summary} | {objective.paper or 'here'} |")
+    return "\n".join(lines) + "\n"
+
+
+def extras_table() -> str:
+    """Write the table of extra terms in Markdown, as `recipes/guides/reward_models.md` shows it."""
+    lines = ["| `reward.extra` | what it does | `extra_weight` | from |", "|---|---|---|---|"]
+    for extra in EXTRAS.values():
+        lines.append(f"| `{extra.name}` | {extra.summary} | {extra.symbol} = {extra.weight:g} | {extra.paper} |")
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from rlhf.addresses import hide_secrets
-from rlhf.recipe.objectives import OBJECTIVES, ObjectiveName
+from rlhf.recipe.objectives import EXTRAS, OBJECTIVES, ExtraName, ObjectiveName
 
 # The attributes of HelpSteer2 as weights of one score, verbosity being a fault (arXiv:2406.08673, of its Llama-3-70B).
 ATTRIBUTES = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4}
@@ -211,8 +211,8 @@ class RewardSection(StageSection):
     attributes: dict[str, float] | None = Field(None, min_length=1)
     rating_scale: list[float] | None = Field(None, min_length=2, max_length=2)
 
-    # A contrastive term beside the loss (`rlhf.reward.contrastive`); the term's own numbers unless set here.
-    extra: Literal["simcse", "simcse_diff", "swav", "swav_diff"] | None = None
+    # A term beside the loss (`EXTRAS`), its own numbers unless set here; all but the weight are for contrastive ones.
+    extra: ExtraName | None = None
     extra_weight: float | None = Field(None, ge=0)
     extra_temperature: float | None = Field(None, gt=0)
     prototypes: int | None = Field(None, ge=2)
@@ -265,6 +265,11 @@ class RewardSection(StageSection):
         """Return what `rlhf.reward.denoise.DenoiseConfig` takes."""
         numbers = {"flip_by", "flip_fraction", "smoothing", "smoothing_mask", "margin_scale", "margin_clip"}
         return self.model_dump(include={"objective", *numbers})
+
+    @property
+    def extra_kind(self) -> str | None:
+        """Return which kind of term there is beside the loss, if any."""
+        return None if self.extra is None else EXTRAS[self.extra].kind
 
     def contrast(self) -> dict[str, Any]:
         """Return what `rlhf.ContrastiveRewardTrainer` takes."""

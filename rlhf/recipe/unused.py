@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.recipe.objectives import EXTRAS
 from rlhf.recipe.schema import STAGE_SECTIONS, Recipe, stage_keys
 
 # What PEFT and TRL make an adapter of.
@@ -63,6 +64,12 @@ NEEDS = (
         ("extra_weight", "extra_temperature", "prototypes", "dropout"),
         lambda v: v["extra"] is not None,
         "reward.extra is not set",
+    ),
+    Needs(
+        "reward",
+        ("extra_temperature", "dropout"),
+        lambda v: v["extra"] is None or EXTRAS[v["extra"]].kind == "contrastive",
+        f"it is for the contrastive terms, {', '.join(x.name for x in EXTRAS.values() if x.kind == 'contrastive')}",
     ),
     Needs(
         "reward",

@@ -1,7 +1,6 @@
 """`AttributeRewardTrainer`: a head of k attributes learns the ratings of single answers, and one score is made of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,12 @@ from trl import RewardConfig
 
 from rlhf.data.rows import SIDES
 from rlhf.errors import UserError
-from rlhf.models.heads import combine_labels
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
-from rlhf.objectives.attributes import weighted_score
 from rlhf.objectives.pairwise import bradley_terry
 from rlhf.recipe.objectives import OBJECTIVES, Loss
 from rlhf.reward.collator import PairCollator
-from rlhf.reward.trainer import PairRewardTrainer, Scored
+from rlhf.reward.merged import MergedHeadRewardTrainer
+from rlhf.reward.trainer import Scored
 
 NOT_RATED = float("nan")
 
@@ -49,13 +47,13 @@ class AttributeCollator(PairCollator):
         return {**batch, "pairs": torch.stack([last - counts + 1, last], dim=1)}
 
 
-class AttributeRewardTrainer(PairRewardTrainer):
+class AttributeRewardTrainer(MergedHeadRewardTrainer):
     """Reward model on ratings of single answers (HelpSteer2, arXiv:2406.08673): no pairs are needed.
 
     The model's head has a label for each attribute (`build_reward_model(…, labels=list(weights))`). It learns each answer's
     ratings minus their means over the training set: a decoder's head has no constant of its own, and no comparison sees one.
     An answer is one element, counted once in the global division, in however many attributes it was rated.
-    `merge_attributes`, to be called when training is over, makes of the k labels the one weighted score.
+    `merge_head`, to be called when training is over, makes of the k labels the one weighted score.
 
     The dataset has `prompt`, `completion` (a text or one message) and `attributes`, numbers by name; a missing one is masked.
     Held-out data are pairs (`chosen`, `rejected`), on which the weighted scores are compared: their loss is Bradley-Terry's.
@@ -95,13 +93,8 @@ class AttributeRewardTrainer(PairRewardTrainer):
             raise UserError("reward.center_rewards_coefficient: ratings say where the scores lie; leave it out.")
         self.names, self.weights = list(weights), torch.tensor(list(weights.values()))
         self.centres = mean_ratings(dataset, self.names)
-        with _one_label(model):
-            super().__init__(model, args, loss=loss or OBJECTIVES["regression"].loss, **arguments)
+        super().__init__(model, args, labels=labels, loss=loss or OBJECTIVES["regression"].loss, **arguments)
         self.data_collator.names = tuple(self.names)
-        if self.is_fsdp_enabled:
-            raise UserError(
-                "reward: FSDP shards the head, so its attributes can't be made into one score; use data parallelism."
-            )
 
     @staticmethod
     def tokenize(batch: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
@@ -135,39 +128,19 @@ class AttributeRewardTrainer(PairRewardTrainer):
         if "ratings" not in inputs:
             chosen, rejected = self.scores_of(scored.rewards)[scored.pairs].unbind(dim=1)
             return bradley_terry(chosen, rejected)
-        predicted = self.by_attribute(scored.rewards[scored.pairs[:, 0]])
+        predicted = self.by_label(scored.rewards[scored.pairs[:, 0]])
         losses: Tensor = self.loss_function(predicted, inputs["ratings"] - self.centres.to(predicted.device))
         return losses
 
-    def by_attribute(self, predicted: Tensor) -> Tensor:
-        """Return what the head says as [n, k], also where it has one label, [n]."""
-        return predicted.reshape(len(predicted), -1)
-
-    def scores_of(self, predicted: Tensor) -> Tensor:
-        """Return the weighted score of each answer, [n]."""
-        return weighted_score(self.by_attribute(predicted), self.weights.to(predicted))
-
-    def merge_attributes(self) -> None:
-        """Make the trained head of k labels into one of the weighted score, in place; the model can be saved then."""
-        combine_labels(self.accelerator.unwrap_model(self.model), self.weights)
-        self.weights = torch.ones(1)
+    def label_weights(self) -> Tensor:
+        """Return the weight of each attribute in the score, [k]."""
+        return self.weights
 
     def _record(self, rewards_chosen: Tensor, rewards_rejected: Tensor, tokens: Tensor) -> None:
-        super()._record(self.scores_of(rewards_chosen), self.scores_of(rewards_rejected), tokens)
+        super()._record(rewards_chosen, rewards_rejected, tokens)
         if self.model.training:  # single answers are compared with nothing
             for name in ("accuracy", "margin"):
                 self._metrics["train"].pop(name)
-
-
-@contextmanager
-def _one_label(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Let the configuration say, for a while, that the head has one label: TRL refuses every other reward model."""
-    labels = dict(model.config.id2label)
-    model.config.num_labels = 1
-    try:
-        yield
-    finally:
-        model.config.id2label, model.config.label2id = labels, {label: number for number, label in labels.items()}
 
 
 def mean_ratings(dataset: Dataset, names: Sequence[str]) -> Tensor:

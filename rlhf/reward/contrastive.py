@@ -3,23 +3,21 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 from trl import RewardConfig
 
 from rlhf.errors import UserError
 from rlhf.models.load import score_head
 from rlhf.objectives.contrastive import info_nce, swapped_prediction, with_negatives
-from rlhf.reward.trainer import PairRewardTrainer, Scored
-
-PROTOTYPES = "prototypes.safetensors"
+from rlhf.recipe.objectives import EXTRAS
+from rlhf.reward.beside import BesideRewardTrainer
+from rlhf.reward.trainer import Scored
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,14 @@ class Contrast:
 
 # β and K are those of arXiv:2401.06080 section 3.1, which leaves τ and the β of simcse_diff open.
 CONTRASTS = {
-    "simcse": Contrast(1.0, 0.05),
-    "simcse_diff": Contrast(1.0, 0.05, differences=True),
-    "swav": Contrast(0.1, 0.1, prototypes=50),
-    "swav_diff": Contrast(0.5, 0.1, prototypes=20, differences=True),
+    "simcse": Contrast(EXTRAS["simcse"].weight, 0.05),
+    "simcse_diff": Contrast(EXTRAS["simcse_diff"].weight, 0.05, differences=True),
+    "swav": Contrast(EXTRAS["swav"].weight, 0.1, prototypes=50),
+    "swav_diff": Contrast(EXTRAS["swav_diff"].weight, 0.1, prototypes=20, differences=True),
 }
 
 
-class ContrastiveRewardTrainer(PairRewardTrainer):
+class ContrastiveRewardTrainer(BesideRewardTrainer):
     """Any pair loss of `PairRewardTrainer`, and a contrastive term over the batch (arXiv:2401.06080 section 3.1).
 
     Every answer is encoded twice in one forward, under other dropout; the pair loss is the mean over both views. The
@@ -106,15 +104,13 @@ class ContrastiveRewardTrainer(PairRewardTrainer):
             width = self.model.config.get_text_config().hidden_size
             generator = torch.Generator().manual_seed(self.args.seed)
             start = torch.randn(self.contrast.prototypes, width, generator=generator)
-            self.prototypes = nn.Parameter(start.to(self.args.device))
-            self.prototypes.register_hook(lambda gradient: self.accelerator.reduce(gradient, reduction="mean"))
-            self.add_callback(_ZeroGradient(self.prototypes))
+            self.prototypes = self.train_beside("prototypes", start)
 
     def scored(self, model: nn.Module, inputs: dict[str, Any]) -> Scored:
         """Score a batch's answers; in training both views of each, the first view's answers before the second's."""
         if self.contrast is None or not model.training:
             return super().scored(model, inputs)
-        with _head_input(self.model) as head_inputs:
+        with head_input(self.model) as head_inputs:
             scored = super().scored(model, two_views(inputs))
         hidden = head_inputs[-1]
         representations = hidden if hidden.dim() == 2 else hidden[scored.rows, self._read_at(scored)]
@@ -140,38 +136,6 @@ class ContrastiveRewardTrainer(PairRewardTrainer):
         metrics["contrastive"].append(losses.mean().item())
         metrics["view_similarity"].append(cosine_similarity(first, second).mean().item())
         return self.contrast.weight * losses.mean()
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the Trainer's optimizer, which shall train the prototypes too."""
-        before = self.optimizer
-        optimizer = super().create_optimizer(model)
-        if self.prototypes is not None and before is None:
-            optimizer.add_param_group({"params": [self.prototypes], "weight_decay": 0.0})
-        return optimizer
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write an ordinary checkpoint, and the prototypes beside it: they belong to the training, not to the model."""
-        super().save_model(output_dir, _internal_call)
-        if self.prototypes is not None and self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            save_file({"prototypes": self.prototypes.detach().cpu().contiguous()}, folder / PROTOTYPES)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.prototypes is not None:
-            self.prototypes.data.copy_(load_file(Path(resume_from_checkpoint) / PROTOTYPES)["prototypes"])
-
-
-class _ZeroGradient(TrainerCallback):
-    """Sets the prototypes' gradient to 0, as the Trainer does for the parameters of its model, which they are not."""
-
-    def __init__(self, parameter: nn.Parameter):
-        self.parameter = parameter
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        self.parameter.grad = None
 
 
 def two_views(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -207,7 +171,7 @@ def set_dropout(model: nn.Module, probability: float) -> int:
 
 
 @contextmanager
-def _head_input(model: PreTrainedModel | PeftModel) -> Iterator[list[Tensor]]:
+def head_input(model: PreTrainedModel | PeftModel) -> Iterator[list[Tensor]]:
     """Collect what the head reads: the state of every token, or an encoder's pooled first one."""
     inner = model.base_model.model if isinstance(model, PeftModel) else model
     head = inner.score if hasattr(inner, "score") else inner.classifier

@@ -71,6 +71,7 @@ class Scored:
         rows, ends: [n] where each score was read.
         views: how often each answer was encoded, under other dropout; then [views · n], and [views · b, 2].
         representations: [n, h] the input of the head, where a term reads it.
+        states: [rows, t, h] that input at every token, where a term reads it.
     """
 
     rewards: Tensor
@@ -80,6 +81,7 @@ class Scored:
     ends: Tensor
     views: int = 1
     representations: Tensor | None = None
+    states: Tensor | None = None
 
     @classmethod
     def plain(cls, rewards: Tensor, attention_mask: Tensor, pairs: Tensor | None) -> "Scored":
@@ -317,6 +319,9 @@ class PairRewardTrainer(RewardTrainer):
     def extra_term(self, scored: "Scored") -> Tensor | float:
         """Return what a subclass adds to the mean loss of a batch's pairs, nats."""
         return 0.0
+
+    def merge_head(self) -> None:
+        """Make the trained head one of a single score, where it is not; the model can be saved then."""
 
     def _compare(self, inner: nn.Module, packed: Packed) -> None:
         """Stop sharing if it changes the scores of this model on its first batch."""

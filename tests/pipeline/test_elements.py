@@ -1,104 +1,18 @@
-"""Rankings and rated answers through the command: killed and gone on with, saved, certified, planned, and refused."""
+"""Rankings and rated answers through the command: checked, planned, and refused; `test_members` trains them."""
 
 import json
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cost.sizes import Sizes
 from rlhf.pipeline.estimate import training_elements
 from rlhf.recipe.schema import RewardSection
-from rlhf.reward.load import load_reward_model
-from tests.command import Process, rlhf, wait_for
+from tests.command import rlhf
 from tests.conftest import WORDS
+from tests.pipeline.test_members import rows, write
 
-RECIPE = """
-name: small
-backbone: {{model: {model}}}
-data: {{preferences: rows.jsonl, test_fraction: 0.2}}
-reward: {{objective: {objective}, learning_rate: 1.0e-3, per_device_train_batch_size: 4, num_train_epochs: 1, save_steps: 3,
-          logging_steps: 1{more}}}
-ppo: {{max_completion_length: 16}}
-"""
-PROMPTS = 60
-ELEMENTS = {"plackett_luce": "rankings", "kwise": "rankings", "regression": "ratings"}
-ATTRIBUTES = ", attributes: {helpfulness: 1.0, verbosity: -0.5}"
-
-
-def answers(i: int) -> list[str]:
-    return [" ".join(WORDS[(i + j * k) % 15] for j in range(1 + k)) for k in (1, 2, 3)]
-
-
-def rows(objective: str) -> list[dict[str, Any]]:
-    """Three answers to a prompt, ranked with a tie now and then; or two rows of one rated answer each, or only one."""
-    made: list[dict[str, Any]] = []
-    for i in range(PROMPTS):
-        prompt, texts = f"list {WORDS[i % 15]} {WORDS[i // 15]}", answers(i)
-        if objective == "regression":
-            made += [
-                {"prompt": prompt, "response": text, "helpfulness": (i + k) % 5, "verbosity": k if i % 3 else None}
-                for k, text in enumerate(texts[: 1 + i % 2])
-            ]
-        else:
-            scores = [2, 1, i % 2]
-            responses = [{"content": text, "score": score} for text, score in zip(texts, scores, strict=True)]
-            made.append({"prompt": prompt, "responses": responses})
-    return made
-
-
-def write(folder: Path, model: Path, objective: str, more: str = "") -> None:
-    folder.mkdir(exist_ok=True)
-    more = (ATTRIBUTES if objective == "regression" else "") + more
-    (folder / "r.yaml").write_text(RECIPE.format(model=model, objective=objective, more=more), encoding="utf-8")
-    text = "".join(json.dumps(row) + "\n" for row in rows(objective))
-    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
-
-
-@pytest.mark.parametrize("objective", ELEMENTS)
-def test_killed_and_the_same_command_again(base_folder: Path, tmp_path: Path, objective: str) -> None:
-    """Through, and killed after a checkpoint: the same weights bit for bit, and a model that scores the same in plain transformers."""
-    # 1. Through, and killed.
-    for name in ("through", "killed"):
-        write(tmp_path / name, base_folder, objective)
-    through = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path / "through")
-    assert through.returncode == 0, through.stdout + through.stderr
-    process = Process(("reward", "r.yaml", "--out", "x"), tmp_path / "killed")
-    stage = tmp_path / "killed/x/round-1/reward"
-    wait_for((stage / "checkpoints/checkpoint-3/complete.json").is_file, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (stage / "manifest.json").exists(), "the kill came too late to mean anything"
-    again = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path / "killed")
-    assert again.returncode == 0, again.stderr
-    assert "goes on from checkpoint-" in again.stdout + again.stderr
-    models = [tmp_path / name / "x/round-1/reward/model" for name in ("through", "killed")]
-    one, other = (load_file(model / "model.safetensors") for model in models)
-    assert set(one) == set(other)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-    # 2. What it says it was trained on.
-    facts = json.loads((models[0].parent / "manifest.json").read_text())["facts"]
-    assert facts[ELEMENTS[objective]] > 40
-    assert facts["accuracy"] is not None
-    if objective != "regression":
-        assert "rankings, by their answers: " in through.stdout + through.stderr
-        assert facts["pairs"] > 2 * facts["rankings"]
-
-    # 3. The saved model.
-    plain: Any = AutoModelForSequenceClassification.from_pretrained(models[0]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
-    turns = [{"role": "user", "content": "list red"}, {"role": "assistant", "content": "blue cat"}]
-    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
-    assert plain.config.num_labels == 1
-    score = load_reward_model(models[0]).score([turns[:1]], ["blue cat"]).item()
-    with torch.no_grad():
-        assert plain(input_ids=ids).logits.item() == pytest.approx(score, abs=1e-5)
-    assert rlhf("certify", str(models[0]), cwd=tmp_path).returncode == 0
+ELEMENTS = ("plackett_luce", "kwise", "regression")
 
 
 @pytest.mark.parametrize("objective", ELEMENTS)

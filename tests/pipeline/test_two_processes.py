@@ -131,7 +131,7 @@ import json, os, sys, torch
 import torch.distributed as dist
 from datasets import Dataset
 from trl import RewardConfig
-from rlhf import AttributeRewardTrainer, RankingRewardTrainer
+from rlhf import AttributeRewardTrainer, LengthRewardTrainer, RankingRewardTrainer
 from rlhf.models.load import build_reward_model, load_tokenizer
 
 torch.set_num_threads(1)
@@ -143,15 +143,21 @@ rankings = [{"prompt": p, "responses": [{"content": t, "score": (i + k) % 3} for
     for i, p in enumerate(prompts)]
 ratings = [{"prompt": p, "completion": [{"role": "assistant", "content": texts[i][0]}],
     "attributes": {"wit": i % 5, "tact": None if i % 3 else 1.0}} for i, p in enumerate(prompts)]
-args = RewardConfig(out, per_device_train_batch_size=batch, learning_rate=1e-3, num_train_epochs=1, logging_steps=1,
-    use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
-    max_grad_norm=1e9)
+pairs = [{"prompt": p, "chosen": [{"role": "assistant", "content": "yes " * (1 + i % 4)}],
+    "rejected": [{"role": "assistant", "content": "no " * (1 + i % 3)}]} for i, p in enumerate(prompts)]
+accumulation = 2 if kind == "length" and batch == 8 else 1  # two processes of two micro-batches against one batch
+args = RewardConfig(out, per_device_train_batch_size=batch // accumulation, gradient_accumulation_steps=accumulation,
+    learning_rate=1e-3, num_train_epochs=1, logging_steps=1, use_cpu=True, bf16=False, gradient_checkpointing=False,
+    report_to="none", save_strategy="no", disable_tqdm=True, max_grad_norm=1e9)
 tokenizer = load_tokenizer(base, conversational=True)
 torch.manual_seed(0)
 if kind == "ratings":
     model = build_reward_model(base, pad_token_id=tokenizer.pad_token_id, labels=list(weights))
     trainer = AttributeRewardTrainer(model, args, weights=weights, train_dataset=Dataset.from_list(ratings),
         processing_class=tokenizer)
+elif kind == "length":
+    model = build_reward_model(base, pad_token_id=tokenizer.pad_token_id, labels=["quality", "length"])
+    trainer = LengthRewardTrainer(model, args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
 else:
     model = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
     trainer = RankingRewardTrainer(model, args, objective=kind, train_dataset=Dataset.from_list(rankings),
@@ -169,9 +175,12 @@ if dist.is_initialized():
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("kind", ["plackett_luce", "ratings"])
-def test_rankings_and_ratings_are_counted_over_processes(kind: str, base_folder: Path, tmp_path: Path) -> None:
-    """A ranking, or a rated answer, is one element of the global division, however many answers or ratings it has."""
+@pytest.mark.parametrize("kind", ["plackett_luce", "ratings", "length"])
+def test_elements_are_counted_over_processes(kind: str, base_folder: Path, tmp_path: Path) -> None:
+    """A ranking, or a rated answer, is one element of the global division, however many answers or ratings it has.
+
+    ODIN's correlation with length is over all answers of the step, of both processes and both their micro-batches.
+    """
     (tmp_path / "s.py").write_text(ELEMENTS_SCRIPT)
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
@@ -184,6 +193,9 @@ def test_rankings_and_ratings_are_counted_over_processes(kind: str, base_folder:
         assert result.returncode == 0, result.stderr[-3000:]
     one, both = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2))
     assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    if kind == "length":
+        for name in ("loss", "length_in_quality", "length_in_length"):
+            assert both[name] == pytest.approx(one[name], abs=1e-4), name
 
 
 RECIPE = """

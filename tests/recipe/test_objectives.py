@@ -19,12 +19,12 @@ from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.plan import plan
 from rlhf.recipe import load_recipe
-from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, objectives_table, resolve
+from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, extras_table, objectives_table, resolve
 from rlhf.recipe.schema import RewardSection
 from rlhf.reward.denoise import DenoiseConfig, Denoised, denoised
 from rlhf.reward.noise import NoiseEstimate
 
-GUIDE = Path(__file__).parents[2] / "recipes" / "guides" / "noisy_labels.md"
+GUIDES = Path(__file__).parents[2] / "recipes" / "guides"
 VOTED = [name for name, objective in OBJECTIVES.items() if objective.needs.vote]
 
 
@@ -89,13 +89,15 @@ def test_a_vote_is_planned_where_the_table_needs_one(name: str, tmp_path: Path) 
     assert ("vote" in [stage.name for stage in plan(recipe)]) == (name in VOTED)
 
 
-def test_the_guide_has_the_table() -> None:
-    _, begin, rest = GUIDE.read_text(encoding="utf-8").partition("<!-- objectives -->\n")
-    assert begin, f"{GUIDE.name} has no <!-- objectives -->"
-    table, end, _ = rest.partition("<!-- /objectives -->")
-    assert end, f"{GUIDE.name} has no <!-- /objectives -->"
-    assert table.strip() == objectives_table().strip(), (
-        "python -c 'from rlhf.recipe.objectives import objectives_table as t; print(t())'"
+@pytest.mark.parametrize(("guide", "name"), [("noisy_labels.md", "objectives"), ("reward_models.md", "extras")])
+def test_the_guides_have_the_tables(guide: str, name: str) -> None:
+    _, begin, rest = (GUIDES / guide).read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    assert begin, f"{guide} has no <!-- {name} -->"
+    table, end, _ = rest.partition(f"<!-- /{name} -->")
+    assert end, f"{guide} has no <!-- /{name} -->"
+    tables = {"objectives": objectives_table, "extras": extras_table}
+    assert table.strip() == tables[name]().strip(), (
+        f"python -c 'from rlhf.recipe.objectives import {name}_table as t; print(t())'"
     )
     assert max(len(line) for line in table.splitlines()) <= 120
 

@@ -165,3 +165,10 @@ def test_arguments_of_a_model_that_the_stage_loads_itself(tmp_path: Path) -> Non
     assert "bnb_4bit_quant_type is 'fp4', which is not used: sft.load_in_4bit" in problem(
         recipe(tmp_path, sft={"bnb_4bit_quant_type": "fp4"})
     )
+
+
+@pytest.mark.parametrize("key", ["extra_temperature", "dropout", "prototypes"])
+def test_terms_that_are_not_contrastive_have_a_weight_alone(tmp_path: Path, key: str) -> None:
+    load_recipe(recipe(tmp_path, reward={"extra": "length", "extra_weight": 0.5}))
+    said = problem(recipe(tmp_path, reward={"extra": "length", key: DEPENDENT[key]}))
+    assert f"reward.{key} is {DEPENDENT[key]!r}, which is not used: " in said

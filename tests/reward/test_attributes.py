@@ -117,7 +117,7 @@ def test_the_saved_model_scores_the_weighted_sum_in_plain_transformers(
     with torch.no_grad():
         by_attribute = trainer.model.eval()(input_ids=ids).logits[0]
     expected = (by_attribute * torch.tensor(list(WEIGHTS.values()))).sum().item()
-    trainer.merge_attributes()
+    trainer.merge_head()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(held_out["eval_loss"], abs=1e-5), "the scores are the same"
     samples = [(row["prompt"], row["completion"][0]["content"]) for row in rated()]
     save_reward_model(tmp_path / "rm", trainer.model, tokenizer, samples=samples)
@@ -144,7 +144,7 @@ def test_held_out_pairs_are_compared_by_the_weighted_score(base_folder: Any, tok
         eval_dataset=pairs.select(range(13)), processing_class=tokenizer,
     )  # fmt: skip
     metrics = trainer.evaluate()
-    trainer.merge_attributes()
+    trainer.merge_head()
     reward, held_out = RewardModel(model, tokenizer), pairs.select(range(13))
     sides = [reward.score(held_out["prompt"], [x[0]["content"] for x in held_out[s]]) for s in ("chosen", "rejected")]
     assert metrics["eval_loss"] == pytest.approx(
