@@ -17,7 +17,6 @@ from rlhf.models.load import load_tokenizer
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.ends import refuse_unreadable_turns
 from rlhf.pipeline.sampling import SAMPLES
-from rlhf.pipeline.store import MANIFEST, read_record
 from rlhf.pipeline.trainers import (
     StageAttributeRewardTrainer,
     StageContrastiveRewardTrainer,
@@ -35,6 +34,7 @@ from rlhf.pipeline.training import (
 )
 from rlhf.pipeline.vote import STRENGTH
 from rlhf.recipe.objectives import OBJECTIVES, resolve
+from rlhf.report.records import MANIFEST, read_record
 from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
 from rlhf.reward.meta import group_samples
 from rlhf.reward.model import position_limit
