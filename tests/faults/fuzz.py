@@ -210,7 +210,13 @@ def reward_requests(draw: st.DrawFn) -> Request:
 
 @st.composite
 def label_requests(draw: st.DrawFn, *, tokens: list[str], ids: list[str]) -> Request:
-    """To the labelling page: links, cookies and forms of its people, mended and broken."""
+    """To the labelling page: links, cookies and forms of its people, whole and broken."""
+    if not draw(st.integers(0, 3)):  # without fault
+        mine = draw(st.sampled_from(tokens))
+        cookie = ("Cookie", f"{COOKIE}={mine}".encode())
+        form = {"id": draw(st.sampled_from(ids)), "choice": "left", "left_side": "first", "token": mine}
+        method = draw(st.sampled_from(["GET", "POST"]))
+        return Request(method, b"/", [cookie], urlencode(form).encode() if method == "POST" else b"")
     token = st.one_of(st.sampled_from(tokens), WORDS)
     fields = {
         "id": st.one_of(st.sampled_from(ids), WORDS),
