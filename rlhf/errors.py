@@ -2,6 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
+# How libraries say that there is not enough memory, where they raise no MemoryError.
+NO_MEMORY = (
+    "out of memory",
+    "t allocate memory",
+    "ot enough memory",
+    "annot allocate memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
+)
+
 
 class UserError(Exception):
     """One or more mistakes in a recipe, a command or a file. The command line prints them and exits with 2.
@@ -30,3 +40,19 @@ class TrainingError(Exception):
 
 class Waiting(Exception):
     """A run that can't go on before people have done something; its state is saved. The command line exits with 3."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, is too little memory, of an accelerator or of this machine.
+
+    >>> is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    True
+    """
+    while error is not None:
+        says_so = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in NO_MEMORY)
+        if (
+            says_so or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        ):  # the last is torch's
+            return True
+        error = error.__cause__ or error.__context__
+    return False

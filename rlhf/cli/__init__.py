@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 3 waiting for peopl
 """
 
 import atexit
+import errno
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ import rlhf.cli.labels  # noqa: F401
 
 # isort: on
 from rlhf.cli.console import app, say_aside
-from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.errors import TrainingError, UserError, Waiting, is_out_of_memory
 from rlhf.pipeline import interrupt
 from rlhf.progress import Work, a_line_a_minute
 
@@ -40,6 +41,20 @@ AFTER_A_SIGNAL = {
 }
 WITHOUT_END = ("serve", "label")  # they wait for others; how far they are is no question
 STARTS_AGAIN = "stopped before the end; the same command starts again."
+# What the place of a file refuses, which is no fault of this package: rights, a read-only disk, a full or a broken one.
+PLACE_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENOTDIR,
+)
+TOO_LITTLE_MEMORY = (
+    "Free memory that other processes hold, or take a machine with more; fewer or shorter texts at once need less."
+)
 TYPER_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt; a real Ctrl-C is `interrupt.Interrupted`
 # Libraries announce things that a recipe's reader can't act on.
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -134,7 +149,20 @@ def _exit_code() -> int:
         sentence = f"Something raised {name} in the middle, which is no end of this command: a function of yours, or a library."
         say_aside(f"{sentence} Finished stages are intact; the same command goes on.", style="red")
         return code if isinstance(code, int) and code else 1
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS or error.filename is None:
+            say_aside(traceback.format_exc().rstrip())
+        else:
+            sentence = (
+                f"{error.filename}: can't be read or written ({error.strerror}); mend that, and give the command again."
+            )
+            say_aside(f"{sentence} Finished stages and whole checkpoints of a run are intact.", style="red")
+        return 1
     except Exception as error:
+        if is_out_of_memory(error):
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            say_aside(f"rlhf {_Verb.name}: out of memory ({lines[0][:200]}). {TOO_LITTLE_MEMORY}", style="red")
+            return 1
         usage = getattr(error, "exit_code", None)
         if usage is None:  # a fault of this package keeps its traceback
             say_aside(traceback.format_exc().rstrip())

@@ -139,6 +139,9 @@ def serve_command(
             envvar="RLHF_SERVE_TOKEN", help="What clients must send as `Authorization: Bearer …`.", show_default=False
         ),
     ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file that holds the token, as containers have it.", show_default=False)
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.", min=0.1)] = 60.0,
     queue: Annotated[int, typer.Option(help="Texts that may wait, for each model.", min=1)] = 65_536,
     batch_tokens: Annotated[
@@ -158,8 +161,9 @@ def serve_command(
     except ImportError as error:
         raise UserError("rlhf serve: install the server first (pip install '.[serve]').") from error
     from rlhf.serve.reward import Limits
-    from rlhf.serve.run import serve_models
+    from rlhf.serve.run import read_token, serve_models
 
+    token = token if token_file is None else read_token(token_file)
     limits = Limits(seconds=timeout, waiting_texts=queue, batch_tokens=batch_tokens)
     serve_models(models, host=host, port=port, token=token, limits=limits, say=say)
 

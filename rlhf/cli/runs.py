@@ -128,6 +128,22 @@ def report_command(run: Annotated[Path, typer.Argument(help="A run's folder.", s
         say(f"{file}")
 
 
+@app.command("clean")
+def clean_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it; without this, only show it.")] = False,
+) -> None:
+    """Show what of a run's folder nobody needs any more, and delete it with --yes."""
+    from rlhf.pipeline.clean import clean, freeable
+
+    rows = clean(run) if yes else freeable(run)
+    for row in rows:
+        say(f"{row.size / 1e6:9.1f} MB  {row.path}: {row.reason}")
+    total = sum(row.size for row in rows) / 1e6
+    asked = " were freed" if yes else "; `rlhf clean --yes` frees them" if rows else ""
+    say(f"{total:9.1f} MB{asked}")
+
+
 @app.command("lineage")
 def lineage_command(
     run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],

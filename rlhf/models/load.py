@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,8 +70,9 @@ class Source:
 def find_source(path: str | Path) -> Source:
     """Tell a full checkpoint from an adapter folder.
 
-    A relative folder in an adapter's configuration is looked for from the working directory, then from the adapter's
-    folder and those above it, so that a run can be used from anywhere.
+    A folder in an adapter's configuration that lies in a run is looked for in the run that holds the adapter first, so that
+    a run can be moved and copied; a relative one from the working directory, then from the adapter's folder and those above
+    it, so that a run can be used from anywhere.
 
     Raises:
         UserError: an adapter that does not say what it is for, or whose base is not there.
@@ -91,19 +93,25 @@ def find_source(path: str | Path) -> Source:
 
 def _base_folder(base: str, config: Path) -> str:
     """Return the folder of an adapter's base, or its hub id as it is."""
+    above = Path(os.path.abspath(config)).parents
+    if in_run := re.search(r"round-\d+/[^/]+/.+$", base):
+        for folder in above:
+            if (folder / in_run[0] / "config.json").is_file():
+                return str(folder / in_run[0])
     expanded = Path(expand(base))
     if expanded.is_dir():
         if (expanded / ADAPTER_CONFIG).is_file() and not (expanded / "config.json").is_file():
             raise UserError(f"{config}: its base model {base} is an adapter itself; merge that into its base first.")
         return str(expanded)
     if not expanded.is_absolute():
-        for folder in Path(os.path.abspath(config)).parents:
+        for folder in above:
             if (folder / expanded / "config.json").is_file():
                 return str(folder / expanded)
         if base.count("/") < 2 and not base.startswith("."):
             return base  # a hub id
     raise UserError(
-        f"{config}: its base model {base} is not there any more; write its new place into base_model_name_or_path."
+        f"{config}: its base model {base} is not there any more; put it back (a link will do). Outside a run its new place may "
+        "also be written into base_model_name_or_path."
     )
 
 

@@ -206,7 +206,7 @@ def adapter_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def put_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on its base, and account for every tensor.
+    """Put a saved adapter on its base, which may lie elsewhere than when it was saved, and account for every tensor.
 
     Raises:
         UserError: it can't be read; tensors of the adapter are missing or fit nowhere.
@@ -216,6 +216,7 @@ def put_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False)
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # named below
         warnings.filterwarnings("ignore", message="for .* copying from a non-meta")  # a base without data
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        adapted.peft_config["default"].base_model_name_or_path = model.name_or_path
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     missing = {key for key in expected - saved if key.rpartition(".")[0]}
     if missing:

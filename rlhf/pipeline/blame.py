@@ -18,10 +18,10 @@ from rlhf.objectives.influence import head_influence, pair_pull, trait_direction
 from rlhf.objectives.selection import head_covariance
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.fit import training_rows
-from rlhf.pipeline.store import MANIFEST, read_record
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.recipe import load_recipe
 from rlhf.recipe.objectives import OBJECTIVES
+from rlhf.report.records import MANIFEST, read_record
 from rlhf.reward.load import load_reward_model
 from rlhf.statistics import clustered_statistic
 

@@ -19,7 +19,6 @@ from rlhf.models.score import position_limit
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.ends import refuse_unreadable_turns
 from rlhf.pipeline.sampling import SAMPLES
-from rlhf.pipeline.store import MANIFEST, read_record
 from rlhf.pipeline.trainers import (
     StageAttributeRewardTrainer,
     StageBottleneckRewardTrainer,
@@ -40,6 +39,7 @@ from rlhf.pipeline.training import (
 )
 from rlhf.pipeline.vote import STRENGTH
 from rlhf.recipe.objectives import OBJECTIVES, resolve
+from rlhf.report.records import MANIFEST, read_record
 from rlhf.reward.bottleneck import CODE_LABELS
 from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
 from rlhf.reward.length import HEADS

@@ -1,11 +1,12 @@
 """Where a model came from, read from manifests alone."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.tree import Tree
 
 from rlhf.errors import UserError
-from rlhf.pipeline.store import MANIFEST, read_record
+from rlhf.report.records import Manifest, read_manifests
 
 
 def lineage(run: Path, stage: str | None = None) -> Tree:
@@ -17,21 +18,19 @@ def lineage(run: Path, stage: str | None = None) -> Tree:
     Raises:
         UserError: the folder holds no run, or no such stage is done in it.
     """
-    done = sorted(
-        (path.parent for path in run.glob(f"round-*/*/{MANIFEST}")), key=lambda p: (p / MANIFEST).stat().st_mtime
-    )
+    done = read_manifests(run)
     if not done:
         raise UserError(f"{run}: no finished stage; this folder holds no run.")
-    names = [str(path.relative_to(run)) for path in done]
-    if stage is not None and stage not in names:
-        raise UserError(f"{run}: no finished stage {stage!r}; there are {', '.join(names)}.")
-    return _branch(run, stage or names[-1], None)
+    if stage is not None and stage not in done:
+        raise UserError(f"{run}: no finished stage {stage!r}; there are {', '.join(done)}.")
+    return _branch(done, stage or list(done)[-1], None)
 
 
-def _branch(run: Path, folder: str, role: str | None) -> Tree:
-    """Draw one stage and, under it, its parents."""
-    manifest = read_record(run / folder / MANIFEST)
-    assert manifest is not None, "a stage that was read is done"
+def _branch(done: Mapping[str, Manifest], folder: str, role: str | None) -> Tree:
+    """Draw one stage and, under it, its parents; of one that was deleted since, no more than its name."""
+    if folder not in done:
+        return Tree(f"{role}: [bold]{folder}[/bold]  not there any more")
+    manifest = done[folder]
     versions = manifest["versions"]
     made_with = (
         f"trl {versions['trl']}, torch {versions['torch']}, code {manifest['code'] or versions['rlhf-pipeline']}"
@@ -41,5 +40,5 @@ def _branch(run: Path, folder: str, role: str | None) -> Tree:
     for read in manifest["facts"].get("read", []):
         tree.add(f"{read['source']}: {read['kept']} of {read['rows']} rows")
     for name, parent in manifest["parents"].items():
-        tree.add(_branch(run, parent["folder"], name))
+        tree.add(_branch(done, parent["folder"], name))
     return tree

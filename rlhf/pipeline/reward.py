@@ -22,7 +22,7 @@ from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.fit import fit_reward_model, trained_on, training_rows
 from rlhf.pipeline.sampling import sampling_settings
-from rlhf.pipeline.store import CHECKPOINTS, MARK, METRICS, is_whole, mark_checkpoint
+from rlhf.pipeline.store import CHECKPOINTS, MARK, METRICS, free_checkpoints, is_whole, mark_checkpoint
 from rlhf.pipeline.training import checks_of, save_trained, split_settings
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.reward.ensemble import RewardEnsemble, member_name
@@ -168,6 +168,7 @@ def _fit_each(
             mark_checkpoint(beside)
             shutil.rmtree(kept, ignore_errors=True)
             beside.replace(kept)
+            free_checkpoints(folder)
     if context.is_main:
         for number, place in enumerate(places):
             source = context.folder / CHECKPOINTS / f"{kind}-{number}" / "model"

@@ -6,14 +6,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.errors import TrainingError, UserError, Waiting, is_out_of_memory
 from rlhf.files import write_text
 from rlhf.invariants.checks import CheckBook
 from rlhf.pipeline.checks import check_arguments, check_recipe_file, recipe_text
+from rlhf.pipeline.memory import memory_sentence
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stopping import reason_to_stop
@@ -24,6 +25,7 @@ from rlhf.recipe.schema import Recipe
 from rlhf.report.cards import write_cards
 from rlhf.report.page import write_report
 
+NAMED_FILES = 3  # of those that are missing
 ORIGIN = "origin.json"  # which file and overrides the recipe came from; for the report
 
 
@@ -49,9 +51,11 @@ def run(
     store = Store(out)
     is_main = int(os.environ.get("RANK", "0")) == 0
 
-    # 1. The folder must be new, or hold this very recipe; what is still to do must be possible.
+    # 1. The folder must be new, or hold this very recipe, whole; what is still to do must be possible.
     check_recipe_file(recipe, out)
     done = [store.is_done(stage) for stage in stages]  # asked of all of them: a later one may be of changed files
+    if is_main:
+        _require_files(store, stages)
     if not all(done):
         check_arguments(recipe, until=until)
     lock = store.lock() if is_main else None
@@ -59,6 +63,8 @@ def run(
         if is_main:
             write_text(out / "recipe.yaml", recipe_text(recipe))
             write_text(out / ORIGIN, json.dumps(recipe.origin, indent=1) + "\n")
+        if not all(done) and (versions := store.other_versions(stages)) is not None:
+            say(versions)
 
         # 2. The stages, one after the other, until the last round or until there is a reason to stop.
         waiting: Waiting | None = None
@@ -90,6 +96,21 @@ def run(
             lock.release()
 
 
+def _require_files(store: Store, stages: Sequence[Stage]) -> None:
+    """Refuse a run of which files of finished stages were deleted or cut.
+
+    Raises:
+        UserError: naming some of them.
+    """
+    missing = store.missing_files(stages)
+    if missing:
+        more = f" and {len(missing) - NAMED_FILES} more" if len(missing) > NAMED_FILES else ""
+        raise UserError(
+            f"{store.root}: of finished stages, {', '.join(missing[:NAMED_FILES])}{more} are gone or were changed. Put the old "
+            "files back, or delete the stage's folder and those after it to make them again."
+        )
+
+
 def _leave_process_group() -> None:
     """End the threads of a launcher's process group: a process that ends while they live is sometimes aborted."""
     torch: Any = sys.modules.get("torch")
@@ -110,7 +131,8 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
 
     Raises:
         UserError: a file that an earlier stage wrote is not what it was.
-        TrainingError: the disk is full, or foreign code tried to end the process; whatever else the stage raises.
+        TrainingError: the disk or the memory is full, the run's folder is gone, or foreign code tried to end the process;
+            whatever else the stage raises.
     """
     if not is_main and not STAGES[stage.name].together:
         store.wait_until_done(stage)
@@ -142,6 +164,13 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
             "own (evaluate.gold, ppo.extra_rewards); let it raise an exception that says what is wrong. The same command goes on."
         ) from ending
     except Exception as error:
+        if not store.root.is_dir():
+            raise TrainingError(
+                f"{stage.folder}: {store.root} is not there any more; it was moved or deleted while this run was at work in it. "
+                "Give the same command with its new place as --out, and it goes on from the last whole checkpoint."
+            ) from error
+        if is_out_of_memory(error):
+            raise TrainingError(memory_sentence(stage, recipe, store.root, error)) from error
         if not is_disk_full(error):
             raise
         raise TrainingError(

@@ -21,8 +21,8 @@ from rlhf.invariants.checks import Check
 from rlhf.invariants.files import finished_files_unchanged
 from rlhf.pipeline.digests import known_digest
 from rlhf.recipe.document import differences
+from rlhf.report.records import MANIFEST, read_record, sealed
 
-MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 MARK = "complete.json"
 STARTED = "started.json"
@@ -118,6 +118,37 @@ class Store:
                     current[str(path)] = known_digest(path) if path.is_file() else None
         return finished_files_unchanged(recorded, current)
 
+    def missing_files(self, stages: Iterable[Stage]) -> list[str]:
+        """List files of finished stages that are gone or have another size now; their contents are not read.
+
+        A model's metrics are left out, which no stage reads, and so is what `rlhf clean` may have freed.
+        """
+        missing = []
+        for stage in stages:
+            for entry in (self.manifest(stage) or {}).get("files", []):
+                path = self.path(stage) / entry["path"]
+                if entry["path"] != METRICS and not (path.is_file() and path.stat().st_size == entry["size"]):
+                    missing.append(str(path))
+        return missing
+
+    def other_versions(self, stages: Iterable[Stage]) -> str | None:
+        """Say which stages were made or begun with other versions than those that are installed, or return None."""
+        now, folders = versions(), []
+        changes: dict[str, str] = {}
+        for stage in stages:
+            before = (self.manifest(stage) or self._started(stage) or {}).get("versions", {})
+            differing = {
+                name: f"{name} {before[name]} → {now[name]}" for name in now if before.get(name, now[name]) != now[name]
+            }
+            folders += [stage.folder] if differing else []
+            changes |= differing
+        if not folders:
+            return None
+        return (
+            f"{', '.join(folders)}: made with other versions ({', '.join(changes.values())}). What is done stays as it is; what is "
+            "made from now on may differ in its last digits from a run with one set of versions. For the same bits install those."
+        )
+
     def open(self, stage: Stage) -> Path:
         """Open a stage for writing: empty its folder, but for checkpoints and metrics of an earlier attempt at this very stage.
 
@@ -132,8 +163,8 @@ class Store:
                 if entry.name not in keep:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"key": stage.key, "stage": stage.name, "settings": dict(stage.settings)}
-        write_text(folder / STARTED, json.dumps(record, default=str))
+        record = {"key": stage.key, "stage": stage.name, "settings": dict(stage.settings), "versions": versions()}
+        write_text(folder / STARTED, json.dumps(sealed(record)))
         return folder
 
     def seconds_kept(self, stage: Stage) -> float:
@@ -176,7 +207,7 @@ class Store:
             "versions": versions(),
             "code": code_state(),
         }
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str))
+        write_text(folder / MANIFEST, json.dumps(sealed(manifest), indent=1))
 
     def lock(self) -> FileLock:
         """Lock the folder against a second run.
@@ -195,25 +226,6 @@ class Store:
         except OSError as error:
             raise UserError(f"{self.root}: can't be written to ({error.strerror}); choose another --out.") from error
         return lock
-
-
-def read_record(file: Path) -> dict[str, Any] | None:
-    """Read what a stage's folder says of it: a manifest, or the note that it has begun; None where there is none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        record["key"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{file}: cut off or damaged, so nobody can tell what this folder holds; delete {file.parent}, and the same command "
-            "makes it again."
-        ) from None
-    return record
 
 
 def _changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
@@ -268,16 +280,24 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
     Returns:
         the checkpoint or None, and the newer ones whose writing was cut off or whose files were damaged since.
     """
-    candidates = sorted(
-        (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()),
-        key=lambda path: -int(path.name.rpartition("-")[2]),
-    )
     broken: list[Path] = []
-    for candidate in candidates:
+    for candidate in checkpoints_of(folder):
         if is_whole(candidate):
             return candidate, broken
         broken.append(candidate)
     return None, broken
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder, whole or not, the newest first."""
+    named = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(named, key=lambda path: -int(path.name.rpartition("-")[2]))
+
+
+def free_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of one model of several in a stage, which is trained and saved; the time it took stays noted."""
+    for path in checkpoints_of(folder / CHECKPOINTS):
+        shutil.rmtree(path)
 
 
 def is_whole(folder: Path) -> bool:

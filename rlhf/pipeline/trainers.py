@@ -1,5 +1,6 @@
 """The trainers of the stages: TRL's and ours, each keeping its latest micro-batches for the case that one of them fails."""
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,12 @@ class KeepsBatches(Trainer):
         self.latest_batches.append(dict(inputs))
         loss: Tensor = super().training_step(model, inputs, *rest, **named)
         return loss
+
+    def latest_sizes(self) -> tuple[int, int] | None:
+        """Return the rows and tokens a row of the latest micro-batch; None before the first."""
+        batch = self.latest_batches[-1] if self.latest_batches else {}
+        sizes = [(len(rows), rows.shape[1]) for rows in batch.values() if isinstance(rows, Tensor) and rows.dim() == 2]
+        return max(sizes, key=math.prod, default=None)
 
     def save_batch(self, folder: Path, rows: Sequence[Mapping[str, object]]) -> Path:
         """Write the rows that an error names, or else the micro-batches of this step: as text, and their tensors.

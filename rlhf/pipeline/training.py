@@ -16,7 +16,7 @@ from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig
 
-from rlhf.errors import TrainingError
+from rlhf.errors import TrainingError, is_out_of_memory
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import CheckBook, CheckEntry
 from rlhf.invariants.tensors import nothing_lost
@@ -133,6 +133,10 @@ def train(
     except TrainingError as error:
         if trainer.is_world_process_zero():
             raise TrainingError(f"{error} The batch: {trainer.save_batch(folder, error.rows)}") from error
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) and (sizes := trainer.latest_sizes()) is not None:
+            error.add_note(f" at {label}, with {sizes[0]} rows of {sizes[1]} tokens")
         raise
 
 

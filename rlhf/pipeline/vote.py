@@ -25,7 +25,7 @@ from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.ends import refuse_unreadable_turns
-from rlhf.pipeline.store import CHECKPOINTS, read_seconds, write_seconds
+from rlhf.pipeline.store import CHECKPOINTS, free_checkpoints, read_seconds, write_seconds
 from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
@@ -154,6 +154,7 @@ def vote(
             file.with_suffix(".tmp").replace(file)
             (place / CHECKPOINTS).mkdir(exist_ok=True)
             write_seconds(place / CHECKPOINTS, time.monotonic() - begin)
+            free_checkpoints(place)
         return differences
 
     strength = vote_strength(collect_votes(plan, member_differences))

@@ -7,7 +7,17 @@ import yaml
 
 from rlhf.files import write_text
 from rlhf.report.page import verdict
-from rlhf.report.records import Facts, Manifest, Round, Summary, read_manifests, read_rows, read_summary, start_name
+from rlhf.report.records import (
+    Facts,
+    Manifest,
+    Round,
+    Summary,
+    read_manifests,
+    read_recipe,
+    read_rows,
+    read_summary,
+    start_name,
+)
 from rlhf.report.render import render, reward_facts
 
 USE_REWARD = """from rlhf import load_reward_model
@@ -116,12 +126,11 @@ def _policy_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest],
 
 def _write(run: Path, stage: str, summary: Summary, manifests: Mapping[str, Manifest], **values: object) -> Path:
     manifest = manifests[stage]
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     text = render(
         "card.md.jinja",
         recipe=summary["recipe"],
-        base=(recipe.get("backbone") or {}).get("model"),
-        data=manifests["round-0/data"]["facts"]["read"],
+        base=(read_recipe(run).get("backbone") or {}).get("model"),
+        data=manifests["round-0/data"]["facts"]["read"] if "round-0/data" in manifests else [],
         flip_rate=summary["lab"]["flip_rate"],
         settings=yaml.safe_dump(manifest["settings"], sort_keys=False, allow_unicode=True).strip(),
         code=manifest["code"] or manifest["versions"]["rlhf-pipeline"],

@@ -32,10 +32,16 @@ def check_rows(summary: Summary, facts: Mapping[str, Facts]) -> list[dict[str, o
             "held": row["held"],
             "stage": row["stage"],
             "times": row["times"],
-            "sentence": None if row["held"] else facts[row["stage"]]["checks"][name]["sentence"],
+            "sentence": None if row["held"] else _sentence(facts.get(row["stage"], {}), name),
         }
         for name, row in (summary.get("checks") or {}).items()
     ]
+
+
+def _sentence(facts: Facts, name: str) -> str:
+    """Return what a stage says of a check that did not hold; its folder may have been deleted since."""
+    sentence: str = facts.get("checks", {}).get(name, {}).get("sentence", "Its stage is not there any more.")
+    return sentence
 
 
 def _allowed(row: CheckRow) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import check_rows, checks_line
@@ -21,6 +22,7 @@ from rlhf.report.records import (
     Summary,
     read_json,
     read_manifests,
+    read_recipe,
     read_rows,
     read_summary,
     start_name,
@@ -36,7 +38,7 @@ def write_report(run: Path) -> Path:
     """Write the page of a run from what lies in its folder; return its path.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, or one of its records is damaged.
     """
     summary = read_summary(run)
     last = last_evaluated(summary)
@@ -47,7 +49,7 @@ def write_report(run: Path) -> Path:
     facts = {name: manifest["facts"] for name, manifest in manifests.items()}
     reward = facts.get(f"{folder}/reward")
     pairs: list[Facts] = read_rows(run / folder / "reward" / "samples.jsonl") if reward else []
-    origin = _origin(run / "origin.json")
+    origin, _ = _origin(run / "origin.json"), read_recipe(run)  # damaged ones are said before anything is written
     page = render(
         "page.html.jinja",
         title=f"{summary['recipe']}, seed {summary['seed']}",
@@ -268,6 +270,15 @@ def _series(rows: Sequence[Metrics], x: str, y: str, *, sort: bool = False) -> t
 
 
 def _origin(path: Path) -> dict[str, Any]:
-    """Return which file and overrides the recipe came from; a folder that does not say is its own recipe."""
+    """Return which file and overrides the recipe came from; a folder that does not say is its own recipe.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     unknown: dict[str, Any] = {"file": "recipe.yaml", "base": None, "overrides": [], "differences": []}
-    return read_json(path) if path.is_file() else unknown
+    if not path.is_file():
+        return unknown
+    origin = read_json(path)
+    if not isinstance(origin, dict) or not unknown.keys() <= origin.keys():
+        raise UserError(f"{path}: cut off or damaged. Delete this file, and the same `rlhf run` writes it again.")
+    return origin

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import yaml
+
 from rlhf.errors import UserError
-from rlhf.files import read_jsonl
+from rlhf.files import digest, read_jsonl
 
 # Numbers by name, an interval beside a mean as `<name>_ci`, null where a run does not know: the facts of a stage, a section
 # of summary.json, a reward model's report on pairs, a pair with its two scores.
 Facts = Mapping[str, Any]
+MANIFEST = "manifest.json"
+SEAL = "seal"  # the digest of everything else that a record says
 # A row of metrics.jsonl.
 Metrics = Mapping[str, float | None]
 
@@ -116,13 +120,71 @@ def read_summary(run: Path) -> Summary:
 
 
 def read_manifests(run: Path) -> dict[str, Manifest]:
-    """Read the manifest of every finished stage by its folder, in the order in which the stages were finished.
+    """Read the manifest of every finished stage by its folder: by rounds, and in each a stage after those that it read.
+
+    Times of files say nothing here: a copy has new ones, and clocks jump.
 
     Raises:
         UserError: one is damaged.
     """
-    files = sorted(run.glob("round-*/*/manifest.json"), key=lambda file: file.stat().st_mtime)
-    return {str(file.parent.relative_to(run)): read_json(file) for file in files}
+    files = sorted(run.glob(f"round-*/*/{MANIFEST}"))
+    manifests: dict[str, Any] = {str(file.parent.relative_to(run)): read_record(file) for file in files}
+    return {name: manifests[name] for name in sorted(manifests, key=lambda name: _place(manifests, name))}
+
+
+def _place(manifests: Mapping[str, Manifest], folder: str) -> tuple[int, int, str]:
+    """Return by what stages are sorted: the round, and how many stages lie between this one and the data, at most."""
+
+    def depth(name: str) -> int:
+        parents = manifests[name]["parents"].values() if name in manifests else ()
+        return 1 + max((depth(parent["folder"]) for parent in parents), default=0)
+
+    number = folder.partition("/")[0].removeprefix("round-")
+    return int(number) if number.isdigit() else -1, depth(folder), folder
+
+
+def sealed(record: Mapping[str, object]) -> dict[str, Any]:
+    """Return a record as JSON has it, with the digest of what it says, by which `read_record` knows an edited one."""
+    content: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return {**content, SEAL: digest(content)}
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """Read what a stage's folder says of it: a manifest, or the note that it has begun; None where there is none.
+
+    Raises:
+        UserError: the file was edited or damaged since it was written, or can't be read.
+    """
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        seal = record.pop(SEAL, None)  # none: of a run that was made before there were seals
+        record["key"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        record, seal = {}, "damaged"
+    if seal is not None and seal != digest(record):
+        raise UserError(
+            f"{file}: cut off, damaged or edited, so nobody can tell what this folder holds; put it back as it was, or delete "
+            f"{file.parent}, and the same command makes it again."
+        )
+    return record
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """Read a run's resolved recipe; nothing where it was deleted.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = run / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (UnicodeDecodeError, yaml.YAMLError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{file}: cut off or damaged. Delete this file, and the same `rlhf run` writes it again.")
+    return recipe
 
 
 def read_json(file: Path) -> Any:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.errors import UserError
+from rlhf.models.load import find_source
 from rlhf.models.open import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights, expand, one_sentence
 from rlhf.reward.certify import Certificate, Golden, prompt_of
 from rlhf.reward.verify import Answers
@@ -345,9 +346,8 @@ def _plain_model(folder: str) -> Any:
     path = Path(expand(folder))
     arguments: dict[str, Any] = {"dtype": "auto", "use_safetensors": True}
     is_adapter = (path / ADAPTER_CONFIG).is_file()
-    base = str(path)
+    base = find_source(path).base
     if is_adapter:
-        base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         arguments["num_labels"] = 1
     model, report = AutoModelForSequenceClassification.from_pretrained(
         base, output_loading_info=True, trust_remote_code=False, **arguments

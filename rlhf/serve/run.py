@@ -4,6 +4,7 @@ import ipaddress
 import math
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import uvicorn
 from transformers.utils.logging import disable_progress_bar
@@ -55,6 +56,23 @@ def serve_models(
         timeout_graceful_shutdown=math.ceil(limits.seconds) + 1,
     )
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def read_token(file: Path) -> str:
+    """Return the token that a file holds, without the blanks around it.
+
+    Raises:
+        UserError: there is no such file, or no token in it.
+    """
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--token-file {file}: can't be read ({error}); put the token there, one line of text."
+        ) from error
+    if not token:
+        raise UserError(f"--token-file {file}: empty, so everybody could ask; put the token there, one line of text.")
+    return token
 
 
 def is_loopback(host: str) -> bool:

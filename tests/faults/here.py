@@ -11,6 +11,10 @@ import pytest
 
 from rlhf.cli import main
 
+# The stages of the run that tests of runs copy, and its models.
+STAGES = ["round-0/lab", "round-0/data", "round-0/sft", "round-1/reward", "round-1/ppo", "round-1/evaluate"]
+REWARD, POLICY = "round-1/reward/model", "round-1/ppo/model"
+
 
 class Outcome(NamedTuple):
     """What a command left behind.

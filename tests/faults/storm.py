@@ -1,8 +1,9 @@
 """Kill whole runs at random moments, again and again: does the same command end with the same bits?
 
-    python -m tests.faults.storm --kills 60 --work FOLDER --out storm.json
+    python -m tests.faults.storm --kills 60 --work FOLDER --out storm.json [--minutes 9]
 
-Three things are killed in turn until there were so many kills:
+The same command goes on from what FOLDER holds, so a long storm may be cut into jobs by `--minutes`; until there were so
+many kills it exits with 3. Three things are killed in turn until there were so many kills:
 
 - `separate`: a lab, SFT, a vote, a reward model of two members, PPO with a model for each role, two rounds;
 - `shared`: the same with LoRA, the four roles on one backbone;
@@ -16,6 +17,7 @@ again, and `labels_lost` the clicks that were answered and are not in the book.
 
 import argparse
 import json
+import math
 import random
 import shutil
 import signal
@@ -52,6 +54,7 @@ RECIPES = {
 }
 SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT]
 PORT = 18_765
+UNFINISHED = 3
 
 
 def weights(run: Path) -> dict[str, str]:
@@ -77,45 +80,62 @@ def steps_repeated(run: Path) -> int:
     return most
 
 
-def storm_over_runs(name: str, kills: int, work: Path, rng: random.Random) -> dict[str, Any]:
-    """Kill runs of a recipe until there were so many kills; each run ends by the same command."""
-    (work / f"{name}.yaml").write_text(RECIPES[name], encoding="utf-8")
-    command = ("run", f"{name}.yaml", "--out")
-    begin = time.monotonic()
-    assert rlhf(*command, f"{name}-whole", cwd=work).returncode == 0
-    seconds, expected = time.monotonic() - begin, weights(work / f"{name}-whole")
+def whole_run(name: str, work: Path) -> tuple[float, dict[str, str]]:
+    """The seconds and the weights of a run that nobody kills, made once."""
+    noted = work / f"{name}-whole.json"
+    if not noted.is_file():
+        shutil.rmtree(work / f"{name}-whole", ignore_errors=True)
+        (work / f"{name}.yaml").write_text(RECIPES[name], encoding="utf-8")
+        begin = time.monotonic()
+        result = rlhf("run", f"{name}.yaml", "--out", f"{name}-whole", cwd=work)
+        assert result.returncode == 0, result.stderr[-3000:]
+        noted.write_text(json.dumps(time.monotonic() - begin), encoding="utf-8")
+    seconds: float = json.loads(noted.read_text(encoding="utf-8"))
+    return seconds, weights(work / f"{name}-whole")
+
+
+def storm_over_runs(name: str, kills: int, work: Path, seed: int, end: float) -> dict[str, Any]:
+    """Kill runs of a recipe until there were so many kills, or the time is up; each run ends by the same command."""
+    noted, out = work / f"{name}.json", work / f"{name}-killed"
+    seconds, expected = whole_run(name, work)
     found: dict[str, Any] = {"kills": 0, "completed": 0, "same_bits": 0, "steps_repeated_max": 0, "failures": []}
-    while found["kills"] < kills:
-        out = f"{name}-killed"
-        shutil.rmtree(work / out, ignore_errors=True)
-        code: int | None = None
-        while code is None:
-            process = Process((*command, out), work)
-            sent = rng.choice(SIGNALS)
-            deadline = time.monotonic() + rng.uniform(0.05, 0.5) * seconds
-            while found["kills"] < kills and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            is_alive = found["kills"] < kills and process.poll() is None
-            if is_alive:
-                process.send_signal(sent)
-            result = process.wait(60 * seconds)
-            if is_alive and result.returncode in (-sent, 128 + sent):
-                found["kills"] += 1
-            else:
-                code = result.returncode
-        if code == 0:
+    if noted.is_file():
+        found = json.loads(noted.read_text(encoding="utf-8"))
+    while (found["kills"] < kills or out.exists()) and time.monotonic() < end:
+        # 1. One life: it ends by itself, or by a signal at a moment that only the seed and the number of kills decide.
+        rng = random.Random(f"{seed} {name} {found['kills']} {found['completed']}")
+        process = Process(("run", f"{name}.yaml", "--out", out.name), work)
+        sent = rng.choice(SIGNALS)
+        deadline = time.monotonic() + rng.uniform(0.05, 0.5) * seconds
+        while found["kills"] < kills and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        is_alive = found["kills"] < kills and process.poll() is None
+        if is_alive:
+            process.send_signal(sent)
+        result = process.wait(60 * seconds)
+
+        # 2. A run that came to its end is compared with the whole one.
+        if is_alive and result.returncode in (-sent, 128 + sent):
+            found["kills"] += 1
+        elif result.returncode == 0:
             found["completed"] += 1
-            found["same_bits"] += weights(work / out) == expected
-            found["steps_repeated_max"] = max(found["steps_repeated_max"], steps_repeated(work / out))
+            found["same_bits"] += weights(out) == expected
+            found["steps_repeated_max"] = max(found["steps_repeated_max"], steps_repeated(out))
+            shutil.rmtree(out)
         else:
             found["failures"].append(result.stderr[-2000:])
+            out.rename(work / f"{name}-failed-{len(found['failures'])}")
+        noted.write_text(json.dumps(found), encoding="utf-8")
         print(json.dumps({"storm": name, **found}), flush=True)
     return found
 
 
 def storm_over_labels(kills: int, work: Path, rng: random.Random) -> dict[str, Any]:
-    """Kill the labelling page while somebody clicks, and look for every click that was answered."""
-    run = work / "labels"
+    """Kill the labelling page while somebody clicks, and look for every click that was answered; made once."""
+    noted, run = work / "label.json", work / "labels"
+    if noted.is_file():
+        found: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8"))
+        return found
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
     (run / "recipe.yaml").write_text("rounds: {annotators_per_pair: 1}\n", encoding="utf-8")
@@ -149,7 +169,9 @@ def storm_over_labels(kills: int, work: Path, rng: random.Random) -> dict[str, A
         process.wait(60)
         killed += 1
     lost = set(answered) - {verdict.id for verdict in book.verdicts(1)}
-    return {"kills": killed, "completed": killed, "labels": len(answered), "labels_lost": len(lost)}
+    found = {"kills": killed, "completed": killed, "labels": len(answered), "labels_lost": len(lost)}
+    noted.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def main() -> None:
@@ -158,13 +180,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
     arguments.work.mkdir(parents=True, exist_ok=True)
     work, each = arguments.work.resolve(), -(-arguments.kills // 3)
-    storms = {name: storm_over_runs(name, each, work, rng) for name in RECIPES}
-    storms["label"] = storm_over_labels(arguments.kills - 2 * each, work, rng)
+    end = time.monotonic() + 60 * arguments.minutes
+    storms = {"label": storm_over_labels(arguments.kills - 2 * each, work, random.Random(arguments.seed))}
+    storms |= {name: storm_over_runs(name, each, work, arguments.seed, end) for name in RECIPES}
     runs = [storms[name] for name in RECIPES]
     result = {
         "kills": sum(storm["kills"] for storm in storms.values()),
@@ -178,6 +201,8 @@ def main() -> None:
     print(json.dumps(result))
     if result["same_bits"] < result["completed"] or result["labels_lost"] or any(storm["failures"] for storm in runs):
         raise SystemExit(1)
+    if result["kills"] < arguments.kills or any((work / f"{name}-killed").exists() for name in RECIPES):
+        raise SystemExit(UNFINISHED)
 
 
 if __name__ == "__main__":

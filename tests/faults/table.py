@@ -83,6 +83,15 @@ FAULTS: dict[str, dict[str, str]] = {
         "weights replaced": "a finished stage's files are compared before they are used",
         "function or model changed": "refused between two attempts, by name",
         "records cut or edited": "one sentence that says what to delete",
+        "run moved": "copied, moved or linked, it is whole, adapters and their base too; moved under a run at work: said",
+        "stage deleted": "made again, with the same bits",
+        "read-only run": "what reads it works; what would write there names the file",
+        "other versions": "those that made a stage and those installed: said once, with what to do for the same bits",
+        "clock jumps": "times of files and clocks decide nothing",
+    },
+    "Memory and disk": {
+        "out of memory": "one sentence: the stage, the batch, the keys to change; and what was done is kept",
+        "disk that nobody needs": "`rlhf clean` shows and frees it; resume, report, serve and lineage work as before",
     },
     "Attacks on the reward server": {
         "NaN in a body": "422, and the reply is JSON",

@@ -123,6 +123,7 @@ def test_no_canary_is_in_any_file_or_line_of_a_whole_run_with_every_verb(
     # 2. What is done with its folder and its models.
     call("report", "x")
     call("lineage", "x")
+    call("clean", "x", "--yes")
     call("data", pairs)
     call("score", reward, stdin=json.dumps({"prompt": "a", "response": "b"}) + "\n")
     call("evaluate", reward, pairs, "--out", "e.json")

@@ -143,7 +143,7 @@ def test_a_damaged_record_is_a_sentence(tmp_path: Path, name: str, kind: str) ->
     if name == "manifest.json":
         store.finish(sft, {}, 1.0)
     damage(store.path(sft) / name, kind)
-    with pytest.raises(UserError, match=rf"{name}: cut off or damaged.* delete .*round-0/sft"):
+    with pytest.raises(UserError, match=rf"{name}: cut off, damaged or edited.* delete .*round-0/sft"):
         store.is_done(sft)
 
 

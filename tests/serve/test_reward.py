@@ -22,7 +22,7 @@ from rlhf.ppo.remote import RemoteReward
 from rlhf.ppo.rewards import RewardSource
 from rlhf.serve.models import ServedModel
 from rlhf.serve.reward import Limits, serve_app
-from rlhf.serve.run import serve_models
+from rlhf.serve.run import read_token, serve_models
 from tests.command import Process, wait_for
 from tests.conftest import PROMPTS
 
@@ -299,6 +299,19 @@ def test_the_command_answers_what_it_has_taken_on_and_ends(reward_folder: Path, 
 def _queue(url: str) -> str:
     lines = requests.get(f"{url}/metrics", timeout=10).text.splitlines()
     return next(line for line in lines if line.startswith("rlhf_queue_texts{"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "No such file"), (b" \n", "empty, so everybody"), (b"\xff", "can't be read")]
+)
+def test_a_token_in_a_file(tmp_path: Path, content: bytes | None, says: str) -> None:
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        read_token(file)
+    file.write_bytes(b" secret\n")
+    assert read_token(file) == "secret"
 
 
 def test_what_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
