@@ -50,6 +50,9 @@ def audit_command(
         int | None, typer.Option(help="How many pairs experts look at again: chosen here.", show_default=False)
     ] = None,
     expert_error: Annotated[float, typer.Option(help="How often an expert's verdict is wrong.")] = 0.05,
+    meter: Annotated[
+        bool, typer.Option("--meter", help="Also say what more labels would bring; about twice the time.")
+    ] = False,
     columns: Columns = None,
     compare: Compared = None,
 ) -> None:
@@ -60,7 +63,17 @@ def audit_command(
     from rlhf.report.terminal import audit_lines
 
     settings = load_recipe(recipe) if recipe else None
-    result = audit(source, model, out, members=members, recipe=settings, say=say_aside, compare=compare, budget=budget)
+    result = audit(
+        source,
+        model,
+        out,
+        members=members,
+        recipe=settings,
+        say=say_aside,
+        compare=compare,
+        budget=budget,
+        meter=meter,
+    )
     for line in audit_lines(result):
         say(line)
     if budget is not None:

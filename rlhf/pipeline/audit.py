@@ -18,7 +18,7 @@ from rlhf.files import digest, file_digest, write_text
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.look import check_model
 from rlhf.models.open import open_config
-from rlhf.models.text import check_vocabulary
+from rlhf.models.text import check_vocabulary, plain
 from rlhf.models.tools import ToolTemplate
 from rlhf.objectives.strength import posterior_confidence
 from rlhf.pipeline.audited import (
@@ -35,11 +35,14 @@ from rlhf.pipeline.audited import (
     write_parquet,
 )
 from rlhf.pipeline.cleaned import write_cleaned
+from rlhf.pipeline.looked import EXPERT_ERROR, beliefs
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
 from rlhf.report.audit import write_audit_page
 from rlhf.reward.annotators import posterior_by_annotator, report_rows
+from rlhf.reward.meter import LOOKED_AT, PARTS, Measured, fit_meter, read_meter, too_few_labels
+from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.wants import Wants, find_wants
 
 # Without a recipe: the upper layers and a head per member on a shared trunk, at a rate that is usual for fine-tuning.
@@ -59,6 +62,7 @@ def audit(
     say: Callable[[str], None],
     compare: Compare | None = None,
     budget: int | None = None,
+    meter: bool = False,
 ) -> dict[str, Any]:
     """Vote on every pair out of fold and write what follows from it.
 
@@ -79,6 +83,7 @@ def audit(
         compare: whether pairs that part before their last turn are compared as whole conversations; default "answers", or the
             recipe's `data.compare`.
         budget: how many of the pairs are to be looked at again afterwards (`rlhf.pipeline.second_look`).
+        meter: also say what the labels are worth and what more would bring (`rlhf.reward.meter`); needs a shared trunk.
 
     Raises:
         UserError: nothing usable in the file, or fewer pairs than the budget; the model can't be opened; the folder holds
@@ -92,6 +97,8 @@ def audit(
     key = digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
     finished = _finished(out, key)
     if finished is not None:
+        if meter and "meter" not in finished:
+            raise UserError(f"{out}: was made without --meter, and its voters are gone; choose another --out.")
         say(f"{out}: done before")
         return finished
 
@@ -110,11 +117,18 @@ def audit(
     check_vocabulary(tokenizer, open_config(find_source(model).base), name=model, pads=True)
     if budget is not None:
         check_budget(budget, len(rows), source.source)
+    unmeasured = _why_no_meter(len(rows), shape) if meter else None
     values: list[Any] = [row.values for row in rows]
     seed = 0 if recipe is None else recipe.seed
     (out / WORK).mkdir(parents=True, exist_ok=True)
     write_text(out / WORK / "key.json", json.dumps(key))
-    strength, noise = vote(model, values, settings, out / WORK, seed=seed, say=say, **shape)
+    on_parts = meter and unmeasured is None
+    if on_parts:
+        share = sum(PARTS)
+        say(
+            f"audit: --meter trains voters on parts of the labels too: {share:.0%} of the time of {shape['folds']} voters."
+        )
+    strength, noise, parts = vote(model, values, settings, out / WORK, seed=seed, say=say, on_parts=on_parts, **shape)
 
     # 2. What the votes say about each label.
     right = torch.ones(len(rows))
@@ -156,6 +170,11 @@ def audit(
         "key": key,
     }
 
+    if meter:
+        result["meter"] = (
+            {"reason": unmeasured} if parts is None else _meter(parts, values, noise, strength.mean, budget)
+        )
+
     # 3. Files; the JSON, which says that all is there, last.
     write_parquet(out / "pairs.parquet", audited)
     dropped = [rows[i] for i in suspicious]
@@ -164,6 +183,34 @@ def audit(
     shutil.rmtree(out / WORK)
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
+
+
+def _why_no_meter(pairs: int, shape: dict[str, Any]) -> str | None:
+    """Say why these labels can't be measured, if they can't.
+
+    Raises:
+        UserError: voters are not on a shared trunk, or not out of fold.
+    """
+    if shape["trunk"] is None or shape["in_sample"]:
+        raise UserError(
+            "--meter: it trains many voters on parts of the labels, which is cheap on a shared trunk only, and tests them on other "
+            "pairs; set vote.trunk in --recipe and leave out vote.in_sample."
+        )
+    return too_few_labels(pairs, shape["folds"])
+
+
+def _meter(
+    parts: Measured, pairs: list[Any], noise: NoiseEstimate, strength: torch.Tensor, budget: int | None
+) -> dict[str, Any]:
+    """Return what the labels are worth and what more would bring; the reason, where that can't be said."""
+    if noise.scale == 0:
+        return {
+            "reason": "the votes agree with the labels no more than chance, so nothing says what more labels would bring."
+        }
+    curves = fit_meter(parts, [plain(pair["prompt"]) for pair in pairs], noise)
+    verdicts = budget or max(1, round(LOOKED_AT * len(pairs)))
+    right = beliefs(strength, noise, torch.zeros_like(strength))
+    return read_meter(curves, len(pairs), noise, right, verdicts=verdicts, expert_error=EXPERT_ERROR)
 
 
 def read_audited_rows(source: Source, model: str, compare: Compare) -> tuple[list[Row[Pair]], ReadReport]:

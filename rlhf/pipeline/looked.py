@@ -21,6 +21,7 @@ from rlhf.reward.model import RewardModel
 from rlhf.reward.noise import NoiseEstimate
 
 LEAST_RATE = 0.01  # no label is taken to be beyond doubt, or no expert could contradict it
+EXPERT_ERROR = 0.05  # how often an expert is taken to be wrong where nobody says it, and in the lab is
 FEWEST_ALIKE = 8  # as many verdicts for the first of two answers in random order are chance once in 2^8
 
 

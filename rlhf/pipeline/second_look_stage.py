@@ -19,6 +19,7 @@ from rlhf.models.text import plain
 from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
 from rlhf.pipeline.looked import (
+    EXPERT_ERROR,
     beliefs,
     blind_questions,
     check_verdicts,
@@ -36,11 +37,10 @@ from rlhf.reward.noise import estimate_noise
 
 VERDICTS = "verdicts.jsonl"
 LOOKS = "second_look"  # in the run: the folder of the experts' book, apart from that of the annotators
-EXPERT_ERROR = 0.05  # how often an expert is taken to be wrong, and in the lab is
 
 
 def run_second_look(context: StageContext) -> dict[str, Any]:
-    """Have experts label some pairs again, and write all pairs with P(chosen is better), the likelier answer as the chosen one.
+    """Ask experts about some pairs again, and write all pairs with P(chosen is better), the likelier answer as the chosen one.
 
     The label stage's pairs stay as they were labelled; every round's vote is on those, so that a verdict is independent of it.
 
@@ -55,7 +55,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     clusters = [plain(pair["prompt"]) for pair in labelled]
     settings, shape = context.trl_settings("vote"), context.recipe.vote.shape()
     work = context.folder / CHECKPOINTS
-    votes, noise = vote(context.sft_model, labelled, settings, work, seed=seed, say=context.say, **shape)
+    votes, noise, _ = vote(context.sft_model, labelled, settings, work, seed=seed, say=context.say, **shape)
     if not context.is_main:
         return {}
     strength = votes.mean

@@ -32,6 +32,7 @@ from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.recipe.objectives import PAIR_COLUMNS
 from rlhf.report.noise import wrong_labels
 from rlhf.reward.frozen_trunk import Features, Trunk
+from rlhf.reward.meter import Measured, measure_parts
 from rlhf.reward.model import RewardModel
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.trainer import training_columns
@@ -47,7 +48,7 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     recipe = context.recipe
     rows: list[Pair] = read_jsonl(context.pairs)
     shape = recipe.vote.shape()
-    strength, noise = vote(
+    strength, noise, _ = vote(
         context.sft_model,
         rows,
         context.trl_settings("vote"),
@@ -100,6 +101,20 @@ class VoteSetup:
         return model_config, training_arguments(RewardConfig, keys, folder, seed)
 
 
+class Voted(NamedTuple):
+    """What a vote says.
+
+    Attributes:
+        strength: of each pair, in the order of the rows.
+        noise: how many labels are wrong.
+        parts: what members trained on parts of the labels say, where that was asked for.
+    """
+
+    strength: VoteStrength
+    noise: NoiseEstimate
+    parts: Measured | None
+
+
 def vote(
     base: str | Path,
     rows: Sequence[Pair],
@@ -113,7 +128,8 @@ def vote(
     flip_rate: float,
     seed: int,
     say: Callable[[str], None],
-) -> tuple[VoteStrength, NoiseEstimate]:
+    on_parts: bool = False,
+) -> Voted:
     """Train the members on canonical pairs and let them vote.
 
     Args:
@@ -122,9 +138,7 @@ def vote(
         folder: for the members' work.
         flip_rate: share of wrong labels in the members' likelihood; 0 is Bradley-Terry.
         trunk: layers that each member has of its own above a shared frozen trunk; None for independent members.
-
-    Returns:
-        the strength of each pair, in the order of the rows, and how many labels are wrong.
+        on_parts: also train members on parts of the labels, for the meter (`rlhf.reward.meter`).
 
     Raises:
         UserError: the plan is impossible.
@@ -136,7 +150,8 @@ def vote(
     shared = None if trunk is None else _shared_trunk(setup, folder, trunk)
 
     def member_differences(member: int, trained: list[int], judged: list[int]) -> Tensor:
-        place, label = folder / f"member-{member}", f"vote {member + 1}/{members}"
+        label = f"vote {member + 1}/{members}" if member < members else f"meter {member - members + 1}"
+        place = folder / f"member-{member}"
         file = place / DIFFERENCES
         kept = _kept_differences(file)
         if kept is not None:
@@ -157,8 +172,10 @@ def vote(
             free_checkpoints(place)
         return differences
 
-    strength = vote_strength(collect_votes(plan, member_differences))
-    return strength, estimate_noise(strength.mean, [plain(row["prompt"]) for row in rows])
+    votes = collect_votes(plan, member_differences)
+    parts = measure_parts(plan, prompts, votes, member_differences) if on_parts else None
+    strength = vote_strength(votes)
+    return Voted(strength, estimate_noise(strength.mean, [plain(row["prompt"]) for row in rows]), parts)
 
 
 def _kept_differences(file: Path) -> Tensor | None:

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 from rlhf.files import write_text
 from rlhf.report.annotators import annotator_rows, annotator_sentences
 from rlhf.report.figures import bars, histogram
+from rlhf.report.meter import meter_sentences
 from rlhf.report.noise import suspects, wanted, worth, wrong_labels
 from rlhf.report.records import Facts
 from rlhf.report.render import render
@@ -59,6 +60,7 @@ def write_audit_page(
         title=f"Audit of {Path(result['pairs']).name}",
         result=result,
         verdict=_verdict(result),
+        meter=meter_sentences(result["meter"]) if "meter" in result else [],
         second_look=second_look_sentences(result["second_look"]) if "second_look" in result else [],
         figures=[(title, note, Markup(svg)) for title, note, svg in figures],
         suspicious=[_marked(row) for row in suspicious],

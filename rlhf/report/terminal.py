@@ -12,6 +12,7 @@ from rlhf.progress import duration
 from rlhf.report.annotators import annotator_sentences
 from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import checks_line
+from rlhf.report.meter import meter_sentences
 from rlhf.report.noise import suspects, wanted, worth, wrong_labels
 from rlhf.report.records import Facts, Summary, read_summary, start_name
 from rlhf.report.rounds import known_columns, last_evaluated, number
@@ -267,6 +268,7 @@ def audit_lines(result: Facts) -> list[str]:
             f"{suspects(noise, len(suspicious))} The first: {', '.join(map(str, suspicious[:10])) or 'none'}."
         )
     sentences += [*annotator_sentences(result["annotators"]), *worth(result), *wanted(result["wants"])]
+    sentences += meter_sentences(result["meter"]) if "meter" in result else []
     return [f"{result['kept_pairs']} pairs.", *sentences]
 
 

@@ -12,9 +12,10 @@ from rlhf.data.labels import Question, Verdict
 from rlhf.errors import UserError, Waiting
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
+from rlhf.pipeline.looked import EXPERT_ERROR
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.run import run as run_recipe
-from rlhf.pipeline.second_look_stage import EXPERT_ERROR, run_second_look
+from rlhf.pipeline.second_look_stage import run_second_look
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.recipe import Recipe, load_recipe
 from rlhf.report.rounds import rounds_section

@@ -1,0 +1,166 @@
+"""The meter: what some labels are worth, and what more of them would bring, from voters trained on parts of them."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.data.rows import Prompt, prompt_key
+from rlhf.objectives.learning_curve import (
+    TRAINING_SPREAD,
+    Curves,
+    expect,
+    expect_accuracy,
+    fit_curves,
+    mix_curves,
+)
+from rlhf.objectives.second_look import expected_change, worth_in_sure_labels
+from rlhf.reward.noise import NoiseEstimate
+from rlhf.reward.vote import Train, VotePlan
+
+PARTS = (0.125, 0.25, 0.5)  # of what a voter trains on, each within the next
+FEWEST = 25  # labels in the smallest part
+MORE = (0.5, 1.0, 3.0)  # times the labels that there are
+LOOKED_AT = 0.05  # share of the pairs that experts would look at again
+DRAWS = 200
+SCALES = torch.logspace(-1.2, 1.5, 181, dtype=torch.float64)  # of b times the mean |difference|
+STEPS = torch.tensor(
+    [-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64
+)  # deviations of the estimated share of wrong labels
+
+
+class Measured(NamedTuple):
+    """What voters say that were trained on parts of the labels.
+
+    Attributes:
+        sizes: [s] labels that a voter was trained on, rising.
+        differences: [s, n] its reward difference on every pair that it was not trained on, nats.
+        voters: how many of them share the pairs of each row.
+    """
+
+    sizes: list[float]
+    differences: Tensor
+    voters: int
+
+
+def too_few_labels(pairs: int, folds: int) -> str | None:
+    """Say that the smallest part would hold too few labels to learn from, where that is so."""
+    fewest = round(FEWEST / (PARTS[0] * (1 - 1 / folds)))
+    if pairs >= fewest:
+        return None
+    return f"{pairs} labels are too few to say what more would bring; the meter needs {fewest}."
+
+
+def measure_parts(plan: VotePlan, prompts: Sequence[Prompt], votes: Tensor, train: Train) -> Measured:
+    """Train voters on parts of what the first voter of each fold was trained on, and let them vote on the pairs it votes on.
+
+    A part is the pairs of the first prompts in an order by their keys, so that parts lie within each other.
+
+    Args:
+        plan: of a vote out of fold.
+        prompts: [n] of each pair.
+        votes: [M, n] of that vote.
+        train: as `collect_votes` takes it; parts' voters have numbers from M on.
+    """
+    folds = len(set(plan.folds))
+    keys = [prompt_key(prompt) for prompt in prompts]
+    differences = torch.full((len(PARTS) + 1, len(prompts)), torch.nan)
+    sizes = [0.0] * (len(PARTS) + 1)
+    for fold in range(folds):
+        judged = plan.votes_on(fold)
+        trained = sorted(plan.trains_on(fold), key=keys.__getitem__)
+        for row, share in enumerate(PARTS):
+            part = trained[: round(share * len(trained))]
+            differences[row, judged] = train(len(votes) + row * folds + fold, part, judged)
+            sizes[row] += len(part) / folds
+        differences[-1, judged] = votes[fold, judged]
+        sizes[-1] += len(trained) / folds
+    return Measured(sizes, differences, folds)
+
+
+def estimate_accuracies(differences: Tensor, clusters: Sequence[Hashable], flip_rate: float) -> tuple[Tensor, Tensor]:
+    """Return how often voters have the true order, [s], and the covariance of these estimates, [s, s].
+
+    With b fitted to labels of which a share ε is wrong, so that a label has probability (1 - ε) σ(b d) + ε σ(-b d), a voter is
+    right in the mean of σ(b |d|). This has a smaller error than counting how often it agrees, which sure and unsure votes enter
+    alike. Covariance by a bootstrap of prompts, the same draws for all voters.
+
+    Args:
+        differences: [s, n] nats, out of fold.
+        clusters: [n] the prompt of each pair.
+        flip_rate: ε in [0, 0.5).
+    """
+    names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    place = torch.tensor([names[name] for name in clusters])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(names), (DRAWS, len(names)), generator=generator)
+    counts = torch.zeros(DRAWS + 1, len(names), dtype=torch.float64)
+    counts[0] = 1
+    counts[1:].scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    weights = counts[:, place]
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    estimates = []
+    for row in differences.double():
+        agree = torch.sigmoid(SCALES[:, None] * row / row.abs().mean().clamp(min=1e-12)).clamp(1e-12, 1 - 1e-12)
+        likelihood = weights @ ((1 - flip_rate) * agree + flip_rate * (1 - agree)).log().T
+        right = weights @ torch.maximum(agree, 1 - agree).T
+        estimates.append(right.gather(1, likelihood.argmax(dim=1, keepdim=True)).squeeze(1))
+    table = torch.stack(estimates)
+    return table[:, 0], torch.cov(table[:, 1:])
+
+
+def fit_meter(measured: Measured, clusters: Sequence[Hashable], noise: NoiseEstimate) -> Curves:
+    """Return the learning curves that the voters on parts leave possible, for the shares of wrong labels that there may be."""
+    deviation = (noise.fitted - noise.low) / 1.96
+    steps = STEPS if deviation > 0 else STEPS.new_zeros(1)
+    luck = TRAINING_SPREAD**2 / measured.voters * torch.eye(len(measured.sizes), dtype=torch.float64)
+    fits = []
+    for rate in (noise.fitted + deviation * steps).clamp(0, 0.49).tolist():
+        accuracies, covariance = estimate_accuracies(measured.differences, clusters, rate)
+        fits.append(fit_curves(torch.tensor(measured.sizes), accuracies, covariance + luck, flip_rate=rate))
+    return mix_curves(fits, torch.softmax(-0.5 * steps**2, dim=0))
+
+
+def read_meter(
+    curves: Curves,
+    pairs: int,
+    noise: NoiseEstimate,
+    right: Tensor,
+    *,
+    verdicts: int,
+    expert_error: float,
+    more: Sequence[float] = MORE,
+) -> dict[str, Any]:
+    """Return what labels are worth and what more would bring, each figure with its interval: the key `meter` of `audit.json`.
+
+    A label counts as (1 - 2ε)² clean ones, so a verdict that adds v sure labels does what v / (1 - 2ε)² more such labels do.
+    The verdicts are on the pairs in most doubt.
+
+    Args:
+        pairs: how many labels there are.
+        right: [pairs] P(label is right).
+        verdicts: how many pairs experts would look at again.
+        expert_error: how often they are wrong.
+        more: how many labels are added, in times those that there are.
+    """
+    worth = worth_in_sure_labels(1 - curves.flip_rate)
+    adds = 4 * expected_change(right, error_rate=expert_error).topk(verdicts).values.sum().item()
+    instead = adds / worth
+    return {
+        "labels": pairs,
+        "wrong": noise.fitted,
+        "worth": list(expect(curves.weight, pairs * worth)),
+        "accuracy": list(expect_accuracy(curves, float(pairs))),
+        "limit": list(expect(curves.weight, curves.limit)),
+        "more": [
+            {"labels": round(times * pairs), "accuracy": list(expect_accuracy(curves, pairs * (1 + times)))}
+            for times in more
+        ],
+        "second_look": {
+            "verdicts": verdicts,
+            "expert_error": expert_error,
+            "labels": list(expect(curves.weight, instead)),
+            "accuracy": list(expect_accuracy(curves, pairs + instead)),
+        },
+    }

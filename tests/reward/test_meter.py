@@ -1,0 +1,127 @@
+"""The meter: parts lie within each other, accuracies under wrong labels are found, and what it says follows from them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.objectives.learning_curve import accuracy_after, expect
+from rlhf.report.meter import meter_sentences
+from rlhf.reward.meter import (
+    PARTS,
+    Measured,
+    estimate_accuracies,
+    fit_meter,
+    measure_parts,
+    read_meter,
+    too_few_labels,
+)
+from rlhf.reward.noise import NoiseEstimate
+from rlhf.reward.vote import collect_votes, plan_vote
+
+
+def test_parts_lie_within_each_other_and_are_judged_on_other_prompts() -> None:
+    prompts = [f"prompt {i // 2}" for i in range(400)]  # two pairs of each
+    plan = plan_vote(prompts, members=6, folds=3, in_sample=False, seed=0)
+    calls: dict[int, tuple[list[int], list[int]]] = {}
+
+    def train(member: int, trained: list[int], judged: list[int]) -> Tensor:
+        calls[member] = (trained, judged)
+        return torch.full((len(judged),), float(len(trained)))
+
+    votes = collect_votes(plan, train)
+    measured = measure_parts(plan, prompts, votes, train)
+    assert sorted(calls) == list(range(6 + 3 * len(PARTS)))
+    assert not measured.differences.isnan().any(), "every pair is judged at every size"
+    whole = np.mean([len(plan.trains_on(fold)) for fold in range(3)])
+    assert measured.sizes == pytest.approx([*(share * whole for share in PARTS), whole], abs=1)
+    for fold in range(3):
+        parts = [set(calls[6 + row * 3 + fold][0]) for row in range(len(PARTS))]
+        assert parts[0] < parts[1] < parts[2] < set(plan.trains_on(fold))
+        for row, part in enumerate(parts):
+            judged = calls[6 + row * 3 + fold][1]
+            assert judged == plan.votes_on(fold)
+            assert not {prompts[i] for i in part} & {prompts[i] for i in judged}
+            assert (measured.differences[row, judged] == len(part)).all()
+
+
+def planted(rate: float, spread: float, n: int = 4000, seed: int = 0) -> tuple[Tensor, float]:
+    """Differences of a calibrated voter against labels of which a share is wrong, and how often it is really right."""
+    rng = np.random.default_rng(seed)
+    log_odds = rng.normal(0, spread, n)
+    first_is_better = rng.random(n) < 1 / (1 + np.exp(-log_odds))
+    right_sign = np.where(first_is_better, 1, -1) * np.where(rng.random(n) < rate, -1, 1)
+    return torch.tensor(log_odds * right_sign), float(np.mean((log_odds > 0) == first_is_better))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_accuracy_is_found_under_wrong_labels(rate: float) -> None:
+    rows, truths = zip(*(planted(rate, spread) for spread in (0.7, 1.5, 4.0)), strict=True)
+    accuracies, covariance = estimate_accuracies(3 * torch.stack(rows), list(range(4000)), rate)
+    deviations = covariance.diagonal().sqrt()
+    assert ((accuracies - torch.tensor(truths)).abs() < 3.5 * deviations + 0.005).all()
+    # Counting agreements has a larger error: binomial, and divided by 1 - 2ε.
+    agree = rate + (1 - 2 * rate) * np.array(truths)
+    counted = np.sqrt(agree * (1 - agree) / 4000) / (1 - 2 * rate)
+    assert (deviations.numpy() < counted).all()
+
+
+def test_pairs_of_one_prompt_are_resampled_together() -> None:
+    row, _ = planted(0.25, 1.5, n=1000)
+    _, alone = estimate_accuracies(row[None], list(range(1000)), 0.25)
+    _, copied = estimate_accuracies(row.repeat(4)[None], list(range(1000)) * 4, 0.25)
+    assert copied.item() == pytest.approx(alone.item(), rel=0.35), "four copies of a pair are not four pairs"
+
+
+def test_it_finds_a_planted_curve_and_its_sentences_follow() -> None:
+    """Calibrated voters whose accuracies lie on a planted curve, a quarter of the labels wrong."""
+    sizes, limit, half = [200.0, 400.0, 800.0, 1600.0], torch.tensor(0.9), torch.tensor(300.0)
+    goal = accuracy_after(torch.tensor(sizes), limit, half)
+    spreads = []
+    for accuracy in goal.tolist():  # the spread of log-odds with which a calibrated voter is right that often
+        grid = np.random.default_rng(1).normal(size=5000)
+        candidates = np.linspace(0.05, 8, 80)
+        right = [np.mean(1 / (1 + np.exp(-np.abs(s * grid)))) for s in candidates]
+        spreads.append(candidates[np.argmin(np.abs(np.array(right) - accuracy))])
+    differences = torch.stack([planted(0.25, s, n=4000, seed=i)[0] for i, s in enumerate(spreads)])
+    noise = NoiseEstimate(0.25, 0.25, 1.0, 0.22, 0.4)
+    curves = fit_meter(Measured(sizes, differences, 5), list(range(4000)), noise)
+    right = torch.full((2000,), 0.75)
+    meter = read_meter(curves, 2000, noise, right, verdicts=100, expert_error=0.05)
+
+    for entry, labels in ((meter["accuracy"], 2000.0), (meter["more"][1]["accuracy"], 4000.0)):
+        mean, low, high = entry
+        truth = accuracy_after(labels, limit, half).item()
+        assert low < truth < high
+        assert mean == pytest.approx(truth, abs=0.04)
+    assert [entry["labels"] for entry in meter["more"]] == [1000, 2000, 6000]
+    assert meter["worth"][0] == pytest.approx(500, rel=0.06), "(1 - 2ε)² of 2,000"
+    assert meter["worth"][1] < 500 < meter["worth"][2]
+    # By hand: a verdict agrees with probability q, and leaves p (1 - e) / q or p e / (1 - q).
+    q = 0.75 * 0.95 + 0.25 * 0.05
+    after = [0.75 * 0.95 / q, 0.75 * 0.05 / (1 - q)]
+    adds = 100 * (q * (2 * after[0] - 1) ** 2 + (1 - q) * (2 * after[1] - 1) ** 2 - 0.25)
+    assert meter["second_look"]["labels"][0] == pytest.approx(adds / 0.25, rel=0.06)
+    assert meter["second_look"]["accuracy"][0] > meter["accuracy"][0]
+
+    text = meter_sentences(meter)
+    assert text[0].startswith("Meter: 2,000 labels, 25% wrong, worth ")
+    assert "1,000 more, " in text[1]
+    assert text[2].startswith("100 expert verdicts on the pairs in most doubt would do what ")
+
+
+def test_labels_that_prove_no_noise_count_whole() -> None:
+    row, _ = planted(0.0, 1.5)
+    noise = NoiseEstimate(0.1, 0.0, 1.0, 0.0, 0.3)
+    curves = fit_meter(Measured([100.0, 200.0], torch.stack([row, row]), 5), list(range(4000)), noise)
+    meter = read_meter(curves, 4000, noise, torch.full((4000,), 0.99), verdicts=10, expert_error=0.05)
+    assert meter["worth"] == pytest.approx([4000, 4000, 4000])
+    assert expect(curves.weight, curves.flip_rate).mean == 0
+
+
+def test_too_few_labels_is_a_sentence() -> None:
+    assert too_few_labels(250, 5) is None
+    assert too_few_labels(249, 5) == "249 labels are too few to say what more would bring; the meter needs 250."
+    assert math.isclose(0.125 * 0.8 * 250, 25)
