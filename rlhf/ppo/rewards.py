@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Message, Messages, Prompt
@@ -181,6 +181,11 @@ class Rewards:
     def compares(self) -> bool:
         """Tell whether a source compares an answer with one of the reference."""
         return any(source.compares for source in self.sources)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Return the networks of the sources that are reward models."""
+        return [source.function.model for source in self.sources if isinstance(source.function, RewardModel)]
 
     def to(self, device: torch.device) -> None:
         """Move the sources that have weights to a device."""
