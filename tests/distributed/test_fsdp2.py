@@ -81,11 +81,11 @@ def test_sharded_stages_are_those_of_one_process(stage: str, one: str, two: str,
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("run", ["lora", "terms"])
+@pytest.mark.parametrize("run", ["killed", "lora", "terms"])
 def test_a_process_holds_half(run: str, launch: Launch) -> None:
     """Of the parameters of all roles and of the optimizer's state."""
     files = list((launch.folder / run).glob("held-*.json"))
-    assert len(files) >= 4, "two stages, two processes"
+    assert len(files) % 2 == 0 < len(files), "each process of each stage"
     for file in files:
         facts = json.loads(file.read_text())
         assert facts["world"] == 2
