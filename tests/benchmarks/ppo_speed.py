@@ -11,11 +11,13 @@ benchmark's first shape: the main row became 128 after that one had been seen); 
 which the vocabulary weighs more. Each side runs in a process of its own, A B A B; a rollout is the warm-up, the next two are
 timed.
 
-`full_hh` has real lengths: 32 prompts that stand for all of HH helpful (evenly spaced in its order of length, 9 to 512 tokens),
+`full_hh` has real lengths: 16 prompts that stand for all of HH helpful (evenly spaced in its order of length, 9 to 512 tokens),
 and answers of at most 256 tokens that end by themselves. A random model never ends an answer, so its end token has a fixed
-logit, on both sides, by which an answer ends after 58 tokens on average: the mean of HH's answers, whose deviation (56) is
-that of such a geometric distribution too. The tokenizer is trained on the same texts (18k tokens). One rollout is timed, without
-a warm-up: it takes minutes.
+logit, on both sides, by which an answer ends after 57 tokens on average (58 without the limit of 256), with a deviation of
+54: those of HH's answers, chosen ones. The tokenizer is trained on the same texts (29k tokens). One rollout of 16, in two minibatches of 8, is
+timed, without a warm-up: TRL takes minutes for it.
+
+Seconds are those that a process works itself, so that others on the machine count little.
 
 Memory: a base of 110M parameters; ours with four roles on one base (LoRA), TRL's as lean as it goes (`peft_config`,
 `ref_model=None`, its critic and reward model whole). Peak resident size less that after the imports.
@@ -52,7 +54,7 @@ MEMORY = {
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000}  # fmt: skip
 BATCH, MINIBATCHES, EPOCHS, ANSWER = 16, 2, 2, 32
 PROMPT = {"full": 128, "lora": 128, "full_short": 16, "full_14m": 128, "memory": 16, "gpu": 512}
-HH_PROMPT, HH_ANSWER, HH_MEAN = 512, 256, 58  # tokens: the longest of each, and what an answer has on average
+HH_BATCH, HH_PROMPT, HH_ANSWER, HH_MEAN = 8, 512, 256, 58  # tokens: the longest of each, and an answer's on average
 PAIRS = Path("/work/shared/data/pairs_hh_helpful.jsonl.gz")
 ROLLOUTS = {"memory": 2, "full_hh": 1}  # elsewhere 3; where there are several, the first is the warm-up
 
@@ -95,7 +97,7 @@ def build(folder: Path, sizes: dict[str, int], pairs: Path | None = None) -> Non
         tokenizer = train_tokenizer(texts + answers, vocab_size=sizes["vocab_size"], model_max_length=1024)
         sizes = {**sizes, "vocab_size": len(tokenizer)}
         rows = sorted((tokenizer(text).input_ids[-HH_PROMPT:] for text in texts), key=len)
-        count = BATCH * MINIBATCHES
+        count = HH_BATCH * MINIBATCHES
         chosen = [rows[int((i + 0.5) / count * len(rows))] for i in range(count)]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "prompts.json").write_text(json.dumps(tokenizer.batch_decode(chosen)))
@@ -163,11 +165,12 @@ def run_ours(folder: Path, *, lora: bool, prompt_length: int | None, rollouts: i
     from rlhf import PPOConfig, PPOTrainer
     from rlhf.models.load import load_policy, model_settings
 
+    batch = BATCH if prompt_length else HH_BATCH
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     before = resident("VmRSS")
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     args = PPOConfig(
-        str(folder / "out-ours"), total_episodes=BATCH * MINIBATCHES * rollouts, per_device_train_batch_size=BATCH,
+        str(folder / "out-ours"), total_episodes=batch * MINIBATCHES * rollouts, per_device_train_batch_size=batch,
         num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, learning_rate=1e-6,
         max_completion_length=ANSWER if prompt_length else HH_ANSWER,
         missing_eos_penalty=None, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(),
@@ -217,7 +220,7 @@ def run_ours(folder: Path, *, lora: bool, prompt_length: int | None, rollouts: i
     seconds = now() - clock[warm]
     parts["update"] = seconds - sum(parts.values())
     found: dict[str, Any] = {
-        "episodes_per_second": BATCH * MINIBATCHES * (rollouts - warm) / seconds,
+        "episodes_per_second": batch * MINIBATCHES * (rollouts - warm) / seconds,
         "mib": resident("VmHWM") - before,
         "parts": {name: value / seconds for name, value in parts.items()},
         "answer_tokens": statistics.mean(lengths[warm:]),
@@ -241,13 +244,14 @@ def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int | None, 
     )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+    batch = BATCH if prompt_length else HH_BATCH
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     before = resident("VmRSS")
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     args = PPOConfig(
-        str(folder / "out-trl"), total_episodes=BATCH * MINIBATCHES * rollouts, per_device_train_batch_size=BATCH * MINIBATCHES,
+        str(folder / "out-trl"), total_episodes=batch * MINIBATCHES * rollouts, per_device_train_batch_size=batch * MINIBATCHES,
         num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, learning_rate=1e-6,
-        response_length=ANSWER if prompt_length else HH_ANSWER, stop_token=None if prompt_length else "eos", local_rollout_forward_batch_size=BATCH * MINIBATCHES, num_sample_generations=0, use_cpu=True, bf16=False,
+        response_length=ANSWER if prompt_length else HH_ANSWER, stop_token=None if prompt_length else "eos", local_rollout_forward_batch_size=batch * MINIBATCHES, num_sample_generations=0, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
     ids = [{"input_ids": tokenizer(p).input_ids} for p in prompts(folder, prompt_length)]
@@ -272,12 +276,9 @@ def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int | None, 
     trainer.train()
     ends = Clock.ends
     assert len(ends) == rollouts, (len(ends), "TRL counts a batch as a step")
-    assert begin < ends[0]
+    warm, first = (1, ends[0]) if rollouts > 1 else (0, begin)
     return {
-        "episodes_per_second": BATCH
-        * MINIBATCHES
-        * max(1, rollouts - 1)
-        / (ends[-1] - (ends[0] if rollouts > 1 else begin)),
+        "episodes_per_second": batch * MINIBATCHES * (rollouts - warm) / (ends[-1] - first),
         "mib": resident("VmHWM") - before,
     }
 

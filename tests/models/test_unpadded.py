@@ -68,7 +68,7 @@ def test_states_are_those_of_each_text_alone(architecture: str, attention: str) 
     decoder = lively(AutoModel.from_config(config, attn_implementation=attention))
     ids, mask, _ = batch(PROMPTS, ANSWERS)
     found = token_states(decoder, ids, mask)
-    assert can_pack(decoder)
+    assert can_pack(decoder, ids.device)
     alone = torch.cat([decoder(input_ids=text).last_hidden_state[0] for text in texts(ids, mask)])
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
 
@@ -134,7 +134,7 @@ def test_padding_is_not_read_and_the_decoder_is_called_once() -> None:
     """Rows of real lengths, of which more than half is padding: what the decoder gets is less than a tenth of it."""
     decoder = lively(AutoModel.from_config(config_of("llama", hidden_size=64)))
     ids, mask, _ = batch([9, 16, 28, 60, 101, 150, 197, 372], [21, 300, 42, 7, 76, 30, 159, 12])
-    assert can_pack(decoder)
+    assert can_pack(decoder, ids.device)
     read: list[Tensor] = []
     decoder.register_forward_pre_hook(lambda _, __, named: read.append(named["input_ids"]), with_kwargs=True)
     token_states(decoder, ids, mask)
@@ -163,7 +163,17 @@ def test_a_decoder_in_which_texts_would_see_each_other_reads_its_padding(monkeyp
         ids, mask, _ = batch([2, 9], [5, 1])
         with pytest.warns(UserWarning, match="would see each other, so padding is read too"):
             found = token_states(decoder, ids, mask)
-        assert not can_pack(decoder)
+        assert not can_pack(decoder, ids.device)
         assert decoder in unpadded._CAN_PACK
         alone = torch.cat([decoder(input_ids=text).last_hidden_state[0] for text in texts(ids, mask)])
         torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+def test_noise_of_sixteen_bits_is_no_leak(precision: str) -> None:
+    torch.manual_seed(0)
+    decoder = lively(AutoModel.from_config(config_of("llama")))
+    if precision == "bfloat16":
+        decoder = decoder.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        assert can_pack(decoder, torch.device("cpu"))
