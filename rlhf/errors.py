@@ -28,5 +28,9 @@ class TrainingError(Exception):
         super().__init__(message)
 
 
+class OtherProcessError(TrainingError):
+    """This process stops because another one of the launch has failed, which says why. The command line exits with 1."""
+
+
 class Waiting(Exception):
     """A run that can't go on before people have done something; its state is saved. The command line exits with 3."""

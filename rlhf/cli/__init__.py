@@ -23,8 +23,9 @@ import rlhf.cli.labels  # noqa: F401
 
 # isort: on
 from rlhf.cli.console import app, say_aside
-from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.errors import OtherProcessError, TrainingError, UserError, Waiting
 from rlhf.pipeline import interrupt
+from rlhf.pipeline.launch import is_first_to_stop, number_of_processes
 from rlhf.progress import Work, a_line_a_minute
 
 PACKAGE = "rlhf-pipeline"
@@ -87,7 +88,7 @@ def main() -> None:
     interrupt.install()
     warnings.showwarning = _print_warning
     code = [1]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if number_of_processes() > 1:
         # Gloo's threads sometimes abort a process in its last moment, after all is written. What is registered first runs last.
         atexit.register(lambda: os._exit(code[0]))
     code[0] = _exit_code()
@@ -104,25 +105,26 @@ def _quieten_libraries() -> None:
 
 
 def _exit_code() -> int:
-    """Run the command line; return its exit code."""
+    """Run the command line; return its exit code. Of several processes the first that fails says why."""
     try:
         if app(standalone_mode=False) == TYPER_INTERRUPTED:
             raise KeyboardInterrupt
     except UserError as error:
-        for problem in error.problems:
-            say_aside(problem, style="red")
+        _say_once(*error.problems, style="red")
         return 2
+    except OtherProcessError:
+        return 1
     except TrainingError as error:
-        say_aside(str(error), style="red")
+        _say_once(str(error), style="red")
         return 1
     except Waiting as state:
-        say_aside(str(state), style="yellow")
+        _say_once(str(state), style="yellow")
         return WAITING
     except BrokenPipeError:  # whoever read standard output has what they wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
     except interrupt.Interrupted as interruption:
-        say_aside(f"{interruption}: {AFTER_A_SIGNAL.get(_Verb.name, STARTS_AGAIN)}")
+        _say_once(f"{interruption}: {AFTER_A_SIGNAL.get(_Verb.name, STARTS_AGAIN)}")
         return 128 + interruption.signum
     except (
         SystemExit,
@@ -132,16 +134,23 @@ def _exit_code() -> int:
         code = ending.code if isinstance(ending, SystemExit) else None
         name = f"SystemExit({code!r})" if isinstance(ending, SystemExit) else "KeyboardInterrupt"
         sentence = f"Something raised {name} in the middle, which is no end of this command: a function of yours, or a library."
-        say_aside(f"{sentence} Finished stages are intact; the same command goes on.", style="red")
+        _say_once(f"{sentence} Finished stages are intact; the same command goes on.", style="red")
         return code if isinstance(code, int) and code else 1
     except Exception as error:
         usage = getattr(error, "exit_code", None)
         if usage is None:  # a fault of this package keeps its traceback
-            say_aside(traceback.format_exc().rstrip())
+            _say_once(traceback.format_exc().rstrip())
             return 1
         getattr(error, "show", lambda: None)()
         return int(usage)
     return 0
+
+
+def _say_once(*lines: str, style: str | None = None) -> None:
+    """Print to standard error why the command ended, unless another process of this launch ended first."""
+    if is_first_to_stop():
+        for line in lines:
+            say_aside(line, style=style)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import (
 from rlhf.errors import TrainingError
 from rlhf.models.sharding import whole
 from rlhf.pipeline import interrupt
+from rlhf.pipeline.launch import Launch, write_launch
 from rlhf.pipeline.store import mark_checkpoint, write_seconds
 from rlhf.progress import Work
 
@@ -128,11 +129,12 @@ class StopOnSignal(TrainerCallback):
         if self.accelerator.num_processes > 1:
             asked = self.accelerator.reduce(asked, reduction="sum")
         if asked.item() > 0:
+            interrupt.request()  # one that trains on would wait for the others in what follows
             control.should_save = control.should_training_stop = True
 
 
 class CheckpointMark(TrainerCallback):
-    """Declare a checkpoint whole after the Trainer has written all of it, on every process, and note the time beside it.
+    """Declare a checkpoint whole after the Trainer has written all of it, on every process; note time and launch beside it.
 
     Args:
         seconds_before: that earlier attempts worked on the checkpoint from which training goes on.
@@ -147,6 +149,7 @@ class CheckpointMark(TrainerCallback):
         self.accelerator.wait_for_everyone()  # each process writes its random state, and the mark holds its digest
         if state.is_world_process_zero:
             write_seconds(Path(args.output_dir), time.monotonic() - self.begin)
+            write_launch(Path(args.output_dir), Launch(args.world_size, args.gradient_accumulation_steps))
             mark_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 

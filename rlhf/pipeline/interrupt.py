@@ -39,6 +39,12 @@ def requested() -> bool:
     return _State.requested is not None
 
 
+def request() -> None:
+    """Ask the running stage of this process to stop, since another process of the run was asked."""
+    if _State.requested is None:
+        _State.requested = signal.SIGTERM
+
+
 @contextmanager
 def patience() -> Iterator[None]:
     """Note a first signal while training, and raise it on leaving.

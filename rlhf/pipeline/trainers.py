@@ -1,4 +1,4 @@
-"""The trainers of the stages: TRL's and ours, each keeping its latest micro-batches for the case that one of them fails."""
+"""The trainers of the stages: TRL's and ours, each keeping its latest micro-batches, and resuming what other processes saved."""
 
 import warnings
 from collections import deque
@@ -7,16 +7,22 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.files import write_jsonl
 from rlhf.models.generate import encode_demonstrations
 from rlhf.models.packing import Packed, unpack
+from rlhf.models.save import load_weights
+from rlhf.models.sharding import is_sharded_checkpoint, load_optimizer
 from rlhf.models.typed import is_typed
+from rlhf.pipeline.launch import read_launch
+from rlhf.ppo.checkpoint import read_checkpoint
+from rlhf.ppo.rollout import hash_seed
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.reward.attributes import AttributeRewardTrainer
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
@@ -27,8 +33,13 @@ from rlhf.reward.trainer import PairRewardTrainer
 FAILED_BATCH = "failed_batch"
 
 
-class KeepsBatches(Trainer):
-    """Beside a trainer in a list of base classes: remember the micro-batches of the latest optimizer step."""
+class InStage(Trainer):
+    """Beside a trainer in a list of base classes: what a stage needs of each.
+
+    It remembers the micro-batches of the latest optimizer step. And it goes on from a checkpoint that another number of
+    processes wrote, sharded or whole: the weights are then read before this trainer shards its model, the optimizer's
+    state after.
+    """
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -39,6 +50,36 @@ class KeepsBatches(Trainer):
         self.latest_batches.append(dict(inputs))
         loss: Tensor = super().training_step(model, inputs, *rest, **named)
         return loss
+
+    def read_weights(self, checkpoint: Path) -> None:
+        """Read the weights of a checkpoint, as ordinary folders have them, into a model that is not sharded yet."""
+        load_weights(self.model, checkpoint)
+
+    def _is_of_other_layout(self, checkpoint: str | None) -> bool:
+        return checkpoint is not None and is_sharded_checkpoint(Path(checkpoint)) != self.is_fsdp_enabled
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is not None and self._is_of_other_layout(resume_from_checkpoint):
+            self.read_weights(Path(resume_from_checkpoint))
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._is_of_other_layout(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._is_of_other_layout(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.model, self.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        before = read_launch(Path(self.args.output_dir))
+        if checkpoint is None or before is None or before.processes == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+        else:  # a new one: the saved ones belong to other processes, and that of the beginning has been used
+            set_seed(hash_seed(self.args.seed, self.args.process_index, self.state.global_step) & 0x7FFFFFFF)
 
     def save_batch(self, folder: Path, rows: Sequence[Mapping[str, object]]) -> Path:
         """Write the rows that an error names, or else the micro-batches of this step: as text, and their tensors.
@@ -66,7 +107,7 @@ def _token_rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
     return batch["input_ids"].tolist() if "input_ids" in batch else []
 
 
-class StageSFTTrainer(KeepsBatches, SFTTrainer):
+class StageSFTTrainer(InStage, SFTTrainer):
     """`trl.SFTTrainer` in a stage: demonstrations in which somebody typed a special token are encoded here, as words."""
 
     def _prepare_dataset(
@@ -90,25 +131,29 @@ class StageSFTTrainer(KeepsBatches, SFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, *others)
 
 
-class StagePairRewardTrainer(KeepsBatches, PairRewardTrainer):
+class StagePairRewardTrainer(InStage, PairRewardTrainer):
     """`PairRewardTrainer` in a stage, or for a member of a vote."""
 
 
-class StageContrastiveRewardTrainer(KeepsBatches, ContrastiveRewardTrainer):
+class StageContrastiveRewardTrainer(InStage, ContrastiveRewardTrainer):
     """`ContrastiveRewardTrainer` in a stage."""
 
 
-class StageMetaRewardTrainer(KeepsBatches, MetaRewardTrainer):
+class StageMetaRewardTrainer(InStage, MetaRewardTrainer):
     """`MetaRewardTrainer` in a stage."""
 
 
-class StageRankingRewardTrainer(KeepsBatches, RankingRewardTrainer):
+class StageRankingRewardTrainer(InStage, RankingRewardTrainer):
     """`RankingRewardTrainer` in a stage."""
 
 
-class StageAttributeRewardTrainer(KeepsBatches, AttributeRewardTrainer):
+class StageAttributeRewardTrainer(InStage, AttributeRewardTrainer):
     """`AttributeRewardTrainer` in a stage."""
 
 
-class StagePPOTrainer(KeepsBatches, PPOTrainer):
+class StagePPOTrainer(InStage, PPOTrainer):
     """`PPOTrainer` in a stage."""
+
+    def read_weights(self, checkpoint: Path) -> None:
+        """Read policy, critic and PPO's memory."""
+        read_checkpoint(self, checkpoint, self.model)

@@ -16,7 +16,7 @@ from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig
 
-from rlhf.errors import TrainingError
+from rlhf.errors import OtherProcessError, TrainingError
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import CheckBook, CheckEntry
 from rlhf.invariants.tensors import nothing_lost
@@ -35,9 +35,10 @@ from rlhf.pipeline.callbacks import (
     drop_torn_line,
 )
 from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.launch import Launch, accumulation_as_before, read_launch
 from rlhf.pipeline.precision import resolve_bf16, warn_of_4_bit
 from rlhf.pipeline.store import CHECKPOINTS, METRICS, newest_checkpoint, read_seconds
-from rlhf.pipeline.trainers import KeepsBatches
+from rlhf.pipeline.trainers import InStage
 from rlhf.progress import Work, a_line_a_minute
 from rlhf.recipe.schema import trl_keys
 
@@ -67,7 +68,11 @@ def training_arguments(config_class: type[Config], settings: Mapping[str, Any], 
     """Build the trainer's configuration: the recipe's keys over a few defaults of the pipeline.
 
     Checkpoints are written five times a stage; without an accelerator, training is in float32 on the CPU; a loss that
-    is not finite is shown rather than smoothed over.
+    is not finite is shown rather than smoothed over. A stage that was begun by another number of processes keeps the
+    size of its steps.
+
+    Raises:
+        UserError: these processes can't share such steps.
     """
     defaults: dict[str, Any] = {
         "save_strategy": "steps",
@@ -80,7 +85,10 @@ def training_arguments(config_class: type[Config], settings: Mapping[str, Any], 
     }
     if not torch.cuda.is_available():
         defaults |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    return config_class(output_dir=str(folder / CHECKPOINTS), seed=seed, **{**defaults, **resolve_bf16(settings)})
+    keys = {**defaults, **resolve_bf16(settings)}
+    accumulation = accumulation_as_before(folder / CHECKPOINTS, keys.get("gradient_accumulation_steps", 1))
+    keys["gradient_accumulation_steps"] = accumulation
+    return config_class(output_dir=str(folder / CHECKPOINTS), seed=seed, **keys)
 
 
 def evaluation_rows(file: Path, args: TrainingArguments, limit: int) -> Dataset | None:
@@ -93,9 +101,7 @@ def evaluation_rows(file: Path, args: TrainingArguments, limit: int) -> Dataset 
     )
 
 
-def train(
-    trainer: KeepsBatches, folder: Path, *, label: str, say: Callable[[str], None], stop_at: StopAt = "step"
-) -> None:
+def train(trainer: InStage, folder: Path, *, label: str, say: Callable[[str], None], stop_at: StopAt = "step") -> None:
     """Train to the end, from the newest whole checkpoint if an earlier attempt left one.
 
     Args:
@@ -124,19 +130,34 @@ def train(
     work = Work(label)
     trainer.add_callback(ProgressLines(work) if trainer.args.disable_tqdm else Progress(label))
     if checkpoint is not None:
-        say(f"{label}: goes on from {checkpoint.name}")
+        say(f"{label}: goes on from {checkpoint.name}{_with_other_processes(trainer)}")
     trainer.add_callback(StopOnSignal(trainer, stop_at))
     trainer.add_callback(FiniteGradients(label))
     try:
         with a_line_a_minute(work), interrupt.patience():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except OtherProcessError:  # which has the batch
+        raise
     except TrainingError as error:
         if trainer.is_world_process_zero():
             raise TrainingError(f"{error} The batch: {trainer.save_batch(folder, error.rows)}") from error
         raise
 
 
-def save_trained(trainer: KeepsBatches, folder: Path) -> bool:
+def _with_other_processes(trainer: InStage) -> str:
+    """Say how steps are shared out now, where a checkpoint was written by another number of processes; else nothing."""
+    now = Launch(trainer.args.world_size, trainer.args.gradient_accumulation_steps)
+    before = read_launch(Path(trainer.args.output_dir))
+    if before is None or before == now:
+        return ""
+    now_there_are, there_were = (f"{n} process{'es' if n > 1 else ''}" for n in (now.processes, before.processes))
+    return (
+        f", which {there_were} wrote, with {now_there_are}: each makes {now.accumulation} micro-batches of a step instead of "
+        f"{before.accumulation}, so steps are of the same rows"
+    )
+
+
+def save_trained(trainer: InStage, folder: Path) -> bool:
     """Write what was trained as an ordinary folder, and tell whether this process is the one that did.
 
     Every process must call it: where the model is sharded, each has a part of it.

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rlhf.ppo.checks import require_reference
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.processes import whole_roles
+from rlhf.ppo.processes import shard_frozen_roles, whole_roles
 from rlhf.ppo.rollout import MicroBatch, Rollout, shuffled_minibatches
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def update(trainer: "PPOTrainer", rollout: Rollout) -> dict[str, float]:
     if trainer.optimizer is None:
         trainer.create_optimizer()
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        shard_frozen_roles(trainer)
     index = trainer.state.global_step // trainer.args.steps_per_rollout
     for micro_batches in steps_of(rollout, trainer.args, index):
         tokens = trainer._get_num_items_in_batch(micro_batches, trainer.accelerator.device)
@@ -73,7 +74,7 @@ def update(trainer: "PPOTrainer", rollout: Rollout) -> dict[str, float]:
 
 
 class EndOfRollout(TrainerCallback):
-    """Move what the Trainer wants to do after a step (log, evaluate, save) to the end of the rollout.
+    """Move what the Trainer wants to do after a step (log, evaluate, save) to the end of the rollout; look after frozen roles.
 
     In the middle of a rollout a checkpoint could not be resumed: the experience is not part of it.
     """
@@ -95,6 +96,10 @@ class EndOfRollout(TrainerCallback):
             self.wanted[name] = False
         if self.trainer.stopped is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_train_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Shard what is not trained, as what is trained has just been."""
+        shard_frozen_roles(self.trainer)
 
     def on_train_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Require that the reference is still what it was."""

@@ -1,16 +1,15 @@
-"""What several processes do together: means and variances over all of them, whole weights, stopping where one of them fails."""
+"""What several processes do together: means and variances over all, weights in shards and whole, stopping where one fails."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
 
-from rlhf.errors import TrainingError
-from rlhf.models.sharding import is_sharded, unsharded
+from rlhf.errors import OtherProcessError
+from rlhf.models.sharding import shard_frozen, unsharded
 from rlhf.objectives.masked import masked_sums, mean_and_variance
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def run_or_stop_all(
     """Return what a procedure returns; where it fails on one process, stop all of them instead of waiting for that one.
 
     Raises:
-        TrainingError: another process failed; on that one, what it raised.
+        OtherProcessError: another process failed; on that one, what it raised.
     """
     results: list[Result] = []
     failure: Exception | None = None
@@ -54,16 +53,27 @@ def run_or_stop_all(
     if failure is not None:
         raise failure
     if failed > 0:
-        raise TrainingError("ppo: another process stopped (its error says why); nothing was updated.")
+        raise OtherProcessError("ppo: another process stopped (its error says why); nothing was updated.")
     return results[0]
+
+
+def shard_frozen_roles(trainer: "PPOTrainer") -> None:
+    """Shard the reference and the reward models that are models of their own, where policy and critic are sharded.
+
+    A reference computes in the policy's dtype, since their log-probabilities are compared; scores stay in the dtype in
+    which a reward model was measured.
+    """
+    shard_frozen(trainer, trainer.reference.model, mixed_precision=True)
+    for model in trainer.rewards.models:
+        shard_frozen(trainer, model, mixed_precision=False)
 
 
 @contextmanager
 def whole_roles(trainer: "PPOTrainer") -> Iterator[None]:
-    """Hold policy and critic whole on every process for a while, where they are sharded; all processes come together."""
+    """Hold all roles whole on every process for a while, where they are sharded; all processes come together."""
     container = trainer.accelerator.unwrap_model(trainer.model)
-    if is_sharded(container) and not container.was_entered:
-        register_fsdp_forward_method(container, "enter")
-        container.enter()
-    with unsharded(container):
+    frozen = [trainer.reference.model, *trainer.rewards.models]
+    with ExitStack() as stack:
+        for model in (container, *frozen):
+            stack.enter_context(unsharded(model))
         yield

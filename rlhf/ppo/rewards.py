@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Message, Messages, Prompt
@@ -171,6 +171,11 @@ class Rewards:
 
     def _scale(self, source: RewardSource) -> tuple[float, float]:
         return source.scale if self.args.normalize_reward else (0.0, 1.0)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Return the networks of the sources that are reward models."""
+        return [source.function.model for source in self.sources if isinstance(source.function, RewardModel)]
 
     def to(self, device: torch.device) -> None:
         """Move the sources that have weights to a device."""

@@ -104,7 +104,6 @@ class PolicyAndCritic(nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
         self.value_mean, self.value_std = value_mean, value_std
-        self.was_entered = False
 
     @property
     def config(self) -> PretrainedConfig:
@@ -121,10 +120,6 @@ class PolicyAndCritic(nn.Module):
         """Return the names of the layers that FSDP shards one by one: those of both roles."""
         layers = (getattr(part, "_no_split_modules", None) or () for part in (self.policy, self.critic))
         return sorted({name for names in layers for name in names})
-
-    def enter(self) -> None:
-        """Do nothing but say so: FSDP2 wants a module's forward, or a method registered as one, to run before its parts do."""
-        self.was_entered = True
 
     def role_parameters(self, role: str) -> list[nn.Parameter]:
         """Return the parameters that are trained for a role."""

@@ -61,16 +61,14 @@ def policy_and_tokenizer(
     return model, processing_class
 
 
-def check_parallelism(args: PPOConfig, *, fsdp: bool, deepspeed: bool) -> None:
+def check_parallelism(args: PPOConfig, *, fsdp: bool) -> None:
     """Refuse ways of using several GPUs under which something is wrong or was never tried.
 
     Raises:
-        UserError: one process sees several GPUs; DeepSpeed; FSDP together with what writes into whole weights or reads them.
+        UserError: one process sees several GPUs; FSDP together with what writes into whole weights or reads them.
     """
     if args.n_gpu > 1:
         raise UserError("ppo: several GPUs are visible to one process; launch with `torchrun` or `accelerate launch`.")
-    if deepspeed:
-        raise UserError("ppo: DeepSpeed is not supported; use FSDP2, or data parallelism with LoRA and 4-bit weights.")
     asked = {
         "reference_mixup": args.reference_mixup > 0,
         "ptx_coef": args.ptx_coef > 0,

@@ -153,7 +153,7 @@ class PPOTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_parallelism(args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
+        check_parallelism(args, fsdp=self.is_fsdp_enabled)
         check_sharding(self, stage="ppo")
         self.add_callback(EndOfRollout(self))
         self.demonstrations = read_demonstrations(

@@ -110,8 +110,6 @@ class MetaRewardTrainer(ContrastiveRewardTrainer):
         **arguments: Any,
     ):
         super().__init__(model, args, extra=extra, **arguments)
-        if self.is_deepspeed_enabled:
-            raise UserError("reward.meta: DeepSpeed does not give ∇J by itself; use FSDP2 or data parallelism.")
         check_sharding(self, stage="reward.meta")
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError("reward.meta: reentrant checkpointing can't give ∇J; set use_reentrant to false.")

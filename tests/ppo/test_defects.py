@@ -143,7 +143,7 @@ def test_the_reward_model_may_have_another_tokenizer(
 @pytest.mark.parametrize(
     ("sharding", "settings", "sentence"),
     [
-        ("is_deepspeed_enabled", {}, "DeepSpeed is not supported; use FSDP2"),
+        ("is_deepspeed_enabled", {}, "ppo: DeepSpeed is not supported.*take FSDP2"),
         ("is_fsdp_enabled", {"reference_mixup": 0.1}, "reference_mixup does not work with FSDP yet"),
     ],
 )
