@@ -133,6 +133,9 @@ def test_models_on_a_trunk_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None
     whole = costs.estimate(PairWork(**vars(PAIRS) | shape))
     above = costs.estimate(PairWork(**vars(PAIRS) | shape | {"top_layers": 1}))
     assert (above.rows, above.tokens, above.steps) == (whole.rows, whole.tokens, whole.steps)
+    monkeypatch.setattr(Slices, "peak", lambda *_, **__: 0.0)
+    member = estimator().estimate(PairWork(**vars(PAIRS) | shape | {"top_layers": 1})).memory
+    assert member.activations == TRAINED * 4 * LAYER, "the layers of the member that is being trained"
     all_batches, batches, epochs = 13, 10, 2
     assert above.seconds == pytest.approx(3.0 * (2 / 3 * all_batches + 4 / 3 * (epochs * batches * 3 + 50 / 16)))
 

@@ -7,8 +7,11 @@ import pytest
 
 from rlhf.cost.estimate import ONE_PROCESS, Estimate
 from rlhf.cost.memory import Memory, Processes
+from rlhf.cost.sizes import Sizes
+from rlhf.cost.work import PpoWork
 from rlhf.errors import UserError
-from rlhf.pipeline.estimate import _evaluation_note, _notes_of_processes, estimate, section_training
+from rlhf.pipeline.estimate import _evaluation_note, _notes_of_processes, estimate, section_training, work_of
+from rlhf.pipeline.plan import plan
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
 from tests.pipeline.test_run import RECIPE
@@ -93,6 +96,21 @@ def test_what_several_processes_can_not_divide_is_said(tmp_path: Path) -> None:
     assert trunk.startswith("vote.trunk: ")
     assert bits.startswith("load_in_4bit: FSDP2 leaves 4-bit weights whole")
     assert len(_notes_of_processes(recipe, Processes(4, "ddp"), [], training)) == 1
+
+
+def test_rollouts_are_shared_out(tmp_path: Path) -> None:
+    """640 episodes in rollouts of 32 are 20 by one process, and 5 each, of the same size, by four."""
+    text = "name: n\nbackbone: {model: a/b}\ndata: {preferences: a/b}\n"
+    text += "ppo: {total_episodes: 640, per_device_train_batch_size: 32, num_mini_batches: 1}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    args = section_training(recipe)["ppo"].args
+    stage = next(stage for stage in plan(recipe) if stage.name == "ppo")
+    sizes = Sizes({"prompts": 100}, prompts=[1], answers=[1], demonstrations=[])
+    for count, rollouts in ((1, 20), (4, 5)):
+        work = work_of(stage, recipe, sizes, args, count)
+        assert isinstance(work, PpoWork)
+        assert work.rollouts == rollouts
 
 
 def test_data_on_a_hub_are_not_downloaded(base_folder: Path, tmp_path: Path) -> None:
