@@ -14,8 +14,9 @@ the pairs of least loss under the other; the share kept falls over the first epo
 
 `clean_1132` and `clean_1500` know as large a share of the true labels as 1,132 and 1,500 of 6,000, and nothing of the other
 pairs; each is trained for 4, 8 and 16 epochs, and the best of the three on these seeds counts (`clean_equivalent`), so that it
-is rather too good. `efficiency` is (posterior - bt) / (clean_1500 - bt), without an interval, as the divisor may be 0. Intervals are bootstraps over seeds and test pairs of
-paired differences. Finished parts are kept beside FILE, in second_look.py's names, so that either goes on with the other's.
+is rather too good. `efficiency` is (posterior - bt) / (clean_1500 - bt), without an interval, as the divisor may be 0. Intervals
+are bootstraps over seeds and test pairs of paired differences. Finished parts are kept beside FILE, in second_look.py's names,
+so that either goes on with the other's.
 """
 
 import argparse
