@@ -14,8 +14,9 @@ the pairs of least loss under the other; the share kept falls over the first epo
 
 `clean_1132` and `clean_1500` know as large a share of the true labels as 1,132 and 1,500 of 6,000, and nothing of the other
 pairs; each is trained for 4, 8 and 16 epochs, and the best of the three on these seeds counts (`clean_equivalent`), so that it
-is rather too good. `efficiency` is (posterior - bt) / (clean_1500 - bt). Intervals are bootstraps over seeds and test pairs of
-paired differences. Finished parts are kept beside FILE, in second_look.py's names, so that either goes on with the other's.
+is rather too good. `efficiency` is (posterior - bt) / (clean_1500 - bt), without an interval, as the divisor may be 0. Intervals
+are bootstraps over seeds and test pairs of paired differences. Finished parts are kept beside FILE, in second_look.py's names,
+so that either goes on with the other's.
 """
 
 import argparse
@@ -180,13 +181,12 @@ def main() -> None:
     def share(means: dict[str, float], way: str, whole: str) -> float:
         return (means[way] - means["bt"]) / (means[whole] - means["bt"])
 
-    def with_interval(way: str, whole: str) -> list[float]:
-        return [share(mean, way, whole), *percentiles([share(d, way, whole) for d in draws])]
-
     found: dict[str, Any] = {
         "seeds": seeds,
         "accuracy": {way: [mean[way], *percentiles([d[way] for d in draws])] for way in ways},
-        "gap_closed": {way: with_interval(way, "clean") for way in ways},
+        "gap_closed": {
+            way: [share(mean, way, "clean"), *percentiles([share(d, way, "clean") for d in draws])] for way in ways
+        },
         "above": {
             way: [mean["posterior"] - mean[way], *percentiles([d["posterior"] - d[way] for d in draws])]
             for way in ways
@@ -203,7 +203,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     best = found["clean_equivalent"]["1500"]
-    found["efficiency"] = None if best is None else with_interval("posterior", best)
+    found["efficiency"] = None if best is None else share(mean, "posterior", best)
     arguments.json.write_text(json.dumps(found, indent=1))
 
     # 3. The table.
