@@ -168,9 +168,15 @@ def test_a_member_is_a_reward_model_like_any_other(
     assert next(row for row in trainer.state.log_history if "reward_proxy" in row)["episodes"] == 8
 
 
-def test_metarm_is_refused_beside_a_head_of_another_kind(base_folder: Path, tmp_path: Path) -> None:
-    write(tmp_path, base_folder, "text", more=", meta: true")
-    refused = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "reward.meta: MetaRM goes with the contrastive terms, and extra is text" in refused.stderr
-    assert not (tmp_path / "x").exists()
+def test_what_a_term_can_not_do_is_refused_before_anything_is_made(
+    base_folder: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    for model, more, sentence in (
+        (base_folder, ", meta: true", "reward.meta: MetaRM goes with the contrastive terms, and extra is text"),
+        (encoder_folder, "", "is an encoder, which writes no text; leave reward.extra: text out."),
+    ):
+        write(tmp_path, model, "text", more)
+        refused = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path)
+        assert refused.returncode == 2
+        assert sentence in refused.stderr
+        assert not (tmp_path / "x").exists()
