@@ -20,7 +20,7 @@ def self_certainty(log_softmax: Tensor) -> Tensor:
     Returns:
         [...] nats, 0 or more.
 
-    Reference: arXiv:2505.19590 eq. 4 (its mean over an answer's tokens: `spread_mean`).
+    Reference: arXiv:2505.19590 eq. 4 (its mean over an answer's tokens: `mean_over_tokens`).
 
     >>> self_certainty(torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log())
     tensor([0.0000, 0.5108])
@@ -46,17 +46,19 @@ def novelty(logprobs_reference: Tensor) -> Tensor:
     return -logprobs_reference
 
 
-def spread_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return rewards of tokens whose sum over an answer is the mean of the values over its tokens, [b, r].
+def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of values over each answer's tokens, [b]: a reward of whole answers, to stand at their last token.
 
-    A mean, for a sum of numbers above 0 would pay for length. An answer without tokens gets nothing.
+    A mean, for a sum of numbers above 0 would pay for length. It must not be spread over the tokens either: a token's share
+    would depend on how long the answer becomes, and PPO credits a token with what comes after it alone, so going on would be
+    paid and ending would not. An answer without tokens gets 0.
 
     Args:
         values: [b, r].
         mask: [b, r] 1 on the answer's tokens.
 
-    >>> spread_mean(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]]))
-    tensor([[0.5000, 1.5000, 0.0000]])
+    >>> mean_over_tokens(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]]))
+    tensor([2.])
     """
     kept = torch.where(mask.bool(), values, torch.zeros_like(values))
-    return kept / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return kept.sum(dim=1) / mask.sum(dim=1).clamp(min=1)

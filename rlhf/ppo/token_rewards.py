@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf.models.generate import Completions
 from rlhf.objectives.advantage import token_rewards
 from rlhf.objectives.adversarial import fit_discriminator
-from rlhf.objectives.intrinsic import novelty, spread_mean
+from rlhf.objectives.intrinsic import mean_over_tokens, novelty
 from rlhf.objectives.shaping import shaping_rewards
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import PromptRow
@@ -27,19 +27,22 @@ def own_token_rewards(
     logprobs_reference: Tensor,
 ) -> Tensor:
     """Return what the settings ask for beside the sources' rewards, [b, r]: 0 where that is nothing."""
+    # 1. Of whole answers, at their last tokens.
     args, mask = trainer.args, completions.response_mask
-    rewards = torch.zeros(mask.shape, device=mask.device)
+    at_end = torch.zeros(len(mask), device=mask.device)
+    if args.self_certainty_coef > 0:
+        certainty = mean_over_tokens(outputs.certainty, mask)
+        trainer.metrics.count("self_certainty", certainty.sum(), len(mask))
+        at_end += args.self_certainty_coef * certainty
+    if args.novelty_coef > 0:
+        at_end += args.novelty_coef * mean_over_tokens(novelty(logprobs_reference), mask)
+    if args.adversarial_coef > 0:
+        at_end += args.adversarial_coef * _like_demonstrations(trainer, rows, completions).to(mask.device)
+    rewards = token_rewards(at_end, torch.zeros_like(logprobs_reference), mask, kl_coef=0.0)
+
+    # 2. Of single tokens.
     if args.shaping_coef > 0:
         rewards += args.shaping_coef * shaping_rewards(_potentials(trainer, rows, completions), mask, gamma=args.gamma)
-    if args.self_certainty_coef > 0:
-        certainty = spread_mean(outputs.certainty, mask)
-        trainer.metrics.count("self_certainty", certainty.sum(), len(mask))
-        rewards += args.self_certainty_coef * certainty
-    if args.novelty_coef > 0:
-        rewards += args.novelty_coef * spread_mean(novelty(logprobs_reference), mask)
-    if args.adversarial_coef > 0:
-        log_odds = args.adversarial_coef * _like_demonstrations(trainer, rows, completions).to(mask.device)
-        rewards += token_rewards(log_odds, torch.zeros_like(rewards), mask, kl_coef=0.0)
     return rewards
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import kl_div
 
 from rlhf.models.logprobs import token_surprise
 from rlhf.objectives import intrinsic
+from rlhf.objectives.advantage import token_rewards
 
 LOGITS = 3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).double()
 
@@ -53,16 +54,25 @@ def test_novelty_has_its_optimum_at_the_reference_of_another_temperature(ratio: 
         assert objective(optimum + 0.1 * row) < objective(optimum)
 
 
-def test_the_mean_over_tokens_is_spread_over_them() -> None:
-    values, mask = (
-        torch.tensor([[1.0, 3.0, 9.0], [2.0, float("nan"), 9.0], [5.0, 5.0, 5.0]]),
-        torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]),
-    )
-    spread = intrinsic.spread_mean(values, mask)
-    assert spread.sum(dim=1).tolist() == [2.0, 2.0, 0.0]
-    assert (spread[mask == 0] == 0).all()
-    twice = intrinsic.spread_mean(values[:1, :2].repeat(1, 2), torch.ones(1, 4))
-    assert twice.sum().item() == 2.0, "twice as long is worth the same"
+def test_the_mean_is_over_the_answers_own_tokens() -> None:
+    values = torch.tensor([[1.0, 3.0, 9.0], [2.0, float("nan"), 9.0], [5.0, 5.0, 5.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    assert intrinsic.mean_over_tokens(values, mask).tolist() == [2.0, 2.0, 0.0]
+    twice = intrinsic.mean_over_tokens(values[:1, :2].repeat(1, 2), torch.ones(1, 4))
+    assert twice.tolist() == [2.0], "twice as long is worth the same"
+
+
+def test_a_mean_at_the_end_has_the_gradient_of_its_expectation_and_a_spread_one_has_not() -> None:
+    """After a first token the policy ends (p) or goes on: dJ/dp against what reward-to-go credits the two choices with."""
+    values, mask = torch.tensor([[4.0, 1.0, 0.0], [4.0, 1.5, 2.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    means = intrinsic.mean_over_tokens(values, mask)
+    gradient = (means[0] - means[1]).item()  # of J = p · mean of the short answer + (1 - p) · mean of the long one
+    at_end = token_rewards(means, torch.zeros(2, 3), mask, kl_coef=0.0)
+    spread = values * mask / mask.sum(dim=1, keepdim=True)
+    credited = {name: rewards[:, 1:].sum(dim=1) for name, rewards in (("end", at_end), ("spread", spread))}
+    assert (credited["end"][0] - credited["end"][1]).item() == pytest.approx(gradient)
+    assert gradient == pytest.approx(0.0, abs=1e-6)
+    assert (credited["spread"][0] - credited["spread"][1]).item() < -0.5, "a spread mean pays for going on"
 
 
 def reversed_kl(log_softmax: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ def test_self_certainty_and_novelty_are_those_of_plain_transformers(
         trainer, _ = make(base_folder, str(reward_folder), cpu_arguments, **QUIET, temperature=0.8, **{name: 2.0})
         experience, _, ids = answers(trainer)
         found[name] = experience.dense.sum(dim=1).tolist()
+        last = experience.response_mask.sum(dim=1, keepdim=True) - 1
+        assert experience.dense.gather(1, last).squeeze(1).tolist() == found[name], "at the last token alone"
     model, mask = AutoModelForCausalLM.from_pretrained(base_folder).eval(), experience.attention_mask.bool()
     for row, tokens in enumerate(ids):
         whole = experience.input_ids[row][mask[row]]
