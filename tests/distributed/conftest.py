@@ -164,7 +164,10 @@ def run_all(folder: Path) -> Launch:
     for file in folder.glob("re*-*"):  # of the killed command
         file.unlink()
     launched = start(folder, COMMANDS)
-    code = launched.wait(timeout=280)
+    try:
+        code = launched.wait(timeout=280)
+    finally:
+        launched.terminate()
     (folder / "seconds").write_text(str(seconds))
     assert code == 0, (folder / "log").read_text()[-3000:]
     return Launch(folder, seconds)
