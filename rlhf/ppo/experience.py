@@ -137,7 +137,7 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
 def _forward_in_parts(
     trainer: "PPOTrainer", input_ids: Tensor, attention_mask: Tensor, mask: Tensor
 ) -> tuple[TokenOutputs, Tensor, Tensor]:
-    """Run policy, critic and reference, [b, r] each; rows of like length together, so that little is padding.
+    """Run policy, critic and reference, [b, r] each; rows of like length together, of which a decoder that can't pack gains.
 
     Returns:
         Outputs of policy and critic, the reference's log-probabilities, and the policy's expected counts of tokens in
