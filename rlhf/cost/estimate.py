@@ -10,13 +10,12 @@ import resource
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rlhf.cost.batches import BATCHES, longest_of, mean_shape, stretches_of
+from rlhf.cost.batches import BATCHES, Scoring, longest_of, mean_shape, stretches_of
 from rlhf.cost.memory import (
     MOMENTS,
     Memory,
@@ -25,6 +24,7 @@ from rlhf.cost.memory import (
     adapter_of,
     exchanged_in_rollouts,
     exchanged_in_training,
+    largest,
     role_of,
 )
 from rlhf.cost.sizes import PairTokens, Sizes
@@ -300,7 +300,7 @@ class Estimator:
             self._seconds[key] = self._slices_of("ppo", True).seconds_of_sampling(rows, self.prompt, stretches)
         return self._seconds[key] * answers / rows
 
-    def _scoring(self, section: Section, texts: float, lengths: Sequence[int]) -> "Scoring":
+    def _scoring(self, section: Section, texts: float, lengths: Sequence[int]) -> Scoring:
         """Return the cost of scoring texts of such lengths in tokens, in batches of like length, each padded to its longest."""
         count = math.ceil(texts)
         if count == 0:
@@ -394,15 +394,3 @@ class Estimator:
         width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         size = torch.tensor([], dtype=text.dtype or torch.float32).element_size()
         return 2.0 * rows * (self.longest_prompt + self.longest_answer) * text.num_hidden_layers * width * size
-
-
-def largest(memories: Sequence[Memory]) -> Memory:
-    """Return the largest of the moments of a stage."""
-    return max(memories, key=lambda memory: memory.bytes)
-
-
-class Scoring(NamedTuple):
-    """Cost of scoring some texts: seconds, and the bytes of the largest batch beside the weights."""
-
-    seconds: float
-    bytes: float

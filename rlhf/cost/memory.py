@@ -8,6 +8,7 @@ Of n processes each holds, in bytes:
 Activations, logits among them, are those of a process's own rows, so they don't divide.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -133,6 +134,11 @@ class Memory:
         gradients = sum(share.gradients for share in self.shares)
         changing = gradients + self.activations if self.accumulates else max(gradients, self.activations)
         return self.process + sum(share.weights + share.moments for share in self.shares) + self.exchanged + changing
+
+
+def largest(memories: Sequence[Memory]) -> Memory:
+    """Return the largest of the moments of a stage."""
+    return max(memories, key=lambda memory: memory.bytes)
 
 
 def exchanged_in_training(roles: tuple[Role, ...], processes: Processes) -> float:
