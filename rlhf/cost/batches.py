@@ -4,12 +4,20 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rlhf.cost.slices import Shape
 from rlhf.models.generate import STRETCH
 from rlhf.models.packing import balanced_rows
 
 BATCHES = 200  # drawn to learn what a batch is like
+
+
+class Scoring(NamedTuple):
+    """Cost of scoring some texts: seconds, and the bytes of the largest batch beside the weights."""
+
+    seconds: float
+    bytes: float
 
 
 def mean_shape(shapes: Sequence[Shape]) -> Shape:

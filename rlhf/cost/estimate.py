@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rlhf.cost.batches import BATCHES, longest_of, mean_shape, stretches_of, unpadded_shapes
+from rlhf.cost.batches import BATCHES, Scoring, longest_of, mean_shape, stretches_of, unpadded_shapes
 from rlhf.cost.memory import (
     MOMENTS,
     Memory,
@@ -28,7 +28,7 @@ from rlhf.cost.memory import (
     role_of,
 )
 from rlhf.cost.sizes import PairTokens, Sizes
-from rlhf.cost.slices import Scoring, Shape, Slices, slices
+from rlhf.cost.slices import Shape, Slices, slices
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.models.batching import TOKENS_TOGETHER
 from rlhf.models.load import adapter_settings
@@ -302,7 +302,7 @@ class Estimator:
             self._seconds[key] = self._slices_of("ppo", True).seconds_of_sampling(rows, self.prompt, stretches)
         return self._seconds[key] * answers / rows
 
-    def _scoring(self, section: Section, texts: float, lengths: Sequence[int]) -> "Scoring":
+    def _scoring(self, section: Section, texts: float, lengths: Sequence[int]) -> Scoring:
         """Return the cost of scoring texts of such lengths in tokens, in batches of like length, each padded to its longest."""
         count = math.ceil(texts)
         if count == 0:

@@ -136,6 +136,11 @@ class Memory:
         return self.process + sum(share.weights + share.moments for share in self.shares) + self.exchanged + changing
 
 
+def largest(memories: Sequence[Memory]) -> Memory:
+    """Return the largest of the moments of a stage."""
+    return max(memories, key=lambda memory: memory.bytes)
+
+
 def exchanged_in_training(roles: tuple[Role, ...], processes: Processes) -> float:
     """Return the bytes that processes exchange, at most, while the roles are trained.
 
@@ -164,8 +169,3 @@ def exchanged_in_rollouts(roles: tuple[Role, ...], processes: Processes) -> floa
     45.0
     """
     return sum(role.weights - role.quantised for role in roles) if processes.parts > 1 else 0.0
-
-
-def largest(memories: Sequence[Memory]) -> Memory:
-    """Return the largest of the moments of a stage."""
-    return max(memories, key=lambda memory: memory.bytes)

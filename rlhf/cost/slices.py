@@ -67,14 +67,6 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """Cost of scoring some texts: seconds, and the bytes of the largest batch beside the weights."""
-
-    seconds: float
-    bytes: float
-
-
-@dataclass(frozen=True)
 class Slices:
     """A model of one layer and one of two, with random weights of the shape that a stage trains.
 
