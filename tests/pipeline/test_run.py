@@ -273,7 +273,8 @@ def test_a_finished_file_that_changed_is_refused_by_name(finished: Path, tmp_pat
         file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
     assert result.returncode == 2
-    assert "round-1/evaluate: Since their stage was done: x/round-1/ppo/model/model.safetensors" in result.stderr
+    before = {"replaced": "round-1/evaluate: Since their stage was done: ", "missing": "x: of finished stages, "}
+    assert f"{before[damage]}x/round-1/ppo/model/model.safetensors" in result.stderr
     assert "Traceback" not in result.stderr
 
 
