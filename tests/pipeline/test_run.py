@@ -685,6 +685,7 @@ def test_experts_that_were_trained_are_not_trained_again(tmp_path: Path) -> None
     wait_for(lambda: list(second.glob("checkpoints/checkpoint-*/*")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert not list(first.glob("checkpoints/checkpoint-*")), "what is trained needs no checkpoints"
     for expert, seconds in ((first, 3000), (second, 400)):
         (expert / "checkpoints/seconds.json").write_text(str(seconds))
     again = rlhf("reward", "e.yaml", "--out", "cut", cwd=tmp_path)
