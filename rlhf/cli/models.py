@@ -131,6 +131,7 @@ def serve_command(
             show_default=False,
         ),
     ],
+    *,
     host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 is everybody, with a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where.")] = 5000,
     token: Annotated[

@@ -273,7 +273,8 @@ def test_a_finished_file_that_changed_is_refused_by_name(finished: Path, tmp_pat
         file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     result = rlhf("run", "r.yaml", "--out", "x", cwd=tmp_path)
     assert result.returncode == 2
-    assert "round-1/evaluate: Since their stage was done: x/round-1/ppo/model/model.safetensors" in result.stderr
+    before = {"replaced": "round-1/evaluate: Since their stage was done: ", "missing": "x: of finished stages, "}
+    assert f"{before[damage]}x/round-1/ppo/model/model.safetensors" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -684,6 +685,7 @@ def test_experts_that_were_trained_are_not_trained_again(tmp_path: Path) -> None
     wait_for(lambda: list(second.glob("checkpoints/checkpoint-*/*")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert not list(first.glob("checkpoints/checkpoint-*")), "what is trained needs no checkpoints"
     for expert, seconds in ((first, 3000), (second, 400)):
         (expert / "checkpoints/seconds.json").write_text(str(seconds))
     again = rlhf("reward", "e.yaml", "--out", "cut", cwd=tmp_path)

@@ -10,7 +10,16 @@ from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.stage_table import STAGES
-from rlhf.pipeline.store import MARK, Stage, Store, mark_checkpoint, newest_checkpoint, write_seconds
+from rlhf.pipeline.store import (
+    MARK,
+    Stage,
+    Store,
+    checkpoints_of,
+    free_checkpoints,
+    mark_checkpoint,
+    newest_checkpoint,
+    write_seconds,
+)
 from rlhf.recipe.document import differences
 
 
@@ -113,6 +122,18 @@ def damage(file: Path, kind: str) -> None:
 
 
 DAMAGES = ["missing", "cut off", "zeros", "empty"]
+
+
+@pytest.mark.fault("disk that nobody needs")
+def test_a_trained_member_gives_up_its_checkpoints_and_no_more(tmp_path: Path) -> None:
+    folder = tmp_path / "member-0/checkpoints"
+    for name in ("checkpoint-4", "checkpoint-12", "checkpoint-final"):
+        (folder / name).mkdir(parents=True)
+    write_seconds(folder, 4.5)
+    assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-12", "checkpoint-4"]
+    free_checkpoints(tmp_path / "member-0")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-final", "seconds.json"]
+    free_checkpoints(tmp_path / "nowhere")
 
 
 @pytest.mark.fault("damaged checkpoint", "checkpoint zeroed")
