@@ -13,11 +13,9 @@ from pydantic_core import ErrorDetails
 from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
 from rlhf.recipe.document import Document, differences, read_document, read_override
+from rlhf.recipe.foreign_keys import REFUSED_KEYS, REFUSED_SCRATCH_KEYS, RENAMED_KEYS
 from rlhf.recipe.ranges import out_of_range
 from rlhf.recipe.schema import (
-    REFUSED_KEYS,
-    REFUSED_SCRATCH_KEYS,
-    RENAMED_KEYS,
     STAGE_SECTIONS,
     Recipe,
     Section,

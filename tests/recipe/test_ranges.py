@@ -9,9 +9,9 @@ from pydantic.fields import FieldInfo
 
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
+from rlhf.recipe.foreign_keys import REFUSED_SCRATCH_KEYS
 from rlhf.recipe.ranges import RANGES, Range
 from rlhf.recipe.schema import (
-    REFUSED_SCRATCH_KEYS,
     STAGE_SECTIONS,
     Recipe,
     stage_keys,
