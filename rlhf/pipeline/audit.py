@@ -207,10 +207,10 @@ def _meter(
         return {
             "reason": "the votes agree with the labels no more than chance, so nothing says what more labels would bring."
         }
-    curves = fit_meter(parts, [plain(pair["prompt"]) for pair in pairs], noise)
+    curves = fit_meter(parts, strength, [plain(pair["prompt"]) for pair in pairs])
     verdicts = budget or max(1, round(LOOKED_AT * len(pairs)))
     right = beliefs(strength, noise, torch.zeros_like(strength))
-    return read_meter(curves, len(pairs), noise, right, verdicts=verdicts, expert_error=EXPERT_ERROR)
+    return read_meter(curves, len(pairs), right, verdicts=verdicts, expert_error=EXPERT_ERROR)
 
 
 def read_audited_rows(source: Source, model: str, compare: Compare) -> tuple[list[Row[Pair]], ReadReport]:

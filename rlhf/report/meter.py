@@ -19,7 +19,7 @@ def meter_sentences(meter: Facts) -> list[str]:
     look = meter["second_look"]
     more = "; ".join(f"{entry['labels']:,} more, {_percent(entry['accuracy'])}" for entry in meter["more"])
     return [
-        f"Meter: {meter['labels']:,} labels, {meter['wrong']:.0%} wrong, worth {_count(meter['worth'])} clean ones.",
+        f"Meter: {meter['labels']:,} labels, {_percent(meter['wrong'])} wrong, worth {_count(meter['worth'])} clean ones.",
         f"A reward model trained on them as these voters are has {_percent(meter['accuracy'])} of such pairs in the true order. "
         f"With labels of the same kind: {more}; however many, {_percent(meter['limit'])}.",
         f"{look['verdicts']:,} expert verdicts on the pairs in most doubt would do what {_count(look['labels'])} more such labels "

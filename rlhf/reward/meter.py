@@ -16,7 +16,6 @@ from rlhf.objectives.learning_curve import (
     mix_curves,
 )
 from rlhf.objectives.second_look import expected_change, worth_in_sure_labels
-from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.vote import Train, VotePlan
 
 PARTS = (0.125, 0.25, 0.5)  # of what a voter trains on, each within the next
@@ -25,9 +24,8 @@ MORE = (0.5, 1.0, 3.0)  # times the labels that there are
 LOOKED_AT = 0.05  # share of the pairs that experts would look at again
 DRAWS = 200
 SCALES = torch.logspace(-1.2, 1.5, 181, dtype=torch.float64)  # of b times the mean |difference|
-STEPS = torch.tensor(
-    [-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64
-)  # deviations of the estimated share of wrong labels
+RATES = torch.linspace(0.0, 0.45, 37, dtype=torch.float64)  # shares of wrong labels, all as likely before the vote
+LEAST_SHARE = 1e-3  # of a rate's probability; what is less likely is left out
 
 
 class Measured(NamedTuple):
@@ -110,22 +108,41 @@ def estimate_accuracies(differences: Tensor, clusters: Sequence[Hashable], flip_
     return table[:, 0], torch.cov(table[:, 1:])
 
 
-def fit_meter(measured: Measured, clusters: Sequence[Hashable], noise: NoiseEstimate) -> Curves:
-    """Return the learning curves that the voters on parts leave possible, for the shares of wrong labels that there may be."""
-    deviation = (noise.fitted - noise.low) / 1.96
-    steps = STEPS if deviation > 0 else STEPS.new_zeros(1)
+def likelihood_of_rates(strength: Tensor, clusters: Sequence[Hashable]) -> Tensor:
+    """Return the log-likelihood of each share of wrong labels in `RATES`, at its best scale of the vote, [r] nats.
+
+    Where no vote is sure, contradictions are as likely the votes' fault as the labels', and all rates are about as likely.
+
+    Args:
+        strength: [n] mean difference of an independent vote, nats.
+        clusters: [n] the prompt of each pair; prompts are counted, not pairs.
+    """
+    values = strength.double()
+    agree = torch.sigmoid(SCALES[:, None] * values / values.abs().mean().clamp(min=1e-12)).clamp(1e-12, 1 - 1e-12)
+    best = [((1 - rate) * agree + rate * (1 - agree)).log().mean(dim=1).max() for rate in RATES]
+    return torch.stack(best) * len(set(clusters))
+
+
+def fit_meter(measured: Measured, strength: Tensor, clusters: Sequence[Hashable]) -> Curves:
+    """Return the learning curves that the voters on parts leave possible, under every share of wrong labels that there may be.
+
+    Args:
+        strength: [n] mean difference of the whole vote, nats.
+        clusters: [n] the prompt of each pair.
+    """
+    shares = torch.softmax(likelihood_of_rates(strength, clusters), dim=0)
+    likely = shares > LEAST_SHARE
     luck = TRAINING_SPREAD**2 / measured.voters * torch.eye(len(measured.sizes), dtype=torch.float64)
     fits = []
-    for rate in (noise.fitted + deviation * steps).clamp(0, 0.49).tolist():
+    for rate in RATES[likely].tolist():
         accuracies, covariance = estimate_accuracies(measured.differences, clusters, rate)
         fits.append(fit_curves(torch.tensor(measured.sizes), accuracies, covariance + luck, flip_rate=rate))
-    return mix_curves(fits, torch.softmax(-0.5 * steps**2, dim=0))
+    return mix_curves(fits, shares[likely] / shares[likely].sum())
 
 
 def read_meter(
     curves: Curves,
     pairs: int,
-    noise: NoiseEstimate,
     right: Tensor,
     *,
     verdicts: int,
@@ -149,7 +166,7 @@ def read_meter(
     instead = adds / worth
     return {
         "labels": pairs,
-        "wrong": noise.fitted,
+        "wrong": list(expect(curves.weight, curves.flip_rate)),
         "worth": list(expect(curves.weight, pairs * worth)),
         "accuracy": list(expect_accuracy(curves, float(pairs))),
         "limit": list(expect(curves.weight, curves.limit)),

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/meter.py --json meter.json --seeds 3,4,5,6,7
 python tests/benchmarks/meter.py --json quick.json --seeds 0 --quick
+python tests/benchmarks/meter.py --json linear.json --seeds 10,11,12,13,14,15,16,17,18,19 --linear
 
 The world, its pairs, flips and members are those of second_look.py, with two epochs. Of a seed's 2,000 pairs, of which a quarter
 is flipped, 1,000 are the labels that there are. The meter sees these alone: five voters out of fold, and 15 more on an eighth,
@@ -12,6 +13,9 @@ Then such members are trained, one each, and measured on 4,000 clean test pairs.
 `error` is predicted minus measured, in points of accuracy; `mean_error` the mean of its size; `coverage` the share of measured
 accuracies inside the predicted 95 % intervals; `width` that of these. `error_of_gain` is of the gain over `0`. Finished parts
 are kept beside FILE, so a killed run goes on.
+
+`--linear` asks the same of linear models on planted features, which train in no time: every seed draws how many features there
+are, how unequal, how much of the true difference they can't express, and whether 10 % or 25 % of 2,000 labels are wrong.
 """
 
 import argparse
@@ -38,7 +42,7 @@ from rlhf.objectives.second_look import expected_change, log_odds_of_verdicts, p
 from rlhf.objectives.strength import vote_strength
 from rlhf.pipeline.looked import beliefs
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.reward.meter import fit_meter, measure_parts, read_meter
+from rlhf.reward.meter import Measured, fit_meter, measure_parts, read_meter
 from rlhf.reward.noise import estimate_noise
 from rlhf.reward.vote import collect_votes, plan_vote
 
@@ -80,6 +84,74 @@ def kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
     return made
 
 
+def predictions(
+    parts: Measured, clusters: list[Any], strength: Tensor, *, wrong: Tensor, seed: int, scale: float
+) -> tuple[dict[str, list[float]], Tensor, float]:
+    """What the meter predicts by way; P(label is right) of the pairs that the experts of `look` see; the estimated noise."""
+    noise = estimate_noise(strength, clusters)
+    right = beliefs(strength, noise, torch.zeros_like(strength))
+    count = round(LOOKED_AT / scale)
+    more = [n / LABELS for n in MORE]
+    curves = fit_meter(parts, strength, clusters)
+    meter = read_meter(curves, len(wrong), right, verdicts=count, expert_error=EXPERT_ERROR, more=more)
+    predicted = {"0": meter["accuracy"], "look": meter["second_look"]["accuracy"]}
+    predicted |= {str(n): entry["accuracy"] for n, entry in zip(MORE, meter["more"], strict=True)}
+    agrees = (torch.rand(len(wrong), generator=torch.Generator().manual_seed(seed)) >= EXPERT_ERROR) != wrong
+    odds = log_odds_of_verdicts(agrees.int(), (~agrees).int(), error_rate=EXPERT_ERROR)
+    after = posterior_of_observations(torch.zeros(len(wrong)), odds, flip_rate=max(noise.fitted, 0.01))
+    looked = expected_change(right, error_rate=EXPERT_ERROR).topk(count).indices
+    sure = torch.full((len(wrong),), torch.nan)
+    sure[looked] = after[looked]
+    return predicted, sure, meter["wrong"][0]
+
+
+def fitted_line(features: Tensor, sure: Tensor | None = None) -> Tensor:
+    """Weights [h] of a linear reward on differences of features [n, h], with a normal prior; `sure` as `trained` takes it."""
+    weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS([weights], max_iter=40, line_search_fn="strong_wolfe")
+    zero = torch.zeros(len(features), dtype=torch.float64)
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        rewards = features @ weights
+        loss = pair_loss(rewards, zero, flip_rate=MEMBER_FLIP_RATE)
+        if sure is not None:
+            loss = torch.where(~sure.isnan(), pair_loss(rewards, zero, confidence=sure.nan_to_num(0.5)), loss)
+        total: Tensor = loss.sum() + 0.5 * weights.square().sum()
+        total.backward()
+        return total
+
+    search.step(closure)
+    return weights.detach()
+
+
+def measured_linear(seed: int) -> dict[str, Any]:
+    """As `measured`, of linear models on planted features."""
+    rng, n = np.random.default_rng(seed), 2 * LABELS
+    width, noise, rate = int(rng.choice([20, 60, 150])), rng.choice([0.0, 1.2]), rng.choice([0.1, 0.25])
+    sizes = np.arange(1, width + 1) ** -rng.choice([0.0, 0.5, 1.0])
+    features = rng.normal(size=(2 * n + TEST, width)) * sizes / np.sqrt((sizes**2).mean())
+    rewards = features @ rng.normal(size=width)
+    rewards = 2 * rewards / rewards.std() + noise * rng.normal(size=len(rewards))
+    right = torch.tensor(features * np.sign(rewards)[:, None])
+    wrong = torch.tensor(rng.random(len(right)) < rate)
+    labelled = torch.where(wrong[:, None], -right, right)
+
+    clusters = list(map(str, range(n)))
+    plan = plan_vote(clusters, members=MEMBERS, folds=FOLDS, in_sample=False, seed=seed)
+
+    def vote(_: int, of: list[int], on: list[int]) -> Tensor:
+        return (labelled[on] @ fitted_line(labelled[of])).float()
+
+    votes = collect_votes(plan, vote)
+    parts, strength = measure_parts(plan, clusters, votes, vote), vote_strength(votes).mean
+    predicted, sure, estimated = predictions(parts, clusters, strength, wrong=wrong[:n], seed=seed, scale=LABELS / n)
+    ways = {way: fitted_line(labelled[: n + 2 * int(way)]) for way in WAYS if way != "look"}
+    ways["look"] = fitted_line(labelled[:n], sure)
+    came = {way: float((right[-TEST:] @ line > 0).double().mean()) for way, line in ways.items()}
+    return {"predicted": predicted, "measured": came, "wrong": estimated}
+
+
 def measured(folder: Path, seed: int, *, quick: bool) -> dict[str, Any]:
     """What the meter predicts of one seed, and what came: by way `predicted` [mean, low, high] and `measured`."""
     file = folder / f"{seed}{'-quick' if quick else ''}.json"
@@ -103,26 +175,13 @@ def measured(folder: Path, seed: int, *, quick: bool) -> dict[str, Any]:
     votes = collect_votes(plan, vote)
     parts = measure_parts(plan, prompts, votes, vote)
     strength = vote_strength(votes).mean
-    noise = estimate_noise(strength, clusters)
 
-    # 2. What the meter predicts.
-    right = beliefs(strength, noise, torch.zeros_like(strength))
-    count = LOOKED_AT // scale
-    curves = fit_meter(parts, clusters, noise)
-    meter = read_meter(
-        curves, len(have), noise, right, verdicts=count, expert_error=EXPERT_ERROR, more=[n / LABELS for n in MORE]
+    # 2. What the meter predicts, and what came.
+    predicted, sure_of_have, estimated = predictions(
+        parts, clusters, strength, wrong=here.wrong[have], seed=seed, scale=scale
     )
-    predicted = {"0": meter["accuracy"], "look": meter["second_look"]["accuracy"]}
-    predicted |= {str(n): entry["accuracy"] for n, entry in zip(MORE, meter["more"], strict=True)}
-
-    # 3. What came.
     sure = torch.full((len(here.rows),), torch.nan)
-    wrong = here.wrong[have]
-    agrees = (torch.rand(len(have), generator=torch.Generator().manual_seed(seed)) >= EXPERT_ERROR) != wrong
-    looked = expected_change(right, error_rate=EXPERT_ERROR).topk(count).indices
-    odds = log_odds_of_verdicts(agrees.int(), (~agrees).int(), error_rate=EXPERT_ERROR)
-    after = posterior_of_observations(torch.zeros(len(have)), odds, flip_rate=max(noise.fitted, 0.01))
-    sure[torch.tensor(have)[looked]] = after[looked]
+    sure[have] = sure_of_have
     came = {}
     for way in WAYS:
         extra = 0 if way == "look" else int(way) // scale
@@ -130,7 +189,7 @@ def measured(folder: Path, seed: int, *, quick: bool) -> dict[str, Any]:
         pairs, belief = order[: len(have) + extra], sure if way == "look" else None
         differences = kept(place, partial(trained, here, pairs, test, 100 * seed + 7, belief))
         came[way] = float((differences > 0).double().mean())
-    result = {"predicted": predicted, "measured": came, "meter": meter, "sizes": parts.sizes}
+    result = {"predicted": predicted, "measured": came, "wrong": estimated}
     file.write_text(json.dumps(result))
     return result
 
@@ -140,12 +199,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="3,4,5,6,7", help="of 0 to 7; 0, 1 and 2 were developed on")
     parser.add_argument("--quick", action="store_true", help="a tenth of the pairs, the first seed")
+    parser.add_argument("--linear", action="store_true", help="linear models on planted features; developed on 0 and 1")
     arguments = parser.parse_args()
     quiet_libraries()
     seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    results = {seed: measured(folder, seed, quick=arguments.quick) for seed in seeds}
+    results = {
+        seed: measured_linear(seed) if arguments.linear else measured(folder, seed, quick=arguments.quick)
+        for seed in seeds
+    }
 
     error = {way: [100 * (r["predicted"][way][0] - r["measured"][way]) for r in results.values()] for way in WAYS}
     gain = {way: [value - now for value, now in zip(error[way], error["0"], strict=True)] for way in WAYS if way != "0"}
@@ -155,7 +218,7 @@ def main() -> None:
     }
     found = {
         "seeds": seeds,
-        "labels": LABELS,
+        "labels": 2 * LABELS if arguments.linear else LABELS,
         "predicted": {way: [r["predicted"][way] for r in results.values()] for way in WAYS},
         "measured": {way: [r["measured"][way] for r in results.values()] for way in WAYS},
         "error": error,
@@ -166,7 +229,7 @@ def main() -> None:
             way: float(np.mean([100 * (r["predicted"][way][2] - r["predicted"][way][1]) for r in results.values()]))
             for way in WAYS
         },
-        "estimated_noise": [r["meter"]["wrong"] for r in results.values()],
+        "estimated_noise": [r["wrong"] for r in results.values()],
         "threads": torch.get_num_threads(),
     }
     arguments.json.write_text(json.dumps(found, indent=1))

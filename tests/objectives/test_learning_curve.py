@@ -72,6 +72,18 @@ def test_intervals_hold_the_truth_and_know_what_is_far() -> None:
     assert np.mean([far > near for near, far in widths]) > 0.9, "what is far from all measurements is less sure"
 
 
+def test_errors_that_go_together_leave_the_gain_known() -> None:
+    """Accuracies of the same pairs err alike: their level is unsure, what more labels add is less so."""
+    truth = accuracy_after(SIZES.double(), torch.tensor(0.85), torch.tensor(150.0))
+    deviations = []
+    for shared in (0.0, 0.95):
+        covariance = 0.02**2 * (shared * torch.ones(4, 4) + (1 - shared) * torch.eye(4)).double()
+        curves = fit_curves(SIZES, truth, covariance, flip_rate=0.0)
+        gain = expect(curves.weight, curves.accuracies(800.0) - curves.accuracies(100.0))
+        deviations.append(gain.high - gain.mean)
+    assert deviations[1] < 0.5 * deviations[0]
+
+
 def test_a_mixture_is_the_mean_of_its_parts() -> None:
     parts = [
         fit_curves(SIZES, torch.full((4,), level), torch.eye(4) * 1e-4, flip_rate=rate)
