@@ -24,9 +24,8 @@ from torch import Tensor
 LIMITS, HALVES = 100, 120  # points of the grid
 POWERS = (0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 WIDEST = 100.0  # k lies within this factor of the most labels that were measured
-TRAINING_SPREAD = (
-    0.01  # deviation of the accuracy between two trainings of one model on the same labels, measured in the lab
-)
+# Deviation of the accuracy between two trainings of one model on the same labels, measured in the lab.
+TRAINING_SPREAD = 0.01
 
 
 def accuracy_of_correlation(correlation: Tensor) -> Tensor:
