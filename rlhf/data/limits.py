@@ -16,9 +16,8 @@ from rlhf.errors import UserError
 MIB = 2**20
 MOST_LINE = 64 * MIB  # bytes of a line (characters of one that comes as text)
 MOST_LEVELS = 200  # of lists and objects within each other
-MOST_RATIO = (
-    200  # of what a compressed file holds to what it takes; texts of people reach 10, and tables of one word 100
-)
+# Of what a compressed file holds to what it takes; texts of people reach 10, and tables of one word 100.
+MOST_RATIO = 200
 RATIO_FROM = 4 * MIB  # small files may be as dense as they like
 MOST_FILE = 1024 * MIB  # of a .json file, which can only be read as one piece
 LOOKED_AT = 64 * 1024  # at the head of a file, for bytes that no text holds

@@ -20,9 +20,8 @@ REQUEST_ID = "X-Request-ID"
 ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OPEN = {"/health", "/docs", "/openapi.json"}  # for whoever has no token; they say nothing of the models
 GONE = 499  # nginx's number for a client that went away
-DRAINED = (
-    8  # times the largest body is read and thrown away, so that a client that sends too much gets to read the reply
-)
+# Times the largest body is read and thrown away, so that a client that sends too much gets to read the reply.
+DRAINED = 8
 
 
 class Gate:

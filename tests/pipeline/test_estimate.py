@@ -14,7 +14,7 @@ from rlhf.pipeline.estimate import _evaluation_note, _notes_of_processes, estima
 from rlhf.pipeline.plan import plan
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
-from tests.pipeline.test_run import RECIPE
+from tests.pipeline.small import RECIPE
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from rlhf.pipeline.plan import plan
 from rlhf.pipeline.precision import resolve_bf16, warn_of_4_bit
 from rlhf.pipeline.training import training_arguments
 from rlhf.recipe import load_recipe
-from tests.pipeline.test_run import RECIPE
+from tests.pipeline.small import RECIPE
 
 
 @pytest.fixture(autouse=True)
