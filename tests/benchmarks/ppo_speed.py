@@ -13,16 +13,18 @@ timed.
 
 `full_hh` has real lengths: 16 prompts that stand for all of HH helpful (evenly spaced in its order of length, 9 to 512 tokens),
 and answers of at most 256 tokens that end by themselves. A random model never ends an answer, so its end token has a fixed
-logit, on both sides, by which an answer ends after 57 tokens on average (58 without the limit of 256), with a deviation of
-54: those of HH's answers, chosen ones. The tokenizer is trained on the same texts (29k tokens). One rollout of 16, in two minibatches of 8, is
-timed, without a warm-up: TRL takes minutes for it.
+logit, on both sides, by which an answer ends after 57 tokens on average, with a deviation of 54: those of HH's chosen
+answers. Both sides sample at temperature 1, where TRL's own is 0.7, by which that logit would end answers after about five tokens.
+The tokenizer is trained on the same texts (29k tokens). One rollout of 16, in two minibatches of 8, is timed, without a
+warm-up: TRL takes minutes for it.
 
 Seconds are those that a process works itself, so that others on the machine count little.
 
 Memory: a base of 110M parameters; ours with four roles on one base (LoRA), TRL's as lean as it goes (`peft_config`,
 `ref_model=None`, its critic and reward model whole). Peak resident size less that after the imports.
 
-Finished parts are kept beside FILE. `--before DIR` is another version of this project, timed as a third side. `gpu` is a row for a CUDA machine: a 7B-shaped model with random weights, four roles.
+Finished parts are kept beside FILE. `--before DIR` is another version of this project, timed as a third side. `gpu` is a
+row for a CUDA machine: a 7B-shaped model with random weights, four roles.
 """
 
 import argparse
@@ -81,7 +83,7 @@ def hh_prompts_and_answers(pairs: Path) -> tuple[list[str], list[str]]:
 
 
 def build(folder: Path, sizes: dict[str, int], pairs: Path | None = None) -> None:
-    """A causal model, a scalar-headed one, adapters on the first, a tokenizer of the same vocabulary; and the prompts of `pairs`."""
+    """A causal model, a scalar-headed one, adapters on the first, a tokenizer of that vocabulary; the prompts of `pairs`."""
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -251,7 +253,7 @@ def run_trl(folder: Path, *, lora: bool, lean: bool, prompt_length: int | None, 
     args = PPOConfig(
         str(folder / "out-trl"), total_episodes=batch * MINIBATCHES * rollouts, per_device_train_batch_size=batch * MINIBATCHES,
         num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, learning_rate=1e-6,
-        response_length=ANSWER if prompt_length else HH_ANSWER, stop_token=None if prompt_length else "eos", local_rollout_forward_batch_size=batch * MINIBATCHES, num_sample_generations=0, use_cpu=True, bf16=False,
+        response_length=ANSWER if prompt_length else HH_ANSWER, stop_token=None if prompt_length else "eos", temperature=1.0, local_rollout_forward_batch_size=batch * MINIBATCHES, num_sample_generations=0, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
     ids = [{"input_ids": tokenizer(p).input_ids} for p in prompts(folder, prompt_length)]

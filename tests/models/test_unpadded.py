@@ -113,7 +113,7 @@ def test_losses_and_gradients_are_those_of_each_text_alone(many: bool, monkeypat
         critic.score(critic.model(input_ids=text).last_hidden_state)[0, -a - 1 : -1, 0]
         for text, a in zip(texts(ids, mask), ANSWERS, strict=True)
     ])  # fmt: skip
-    close = {"atol": 1e-5, "rtol": 1e-5}
+    close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
     torch.testing.assert_close(logprobs[answered], expected, **close)
     torch.testing.assert_close(still.logprobs[answered], expected, **close)
     torch.testing.assert_close(values[answered], expected_values, **close)
