@@ -113,6 +113,25 @@ def test_the_text_term_is_that_of_the_language_model(
         torch.testing.assert_close(step, causal.get_parameter(name).grad, atol=2e-4, rtol=1e-2)
 
 
+def test_the_text_term_finds_an_answer_behind_others(base_folder: Any, tokenizer: Any) -> None:
+    """Pairs of one ranking share a row, in which a chosen answer may lie behind another one: the loss is that of plain rows."""
+    data = []
+    for i, (best, middle, worst) in enumerate(
+        [("yes", "apple pear plum", "no"), ("red blue", "cat dog", "two three no")]
+    ):
+        turns = [[{"role": "assistant", "content": text}] for text in (best, middle, worst)]
+        sides = (turns[:2], turns[1:])
+        data += [{"prompt": PROMPTS[i], "chosen": a, "rejected": b, "group": i} for a, b in sides]
+    losses = {}
+    for share in (True, False):
+        made = make(TextRewardTrainer, base_folder, tokenizer, data, {"share_prompts": share, "extra_weight": 1.0})
+        batch = next(iter(made.get_train_dataloader()))
+        assert ("segments" in batch) == share
+        made.model.train()
+        losses[share] = made.compute_loss(made.model, dict(batch), num_items_in_batch=torch.tensor(4)).item()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
 @SHAPES
 @SHARE
 def test_the_length_terms_are_those_of_the_whole_step(
