@@ -9,19 +9,19 @@ ROOT = Path(__file__).parents[1] / "rlhf"
 ROOMS = sorted({file.relative_to(ROOT).parts[0] for file in ROOT.rglob("*.py")})
 VERBS = set(
     """
-    Accept Add Adapt Adopt Agree Allow Announce Answer Append Apply Ascend Ask Assert Assign Attach Audit Average Begin
-    Bound Build Bring Call Cap Carry Catch Center Change Check Choose Clip Clear Close Collect Combine Compare Compute
-    Condition Connect Convert Copy Correct Count Create Cut Deal Decide Declare Delete Denoise Describe Detach Detect
-    Divide Do Draw Drop Dump Encode End Ensure Enter Estimate Evaluate Exclude Execute Expand Explain Export Extract Feed
-    Fill Filter Find Finish Fit Flip Flush Follow Forget Format Forward Freeze Gather Generate Get Give Go Group Hand
-    Handle Hash Hold Import Initialise Insert Install Iterate Join Keep Label Leave Let Limit Link List Load Lock Log Look
-    Lower Make Map Mark Match Measure Merge Mix Move Name Normalise Note Offer Open Order Pack Pad Parse Pass
-    Place Plan Plot Poll Prepare Print Prompt Propose Publish Put Raise Rank Read Rebuild Receive Record Reduce Refuse
-    Register Reject Release Remember Remove Rename Render Repeat Replace Report Require Reset Resolve Restore Resume Return
-    Round Run Sample Save Say Scale Score Search Select Send Serve Set Shift Show Shuffle Silence Simulate Skip Slice Smooth
-    Sort Split Stand Start Stop Store Strip Subtract Sum Summarise Switch Take Tell Test Tokenize Train
-    Translate Treat Trim Truncate Try Turn Undo Unite Unpack Update Use Validate Verify Vote Wait Walk Warn Weigh Whiten Wrap
-    Write Yield
+    Accept Adapt Add Adopt Agree Allow Announce Answer Append Apply Ascend Ask Assert Assign Attach Audit Average
+    Begin Bound Bring Build Call Cap Carry Catch Center Change Check Choose Clear Clip Close Collect Combine Compare
+    Compute Condition Connect Convert Copy Correct Count Create Cut Deal Decide Declare Delete Denoise Describe
+    Detach Detect Divide Do Draw Drop Dump Encode End Ensure Enter Estimate Evaluate Exclude Execute Expand Explain
+    Export Extract Feed Fill Filter Find Finish Fit Flip Flush Follow Forget Format Forward Freeze Gather Generate
+    Get Give Go Group Hand Handle Hash Hold Import Initialise Insert Install Iterate Join Keep Label Leave Let Limit
+    Link List Load Lock Log Look Lower Make Map Mark Match Measure Merge Mix Move Name Normalise Note Offer Open
+    Order Pack Pad Parse Pass Place Plan Plot Poll Prepare Print Prompt Propose Publish Put Raise Rank Read Rebuild
+    Receive Record Reduce Refuse Register Reject Release Remember Remove Rename Render Repeat Replace Report Require
+    Reset Resolve Restore Resume Return Round Run Sample Save Say Scale Score Search Select Send Serve Set Shard
+    Shift Show Shuffle Silence Simulate Skip Slice Smooth Sort Split Stand Start Stop Store Strip Subtract Sum
+    Summarise Switch Take Tell Test Tokenize Train Translate Treat Trim Truncate Try Turn Undo Unite Unpack Update
+    Use Validate Verify Vote Wait Walk Warn Weigh Whiten Wrap Write Yield
     """.split()  # noqa: SIM905
 )
 UNCLEAR = {"how", "own", "found", "said", "astray", "strange", "present", "pool", "turned_round", "climb", "come_back"}
