@@ -12,7 +12,7 @@ from trl import RewardConfig
 
 from rlhf import BottleneckRewardTrainer, LengthRewardTrainer, PairRewardTrainer, TextRewardTrainer
 from rlhf.errors import UserError
-from rlhf.models.heads import language_head
+from rlhf.models.heads import label_layer, language_head
 from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
 from rlhf.reward.bottleneck import CODE_LABELS, CODE_SIZE
 from rlhf.reward.length import HEADS
@@ -224,6 +224,9 @@ def test_what_is_saved_is_an_ordinary_reward_model(
     with torch.no_grad():
         said = made.model.eval()(input_ids=ids["input_ids"]).logits[0]
     expected = said[0] if trainer is not BottleneckRewardTrainer else said[:CODE_SIZE] @ made.decoder.detach()
+    if trainer in LABELS:
+        layer = label_layer(made.model, len(LABELS[trainer]))
+        assert layer.weight.requires_grad, "of an adapter's head, the copy that is trained"
     made.merge_head()
     again = made.evaluate()
     assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5), "the scores are the same"
