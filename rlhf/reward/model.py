@@ -159,7 +159,8 @@ class RewardModel:
             self.model.train(was_training)
             if handle is not None:
                 handle.remove()
-        score: float = (read[-1][0, -1] if read else logits).float().item()
+        # The head may be given the text's states [1, t, hidden], or those of its tokens alone, [t, hidden].
+        score: float = (read[-1].flatten(0, -2)[-1] if read else logits).float().item()
         return score
 
     def encode(

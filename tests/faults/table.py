@@ -45,6 +45,7 @@ FAULTS: dict[str, dict[str, str]] = {
         "folder in use": "in use, foreign, no folder at all, not writable: refused, nothing overwritten",
         "reward server fails": "asked again a few times, then the run stops before the update with its state saved",
         "requests without sense": "4xx with a sentence; answers in the order of the request",
+        "gold questions": "ties, pairs that are asked about anyway, no usable pair, a share out of range: a sentence",
         "labels of a round": "unknown, repeated, contradicting or missing labels: counted and put aside",
         "edges of PPO": "empty answers, a constant reward, all cut, a KL over its limit: no division by zero, said",
     },

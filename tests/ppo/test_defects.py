@@ -24,7 +24,7 @@ DEFECTS = {
     "D7 whitening per rank": "pipeline.test_two_processes:test_two_processes_make_the_step_of_one",
     "D8 masks from pad ids": "ppo.test_defects:test_an_answer_full_of_padding_ids_is_an_answer",
     "D9 score after the end": "objectives.test_closed_forms:test_token_rewards_sum_and_place",
-    "D10 one end token": "models.test_models:test_mask_after_end_with_several_end_ids",
+    "D10 one end token": "models.test_generate:test_mask_after_end_with_several_end_ids",
     "D11 never stops": "ppo.test_defects:test_sampling_stops_where_answers_end",
     "D12 logits of the prompt": "ppo.test_defects:test_only_answers_have_logits",
     "D13 a full critic beside a LoRA policy": "ppo.test_backbone:test_shared_and_separate_roles_make_the_same_run",
