@@ -124,7 +124,7 @@ def test_votes(
     monkeypatch.setattr(Trunk, "member", member)
     rows = [{**row, "confidence": 0.9} for row in pairs.to_list()]
     settings = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "save_strategy": "no"}
-    strength, _ = vote(
+    strength, *_ = vote(
         base_folder if kind == "decoder" else encoder_folder, rows, settings, tmp_path, members=2, folds=2,
         in_sample=False, trunk=trunk, flip_rate=0.1, seed=0, say=lambda _: None,
     )  # fmt: skip

@@ -40,7 +40,7 @@ def measured(variant: str, base: Path, crowd: Rows, test: Rows, folder: Path, se
         "flip_rate": 0.0,
     }
     where = file.with_suffix("")
-    strength, _ = vote(
+    strength, *_ = vote(
         base, rows, reward_settings(LEARNING_RATE, 1), where, seed=seed, say=lambda _: None, trunk=None, **shape
     )
     wrong, found = np.array(is_wrong(rows)), []

@@ -83,7 +83,7 @@ def training_rows(
         return noisy, {}
     where = folder / f"vote-{seed}-{'clean' if without else 'noisy'}"
     shape: dict[str, Any] = {"members": MEMBERS, "folds": FOLDS, "in_sample": False, "trunk": None}
-    strength, noise = vote(
+    strength, noise, _ = vote(
         base, noisy, reward_settings(5e-4, 2), where, seed=seed, say=lambda _: None, flip_rate=MEMBER_FLIP_RATE, **shape
     )
     facts = {"estimated": [noise.low, noise.fitted, noise.high], "flip_rate": noise.fitted}

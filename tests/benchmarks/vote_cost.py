@@ -38,7 +38,7 @@ def measured(variant: str, base: Path, rows: Rows, folder: Path, seed: int, *, q
             shape: dict[str, Any] = {"members": members, "folds": folds, "in_sample": False, "flip_rate": 0.0}
             shape["trunk"] = TOP_LAYERS if variant == "trunk" else None
             keys = reward_settings(LEARNING_RATE, 1)
-            strength, _ = vote(base, rows, keys, file.with_suffix(""), seed=seed, say=lambda _: None, **shape)
+            strength, *_ = vote(base, rows, keys, file.with_suffix(""), seed=seed, say=lambda _: None, **shape)
             found["auroc"] = auroc((-strength.mean).tolist(), is_wrong(rows))
         file.write_text(json.dumps({"seconds": time.monotonic() - begin, **found}))
     result: dict[str, Any] = json.loads(file.read_text())

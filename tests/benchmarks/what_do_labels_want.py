@@ -110,7 +110,7 @@ def first_hundred(folder: Path, seed: int) -> dict[str, Any]:
     flipped = [rng.random() < FLIPPED for _ in rows]
     rows = [flip_pair(row) if turned else row for row, turned in zip(rows, flipped, strict=True)]
     shape: dict[str, Any] = {"members": 5, "folds": 5, "in_sample": False, "trunk": None, "flip_rate": FLIPPED}
-    strength, _ = vote(base, rows, reward_settings(5e-4, 2), folder / f"vote-{seed}", seed=seed, say=print, **shape)
+    strength, *_ = vote(base, rows, reward_settings(5e-4, 2), folder / f"vote-{seed}", seed=seed, say=print, **shape)
     wants = find_wants(rows)
     values = {"by_vote": strength.mean, "without_wants": without_wants(strength.mean, wants)}
     result: dict[str, Any] = {"pairs": len(rows), "flipped": sum(flipped), "wanted": wants.wanted}

@@ -23,6 +23,7 @@ from rlhf.pipeline.store import Store
 from rlhf.pipeline.summary import _best
 from rlhf.recipe import Recipe, load_recipe
 from rlhf.recipe.schema import RoundsSection
+from rlhf.report.records import read_record, sealed
 from rlhf.report.terminal import show_summary
 from rlhf.reward.load import load_reward_model
 from rlhf.serve.desk import export_to, import_from, open_book, progress_lines
@@ -424,23 +425,23 @@ def test_rules_stop_a_run_for_what_the_manifests_say(finished: Path, tmp_path: P
     assert "below rounds.min_fresh_accuracy=0.99" in str(reason("round-2/label", min_fresh_accuracy=0.99))
     assert "over rounds.kl_limit=1e-06" in str(reason("round-2/evaluate", kl_limit=1e-6))
     manifest = run / "round-2/vote/manifest.json"
-    known = json.loads(manifest.read_text())
+    known: Any = read_record(manifest)
     known["facts"]["noise"] |= {"low": 0.3, "flip_rate": 0.35}
-    manifest.write_text(json.dumps(known))
+    manifest.write_text(json.dumps(sealed(known)))
     assert "At least 30.0% of the labels are wrong" in str(reason("round-2/vote", max_noise=0.2))
     manifest = run / "round-2/reward/manifest.json"
-    known = json.loads(manifest.read_text())
+    known = read_record(manifest)
     known["facts"]["hindsight"] |= {"win_rate": 0.3, "win_rate_ci": [0.2, 0.4]}
-    manifest.write_text(json.dumps(known))
+    manifest.write_text(json.dumps(sealed(known)))
     assert reason("round-2/reward") is None, "the true reward is known, and decides"
     judged = run / "round-1/evaluate/manifest.json"
-    unknown = json.loads(judged.read_text())
+    unknown: Any = read_record(judged)
     gold = unknown["facts"]["policy"].pop("gold")
-    judged.write_text(json.dumps({**unknown, "facts": unknown["facts"] | {"policy": {"gold": None}}}))
+    judged.write_text(json.dumps(sealed({**unknown, "facts": unknown["facts"] | {"policy": {"gold": None}}})))
     assert "beats the one before it on 30.0% of the prompts only, at most 40.0%" in str(reason("round-2/reward"))
     assert reason("round-2/reward", stop_when_worse=False) is None
     unknown["facts"]["policy"]["gold"] = gold
-    judged.write_text(json.dumps(unknown))
+    judged.write_text(json.dumps(sealed(unknown)))
     file = run / "round-2/evaluate/samples.jsonl"
     before = [row["gold_policy"] for row in rows(run / "round-1/evaluate/samples.jsonl")]
     worse = [{**row, "gold_policy": gold - 0.5} for row, gold in zip(rows(file), before, strict=True)]

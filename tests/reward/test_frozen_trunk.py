@@ -86,7 +86,7 @@ def test_the_vote_finds_planted_flips(base_folder: Path, tmp_path: Path, trunk: 
     settings = {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "num_train_epochs": 2, "save_strategy": "no"}
     arguments: dict[str, Any] = {"members": 4, "folds": 2, "in_sample": False, "flip_rate": 0.1, "seed": 0}
     arguments["trunk"] = trunk
-    strength, noise = vote(base_folder, rows, settings, tmp_path, say=lambda _: None, **arguments)
+    strength, noise, _ = vote(base_folder, rows, settings, tmp_path, say=lambda _: None, **arguments)
     assert strength.votes.tolist() == [2] * 150
     assert auroc((-strength.mean).tolist(), flipped) > 0.95
     assert noise.low <= 0.2 <= noise.high
@@ -94,6 +94,6 @@ def test_the_vote_finds_planted_flips(base_folder: Path, tmp_path: Path, trunk: 
     # The same again reads the members from disk: nothing is trained, nothing differs.
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("member-*/differences.safetensors")}
     assert len(before) == 4
-    again, _ = vote(base_folder, rows, settings, tmp_path, say=lambda _: None, **arguments)
+    again, *_ = vote(base_folder, rows, settings, tmp_path, say=lambda _: None, **arguments)
     assert torch.equal(again.mean, strength.mean)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("member-*/differences.safetensors")}
