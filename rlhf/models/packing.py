@@ -115,7 +115,7 @@ def balanced_rows(lengths: Sequence[int], long_row: int, *, widest: int = 3) -> 
     Returns:
         the groups of each row.
 
-    >>> balanced_rows([4, 2, 5], long_row=1000)
+    >>> balanced_rows([4, 2, 5], long_row=10)
     [[2], [0, 1]]
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])

@@ -14,7 +14,7 @@ from rlhf.pipeline.clean import freeable
 from rlhf.pipeline.memory import ACCUMULATION, BATCH, DEFAULT_ACCUMULATION, DEFAULT_BATCH, memory_sentence
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.store import CHECKPOINTS, newest_checkpoint, write_seconds
-from rlhf.pipeline.trainers import KeepsBatches
+from rlhf.pipeline.trainers import InStage
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe import load_recipe
 from rlhf.report.records import MANIFEST
@@ -31,11 +31,11 @@ ON_HOST = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: ca
 def raise_in_step(patch: pytest.MonkeyPatch, error: Exception) -> None:
     """A trainer that has no room for its first micro-batch."""
 
-    def step(self: KeepsBatches, model: object, inputs: dict[str, object], *_: object, **__: object) -> None:
+    def step(self: InStage, model: object, inputs: dict[str, object], *_: object, **__: object) -> None:
         self.latest_batches.append(inputs)
         raise error
 
-    patch.setattr(KeepsBatches, "training_step", step)
+    patch.setattr(InStage, "training_step", step)
 
 
 @pytest.mark.fault("out of memory")
