@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf import load_reward_model
 from rlhf.errors import UserError
+from rlhf.ppo.token_rewards import _like_demonstrations
 from rlhf.ppo.trainer import PPOTrainer
 from tests.ppo.test_ppo import make
 
@@ -86,3 +88,27 @@ def test_shaping_wants_a_reward_model(base_folder: Path, cpu_arguments: dict[str
         make(base_folder, [brief, str(reward_folder)], cpu_arguments, shaping_coef=1.0)
     with pytest.raises(ValueError, match="novelty_coef=-1 must not be negative"):
         make(base_folder, str(reward_folder), cpu_arguments, novelty_coef=-1)
+
+
+def test_the_discriminator_scores_each_half_by_the_other() -> None:
+    """No answer takes part in what it, or another one of its half, is scored by."""
+    generator = torch.Generator().manual_seed(0)
+    demonstrations, features = torch.randn(12, 3, generator=generator) + 1, torch.randn(12, 3, generator=generator)
+    rows: Any = [{"prompt": f"p{i}"} for i in range(12)]
+
+    def log_odds(of_answers: torch.Tensor) -> torch.Tensor:
+        known = {"demonstration": demonstrations, "answer": of_answers}
+        reward = SimpleNamespace(features=lambda _, texts: known[texts[0]])
+        drawn = SimpleNamespace(draw_texts=lambda count: [("p", "demonstration")] * count)
+        trainer: Any = SimpleNamespace(
+            rewards=SimpleNamespace(sources=[SimpleNamespace(function=reward)]), demonstrations=drawn
+        )
+        completions: Any = SimpleNamespace(texts=["answer"] * len(rows))
+        return _like_demonstrations(trainer, rows, completions)
+
+    before, changed = log_odds(features), features.clone()
+    changed[0] += 3
+    after = log_odds(changed)
+    assert torch.equal(after[2::2], before[2::2])
+    assert ((after[1::2] - before[1::2]).abs() > 1e-3).all()
+    assert before.mean() < 0, "the policy's answers are told from demonstrations"
