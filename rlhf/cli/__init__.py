@@ -175,7 +175,12 @@ def _exit_code() -> int:
 
 
 def _say_once(*lines: str, style: str | None = None) -> None:
-    """Print to standard error why the command ended, unless another process of this launch ended first."""
+    """Print to standard error why the command ended, unless another process of this launch ended first.
+
+    A launcher sends SIGTERM to the others as soon as one has ended, which must not become a second, other end.
+    """
+    if number_of_processes() > 1:
+        interrupt.ignore()
     if is_first_to_stop():
         for line in lines:
             say_aside(line, style=style)

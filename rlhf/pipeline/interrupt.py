@@ -26,6 +26,12 @@ def install() -> None:
     signal.signal(signal.SIGINT, _on_signal)
 
 
+def ignore() -> None:
+    """Take no more signals: this process is about to end, and must be able to say why."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _on_signal(signum: int, _: object) -> None:
     """Note the signal where somebody has patience, else raise it."""
     if _State.patient and _State.requested is None:

@@ -289,6 +289,8 @@ class StandIns:
         """Return what redirects a recipe's hub ids to their stand-ins, and nothing else."""
         recipe = named(name)
         words = [f"backbone.model={self.model(str(recipe.backbone.model))}"]
+        if recipe.rounds.labels_from == "verdicts":
+            words.append(f"rounds.judge_model={self.model(str(recipe.rounds.judge_model))}")
         for key in ("preferences", "sft", "prompts"):
             words += [f"data.{key}={self.data(entry.source)}" for entry in recipe.data.sources(key)]
         return words + (["data.test=null"] if recipe.data.test is not None else [])  # its rows are held out of the file
