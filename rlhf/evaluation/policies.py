@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
 from rlhf.evaluation.gold import GoldFunction
-from rlhf.models.generate import Completions, generate, sample_texts
+from rlhf.models.generate import Completions, Engine, completer, sample_texts
 from rlhf.models.logprobs import response_logprobs
 from rlhf.models.score import Scorer
 from rlhf.models.text import plain
@@ -56,6 +56,7 @@ def evaluate_policies(
     batch_size: int,
     max_new_tokens: int,
     max_prompt_length: int | None = None,
+    engine: Engine = "transformers",
     sft_answers: Sequence[tuple[str, bool]] | None = None,
 ) -> PolicyEvaluation:
     """Sample both policies at temperature 1 and compare them.
@@ -70,10 +71,15 @@ def evaluate_policies(
         batch_size: answers that are sampled together.
         max_new_tokens: an answer is cut after this many tokens.
         max_prompt_length: in tokens; longer prompts lose their beginning.
+        engine: what samples.
         sft_answers: those of an earlier call for these prompts and this SFT; sampled here where absent.
     """
     per_prompt = BEST_OF if gold is not None else 1  # without a true reward there is no best of 16 to speak of
-    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_prompt_length": max_prompt_length}
+    lengths: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "max_prompt_length": max_prompt_length,
+        "engine": engine,
+    }
     texts = [plain(prompt) for prompt in prompts]
 
     # 1. SFT's answers to each prompt; first, so that they are the same whatever the policy became.
@@ -89,9 +95,10 @@ def evaluate_policies(
 
     # 2. The policy's answers, their scores and their distance from SFT.
     answers = _Answers([], [], [], [])
+    complete = completer(policy, tokenizer, prompts, **lengths)
     for start in track(range(0, len(prompts), batch_size), "evaluate: after PPO"):
         part = prompts[start : start + batch_size]
-        completions = generate(policy, tokenizer, part, **lengths)
+        completions = complete(range(start, start + len(part)))
         answers.texts.extend(completions.texts)
         answers.ended.extend(completions.ended.tolist())
         answers.proxies.extend(reward.score(part, completions.texts, ended=completions.ended.tolist()).tolist())

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from rlhf.data.rows import Message, Prompt
 from rlhf.files import json_lines, read_jsonl, write_text
 from rlhf.lab.build import Answers
-from rlhf.models.generate import sample_texts
+from rlhf.models.generate import Engine, sample_texts
 
 BLOCK = 128  # answers that are sampled, kept and reported together
 
@@ -22,18 +22,21 @@ def answers_of_model(
     batch_size: int,
     max_new_tokens: int,
     max_prompt_length: int | None,
+    engine: Engine = "transformers",
     seed: int,
     keep: Path,
     say: Callable[[str], None],
 ) -> Answers:
     """Return what samples a model's answers at temperature 1, a block at a time.
 
-    Each block has a seed of its own and is written when it is whole; the same calls in the same order read it back.
+    Each block has a seed of its own and is written when it is whole; the same calls in the same order read it back. vLLM, which
+    takes longer to start than to answer a block, answers all prompts of a call as one.
 
     Args:
         model: a causal model in evaluation mode.
         batch_size: answers that are sampled at once.
         max_new_tokens, max_prompt_length: in tokens, as `rlhf.models.generate.sample_texts` takes them.
+        engine: what samples.
         keep: the folder of the blocks.
         say: is told after each block that was sampled.
     """
@@ -42,8 +45,9 @@ def answers_of_model(
 
     def answer(prompts: Sequence[str]) -> list[str]:
         texts: list[str] = []
-        for start in range(0, len(prompts), BLOCK):
-            block, number = prompts[start : start + BLOCK], next(numbers)
+        size = BLOCK if engine == "transformers" else len(prompts)
+        for start in range(0, len(prompts), size):
+            block, number = prompts[start : start + size], next(numbers)
             file, began = keep / f"answers-{number}.jsonl", time.monotonic()
             if not file.is_file():
                 set_seed(seed * 100_003 + number)
@@ -55,6 +59,7 @@ def answers_of_model(
                     batch_size=batch_size,
                     max_new_tokens=max_new_tokens,
                     max_prompt_length=max_prompt_length,
+                    engine=engine,
                     label="lab: answers",
                 )
                 rows = [{"completion": text, "ended": end} for text, end in zip(sampled, ended, strict=True)]

@@ -1,9 +1,9 @@
 """Sampling answers: one function for sampling, evaluation and PPO."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf.data.rows import Messages, Prompt
-from rlhf.models.batching import batches_by_length, run_batches
+from rlhf.models.batching import batches_by_length, pad_batch, run_batches
+from rlhf.models.engine import engine_answers
 from rlhf.models.text import encode, encode_answers, prompt_text
 from rlhf.models.typed import as_words
 
+Engine = Literal["transformers", "vllm"]
 STRETCH = 16  # tokens after which rows that have ended leave the batch
 
 
@@ -37,6 +39,29 @@ class Completions:
     ended: Tensor
     texts: list[str]
     logprobs_sampler: Tensor | None = None
+
+
+def completions_of(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    end_ids: Sequence[int],
+    device: torch.device,
+) -> Completions:
+    """Return answers that an engine gave as ids to prompts' ids, as tensors and texts.
+
+    Args:
+        answers: at least one token each; an end token, where one was sampled, is the last.
+        end_ids: ids that end an answer.
+        device: of the tensors.
+    """
+    assert isinstance(tokenizer.pad_token_id, int), "check_tokenizer wants one"
+    prompt_ids, prompt_mask = (x.to(device) for x in pad_left(rows, tokenizer.pad_token_id))
+    response_ids, response_mask = (x.to(device) for x in pad_batch(answers, pad_token_id=tokenizer.pad_token_id))
+    ended = torch.tensor([answer[-1] in end_ids for answer in answers], device=device)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -204,6 +229,36 @@ def answer_starts(
     ]
 
 
+def completer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    max_prompt_length: int | None = None,
+    engine: Engine = "transformers",
+) -> Callable[[Sequence[int]], Completions]:
+    """Return what gives one answer to each prompt of some indices, at temperature 1.
+
+    transformers samples them when asked, from torch's generator. vLLM samples the answers to all prompts here, since it starts
+    for minutes and makes batches of its own.
+    """
+    if engine == "transformers":
+        return lambda batch: generate(
+            model,
+            tokenizer,
+            [prompts[i] for i in batch],
+            max_new_tokens=max_new_tokens,
+            max_prompt_length=max_prompt_length,
+        )
+    rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
+    ends = end_token_ids(model, tokenizer)
+    answers = engine_answers(model, rows, end_ids=ends, max_new_tokens=max_new_tokens)
+    return lambda batch: completions_of(
+        tokenizer, [rows[i] for i in batch], [answers[i] for i in batch], end_ids=ends, device=model.device
+    )
+
+
 def sample_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -212,6 +267,7 @@ def sample_texts(
     batch_size: int,
     max_new_tokens: int,
     max_prompt_length: int | None = None,
+    engine: Engine = "transformers",
     label: str | None = None,
 ) -> tuple[list[str], list[bool]]:
     """Sample one answer to each prompt, at temperature 1.
@@ -221,6 +277,7 @@ def sample_texts(
 
     Args:
         batch_size: prompts that are answered together.
+        engine: what samples; vLLM makes batches of its own.
         label: what people know this work by; shows how far it is.
 
     Returns:
@@ -228,14 +285,17 @@ def sample_texts(
     """
     lengths = [len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)]
 
+    complete = completer(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        max_prompt_length=max_prompt_length,
+        engine=engine,
+    )
+
     def answer(batch: list[int]) -> Iterator[tuple[str, bool]]:
-        completions = generate(
-            model,
-            tokenizer,
-            [prompts[i] for i in batch],
-            max_new_tokens=max_new_tokens,
-            max_prompt_length=max_prompt_length,
-        )
+        completions = complete(batch)
         return zip(completions.texts, completions.ended.tolist(), strict=True)
 
     answers = run_batches(answer, batches_by_length(lengths, batch_size, longest_first=True), label=label)

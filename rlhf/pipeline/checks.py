@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
         problems += error.problems
     if recipe.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
+    problems += _engine_problems(recipe)
     problems += _function_problems(recipe)
     problems += _reward_folder_problems(recipe)
     problems += _verdict_model_problems(recipe)
@@ -264,6 +266,17 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     problems += _trl_problems(recipe)
     if problems:
         raise UserError(problems)
+
+
+def _engine_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why vLLM can't sample where the recipe asks for it."""
+    ppo, by_engine = recipe.ppo.trl_settings(), recipe.sampling.engine == "vllm"
+    asked = {"sampling.engine: vllm": by_engine, "ppo.use_vllm": bool(ppo.get("use_vllm"))}
+    for key in (key for key, is_asked in asked.items() if is_asked):
+        if find_spec("vllm") is None:
+            yield f"{key}: vLLM is not installed (how to: recipes/guides/ppo.md); install it, or leave the key out."
+    if by_engine and ppo.get("load_in_4bit"):
+        yield "sampling.engine: vllm wants whole weights, not 4-bit ones; leave it out, or ppo.load_in_4bit."
 
 
 def _trl_problems(recipe: Recipe) -> Iterator[str]:

@@ -66,7 +66,7 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
     if recipe.lab is not None:
         settings, parents = recipe.lab.model_dump(), {}
         if recipe.lab.is_sampled:
-            settings |= {"backbone": backbone} | _sampling(recipe) | _files(model)
+            settings |= {"backbone": backbone} | _sampling(recipe) | _engine(recipe) | _files(model)
             parents = dict(origins)
         origins["lab"] = add("lab", "round-0/lab", settings, **parents)
     data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
@@ -113,7 +113,7 @@ def _round(
         size = {"prompts": config.meta_pool, "responses": config.meta_responses}
         if labels_answers:
             size = rounds.sampling()
-        settings = {**size, **backbone, **sampling, **_files(model)}
+        settings = {**size, **backbone, **sampling, **_engine(recipe), **_files(model)}
         sample = {"sample": add("sample", f"{folder}/sample", settings, **start, **policy_before)}
 
     # 2. Their labels, joined with those of the rounds before; what is trained on them reads them as a second look left them.
@@ -160,7 +160,7 @@ def _round(
         settings |= {"reference": rounds.reference}
     continued = policy_before if rounds.start == "previous" else {}
     policy = add("ppo", f"{folder}/ppo", settings, **start, reward=reward, **continued)
-    settings = recipe.evaluate.model_dump() | backbone | sampling | _files(model, function)
+    settings = recipe.evaluate.model_dump() | backbone | sampling | _engine(recipe) | _files(model, function)
     first = {"first_evaluation": before["first_evaluation"]} if before else {}
     evaluation = add("evaluate", f"{folder}/evaluate", settings, **start, reward=reward, policy=policy, **first)
     older = {"older_evaluation": before["latest_evaluation"]} if before else {}
@@ -178,6 +178,11 @@ def _round(
 def _sampling(recipe: Recipe) -> dict[str, Any]:
     """Return what answers that are sampled outside PPO depend on."""
     return {"max_completion_length": recipe.ppo.trl_settings().get("max_completion_length")}
+
+
+def _engine(recipe: Recipe) -> dict[str, Any]:
+    """Return what samples, where it is not transformers."""
+    return {} if recipe.sampling.engine == "transformers" else recipe.sampling.model_dump()
 
 
 def _gold(recipe: Recipe) -> dict[str, Any]:

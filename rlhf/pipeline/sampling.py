@@ -75,7 +75,14 @@ def run_sample(context: StageContext) -> dict[str, Any]:
     first = (context.round - 1) * count
     drawn = [rows[i % len(rows)] for i in range(first, first + min(count, len(rows)))]
     prompts = [row["prompt"] for row in drawn for _ in range(responses)]
-    texts, ended = sample_texts(policy, tokenizer, prompts, **sampling_settings(recipe), label="sample: answers")
+    texts, ended = sample_texts(
+        policy,
+        tokenizer,
+        prompts,
+        **sampling_settings(recipe),
+        engine=recipe.sampling.engine,
+        label="sample: answers",
+    )
     samples = zip(prompts, texts, ended, strict=True)
     write_jsonl(context.folder / SAMPLES, [{"prompt": p, "completion": t, "ended": e} for p, t, e in samples])
     return {"prompts": len(drawn), "samples": len(texts), "share_without_eos": 1 - sum(ended) / len(ended)}

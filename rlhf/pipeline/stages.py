@@ -80,6 +80,7 @@ def _answers_of_backbone(context: StageContext) -> Answers:
         load_policy(backbone, model_config, trainable=False).to(context.device).eval(),
         tokenizer,
         **sampling_settings(recipe),
+        engine=recipe.sampling.engine,
         seed=recipe.seed,
         keep=context.folder / CHECKPOINTS,
         say=context.say,
@@ -287,6 +288,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         prompts=[row["prompt"] for row in rows],
         sft_answers=None if sampled is None else [(row["completion"], row["ended"]) for row in sampled],
         **sampling_settings(recipe),
+        engine=recipe.sampling.engine,
     )
     write_jsonl(context.folder / "samples.jsonl", samples)
     if sampled is None:

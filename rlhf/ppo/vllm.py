@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf._trl import vllm_generation
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
-from rlhf.models.generate import Completions, encode_prompts, end_token_ids, pad_left
+from rlhf.models.generate import Completions, completions_of, encode_prompts, end_token_ids
 from rlhf.models.merge import adapts_tied_embeddings, merged_weights
 from rlhf.ppo.config import PPOConfig
 
@@ -87,28 +86,9 @@ class VllmSampler:
         if logprobs is None or [len(row) for row in logprobs] != [len(answer) for answer in answers]:
             raise TrainingError("vLLM returned answers without the log-probability of each token; nothing was updated.")
 
-        # 3. As tensors: prompts padded on the left, answers on the right.
-        pad, device = self.tokenizer.pad_token_id, self.policy.device
-        assert isinstance(pad, int), "check_tokenizer wants one"
-        prompt_ids, prompt_mask = (x.to(device) for x in pad_left(rows, pad))
-        lengths = torch.tensor([len(answer) for answer in answers])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        ends = torch.tensor(end_token_ids(self.policy, self.tokenizer))
-        ended = torch.isin(torch.tensor([answer[-1] for answer in answers]), ends)
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        logprobs_sampler = _padded([[token[0] for token in row] for row in logprobs], 0.0).float()
-        ids = _padded(answers, pad)
-        return Completions(
-            prompt_ids,
-            prompt_mask,
-            ids.to(device),
-            mask.to(device),
-            ended.to(device),
-            texts,
-            logprobs_sampler.to(device),
-        )
-
-
-def _padded(rows: Sequence[Sequence[float]], value: float) -> Tensor:
-    tensors = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+        # 3. As tensors.
+        ends, device = end_token_ids(self.policy, self.tokenizer), self.policy.device
+        completions = completions_of(self.tokenizer, rows, answers, end_ids=ends, device=device)
+        sampled = [torch.tensor([token[0] for token in row]) for row in logprobs]
+        completions.logprobs_sampler = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).float().to(device)
+        return completions

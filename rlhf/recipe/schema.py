@@ -243,6 +243,12 @@ class PPOSection(StageSection):
     extra_rewards: list[Address] = Field(default_factory=list)
 
 
+class SamplingSection(Section):
+    """What samples answers outside PPO: for rounds, for evaluation, in the world of instructions. PPO has `ppo.use_vllm`."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+
 class EvaluateSection(Section):
     """The prompts that policies are evaluated on, and the true reward where there is one."""
 
@@ -312,6 +318,7 @@ class Recipe(Section):
     reward: RewardSection = Field(default_factory=RewardSection)
     ppo: PPOSection = Field(default_factory=PPOSection)
     rounds: RoundsSection = Field(default_factory=RoundsSection)
+    sampling: SamplingSection = Field(default_factory=SamplingSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     # Where it was read: `file`, `base`, `overrides`, and `differences` from the base (or, without one, from the file).
     _origin: dict[str, Any] = PrivateAttr(default_factory=dict)
