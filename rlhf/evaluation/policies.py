@@ -1,6 +1,6 @@
 """How good a policy is: against SFT and best-of-n on the same held-out prompts, by proxy, by gold, and at which KL."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,15 +94,8 @@ def evaluate_policies(
     sft_scores = torch.tensor(sft_proxies).view(-1, per_prompt)
 
     # 2. The policy's answers, their scores and their distance from SFT.
-    answers = _Answers([], [], [], [])
     complete = completer(policy, tokenizer, prompts, **lengths)
-    for start in track(range(0, len(prompts), batch_size), "evaluate: after PPO"):
-        part = prompts[start : start + batch_size]
-        completions = complete(range(start, start + len(part)))
-        answers.texts.extend(completions.texts)
-        answers.ended.extend(completions.ended.tolist())
-        answers.proxies.extend(reward.score(part, completions.texts, ended=completions.ended.tolist()).tolist())
-        answers.kls.extend(sequence_kl(policy, sft, completions).tolist())
+    answers = _answers(policy, sft, complete, reward, prompts, batch_size)
 
     # 3. What is known without a true reward, and the true reward of all answers where there is one.
     facts: dict[str, Any] = {
@@ -140,6 +133,26 @@ def evaluate_policies(
         for i in range(len(prompts))
     ]
     return PolicyEvaluation(facts, samples, list(sft_answers))
+
+
+def _answers(
+    policy: PreTrainedModel,
+    sft: PreTrainedModel,
+    complete: Callable[[Sequence[int]], Completions],
+    reward: Scorer,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+) -> _Answers:
+    """Return the policy's answers, their scores and their KL to SFT."""
+    answers = _Answers([], [], [], [])
+    for start in track(range(0, len(prompts), batch_size), "evaluate: after PPO"):
+        part = prompts[start : start + batch_size]
+        completions = complete(range(start, start + len(part)))
+        answers.texts.extend(completions.texts)
+        answers.ended.extend(completions.ended.tolist())
+        answers.proxies.extend(reward.score(part, completions.texts, ended=completions.ended.tolist()).tolist())
+        answers.kls.extend(sequence_kl(policy, sft, completions).tolist())
+    return answers
 
 
 def _by_true_reward(policy: Sequence[float], sft: Tensor, sft_scores: Tensor) -> dict[str, Any]:

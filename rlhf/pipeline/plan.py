@@ -99,46 +99,17 @@ def _round(
         before.
     """
     folder, config, rounds = f"round-{number}", recipe.reward, recipe.rounds
-    backbone = {} if "sft" in start else {"backbone": recipe.backbone.model_dump(exclude_none=True)}
+    backbone = _backbone(recipe, start)
     sampling, gold = _sampling(recipe), _gold(recipe)
     voting = recipe.vote.model_dump() | recipe.vote_settings()
     model, function = None if "sft" in start else recipe.backbone.model, recipe.evaluate.gold
 
-    # 1. Answers of the latest policy, where they are labelled or where MetaRM ascends on them.
-    labels_answers = rounds.labels_from != "dataset" and (number > 1 or rounds.first == "sampled")
-    samples_for_meta = config.meta and config.meta_samples is None
+    # 1. Answers of the latest policy and their labels; what is trained on these reads them as a second look left them.
     policy_before = {"policy": before["policy"]} if before else {}
-    sample: dict[str, Stage] = {}
-    if labels_answers or samples_for_meta:
-        size = {"prompts": config.meta_pool, "responses": config.meta_responses}
-        if labels_answers:
-            size = rounds.sampling()
-        settings = {**size, **backbone, **sampling, **_engine(recipe), **_files(model)}
-        sample = {"sample": add("sample", f"{folder}/sample", settings, **start, **policy_before)}
+    samples_for_meta = config.meta and config.meta_samples is None
+    sample, label, look = _labels(recipe, number, start, before, add)
 
-    # 2. Their labels, joined with those of the rounds before; what is trained on them reads them as a second look left them.
-    label: dict[str, Stage] = {}
-    look: dict[str, Stage] = {}
-    if labels_answers:
-        known = {"reward": before["reward"]} if before else {}
-        if "label" in before:
-            known["label"] = before.get("second_look", before["label"])
-        select = add("select", f"{folder}/select", rounds.selection(), **start, **sample, **known)
-        lab = {} if recipe.lab is None else recipe.lab.model_dump(include={"annotators", "flip_rate"})
-        earlier = {"earlier": before["label"]} if "label" in before else {}
-        annotator = rounds.judge_model if rounds.labels_from == "verdicts" else None
-        settings = rounds.labelling() | {"round": number} | lab | gold | _files(function, annotator)
-        label = {"label": add("label", f"{folder}/label", settings, **start, select=select, **earlier)}
-        if rounds.second_look is not None:
-            earlier = {"earlier": before["second_look"]} if "second_look" in before else {}
-            asking = {"labels_from": rounds.labels_from, "looked_at": rounds.looked_at}
-            settings = asking | voting | backbone | gold | _files(model, function)
-            look = {"second_look": add("second_look", f"{folder}/second_look", settings, **start, **label, **earlier)}
-    elif rounds.labels_from == "dataset" and rounds.count > 1:
-        settings = rounds.labelling() | {"round": number, "of": rounds.count} | gold | _files(function)
-        label = {"label": add("label", f"{folder}/label", settings, **start)}
-
-    # 3. Vote and reward model.
+    # 2. Vote and reward model.
     labelled = {"label": look["second_look"]} if look else label
     vote: dict[str, Stage] = {}
     if config.needs_vote:
@@ -153,7 +124,7 @@ def _round(
     parents: dict[str, Stage] = {**labelled, **vote, **(sample if samples_for_meta else {}), **evaluations}
     reward = add("reward", f"{folder}/reward", settings, **start, **parents)
 
-    # 4. PPO, and its evaluation; SFT's answers are those of the first one and are not sampled again.
+    # 3. PPO, and its evaluation; SFT's answers are those of the first one and are not sampled again.
     sources = [verdict_model(name) or name for name in recipe.ppo.extra_rewards]
     settings = recipe.ppo.model_dump() | backbone | gold | _files(model, function, *sources)
     if before and rounds.start == "previous":
@@ -173,6 +144,60 @@ def _round(
         **look,
         **older,
     }
+
+
+def _labels(
+    recipe: Recipe, number: int, start: dict[str, Stage], before: dict[str, Stage], add: Add
+) -> tuple[dict[str, Stage], dict[str, Stage], dict[str, Stage]]:
+    """Add what a round labels, as far as it labels anything; arguments as of `_round`.
+
+    Returns:
+        `sample`, `label` and `second_look`, each by its role, or nothing where there is no such stage.
+    """
+    folder, config, rounds = f"round-{number}", recipe.reward, recipe.rounds
+    model, function = None if "sft" in start else recipe.backbone.model, recipe.evaluate.gold
+    backbone, gold = _backbone(recipe, start), _gold(recipe)
+
+    # 1. Answers of the latest policy, where they are labelled or where MetaRM ascends on them.
+    labels_answers = rounds.labels_from != "dataset" and (number > 1 or rounds.first == "sampled")
+    samples_for_meta = config.meta and config.meta_samples is None
+    policy_before = {"policy": before["policy"]} if before else {}
+    sample: dict[str, Stage] = {}
+    if labels_answers or samples_for_meta:
+        size = {"prompts": config.meta_pool, "responses": config.meta_responses}
+        if labels_answers:
+            size = rounds.sampling()
+        settings = {**size, **backbone, **_sampling(recipe), **_engine(recipe), **_files(model)}
+        sample = {"sample": add("sample", f"{folder}/sample", settings, **start, **policy_before)}
+
+    # 2. Their labels, joined with those of the rounds before; what is trained on them reads them as a second look left them.
+    label: dict[str, Stage] = {}
+    look: dict[str, Stage] = {}
+    if labels_answers:
+        known = {"reward": before["reward"]} if before else {}
+        if "label" in before:
+            known["label"] = before.get("second_look", before["label"])
+        select = add("select", f"{folder}/select", rounds.selection(), **start, **sample, **known)
+        lab = {} if recipe.lab is None else recipe.lab.model_dump(include={"annotators", "flip_rate"})
+        earlier = {"earlier": before["label"]} if "label" in before else {}
+        annotator = rounds.judge_model if rounds.labels_from == "verdicts" else None
+        settings = rounds.labelling() | {"round": number} | lab | gold | _files(function, annotator)
+        label = {"label": add("label", f"{folder}/label", settings, **start, select=select, **earlier)}
+        if rounds.second_look is not None:
+            earlier = {"earlier": before["second_look"]} if "second_look" in before else {}
+            asking = {"labels_from": rounds.labels_from, "looked_at": rounds.looked_at}
+            voting = recipe.vote.model_dump() | recipe.vote_settings()
+            settings = asking | voting | backbone | gold | _files(model, function)
+            look = {"second_look": add("second_look", f"{folder}/second_look", settings, **start, **label, **earlier)}
+    elif rounds.labels_from == "dataset" and rounds.count > 1:
+        settings = rounds.labelling() | {"round": number, "of": rounds.count} | gold | _files(function)
+        label = {"label": add("label", f"{folder}/label", settings, **start)}
+    return sample, label, look
+
+
+def _backbone(recipe: Recipe, start: dict[str, Stage]) -> dict[str, Any]:
+    """Return the backbone where a round begins from it; otherwise SFT depends on it."""
+    return {} if "sft" in start else {"backbone": recipe.backbone.model_dump(exclude_none=True)}
 
 
 def _sampling(recipe: Recipe) -> dict[str, Any]:
