@@ -7,10 +7,13 @@ is the same: its own memory, its own signals, killed by SIGKILL like any other. 
 import json
 import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +34,12 @@ class Result(NamedTuple):
 class Process:
     """As of `subprocess.Popen`, as far as the tests ask."""
 
-    def __init__(self, arguments: tuple[str, ...], cwd: Path):
+    def __init__(self, arguments: tuple[str, ...], cwd: Path, *, script: bool = False, **environment: str):
         _start_server()
         self._streams = [tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") for _ in range(2)]  # noqa: SIM115
         names = [stream.name for stream in self._streams]
-        self._process: Any = _context.Process(target=_command, args=(arguments, str(cwd), *names))
+        target = _script if script else _command
+        self._process: Any = _context.Process(target=_begin, args=(target, arguments, str(cwd), environment, *names))
         self._process.start()
 
     def poll(self) -> int | None:
@@ -67,6 +71,29 @@ def rlhf(*arguments: str, cwd: Path) -> Result:
     return result
 
 
+def run_script(file: str, *arguments: str, cwd: Path, processes: int = 1) -> None:
+    """Run a script in warm processes; several are told of each other as `torchrun` tells them, and end as they like.
+
+    A cold launch takes some ten seconds of each core. That `torchrun` itself works is tested elsewhere.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    launched = [
+        Process(
+            (file, *arguments),
+            cwd,
+            script=True,
+            **({"RANK": str(rank), "LOCAL_RANK": str(rank), **world, **address} if processes > 1 else {}),
+        )
+        for rank in range(processes)
+    ]
+    for process in launched:
+        result = process.wait(200)
+        assert result.returncode == 0, result.stderr[-3000:]
+
+
 def wait_for(condition: Any, process: Process | None = None, *, seconds: float = 120) -> None:
     """Look every two milliseconds until a condition holds, the process has ended, or the time is up."""
     deadline = time.monotonic() + seconds
@@ -82,14 +109,30 @@ def _start_server() -> None:
         os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-def _command(arguments: tuple[str, ...], cwd: str, stdout: str, stderr: str) -> None:
+def _begin(
+    target: Callable[[tuple[str, ...]], None],
+    arguments: tuple[str, ...],
+    cwd: str,
+    environment: dict[str, str],
+    stdout: str,
+    stderr: str,
+) -> None:
     for number, name in ((1, stdout), (2, stderr)):
         descriptor = os.open(name, os.O_WRONLY)
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(cwd)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | environment)
+    target(arguments)
+
+
+def _command(arguments: tuple[str, ...]) -> None:
     sys.argv = ["rlhf", *arguments]
     from rlhf.cli import main
 
     main()
+
+
+def _script(arguments: tuple[str, ...]) -> None:
+    sys.argv = list(arguments)
+    runpy.run_path(arguments[0], run_name="__main__")

@@ -1,5 +1,6 @@
 """Tiny models made on the spot; no network, no GPU, one thread a process so that sums come out the same every time."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +34,12 @@ WORDS = [
 PROMPTS = [
     [{"role": "user", "content": f"{a} {b} {c}"}] for a in ("list", "name") for b in WORDS[:6] for c in WORDS[6:9]
 ]
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the libraries: trainers call it often, and each look through all takes a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

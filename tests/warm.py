@@ -1,5 +1,7 @@
 """What the fork server of `tests.command` imports before it forks."""
 
+import gc
+
 import rlhf.cli
 import rlhf.pipeline.audit
 import rlhf.pipeline.label
@@ -8,3 +10,6 @@ import rlhf.pipeline.reward
 import rlhf.pipeline.run
 import rlhf.pipeline.stages
 import rlhf.report.page  # noqa: F401
+
+gc.collect()
+gc.freeze()  # a child's garbage collector need not look through the libraries, nor copy their pages

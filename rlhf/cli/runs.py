@@ -177,7 +177,7 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
         if is_main:
             say(line)
 
-    run(recipe, out, until=until, say=say_once)
+    run(recipe, out, until=until, say=say_once, own_process=True)
     if is_main:
         from rlhf.report.terminal import show_summary
 

@@ -12,6 +12,7 @@ import torch
 
 from rlhf.models.load import build_reward_model, model_settings
 from rlhf.reward.load import save_reward_model
+from tests.command import run_script
 from tests.conftest import PROMPTS
 
 SCRIPT = """
@@ -93,22 +94,9 @@ def test_two_processes_make_the_step_of_one(
         reward_folder = tmp_path / "reward"
         save_reward_model(reward_folder, model, tokenizer, samples=[(prompt, "yes") for prompt in PROMPTS[:9]])
     (tmp_path / "s.py").write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    for name, batch, launcher in (
-        ("one", 16, [sys.executable]),
-        ("two", 8, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
-    ):
-        world = 2 if name == "two" else 1
-        command = [*launcher, "s.py", str(base_folder), str(reward_folder), name, str(batch), str(world)]
-        result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=False
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+    for name, batch, world in (("one", 16, 1), ("two", 8, 2)):
+        arguments = (str(base_folder), str(reward_folder), name, str(batch), str(world))
+        run_script("s.py", *arguments, cwd=tmp_path, processes=world)
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     for key in (
         "loss",
@@ -182,15 +170,9 @@ def test_elements_are_counted_over_processes(kind: str, base_folder: Path, tmp_p
     ODIN's correlation with length is over all answers of the step, of both processes and both their micro-batches.
     """
     (tmp_path / "s.py").write_text(ELEMENTS_SCRIPT)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for world, launcher in ((1, [sys.executable]), (2, two)):
-        command = [*launcher, "s.py", str(base_folder), kind, str(world), str(16 // world), str(world)]
-        result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=False
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+    for world in (1, 2):
+        arguments = (str(base_folder), kind, str(world), str(16 // world), str(world))
+        run_script("s.py", *arguments, cwd=tmp_path, processes=world)
     one, both = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2))
     assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
     if kind == "length":

@@ -1,8 +1,5 @@
 """`critic_warmup`: the policy keeps every bit and its optimizer knows nothing of it, whatever else is asked for."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rlhf import PPOConfig, PPOTrainer
 from rlhf.models.load import load_policy, model_settings
+from tests.command import run_script
 from tests.conftest import PROMPTS
 from tests.ppo.conftest import LORA
 
@@ -229,12 +227,6 @@ def test_two_processes_warm_up_as_one(
 ) -> None:
     """Each sees answers of its own; both end with the same critic, and the wrapper never misses the policy's gradients."""
     (tmp_path / "s.py").write_text(SCRIPT)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     folders = [str(folder) for folder in (base_folder, reward_folder, sft_adapter, reward_adapter)]
-    result = subprocess.run(
-        [*launcher, "s.py", *folders], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script("s.py", *folders, cwd=tmp_path, processes=2)
     assert all((tmp_path / layout).is_file() for layout in ("separate", "shared"))

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from rlhf.errors import UserError
 from rlhf.objectives.meta import reward_spread
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.reward.meta import group_samples
+from tests.command import run_script
 from tests.conftest import PROMPTS, WORDS
 from tests.reward.test_trainer import build, losses
 
@@ -240,21 +238,9 @@ def test_two_processes_make_the_steps_of_one(base_folder: Path, pairs: Dataset, 
     """1 x 16 and 2 x 8, the meta prompts (five, so unevenly) dealt out: same loss, gradient and spread at every step."""
     (tmp_path / "s.py").write_text(SCRIPT)
     (tmp_path / "rows.json").write_text(json.dumps({"pairs": pairs.select(range(32)).to_list(), "meta": META}))
-    environment = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    for name, batch, world, launcher in (
-        ("one", 16, 1, [sys.executable]),
-        ("two", 8, 2, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
-    ):
-        command = [*launcher, "s.py", str(base_folder), "rows.json", name, str(batch), str(world)]
-        result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=False
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+    for name, batch, world in (("one", 16, 1), ("two", 8, 2)):
+        arguments = (str(base_folder), "rows.json", name, str(batch), str(world))
+        run_script("s.py", *arguments, cwd=tmp_path, processes=world)
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
