@@ -68,3 +68,26 @@ def generalized_advantage(
         value_next = values[:, t]
         advantages[:, t] = running
     return advantages, advantages + values
+
+
+def nearest_line(values_variance: Tensor, returns_variance: Tensor, sum_variance: Tensor) -> Tensor:
+    """Return the slope of the line that takes a critic's values nearest to the returns, in squared error, within [0, 1].
+
+        a = Cov[V, R] / Var[V],    Cov[V, R] = ½ (Var[V + R] - Var[V] - Var[R])
+
+    The line is a · V + (E[R] - a · E[V]). 1 is a critic on the scale of the returns; 0 one that knows nothing of them or is worse
+    than a constant, in whose place stands the mean return. 0 where the values are constant.
+
+    Args:
+        values_variance, returns_variance, sum_variance: Var[V], Var[R] and Var[V + R] over the same tokens, score units squared;
+            R the Monte-Carlo returns (λ = 1), which owe nothing to V.
+
+    Reference: the coefficient of a control variate; Greensmith, Bartlett and Baxter, JMLR 5 (2004), on baselines and critics.
+
+    >>> values, returns = torch.tensor([0.0, 2.0]), torch.tensor([5.0, 6.0])
+    >>> nearest_line(*(x.var(correction=0) for x in (values, returns, values + returns)))
+    tensor(0.5000)
+    """
+    covariance = 0.5 * (sum_variance - values_variance - returns_variance)
+    slope = torch.where(values_variance <= 1e-12, torch.zeros_like(covariance), covariance / values_variance)
+    return slope.clamp(0.0, 1.0)

@@ -68,6 +68,10 @@ class PPOConfig(BaseConfig):
         default=0,
         metadata={"help": "First rollouts that train the critic alone; no demonstration is drawn in them either."},
     )
+    calibrate_values: bool = field(
+        default=True,
+        metadata={"help": "Make advantages of values on the line that takes them nearest to the rollout's returns."},
+    )
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of demonstrations' loss (PPO-ptx); 0: none."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Over the rollout, over all processes."})
 

@@ -17,7 +17,7 @@ from rlhf.models.batching import run_batches
 from rlhf.models.generate import Completions
 from rlhf.models.logprobs import ExpectedCounts
 from rlhf.models.text import plain
-from rlhf.objectives.advantage import generalized_advantage, token_rewards
+from rlhf.objectives.advantage import generalized_advantage, nearest_line, token_rewards
 from rlhf.objectives.kl import kl_k1
 from rlhf.objectives.masked import whiten
 from rlhf.objectives.ppo import explained_variance, truncated_importance
@@ -61,7 +61,8 @@ def make_rollout(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Rollout:
     rewards = token_rewards(scores, experience.kl, mask, kl_coef=kl_coef) + experience.dense
 
     # 3. Advantages, whitened over all processes.
-    advantages, returns = generalized_advantage(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+    baseline = _calibrated(trainer, values, rewards, mask) if args.calibrate_values else values
+    advantages, returns = generalized_advantage(rewards, baseline, mask, gamma=args.gamma, lam=args.lam)
     _, returns_variance = mean_and_variance_of_all(accelerator, returns, mask)
     _, residual_variance = mean_and_variance_of_all(accelerator, returns - values, mask)
     trainer.metrics.count("explained_variance", explained_variance(returns_variance, residual_variance), 1)
@@ -80,6 +81,22 @@ def make_rollout(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Rollout:
         returns,
         experience.sampler_weights,
     )
+
+
+def _calibrated(trainer: "PPOTrainer", values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    """Return the critic's values on the line that takes them nearest to what this rollout's answers got, [b, r].
+
+    A critic that starts as a reward model was never asked about beginnings of answers. Of a language model it is often worse than
+    a constant for many rollouts, and advantages are then mostly its errors.
+    """
+    zeros, accelerator = torch.zeros_like(values), trainer.accelerator
+    returns, _ = generalized_advantage(rewards, zeros, mask, gamma=trainer.args.gamma, lam=1.0)
+    mean, variance = mean_and_variance_of_all(accelerator, values, mask)
+    returns_mean, returns_variance = mean_and_variance_of_all(accelerator, returns, mask)
+    _, sum_variance = mean_and_variance_of_all(accelerator, values + returns, mask)
+    slope = nearest_line(variance, returns_variance, sum_variance)
+    trainer.metrics.count("value_slope", slope, 1)
+    return torch.where(mask.bool(), slope * (values - mean) + returns_mean, zeros)
 
 
 @torch.no_grad()
