@@ -71,7 +71,7 @@ def rlhf(*arguments: str, cwd: Path) -> Result:
     return result
 
 
-def run_script(file: str, *arguments: str, cwd: Path, processes: int = 1) -> None:
+def run_script(file: str, *arguments: str, cwd: Path, processes: int = 1, seconds: float = 200) -> None:
     """Run a script in warm processes; several are told of each other as `torchrun` tells them, and end as they like.
 
     A cold launch takes some ten seconds of each core. That `torchrun` itself works is tested elsewhere.
@@ -90,7 +90,7 @@ def run_script(file: str, *arguments: str, cwd: Path, processes: int = 1) -> Non
         for rank in range(processes)
     ]
     for process in launched:
-        result = process.wait(200)
+        result = process.wait(seconds)
         assert result.returncode == 0, result.stderr[-3000:]
 
 

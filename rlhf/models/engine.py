@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -75,8 +77,7 @@ def engine_answers(
         # 2. The engine, which ends with its answers.
         environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
         environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        command = [sys.executable, "-m", "rlhf.models.vllm_process", name]
-        code = subprocess.run(command, env=environment, check=False).returncode
+        code = _run([sys.executable, "-m", "rlhf.models.vllm_process", name], environment)
         if code != 0:
             raise TrainingError(f"sampling.engine: vLLM ended with exit code {code}; what it said stands above.")
         answers: list[list[int]] = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
@@ -85,6 +86,17 @@ def engine_answers(
     if len(answers) != len(rows) or any(len(answer) == 0 for answer in answers):
         raise TrainingError(f"vLLM returned {len(answers)} answers to {len(rows)} prompts, or an empty one.")
     return answers
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command to its end, and end whatever it started and left behind; return its exit code."""
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _save(model: PreTrainedModel | PeftModel, folder: Path) -> None:

@@ -47,4 +47,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     sys.stderr.flush()
-    os._exit(0)  # an engine's own processes may wait for each other as they are taken down
+    os._exit(0)  # an engine's own processes may wait for each other; whoever started this one ends them

@@ -1,8 +1,8 @@
 """Answers by an engine in a process of its own, with a stand-in for vLLM written with plain transformers."""
 
 import importlib
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,13 @@ def in_this_process(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's process without its cold start; the real one is started in tests/engines."""
     monkeypatch.setenv("RANK", "0")  # as under `torchrun`
 
-    def run(command: list[str], *, env: dict[str, str], check: bool) -> "subprocess.CompletedProcess[str]":
+    def run(command: list[str], environment: dict[str, str]) -> int:
         assert command[:-1] == [sys.executable, "-m", vllm_process.__name__]
-        assert "RANK" not in env
+        assert "RANK" not in environment
         vllm_process.main(Path(command[-1]))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(engine.subprocess, "run", run)
+    monkeypatch.setattr(engine, "_run", run)
 
 
 def likeliest(model: Any, row: list[int], length: int, ends: list[int]) -> list[int]:
@@ -148,17 +148,36 @@ def test_an_evaluation_by_the_engine(base_folder: Path, tokenizer: Any, in_this_
     assert scored == [sample["sft"] for sample in found.samples] + [sample["policy"] for sample in found.samples]
 
 
+def test_nothing_outlives_the_engines_process(tmp_path: Path) -> None:
+    """An engine's own processes would hold the accelerator's memory."""
+    left = "import subprocess; p = subprocess.Popen(['sleep', '60']); open('pid', 'w').write(str(p.pid))"
+    code = engine._run([sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {left}; os._exit(7)"], {})
+    assert code == 7
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while (state := process_state(pid)) not in ("gone", "Z") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state in ("gone", "Z")
+
+
+def process_state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+
+
 @pytest.mark.parametrize(("code", "answers"), [(3, "[]"), (0, "[[5]]"), (0, "[[5], []]")])
 def test_an_engine_that_fails(
     code: int, answers: str, vllm: Path, base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_policy(str(base_folder), model_settings({}), trainable=False).eval()
 
-    def run(command: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
+    def run(command: list[str], _: dict[str, str]) -> int:
         Path(command[-1], "answers.json").write_text(answers)
-        return subprocess.CompletedProcess(command, code)
+        return code
 
-    monkeypatch.setattr(engine.subprocess, "run", run)
+    monkeypatch.setattr(engine, "_run", run)
     with pytest.raises(TrainingError, match="exit code 3" if code else "2 prompts, or an empty one"):
         engine_answers(model, [[5], [6]], end_ids=[1], max_new_tokens=LENGTH)
 
