@@ -51,18 +51,20 @@ def posterior_of_observations(strength: Tensor, verdicts: Tensor, *, flip_rate: 
     return torch.sigmoid(scale * strength + math.log((1 - flip_rate) / flip_rate) + verdicts)
 
 
-def expected_change(right: Tensor, *, error_rate: float) -> Tensor:
+def expected_change(right: Tensor, *, error_rate: Tensor | float) -> Tensor:
     """Return the variance of p over the two verdicts that an expert may give, [n]: how far a second look moves it.
 
         Var p' = ( p (1 - p) (1 - 2e) )² / ( q (1 - q) ),    q = p (1 - e) + (1 - p) e
 
-    q is the probability that the verdict agrees with the label. With e = 0 it is p (1 - p): P(wrong) times P(right), since
+    q is the probability that the verdict agrees with the label. With d the pair's reward difference, ∂p/∂d = p (1 - p), so this
+    is (∂q/∂d)² / (q (1 - q)): Fisher's information about d in the verdict, given the label. A label is such a verdict too: its
+    information is that of p = σ(d), e = ε. With e = 0 it is p (1 - p): P(wrong) times P(right), since
     a label that is surely wrong is flipped by the vote already and needs no expert. 0 where p is 0 or 1, or e = 1/2; at
     most 1/4.
 
     Args:
         right: [n] p.
-        error_rate: e in [0, 0.5], of the expert.
+        error_rate: e in [0, 0.5], of the expert; a number, or one for each.
 
     >>> expected_change(torch.tensor([0.5, 0.9, 1.0]), error_rate=0.0)
     tensor([0.2500, 0.0900, 0.0000])
@@ -70,6 +72,28 @@ def expected_change(right: Tensor, *, error_rate: float) -> Tensor:
     agrees = right * (1 - error_rate) + (1 - right) * error_rate
     moved = right * (1 - right) * (1 - 2 * error_rate)
     return moved**2 / (agrees * (1 - agrees)).clamp(min=torch.finfo(right.dtype).tiny)
+
+
+def verdicts_in_labels(right: Tensor, better: Tensor, *, error_rate: float, flip_rate: Tensor | float) -> Tensor:
+    """Return how many more labels say as much about the reward as verdicts do: Σ_i Var p'_i / mean_j Var c'_j.
+
+    Both are Fisher's information about the reward difference of a pair, at the difference that is believed: Var p' that of a
+    verdict on a pair with a label, Var c' that of a noisy label on a pair without one. Most new pairs have a sure order, where a
+    noisy label says little; a look is at those in doubt, so one verdict may do what ten labels do.
+
+    Special cases: where votes say nothing, c = 1/2 and p = 1 - ε, it is Σ_i 4 Var p'_i / (1 - 2ε)²; ε = 0 is 0.
+
+    Args:
+        right: [..., k] p of the pairs that are looked at.
+        better: [..., n] c = P(one answer is better) of pairs like the new ones, without their labels.
+        error_rate: e in [0, 0.5), of the expert.
+        flip_rate: ε in [0, 0.5), of the labels; a number, or [..., 1].
+
+    >>> verdicts_in_labels(torch.full((3,), 0.75), torch.full((9,), 0.5), error_rate=0.0, flip_rate=0.25)
+    tensor(9.)
+    """
+    of_verdicts = expected_change(right, error_rate=error_rate).sum(dim=-1)
+    return of_verdicts / expected_change(better, error_rate=flip_rate).mean(dim=-1)
 
 
 def worth_in_sure_labels(right: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from rlhf.pipeline.audited import (
     write_parquet,
 )
 from rlhf.pipeline.cleaned import write_cleaned
-from rlhf.pipeline.looked import EXPERT_ERROR, beliefs
+from rlhf.pipeline.looked import EXPERT_ERROR
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
@@ -209,8 +209,7 @@ def _meter(
         }
     curves = fit_meter(parts, strength, [plain(pair["prompt"]) for pair in pairs])
     verdicts = budget or max(1, round(LOOKED_AT * len(pairs)))
-    right = beliefs(strength, noise, torch.zeros_like(strength))
-    return read_meter(curves, len(pairs), right, verdicts=verdicts, expert_error=EXPERT_ERROR)
+    return read_meter(curves, len(pairs), strength, verdicts=verdicts, expert_error=EXPERT_ERROR)
 
 
 def read_audited_rows(source: Source, model: str, compare: Compare) -> tuple[list[Row[Pair]], ReadReport]:
