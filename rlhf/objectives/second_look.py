@@ -120,11 +120,11 @@ def second_look(
 ) -> list[int]:
     """Choose the pairs whose second look is expected to teach a reward head most, one after the other.
 
-        gain_i = 4 Var p'_i · σ'(d_i) · x_i' Σ x_i,    Σ^-1 = Σ_j (2p_j - 1)² σ'(d_j) x_j x_j' + I
+        gain_i = Var p'_i · x_i' Σ x_i,    Σ^-1 = Σ_j (2p_j - 1)² σ'(d_j) x_j x_j' + I
 
-    The first factor is what the verdict adds to the label, in sure labels; the others are what a sure label on this pair
-    teaches: Laplace's precision of a logistic head along x. Σ shrinks along every pair that is taken as if it were
-    relabelled, so a second pair like it gains less: the batch is diverse (greedy D-optimal design).
+    The first factor is Fisher's information about d_i in the verdict (`expected_change`), the second what is not known of d_i:
+    Laplace's variance of a logistic head along x. Σ shrinks along every pair that is taken as if it were relabelled, so a second
+    pair like it gains less: the batch is diverse (greedy D-optimal design).
 
     Args:
         features: [n, h] what the head reads, chosen minus rejected; scaled here so that their mean square length is 1.
@@ -143,9 +143,8 @@ def second_look(
     """
     scaled = features / features.square().sum(dim=1).mean().sqrt().clamp(min=torch.finfo(features.dtype).tiny)
     p = torch.sigmoid(differences)
-    teaches = p * (1 - p)
-    covariance = weighted_covariance(scaled, worth_in_sure_labels(right) * teaches)
-    adds = 4 * expected_change(right, error_rate=error_rate) * teaches
+    covariance = weighted_covariance(scaled, worth_in_sure_labels(right) * p * (1 - p))
+    adds = expected_change(right, error_rate=error_rate)
     candidates = torch.arange(len(right)) if is_open is None else is_open.nonzero().flatten()
     order = greedy_design(scaled[candidates], adds[candidates], covariance, count)
     chosen: list[int] = candidates[order].tolist()
