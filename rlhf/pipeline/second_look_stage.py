@@ -24,6 +24,7 @@ from rlhf.pipeline.looked import (
     blind_questions,
     check_verdicts,
     count_opinions,
+    expected_gain,
     gains,
     open_pairs,
     pair_features,
@@ -33,6 +34,7 @@ from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.pipeline.vote import vote
+from rlhf.report.second_look import gain_sentence
 from rlhf.reward.noise import estimate_noise
 
 VERDICTS = "verdicts.jsonl"
@@ -66,14 +68,17 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     looked = count_opinions(labelled, questions, verdicts)
     odds = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=EXPERT_ERROR)
     known = noise if not looked.verdicts else estimate_noise(strength, clusters, odds)
+    right = beliefs(strength, known, odds)
     chosen = second_look(
         pair_features(context.sft_model, labelled),
         known.scale * strength,
-        beliefs(strength, known, odds),
+        right,
         rounds.looked_at,
         error_rate=EXPERT_ERROR,
         is_open=open_pairs(labelled, looked.is_asked),
     )
+    expected = expected_gain(strength, known, right, chosen, expert_error=EXPERT_ERROR)
+    context.say(f"second look: {gain_sentence(expected)}")
     asked, answers = _ask(context, blind_questions(labelled, chosen, context.round, seed=str(seed)))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in [*questions, *asked]])
     write_jsonl(context.folder / VERDICTS, [asdict(verdict) for verdict in [*verdicts, *answers]])
@@ -99,6 +104,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     return {
         "pairs": len(made),
         "looked_at": len(asked),
+        "expected": expected,
         **counts,
         "flipped": flipped,
         "noise": asdict(noise),

@@ -37,8 +37,9 @@ from worlds import FLIP_RATE, Rows, in_true_order, is_wrong, planted, reward_set
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
-from rlhf.objectives.second_look import log_odds_of_verdicts, posterior_of_observations, second_look
+from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
 from rlhf.objectives.strength import vote_strength
+from rlhf.pipeline.looked import beliefs
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.model import RewardModel
@@ -144,16 +145,20 @@ def looked_at(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate, rig
 def believed(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate) -> tuple[Tensor, dict[str, Any]]:
     """P(chosen is better) of every pair as a way trains on it, and what it found."""
     n, wrong = len(here.rows), here.wrong
-    right = posterior_of_observations(strength, torch.zeros(n), flip_rate=noise.fitted, scale=noise.scale)
+    right = beliefs(strength, noise, torch.zeros(n))
     if way not in RELABELLED:
-        return {"bt": torch.ones(n), "clean": 1.0 - wrong.float(), "posterior": right}[way], {}
+        # Where votes prove no wrong label, posterior labels are the labels.
+        posterior = right if noise.fitted > 0 else torch.ones(n)
+        return {"bt": torch.ones(n), "clean": 1.0 - wrong.float(), "posterior": posterior}[way], {}
     # An expert's error belongs to the pair, whoever asks.
     agrees = (torch.rand(n, generator=torch.Generator().manual_seed(here.seed)) >= EXPERT_ERROR) != wrong
     seen = torch.zeros(n, dtype=torch.bool)
     seen[looked_at(here, way, strength, noise, right)] = True
     verdicts = log_odds_of_verdicts((seen & agrees).int(), (seen & ~agrees).int(), error_rate=EXPERT_ERROR)
     again = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows], verdicts)
-    belief = posterior_of_observations(strength, verdicts, flip_rate=again.fitted, scale=again.scale)
+    belief = beliefs(strength, again, verdicts)
+    if again.fitted == 0:  # as `rlhf.pipeline.looked.relabelled`
+        belief[~seen] = 1.0
     facts = {
         "found": float((seen & wrong).sum() / wrong.sum()),
         "fitted": [again.low, again.fitted, again.scale],
