@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from rlhf.data.labelbook import BOOK
-from rlhf.data.labels import Question, Verdict, question_id
+from rlhf.data.labels import Question, Verdict, all_alike, question_id
 from rlhf.data.rows import SIDES, TIE, Pair, answer, asked, told
 from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, load_tokenizer, score_head
@@ -29,7 +29,6 @@ from rlhf.reward.noise import NoiseEstimate
 
 LEAST_RATE = 0.01  # no label is taken to be beyond doubt, or no expert could contradict it
 EXPERT_ERROR = 0.05  # how often an expert is taken to be wrong where nobody says it, and in the lab is
-FEWEST_ALIKE = 8  # as many verdicts for the first of two answers in random order are chance once in 2^8
 
 
 # ---- Questions ----
@@ -144,18 +143,13 @@ def check_verdicts(looked: Looked, folder: Path) -> None:
         raise UserError(
             f"{folder / BOOK}: its {labels.total()} verdicts are on other pairs than the {looked.asked} asked about; label these."
         )
-    if len(labels) > 1:
-        return
-    (only,) = labels
-    if only == "tie":
+    if set(labels) == {"tie"}:
         raise UserError(
             f"{folder}: all {labels['tie']} verdicts are ties, so they say of no label that it is wrong; label more."
         )
-    if labels[only] >= FEWEST_ALIKE:
-        raise UserError(
-            f"{folder}: all {labels[only]} verdicts are for the {only} answer, though the order was random; was one key held "
-            "down? Label again."
-        )
+    alike = all_alike(looked.verdicts)
+    if alike is not None:
+        raise UserError(f"{folder}: {alike} Label again.")
 
 
 # ---- What is known after them ----
