@@ -340,7 +340,7 @@ def _finished(out: Path, key: str) -> dict[str, Any] | None:
     file = out / "audit.json"
     if file.is_file():
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if result.get("key") == key and "annotators" in result:
+        if result.get("key") == key and "likeliest" in result["vote"]:
             return result
         raise UserError(
             f"{out}: holds an audit of other pairs, with another model or settings, or by an older version; choose another --out."

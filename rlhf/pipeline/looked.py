@@ -156,7 +156,7 @@ def check_verdicts(looked: Looked, folder: Path) -> None:
 
 
 def beliefs(strength: Tensor, noise: NoiseEstimate, verdicts: Tensor) -> Tensor:
-    """Return P(chosen is better) of every pair, [n]; the rate of wrong labels is what is proved, else the likeliest.
+    """Return P(chosen is better) of every pair, [n], at the likeliest rate of wrong labels.
 
     Args:
         strength: [n] of the vote, nats.
@@ -166,8 +166,8 @@ def beliefs(strength: Tensor, noise: NoiseEstimate, verdicts: Tensor) -> Tensor:
 
 
 def _flip_rate(noise: NoiseEstimate) -> float:
-    """Return the share of wrong labels that is proved, else the likeliest."""
-    return min(max(noise.fitted or noise.flip_rate, LEAST_RATE), 0.5)
+    """Return the likeliest share of wrong labels, proved or not: a look asks where they may be wrong."""
+    return min(max(noise.likeliest, LEAST_RATE), 0.5)
 
 
 def expected_gain(

@@ -15,7 +15,7 @@ from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl
 from rlhf.pipeline.audit import audit
-from rlhf.pipeline.looked import expected_gain
+from rlhf.pipeline.looked import beliefs, expected_gain
 from rlhf.pipeline.second_look import RELABELLED, look_again
 from rlhf.recipe import load_recipe
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
@@ -210,7 +210,7 @@ def test_what_cannot_be_used_is_a_sentence(look: Any, tmp_path: Path) -> None:
 
 def test_what_verdicts_are_expected_to_add() -> None:
     """By hand, with a perfect expert: on pairs that are open, and with labels on pairs whose order is sure to the vote."""
-    noise = NoiseEstimate(flip_rate=0.25, fitted=0.25, scale=1.0, low=0.2, high=0.3)
+    noise = NoiseEstimate(flip_rate=0.25, fitted=0.25, scale=1.0, low=0.2, high=0.3, likeliest=0.25)
     right, none = torch.full((4,), 0.75), torch.zeros(4)
     gain = expected_gain(none, noise, right, [0, 2, 3], expert_error=0.0)
     assert gain["pairs"] == 3
@@ -222,7 +222,7 @@ def test_what_verdicts_are_expected_to_add() -> None:
     sure = torch.full((4,), float(np.log(order / (1 - order))))
     gain = expected_gain(sure, noise, right, [0], expert_error=0.0)
     assert gain["labels"] == pytest.approx(0.75 * 0.25 / information, rel=1e-4)
-    coins = NoiseEstimate(flip_rate=0.5, fitted=0.0, scale=1.0, low=0.0, high=0.5)
+    coins = NoiseEstimate(flip_rate=0.4, fitted=0.0, scale=1.0, low=0.0, high=0.5, likeliest=0.5)
     assert expected_gain(none, coins, right, [0], expert_error=0.0)["labels"] is None, "such labels say nothing"
 
 
@@ -259,3 +259,17 @@ def test_noise_is_estimated_with_verdicts_on_pairs_that_were_chosen_for_doubt() 
         assert log_likelihood(with_verdicts.fitted + step, with_verdicts.scale) <= best + 1e-6
     for factor in (0.85, 1.18):
         assert log_likelihood(with_verdicts.fitted, with_verdicts.scale * factor) <= best + 1e-6
+
+
+def test_unproved_noise_is_taken_as_the_fit_has_it() -> None:
+    """Few blunt votes prove no wrong label; where a look asks, the likeliest share counts, with the scale that belongs to it."""
+    rng = np.random.default_rng(3)
+    true_order = rng.normal(0, 1.0, 150)
+    first_is_better = rng.random(150) < 1 / (1 + np.exp(-true_order))
+    d = torch.tensor(np.where(first_is_better != (rng.random(150) < 0.15), true_order, -true_order))
+    noise = estimate_noise(d, list(range(150)))
+    assert (noise.low, noise.fitted) == (0.0, 0.0)
+    right = beliefs(d, noise, torch.zeros(150))
+    rate = max(noise.likeliest, 0.01)
+    np.testing.assert_allclose(right.numpy(), 1 / (1 + rate / (1 - rate) * np.exp(-noise.scale * d.numpy())), rtol=1e-6)
+    assert rate < noise.flip_rate - 0.1, "confident learning takes errors of blunt votes for those of labels"
