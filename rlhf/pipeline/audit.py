@@ -93,12 +93,9 @@ def audit(
     settings, shape = _vote_settings(model, members, recipe)
     source = Source(pairs) if isinstance(pairs, str) else pairs
     compare = compare or ("answers" if recipe is None else recipe.data.compare)
-    identity = _identity(source) if compare == "answers" else [_identity(source), compare]
-    key = digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
-    finished = _finished(out, key)
+    key = _key(source, compare, model, settings, shape)
+    finished = _finished(out, key, meter=meter)
     if finished is not None:
-        if meter and "meter" not in finished:
-            raise UserError(f"{out}: was made without --meter, and its voters are gone; choose another --out.")
         say(f"{out}: done before")
         return finished
 
@@ -108,17 +105,15 @@ def audit(
     if budget is not None:
         check_budget(budget, len(rows), source.source)
     unmeasured = _why_no_meter(len(rows), shape) if meter else None
-    on_parts = meter and unmeasured is None
 
-    # 2. Vote.
+    # 2. Vote; with the meter, also by voters on parts of the labels.
     values: list[Any] = [row.values for row in rows]
-    seed = 0 if recipe is None else recipe.seed
+    seed, on_parts = 0 if recipe is None else recipe.seed, meter and unmeasured is None
     (out / WORK).mkdir(parents=True, exist_ok=True)
     write_text(out / WORK / "key.json", json.dumps(key))
     if on_parts:
-        say(
-            f"audit: --meter trains voters on parts of the labels too: {sum(PARTS):.0%} of the time of {shape['folds']} voters."
-        )
+        cost = f"{sum(PARTS):.0%} of the time of {shape['folds']} voters"
+        say(f"audit: --meter trains voters on parts of the labels too: {cost}.")
     strength, noise, parts = vote(model, values, settings, out / WORK, seed=seed, say=say, on_parts=on_parts, **shape)
 
     # 3. What the votes say about each label, and about all of them.
@@ -331,16 +326,24 @@ def _vote_settings(model: str, members: int | None, recipe: Recipe | None) -> tu
     }
 
 
-def _finished(out: Path, key: str) -> dict[str, Any] | None:
+def _key(source: Source, compare: Compare, model: str, settings: dict[str, Any], shape: dict[str, Any]) -> str:
+    """Return what an audit's result depends on, as one digest."""
+    identity = _identity(source) if compare == "answers" else [_identity(source), compare]
+    return digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
+
+
+def _finished(out: Path, key: str, *, meter: bool) -> dict[str, Any] | None:
     """Read the result of the very same audit, if it is there.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or lacks the meter that is asked for.
     """
     file = out / "audit.json"
     if file.is_file():
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if result.get("key") == key and "likeliest" in result["vote"]:
+            if meter and "meter" not in result:
+                raise UserError(f"{out}: was made without --meter, and its voters are gone; choose another --out.")
             return result
         raise UserError(
             f"{out}: holds an audit of other pairs, with another model or settings, or by an older version; choose another --out."

@@ -90,8 +90,7 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
                 "influence": influence[i].item(),
                 "trait_difference": traits[i].item(),
                 "strength": differences[i].item(),
-                "prompt": plain(pairs[i]["prompt"]),
-                **{side: told(pairs[i], side) for side in SIDES},
+                **_shown(pairs[i]),
             }
             for i in order[:SHOWN]
         ],
@@ -172,6 +171,11 @@ def _trained(run: Path) -> StageContext:
         )
     parents = {role: run / parent["folder"] for role, parent in manifest["parents"].items()}
     return StageContext(recipe, stages[-1].parent, parents, lambda _: None)
+
+
+def _shown(pair: Pair) -> dict[str, str]:
+    """Return a pair as text."""
+    return {"prompt": plain(pair["prompt"]), **{side: told(pair, side) for side in SIDES}}
 
 
 def _column(pairs: Sequence[Pair], name: str, default: float) -> Tensor:

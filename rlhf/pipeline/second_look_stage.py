@@ -90,10 +90,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     after = beliefs(strength, noise, odds)
     after[looked.is_tie] = TIE
     made, flipped = relabelled(read, labelled, after, looked, proved=noise.fitted > 0)
-    write_jsonl(context.folder / PAIRS, made)
-    held_out = context.parent("label") / TEST_PAIRS
-    if held_out.is_file():
-        shutil.copyfile(held_out, context.folder / TEST_PAIRS)
+    _hand_on(context, made)
 
     # 4. Say it; and how many labels are wrong before and after, where that can be known.
     counts = looked.counts()
@@ -111,6 +108,14 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
         **gains(before, after, looked.is_tie),
         "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made)},
     }
+
+
+def _hand_on(context: StageContext, pairs: Sequence[Pair]) -> None:
+    """Write the pairs where later stages read those of the label stage, with the held-out ones beside them."""
+    write_jsonl(context.folder / PAIRS, pairs)
+    held_out = context.parent("label") / TEST_PAIRS
+    if held_out.is_file():
+        shutil.copyfile(held_out, context.folder / TEST_PAIRS)
 
 
 def _earlier_looks(context: StageContext) -> tuple[list[Question], list[Verdict]]:
