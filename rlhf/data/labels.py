@@ -12,6 +12,7 @@ from rlhf.data.rows import Messages, Pair, assistant_turn
 from rlhf.files import read_jsonl
 
 VERDICTS = ("first", "second", "tie", "skip")
+FEWEST_ALIKE = 8
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,25 @@ def _pair(question: Question, share: float, annotators: Sequence[str]) -> Pair:
     if question.source is not None:
         row["source"] = question.source
     return row
+
+
+def all_alike(verdicts: Iterable[Verdict]) -> str | None:
+    """Say that all verdicts are one label, where that can hardly be chance; skips are left out.
+
+    Which of two answers is the first says nothing, so as many verdicts for it as `FEWEST_ALIKE` are chance once in 2^8.
+
+    >>> all_alike([Verdict(str(i), "first", "ann") for i in range(8)])
+    'all 8 verdicts are for the first answer, though the order was random; was one key held down?'
+    """
+    counts = Counter(verdict.label for verdict in verdicts if verdict.label != "skip")
+    if len(counts) != 1 or counts.total() < FEWEST_ALIKE:
+        return None
+    (only,) = counts
+    if only == "tie":
+        return f"all {counts.total()} verdicts are ties, so they say of no answer that it is better"
+    return (
+        f"all {counts.total()} verdicts are for the {only} answer, though the order was random; was one key held down?"
+    )
 
 
 def agreement(verdicts: Iterable[Verdict]) -> Agreement:

@@ -51,18 +51,20 @@ def posterior_of_observations(strength: Tensor, verdicts: Tensor, *, flip_rate: 
     return torch.sigmoid(scale * strength + math.log((1 - flip_rate) / flip_rate) + verdicts)
 
 
-def expected_change(right: Tensor, *, error_rate: float) -> Tensor:
+def expected_change(right: Tensor, *, error_rate: Tensor | float) -> Tensor:
     """Return the variance of p over the two verdicts that an expert may give, [n]: how far a second look moves it.
 
         Var p' = ( p (1 - p) (1 - 2e) )² / ( q (1 - q) ),    q = p (1 - e) + (1 - p) e
 
-    q is the probability that the verdict agrees with the label. With e = 0 it is p (1 - p): P(wrong) times P(right), since
+    q is the probability that the verdict agrees with the label. With d the pair's reward difference, ∂p/∂d = p (1 - p), so this
+    is (∂q/∂d)² / (q (1 - q)): Fisher's information about d in the verdict, given the label. A label is such a verdict too: its
+    information is that of p = σ(d), e = ε. With e = 0 it is p (1 - p): P(wrong) times P(right), since
     a label that is surely wrong is flipped by the vote already and needs no expert. 0 where p is 0 or 1, or e = 1/2; at
     most 1/4.
 
     Args:
         right: [n] p.
-        error_rate: e in [0, 0.5], of the expert.
+        error_rate: e in [0, 0.5], of the expert; a number, or one for each.
 
     >>> expected_change(torch.tensor([0.5, 0.9, 1.0]), error_rate=0.0)
     tensor([0.2500, 0.0900, 0.0000])
@@ -70,6 +72,28 @@ def expected_change(right: Tensor, *, error_rate: float) -> Tensor:
     agrees = right * (1 - error_rate) + (1 - right) * error_rate
     moved = right * (1 - right) * (1 - 2 * error_rate)
     return moved**2 / (agrees * (1 - agrees)).clamp(min=torch.finfo(right.dtype).tiny)
+
+
+def verdicts_in_labels(right: Tensor, better: Tensor, *, error_rate: float, flip_rate: Tensor | float) -> Tensor:
+    """Return how many more labels say as much about the reward as verdicts do: Σ_i Var p'_i / mean_j Var c'_j.
+
+    Both are Fisher's information about the reward difference of a pair, at the difference that is believed: Var p' that of a
+    verdict on a pair with a label, Var c' that of a noisy label on a pair without one. Most new pairs have a sure order, where a
+    noisy label says little; a look is at those in doubt, so one verdict may do what ten labels do.
+
+    Special cases: where votes say nothing, c = 1/2 and p = 1 - ε, it is Σ_i 4 Var p'_i / (1 - 2ε)²; ε = 0 is 0.
+
+    Args:
+        right: [..., k] p of the pairs that are looked at.
+        better: [..., n] c = P(one answer is better) of pairs like the new ones, without their labels.
+        error_rate: e in [0, 0.5), of the expert.
+        flip_rate: ε in [0, 0.5), of the labels; a number, or [..., 1].
+
+    >>> verdicts_in_labels(torch.full((3,), 0.75), torch.full((9,), 0.5), error_rate=0.0, flip_rate=0.25)
+    tensor(9.)
+    """
+    of_verdicts = expected_change(right, error_rate=error_rate).sum(dim=-1)
+    return of_verdicts / expected_change(better, error_rate=flip_rate).mean(dim=-1)
 
 
 def worth_in_sure_labels(right: Tensor) -> Tensor:
@@ -96,11 +120,11 @@ def second_look(
 ) -> list[int]:
     """Choose the pairs whose second look is expected to teach a reward head most, one after the other.
 
-        gain_i = 4 Var p'_i · σ'(d_i) · x_i' Σ x_i,    Σ^-1 = Σ_j (2p_j - 1)² σ'(d_j) x_j x_j' + I
+        gain_i = Var p'_i · x_i' Σ x_i,    Σ^-1 = Σ_j (2p_j - 1)² σ'(d_j) x_j x_j' + I
 
-    The first factor is what the verdict adds to the label, in sure labels; the others are what a sure label on this pair
-    teaches: Laplace's precision of a logistic head along x. Σ shrinks along every pair that is taken as if it were
-    relabelled, so a second pair like it gains less: the batch is diverse (greedy D-optimal design).
+    The first factor is Fisher's information about d_i in the verdict (`expected_change`), the second what is not known of d_i:
+    Laplace's variance of a logistic head along x. Σ shrinks along every pair that is taken as if it were relabelled, so a second
+    pair like it gains less: the batch is diverse (greedy D-optimal design).
 
     Args:
         features: [n, h] what the head reads, chosen minus rejected; scaled here so that their mean square length is 1.
@@ -119,9 +143,8 @@ def second_look(
     """
     scaled = features / features.square().sum(dim=1).mean().sqrt().clamp(min=torch.finfo(features.dtype).tiny)
     p = torch.sigmoid(differences)
-    teaches = p * (1 - p)
-    covariance = weighted_covariance(scaled, worth_in_sure_labels(right) * teaches)
-    adds = 4 * expected_change(right, error_rate=error_rate) * teaches
+    covariance = weighted_covariance(scaled, worth_in_sure_labels(right) * p * (1 - p))
+    adds = expected_change(right, error_rate=error_rate)
     candidates = torch.arange(len(right)) if is_open is None else is_open.nonzero().flatten()
     order = greedy_design(scaled[candidates], adds[candidates], covariance, count)
     chosen: list[int] = candidates[order].tolist()

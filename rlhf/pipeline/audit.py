@@ -20,7 +20,7 @@ from rlhf.models.look import check_model
 from rlhf.models.open import open_config
 from rlhf.models.text import check_vocabulary, plain
 from rlhf.models.tools import ToolTemplate
-from rlhf.objectives.strength import posterior_confidence
+from rlhf.objectives.strength import VoteStrength, posterior_confidence
 from rlhf.pipeline.audited import (
     Audited,
     agreement_by,
@@ -35,7 +35,7 @@ from rlhf.pipeline.audited import (
     write_parquet,
 )
 from rlhf.pipeline.cleaned import write_cleaned
-from rlhf.pipeline.looked import EXPERT_ERROR, beliefs
+from rlhf.pipeline.looked import EXPERT_ERROR
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
@@ -93,96 +93,140 @@ def audit(
     settings, shape = _vote_settings(model, members, recipe)
     source = Source(pairs) if isinstance(pairs, str) else pairs
     compare = compare or ("answers" if recipe is None else recipe.data.compare)
-    identity = _identity(source) if compare == "answers" else [_identity(source), compare]
-    key = digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
-    finished = _finished(out, key)
+    key = _key(source, compare, model, settings, shape)
+    finished = _finished(out, key, meter=meter)
     if finished is not None:
-        if meter and "meter" not in finished:
-            raise UserError(f"{out}: was made without --meter, and its voters are gone; choose another --out.")
         say(f"{out}: done before")
         return finished
 
-    # 1. Read, count, vote.
-    read, report = read_audited_rows(source, model, compare)
-    rows = [row for row in read if row.values.get("confidence") != TIE]
-    ties = len(read) - len(rows)
-    for sentence in report.sentences():
-        say(sentence)
-    if ties:
-        say(f"  {ties} ties are kept as they are: nobody calls one of their answers better, so no label can be wrong.")
-    if not rows:
-        raise UserError(f"{source.source}: all of its pairs are ties, so there is no label to audit.")
-    check_model(model, scores=True)
-    tokenizer = load_tokenizer(model, conversational=True)
-    check_vocabulary(tokenizer, open_config(find_source(model).base), name=model, pads=True)
+    # 1. Read and count; what can't be done is said before anything is made.
+    read, rows, report = _read_labelled(source, model, compare, say)
+    _check_voter(model)
     if budget is not None:
         check_budget(budget, len(rows), source.source)
     unmeasured = _why_no_meter(len(rows), shape) if meter else None
+
+    # 2. Vote; with the meter, also by voters on parts of the labels.
     values: list[Any] = [row.values for row in rows]
-    seed = 0 if recipe is None else recipe.seed
+    seed, on_parts = 0 if recipe is None else recipe.seed, meter and unmeasured is None
     (out / WORK).mkdir(parents=True, exist_ok=True)
     write_text(out / WORK / "key.json", json.dumps(key))
-    on_parts = meter and unmeasured is None
     if on_parts:
-        share = sum(PARTS)
-        say(
-            f"audit: --meter trains voters on parts of the labels too: {share:.0%} of the time of {shape['folds']} voters."
-        )
+        cost = f"{sum(PARTS):.0%} of the time of {shape['folds']} voters"
+        say(f"audit: --meter trains voters on parts of the labels too: {cost}.")
     strength, noise, parts = vote(model, values, settings, out / WORK, seed=seed, say=say, on_parts=on_parts, **shape)
 
-    # 2. What the votes say about each label.
+    # 3. What the votes say about each label, and about all of them.
+    wants = find_wants(values)
+    audited, suspicious = _judged(rows, strength, noise, wants)
+    result = {
+        "pairs": source.source,
+        "model": model,
+        **_counted(report, rows, ties=len(read) - len(rows)),
+        **_found(audited, suspicious, noise, wants),
+        "vote": {**shape, **asdict(noise), "settings": settings},
+        "key": key,
+    }
+    if result["length"]["alarm"] is not None:
+        say(f"audit: {result['length']['alarm']}")
+    if meter:
+        result["meter"] = (
+            {"reason": unmeasured} if parts is None else _meter(parts, values, noise, strength.mean, budget)
+        )
+
+    # 4. Files; the JSON, which says that all is there, last.
+    write_parquet(out / "pairs.parquet", audited)
+    result["cleaned"] = write_cleaned(out / "cleaned.jsonl", source, read, [rows[i] for i in suspicious])
+    write_page(out, result, audited, wants)
+    shutil.rmtree(out / WORK)
+    write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _read_labelled(
+    source: Source, model: str, compare: Compare, say: Callable[[str], None]
+) -> tuple[list[Row[Pair]], list[Row[Pair]], ReadReport]:
+    """Read all pairs and say what is in the file.
+
+    Returns:
+        all of them, those with a label, which is all but ties, and what was kept and dropped.
+
+    Raises:
+        UserError: nothing usable, or nothing but ties.
+    """
+    read, report = read_audited_rows(source, model, compare)
+    rows = [row for row in read if row.values.get("confidence") != TIE]
+    for sentence in report.sentences():
+        say(sentence)
+    if len(rows) < len(read):
+        ties = len(read) - len(rows)
+        say(f"  {ties} ties are kept as they are: nobody calls one of their answers better, so no label can be wrong.")
+    if not rows:
+        raise UserError(f"{source.source}: all of its pairs are ties, so there is no label to audit.")
+    return read, rows, report
+
+
+def _check_voter(model: str) -> None:
+    """Refuse a model that no member can start from.
+
+    Raises:
+        UserError: it can't be opened, or lacks what a reward model needs.
+    """
+    check_model(model, scores=True)
+    tokenizer = load_tokenizer(model, conversational=True)
+    check_vocabulary(tokenizer, open_config(find_source(model).base), name=model, pads=True)
+
+
+def _judged(
+    rows: list[Row[Pair]], strength: VoteStrength, noise: NoiseEstimate, wants: Wants
+) -> tuple[Audited, list[int]]:
+    """Say of each label what the votes and its annotator's own error rate make of it.
+
+    Returns:
+        that, and the labels that are wrong rather than right, the most suspicious first.
+    """
+    values = [row.values for row in rows]
     right = torch.ones(len(rows))
     if noise.flip_rate > 0:
         right = posterior_confidence(strength.mean, flip_rate=noise.flip_rate, scale=noise.scale)
         by_annotator = posterior_by_annotator(values, strength.mean, noise)
         right = right if by_annotator is None else by_annotator.right
     suspicious = [i for i in torch.argsort(right, stable=True).tolist() if right[i] < 0.5]
-    wants = find_wants(values)
     wrong_without_wants = probability_wrong_without_wants(strength.mean, wants, values)
-    audited = Audited(rows, strength, 1 - right, wrong_without_wants, frozenset(suspicious))
-    contradicting = [i for i, row in enumerate(rows) if (row.values.get("rating_gap") or 0) < 0]
-    length = length_bias(values, strength)
-    alarm = length_alarm(length["correlation_with_strength"])
-    if alarm is not None:
-        say(f"audit: {alarm}")
-    result = {
-        "pairs": source.source,
-        "model": model,
+    return Audited(rows, strength, 1 - right, wrong_without_wants, frozenset(suspicious)), suspicious
+
+
+def _counted(report: ReadReport, rows: list[Row[Pair]], *, ties: int) -> dict[str, Any]:
+    """Return the keys of `audit.json` that say what was read."""
+    return {
         "rows": report.rows,
         "kept": report.kept,
         "kept_pairs": len(rows),
         "ties": ties,
         "dropped": report.dropped,
         "dropped_rows": report.examples,
+        "directions": list(report.directions.values()),
+        "contradictions": [row.number - 1 for row in rows if (row.values.get("rating_gap") or 0) < 0],
+        "rating_ties": sum(row.values.get("rating_gap") == 0 for row in rows),
+    }
+
+
+def _found(audited: Audited, suspicious: list[int], noise: NoiseEstimate, wants: Wants) -> dict[str, Any]:
+    """Return the keys of `audit.json` that say what the votes found."""
+    rows, strength = audited.rows, audited.strength
+    values = [row.values for row in rows]
+    length = length_bias(values, strength)
+    return {
         "noise_rate": {"mean": noise.flip_rate, "low": noise.low, "high": noise.high},
         "worth": worth_in_clean_labels(noise, len(rows)),
         "buckets": deciles(audited),
         "suspicious": list(dict.fromkeys(rows[i].number - 1 for i in suspicious)),
         "suspicious_without_wants": most_suspicious(audited),
         "wants": wants_of_rows(wants, rows),
-        "directions": list(report.directions.values()),
-        "contradictions": [rows[i].number - 1 for i in contradicting],
-        "rating_ties": sum(row.values.get("rating_gap") == 0 for row in rows),
-        "length": {**length, "alarm": alarm},
+        "length": {**length, "alarm": length_alarm(length["correlation_with_strength"])},
         "by": {name: agreement_by(audited, name) for name in ("annotator", "source", "subset")},
         "annotators": report_rows(values, strength.mean, noise),
-        "vote": {**shape, **asdict(noise), "settings": settings},
-        "key": key,
     }
-
-    if meter:
-        result["meter"] = (
-            {"reason": unmeasured} if parts is None else _meter(parts, values, noise, strength.mean, budget)
-        )
-
-    # 3. Files; the JSON, which says that all is there, last.
-    write_parquet(out / "pairs.parquet", audited)
-    dropped = [rows[i] for i in suspicious]
-    result["cleaned"] = write_cleaned(out / "cleaned.jsonl", source, read, dropped)
-    write_page(out, result, audited, wants)
-    shutil.rmtree(out / WORK)
-    write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return result
 
 
 def _why_no_meter(pairs: int, shape: dict[str, Any]) -> str | None:
@@ -209,8 +253,7 @@ def _meter(
         }
     curves = fit_meter(parts, strength, [plain(pair["prompt"]) for pair in pairs])
     verdicts = budget or max(1, round(LOOKED_AT * len(pairs)))
-    right = beliefs(strength, noise, torch.zeros_like(strength))
-    return read_meter(curves, len(pairs), right, verdicts=verdicts, expert_error=EXPERT_ERROR)
+    return read_meter(curves, len(pairs), strength, verdicts=verdicts, expert_error=EXPERT_ERROR)
 
 
 def read_audited_rows(source: Source, model: str, compare: Compare) -> tuple[list[Row[Pair]], ReadReport]:
@@ -283,16 +326,24 @@ def _vote_settings(model: str, members: int | None, recipe: Recipe | None) -> tu
     }
 
 
-def _finished(out: Path, key: str) -> dict[str, Any] | None:
+def _key(source: Source, compare: Compare, model: str, settings: dict[str, Any], shape: dict[str, Any]) -> str:
+    """Return what an audit's result depends on, as one digest."""
+    identity = _identity(source) if compare == "answers" else [_identity(source), compare]
+    return digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
+
+
+def _finished(out: Path, key: str, *, meter: bool) -> dict[str, Any] | None:
     """Read the result of the very same audit, if it is there.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or lacks the meter that is asked for.
     """
     file = out / "audit.json"
     if file.is_file():
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if result.get("key") == key and "annotators" in result:
+        if result.get("key") == key and "likeliest" in result["vote"]:
+            if meter and "meter" not in result:
+                raise UserError(f"{out}: was made without --meter, and its voters are gone; choose another --out.")
             return result
         raise UserError(
             f"{out}: holds an audit of other pairs, with another model or settings, or by an older version; choose another --out."

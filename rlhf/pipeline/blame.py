@@ -1,12 +1,13 @@
 """`rlhf blame`: which labels made a run's reward model like a trait of answers, and the pairs without them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf.data.functions import load_function
 from rlhf.data.rows import SIDES, Pair, answer, asked, told
@@ -23,9 +24,12 @@ from rlhf.recipe import load_recipe
 from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.report.records import MANIFEST, read_record
 from rlhf.reward.load import load_reward_model
+from rlhf.reward.model import RewardModel
 from rlhf.statistics import clustered_statistic
 
 SHOWN = 20  # pairs in the file and on the terminal
+
+Measure = Callable[[list[str], list[str]], list[float]]  # prompts and answers to how much of a trait each answer has
 
 
 def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[str], None]) -> dict[str, Any]:
@@ -53,28 +57,14 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
 
     # 1. The reward model, the pairs as it was trained on them, and what it reads and scores of both sides.
     context = _trained(run)
-    folder, pairs = context.folder, training_rows(context).rows
-    told_of = {side: [told(row, side) for row in pairs] for side in SIDES}
-    last_turns = [row["prompt"][-1]["content"] for row in pairs]
-    measured = {side: torch.tensor(measure(last_turns, told_of[side]), dtype=torch.float64) for side in SIDES}
-    traits = measured["chosen"] - measured["rejected"]
-    if not bool((traits != 0).any()):
-        raise UserError(f"--feature {feature}: no pair's two answers differ in it.")
-    reward = load_reward_model(folder / "model")
-    say(f"blame: reading {len(pairs)} pairs by {folder.relative_to(run)} …")
-    read = {side: ([asked(row, side) for row in pairs], [answer(row, side) for row in pairs]) for side in SIDES}
-    features = (reward.features(*read["chosen"]) - reward.features(*read["rejected"])).double()
-    differences = (reward.score(*read["chosen"]) - reward.score(*read["rejected"])).double()
+    pairs = training_rows(context).rows
+    traits = _trait_differences(pairs, feature, measure)
+    stage = context.folder.relative_to(run)
+    say(f"blame: reading {len(pairs)} pairs by {stage} …")
+    features, differences = _read(load_reward_model(context.folder / "model"), pairs)
 
-    # 2. The direction of the trait, in usual differences of it, and every pair's part in it.
-    traits = traits / traits.square().mean().sqrt()
-    direction = trait_direction(features, traits)
-    columns = {
-        name: _column(pairs, name, default) for name, default in (("confidence", 1.0), ("margin", 0.0), ("weight", 1.0))
-    }
-    pull = pair_pull(differences, columns["confidence"], columns["margin"], columns["weight"])
-    covariance = head_covariance(features.float(), differences.float(), ridge=_ridge(features)).double()
-    influence = head_influence(features, pull, covariance, direction)
+    # 2. Every pair's part in the slope of the score on the trait.
+    influence = _influence(pairs, features, differences, traits)
     sums = torch.stack([traits * differences, traits.square()], dim=1).numpy()
     slope, interval = clustered_statistic(
         sums, [plain(row["prompt"]) for row in pairs], lambda s: s[..., 0] / s[..., 1]
@@ -83,25 +73,24 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
     # 3. What goes, and what stays.
     order = torch.argsort(-influence, stable=True).tolist()
     removed = set(order[: max(1, round(share * len(pairs)))])
-    positive = influence.clamp(min=0).sum().item()
+    positive = influence.clamp(min=0)
     result = {
         "run": str(run),
-        "stage": str(folder.relative_to(run)),
+        "stage": str(stage),
         "test_pairs": str(context.test_pairs),
         "feature": feature,
         "slope": slope,
         "slope_ci": interval,
         "kept": len(pairs) - len(removed),
         "removed": len(removed),
-        "influence_of_removed": sum(influence[i].clamp(min=0).item() for i in removed) / max(positive, 1e-12),
+        "influence_of_removed": positive[sorted(removed)].sum().item() / max(positive.sum().item(), 1e-12),
         "pairs": [
             {
                 "pair": i,
                 "influence": influence[i].item(),
                 "trait_difference": traits[i].item(),
                 "strength": differences[i].item(),
-                "prompt": plain(pairs[i]["prompt"]),
-                **{side: told_of[side][i] for side in SIDES},
+                **_shown(pairs[i]),
             }
             for i in order[:SHOWN]
         ],
@@ -113,7 +102,40 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
     return result
 
 
-def _measure(feature: str) -> Callable[[list[str], list[str]], list[float]]:
+def _trait_differences(pairs: Sequence[Pair], feature: str, measure: Measure) -> Tensor:
+    """Return by how many usual differences the chosen answer has more of the trait, [n]; their mean square is 1.
+
+    Raises:
+        UserError: no pair differs in it.
+    """
+    last_turns = [row["prompt"][-1]["content"] for row in pairs]
+    chosen, rejected = (
+        torch.tensor(measure(last_turns, [told(row, side) for row in pairs]), dtype=torch.float64) for side in SIDES
+    )
+    differences = chosen - rejected
+    if not bool((differences != 0).any()):
+        raise UserError(f"--feature {feature}: no pair's two answers differ in it.")
+    return differences / differences.square().mean().sqrt()
+
+
+def _read(reward: RewardModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Return what the head reads of each pair, [n, h], and its reward, [n] nats, both chosen minus rejected."""
+    chosen, rejected = (([asked(row, side) for row in pairs], [answer(row, side) for row in pairs]) for side in SIDES)
+    features = (reward.features(*chosen) - reward.features(*rejected)).double()
+    return features, (reward.score(*chosen) - reward.score(*rejected)).double()
+
+
+def _influence(pairs: Sequence[Pair], features: Tensor, differences: Tensor, traits: Tensor) -> Tensor:
+    """Return every pair's part in the direction of the trait, [n] (`head_influence`)."""
+    columns = [
+        _column(pairs, name, default) for name, default in (("confidence", 1.0), ("margin", 0.0), ("weight", 1.0))
+    ]
+    pull = pair_pull(differences, *columns)
+    covariance = head_covariance(features.float(), differences.float(), ridge=_ridge(features)).double()
+    return head_influence(features, pull, covariance, trait_direction(features, traits))
+
+
+def _measure(feature: str) -> Measure:
     """Return the function that measures a trait of answers.
 
     Raises:
@@ -151,12 +173,17 @@ def _trained(run: Path) -> StageContext:
     return StageContext(recipe, stages[-1].parent, parents, lambda _: None)
 
 
-def _column(pairs: list[Pair], name: str, default: float) -> torch.Tensor:
+def _shown(pair: Pair) -> dict[str, str]:
+    """Return a pair as text."""
+    return {"prompt": plain(pair["prompt"]), **{side: told(pair, side) for side in SIDES}}
+
+
+def _column(pairs: Sequence[Pair], name: str, default: float) -> Tensor:
     """Return a column of the pairs, [n], as the pair loss reads it."""
     values: list[Any] = [row.get(name) for row in pairs]
     return torch.tensor([default if value is None else float(value) for value in values], dtype=torch.float64)
 
 
-def _ridge(features: torch.Tensor) -> float:
+def _ridge(features: Tensor) -> float:
     """Return the prior's precision: as strong as one usual pair in every direction."""
     return features.square().mean().item()

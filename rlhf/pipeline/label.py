@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf.data.labelbook import BOOK, LabelBook
-from rlhf.data.labels import Question, Verdict, agreement, read_questions, tally
+from rlhf.data.labels import Question, Verdict, agreement, all_alike, read_questions, tally
 from rlhf.data.llm_judge import LanguageModelJudge
 from rlhf.data.rows import TIE, Pair, prompt_key
 from rlhf.data.sources import share_of_text
@@ -46,6 +46,9 @@ def run_label(context: StageContext) -> dict[str, Any]:
         write_jsonl(context.folder / QUARANTINE, result.quarantine)
         counts = ", ".join(f"{count} {name}" for name, count in result.counts.items() if count)
         context.say(f"label: of {len(questions)} questions: {counts}.")
+        alike = all_alike(verdicts)
+        if alike is not None:
+            context.say(f"label: {alike}")
         facts |= {"questions": len(questions), **result.counts, "agreement": agreement(verdicts)}
         facts |= _fresh_accuracy(questions, verdicts)
     if not fresh and not earlier:

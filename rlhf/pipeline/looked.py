@@ -1,28 +1,34 @@
 """What a second look of an audit and one of a round have in common: blind questions, their verdicts, what is known after them."""
 
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
 from rlhf.data.labelbook import BOOK
-from rlhf.data.labels import Question, Verdict, question_id
+from rlhf.data.labels import Question, Verdict, all_alike, question_id
 from rlhf.data.rows import SIDES, TIE, Pair, answer, asked, told
 from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, load_tokenizer, score_head
-from rlhf.objectives.second_look import posterior_of_observations, worth_in_sure_labels
+from rlhf.objectives.second_look import (
+    expected_change,
+    posterior_of_observations,
+    verdicts_in_labels,
+    worth_in_sure_labels,
+)
 from rlhf.reward.denoise import flip_pair
 from rlhf.reward.model import RewardModel
 from rlhf.reward.noise import NoiseEstimate
 
 LEAST_RATE = 0.01  # no label is taken to be beyond doubt, or no expert could contradict it
 EXPERT_ERROR = 0.05  # how often an expert is taken to be wrong where nobody says it, and in the lab is
-FEWEST_ALIKE = 8  # as many verdicts for the first of two answers in random order are chance once in 2^8
 
 
 # ---- Questions ----
@@ -137,32 +143,51 @@ def check_verdicts(looked: Looked, folder: Path) -> None:
         raise UserError(
             f"{folder / BOOK}: its {labels.total()} verdicts are on other pairs than the {looked.asked} asked about; label these."
         )
-    if len(labels) > 1:
-        return
-    (only,) = labels
-    if only == "tie":
+    if set(labels) == {"tie"}:
         raise UserError(
             f"{folder}: all {labels['tie']} verdicts are ties, so they say of no label that it is wrong; label more."
         )
-    if labels[only] >= FEWEST_ALIKE:
-        raise UserError(
-            f"{folder}: all {labels[only]} verdicts are for the {only} answer, though the order was random; was one key held "
-            "down? Label again."
-        )
+    alike = all_alike(looked.verdicts)
+    if alike is not None:
+        raise UserError(f"{folder}: {alike} Label again.")
 
 
 # ---- What is known after them ----
 
 
 def beliefs(strength: Tensor, noise: NoiseEstimate, verdicts: Tensor) -> Tensor:
-    """Return P(chosen is better) of every pair, [n]; the rate of wrong labels is what is proved, else the likeliest.
+    """Return P(chosen is better) of every pair, [n], at the likeliest rate of wrong labels.
 
     Args:
         strength: [n] of the vote, nats.
         verdicts: [n] their log-odds that the label is right, nats.
     """
-    rate = min(max(noise.fitted or noise.flip_rate, LEAST_RATE), 0.5)
-    return posterior_of_observations(strength, verdicts, flip_rate=rate, scale=noise.scale)
+    return posterior_of_observations(strength, verdicts, flip_rate=_flip_rate(noise), scale=noise.scale)
+
+
+def _flip_rate(noise: NoiseEstimate) -> float:
+    """Return the likeliest share of wrong labels, proved or not: a look asks where they may be wrong."""
+    return min(max(noise.likeliest, LEAST_RATE), 0.5)
+
+
+def expected_gain(
+    strength: Tensor, noise: NoiseEstimate, right: Tensor, chosen: Sequence[int], *, expert_error: float
+) -> dict[str, Any]:
+    """Return what verdicts on the chosen pairs are expected to add.
+
+    Args:
+        strength: [n] of the vote, nats.
+        right: [n] P(chosen is better).
+        chosen: indices of pairs.
+        expert_error: how often experts are wrong.
+
+    Returns:
+        how many `pairs`; `worth`, in sure labels; `labels`, in more labels like these, None where such labels say nothing.
+    """
+    asked, better, rate = right[chosen], torch.sigmoid(noise.scale * strength), _flip_rate(noise)
+    worth = 4 * expected_change(asked, error_rate=expert_error).sum().item()
+    labels = verdicts_in_labels(asked, better, error_rate=expert_error, flip_rate=rate).item()
+    return {"pairs": len(chosen), "worth": worth, "labels": labels if math.isfinite(labels) else None}
 
 
 def gains(before: Tensor, after: Tensor, is_tie: Tensor) -> dict[str, dict[str, float]]:

@@ -15,15 +15,17 @@ from rlhf.data.sources import Row, Source
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl, write_text
 from rlhf.models.text import plain
-from rlhf.objectives.second_look import expected_change, log_odds_of_verdicts, second_look
+from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.audit import check_budget, read_audited_rows, write_page
 from rlhf.pipeline.audited import Audited
 from rlhf.pipeline.looked import (
+    Looked,
     beliefs,
     blind_questions,
     check_verdicts,
     count_opinions,
+    expected_gain,
     gains,
     open_pairs,
     pair_features,
@@ -64,36 +66,13 @@ def look_again(
         UserError: an impossible budget or error rate, no usable verdicts, votes that say nothing.
     """
     # 1. What is known: the audit, the questions so far and their verdicts.
-    if not 0 < expert_error < 0.5:
-        raise UserError(
-            f"--expert-error {expert_error:g}: an expert is wrong in more than 0 and less than half of all pairs."
-        )
-    result: dict[str, Any] = json.loads((out / "audit.json").read_text(encoding="utf-8"))
-    check_budget(budget, result["kept_pairs"], result["pairs"])
+    result = _read_result(out, pairs, budget, expert_error)
     noise = NoiseEstimate(**{field.name: result["vote"][field.name] for field in fields(NoiseEstimate)})
-    if noise.scale == 0:
-        raise UserError(
-            f"{out}: the votes agree with the labels no more than chance, so nothing says which pairs to look at again; audit "
-            "with a larger base model."
-        )
     read, _ = read_audited_rows(pairs, model, compare)
     rows = [row for row in read if row.values.get("confidence") != TIE]
     labelled = [row.values for row in rows]
     audited = _read_audited(out, rows)
-    book = LabelBook(out / BOOK) if (out / BOOK).is_file() else None
-    questions = [] if book is None else [question for look in book.rounds() for question in book.questions(look)]
-    looked = count_opinions(labelled, questions, [] if book is None else book.verdicts())
-    unanswered = looked.counts()["open"]
-    if looked.asked > budget:
-        raise UserError(
-            f"{out}: --budget {budget}, but {looked.asked} pairs were asked about already; name that many or more."
-        )
-    if unanswered > 0 and looked.asked < budget:
-        raise UserError(
-            f"{out}: {unanswered} of {looked.asked} pairs are not labelled yet; label them before asking for more."
-        )
-    if looked.asked == budget or looked.verdicts:
-        check_verdicts(looked, out)
+    looked = _looked_so_far(out, labelled, budget)
 
     # 2. Noise and posteriors again, with the verdicts.
     strength = audited.strength.mean
@@ -113,17 +92,16 @@ def look_again(
         error_rate=expert_error,
         is_open=open_pairs(labelled, looked.is_asked),
     )
-    next_worth = 4 * expected_change(after[chosen], error_rate=expert_error).sum().item()
-
-    # 4. Say it, and ask or write.
     facts: dict[str, Any] = {
         "budget": budget,
         "expert_error": expert_error,
         **looked.counts(),
         "noise_rate": {"mean": noise.fitted, "low": noise.low},
         **gains(before, after, looked.is_tie),
-        "next": {"pairs": len(chosen), "worth": next_worth},
+        "next": expected_gain(strength, noise, after, chosen, expert_error=expert_error),
     }
+
+    # 4. Ask, or write; and say it.
     if looked.asked < budget:
         LabelBook(out / BOOK).ask(blind_questions(labelled, chosen, looked.looks + 1, seed=result["key"]))
         facts |= {"asked": looked.asked + len(chosen), "open": len(chosen)}
@@ -135,6 +113,50 @@ def look_again(
     write_page(out, result, audited, find_wants(labelled))
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return facts
+
+
+def _read_result(out: Path, pairs: Source, budget: int, expert_error: float) -> dict[str, Any]:
+    """Read the finished audit, if its pairs can be looked at again.
+
+    Raises:
+        UserError: an impossible budget or error rate, votes that say nothing.
+    """
+    if not 0 < expert_error < 0.5:
+        raise UserError(
+            f"--expert-error {expert_error:g}: an expert is wrong in more than 0 and less than half of all pairs."
+        )
+    result: dict[str, Any] = json.loads((out / "audit.json").read_text(encoding="utf-8"))
+    check_budget(budget, result["kept_pairs"], result["pairs"])
+    if result["vote"]["scale"] == 0:
+        raise UserError(
+            f"{out}: the votes agree with the labels no more than chance, so nothing says which pairs to look at again; audit "
+            "with a larger base model."
+        )
+    return result
+
+
+def _looked_so_far(out: Path, labelled: Sequence[Pair], budget: int) -> Looked:
+    """Read what experts have been asked and have said.
+
+    Raises:
+        UserError: they have been asked about more pairs than the budget, must answer before they are asked more, or have said
+            nothing that can be used.
+    """
+    book = LabelBook(out / BOOK) if (out / BOOK).is_file() else None
+    questions = [] if book is None else [question for look in book.rounds() for question in book.questions(look)]
+    looked = count_opinions(labelled, questions, [] if book is None else book.verdicts())
+    unanswered = looked.counts()["open"]
+    if looked.asked > budget:
+        raise UserError(
+            f"{out}: --budget {budget}, but {looked.asked} pairs were asked about already; name that many or more."
+        )
+    if unanswered > 0 and looked.asked < budget:
+        raise UserError(
+            f"{out}: {unanswered} of {looked.asked} pairs are not labelled yet; label them before asking for more."
+        )
+    if looked.asked == budget or looked.verdicts:
+        check_verdicts(looked, out)
+    return looked
 
 
 def _read_audited(out: Path, rows: Sequence[Row[Pair]]) -> Audited:

@@ -24,6 +24,7 @@ from rlhf.pipeline.looked import (
     blind_questions,
     check_verdicts,
     count_opinions,
+    expected_gain,
     gains,
     open_pairs,
     pair_features,
@@ -33,6 +34,7 @@ from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.pipeline.vote import vote
+from rlhf.report.second_look import gain_sentence
 from rlhf.reward.noise import estimate_noise
 
 VERDICTS = "verdicts.jsonl"
@@ -66,14 +68,17 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     looked = count_opinions(labelled, questions, verdicts)
     odds = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=EXPERT_ERROR)
     known = noise if not looked.verdicts else estimate_noise(strength, clusters, odds)
+    right = beliefs(strength, known, odds)
     chosen = second_look(
         pair_features(context.sft_model, labelled),
         known.scale * strength,
-        beliefs(strength, known, odds),
+        right,
         rounds.looked_at,
         error_rate=EXPERT_ERROR,
         is_open=open_pairs(labelled, looked.is_asked),
     )
+    expected = expected_gain(strength, known, right, chosen, expert_error=EXPERT_ERROR)
+    context.say(f"second look: {gain_sentence(expected)}")
     asked, answers = _ask(context, blind_questions(labelled, chosen, context.round, seed=str(seed)))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in [*questions, *asked]])
     write_jsonl(context.folder / VERDICTS, [asdict(verdict) for verdict in [*verdicts, *answers]])
@@ -85,10 +90,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     after = beliefs(strength, noise, odds)
     after[looked.is_tie] = TIE
     made, flipped = relabelled(read, labelled, after, looked, proved=noise.fitted > 0)
-    write_jsonl(context.folder / PAIRS, made)
-    held_out = context.parent("label") / TEST_PAIRS
-    if held_out.is_file():
-        shutil.copyfile(held_out, context.folder / TEST_PAIRS)
+    _hand_on(context, made)
 
     # 4. Say it; and how many labels are wrong before and after, where that can be known.
     counts = looked.counts()
@@ -99,12 +101,21 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     return {
         "pairs": len(made),
         "looked_at": len(asked),
+        "expected": expected,
         **counts,
         "flipped": flipped,
         "noise": asdict(noise),
         **gains(before, after, looked.is_tie),
         "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made)},
     }
+
+
+def _hand_on(context: StageContext, pairs: Sequence[Pair]) -> None:
+    """Write the pairs where later stages read those of the label stage, with the held-out ones beside them."""
+    write_jsonl(context.folder / PAIRS, pairs)
+    held_out = context.parent("label") / TEST_PAIRS
+    if held_out.is_file():
+        shutil.copyfile(held_out, context.folder / TEST_PAIRS)
 
 
 def _earlier_looks(context: StageContext) -> tuple[list[Question], list[Verdict]]:

@@ -22,7 +22,20 @@ def second_look_sentences(facts: Facts) -> list[str]:
             f"All labels together are worth {worth['before']:.0f} sure ones before the verdicts and {worth['after']:.0f} after.",
         ]
     verb = "The next" if facts["answered"] else "These"
-    sentences.append(
-        f"{verb} {facts['next']['pairs']} pairs are expected to add what {facts['next']['worth']:.0f} sure labels are worth."
-    )
+    sentences.append(f"{verb} {gain_sentence(facts['next'])}")
     return sentences
+
+
+def gain_sentence(expected: Facts) -> str:
+    """Say what verdicts on some pairs are expected to add.
+
+    Args:
+        expected: `next` of `second_look`.
+
+    >>> gain_sentence({"pairs": 200, "worth": 150.2, "labels": 1613.0})
+    '200 pairs are expected to add what 150 sure labels are worth, or what 1,613 more labels like these do.'
+    """
+    likewise = "" if expected["labels"] is None else f", or what {expected['labels']:,.0f} more labels like these do"
+    return (
+        f"{expected['pairs']} pairs are expected to add what {expected['worth']:.0f} sure labels are worth{likewise}."
+    )

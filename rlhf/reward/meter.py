@@ -15,7 +15,7 @@ from rlhf.objectives.learning_curve import (
     fit_curves,
     mix_curves,
 )
-from rlhf.objectives.second_look import expected_change, worth_in_sure_labels
+from rlhf.objectives.second_look import expected_change, verdicts_in_labels, worth_in_sure_labels
 from rlhf.reward.vote import Train, VotePlan
 
 PARTS = (0.125, 0.25, 0.5)  # of what a voter trains on, each within the next
@@ -108,8 +108,20 @@ def estimate_accuracies(differences: Tensor, clusters: Sequence[Hashable], flip_
     return table[:, 0], torch.cov(table[:, 1:])
 
 
-def likelihood_of_rates(strength: Tensor, clusters: Sequence[Hashable]) -> Tensor:
-    """Return the log-likelihood of each share of wrong labels in `RATES`, at its best scale of the vote, [r] nats.
+class Rates(NamedTuple):
+    """How likely each share of wrong labels in `RATES` is, and what the vote is worth if it is so.
+
+    Attributes:
+        log_likelihood: [r] at the best scale, nats.
+        scales: [r] b, so that σ(b d) is how often a vote of d has the true order.
+    """
+
+    log_likelihood: Tensor
+    scales: Tensor
+
+
+def fit_rates(strength: Tensor, clusters: Sequence[Hashable]) -> Rates:
+    """Fit what the vote is worth under each share of wrong labels.
 
     Where no vote is sure, contradictions are as likely the votes' fault as the labels', and all rates are about as likely.
 
@@ -118,9 +130,11 @@ def likelihood_of_rates(strength: Tensor, clusters: Sequence[Hashable]) -> Tenso
         clusters: [n] the prompt of each pair; prompts are counted, not pairs.
     """
     values = strength.double()
-    agree = torch.sigmoid(SCALES[:, None] * values / values.abs().mean().clamp(min=1e-12)).clamp(1e-12, 1 - 1e-12)
-    best = [((1 - rate) * agree + rate * (1 - agree)).log().mean(dim=1).max() for rate in RATES]
-    return torch.stack(best) * len(set(clusters))
+    scales = SCALES / values.abs().mean().clamp(min=1e-12)
+    agree = torch.sigmoid(scales[:, None] * values).clamp(1e-12, 1 - 1e-12)
+    fits = torch.stack([((1 - rate) * agree + rate * (1 - agree)).log().mean(dim=1) for rate in RATES])
+    best = fits.max(dim=1)
+    return Rates(best.values * len(set(clusters)), scales[best.indices])
 
 
 def fit_meter(measured: Measured, strength: Tensor, clusters: Sequence[Hashable]) -> Curves:
@@ -130,7 +144,7 @@ def fit_meter(measured: Measured, strength: Tensor, clusters: Sequence[Hashable]
         strength: [n] mean difference of the whole vote, nats.
         clusters: [n] the prompt of each pair.
     """
-    shares = torch.softmax(likelihood_of_rates(strength, clusters), dim=0)
+    shares = torch.softmax(fit_rates(strength, clusters).log_likelihood, dim=0)
     likely = shares > LEAST_SHARE
     luck = TRAINING_SPREAD**2 / measured.voters * torch.eye(len(measured.sizes), dtype=torch.float64)
     fits = []
@@ -140,10 +154,26 @@ def fit_meter(measured: Measured, strength: Tensor, clusters: Sequence[Hashable]
     return mix_curves(fits, shares[likely] / shares[likely].sum())
 
 
+def price_verdicts(strength: Tensor, count: int, *, expert_error: float) -> Tensor:
+    """Return how many more labels do what verdicts on the pairs in most doubt do, under each share of wrong labels, [r].
+
+    Args:
+        strength: [n] mean difference of the whole vote, nats.
+        count: how many verdicts.
+        expert_error: how often they are wrong.
+    """
+    believed = fit_rates(strength, range(len(strength))).scales[:, None] * strength.double()
+    right = torch.sigmoid(believed + torch.logit(1 - RATES)[:, None])
+    doubted = expected_change(right, error_rate=expert_error).topk(count, dim=1).indices
+    return verdicts_in_labels(
+        right.gather(1, doubted), torch.sigmoid(believed), error_rate=expert_error, flip_rate=RATES[:, None]
+    )
+
+
 def read_meter(
     curves: Curves,
     pairs: int,
-    right: Tensor,
+    strength: Tensor,
     *,
     verdicts: int,
     expert_error: float,
@@ -151,19 +181,19 @@ def read_meter(
 ) -> dict[str, Any]:
     """Return what labels are worth and what more would bring, each figure with its interval: the key `meter` of `audit.json`.
 
-    A label counts as (1 - 2ε)² clean ones, so a verdict that adds v sure labels does what v / (1 - 2ε)² more such labels do.
-    The verdicts are on the pairs in most doubt.
+    A label counts as (1 - 2ε)² clean ones. The verdicts are on the pairs in most doubt, and count as the labels that say as much
+    (`verdicts_in_labels`).
 
     Args:
         pairs: how many labels there are.
-        right: [pairs] P(label is right).
+        strength: [pairs] mean difference of the whole vote, nats.
         verdicts: how many pairs experts would look at again.
         expert_error: how often they are wrong.
         more: how many labels are added, in times those that there are.
     """
     worth = worth_in_sure_labels(1 - curves.flip_rate)
-    adds = 4 * expected_change(right, error_rate=expert_error).topk(verdicts).values.sum().item()
-    instead = adds / worth
+    place = torch.searchsorted(RATES, curves.flip_rate)
+    instead = price_verdicts(strength, verdicts, expert_error=expert_error)[place]
     return {
         "labels": pairs,
         "wrong": list(expect(curves.weight, curves.flip_rate)),

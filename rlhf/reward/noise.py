@@ -23,6 +23,7 @@ class NoiseEstimate:
         scale: b of that fit, so that σ(b d) is how often a vote of d has the true order.
         low: what the sure votes alone prove: the lower end of ε's likelihood interval.
         high: the upper end of the share of contradicted labels, as if every contradiction were the label's fault.
+        likeliest: ε of the fit that `scale` is of, also where no wrong label is proved.
     """
 
     flip_rate: float
@@ -30,6 +31,7 @@ class NoiseEstimate:
     scale: float
     low: float
     high: float
+    likeliest: float = 0.0
 
 
 def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None) -> NoiseEstimate:
@@ -74,7 +76,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     surely_wrong, surely_right = int((1 - agree >= average).sum()), int((agree >= average).sum())
     low, fitted, scale = _fit(differences, clusters, torch.zeros_like(differences) if verdicts is None else verdicts)
     flip_rate = surely_wrong / (surely_wrong + surely_right)
-    return NoiseEstimate(flip_rate, fitted if low > 0 else 0.0, scale, low, high)
+    return NoiseEstimate(flip_rate, fitted if low > 0 else 0.0, scale, low, high, fitted)
 
 
 def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> tuple[float, float, float]:

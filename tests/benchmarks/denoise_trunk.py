@@ -38,8 +38,8 @@ from worlds import reward_settings
 from rlhf.models.packing import GroupedByLength
 from rlhf.models.text import plain
 from rlhf.objectives.pairwise import pair_loss
-from rlhf.objectives.second_look import posterior_of_observations
 from rlhf.objectives.strength import lowest_fraction, vote_strength
+from rlhf.pipeline.looked import beliefs
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.noise import estimate_noise
 from rlhf.reward.vote import collect_votes, plan_vote
@@ -52,10 +52,10 @@ WAYS = ("bt", "clean", "posterior", "drop", "drop_rate", "peer", *CLEAN, "em")
 
 
 def posterior_of_votes(here: Scene, strength: Tensor) -> tuple[Tensor, float]:
-    """P(label is right) of every pair, [n], and the estimated share of wrong labels."""
+    """P(label is right) of every pair, [n], and the estimated share of wrong labels; 1 and 0 where votes prove no wrong label."""
     noise = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows])
     none = torch.zeros(len(here.rows))
-    return posterior_of_observations(strength, none, flip_rate=noise.fitted, scale=noise.scale), noise.fitted
+    return (beliefs(strength, noise, none) if noise.fitted > 0 else none + 1), noise.fitted
 
 
 def voted_again(here: Scene, right: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from second_look import EXPERT_ERROR, FOLDS, LEARNING_RATE, MEMBER_FLIP_RATE, ME
 from torch import Tensor
 from transformers import set_seed
 from trl import RewardConfig
-from worlds import reward_settings
+from worlds import fitted_line, planted_line, reward_settings
 
 from rlhf.models.text import plain
 from rlhf.objectives.pairwise import pair_loss
@@ -93,7 +93,7 @@ def predictions(
     count = round(LOOKED_AT / scale)
     more = [n / LABELS for n in MORE]
     curves = fit_meter(parts, strength, clusters)
-    meter = read_meter(curves, len(wrong), right, verdicts=count, expert_error=EXPERT_ERROR, more=more)
+    meter = read_meter(curves, len(wrong), strength, verdicts=count, expert_error=EXPERT_ERROR, more=more)
     predicted = {"0": meter["accuracy"], "look": meter["second_look"]["accuracy"]}
     predicted |= {str(n): entry["accuracy"] for n, entry in zip(MORE, meter["more"], strict=True)}
     agrees = (torch.rand(len(wrong), generator=torch.Generator().manual_seed(seed)) >= EXPERT_ERROR) != wrong
@@ -105,49 +105,35 @@ def predictions(
     return predicted, sure, meter["wrong"][0]
 
 
-def fitted_line(features: Tensor, sure: Tensor | None = None) -> Tensor:
-    """Weights [h] of a linear reward on differences of features [n, h], with a normal prior; `sure` as `trained` takes it."""
-    weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS([weights], max_iter=40, line_search_fn="strong_wolfe")
-    zero = torch.zeros(len(features), dtype=torch.float64)
+def loss_of(sure: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of a member; `sure` as `trained` takes it."""
 
-    def closure() -> Tensor:
-        search.zero_grad()
-        rewards = features @ weights
-        loss = pair_loss(rewards, zero, flip_rate=MEMBER_FLIP_RATE)
-        if sure is not None:
-            loss = torch.where(~sure.isnan(), pair_loss(rewards, zero, confidence=sure.nan_to_num(0.5)), loss)
-        total: Tensor = loss.sum() + 0.5 * weights.square().sum()
-        total.backward()
-        return total
+    def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+        flipped = pair_loss(chosen, rejected, flip_rate=MEMBER_FLIP_RATE)
+        if sure is None:
+            return flipped
+        return torch.where(sure.isnan(), flipped, pair_loss(chosen, rejected, confidence=sure.nan_to_num(0.5)))
 
-    search.step(closure)
-    return weights.detach()
+    return loss
 
 
 def measured_linear(seed: int) -> dict[str, Any]:
     """As `measured`, of linear models on planted features."""
-    rng, n = np.random.default_rng(seed), 2 * LABELS
-    width, noise, rate = int(rng.choice([20, 60, 150])), rng.choice([0.0, 1.2]), rng.choice([0.1, 0.25])
-    sizes = np.arange(1, width + 1) ** -rng.choice([0.0, 0.5, 1.0])
-    features = rng.normal(size=(2 * n + TEST, width)) * sizes / np.sqrt((sizes**2).mean())
-    rewards = features @ rng.normal(size=width)
-    rewards = 2 * rewards / rewards.std() + noise * rng.normal(size=len(rewards))
-    right = torch.tensor(features * np.sign(rewards)[:, None])
-    wrong = torch.tensor(rng.random(len(right)) < rate)
+    n = 2 * LABELS
+    right, wrong = planted_line(seed, 2 * n + TEST)
     labelled = torch.where(wrong[:, None], -right, right)
 
     clusters = list(map(str, range(n)))
     plan = plan_vote(clusters, members=MEMBERS, folds=FOLDS, in_sample=False, seed=seed)
 
     def vote(_: int, of: list[int], on: list[int]) -> Tensor:
-        return (labelled[on] @ fitted_line(labelled[of])).float()
+        return (labelled[on] @ fitted_line(labelled[of], loss_of())).float()
 
     votes = collect_votes(plan, vote)
     parts, strength = measure_parts(plan, clusters, votes, vote), vote_strength(votes).mean
     predicted, sure, estimated = predictions(parts, clusters, strength, wrong=wrong[:n], seed=seed, scale=LABELS / n)
-    ways = {way: fitted_line(labelled[: n + 2 * int(way)]) for way in WAYS if way != "look"}
-    ways["look"] = fitted_line(labelled[:n], sure)
+    ways = {way: fitted_line(labelled[: n + 2 * int(way)], loss_of()) for way in WAYS if way != "look"}
+    ways["look"] = fitted_line(labelled[:n], loss_of(sure))
     came = {way: float((right[-TEST:] @ line > 0).double().mean()) for way, line in ways.items()}
     return {"predicted": predicted, "measured": came, "wrong": estimated}
 

@@ -1,6 +1,8 @@
 """How much of the gap between noisy and clean labels a second look closes, in the lab: chosen pairs against random ones.
 
 python tests/benchmarks/second_look.py --json second_look.json --seeds 3,4,5,6,7
+python tests/benchmarks/second_look.py --json crowd.json --seeds 3,4,5,6,7 --crowd
+python tests/benchmarks/second_look.py --json linear.json --seeds 10,11,12,13,14,15,16,17,18,19 --linear
 python tests/benchmarks/second_look.py --json quick.json --seeds 0 --quick
 
 Every seed has 2,000 pairs of its own, of which a quarter is flipped at random; one SFT model and 4,000 clean test pairs
@@ -16,6 +18,10 @@ posteriors are estimated again from labels, vote and verdicts, and one model is 
 budget; intervals are bootstraps over seeds and test pairs. `found` is the share of the wrong labels that were looked at again,
 `auroc` how well the vote orders wrong labels, `auroc_after` the posterior after the verdicts, on the pairs that nobody looked
 at. Finished parts are kept beside FILE, so a killed run goes on.
+
+`--crowd` takes the labels of the lab's own annotators in place of random flips: wrong on close pairs, and by tastes that they share.
+`--linear` asks the same of linear models on planted features, which train in no time: every seed draws how many features there
+are, how unequal, how much they can't express, and whether 10 % or 25 % of 2,000 labels are wrong; voters' features are known.
 """
 
 import argparse
@@ -23,7 +29,8 @@ import json
 import os
 import random
 import time
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +39,14 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 from trl import RewardConfig
-from worlds import FLIP_RATE, Rows, in_true_order, is_wrong, planted, reward_settings, world
+from worlds import Rows, fitted_line, in_true_order, is_wrong, planted, planted_line, reward_settings, world
 
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
-from rlhf.objectives.second_look import log_odds_of_verdicts, posterior_of_observations, second_look
+from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
 from rlhf.objectives.strength import vote_strength
+from rlhf.pipeline.looked import beliefs
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.model import RewardModel
@@ -59,13 +67,12 @@ DRAWS = 2000
 
 @cache
 def splits(folder: Path, *, quick: bool) -> tuple[Path, Rows, Rows]:
-    """The SFT model, and pairs in true order: all seeds' to train on, and those to test on."""
+    """The SFT model, pairs as the crowd labelled them, all seeds' to train on, and pairs in true order to test on."""
     scale = 10 if quick else 1
     base, pairs, test = world(folder, 0, **{name: size // scale for name, size in SIZES.items()})
-    rows, held = in_true_order(pairs), in_true_order(test)
-    assert len(rows) >= SEEDS * TRAIN // scale, "not enough pairs of different true reward"
-    assert len(held) >= TEST // scale
-    return base, rows, held[: TEST // scale]
+    assert len(pairs) >= SEEDS * TRAIN // scale, "not enough pairs of different true reward"
+    assert len(test) >= TEST // scale
+    return base, pairs, in_true_order(test)[: TEST // scale]
 
 
 class Scene(NamedTuple):
@@ -96,11 +103,12 @@ class Scene(NamedTuple):
         return member.differences(self.features, judged)
 
 
-def scene(folder: Path, seed: int, *, quick: bool) -> Scene:
-    """The pairs of a seed, a quarter of them flipped, run through the trunk."""
+def scene(folder: Path, seed: int, *, quick: bool, crowd: bool = False) -> Scene:
+    """The pairs of a seed, a quarter of them flipped, or as the crowd labelled them, run through the trunk."""
     base, pairs, test = splits(folder / "world", quick=quick)
     size = TRAIN // (10 if quick else 1)
-    rows = planted(pairs[seed * size : (seed + 1) * size], seed)
+    mine = pairs[seed * size : (seed + 1) * size]
+    rows = mine if crowd else planted(mine, seed)
     tokenizer: Any = load_tokenizer(base, conversational=True)
     set_seed(0)
     trunk = Trunk(build_reward_model(base, pad_token_id=tokenizer.pad_token_id), top_layers=TOP_LAYERS)
@@ -109,7 +117,7 @@ def scene(folder: Path, seed: int, *, quick: bool) -> Scene:
         encode_answers(tokenizer, prompts, [row[side][0]["content"] for row in [*rows, *test]], max_length=512)[0]
         for side in ("chosen", "rejected")
     )
-    work = folder / f"trunk-{seed}"
+    work = folder / f"trunk-{seed}{'-crowd' if crowd else ''}"
     work.mkdir(parents=True, exist_ok=True)
     features = trunk.features(list(zip(chosen, rejected, strict=True)), work, pad_token_id=tokenizer.pad_token_id)
     return Scene(base, rows, torch.tensor(is_wrong(rows)), trunk, features, seed)
@@ -127,33 +135,62 @@ def voted(here: Scene) -> Tensor:
     return vote_strength(collect_votes(plan, train)).mean
 
 
-def looked_at(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate, right: Tensor) -> list[int]:
-    """Which pairs a way looks at again."""
-    budget, _, kind = way.partition("_")
-    count = round(BUDGETS[budget] * len(here.rows))
-    if kind == "random":
-        return random.Random(here.seed).sample(range(len(here.rows)), count)
+def head_features(here: Scene) -> Tensor:
+    """What the reward head of the SFT model reads of each pair, chosen minus rejected, [n, h]."""
     tokenizer: Any = load_tokenizer(here.base, conversational=True)
     set_seed(0)
     reward = RewardModel(build_reward_model(here.base, pad_token_id=tokenizer.pad_token_id).eval(), tokenizer)
     prompts = [row["prompt"] for row in here.rows]
     sides = [reward.features(prompts, [row[s][0]["content"] for row in here.rows]) for s in ("chosen", "rejected")]
-    return second_look(sides[0] - sides[1], noise.scale * strength, right, count, error_rate=EXPERT_ERROR)
+    return sides[0] - sides[1]
 
 
-def believed(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate) -> tuple[Tensor, dict[str, Any]]:
+class Voted(NamedTuple):
+    """What is known of the pairs before anybody looks again, and what is true.
+
+    Attributes:
+        strength: [n] of the vote, nats.
+        clusters: [n] the prompt of each pair.
+        noise: as the vote estimates it.
+        wrong: [n] which labels are.
+        features: gives [n, h], what the choice reads.
+        seed: of experts and random choices.
+    """
+
+    strength: Tensor
+    clusters: list[str]
+    noise: NoiseEstimate
+    wrong: Tensor
+    features: Callable[[], Tensor]
+    seed: int
+
+
+def looked_at(here: Voted, way: str, right: Tensor) -> list[int]:
+    """Which pairs a way looks at again."""
+    budget, _, kind = way.partition("_")
+    count = round(BUDGETS[budget] * len(right))
+    if kind == "random":
+        return random.Random(here.seed).sample(range(len(right)), count)
+    return second_look(here.features(), here.noise.scale * here.strength, right, count, error_rate=EXPERT_ERROR)
+
+
+def believed(here: Voted, way: str) -> tuple[Tensor, dict[str, Any]]:
     """P(chosen is better) of every pair as a way trains on it, and what it found."""
-    n, wrong = len(here.rows), here.wrong
-    right = posterior_of_observations(strength, torch.zeros(n), flip_rate=noise.fitted, scale=noise.scale)
+    n, wrong, strength, noise = len(here.wrong), here.wrong, here.strength, here.noise
+    right = beliefs(strength, noise, torch.zeros(n))
     if way not in RELABELLED:
-        return {"bt": torch.ones(n), "clean": 1.0 - wrong.float(), "posterior": right}[way], {}
+        # Where votes prove no wrong label, posterior labels are the labels.
+        posterior = right if noise.fitted > 0 else torch.ones(n)
+        return {"bt": torch.ones(n), "clean": 1.0 - wrong.float(), "posterior": posterior}[way], {}
     # An expert's error belongs to the pair, whoever asks.
     agrees = (torch.rand(n, generator=torch.Generator().manual_seed(here.seed)) >= EXPERT_ERROR) != wrong
     seen = torch.zeros(n, dtype=torch.bool)
-    seen[looked_at(here, way, strength, noise, right)] = True
+    seen[looked_at(here, way, right)] = True
     verdicts = log_odds_of_verdicts((seen & agrees).int(), (seen & ~agrees).int(), error_rate=EXPERT_ERROR)
-    again = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows], verdicts)
-    belief = posterior_of_observations(strength, verdicts, flip_rate=again.fitted, scale=again.scale)
+    again = estimate_noise(strength, here.clusters, verdicts)
+    belief = beliefs(strength, again, verdicts)
+    if again.fitted == 0:  # as `rlhf.pipeline.looked.relabelled`
+        belief[~seen] = 1.0
     facts = {
         "found": float((seen & wrong).sum() / wrong.sum()),
         "fitted": [again.low, again.fitted, again.scale],
@@ -162,26 +199,33 @@ def believed(here: Scene, way: str, strength: Tensor, noise: NoiseEstimate) -> t
     return belief, facts
 
 
-def measured(folder: Path, seed: int, *, quick: bool) -> dict[str, Any]:
+def measured(folder: Path, seed: int, *, quick: bool, crowd: bool) -> dict[str, Any]:
     """All ways on one seed, each kept on disk: which test pairs it gets right, and what it found."""
-    files = {way: folder / f"{seed}-{way}{'-quick' if quick else ''}.json" for way in WAYS}
+    ending = f"{'-crowd' if crowd else ''}{'-quick' if quick else ''}"
+    files = {way: folder / f"{seed}-{way}{ending}.json" for way in WAYS}
     if not all(file.is_file() for file in files.values()):
-        here = scene(folder, seed, quick=quick)
+        here = scene(folder, seed, quick=quick, crowd=crowd)
         n = len(here.rows)
-        kept = folder / f"{seed}-vote{'-quick' if quick else ''}.pt"
+        kept = folder / f"{seed}-vote{ending}.pt"
         if not kept.is_file():
             torch.save(voted(here), kept)
-        strength = torch.load(kept)
-        noise = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows])
+        strength, clusters = torch.load(kept), [plain(row["prompt"]) for row in here.rows]
+        noise = estimate_noise(strength, clusters)
+        known = Voted(strength, clusters, noise, here.wrong, partial(head_features, here), seed)
         area = auroc((-strength).tolist(), here.wrong.tolist())
         test = list(range(n, n + TEST // (10 if quick else 1)))
     for way, file in files.items():
         if file.is_file():
             continue
         begin = time.monotonic()
-        belief, facts = believed(here, way, strength, noise)
+        belief, facts = believed(known, way)
         right = here.trained(list(range(n)), belief, test, 100 * seed) > 0
-        facts |= {"auroc": area, "n": len(test), "right": np.packbits(right.numpy()).tolist()}
+        facts |= {
+            "auroc": area,
+            "wrong": float(here.wrong.float().mean()),
+            "n": len(test),
+            "right": np.packbits(right.numpy()).tolist(),
+        }
         file.write_text(json.dumps(facts))
         accuracy = float(right.double().mean())
         print(
@@ -189,6 +233,31 @@ def measured(folder: Path, seed: int, *, quick: bool) -> dict[str, Any]:
             flush=True,
         )
     return {way: json.loads(file.read_text()) for way, file in files.items()}
+
+
+def measured_linear(seed: int) -> dict[str, Any]:
+    """As `measured`, of linear models on planted features."""
+    right, wrong = planted_line(seed, TRAIN + TEST)
+    labelled, test = torch.where(wrong[:TRAIN, None], -right[:TRAIN], right[:TRAIN]), right[TRAIN:]
+    clusters = list(map(str, range(TRAIN)))
+    plan = plan_vote(clusters, members=MEMBERS, folds=FOLDS, in_sample=False, seed=seed)
+
+    def vote(_: int, of: list[int], on: list[int]) -> Tensor:
+        return (labelled[on] @ fitted_line(labelled[of], partial(pair_loss, flip_rate=MEMBER_FLIP_RATE))).float()
+
+    strength = vote_strength(collect_votes(plan, vote)).mean
+    noise = estimate_noise(strength, clusters)
+    known = Voted(strength, clusters, noise, wrong[:TRAIN], lambda: labelled.float(), seed)
+    result = {}
+    for way in WAYS:
+        belief, facts = believed(known, way)
+        is_right = test @ fitted_line(labelled, partial(pair_loss, confidence=belief.double())) > 0
+        facts |= {
+            "auroc": auroc((-strength).tolist(), known.wrong.tolist()),
+            "wrong": float(known.wrong.double().mean()),
+        }
+        result[way] = facts | {"n": TEST, "right": np.packbits(is_right.numpy()).tolist()}
+    return result
 
 
 def _right(result: dict[str, Any], way: str) -> np.ndarray:
@@ -218,6 +287,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="3,4,5,6,7", help="of 0 to 7; 0, 1 and 2 were developed on")
+    parser.add_argument("--crowd", action="store_true", help="the labels of the lab's annotators")
+    parser.add_argument("--linear", action="store_true", help="linear models on planted features; developed on 0 to 9")
     parser.add_argument("--quick", action="store_true", help="a tenth of the pairs, the first seed")
     arguments = parser.parse_args()
     quiet_libraries()
@@ -226,7 +297,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     # 1. Every way on every seed.
-    results = {seed: measured(folder, seed, quick=arguments.quick) for seed in seeds}
+    results = {
+        seed: measured_linear(seed)
+        if arguments.linear
+        else measured(folder, seed, quick=arguments.quick, crowd=arguments.crowd)
+        for seed in seeds
+    }
 
     # 2. Means, and intervals of paired differences.
     draws = paired(results)
@@ -247,7 +323,7 @@ def main() -> None:
         "auroc": float(np.mean([r["bt"]["auroc"] for r in results.values()])),
         "auroc_after": {way: float(np.mean([r[way]["auroc_after"] for r in results.values()])) for way in RELABELLED},
         "estimated_noise": {way: [r[way]["fitted"] for r in results.values()] for way in RELABELLED},
-        "flip_rate": FLIP_RATE,
+        "wrong": float(np.mean([r["10"]["wrong"] for r in results.values()])),
         "threads": torch.get_num_threads(),
     }
     arguments.json.write_text(json.dumps(found, indent=1))

@@ -1,4 +1,5 @@
-"""What the lab's benchmarks share: a world with its SFT model and pairs in true order, planted flips, one training run."""
+"""What the lab's benchmarks share: a world with its SFT model and pairs in true order, planted flips, one training run; planted
+features, where training takes no time."""
 
 import json
 import random
@@ -6,9 +7,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 import yaml
 from datasets import Dataset
 from scipy.stats import t
@@ -69,6 +73,49 @@ def planted(rows: Rows, seed: int, rate: float = FLIP_RATE) -> Rows:
 def is_wrong(rows: Rows) -> list[bool]:
     """Which labels contradict the true reward."""
     return [d < 0 for d in true_differences(rows)]
+
+
+class Line(NamedTuple):
+    """A world without text: a true reward that is linear in planted features, but for what they can't express.
+
+    Attributes:
+        right: [n, h] features of the better answer minus those of the other.
+        wrong: [n] whether the label contradicts the true reward, drawn at random.
+    """
+
+    right: Tensor
+    wrong: Tensor
+
+
+def planted_line(seed: int, pairs: int) -> Line:
+    """Draw how many features there are, how unequal, how much they can't express, and whether 10 % or 25 % of labels are wrong."""
+    rng = np.random.default_rng(seed)
+    width, noise, rate = int(rng.choice([20, 60, 150])), rng.choice([0.0, 1.2]), rng.choice([0.1, 0.25])
+    sizes = np.arange(1, width + 1) ** -rng.choice([0.0, 0.5, 1.0])
+    features = rng.normal(size=(pairs, width)) * sizes / np.sqrt((sizes**2).mean())
+    rewards = features @ rng.normal(size=width)
+    rewards = 2 * rewards / rewards.std() + noise * rng.normal(size=len(rewards))
+    return Line(torch.tensor(features * np.sign(rewards)[:, None]), torch.tensor(rng.random(pairs) < rate))
+
+
+def fitted_line(features: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Weights [h] of a linear reward on differences of features [n, h], with a standard normal prior.
+
+    Args:
+        loss: of chosen and rejected rewards, [n] each.
+    """
+    weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS([weights], max_iter=40, line_search_fn="strong_wolfe")
+    zero = torch.zeros(len(features), dtype=torch.float64)
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        total: Tensor = loss(features @ weights, zero).sum() + 0.5 * weights.square().sum()
+        total.backward()
+        return total
+
+    search.step(closure)
+    return weights.detach()
 
 
 def reward_settings(learning_rate: float, epochs: float) -> dict[str, Any]:

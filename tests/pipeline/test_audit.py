@@ -222,6 +222,21 @@ def test_bad_questions_are_sentences(base_folder: Path, noisy: tuple[str, set[in
         audit(file, str(base_folder), tmp_path / "b", members=1, **arguments)
 
 
+def test_nothing_but_ties_is_a_sentence(base_folder: Path, tmp_path: Path) -> None:
+    """And labels whose two answers are the same are none."""
+    ties = tmp_path / "ties.jsonl"
+    row = {"prompt": "which", "chosen": "yes", "rejected": "no", "confidence": 0.5}
+    ties.write_text("".join(json.dumps({**row, "prompt": f"which {i}"}) + "\n" for i in range(9)))
+    arguments: dict[str, Any] = {"members": None, "recipe": None, "say": lambda _: None}
+    with pytest.raises(UserError, match="all of its pairs are ties, so there is no label to audit"):
+        audit(str(ties), str(base_folder), tmp_path / "out", **arguments)
+    alike = tmp_path / "alike.jsonl"
+    alike.write_text("".join(json.dumps({**row, "rejected": "yes", "prompt": f"which {i}"}) + "\n" for i in range(9)))
+    with pytest.raises(UserError, match="alike"):
+        audit(str(alike), str(base_folder), tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists(), "nothing is made"
+
+
 def test_what_differs_is_marked_and_escaped() -> None:
     first, second = mark("apple, pear <b> and plum", "apple, fig <b> and plum")
     assert first == "apple, <mark>pear</mark> &lt;b&gt; and plum"

@@ -15,9 +15,10 @@ from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl
 from rlhf.pipeline.audit import audit
+from rlhf.pipeline.looked import beliefs, expected_gain
 from rlhf.pipeline.second_look import RELABELLED, look_again
 from rlhf.recipe import load_recipe
-from rlhf.reward.noise import estimate_noise
+from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.serve.desk import import_from, open_book
 from rlhf.serve.label import annotator_tokens, label_app
 from tests.conftest import WORDS
@@ -96,6 +97,7 @@ def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: Any) -> None:
     assert (facts["answered"], facts["skipped"], facts["ties"], facts["open"]) == (11, 1, 1, 0)
     assert facts["agree"] + facts["contradict"] == 10
     assert facts["next"]["pairs"] == 12
+    assert facts["next"]["labels"] > facts["next"]["worth"], "a label of this file is worth less than a sure one"
     assert facts["worth"]["after"] > facts["worth"]["before"] - 1, "a tie is worth none, ten verdicts are"
     assert facts["wrong"]["after"] < facts["wrong"]["before"] <= facts["wrong"]["file"]
 
@@ -138,6 +140,7 @@ def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: Any) -> None:
     assert "Second look" in page
     assert "call the answers of 1 equal (kept as ties), and skip 1" in page
     assert "The most suspicious pairs" in page
+    assert f"or what {facts['next']['labels']:,.0f} more labels like these do." in page
 
     # A larger budget asks about other pairs.
     more = look(20)
@@ -205,6 +208,24 @@ def test_what_cannot_be_used_is_a_sentence(look: Any, tmp_path: Path) -> None:
         assert not (look.out / RELABELLED).exists()
 
 
+def test_what_verdicts_are_expected_to_add() -> None:
+    """By hand, with a perfect expert: on pairs that are open, and with labels on pairs whose order is sure to the vote."""
+    noise = NoiseEstimate(flip_rate=0.25, fitted=0.25, scale=1.0, low=0.2, high=0.3, likeliest=0.25)
+    right, none = torch.full((4,), 0.75), torch.zeros(4)
+    gain = expected_gain(none, noise, right, [0, 2, 3], expert_error=0.0)
+    assert gain["pairs"] == 3
+    assert gain["worth"] == pytest.approx(3 * (1 - (2 * 0.75 - 1) ** 2))
+    assert gain["labels"] == pytest.approx(gain["worth"] / (1 - 2 * 0.25) ** 2)
+    order = 0.9  # a label on such a pair: P(it says so) = q
+    q = 0.75 * order + 0.25 * (1 - order)
+    information = (0.5 * order * (1 - order)) ** 2 / (q * (1 - q))
+    sure = torch.full((4,), float(np.log(order / (1 - order))))
+    gain = expected_gain(sure, noise, right, [0], expert_error=0.0)
+    assert gain["labels"] == pytest.approx(0.75 * 0.25 / information, rel=1e-4)
+    coins = NoiseEstimate(flip_rate=0.4, fitted=0.0, scale=1.0, low=0.0, high=0.5, likeliest=0.5)
+    assert expected_gain(none, coins, right, [0], expert_error=0.0)["labels"] is None, "such labels say nothing"
+
+
 def test_noise_is_estimated_with_verdicts_on_pairs_that_were_chosen_for_doubt() -> None:
     """30 % of 4,000 labels are wrong; the 400 with the lowest votes are looked at, most of them wrong: no bias follows.
 
@@ -238,3 +259,17 @@ def test_noise_is_estimated_with_verdicts_on_pairs_that_were_chosen_for_doubt() 
         assert log_likelihood(with_verdicts.fitted + step, with_verdicts.scale) <= best + 1e-6
     for factor in (0.85, 1.18):
         assert log_likelihood(with_verdicts.fitted, with_verdicts.scale * factor) <= best + 1e-6
+
+
+def test_unproved_noise_is_taken_as_the_fit_has_it() -> None:
+    """Few blunt votes prove no wrong label; where a look asks, the likeliest share counts, with the scale that belongs to it."""
+    rng = np.random.default_rng(3)
+    true_order = rng.normal(0, 1.0, 150)
+    first_is_better = rng.random(150) < 1 / (1 + np.exp(-true_order))
+    d = torch.tensor(np.where(first_is_better != (rng.random(150) < 0.15), true_order, -true_order))
+    noise = estimate_noise(d, list(range(150)))
+    assert (noise.low, noise.fitted) == (0.0, 0.0)
+    right = beliefs(d, noise, torch.zeros(150))
+    rate = max(noise.likeliest, 0.01)
+    np.testing.assert_allclose(right.numpy(), 1 / (1 + rate / (1 - rate) * np.exp(-noise.scale * d.numpy())), rtol=1e-6)
+    assert rate < noise.flip_rate - 0.1, "confident learning takes errors of blunt votes for those of labels"

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.labels import Question, question_id
+from rlhf.data.labels import Question, Verdict, question_id
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.verdicts import load_verdict_model
 from rlhf.objectives.verdicts import first_is_better
+from rlhf.pipeline import label as label_module
 from rlhf.pipeline.checks import check_arguments, check_sources
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.label import run_label
@@ -62,6 +63,33 @@ def test_pairs_have_the_models_label_and_its_confidence(
         assert row["annotator"] == str(verdict_folder)
     turned = sum("turn with the order" in line and "1 pairs were too long for it (skipped)" in line for line in said)
     assert turned == 1, said
+
+
+def test_labels_that_are_all_equal_are_said(
+    base_folder: Path, verdict_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are taken, since a policy may be asked about few pairs; a person should look."""
+    run, asked = tmp_path / "x", questions()
+    folder, parents = run / "round-1/label", {"data": run / "round-0/data", "select": run / "round-1/select"}
+    for place in (folder, parents["data"] / "data", parents["select"]):
+        place.mkdir(parents=True)
+    write_jsonl(parents["select"] / "questions.jsonl", [q.as_row() for q in asked])
+    said = list[str]()
+    context = StageContext(recipe(tmp_path, base_folder, verdict_folder), folder, parents, said.append)
+    key_held = "label: all 12 verdicts are for the second answer, though the order was random; was one key held down?"
+    ties = "label: all 12 verdicts are ties, so they say of no answer that it is better"
+    write_jsonl(parents["data"] / "data/test_pairs.jsonl", [])  # all are trained on
+    for labels, sentences in (
+        (["second"] * 12, [key_held]),
+        (["tie"] * 12, [ties]),
+        (["second"] * 11 + ["first"], []),
+        (["second"] * 7 + ["skip"] * 5, []),
+    ):
+        said.clear()
+        verdicts = [Verdict(q.id, label, "ann") for q, label in zip(asked, labels, strict=True)]
+        monkeypatch.setattr(label_module, "_verdicts", lambda *_, given=verdicts: given)
+        run_label(context)
+        assert [line for line in said if "verdicts are" in line] == sentences
 
 
 def test_what_cannot_label_is_refused_before_a_run(

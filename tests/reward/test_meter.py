@@ -1,6 +1,7 @@
 """The meter: parts lie within each other, accuracies under wrong labels are found, and what it says follows from them."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from rlhf.reward.meter import (
     Measured,
     estimate_accuracies,
     fit_meter,
-    likelihood_of_rates,
+    fit_rates,
     measure_parts,
+    price_verdicts,
     read_meter,
     too_few_labels,
 )
@@ -89,8 +91,7 @@ def test_it_finds_a_planted_curve_and_its_sentences_follow() -> None:
         spreads.append(candidates[np.argmin(np.abs(np.array(right) - accuracy))])
     differences = torch.stack([planted(0.25, s, n=4000, seed=i)[0] for i, s in enumerate(spreads)])
     curves = fit_meter(Measured(sizes, differences, 5), differences[-1], list(range(4000)))
-    right = torch.full((2000,), 0.75)
-    meter = read_meter(curves, 2000, right, verdicts=100, expert_error=0.05)
+    meter = read_meter(curves, 2000, torch.zeros(2000), verdicts=100, expert_error=0.05)
 
     for entry, labels in ((meter["accuracy"], 2000.0), (meter["more"][1]["accuracy"], 4000.0)):
         mean, low, high = entry
@@ -100,7 +101,7 @@ def test_it_finds_a_planted_curve_and_its_sentences_follow() -> None:
     assert [entry["labels"] for entry in meter["more"]] == [1000, 2000, 6000]
     assert meter["worth"][0] == pytest.approx(500, rel=0.25), "(1 - 2ε)² of 2,000"
     assert meter["worth"][1] < 500 < meter["worth"][2]
-    # By hand: a verdict agrees with probability q, and leaves p (1 - e) / q or p e / (1 - q).
+    # Votes that say nothing: by hand, a verdict agrees with probability q, and leaves p (1 - e) / q or p e / (1 - q).
     q = 0.75 * 0.95 + 0.25 * 0.05
     after = [0.75 * 0.95 / q, 0.75 * 0.05 / (1 - q)]
     adds = 100 * (q * (2 * after[0] - 1) ** 2 + (1 - q) * (2 * after[1] - 1) ** 2 - 0.25)
@@ -116,14 +117,47 @@ def test_it_finds_a_planted_curve_and_its_sentences_follow() -> None:
 
 def test_the_share_of_wrong_labels_is_as_sure_as_the_votes_are() -> None:
     """Sure votes tell the rate to a few points; votes that are never sure leave every rate possible."""
-    sure, unsure = (likelihood_of_rates(planted(0.25, spread)[0], list(range(4000))) for spread in (4.0, 0.3))
+    sure, unsure = (fit_rates(planted(0.25, spread)[0], list(range(4000))).log_likelihood for spread in (4.0, 0.3))
     assert abs(RATES[sure.argmax()].item() - 0.25) <= 0.025
     assert (sure > sure.max() - 1.92).sum() <= 5
     assert (unsure > unsure.max() - 1.92).sum() >= 12
     # By hand, at a rate of 0 and one scale: the mean of log σ(b d) over prompts.
     row = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
     by_hand = max((torch.sigmoid(b * row / (4 / 3)).log().mean() * 3).item() for b in SCALES)
-    assert likelihood_of_rates(row, ["a", "b", "c"])[0].item() == pytest.approx(by_hand)
+    assert fit_rates(row, ["a", "b", "c"]).log_likelihood[0].item() == pytest.approx(by_hand)
+
+
+def test_a_verdict_is_priced_by_the_information_of_labels_on_pairs_as_they_are() -> None:
+    """Bits counted by numbers: log-likelihoods of all outcomes, differentiated at the difference that the vote believes."""
+    spread, rate, error = 3.0, 0.25, 0.05
+    strength, _ = planted(rate, spread)
+    price = price_verdicts(strength, 200, expert_error=error)
+    at = int((RATES - rate).abs().argmin())
+    assert RATES[at].item() == pytest.approx(rate), "the planted rate is on the grid"
+
+    def order(d: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-d))
+
+    def of_label(d: np.ndarray) -> np.ndarray:
+        return (1 - rate) * order(d) + rate * order(-d)
+
+    def of_verdict(d: np.ndarray) -> np.ndarray:
+        right = (1 - rate) * order(d) / of_label(d)
+        return (1 - error) * right + error * (1 - right)
+
+    def information(outcome: Callable[[np.ndarray], np.ndarray], d: np.ndarray) -> np.ndarray:
+        step = 1e-4
+        return sum(
+            sign(outcome, d) * ((np.log(sign(outcome, d + step)) - np.log(sign(outcome, d - step))) / (2 * step)) ** 2
+            for sign in (lambda f, x: f(x), lambda f, x: 1 - f(x))
+        )
+
+    d = strength.numpy()  # calibrated: b is 1
+    verdicts = np.sort(information(of_verdict, d))[-200:].sum()
+    assert price[at].item() == pytest.approx(verdicts / information(of_label, d).mean(), rel=0.1)
+    small_signal = 4 * verdicts / (1 - 2 * rate) ** 2  # as if labels were on pairs whose order is open
+    assert price[at].item() > 2 * small_signal
+    assert price[0].item() == 0.0, "where no label is wrong, nobody need look"
 
 
 def test_too_few_labels_is_a_sentence() -> None:
