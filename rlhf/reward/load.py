@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -204,17 +205,18 @@ def _card_problem(card: object) -> str | None:
         return "no mapping"
     if missing := sorted(Card.__required_keys__ - set(card)):
         return f"no {', '.join(missing)}"
-    if not all(_is_number(card[name]) for name in ("mean", "std")):
-        return "mean or std is no finite number"
-    types = {"prompt": str | list, "response": str, "score": int | float}
+    if not (_is_number(card["mean"]) and _is_number(card["std"]) and card["std"] > 0):
+        return "mean or std is no finite number, or std not above 0"
+    types = {"prompt": str | list, "response": str}
     rows = card["probe"] if isinstance(card["probe"], list) else [None]
-    if not all(isinstance(row, dict) and all(isinstance(row.get(x), y) for x, y in types.items()) for row in rows):
+    are_texts = all(isinstance(row, dict) and all(isinstance(row.get(x), y) for x, y in types.items()) for row in rows)
+    if not are_texts or not all(_is_number(row.get("score")) for row in rows):
         return "its probe is no list of prompts, responses and scores"
     return None
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # neither NaN nor 10^400
 
 
 def load_reward_model(
@@ -239,7 +241,7 @@ def load_reward_model(
     else:
         in_4_bit = bool(card.get("load_in_4bit"))
         reward = _read(folder, conversational=conversational, load_in_4bit=in_4_bit, device=device)
-    reward.mean, reward.std = card["mean"], card["std"]
+    reward.mean, reward.std = float(card["mean"]), float(card["std"])
     _check(reward, card, folder)
     if card["probe"]:
         check_scores(reward, [(row["prompt"], row["response"]) for row in card["probe"]], name=folder)
@@ -259,7 +261,7 @@ def _check(reward: RewardModel, card: Card, folder: Path) -> None:
         )
     end_at_end_token(reward.tokenizer)  # folders of earlier versions hold the policy's template
     scores = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
-    expected = torch.tensor([row["score"] for row in card["probe"]])
+    expected = torch.tensor([float(row["score"]) for row in card["probe"]])
     tolerance = score_tolerance(computed_dtype(reward.model))
     difference = (scores - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, card["std"]):

@@ -196,6 +196,20 @@ def test_a_healthy_folder_is_not(
     assert outcome.code == 0, outcome.stderr
 
 
+@pytest.mark.fault("any folder, any verb")
+@pytest.mark.parametrize("kind", ["policy", "reward model"])
+def test_an_export_that_nobody_could_read_is_not_left_behind(
+    base_folder: Path, reward_folder: Path, place: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Two words of one id: such a tokenizer is read, but not once it was written again."""
+    model = shutil.copytree(base_folder if kind == "policy" else reward_folder, place / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
+    words[tokenizer["model"]["merges"][-1][0]] = words["!"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    require_refusal(call("export", place, capsys), says="out of vocabulary")
+
+
 # ---- Adapters ----
 
 ADAPTER_FAULTS: dict[str, tuple[Plant, str]] = {
@@ -261,6 +275,9 @@ CARD_FAULTS: dict[str, Plant] = {
     "a probe that is text": lambda f: change(f / "reward_model.json", probe="x"),
     "a probe of lists": lambda f: change(f / "reward_model.json", probe=[["a", "b"]]),
     "a probe whose score is text": lambda f: change(f / "reward_model.json", probe=[{"prompt": "a", "response": "b", "score": "c"}]),
+    "a probe whose score is 10^30": lambda f: change(f / "reward_model.json", probe=[{"prompt": "a", "response": "b", "score": 10**30}]),
+    "a mean of 10^400": lambda f: change(f / "reward_model.json", mean=10**400),
+    "a deviation below 0": lambda f: change(f / "reward_model.json", std=-1.0),
     "a mean that is text": lambda f: change(f / "reward_model.json", mean="x"),
     "a deviation that is NaN": lambda f: change(f / "reward_model.json", std=float("nan")),
     "another template": lambda f: (f / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"),
