@@ -173,7 +173,8 @@ def _read(folder: Path, *, conversational: bool, load_in_4bit: bool, device: str
         return experts
     model = _place(load_scorer(folder, load_in_4bit=load_in_4bit), device, load_in_4bit=load_in_4bit)
     check_vocabulary(tokenizer, model.config, name=str(folder))
-    return RewardModel(model, tokenizer, conversational=conversational)
+    with one_sentence(folder):
+        return RewardModel(model, tokenizer, conversational=conversational)
 
 
 def _place(model: Network, device: str | torch.device | None, *, load_in_4bit: bool) -> Network:
@@ -208,7 +209,7 @@ def _card_problem(card: object) -> str | None:
     if not (_is_number(card["mean"]) and _is_number(card["std"]) and card["std"] > 0):
         return "mean or std is no finite number, or std not above 0"
     types = {"prompt": str | list, "response": str}
-    rows = card["probe"] if isinstance(card["probe"], list) else [None]
+    rows = card["probe"] if isinstance(card["probe"], list) and card["probe"] else [None]
     are_texts = all(isinstance(row, dict) and all(isinstance(row.get(x), y) for x, y in types.items()) for row in rows)
     if not are_texts or not all(_is_number(row.get("score")) for row in rows):
         return "its probe is no list of prompts, responses and scores"
@@ -242,8 +243,8 @@ def load_reward_model(
         in_4_bit = bool(card.get("load_in_4bit"))
         reward = _read(folder, conversational=conversational, load_in_4bit=in_4_bit, device=device)
     reward.mean, reward.std = float(card["mean"]), float(card["std"])
-    _check(reward, card, folder)
-    if card["probe"]:
+    with one_sentence(folder):
+        _check(reward, card, folder)
         check_scores(reward, [(row["prompt"], row["response"]) for row in card["probe"]], name=folder)
     return reward
 
@@ -288,7 +289,8 @@ def open_reward_model(name: str) -> RewardModel:
         raise UserError(f"{name}: no reward model there ({str(error).removeprefix(f'{name}: ')})") from error
     warnings.warn(f"{name}: no {CARD}, so its scores are not checked against stored ones.", stacklevel=2)
     check_vocabulary(tokenizer, model.config, name=name)
-    reward = RewardModel(_place(model, None, load_in_4bit=False), tokenizer, conversational=True)
+    with one_sentence(name):
+        reward = RewardModel(_place(model, None, load_in_4bit=False), tokenizer, conversational=True)
     check_scores(reward, FIXED_TEXTS, name=name)
     return reward
 
