@@ -127,10 +127,11 @@ def load_tokenizer(
     Raises:
         UserError: as `open_tokenizer`, `check_tokenizer` and `freeze_template` say.
     """
-    tokenizer = open_tokenizer(path, revision)
-    check_template(tokenizer, name=str(path))
-    adopt_encoder_tokens(tokenizer)
-    freeze_template(tokenizer, name=str(path))
+    with one_sentence(path):
+        tokenizer = open_tokenizer(path, revision)
+        check_template(tokenizer, name=str(path))
+        adopt_encoder_tokens(tokenizer)
+        freeze_template(tokenizer, name=str(path))
     if conversational and tokenizer.eos_token is not None and give_plain_template(tokenizer):
         warnings.warn(f"{path}: no chat template; conversations are written as 'Human: … Assistant: …'.", stacklevel=2)
     check_tokenizer(tokenizer, conversational=conversational, name=str(path), pads=pads)

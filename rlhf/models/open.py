@@ -111,13 +111,18 @@ def open_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     """Read a tokenizer, padding on the right, as it was saved.
 
     Raises:
-        UserError: it can't be read, or wants code of its own.
+        UserError: it can't be read, wants code of its own, or has no number as its length.
     """
     with one_sentence(name):
         place, arguments = _place(name)
-        return AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             place, padding_side="right", revision=revision or "main", trust_remote_code=False, **arguments
         )
+    if not (isinstance(tokenizer.model_max_length, int | float) and tokenizer.model_max_length >= 1):
+        raise UserError(
+            f"{name}: model_max_length in its tokenizer_config.json is {tokenizer.model_max_length!r:.40}, no number of tokens."
+        )
+    return tokenizer
 
 
 def open_network(

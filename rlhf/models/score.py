@@ -110,4 +110,4 @@ def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
 def position_limit(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many tokens a model can read: an encoder has no positions beyond, a decoder was not trained on them."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    return int(min(tokenizer.model_max_length, positions or tokenizer.model_max_length))

@@ -1,7 +1,9 @@
 """Commands on a finished model: score lines with it, export it."""
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def export_model(model: Path, out: Path) -> None:
 
     Raises:
         UserError: the target is not empty; the model was trained on 4-bit weights, which can't be merged exactly; it is
-            several experts; weights are missing or not finite.
+            several experts; weights are missing or not finite; what was written can't be read. Then nothing is left.
     """
     quiet_libraries()
     model = model.expanduser()
@@ -41,7 +43,9 @@ def export_model(model: Path, out: Path) -> None:
         merged = load_policy(model, model_settings({}))
         tokenizer = load_tokenizer(model, conversational=True)
         check_vocabulary(tokenizer, merged.config, name=str(model))
-        save_model(merged, tokenizer, out)
+        with _whole_or_nothing(out):
+            save_model(merged, tokenizer, out)
+            load_tokenizer(out, conversational=True)
         return
     card = reward_card(model)
     if card.get("load_in_4bit"):
@@ -57,8 +61,19 @@ def export_model(model: Path, out: Path) -> None:
     network: Any = reward.model
     network = merge_adapter(network) if isinstance(network, PeftModel) else network
     network.config.problem_type = "regression"
-    save_model(network, reward.tokenizer, out)
-    card["chat_template_sha256"] = template_digest(reward.tokenizer)
-    write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
-    assert find_source(out).adapter is None, "a merged model has no adapter"
-    write_certificate(out / CERTIFICATE, certify(load_reward_model(out)))
+    with _whole_or_nothing(out):
+        save_model(network, reward.tokenizer, out)
+        card["chat_template_sha256"] = template_digest(reward.tokenizer)
+        write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
+        assert find_source(out).adapter is None, "a merged model has no adapter"
+        write_certificate(out / CERTIFICATE, certify(load_reward_model(out)))
+
+
+@contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[None]:
+    """Delete a new folder where filling it fails."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -172,7 +173,8 @@ def _read(folder: Path, *, conversational: bool, load_in_4bit: bool, device: str
         return experts
     model = _place(load_scorer(folder, load_in_4bit=load_in_4bit), device, load_in_4bit=load_in_4bit)
     check_vocabulary(tokenizer, model.config, name=str(folder))
-    return RewardModel(model, tokenizer, conversational=conversational)
+    with one_sentence(folder):
+        return RewardModel(model, tokenizer, conversational=conversational)
 
 
 def _place(model: Network, device: str | torch.device | None, *, load_in_4bit: bool) -> Network:
@@ -204,17 +206,18 @@ def _card_problem(card: object) -> str | None:
         return "no mapping"
     if missing := sorted(Card.__required_keys__ - set(card)):
         return f"no {', '.join(missing)}"
-    if not all(_is_number(card[name]) for name in ("mean", "std")):
-        return "mean or std is no finite number"
-    types = {"prompt": str | list, "response": str, "score": int | float}
-    rows = card["probe"] if isinstance(card["probe"], list) else [None]
-    if not all(isinstance(row, dict) and all(isinstance(row.get(x), y) for x, y in types.items()) for row in rows):
+    if not (_is_number(card["mean"]) and _is_number(card["std"]) and card["std"] > 0):
+        return "mean or std is no finite number, or std not above 0"
+    types = {"prompt": str | list, "response": str}
+    rows = card["probe"] if isinstance(card["probe"], list) and card["probe"] else [None]
+    are_texts = all(isinstance(row, dict) and all(isinstance(row.get(x), y) for x, y in types.items()) for row in rows)
+    if not are_texts or not all(_is_number(row.get("score")) for row in rows):
         return "its probe is no list of prompts, responses and scores"
     return None
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # neither NaN nor 10^400
 
 
 def load_reward_model(
@@ -239,9 +242,9 @@ def load_reward_model(
     else:
         in_4_bit = bool(card.get("load_in_4bit"))
         reward = _read(folder, conversational=conversational, load_in_4bit=in_4_bit, device=device)
-    reward.mean, reward.std = card["mean"], card["std"]
-    _check(reward, card, folder)
-    if card["probe"]:
+    reward.mean, reward.std = float(card["mean"]), float(card["std"])
+    with one_sentence(folder):
+        _check(reward, card, folder)
         check_scores(reward, [(row["prompt"], row["response"]) for row in card["probe"]], name=folder)
     return reward
 
@@ -259,7 +262,7 @@ def _check(reward: RewardModel, card: Card, folder: Path) -> None:
         )
     end_at_end_token(reward.tokenizer)  # folders of earlier versions hold the policy's template
     scores = reward.score([row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]])
-    expected = torch.tensor([row["score"] for row in card["probe"]])
+    expected = torch.tensor([float(row["score"]) for row in card["probe"]])
     tolerance = score_tolerance(computed_dtype(reward.model))
     difference = (scores - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, card["std"]):
@@ -286,7 +289,8 @@ def open_reward_model(name: str) -> RewardModel:
         raise UserError(f"{name}: no reward model there ({str(error).removeprefix(f'{name}: ')})") from error
     warnings.warn(f"{name}: no {CARD}, so its scores are not checked against stored ones.", stacklevel=2)
     check_vocabulary(tokenizer, model.config, name=name)
-    reward = RewardModel(_place(model, None, load_in_4bit=False), tokenizer, conversational=True)
+    with one_sentence(name):
+        reward = RewardModel(_place(model, None, load_in_4bit=False), tokenizer, conversational=True)
     check_scores(reward, FIXED_TEXTS, name=name)
     return reward
 

@@ -1,17 +1,20 @@
-"""Deliberate faults in our code, one at a time: does a test of its room notice?
+"""Deliberate faults in our code, one at a time: does a test notice?
 
-    python -m tests.faults.mutants objectives --work FOLDER --out mutants.json [--minutes 9]      # or batches, trainer, data
+    python -m tests.faults.mutants objectives --work FOLDER --out mutants.json [--sample 100] [--minutes 9]
 
-A mutant turns a sign, a comparison, a number, a condition or a name (sum and mean, min and max) of one line into another, or
-leaves a term out. It is written into a copy of the package, and the tests of that room are run in a forked process until the
-first fails: then the mutant is killed. Mutants come in an order that only the seed decides, so the first of them are a fair
-sample; the same command goes on from what FOLDER holds. Survivors are for reading: each needs a test, or a reason.
+The rooms are objectives, batches, trainer and data. A mutant turns a sign, a comparison, a number, a condition or a name (sum
+and mean, min and max) of one line into another, or leaves a term out. It is written into a copy of the package, and the tests
+that call its function are run in a forked process, the quickest first, until one fails: then the mutant is killed. Which test
+calls what is noted once, in a run without a mutant. Mutants come in an order that only the seed decides, so the first of them
+are a fair sample; the same command goes on from what FOLDER holds, and a mutant that outlived other tests is tried again.
+Survivors are for reading: each needs a test, or a reason.
 """
 
 import argparse
 import ast
 import copy
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -19,22 +22,34 @@ import random
 import resource
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
+
+import pytest
+from scipy.stats import binomtest
 
 ROOT = Path(__file__).parents[2]
-# Room → its files, and where its tests are; of these, the files that name the module are run, and its doctests.
+# Room → its files, and where its tests are; the doctests of the files are tests too.
 ROOMS = {
-    "objectives": ("rlhf/objectives/*.py", "tests/objectives"),
-    "batches": ("rlhf/ppo/batches.py", "tests/ppo"),
-    "rewards": ("rlhf/ppo/rewards.py", "tests/ppo"),
-    "trainer": ("rlhf/reward/trainer.py", "tests/reward"),
-    "data": ("rlhf/data/*.py", "tests/data"),
+    "objectives": ("rlhf/objectives/*.py", ("tests/objectives",)),
+    "batches": ("rlhf/ppo/batches.py", ("tests/ppo/test_ppo.py", "tests/ppo/test_options.py")),
+    "trainer": (
+        "rlhf/reward/trainer.py",
+        ("tests/reward/test_trainer.py", "tests/reward/test_weights.py", "tests/models/test_packing.py"),
+    ),
+    "data": (
+        "rlhf/data/*.py",
+        ("tests/data", "tests/serve/test_label.py", "tests/faults/test_label_files.py", "tests/faults/test_recipes.py"),
+    ),
 }
 UNFINISHED = 3
 SECONDS = 120  # of a processor, after which a mutant counts as killed: it never ends
+MEMORY = 8 * 2**30
+KILLED = (1, 2)  # of pytest's exit codes: a test failed, or could not be read
 COMPARISONS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -44,9 +59,10 @@ NAMES = {"sum": "mean", "mean": "sum", "min": "max", "max": "min", "minimum": "m
 
 
 class Mutant(NamedTuple):
-    """A fault: the file, the line, what it was and what it is, and the whole file with it."""
+    """A fault: the file, the function ("" outside of any), the line, what it was and is, and the whole file with it."""
 
     file: str
+    function: str
     line: int
     was: str
     now: str
@@ -85,39 +101,34 @@ def changed(node: ast.AST) -> Iterator[ast.AST]:
             yield new
 
 
-def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
-    """Yield where in a tree expressions stand: parent, field, and place in a list; annotations are no code."""
-    for parent in ast.walk(tree):
-        for field, value in ast.iter_fields(parent):
-            if field in ("annotation", "returns", "type_params", "decorator_list"):
-                continue
-            children = enumerate(value) if isinstance(value, list) else [(None, value)]
-            yield from ((parent, field, at) for at, child in children if isinstance(child, ast.expr))
-
-
-def without_annotations(tree: ast.Module) -> set[int]:
-    """The nodes that stand in annotations and aliases of types, by identity."""
-    hidden: set[int] = set()
-    for node in ast.walk(tree):
-        for field in ("annotation", "returns"):
-            part = getattr(node, field, None)
-            hidden |= {id(inner) for inner in ast.walk(part)} if part is not None else set()
-    return hidden
+def places(tree: ast.AST, function: str = "", scope: str = "") -> Iterator[tuple[ast.AST, str, int | None, str]]:
+    """Yield where in a tree expressions stand: parent, field, place in a list, function; annotations are no code."""
+    for field, value in ast.iter_fields(tree):
+        if field in ("annotation", "returns", "type_params", "decorator_list"):
+            continue
+        for at, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            match child:
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                    yield from places(child, scope + name, f"{scope}{name}.<locals>.")
+                case ast.ClassDef(name=name):
+                    yield from places(child, function, f"{scope}{name}.")
+                case ast.AST():
+                    if isinstance(child, ast.expr):
+                        yield tree, field, at, function
+                    yield from places(child, function, scope)
 
 
 def mutants_of(file: Path) -> Iterator[Mutant]:
     """Yield every mutant of a file."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    hidden = without_annotations(tree)
-    for parent, field, at in list(places(tree)):
+    for parent, field, at, function in list(places(tree)):
         node = getattr(parent, field) if at is None else getattr(parent, field)[at]
-        if id(node) in hidden:
-            continue
         for new in changed(node):
             put(parent, field, at, ast.copy_location(new, node))
             source = ast.unparse(ast.fix_missing_locations(tree))
             put(parent, field, at, node)
-            yield Mutant(str(file.relative_to(ROOT)), node.lineno, ast.unparse(node), ast.unparse(new), source)
+            name = str(file.relative_to(ROOT))
+            yield Mutant(name, function, node.lineno, ast.unparse(node), ast.unparse(new), source)
 
 
 def put(parent: ast.AST, field: str, at: int | None, node: ast.AST) -> None:
@@ -128,102 +139,183 @@ def put(parent: ast.AST, field: str, at: int | None, node: ast.AST) -> None:
         getattr(parent, field)[at] = node
 
 
-def tests_of(file: str, folder: str) -> list[str]:
-    """A module's doctests, and the test files of its room that name it, those of its own name first."""
-    module = file.removesuffix(".py").replace("/", ".")
-    room, _, stem = module.rpartition(".")
+# ---- Tests ----
 
-    def names(path: Path) -> bool:
-        text = path.read_text(encoding="utf-8")
-        return module in text or f"from {room} import {stem}" in text
 
-    found = [path for path in (ROOT / folder).rglob("test_*.py") if names(path)]
-    ordered = sorted(found, key=lambda path: (stem not in path.name, path.stat().st_size))
-    return [file, *(str(path.relative_to(ROOT)) for path in ordered)]
+class Test(NamedTuple):
+    """A test: its seconds, and the functions that it or a fixture of it calls, FILE:NAME."""
+
+    seconds: float
+    calls: frozenset[str]
+
+
+class Notes:
+    """A plugin of pytest that notes which test calls which functions of a folder, and writes it to a file."""
+
+    def __init__(self, place: Path, out: Path):
+        self.place, self.out = f"{place}/", out
+        self.tests: dict[str, tuple[float, list[str]]] = {}
+        self.of_fixture: dict[str, set[str]] = {}
+        self.calls: set[str] = set()  # since the last test began; at first, of imports
+        threading.setprofile(self.note)
+        sys.setprofile(self.note)
+
+    def note(self, frame: FrameType, event: str, _: Any) -> None:
+        """Note a call; Python calls this at each."""
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(self.place):
+            self.calls.add(f"{code.co_filename.removeprefix(self.place)}:{code.co_qualname}")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        """Note what a fixture calls: it is made once, for all tests that ask for it."""
+        outer, self.calls = self.calls, set()
+        result = yield
+        self.of_fixture[fixturedef.argname] = self.calls
+        self.calls = outer
+        return result
+
+    def pytest_collection_finish(self) -> None:
+        """Note what importing calls, as a test without a name."""
+        self.tests[""] = (0.0, sorted(self.calls))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Note what a test calls."""
+        self.calls, begin = set(), time.perf_counter()
+        result = yield
+        fixtures = (self.of_fixture.get(name, set()) for name in getattr(item, "fixturenames", ()))
+        self.tests[item.nodeid] = (time.perf_counter() - begin, sorted(self.calls.union(*fixtures)))
+        return result
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Write the notes, where all tests pass."""
+        if exitstatus == 0:
+            self.out.write_text(json.dumps(self.tests), encoding="utf-8")
+
+
+class Only:
+    """A plugin of pytest that runs these tests, in this order."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave the others out."""
+        order = {name: at for at, name in enumerate(self.names)}
+        items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
+
+
+def tests_of(mutant: Mutant, tests: dict[str, Test]) -> list[str]:
+    """The tests that call the function of a mutant, the quickest first; outside of functions, all that call one of its file."""
+    function = f"{mutant.file}:{mutant.function}"
+    is_of_file = not mutant.function or function in tests[""].calls
+    calls = {call for test in tests.values() for call in test.calls if call.startswith(f"{mutant.file}:")}
+    wanted = calls if is_of_file else {function}
+    found = [name for name in tests if name and not wanted.isdisjoint(tests[name].calls)]
+    return sorted(found, key=lambda name: tests[name].seconds)
+
+
+def exit_code_of(place: Path, arguments: list[str], plugin: Callable[[], object]) -> int:
+    """Run pytest silently in a forked process, in a copy of the project, until a test fails; a plugin is made in there."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            os.chdir(place)
+            sys.path.insert(0, str(place))
+            sys.dont_write_bytecode = True
+            for name in [name for name in sys.modules if name.partition(".")[0] in ("rlhf", "tests")]:
+                del sys.modules[name]
+            usual = ["-x", "-n0", "-p", "no:cacheprovider", "-m", "not slow"]
+            code = int(pytest.main([*usual, *arguments], plugins=[plugin()]))
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def noted_tests(place: Path, arguments: list[str], noted: Path) -> dict[str, Test]:
+    """Run the tests without a mutant, once, and return what each calls."""
+    if not noted.is_file():
+        code = exit_code_of(place, arguments, lambda: Notes(place, noted))
+        assert code == 0, f"the tests fail without a mutant: exit {code}"
+    rows = json.loads(noted.read_text(encoding="utf-8"))
+    return {name: Test(seconds, frozenset(calls)) for name, (seconds, calls) in rows.items()}
 
 
 def is_killed(mutant: Mutant, place: Path, tests: list[str]) -> bool:
-    """Run the tests against a mutant in a forked process, until the first that fails."""
+    """Run the tests against a mutant, until one fails, ends the process, or takes too long; none is no kill."""
+
+    def plugin() -> Only:
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        return Only(tests)
+
     original = (place / mutant.file).read_text(encoding="utf-8")
     (place / mutant.file).write_text(mutant.source, encoding="utf-8")
-    child = os.fork()
-    if child == 0:
-        run_tests(place, tests)
     try:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        files = list(dict.fromkeys(name.partition("::")[0] for name in tests))
+        code = exit_code_of(place, files, plugin) if tests else 0
+        return code in KILLED or code < 0
     finally:
         (place / mutant.file).write_text(original, encoding="utf-8")
 
 
-def run_tests(place: Path, tests: list[str]) -> None:
-    """Run tests in this process, silently, and end it with pytest's exit code."""
-    code = 1
-    try:
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        os.dup2(silent, 2)
-        os.chdir(place)
-        sys.path.insert(0, str(place))
-        sys.dont_write_bytecode = True
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("rlhf", "tests")]:
-            del sys.modules[name]
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        import pytest
-
-        code = int(pytest.main([*tests, "-x", "-n0", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "0"]))
-    finally:
-        os._exit(code)
-
-
 def main() -> None:
-    """Try mutants until the time is up; print and write the share killed, and every survivor."""
+    """Try mutants until the sample or the time is at its end; print and write the share killed, and every survivor."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("room", choices=ROOMS)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--sample", type=int, help="How many mutants; without it, all.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="Mutants of files whose name holds this.")
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
-    files, folder = ROOMS[arguments.room]
-    chosen = [file for file in sorted(ROOT.glob(files)) if arguments.only in file.name]
-    mutants = [mutant for file in chosen for mutant in mutants_of(file)]
-    random.Random(arguments.seed).shuffle(mutants)
+    pattern, folders = ROOMS[arguments.room]
+    files = sorted(ROOT.glob(pattern))
+    every = [mutant for file in files for mutant in mutants_of(file)]
+    random.Random(arguments.seed).shuffle(every)
+    mutants = every[: arguments.sample]
 
-    # 1. A copy of the package and its tests, in which mutants are written; libraries are loaded once, before the forks.
+    # 1. A copy of the project, in which mutants are written; libraries are loaded once, before the forks.
     place, noted = arguments.work.resolve() / "package", arguments.work / f"{arguments.room}.json"
     shutil.rmtree(place, ignore_errors=True)
     for name in ("rlhf", "tests", "recipes", "docker"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, place)
-    import pytest  # noqa: F401
-    import torch
+    for name in ("torch", "hypothesis", "tests.warm"):
+        importlib.import_module(name)
 
-    torch.set_num_threads(1)
-    tests = {file: tests_of(file, folder) for file in {mutant.file for mutant in mutants}}
-    known: dict[str, bool] = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    # 2. Which test calls what, and what is known: a killed mutant has "", a survivor the tests that it outlived.
+    texts = [*files, *(path for folder in folders for path in sorted([ROOT / folder, *(ROOT / folder).rglob("*.py")]))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in texts if path.is_file())).hexdigest()[:16]
+    names = [*(str(file.relative_to(ROOT)) for file in files), *folders]
+    tests = noted_tests(place, names, arguments.work / f"{arguments.room}-{digest}.json")
+    known: dict[str, str] = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
 
-    # 2. Mutants, as many as the time allows.
+    # 3. Mutants, as many as the time allows.
     for mutant in mutants:
-        if mutant.key not in known and time.monotonic() < end:
-            healthy = mutant._replace(source=(place / mutant.file).read_text(encoding="utf-8"))
-            if healthy.key not in known:
-                known[healthy.key] = is_killed(healthy, place, tests[mutant.file])
-                assert not known[healthy.key], f"the tests of {mutant.file} fail without a mutant"
-            known[mutant.key] = is_killed(mutant, place, tests[mutant.file])
+        if known.get(mutant.key) not in ("", digest) and time.monotonic() < end:
+            known[mutant.key] = "" if is_killed(mutant, place, tests_of(mutant, tests)) else digest
             noted.write_text(json.dumps(known), encoding="utf-8")
 
-    # 3. What was found.
-    tried = [mutant for mutant in mutants if mutant.key in known]
-    survivors = sorted((m for m in tried if not known[m.key]), key=lambda m: (m.file, m.line))
+    # 4. What was found.
+    tried = [mutant for mutant in mutants if known.get(mutant.key) in ("", digest)]
+    survivors = sorted((m for m in tried if known[m.key]), key=lambda m: (m.file, m.line))
+    killed = len(tried) - len(survivors)
+    low, high = binomtest(killed, len(tried)).proportion_ci(method="wilson") if tried else (0.0, 1.0)
     result = {
-        "mutants": len(mutants),
+        "mutants": len(every),
         "tried": len(tried),
-        "killed": len(tried) - len(survivors),
-        "share_killed": round(1 - len(survivors) / max(len(tried), 1), 4),
-        "survivors": [f"{m.file}:{m.line}: {m.was}  →  {m.now}" for m in survivors],
+        "killed": killed,
+        "share_killed": round(killed / max(len(tried), 1), 4),
+        "share_killed_ci": [round(low, 4), round(high, 4)],
+        "survivors": [f"{m.file}:{m.line} {m.function}: {m.was}  →  {m.now}" for m in survivors],
     }
     arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in result.items() if name != "survivors"}))

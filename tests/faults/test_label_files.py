@@ -276,6 +276,7 @@ FORM = {"id": IDS[0], "choice": "left"}
         {"Origin": "http://127.0.0.1:9999"},
         {"Origin": "https://127.0.0.1:8765.evil.org"},
         {"Origin": "null"},
+        {"Origin": "http://[::1"},
         {"Sec-Fetch-Site": "same-site"},
         {"Sec-Fetch-Site": "cross-site"},
     ],

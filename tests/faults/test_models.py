@@ -119,6 +119,8 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "an index that leads outside": (lambda f: index(f, "../../../../etc/passwd"), "model"),
     "a tokenizer of another model": (other_words, "no embedding for"),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "model"),
+    "text for a number of tokens": (lambda f: change(f / "tokenizer_config.json", model_max_length="x"), "no number of tokens"),
+    "less than no tokens": (lambda f: change(f / "tokenizer_config.json", model_max_length=-1), "no number of tokens"),
     "tokenizer cut off": (lambda f: cut(f / "tokenizer.json"), "model"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{oh"), "JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "model"),
@@ -196,6 +198,20 @@ def test_a_healthy_folder_is_not(
     assert outcome.code == 0, outcome.stderr
 
 
+@pytest.mark.fault("any folder, any verb")
+@pytest.mark.parametrize("kind", ["policy", "reward model"])
+def test_an_export_that_nobody_could_read_is_not_left_behind(
+    base_folder: Path, reward_folder: Path, place: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Two words of one id: such a tokenizer is read, but not once it was written again."""
+    model = shutil.copytree(base_folder if kind == "policy" else reward_folder, place / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
+    words[tokenizer["model"]["merges"][-1][0]] = words["!"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    require_refusal(call("export", place, capsys), says="out of vocabulary")
+
+
 # ---- Adapters ----
 
 ADAPTER_FAULTS: dict[str, tuple[Plant, str]] = {
@@ -259,8 +275,13 @@ CARD_FAULTS: dict[str, Plant] = {
     "a list": lambda f: (f / "reward_model.json").write_text("[]"),
     "null": lambda f: (f / "reward_model.json").write_text("null"),
     "a probe that is text": lambda f: change(f / "reward_model.json", probe="x"),
+    "a probe without turns": lambda f: change(f / "reward_model.json", probe=[{"prompt": [[]], "response": "b", "score": 1.0}]),
+    "a probe of nothing": lambda f: change(f / "reward_model.json", probe=[]),
     "a probe of lists": lambda f: change(f / "reward_model.json", probe=[["a", "b"]]),
     "a probe whose score is text": lambda f: change(f / "reward_model.json", probe=[{"prompt": "a", "response": "b", "score": "c"}]),
+    "a probe whose score is 10^30": lambda f: change(f / "reward_model.json", probe=[{"prompt": "a", "response": "b", "score": 10**30}]),
+    "a mean of 10^400": lambda f: change(f / "reward_model.json", mean=10**400),
+    "a deviation below 0": lambda f: change(f / "reward_model.json", std=-1.0),
     "a mean that is text": lambda f: change(f / "reward_model.json", mean="x"),
     "a deviation that is NaN": lambda f: change(f / "reward_model.json", std=float("nan")),
     "another template": lambda f: (f / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"),
