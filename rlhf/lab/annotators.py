@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf.lab.worlds import LISTS, World
@@ -49,6 +49,18 @@ class Annotator:
     def prefers_first(self, prompt: str, first: str, second: str, rng: random.Random, world: World = LISTS) -> bool:
         """Draw whether this person prefers `first` in one comparison."""
         return rng.random() < self.probability_of_preferring(prompt, first, second, world)
+
+    def rating(self, part: float, answer: str, rng: random.Random, world: World = LISTS) -> int:
+        """Rate one part of an answer, in [0, 1], from 0 to 4: with the length that it is mistaken for, and noise.
+
+        The noise is logistic, as that of comparisons; the careless rate at random.
+        """
+        if rng.random() < self.carelessness:
+            return rng.randint(0, 4)
+        mistaken = self.length_bias * len(answer.split()) / world.length_unit
+        share = min(max(rng.random(), 1e-9), 1 - 1e-9)
+        noise = math.log(share / (1 - share)) / (world.sharpness * self.sharpness)
+        return round(4 * min(1.0, max(0.0, part + mistaken + noise)))
 
 
 CROWD = (
@@ -108,6 +120,21 @@ def simulate_label(
     if flip_rate > 0 and rng.random() < flip_rate:
         prefers_first = not prefers_first
     return "first" if prefers_first else "second", name
+
+
+def simulate_ratings(
+    prompt: str, answer: str, annotator: str, rng: random.Random, parts_of: Callable[[str, str], Mapping[str, float]]
+) -> dict[str, int]:
+    """Simulate how somebody rates every part of an answer, from 0 to 4: one of the crowd, or, by another name, exactly.
+
+    Args:
+        parts_of: prompt and answer → each part in [0, 1].
+    """
+    people = {person.name: person for person in CROWD}
+    parts = parts_of(prompt, answer)
+    if annotator not in people:
+        return {name: round(4 * part) for name, part in parts.items()}
+    return {name: people[annotator].rating(part, answer, rng) for name, part in parts.items()}
 
 
 def simulate_expert(

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf.data.rows import Demonstration, Message, Messages, Pair, completion, group_key
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
-from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label
+from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label, simulate_ratings
 from rlhf.lab.instructions import write_prompts
 from rlhf.lab.world import (
     DANGEROUS,
@@ -18,12 +18,14 @@ from rlhf.lab.world import (
     HELD_OUT_DANGEROUS,
     HELD_OUT_HARMLESS,
     all_prompts,
+    parts_of,
     write_answer,
 )
 from rlhf.lab.worlds import INSTRUCTIONS, LISTS, World
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
 
+RATED = "rated.jsonl"
 HELD_OUT_PROMPTS = 640
 INSTRUCTION_PROMPTS = 2000  # training prompts of the world of instructions
 FEWEST_DRAWN = 16  # prompts that are answered at once, also where fewer pairs are missing
@@ -54,8 +56,8 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
     """Build the files of the world of lists; the same settings give the same bytes.
 
     Writes `model/` (a randomly initialised Llama with tokenizer and chat template) and under `data/`: `sft.jsonl`,
-    `preferences.jsonl`, `prompts.jsonl`, `test.jsonl`, `test_prompts.jsonl`, and `shift_test.jsonl`,
-    `shift_prompts.jsonl` about kinds that no annotator saw.
+    `preferences.jsonl`, `rated.jsonl` (the same pairs, each answer rated by whoever compared them), `prompts.jsonl`,
+    `test.jsonl`, `test_prompts.jsonl`, and `shift_test.jsonl`, `shift_prompts.jsonl` about kinds that no annotator saw.
 
     Returns:
         `flip_rate` and `annotator_agreement` of the training labels.
@@ -87,6 +89,8 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
     labels_by_file = {"preferences": labels, "test": test_labels, "shift_test": shift_labels}
     data = _write_data(folder, prompts_by_file, labels_by_file, LISTS)
     write_jsonl(data / "sft.jsonl", demonstrations)
+    ratings = random.Random(f"{settings.seed} ratings")
+    write_jsonl(data / RATED, [_rated(label, ratings) for label in labels])
     build_base(
         folder / "model",
         (plain(row["prompt"]) + "\n" + completion(row) for row in demonstrations),
@@ -246,3 +250,16 @@ def _pair(label: Label, world: World, *, grouped: bool) -> Pair:
         "source": "harmless" if world.is_dangerous(label.prompt) else "helpful",
     }
     return {**pair, "group": group_key(pair["prompt"])} if grouped else pair
+
+
+def _rated(label: Label, rng: random.Random) -> dict[str, object]:
+    """Return a labelled pair as a ranking of two answers, with the ratings that its annotator gave each."""
+    answers = [
+        {
+            "content": text,
+            "rank": rank,
+            "attributes": simulate_ratings(label.prompt, text, label.annotator, rng, parts_of),
+        }
+        for rank, text in ((1, label.chosen), (2, label.rejected))
+    ]
+    return {"prompt": _user(label.prompt), "responses": answers}

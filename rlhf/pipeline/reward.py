@@ -25,8 +25,11 @@ from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.store import CHECKPOINTS, MARK, METRICS, free_checkpoints, is_whole, mark_checkpoint
 from rlhf.pipeline.training import checks_of, save_trained, split_settings
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
+from rlhf.reward.attributes import GatedRewardTrainer
 from rlhf.reward.ensemble import RewardEnsemble, member_name
-from rlhf.reward.experts import EXPERTS, fit_gate, merge_experts, open_experts, save_experts
+from rlhf.reward.experts import EXPERTS, merge_experts, open_experts, save_experts
+from rlhf.reward.gate import fit_gate
+from rlhf.reward.gated import save_gated
 from rlhf.reward.load import calibrate_reward_model
 from rlhf.statistics import win_rate
 
@@ -70,7 +73,10 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     else:
         trainer = fit_reward_model(context, rows, context.folder, "reward", recipe.seed, book)
         facts = {"dropped_too_long": trainer.dropped_too_long, **trained_on(trainer)}
-        save_trained(trainer, out)
+        is_saved = save_trained(trainer, out)
+        if isinstance(trainer, GatedRewardTrainer) and trainer.fitted is not None and is_saved:
+            save_gated(out, trainer.fitted)
+            facts["gate"] = trainer.fitted.facts()
         del trainer
     if not context.is_main:
         return {}
@@ -221,7 +227,7 @@ def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: 
             for side in SIDES
         )
         features = experts.prompt_features([row["prompt"] for row in rows])
-        gate = fit_gate(features, (chosen - rejected) / scales[:, 1])
+        gate, _ = fit_gate(features, (chosen - rejected) / scales[:, 1])
     save_experts(out, list(domains), scales, weights=None if gate else weights, gate=gate)
 
 

@@ -1,7 +1,8 @@
 """A reward model as it is used: text in, raw scalar out."""
 
+import copy
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -26,6 +27,8 @@ class RewardModel:
     """A reward model with its tokenizer, and the scale of its scores.
 
     Attributes:
+        kind: what it is called where models are listed.
+        reads_prompt_apart: whether a prompt decides how its answers are scored, so that prompt and answer must come apart.
         model: the network, frozen.
         tokenizer: the network's; the policy may have another one.
         mean, std: mean and deviation of raw scores on SFT samples; `(score - mean) / std` has unit scale there.
@@ -36,6 +39,9 @@ class RewardModel:
         cut_answers: how many of these have lost the beginning of their answer too.
         checks: what was checked when it was opened.
     """
+
+    kind: ClassVar[str] = "reward model"
+    reads_prompt_apart: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -105,6 +111,10 @@ class RewardModel:
         scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         self.model.train(was_training)
         return scores
+
+    def copy_of_network(self) -> Network:
+        """Return a copy of the network with one label, for a critic to start from."""
+        return copy.deepcopy(self.model)
 
     @torch.no_grad()
     def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
