@@ -38,7 +38,7 @@ class Needs:
         if self.vote:
             return "a vote"
         if self.rankings or self.ratings:
-            return "rankings" if self.rankings else f"ratings of attributes{', and pairs' if self.pairs else ''}"
+            return "rankings" if self.rankings else f"ratings of attributes{' + pairs' if self.pairs else ''}"
         if self.column is None:
             return "nothing"
         return f"`{self.column}`{' or ratings' if self.or_rating_gap else ''}"
@@ -196,7 +196,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             "gated",
-            "ratings freed of length, weighed by a gate that reads the prompt",
+            "ArmoRM: free of length, weighed by a gate",
             "arXiv:2406.12845",
             needs=Needs(ratings=True, pairs=True),
             loss=RATINGS,
