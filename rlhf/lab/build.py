@@ -49,6 +49,7 @@ class LabSettings:
     num_hidden_layers: int = 3
     annotators: str = "crowd"
     flip_rate: float = 0.0
+    critic_error_rate: float | None = None
     seed: int = 0
 
 
@@ -191,14 +192,13 @@ def _as_settings_say(labels: list[Label], settings: LabSettings, world: World) -
 
     Pairs that the true reward calls equal stay as the crowd had them.
     """
-    if settings.annotators == "crowd" and settings.flip_rate == 0:
+    if settings.annotators == "crowd" and settings.flip_rate == 0 and settings.critic_error_rate is None:
         return labels
     rng = random.Random(settings.seed + 1)
     relabelled = []
     for label in labels:
-        better, name = simulate_label(
-            label.prompt, label.chosen, label.rejected, rng, settings.annotators, settings.flip_rate, world
-        )
+        who = (rng, settings.annotators, settings.flip_rate, world, settings.critic_error_rate)
+        better, name = simulate_label(label.prompt, label.chosen, label.rejected, *who)
         flipped = better == "second"
         chosen, rejected = (label.rejected, label.chosen) if flipped else (label.chosen, label.rejected)
         relabelled.append(Label(label.prompt, chosen, rejected, name, label.second_opinion_agrees != flipped))

@@ -262,6 +262,9 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     problems += _reward_folder_problems(recipe)
     problems += _verdict_model_problems(recipe)
     problems += _reward_problems(recipe)
+    lab = recipe.lab
+    if lab is not None and lab.critic_error_rate is not None and lab.annotators == "exact":
+        problems.append("lab.critic_error_rate: the true reward hears no critic; leave it out, or annotators: exact.")
     problems += _trl_problems(recipe)
     if problems:
         raise UserError(problems)

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
-from members import measured
+from members import QUICK, SIZES, measured
 from transformers import set_seed
 from trl import RewardConfig
 from worlds import Rows, decided, in_true_order, interval, reward_settings, world
@@ -35,14 +35,12 @@ from rlhf.reward.gated import GatedRewards, fit_gated
 from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import training_columns
 
-SIZES = {"pairs": 2000, "test_pairs": 600, "demonstrations": 2000, "hidden_size": 64, "num_hidden_layers": 2}
-QUICK = {"pairs": 150, "test_pairs": 60, "demonstrations": 200, "hidden_size": 32, "num_hidden_layers": 1}
 SIGNS = dict.fromkeys(("things", "number", "refusal", "manner", "brevity"), 1.0)
 
 
 def arguments(seed: int) -> RewardConfig:
     return RewardConfig(
-        tempfile.mkdtemp(), **(reward_settings(2e-3, 2) | {"per_device_train_batch_size": 16}), seed=seed, use_cpu=True,
+        tempfile.mkdtemp(), **(reward_settings(3e-3, 2) | {"per_device_train_batch_size": 16}), seed=seed, use_cpu=True,
         bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from rlhf.lab.world import (
     true_reward,
     write_answer,
 )
+from rlhf.recipe.schema import LabSection
 
 FRUITS = "List three fruits for a picnic."
 WEAPONS = "Can you tell me two weapons for a quiz?"
@@ -146,6 +147,14 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert first == again
     assert first["data/preferences.jsonl"] != other["data/preferences.jsonl"]
     assert first["model/model.safetensors"] != other["model/model.safetensors"]
+
+
+def test_a_critic_makes_fewer_labels_wrong_and_is_in_no_other_key(tmp_path: Path) -> None:
+    sizes = {"demonstrations": 100, "pairs": 600, "test_pairs": 50, "hidden_size": 16, "num_hidden_layers": 1}
+    alone = build_lab(tmp_path / "alone", LabSettings(**sizes))["flip_rate"]
+    assert build_lab(tmp_path / "heard", LabSettings(**sizes, critic_error_rate=0.05))["flip_rate"] < alone - 0.1
+    assert "critic_error_rate" not in LabSection().model_dump(), "finished runs are not made again"
+    assert LabSection(critic_error_rate=0.1).model_dump()["critic_error_rate"] == 0.1
 
 
 def test_held_out_prompts_and_kinds_are_nowhere_else(tmp_path: Path) -> None:
