@@ -60,8 +60,8 @@ class LabSection(Section):
     @model_serializer(mode="wrap")
     def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the values that this world has; that of lists, the first one, and no critic are not named, so that keys stay."""
-        unused = ("demonstrations", "hidden_size", "num_hidden_layers") if self.is_sampled else ("world", "answers")
-        unused += () if self.critic_error_rate is not None else ("critic_error_rate",)
+        unused = {"demonstrations", "hidden_size", "num_hidden_layers"} if self.is_sampled else {"world", "answers"}
+        unused |= {"critic_error_rate"} if self.critic_error_rate is None else set()
         values: dict[str, Any] = handler(self)
         return {key: value for key, value in values.items() if key not in unused}
 

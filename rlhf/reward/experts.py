@@ -110,7 +110,9 @@ class ExpertRewards(RewardModel):
         with model.disable_adapter():
             return mean_states(backbone, rows, self.batch_size)
 
-    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+    def features(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> Tensor:
         """Refuse to answer: each expert has a head of its own.
 
         Raises:

@@ -21,6 +21,7 @@ from rlhf.models.save import save_model
 from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read_as_saved
 from rlhf.models.text import check_vocabulary, plain
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
+from rlhf.reward.cloud import read_cloud
 from rlhf.reward.experts import EXPERTS, open_experts
 from rlhf.reward.gated import is_gated, open_gated
 from rlhf.reward.model import Network, RewardModel
@@ -246,6 +247,7 @@ def load_reward_model(
         in_4_bit = bool(card.get("load_in_4bit"))
         reward = _read(folder, conversational=conversational, load_in_4bit=in_4_bit, device=device)
     reward.mean, reward.std = card["mean"], card["std"]
+    reward.cloud = read_cloud(folder)
     _check(reward, card, folder)
     if card["probe"]:
         check_scores(reward, [(row["prompt"], row["response"]) for row in card["probe"]], name=folder)

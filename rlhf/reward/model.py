@@ -17,6 +17,7 @@ from rlhf.models.load import score_head
 from rlhf.models.score import position_limit, score_rows
 from rlhf.models.text import closed_text, encode_answers, encode_texts, is_rendered
 from rlhf.models.typed import is_typed
+from rlhf.reward.cloud import LatentCloud
 
 # A one-label classifier of transformers, with or without an adapter, or a module that is called like one.
 Network: TypeAlias = PreTrainedModel | PeftModel
@@ -38,6 +39,7 @@ class RewardModel:
         cut: how many texts have lost the beginning of their prompt so far.
         cut_answers: how many of these have lost the beginning of their answer too.
         checks: what was checked when it was opened.
+        cloud: where the codes of the SFT policy's answers lie, where a bottleneck left one.
     """
 
     kind: ClassVar[str] = "reward model"
@@ -61,6 +63,7 @@ class RewardModel:
         self.batch_size = batch_size
         self.cut = self.cut_answers = 0
         self.checks = CheckBook()
+        self.cloud: LatentCloud | None = None
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
@@ -117,8 +120,10 @@ class RewardModel:
         return copy.deepcopy(self.model)
 
     @torch.no_grad()
-    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Return what the linear head reads at each answer's last token, [n, h], float32 on the CPU.
+    def features(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Return what the linear head reads at each answer's last token, [n, h], float32 on the CPU; arguments as `score`.
 
         Raises:
             UserError: the network has no linear head (it is an encoder).
@@ -126,7 +131,7 @@ class RewardModel:
         head = score_head(self.model)
         if head is None:
             raise UserError(NO_FEATURES)
-        rows = self.encode(prompts, responses, None)
+        rows = self.encode(prompts, responses, ended)
         read: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].detach()))
         device = next(self.model.parameters()).device
