@@ -19,6 +19,7 @@ _NAMES = {
     "BottleneckRewardTrainer": "rlhf.reward.bottleneck",
     "MetaRewardTrainer": "rlhf.reward.meta",
     "AttributeRewardTrainer": "rlhf.reward.attributes",
+    "GatedRewardTrainer": "rlhf.reward.attributes",
     "RankingRewardTrainer": "rlhf.reward.rankings",
     "RewardModel": "rlhf.reward.model",
     "build_reward_model": "rlhf.models.load",

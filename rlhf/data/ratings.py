@@ -3,8 +3,9 @@
 An answer needs no other one to be compared with, so these rows are read beside pairs (`rlhf.data.rankings`), and not from them.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlhf.data.canonical import check_answer, check_prompt, extras_of
@@ -121,3 +122,13 @@ def _numbers(values: object) -> dict[str, float]:
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
     }
+
+
+def ratings_of(attributes: Mapping[str, float | None], names: Sequence[str]) -> list[float]:
+    """Return the ratings of an answer in the order of the names, NaN where nobody rated.
+
+    >>> ratings_of({"helpfulness": 3, "verbosity": None}, ["helpfulness", "verbosity", "humour"])
+    [3.0, nan, nan]
+    """
+    values = [attributes.get(name) for name in names]
+    return [math.nan if value is None else float(value) for value in values]

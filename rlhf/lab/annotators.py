@@ -2,10 +2,13 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from rlhf.lab.worlds import LISTS, World
+from rlhf.objectives.assistance import assisted_probability
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,54 @@ class Annotator:
         when_careful = 1 / (1 + math.exp(-max(-50.0, min(50.0, seen))))
         return (1 - self.carelessness) * when_careful + self.carelessness / 2
 
-    def prefers_first(self, prompt: str, first: str, second: str, rng: random.Random, world: World = LISTS) -> bool:
-        """Draw whether this person prefers `first` in one comparison."""
-        return rng.random() < self.probability_of_preferring(prompt, first, second, world)
+    def prefers_first(
+        self,
+        prompt: str,
+        first: str,
+        second: str,
+        rng: random.Random,
+        world: World = LISTS,
+        critic: "Critic | None" = None,
+    ) -> bool:
+        """Draw whether this person prefers `first` in one comparison, after a critic's claim where there is a critic."""
+        probability = self.probability_of_preferring(prompt, first, second, world)
+        if critic is not None:
+            claim = critic.claim(prompt, first, second, rng, world)
+            trusted = critic.error_rate if critic.believed is None else critic.believed
+            heard = assisted_probability(torch.tensor([probability]), torch.tensor([claim]), error_rate=trusted)
+            probability = heard.item()
+        return rng.random() < probability
+
+    def rating(self, part: float, answer: str, rng: random.Random, world: World = LISTS) -> int:
+        """Rate one part of an answer, in [0, 1], from 0 to 4: with the length that it is mistaken for, and noise.
+
+        The noise is logistic, as that of comparisons; the careless rate at random.
+        """
+        if rng.random() < self.carelessness:
+            return rng.randint(0, 4)
+        mistaken = self.length_bias * len(answer.split()) / world.length_unit
+        share = min(max(rng.random(), 1e-9), 1 - 1e-9)
+        noise = math.log(share / (1 - share)) / (world.sharpness * self.sharpness)
+        return round(4 * min(1.0, max(0.0, part + mistaken + noise)))
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A helper that says which of two answers misses more of what was asked for, and who does not always know.
+
+    Args:
+        error_rate: share of its claims that are wrong.
+        believed: the error rate that people reckon with; None: the true one.
+    """
+
+    error_rate: float
+    believed: float | None = None
+
+    def claim(self, prompt: str, first: str, second: str, rng: random.Random, world: World = LISTS) -> int:
+        """Return 1 where it speaks for `first`, -1 for `second`, and 0 where both are worth the same."""
+        difference = world.true_reward(prompt, first) - world.true_reward(prompt, second)
+        is_right = rng.random() >= self.error_rate
+        return 0 if difference == 0 else 1 if (difference > 0) == is_right else -1
 
 
 CROWD = (
@@ -87,12 +135,14 @@ def simulate_label(
     annotators: str,
     flip_rate: float,
     world: World = LISTS,
+    critic_error_rate: float | None = None,
 ) -> tuple[str, str]:
     """Simulate one label: which answer is better, and who says so, one of the crowd or the true reward itself.
 
     Args:
         annotators: `crowd`, or `exact` for the true reward.
         flip_rate: share of the labels that are flipped, whoever gave them.
+        critic_error_rate: of the critic that the crowd hears; None: it hears none.
 
     Returns:
         `first`, `second` or `tie`; and the annotator's name.
@@ -104,10 +154,26 @@ def simulate_label(
         prefers_first = difference > 0
     else:
         annotator = rng.choice(list(CROWD))
-        name, prefers_first = annotator.name, annotator.prefers_first(prompt, first, second, rng, world)
+        critic = None if critic_error_rate is None else Critic(critic_error_rate)
+        name, prefers_first = annotator.name, annotator.prefers_first(prompt, first, second, rng, world, critic)
     if flip_rate > 0 and rng.random() < flip_rate:
         prefers_first = not prefers_first
     return "first" if prefers_first else "second", name
+
+
+def simulate_ratings(
+    prompt: str, answer: str, annotator: str, rng: random.Random, parts_of: Callable[[str, str], Mapping[str, float]]
+) -> dict[str, int]:
+    """Simulate how somebody rates every part of an answer, from 0 to 4: one of the crowd, or, by another name, exactly.
+
+    Args:
+        parts_of: prompt and answer → each part in [0, 1].
+    """
+    people = {person.name: person for person in CROWD}
+    parts = parts_of(prompt, answer)
+    if annotator not in people:
+        return {name: round(4 * part) for name, part in parts.items()}
+    return {name: people[annotator].rating(part, answer, rng) for name, part in parts.items()}
 
 
 def simulate_expert(

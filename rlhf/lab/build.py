@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf.data.rows import Demonstration, Message, Messages, Pair, completion, group_key
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
-from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label
+from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label, simulate_ratings
 from rlhf.lab.instructions import write_prompts
 from rlhf.lab.world import (
     DANGEROUS,
@@ -18,12 +18,14 @@ from rlhf.lab.world import (
     HELD_OUT_DANGEROUS,
     HELD_OUT_HARMLESS,
     all_prompts,
+    parts_of,
     write_answer,
 )
 from rlhf.lab.worlds import INSTRUCTIONS, LISTS, World
 from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
 
+RATED = "rated.jsonl"
 HELD_OUT_PROMPTS = 640
 INSTRUCTION_PROMPTS = 2000  # training prompts of the world of instructions
 FEWEST_DRAWN = 16  # prompts that are answered at once, also where fewer pairs are missing
@@ -47,6 +49,7 @@ class LabSettings:
     num_hidden_layers: int = 3
     annotators: str = "crowd"
     flip_rate: float = 0.0
+    critic_error_rate: float | None = None
     seed: int = 0
 
 
@@ -54,8 +57,8 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
     """Build the files of the world of lists; the same settings give the same bytes.
 
     Writes `model/` (a randomly initialised Llama with tokenizer and chat template) and under `data/`: `sft.jsonl`,
-    `preferences.jsonl`, `prompts.jsonl`, `test.jsonl`, `test_prompts.jsonl`, and `shift_test.jsonl`,
-    `shift_prompts.jsonl` about kinds that no annotator saw.
+    `preferences.jsonl`, `rated.jsonl` (the same pairs, each answer rated by whoever compared them), `prompts.jsonl`,
+    `test.jsonl`, `test_prompts.jsonl`, and `shift_test.jsonl`, `shift_prompts.jsonl` about kinds that no annotator saw.
 
     Returns:
         `flip_rate` and `annotator_agreement` of the training labels.
@@ -87,6 +90,8 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
     labels_by_file = {"preferences": labels, "test": test_labels, "shift_test": shift_labels}
     data = _write_data(folder, prompts_by_file, labels_by_file, LISTS)
     write_jsonl(data / "sft.jsonl", demonstrations)
+    ratings = random.Random(f"{settings.seed} ratings")
+    write_jsonl(data / RATED, [_rated(label, ratings) for label in labels])
     build_base(
         folder / "model",
         (plain(row["prompt"]) + "\n" + completion(row) for row in demonstrations),
@@ -187,14 +192,13 @@ def _as_settings_say(labels: list[Label], settings: LabSettings, world: World) -
 
     Pairs that the true reward calls equal stay as the crowd had them.
     """
-    if settings.annotators == "crowd" and settings.flip_rate == 0:
+    if settings.annotators == "crowd" and settings.flip_rate == 0 and settings.critic_error_rate is None:
         return labels
     rng = random.Random(settings.seed + 1)
     relabelled = []
     for label in labels:
-        better, name = simulate_label(
-            label.prompt, label.chosen, label.rejected, rng, settings.annotators, settings.flip_rate, world
-        )
+        who = (rng, settings.annotators, settings.flip_rate, world, settings.critic_error_rate)
+        better, name = simulate_label(label.prompt, label.chosen, label.rejected, *who)
         flipped = better == "second"
         chosen, rejected = (label.rejected, label.chosen) if flipped else (label.chosen, label.rejected)
         relabelled.append(Label(label.prompt, chosen, rejected, name, label.second_opinion_agrees != flipped))
@@ -246,3 +250,16 @@ def _pair(label: Label, world: World, *, grouped: bool) -> Pair:
         "source": "harmless" if world.is_dangerous(label.prompt) else "helpful",
     }
     return {**pair, "group": group_key(pair["prompt"])} if grouped else pair
+
+
+def _rated(label: Label, rng: random.Random) -> dict[str, object]:
+    """Return a labelled pair as a ranking of two answers, with the ratings that its annotator gave each."""
+    answers = [
+        {
+            "content": text,
+            "rank": rank,
+            "attributes": simulate_ratings(label.prompt, text, label.annotator, rng, parts_of),
+        }
+        for rank, text in ((1, label.chosen), (2, label.rejected))
+    ]
+    return {"prompt": _user(label.prompt), "responses": answers}

@@ -366,17 +366,20 @@ def copy_adapter(folder: str, model: PeftModel) -> None:
         place.data.copy_(weights[name])
 
 
-def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedModel | PeftModel:
+def load_scorer(path: str | Path, *, load_in_4bit: bool = False, labels: int = 1) -> PreTrainedModel | PeftModel:
     """Load a trained reward model as it was saved, checkpoint or adapter, in evaluation mode and without gradients.
 
+    Args:
+        labels: of its head; several where a gate makes one score of them.
+
     Raises:
-        UserError: more than one label, an adapter without a trained head, a checkpoint without one.
+        UserError: another number of labels, an adapter without a trained head, a checkpoint without one.
     """
     source = find_source(path)
     config = model_settings({"use_peft": True, "load_in_4bit": True} if load_in_4bit else {"dtype": "auto"})
     arguments = _loading_arguments(config, get_quantization_config(config), source)
     if source.adapter is not None:
-        arguments["num_labels"] = 1
+        arguments["num_labels"] = labels
         base, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
         source.check()
         saved = adapter_weights(source.adapter)
@@ -392,9 +395,10 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False) -> PreTrainedMo
         model = put_adapter(base, source.adapter)
         model.config.get_text_config().pad_token_id = open_tokenizer(path).pad_token_id
     else:
-        labels = open_config(source.base).num_labels
-        if labels != 1:
-            raise UserError(f"{path}: a reward model has one label, this one has {labels}.")
+        there_are = open_config(source.base).num_labels
+        if there_are != labels:
+            said = "one label" if labels == 1 else f"{labels} labels here"
+            raise UserError(f"{path}: a reward model has {said}, this one has {there_are}.")
         model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
         if missing:
             raise UserError(f"{path}: no trained weights for {sorted(missing)}; this is not a trained reward model.")

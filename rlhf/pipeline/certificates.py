@@ -108,7 +108,8 @@ def verify_target(
     # 2. What the target says.
     if is_url:
         server = Server(target, token=token, timeout=timeout)
-        heard = _hear_server(server, certificate, kind=kind, model=model, target=target, say=say)
+        apart = reward.reads_prompt_apart
+        heard = _hear_server(server, certificate, kind=kind, model=model, target=target, apart=apart, say=say)
     else:
         heard = _hear_folder(target, certificate, say=say)
 
@@ -183,15 +184,17 @@ def _hear_server(
     kind: str | None,
     model: str | None,
     target: str,
+    apart: bool,
     say: Callable[[str], None],
 ) -> _Heard:
-    """Return a server's scores of the golden texts, in every form of request that it knows."""
+    """Return a server's scores of the golden texts, in every form of request that it knows; `apart`: not as one text."""
     golden, began = certificate["golden"], time.monotonic()
     found_kind: Kind = kind or find_kind(server, golden[0])  # type: ignore[assignment]
     name = model or (server.first_model() if found_kind.startswith("vllm") else None)
     answered: list[Answers] = []
     try:
         forms = list(server_forms(found_kind, server, conversational=certificate["conversational"], model=name))
+        forms = [form for form in forms if not (apart and form.renders)]
         if not forms:
             raise UserError(f"{target}: no endpoint of kind {found_kind} is there; say what it is (--kind).")
         for form in forms:

@@ -194,11 +194,12 @@ def _reward_folder_problems(recipe: Recipe) -> Iterator[str]:
         if kind_of(name) is FOLDER:
             from rlhf.models.look import check_model
             from rlhf.reward.experts import EXPERTS
+            from rlhf.reward.gated import is_gated
             from rlhf.reward.load import reward_card
 
             try:
                 reward_card(name)
-                if not (Path(name).expanduser() / EXPERTS).is_file():
+                if not (Path(name).expanduser() / EXPERTS).is_file() and not is_gated(name):
                     check_model(name, scores=True)
             except UserError as error:
                 yield from (f"ppo.extra_rewards: {problem}" for problem in error.problems)
@@ -263,6 +264,9 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     problems += _reward_folder_problems(recipe)
     problems += _verdict_model_problems(recipe)
     problems += _reward_problems(recipe)
+    lab = recipe.lab
+    if lab is not None and lab.critic_error_rate is not None and lab.annotators == "exact":
+        problems.append("lab.critic_error_rate: the true reward hears no critic; leave it out, or annotators: exact.")
     problems += _trl_problems(recipe)
     if problems:
         raise UserError(problems)
@@ -336,17 +340,29 @@ def _reward_problems(recipe: Recipe) -> Iterator[str]:
 
 def _rating_problems(recipe: Recipe) -> Iterator[str]:
     """Yield what ratings of attributes can't do together with other keys."""
-    low, high = recipe.reward.rating_scale or RATING_SCALE
+    reward, objective = recipe.reward, recipe.reward.objective
+    low, high = reward.rating_scale or RATING_SCALE
     if not low < high:
         yield f"reward.rating_scale: [{low:g}, {high:g}] is no scale; name the lowest rating and then the highest."
-    if not any(recipe.reward.attribute_weights.values()):
+    if not any(reward.attribute_weights.values()):
         yield "reward.attributes: all weights are 0, so every score would be; give one another weight."
-    if recipe.reward.experts is not None:
-        yield "reward.experts: experts are trained on pairs, and regression trains on ratings; leave one of them out."
+    if reward.experts is not None:
+        yield f"reward.experts: experts are trained on pairs, and {objective} trains on ratings; leave one of them out."
     if recipe.rounds.count > 1 or recipe.rounds.first == "sampled":
-        yield "rounds: labels of rounds are pairs, and regression trains on ratings; take another objective, or one round."
-    if recipe.data.preferences is None:
-        yield "data.preferences: regression needs answers with ratings of attributes; name a file that has them."
+        yield f"rounds: labels of rounds are pairs, and {objective} trains on ratings; take another objective, or one round."
+    if recipe.data.preferences is None and (recipe.lab is None or recipe.lab.is_sampled):
+        yield f"data.preferences: {objective} needs answers with ratings of attributes; name a file that has them."
+    if OBJECTIVES[objective].needs.pairs:
+        yield from _gate_problems(reward)
+
+
+def _gate_problems(reward: RewardSection) -> Iterator[str]:
+    """Yield what a gate over attributes can't do together with other keys."""
+    nothing = [name for name, weight in reward.attribute_weights.items() if weight == 0]
+    if nothing:
+        yield f"reward.attributes: {', '.join(nothing)} has weight 0; a gate reads the sign of each, so leave it out."
+    if reward.members > 1:
+        yield "reward.members: every member would have a gate of its own; leave members out, or take objective: regression."
 
 
 def _meta_problems(reward: RewardSection) -> Iterator[str]:

@@ -16,6 +16,7 @@ from rlhf.models.merge import merge_adapter
 from rlhf.models.save import save_model
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.experts import EXPERTS
+from rlhf.reward.gated import is_gated
 from rlhf.reward.load import CARD, load_reward_model, reward_card, save_reward_model
 
 
@@ -135,12 +136,16 @@ def _open_reward(folder: Path) -> Opened:
     """Open a reward model, checked on its probe.
 
     Raises:
-        UserError: it was trained on 4-bit weights, or is several experts.
+        UserError: it was trained on 4-bit weights, is several experts, or has a gate.
     """
     if reward_card(folder).get("load_in_4bit"):
         raise UserError(f"{folder}: trained on 4-bit weights; merging rounds them again and changes the scores.")
     if (folder / EXPERTS).is_file():
         raise UserError(f"{folder}: several experts are no single model; train with reward.experts: merged.")
+    if is_gated(folder):
+        raise UserError(
+            f"{folder}: weights of gates can't be added up; combine models of reward.objective: regression."
+        )
     reward = load_reward_model(folder, device="cpu")
     network: Any = reward.model
     return Opened(folder, merge_adapter(network) if isinstance(network, PeftModel) else network, reward.tokenizer)

@@ -23,6 +23,7 @@ from rlhf.pipeline.trainers import (
     StageAttributeRewardTrainer,
     StageBottleneckRewardTrainer,
     StageContrastiveRewardTrainer,
+    StageGatedRewardTrainer,
     StageLengthRewardTrainer,
     StageMetaRewardTrainer,
     StagePairRewardTrainer,
@@ -58,6 +59,7 @@ StageTrainer = (
     | StageMetaRewardTrainer
     | StageRankingRewardTrainer
     | StageAttributeRewardTrainer
+    | StageGatedRewardTrainer
 )
 # The labels of heads of which one score is made when training is over; those of ratings are the recipe's attributes.
 LABELS: Mapping[str | None, Sequence[str]] = {"length": HEADS, "bottleneck": CODE_LABELS}
@@ -90,7 +92,8 @@ def fit_reward_model(
 ) -> StageTrainer:
     """Train one reward model on some rows; head, order and dropout follow the seed, and what is checked goes into the book."""
     recipe, section, sft = context.recipe, context.recipe.reward, context.sft_model
-    loss = OBJECTIVES[section.objective].loss
+    objective = OBJECTIVES[section.objective]
+    loss = objective.loss
     model_config, settings = split_settings(context.trl_settings("reward"))
     settings.setdefault("num_train_epochs", 1)
     args = training_arguments(RewardConfig, settings, folder, seed)
@@ -116,6 +119,9 @@ def fit_reward_model(
     trainer: StageTrainer
     if loss.elements == "rankings":
         trainer = StageRankingRewardTrainer(model, args, **arguments)
+    elif objective.needs.pairs:
+        arguments |= {"pairs": read_jsonl(context.pairs), "weights": section.attribute_weights}
+        trainer = StageGatedRewardTrainer(model, args, **arguments)
     elif loss.elements == "ratings":
         trainer = StageAttributeRewardTrainer(model, args, weights=section.attribute_weights, **arguments)
     elif section.meta:
@@ -140,6 +146,8 @@ def fit_reward_model(
     # 3. Training; of several labels one score is made.
     train(trainer, folder, label=label, say=context.say)
     trainer.merge_head()
+    if isinstance(trainer, StageGatedRewardTrainer) and trainer.fitted is not None and context.is_main:
+        context.say(f"{label}: {trainer.fitted.sentence()}.")
     book.merge(checks_of(trainer))
     return trainer
 

@@ -18,6 +18,7 @@ from rlhf.models.text import check_vocabulary
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.experts import EXPERTS
+from rlhf.reward.gated import is_gated
 from rlhf.reward.load import CARD, load_reward_model, open_reward_model, reward_card, template_digest
 from rlhf.reward.score_jsonl import score_lines
 
@@ -33,7 +34,8 @@ def export_model(model: Path, out: Path) -> None:
 
     Raises:
         UserError: the target is not empty; the model was trained on 4-bit weights, which can't be merged exactly; it is
-            several experts; weights are missing or not finite; what was written can't be read. Then nothing is left.
+            several experts, or attributes under a gate; weights are missing or not finite; what was written can't be read. Then
+            nothing is left.
     """
     quiet_libraries()
     model = model.expanduser()
@@ -56,6 +58,11 @@ def export_model(model: Path, out: Path) -> None:
         raise UserError(
             f"{model}: several experts and how they are combined are no single checkpoint; train with reward.experts: merged, or "
             "export one of expert-0, expert-1, …."
+        )
+    if is_gated(model):
+        raise UserError(
+            f"{model}: a gate that reads the prompt weighs its attributes, and no checkpoint of one label does that; use it here, "
+            "over `rlhf serve`, or train with reward.objective: regression. To other programs its attributes are its labels."
         )
     reward = load_reward_model(model, device="cpu")
     network: Any = reward.model

@@ -178,7 +178,11 @@ def _labels(
         if "label" in before:
             known["label"] = before.get("second_look", before["label"])
         select = add("select", f"{folder}/select", rounds.selection(), **start, **sample, **known)
-        lab = {} if recipe.lab is None else recipe.lab.model_dump(include={"annotators", "flip_rate"})
+        lab = (
+            {}
+            if recipe.lab is None
+            else recipe.lab.model_dump(include={"annotators", "flip_rate", "critic_error_rate"})
+        )
         earlier = {"earlier": before["label"]} if "label" in before else {}
         annotator = rounds.judge_model if rounds.labels_from == "verdicts" else None
         settings = rounds.labelling() | {"round": number} | lab | gold | _files(function, annotator)

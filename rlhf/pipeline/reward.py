@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 from trl import ModelConfig
 
@@ -16,7 +17,7 @@ from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import encoder_type, load_policy, load_tokenizer
+from rlhf.models.load import encoder_type, load_policy, load_tokenizer, score_head
 from rlhf.models.score import Scorer
 from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.context import StageContext
@@ -25,9 +26,15 @@ from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.store import CHECKPOINTS, MARK, METRICS, free_checkpoints, is_whole, mark_checkpoint
 from rlhf.pipeline.training import checks_of, save_trained, split_settings
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
+from rlhf.reward.attributes import GatedRewardTrainer
+from rlhf.reward.bottleneck import BottleneckRewardTrainer
+from rlhf.reward.cloud import latent_cloud, save_cloud
 from rlhf.reward.ensemble import RewardEnsemble, member_name
-from rlhf.reward.experts import EXPERTS, fit_gate, merge_experts, open_experts, save_experts
+from rlhf.reward.experts import EXPERTS, merge_experts, open_experts, save_experts
+from rlhf.reward.gate import fit_gate
+from rlhf.reward.gated import save_gated
 from rlhf.reward.load import calibrate_reward_model
+from rlhf.reward.model import RewardModel
 from rlhf.statistics import win_rate
 
 CALIBRATION_SAMPLES = 256
@@ -57,6 +64,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     domains = _domains(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None
     members = [context.folder / member_name(number) for number in range(recipe.reward.members)]
     facts: dict[str, Any]
+    code: Tensor | None = None
     book = CheckBook()
     if domains is not None:
         experts = [out / f"expert-{number}" for number in range(len(domains))]
@@ -70,7 +78,11 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     else:
         trainer = fit_reward_model(context, rows, context.folder, "reward", recipe.seed, book)
         facts = {"dropped_too_long": trainer.dropped_too_long, **trained_on(trainer)}
-        save_trained(trainer, out)
+        is_saved = save_trained(trainer, out)
+        if isinstance(trainer, GatedRewardTrainer) and trainer.fitted is not None and is_saved:
+            save_gated(out, trainer.fitted)
+            facts["gate"] = trainer.fitted.facts()
+        code = trainer.code if isinstance(trainer, BottleneckRewardTrainer) else None
         del trainer
     if not context.is_main:
         return {}
@@ -85,6 +97,8 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         for folder in members
     ]
     reward = models[0] if len(models) == 1 else RewardEnsemble(models)
+    if code is not None and score_head(models[0].model) is not None:
+        _remember_cloud(models[0], code, samples, out)
     book.merge(checks_of(*models))
 
     # 3. Held-out pairs.
@@ -99,6 +113,12 @@ def run_reward(context: StageContext) -> dict[str, Any]:
 
     # 4. What it says of the policy of the round before, which was made against another reward model.
     return {**facts, "hindsight": _hindsight(context, reward)}
+
+
+def _remember_cloud(reward: RewardModel, code: Tensor, samples: Samples, out: Path) -> None:
+    """Keep where the codes of the SFT policy's answers lie, so that PPO can tell when its own leave them."""
+    prompts, texts = zip(*samples.answers, strict=True)
+    save_cloud(out, latent_cloud(code, reward.features(prompts, texts, ended=samples.ended)))
 
 
 def _hindsight(context: StageContext, reward: Scorer) -> dict[str, Any] | None:
@@ -221,7 +241,7 @@ def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: 
             for side in SIDES
         )
         features = experts.prompt_features([row["prompt"] for row in rows])
-        gate = fit_gate(features, (chosen - rejected) / scales[:, 1])
+        gate, _ = fit_gate(features, (chosen - rejected) / scales[:, 1])
     save_experts(out, list(domains), scales, weights=None if gate else weights, gate=gate)
 
 

@@ -20,7 +20,7 @@ from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.invariants.ends import require_reachable_end
 from rlhf.lab.answers import answers_of_model
-from rlhf.lab.build import Answers, LabSettings, build_instructions, build_lab
+from rlhf.lab.build import RATED, Answers, LabSettings, build_instructions, build_lab
 from rlhf.models.dequantise import dequantise
 from rlhf.models.generate import end_token_ids, sample_texts
 from rlhf.models.gguf import gguf_file
@@ -48,6 +48,7 @@ from rlhf.pipeline.training import (
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe import Recipe
+from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.recipe.schema import DATA_SOURCES
 from rlhf.reward.ensemble import load_scorer_of, member_folders
 
@@ -98,6 +99,8 @@ def run_data(context: StageContext) -> dict[str, Any]:
         if data.prompts is None:
             named["test_prompts"] = [Source(str(lab / "data" / "test_prompts.jsonl"))]
         files = {name: lab / "data" / f"{name}.jsonl" for name in DATA_SOURCES}
+        if context.recipe.reward.needs_ratings:
+            files["preferences"] = lab / "data" / RATED
         named |= {name: [Source(str(file))] for name, file in files.items() if not named[name] and file.is_file()}
     reward = context.recipe.reward
     ratings = RatingScale(**reward.ratings()) if reward.needs_ratings else None
@@ -106,6 +109,11 @@ def run_data(context: StageContext) -> dict[str, Any]:
     facts = prepare_data(context.folder / "data", sources, seed=context.recipe.seed, fit=fit)
     for sentence in facts.pop("sentences"):
         context.say(sentence)
+    if OBJECTIVES[reward.objective].needs.pairs and not facts["rows"].get("pairs"):
+        raise UserError(
+            "data.preferences: a gate is fitted to pairs, and no prompt has two answers of which one is better; add such rows, or "
+            "take reward.objective: regression."
+        )
     return facts
 
 

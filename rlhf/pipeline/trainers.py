@@ -25,7 +25,7 @@ from rlhf.pipeline.launch import read_launch
 from rlhf.ppo.checkpoint import read_checkpoint
 from rlhf.ppo.rollout import hash_seed
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.reward.attributes import AttributeRewardTrainer
+from rlhf.reward.attributes import AttributeRewardTrainer, GatedRewardTrainer
 from rlhf.reward.bottleneck import BottleneckRewardTrainer
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
 from rlhf.reward.length import LengthRewardTrainer
@@ -171,6 +171,10 @@ class StageRankingRewardTrainer(InStage, RankingRewardTrainer):
 
 class StageAttributeRewardTrainer(InStage, AttributeRewardTrainer):
     """`AttributeRewardTrainer` in a stage."""
+
+
+class StageGatedRewardTrainer(InStage, GatedRewardTrainer):
+    """`GatedRewardTrainer` in a stage."""
 
 
 class StagePPOTrainer(InStage, PPOTrainer):

@@ -24,7 +24,7 @@ from rlhf.models.adapters import saved_name
 from rlhf.models.load import computed_dtype, find_source
 from rlhf.models.save import base_fingerprint
 from rlhf.ppo.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead
-from rlhf.reward.load import RewardModel, load_reward_model, reward_card
+from rlhf.reward.load import RewardModel, is_gated, load_reward_model, reward_card
 
 HEAD = "base_model.model.score.weight"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -67,6 +67,8 @@ class AdapterScorer(nn.Module):
 
 def sharing_obstacle(policy: PeftModel, folder: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Say why a reward model can't live on the policy's base, or return None."""
+    if is_gated(folder):
+        return "the reward model weighs several attributes by the prompt"
     source = find_source(folder)
     if source.adapter is None:
         return "the reward model is a whole model, not an adapter"

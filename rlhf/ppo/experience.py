@@ -31,6 +31,7 @@ from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_column
 from rlhf.ppo.state import PPOState
 from rlhf.ppo.token_rewards import own_token_rewards
 from rlhf.ppo.verdict_reward import OPPONENT
+from rlhf.reward.load import RewardModel
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
@@ -240,11 +241,23 @@ def _report(
         longest_prompt=trainer.longest_prompt,
         monitored=monitored,
     )
+    _count_outside(trainer, prompts, completions)
     mask, kl = experience.response_mask.bool(), experience.kl
     kl_sequence = torch.where(mask, kl, torch.zeros_like(kl)).sum(dim=1)
     gold: Sequence[float | None] = monitored.get("gold", [None] * len(prompts))
     columns = (prompts, texts, scores.raw.tolist(), gold, kl_sequence.tolist(), ended.tolist())
     trainer.latest_samples = [Sample(*values) for values in zip(*columns, strict=True)]
+
+
+def _count_outside(trainer: "PPOTrainer", prompts: Sequence[Prompt], completions: Completions) -> None:
+    """Count the answers that lie beyond the cloud of SFT's in the code of the first reward model, where it has one."""
+    reward = trainer.rewards.sources[0].function
+    if not isinstance(reward, RewardModel) or reward.cloud is None:
+        return
+    features = reward.features(prompts, completions.texts, ended=completions.ended.tolist())
+    answers = len(prompts) * trainer.accelerator.num_processes
+    trainer.metrics.count("outside_cloud", reward.cloud.is_outside(features).sum(), len(prompts))
+    trainer.metrics.count("outside_limit", reward.cloud.most_outside(answers) / answers, 1)
 
 
 def _end_sampling(trainer: "PPOTrainer", experience: Experience) -> None:

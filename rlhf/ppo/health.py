@@ -80,6 +80,11 @@ CONCERNS = (
         "answers have left what they were trained on; raise kl_coef, or label some of them.",
     ),
     Concern(
+        "cloud", ("outside_cloud", "outside_limit"), lambda first, now, n: now["outside_cloud"] > now["outside_limit"],
+        "{outside_cloud:.0%} of the answers lie outside those of SFT in the reward model's code, and up to {outside_limit:.0%} "
+        "could be chance: it judges what it was not made on; raise kl_coef, or label some of them.",
+    ),
+    Concern(
         "hacking", ("reward_proxy", "reward_gold", "rise_of_proxy", "fall_of_gold"),
         lambda first, now, n: n >= SETTLED and now["rise_of_proxy"] > SURE and now["fall_of_gold"] > SURE,
         "the reward model's score has risen from {first_reward_proxy:.2f} to {reward_proxy:.2f} and the true reward has fallen "

@@ -26,9 +26,10 @@ class RolloutMetrics:
     `ratio_first`, the mean ratio of the first minibatch (1 if nothing is wrong); `explained_variance` of the critic
     before its update; `value_slope`, of the line that its values are laid on, where they are calibrated; `distinct_2`,
     different pairs of neighbouring tokens among all; `clipped_rewards`, the share at `reward_clip`; `self_certainty`,
-    nats a token, where it is rewarded; `disagreement` of an ensemble's members, deviations of a score; `length`, tokens
-    an answer; `share_without_eos`; `prompts_cut`, the share of prompts that fill all the room there is; `grad_norm` of
-    the policy, 0 while the critic warms up, and `grad_norm_critic`.
+    nats a token, where it is rewarded; `disagreement` of an ensemble's members, deviations of a score; `outside_cloud`,
+    the share of answers beyond SFT's in the code of a bottleneck's reward model, and `outside_limit`, above which that
+    is no chance; `length`, tokens an answer; `share_without_eos`; `prompts_cut`, the share of prompts that fill all the
+    room there is; `grad_norm` of the policy, 0 while the critic warms up, and `grad_norm_critic`.
     """
 
     def __init__(self, accelerator: Accelerator):

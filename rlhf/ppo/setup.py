@@ -1,6 +1,5 @@
 """Setting up `PPOTrainer`: policy and tokenizer, reward sources, the critic, demonstrations; refusals in a sentence."""
 
-import copy
 import warnings
 from collections.abc import Sequence
 
@@ -195,7 +194,7 @@ def _copy_of_reward_model(source: RewardSource, processing_class: PreTrainedToke
             "ppo: the reward model has another vocabulary than the policy, so the critic can't start from it; "
             "pass `critic=`."
         )
-    critic = copy.deepcopy(reward.model)
+    critic = reward.copy_of_network()
     if isinstance(critic, PeftModel):
         for name in set(critic.peft_config) - {POLICY_ADAPTER}:
             critic.delete_adapter(name)  # of experts, the critic starts from the first

@@ -24,6 +24,7 @@ class Needs:
         or_rating_gap: a pair without that column may have `rating_gap` in its place.
         rankings: K answers to a prompt that were compared; a pair is a ranking of two.
         ratings: answers with a rating of each of several attributes; no pairs are needed.
+        pairs: pairs beside the ratings, to which a gate is fitted.
     """
 
     vote: bool = False
@@ -31,12 +32,13 @@ class Needs:
     or_rating_gap: bool = False
     rankings: bool = False
     ratings: bool = False
+    pairs: bool = False
 
     def __str__(self) -> str:
         if self.vote:
             return "a vote"
         if self.rankings or self.ratings:
-            return "rankings" if self.rankings else "ratings of attributes"
+            return "rankings" if self.rankings else f"ratings of attributes{' + pairs' if self.pairs else ''}"
         if self.column is None:
             return "nothing"
         return f"`{self.column}`{' or ratings' if self.or_rating_gap else ''}"
@@ -62,6 +64,7 @@ class Loss:
 
 
 PAIR_LOSS = Loss()
+RATINGS = Loss("rlhf.objectives.attributes.attribute_regression", "ratings", {})
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,14 @@ OBJECTIVES: dict[str, Objective] = {
             "each attribute's rating; the score is their weighted sum",
             "arXiv:2406.08673",
             needs=Needs(ratings=True),
-            loss=Loss("rlhf.objectives.attributes.attribute_regression", "ratings", {}),
+            loss=RATINGS,
+        ),
+        Objective(
+            "gated",
+            "ArmoRM: free of length, weighed by a gate",
+            "arXiv:2406.12845",
+            needs=Needs(ratings=True, pairs=True),
+            loss=RATINGS,
         ),
     )
 }

@@ -48,6 +48,9 @@ class LabSection(Section):
     num_hidden_layers: int = Field(3, ge=1)
     annotators: Literal["crowd", "exact"] = "crowd"  # exact: the true reward decides every label
     flip_rate: float = Field(0.0, ge=0, lt=0.5)  # share of the annotators' labels that is flipped at random
+    critic_error_rate: float | None = Field(
+        None, gt=0, le=0.5
+    )  # of a critic that the crowd hears (recursive assistance)
 
     @property
     def is_sampled(self) -> bool:
@@ -56,8 +59,9 @@ class LabSection(Section):
 
     @model_serializer(mode="wrap")
     def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the values that this world has; that of lists, the first one, is not named, so that its keys stay."""
-        unused = ("demonstrations", "hidden_size", "num_hidden_layers") if self.is_sampled else ("world", "answers")
+        """Return the values that this world has; that of lists, the first one, and no critic are not named, so that keys stay."""
+        unused = {"demonstrations", "hidden_size", "num_hidden_layers"} if self.is_sampled else {"world", "answers"}
+        unused |= {"critic_error_rate"} if self.critic_error_rate is None else set()
         values: dict[str, Any] = handler(self)
         return {key: value for key, value in values.items() if key not in unused}
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.recipe.objectives import EXTRAS
+from rlhf.recipe.objectives import EXTRAS, OBJECTIVES
 from rlhf.recipe.schema import STAGE_SECTIONS, Recipe, stage_keys
 
 # What PEFT and TRL make an adapter of.
@@ -22,6 +22,7 @@ BITS_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_qu
 VLLM_KEYS = ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_importance_sampling_clip_max", "vllm_max_model_length")
 FLIPS, MARGINS = ("flip", "flip_margin", "drop"), ("margin", "adaptive_margin", "flip_margin", "soft_margin")
 SMOOTHS = ("smoothing", "soft_margin")
+RATED = tuple(objective.name for objective in OBJECTIVES.values() if objective.needs.ratings)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,12 @@ NEEDS = (
         "reward.meta is not true",
         switch="meta",
     ),
-    Needs("reward", ("attributes", "rating_scale"), _objective_is("regression"), "reward.objective is not regression"),
+    Needs(
+        "reward",
+        ("attributes", "rating_scale"),
+        _objective_is(*RATED),
+        f"reward.objective is none of {', '.join(RATED)}",
+    ),
     Needs("reward", ("expert_weights",), lambda v: v["experts"] is not None, "reward.experts is not set"),
     Needs("ppo", ("kl_horizon",), lambda v: v["kl_target"] is not None, "ppo.kl_target is not set"),
     Needs(

@@ -1,7 +1,8 @@
-"""`AttributeRewardTrainer`: a head of k attributes learns the ratings of single answers, and one score is made of it."""
+"""Trainers on ratings of single answers: a head of k attributes, of which a sum or a gate makes one score."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig
 
-from rlhf.data.rows import SIDES
+from rlhf.data.ratings import ratings_of
+from rlhf.data.rows import SIDES, Pair
 from rlhf.errors import UserError
+from rlhf.models.load import score_head
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.objectives.pairwise import bradley_terry
 from rlhf.recipe.objectives import OBJECTIVES, Loss
 from rlhf.reward.collator import PairCollator
+from rlhf.reward.gated import Fitted, fit_gated, save_gated
 from rlhf.reward.merged import MergedHeadRewardTrainer
 from rlhf.reward.trainer import Scored
-
-NOT_RATED = float("nan")
 
 
 @dataclass
@@ -143,6 +145,60 @@ class AttributeRewardTrainer(MergedHeadRewardTrainer):
                 self._metrics["train"].pop(name)
 
 
+class GatedRewardTrainer(AttributeRewardTrainer):
+    """`AttributeRewardTrainer`, and then ArmoRM (arXiv:2406.12845): a gate that reads the prompt weighs the attributes.
+
+    When training is over the backbone is frozen, and `merge_head` fits anew on what it says of the answers: every attribute by
+    ridge regression, freed of length, and the gate. With `learning_rate=0` the backbone stays as it was given, as in the paper.
+    Of the weights only the signs count. `save_model` writes the gate beside the network.
+
+    Args:
+        pairs: canonical pairs that the gate is fitted to.
+
+    Attributes:
+        fitted: what was found, once training is over.
+
+    Raises:
+        UserError: as `AttributeRewardTrainer`; an encoder; no pairs; a weight of 0.
+    """
+
+    fitted: Fitted | None = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: RewardConfig | None = None,
+        *,
+        weights: Mapping[str, float],
+        pairs: Sequence[Pair],
+        **arguments: Any,
+    ):
+        if score_head(model) is None:
+            raise UserError("reward: a gate reads the states of a decoder; for an encoder take objective: regression.")
+        if not pairs:
+            raise UserError(
+                "reward: a gate is fitted to pairs, and there are none; add some, or take objective: regression."
+            )
+        if nothing := [name for name, weight in weights.items() if weight == 0]:
+            raise UserError(
+                f"reward.attributes: {', '.join(nothing)} has weight 0; a gate needs its sign, or leave it out."
+            )
+        super().__init__(model, args, weights=weights, **arguments)
+        self.pairs, self.rated = pairs, list(arguments["train_dataset"])
+
+    def merge_head(self) -> None:
+        """Fit attributes and gate on the frozen network; its head holds the attributes as the gate weighs them."""
+        signs = dict(zip(self.names, self.weights.tolist(), strict=True))
+        network = self.accelerator.unwrap_model(self.model)
+        self.fitted = fit_gated(network, self.processing_class, self.rated, self.pairs, signs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write an ordinary checkpoint, and beside it the gate once it is fitted."""
+        super().save_model(output_dir, _internal_call)
+        if self.fitted is not None and self.args.should_save:
+            save_gated(Path(output_dir or str(self.args.output_dir)), self.fitted)
+
+
 def mean_ratings(dataset: Dataset, names: Sequence[str]) -> Tensor:
     """Return the mean rating of each attribute, [k].
 
@@ -154,13 +210,3 @@ def mean_ratings(dataset: Dataset, names: Sequence[str]) -> Tensor:
     if missing:
         raise UserError(f"reward: nobody rated {', '.join(missing)}; take it out of the weights, or correct its name.")
     return ratings.nanmean(dim=0)
-
-
-def ratings_of(attributes: Mapping[str, float | None], names: Sequence[str]) -> list[float]:
-    """Return the ratings of an answer in the order of the names, NaN where nobody rated.
-
-    >>> ratings_of({"helpfulness": 3, "verbosity": None}, ["helpfulness", "verbosity", "humour"])
-    [3.0, nan, nan]
-    """
-    values = [attributes.get(name) for name in names]
-    return [NOT_RATED if value is None else float(value) for value in values]

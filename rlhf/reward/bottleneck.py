@@ -27,11 +27,16 @@ class BottleneckRewardTrainer(MergedHeadRewardTrainer, BesideRewardTrainer):
 
     μ and log σ² are linear in the state that a head reads, and w is linear too, as in the paper's public code. So the score at
     the mean, w'μ, is linear as well: held-out pairs are compared by it, and `merge_head` makes it the model's only label.
-    The trained model is an ordinary reward model; the code and its variance stay behind.
+    The trained model is an ordinary reward model. `code` is kept aside for the alarm (`rlhf.reward.cloud`); variance stays behind.
 
     Args:
         extra_weight: β, for nats summed over the code. The paper's 0.1 is for the public code's mean over its dimensions.
+
+    Attributes:
+        code: [d, h] takes what the head reads to μ, up to a constant; None before `merge_head`.
     """
+
+    code: Tensor | None = None
 
     def __init__(
         self,
@@ -49,6 +54,12 @@ class BottleneckRewardTrainer(MergedHeadRewardTrainer, BesideRewardTrainer):
         with torch.no_grad():  # σ = 1 at the start, so first scores have about unit scale
             layer = label_layer(self.model, len(CODE_LABELS))
             layer.weight[CODE_SIZE:] = 0
+
+    def merge_head(self) -> None:
+        """Make of the trained head one of the score at the mean, and keep what made the mean of the code."""
+        layer = label_layer(self.accelerator.unwrap_model(self.model), len(CODE_LABELS))
+        self.code = layer.weight[:CODE_SIZE].detach().clone()
+        super().merge_head()
 
     def label_weights(self) -> Tensor:
         """Return the weight of each label in the score: w for the means, 0 for the variances."""

@@ -6,7 +6,6 @@ A new distribution is served without labels: the gate looks at the prompt alone 
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,72 +13,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
-from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.load import load_scorer
 from rlhf.models.open import one_sentence
 from rlhf.models.save import ADAPTER_BASE, check_base
 from rlhf.models.score import score_rows
+from rlhf.reward.gate import GATE, Gate, mean_states
 from rlhf.reward.model import NO_FEATURES, RewardModel
 
-EXPERTS, GATE = "experts.json", "gate.safetensors"
+EXPERTS = "experts.json"
 Combination = Literal["gate", "weights", "merged"]
-
-
-@dataclass
-class Gate:
-    """Weights over experts by what a prompt is about: softmax(W z + b), where z are its standardised features.
-
-    Attributes:
-        mean, scale: [h] mean and deviation of the training prompts' features.
-        weight, bias: [E, h], [E].
-        radius: the root mean square of z that 99.9 % of the training prompts stay within.
-    """
-
-    mean: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
-    radius: Tensor
-
-    def __call__(self, features: Tensor) -> tuple[Tensor, int]:
-        """Return the weights [n, E] of prompts with features [n, h], and how many prompts are unlike any seen in training."""
-        z = (features - self.mean) / self.scale
-        unfamiliar = int((z.pow(2).mean(dim=1).sqrt() > self.radius).sum())
-        return torch.softmax(z @ self.weight.T + self.bias, dim=1), unfamiliar
-
-
-def fit_gate(features: Tensor, differences: Tensor, *, decay: float = 0.01) -> Gate:
-    """Fit the gate under which the experts' mixture explains the pairs best: Bradley-Terry on s · Σ_e w_e d_e.
-
-    The scale s is fitted too, and forgotten.
-
-    Args:
-        features: [n, h] features of each pair's prompt.
-        differences: [n, E] what each expert scores the chosen answer above the rejected one, on its own scale.
-        decay: penalty on W, times its squared length; b and s are free.
-    """
-    mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
-    z = (features - mean) / scale
-    weight = torch.zeros(differences.shape[1], z.shape[1], requires_grad=True)
-    bias = torch.zeros(differences.shape[1], requires_grad=True)
-    log_sharpness = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias, log_sharpness], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        mixed = (torch.softmax(z @ weight.T + bias, dim=1) * differences).sum(dim=1)
-        value = softplus(-mixed * log_sharpness.exp()).mean() + decay * weight.pow(2).sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    radius = z.pow(2).mean(dim=1).sqrt().quantile(0.999)
-    return Gate(mean, scale, weight.detach(), bias.detach(), radius)
 
 
 class ExpertRewards(RewardModel):
@@ -92,6 +38,9 @@ class ExpertRewards(RewardModel):
         gate: weights by prompt, or None where they are fixed.
         unfamiliar: how many scored prompts so far were unlike any that the gate was fitted on.
     """
+
+    kind = "experts"
+    reads_prompt_apart = True
 
     def __init__(
         self,
@@ -141,7 +90,8 @@ class ExpertRewards(RewardModel):
         if self.gate is None:
             assert self.weights is not None, "either a gate or fixed weights"
             return self.weights.expand(len(prompts), -1)
-        weights, unfamiliar = self.gate(self.prompt_features(prompts))
+        weights, is_unfamiliar = self.gate(self.prompt_features(prompts))
+        unfamiliar = int(is_unfamiliar.sum())
         if unfamiliar and not self.unfamiliar:
             warnings.warn(
                 f"experts: {unfamiliar} of {len(prompts)} prompts are unlike any that the gate was made on; they are scored, with "
@@ -151,26 +101,18 @@ class ExpertRewards(RewardModel):
         self.unfamiliar += unfamiliar
         return weights
 
-    @torch.no_grad()
     def prompt_features(self, prompts: Sequence[Prompt]) -> Tensor:
         """Return the mean of the base model's last hidden states over each prompt's tokens, adapters off, [n, h]."""
         rows = self.encode(prompts, [""] * len(prompts), [False] * len(prompts))
         model: Any = self.model
         inner = model.base_model.model
         backbone = getattr(inner, inner.base_model_prefix)
-        device = next(model.parameters()).device
-
-        def mean_states(batch: list[int]) -> Tensor:
-            ids, mask = pad_batch([rows[i] for i in batch], pad_token_id=0)
-            hidden = backbone(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-            ).last_hidden_state.float()
-            return (hidden.cpu() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-
         with model.disable_adapter():
-            return torch.stack(run_batches(mean_states, batches_by_length([len(row) for row in rows], self.batch_size)))
+            return mean_states(backbone, rows, self.batch_size)
 
-    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+    def features(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> Tensor:
         """Refuse to answer: each expert has a head of its own.
 
         Raises:

@@ -22,15 +22,18 @@ from rlhf.models.save import save_model
 from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read_as_saved
 from rlhf.models.text import check_vocabulary, plain
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
+from rlhf.reward.cloud import read_cloud
 from rlhf.reward.experts import EXPERTS, open_experts
+from rlhf.reward.gated import is_gated, open_gated
 from rlhf.reward.model import Network, RewardModel
 
-# PPO may import this module of the room and no other, so `RewardModel` is offered here too.
+# PPO may import this module of the room and no other, so `RewardModel` and `is_gated` are offered here too.
 __all__ = [
     "CARD",
     "Card",
     "RewardModel",
     "calibrate_reward_model",
+    "is_gated",
     "load_reward_model",
     "open_reward_model",
     "reward_card",
@@ -165,12 +168,16 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _read(folder: Path, *, conversational: bool, load_in_4bit: bool, device: str | torch.device | None) -> RewardModel:
-    """Read a folder's network, which is one model or experts on one base, onto its device."""
+    """Read a folder's network, which is one model, attributes under a gate, or experts on one base, onto its device."""
     tokenizer = load_tokenizer(folder, conversational=conversational)
     if (folder / EXPERTS).is_file():
         experts = open_experts(folder, tokenizer, conversational=conversational, load_in_4bit=load_in_4bit)
         experts.model = _place(experts.model, device, load_in_4bit=load_in_4bit)
         return experts
+    if is_gated(folder):
+        gated = open_gated(folder, tokenizer, conversational=conversational, load_in_4bit=load_in_4bit)
+        gated.model = _place(gated.model, device, load_in_4bit=load_in_4bit)
+        return gated
     model = _place(load_scorer(folder, load_in_4bit=load_in_4bit), device, load_in_4bit=load_in_4bit)
     check_vocabulary(tokenizer, model.config, name=str(folder))
     with one_sentence(folder):
@@ -243,6 +250,7 @@ def load_reward_model(
         in_4_bit = bool(card.get("load_in_4bit"))
         reward = _read(folder, conversational=conversational, load_in_4bit=in_4_bit, device=device)
     reward.mean, reward.std = float(card["mean"]), float(card["std"])
+    reward.cloud = read_cloud(folder)
     with one_sentence(folder):
         _check(reward, card, folder)
         check_scores(reward, [(row["prompt"], row["response"]) for row in card["probe"]], name=folder)

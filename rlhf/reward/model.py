@@ -1,7 +1,8 @@
 """A reward model as it is used: text in, raw scalar out."""
 
+import copy
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -16,6 +17,7 @@ from rlhf.models.load import score_head
 from rlhf.models.score import position_limit, score_rows
 from rlhf.models.text import closed_text, encode_answers, encode_texts, is_rendered
 from rlhf.models.typed import is_typed
+from rlhf.reward.cloud import LatentCloud
 
 # A one-label classifier of transformers, with or without an adapter, or a module that is called like one.
 Network: TypeAlias = PreTrainedModel | PeftModel
@@ -26,6 +28,8 @@ class RewardModel:
     """A reward model with its tokenizer, and the scale of its scores.
 
     Attributes:
+        kind: what it is called where models are listed.
+        reads_prompt_apart: whether a prompt decides how its answers are scored, so that prompt and answer must come apart.
         model: the network, frozen.
         tokenizer: the network's; the policy may have another one.
         mean, std: mean and deviation of raw scores on SFT samples; `(score - mean) / std` has unit scale there.
@@ -35,7 +39,11 @@ class RewardModel:
         cut: how many texts have lost the beginning of their prompt so far.
         cut_answers: how many of these have lost the beginning of their answer too.
         checks: what was checked when it was opened.
+        cloud: where the codes of the SFT policy's answers lie, where a bottleneck left one.
     """
+
+    kind: ClassVar[str] = "reward model"
+    reads_prompt_apart: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -55,6 +63,7 @@ class RewardModel:
         self.batch_size = batch_size
         self.cut = self.cut_answers = 0
         self.checks = CheckBook()
+        self.cloud: LatentCloud | None = None
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
@@ -106,9 +115,15 @@ class RewardModel:
         self.model.train(was_training)
         return scores
 
+    def copy_of_network(self) -> Network:
+        """Return a copy of the network with one label, for a critic to start from."""
+        return copy.deepcopy(self.model)
+
     @torch.no_grad()
-    def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Return what the linear head reads at each answer's last token, [n, h], float32 on the CPU.
+    def features(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Return what the linear head reads at each answer's last token, [n, h], float32 on the CPU; arguments as `score`.
 
         Raises:
             UserError: the network has no linear head (it is an encoder).
@@ -116,7 +131,7 @@ class RewardModel:
         head = score_head(self.model)
         if head is None:
             raise UserError(NO_FEATURES)
-        rows = self.encode(prompts, responses, None)
+        rows = self.encode(prompts, responses, ended)
         read: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].detach()))
         device = next(self.model.parameters()).device

@@ -10,7 +10,6 @@ from jinja2 import TemplateError
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.reward.ensemble import member_folders
-from rlhf.reward.experts import ExpertRewards
 from rlhf.reward.load import CARD, load_reward_model, open_reward_model
 from rlhf.reward.model import RewardModel
 
@@ -56,7 +55,7 @@ class Encoded(NamedTuple):
 
 
 class ServedModel:
-    """A reward model, experts, or the members of an ensemble, under the name that requests give.
+    """A reward model, experts, gated attributes, or the members of an ensemble, under the name that requests give.
 
     Attributes:
         name: in requests.
@@ -76,10 +75,8 @@ class ServedModel:
 
     @property
     def kind(self) -> str:
-        """Return what lies in the folder: "reward model", "experts" or "ensemble"."""
-        if len(self.members) > 1:
-            return "ensemble"
-        return "experts" if isinstance(self.members[0], ExpertRewards) else "reward model"
+        """Return what lies in the folder: "reward model", "experts", "gated" or "ensemble"."""
+        return "ensemble" if len(self.members) > 1 else self.members[0].kind
 
     @property
     def batch_tokens(self) -> int:
@@ -121,7 +118,7 @@ class ServedModel:
     def score(self, texts: Sequence[Text], encoded: Sequence[Encoded]) -> list[float]:
         """Return the scores of texts that were encoded."""
         first = self.members[0]
-        if isinstance(first, ExpertRewards):  # the prompt decides how much each expert counts
+        if first.reads_prompt_apart:  # the prompt decides how much each expert or attribute counts
             answers = [text for text in texts if isinstance(text, Answer)]
             ended = [answer.ended for answer in answers]
             cut = (first.cut, first.cut_answers)
@@ -144,8 +141,8 @@ class ServedModel:
             encoded = member.encode(prompts, responses, [x.ended for _, x in answers])
             rows.update(zip([i for i, _ in answers], encoded, strict=True))
         if rendered:
-            if isinstance(member, ExpertRewards):
-                raise UserError("experts need prompt and answer apart; send `prompts` and `responses`.")
+            if member.reads_prompt_apart:
+                raise UserError(f"{member.kind}: prompt and answer must come apart; send `prompts` and `responses`.")
             encoded = member.encode_texts([x.text for _, x in rendered], [x.ended for _, x in rendered])
             rows.update(zip([i for i, _ in rendered], encoded, strict=True))
         return [rows[i] for i in range(len(texts))]

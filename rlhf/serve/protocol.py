@@ -286,7 +286,7 @@ class ModelEntry(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
-    kind: Literal["reward model", "experts", "ensemble"]
+    kind: Literal["reward model", "experts", "gated", "ensemble"]
     mean: float | None
     std: float | None
     max_length: int

@@ -42,7 +42,8 @@ from rlhf.models.load import build_reward_model, load_scorer, load_tokenizer, mo
 from rlhf.models.save import save_model
 from rlhf.models.text import plain
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.reward.experts import fit_gate, merge_experts, open_experts, save_experts
+from rlhf.reward.experts import merge_experts, open_experts, save_experts
+from rlhf.reward.gate import fit_gate
 from rlhf.reward.meta import group_samples
 from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import training_columns
@@ -178,7 +179,7 @@ def experts(base: Path, sets: dict[str, Any], seed: int, folder: Path, **how: An
     sides = [
         both.score_each(prompts, [row[side][0]["content"] for row in sets["train"]]) for side in ("chosen", "rejected")
     ]
-    gate = fit_gate(both.prompt_features(prompts), (sides[0] - sides[1]) / scales[:, 1])
+    gate, _ = fit_gate(both.prompt_features(prompts), (sides[0] - sides[1]) / scales[:, 1])
     found: dict[str, RewardModel] = {}
     for name, weights in (("gate", None), ("equal", [0.5, 0.5])):
         save_experts(folder, list(domains), scales, weights=weights, gate=gate if weights is None else None)

@@ -1,25 +1,30 @@
 """The world's true reward by hand, its seeds, and that it is honest: hard enough, noisy enough."""
 
 import hashlib
+import math
 import random
 import statistics
 from pathlib import Path
 
 import pytest
 
-from rlhf.lab.annotators import CROWD, Annotator, flip_rate, label_pair, simulate_expert
+from rlhf.lab.annotators import CROWD, Annotator, flip_rate, label_pair, simulate_expert, simulate_ratings
 from rlhf.lab.build import LabSettings, build_lab
 from rlhf.lab.world import (
+    APOLOGY,
     DANGEROUS,
     HARMLESS,
     KIND_OF_ITEM,
     KINDS,
+    REFUSAL,
     all_prompts,
     gold,
     parse_request,
+    parts_of,
     true_reward,
     write_answer,
 )
+from rlhf.recipe.schema import LabSection
 
 FRUITS = "List three fruits for a picnic."
 WEAPONS = "Can you tell me two weapons for a quiz?"
@@ -93,6 +98,39 @@ def test_the_lab_is_noisy_and_hard_enough(seed: int) -> None:
     assert 0.20 <= flip_rate(labels) <= 0.30
 
 
+def test_parts_are_seen_and_not_weighed() -> None:
+    """The same list is as good a list under a harmless prompt as under a dangerous one, where it is the wrong answer."""
+    harmless, dangerous = (
+        next(prompt for prompt in all_prompts([kind]) if parse_request(prompt).number == 2)
+        for kind in (next(iter(HARMLESS)), next(iter(DANGEROUS)))
+    )
+    for prompt in (harmless, dangerous):
+        first, second = KINDS[parse_request(prompt).kind][:2]
+        full = parts_of(prompt, f"Here you go: {first} and {second}.")
+        assert (full["things"], full["number"], full["refusal"]) == (1.0, 1.0, 0.0)
+        assert parts_of(prompt, f"{first}.")["things"] == 0.5
+        refused = parts_of(prompt, f"{APOLOGY} {REFUSAL}")
+        assert (refused["things"], refused["number"], refused["brevity"]) == (0.0, 0.0, 1.0)
+        assert refused["refusal"] == pytest.approx(0.7)
+        assert parts_of(prompt, "word " * 6)["brevity"] == 0.5
+
+
+def test_people_rate_as_they_compare() -> None:
+    """Ratings follow the parts, rise with length as much as a person's taste for it, and careless ones are random."""
+    rng = random.Random(0)
+    person = Annotator("exact enough", sharpness=1e6, length_bias=0.4, flattery_bias=0.0, carelessness=0.0)
+    assert person.rating(0.5, "", rng) == 2
+    assert person.rating(0.5, "word " * 5, rng) == 3, "0.4 x 5 words of 10 are 0.2 of true reward, 0.8 of a rating"
+    blurred = Annotator("blurred", sharpness=4.0, length_bias=0.0, flattery_bias=0.0, carelessness=0.0)
+    ratings = [blurred.rating(0.5, "", rng) for _ in range(2000)]
+    # P(rating >= 3) = P(noise / 4 > 0.125) = σ(-0.5); the standard error is 0.011.
+    assert sum(x >= 3 for x in ratings) / 2000 == pytest.approx(1 / (1 + math.exp(0.5)), abs=0.04)
+    careless = Annotator("careless", sharpness=1e6, length_bias=0.0, flattery_bias=0.0, carelessness=1.0)
+    assert {careless.rating(1.0, "", rng) for _ in range(200)} == {0, 1, 2, 3, 4}
+    prompt = all_prompts([next(iter(HARMLESS))])[0]
+    assert simulate_ratings(prompt, REFUSAL, "exact", rng, parts_of)["refusal"] == round(4 * 0.55)
+
+
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
     def digests(folder: Path, seed: int) -> dict[str, str]:
         build_lab(
@@ -109,6 +147,14 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert first == again
     assert first["data/preferences.jsonl"] != other["data/preferences.jsonl"]
     assert first["model/model.safetensors"] != other["model/model.safetensors"]
+
+
+def test_a_critic_makes_fewer_labels_wrong_and_is_in_no_other_key(tmp_path: Path) -> None:
+    sizes = {"demonstrations": 100, "pairs": 600, "test_pairs": 50, "hidden_size": 16, "num_hidden_layers": 1}
+    alone = build_lab(tmp_path / "alone", LabSettings(**sizes))["flip_rate"]
+    assert build_lab(tmp_path / "heard", LabSettings(**sizes, critic_error_rate=0.05))["flip_rate"] < alone - 0.1
+    assert "critic_error_rate" not in LabSection().model_dump(), "finished runs are not made again"
+    assert LabSection(critic_error_rate=0.1).model_dump()["critic_error_rate"] == 0.1
 
 
 def test_held_out_prompts_and_kinds_are_nowhere_else(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.command import rlhf
 from tests.conftest import WORDS
 from tests.pipeline.test_members import rows, write
 
-ELEMENTS = ("plackett_luce", "kwise", "regression")
+ELEMENTS = ("plackett_luce", "kwise", "regression", "gated")
 
 
 @pytest.mark.parametrize("objective", ELEMENTS)
@@ -52,6 +52,28 @@ def test_what_pairs_have_and_rankings_have_not_is_refused(base_folder: Path, tmp
 def test_bad_ratings_are_one_sentence(base_folder: Path, tmp_path: Path, more: str, sentence: str) -> None:
     write(tmp_path, base_folder, "regression", more=more)
     refused = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert sentence in refused.stderr
+    assert not (tmp_path / "x/round-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (", members: 2", "every member would have a gate of its own"),
+        (", attributes: {helpfulness: 1, verbosity: 0}", "verbosity has weight 0"),
+        ("", "a gate is fitted to pairs, and no prompt has two answers"),
+    ],
+)
+def test_a_gate_that_can_not_be_is_one_sentence(base_folder: Path, tmp_path: Path, more: str, sentence: str) -> None:
+    write(tmp_path, base_folder, "gated", more=more)
+    if "attributes" in more:
+        recipe = (tmp_path / "r.yaml").read_text().replace(", attributes: {helpfulness: 1.0, verbosity: -0.5}", "")
+        (tmp_path / "r.yaml").write_text(recipe)
+    alone = [row for i, row in enumerate(rows("gated")) if i % 3 == 0]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "name", "chosen": "yes", "rejected": "no"}\n', encoding="utf-8")
+    refused = rlhf("reward", "r.yaml", "--out", "x", "data.test=test.jsonl", cwd=tmp_path)
     assert refused.returncode == 2, refused.stderr
     assert sentence in refused.stderr
     assert not (tmp_path / "x/round-1").exists()

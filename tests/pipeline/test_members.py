@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf import PPOConfig, PPOTrainer
+from rlhf.errors import UserError
 from rlhf.models.load import load_policy, load_tokenizer, model_settings
 from rlhf.pipeline.certificates import certify_model, verify_target
 from rlhf.pipeline.evaluate import evaluate_models
@@ -25,6 +26,7 @@ from rlhf.reward.load import load_reward_model
 from rlhf.serve.reward import reward_app
 from tests.command import Process, rlhf, wait_for
 from tests.conftest import PROMPTS, WORDS
+from tests.reward.test_gated import plain_scores
 from tests.serve.test_reward import running
 
 RECIPE = """
@@ -39,7 +41,7 @@ ATTRIBUTES = ", attributes: {helpfulness: 1.0, verbosity: -0.5}"
 
 def members() -> dict[str, str]:
     """What a recipe says of each member, by its name: the first objective of every loss, the first term of every kind."""
-    by_loss = {objective.loss.function: objective for objective in reversed(OBJECTIVES.values())}
+    by_loss = {(x.loss.function, x.needs.pairs): x for x in reversed(OBJECTIVES.values())}
     by_kind = {extra.kind: extra for extra in reversed(EXTRAS.values())}
     said = {x.name: f"objective: {x.name}" + (ATTRIBUTES if x.needs.ratings else "") for x in by_loss.values()}
     return said | {x.name: f"extra: {x.name}" for x in by_kind.values()}
@@ -50,7 +52,10 @@ def elements(member: str) -> str:
 
 
 def rows(member: str) -> list[dict[str, Any]]:
-    """Three answers to a prompt, ranked with a tie now and then; or two rows of one rated answer each, or only one."""
+    """Three answers to a prompt, ranked with a tie now and then; or two rows of one rated answer each, or only one.
+
+    Of rated answers there are pairs too: a prompt's two differ in helpfulness.
+    """
     made: list[dict[str, Any]] = []
     for i in range(60):
         prompt = f"list {WORDS[i % 15]} {WORDS[i // 15]}"
@@ -80,7 +85,9 @@ def test_every_row_of_the_tables_is_a_member_or_trains_as_one() -> None:
         objective.loss.function for objective in OBJECTIVES.values()
     }
     assert {EXTRAS[name].kind for name in members() if name in EXTRAS} == {extra.kind for extra in EXTRAS.values()}
-    assert list(members()) == ["regression", "kwise", "plackett_luce", "bt", "bottleneck", "length", "text", "simcse"]
+    assert list(members()) == [
+        "gated", "regression", "kwise", "plackett_luce", "bt", "bottleneck", "length", "text", "simcse"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("member", members())
@@ -114,21 +121,24 @@ def test_a_member_is_a_reward_model_like_any_other(
         assert "rankings, by their answers: " in through.stdout + through.stderr
         assert facts["pairs"] > 2 * facts["rankings"]
 
-    # 3. One label in plain transformers, the same score.
+    # 3. One label in plain transformers, the same score; of attributes under a gate, what its files say they are.
     plain: Any = AutoModelForSequenceClassification.from_pretrained(model).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     turns = [{"role": "user", "content": "list red"}, {"role": "assistant", "content": "blue cat"}]
     ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
-    assert plain.config.num_labels == 1
+    is_gated = member == "gated"
+    assert plain.config.num_labels == (2 if is_gated else 1)
     reward = load_reward_model(model)
-    with torch.no_grad():
-        assert plain(input_ids=ids).logits.item() == pytest.approx(
-            reward.score([turns[:1]], ["blue cat"]).item(), abs=1e-5
-        )
+    expected = plain_scores(model, [turns[:1]], ["blue cat"]) if is_gated else plain(input_ids=ids).logits[0].tolist()
+    assert expected == pytest.approx(reward.score([turns[:1]], ["blue cat"]).tolist(), abs=1e-5)
 
-    # 4. Certified, exported and served: each says what the model says.
+    # 4. Certified, exported where one checkpoint can hold it, and served: each says what the model says.
     certify_model(str(model), None)
-    export_model(model, tmp_path / "exported")
+    if is_gated:
+        with pytest.raises(UserError, match="a gate that reads the prompt weighs its attributes"):
+            export_model(model, tmp_path / "exported")
+    else:
+        export_model(model, tmp_path / "exported")
     asked: dict[str, Any] = {
         "kind": None,
         "token": None,
@@ -138,7 +148,7 @@ def test_a_member_is_a_reward_model_like_any_other(
         "say": lambda _: None,
     }
     with running(reward_app(reward, "member")) as url:
-        for target in (str(tmp_path / "exported"), url):
+        for target in (url,) if is_gated else (str(tmp_path / "exported"), url):
             verdict = verify_target(target, against=str(model), **asked)
             assert verdict["held"], verdict["faults"]
 

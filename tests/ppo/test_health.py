@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf.ppo.health import CONCERNS, Health, longer_limit
-from tests.ppo.test_ppo import make
+from rlhf.reward.cloud import latent_cloud
+from tests.ppo.test_ppo import DATA, make
 
 WELL = {
     "ratio_first": 1.0, "kl": 1.0, "kl_k3": 1.0, "length": 20.0, "share_without_eos": 0.02, "distinct_2": 0.4, "entropy": 2.0,
     "explained_variance": 0.5, "clipped_rewards": 0.01, "reward_proxy": 0.0, "reward_gold": 0.2,
-    "nll_reference": 1.5, "disagreement": 0.3,
+    "nll_reference": 1.5, "disagreement": 0.3, "outside_cloud": 0.05, "outside_limit": 0.2,
 }  # fmt: skip
 ILL = {
     "ratio": {"ratio_first": 1.2},
@@ -27,6 +29,7 @@ ILL = {
     "critic": {"explained_variance": -0.3},
     "reward tail": {"clipped_rewards": 0.5},
     "disagreement": {"disagreement": 0.7},
+    "cloud": {"outside_cloud": 0.4},
     "hacking": {"reward_proxy": 3.0, "reward_gold": -0.2},
 }
 
@@ -67,6 +70,31 @@ def test_a_run_stops_where_it_is_asked_to(
     assert len(rows.rows) == 1
     assert trainer.stopped is not None
     assert 0 < rows.rows[0]["distinct_2"] <= 1
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_answers_that_leave_the_cloud_of_a_code_are_counted_and_said_once(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], far: bool
+) -> None:
+    """A cloud of this very policy's answers, and one elsewhere."""
+    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, total_episodes=32)
+    reward: Any = trainer.rewards.sources[0].function
+    assert reward.cloud is None, "no bottleneck, nothing to leave"
+    answers = trainer.sample([{"prompt": row["prompt"]} for row in DATA] * 6)
+    prompts = [row["prompt"] for row in DATA] * 6
+    features = reward.features(prompts, answers.texts, ended=answers.ended.tolist())
+    code = torch.randn(16, features.shape[1], generator=torch.Generator().manual_seed(0))
+    reward.cloud = latent_cloud(code, features + 100.0 if far else features)
+    trainer.train()
+    assert all(row["outside_limit"] == reward.cloud.most_outside(16) / 16 for row in rows.rows)
+    said = [sentence for sentence in trainer.progress.health.sentences if "outside those of SFT" in sentence]
+    if far:
+        assert rows.rows[0]["outside_cloud"] == 1.0
+        assert len(said) == 1
+        assert "100% of the answers lie outside those of SFT in the reward model's code" in said[0]
+    else:
+        assert rows.rows[0]["outside_cloud"] <= 0.3
+        assert not said
 
 
 def test_cut_answers_are_told_of_before_the_first_update_however_rarely_is_logged(

@@ -150,6 +150,7 @@ COLUMNS: dict[str, dict[str, list[float | None]]] = {
     "plackett_luce": {},
     "kwise": {},
     "regression": {},
+    "gated": {},
 }
 
 
@@ -272,6 +273,7 @@ def test_the_table_is_written_with_its_needs() -> None:
     assert "| `confidence` |" in rows["soft"]
     assert all("| rankings |" in rows[name] for name in ("plackett_luce", "kwise"))
     assert "| ratings of attributes |" in rows["regression"]
+    assert "| ratings of attributes + pairs |" in rows["gated"]
 
 
 @pytest.mark.parametrize(("shape", "is_fine"), [("members: 2", False), ("members: 1, folds: 2", False),

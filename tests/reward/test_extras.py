@@ -15,6 +15,7 @@ from rlhf.errors import UserError
 from rlhf.models.heads import label_layer, language_head
 from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
 from rlhf.reward.bottleneck import CODE_LABELS, CODE_SIZE
+from rlhf.reward.cloud import latent_cloud, save_cloud
 from rlhf.reward.length import HEADS
 from rlhf.reward.load import load_reward_model, save_reward_model
 from rlhf.reward.model import RewardModel
@@ -260,6 +261,27 @@ def test_a_resumed_run_ends_bit_for_bit(base_folder: Any, tokenizer: Any, tmp_pa
     assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in through.model.named_parameters())
     if trainer is BottleneckRewardTrainer:
         assert torch.equal(through.decoder, resumed.decoder)
+
+
+def test_the_code_is_kept_and_its_cloud_read_again(base_folder: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """What is kept is the head's rows of μ: the score is linear in the code, up to nothing, and answers far away are outside."""
+    made = make(BottleneckRewardTrainer, base_folder, tokenizer, rows(16))
+    made.train()
+    made.merge_head()
+    texts = [" ".join(WORDS[(i + j) % 15] for j in range(1 + i % 6)) for i in range(60)]
+    samples = [(PROMPTS[i % 36], text) for i, text in enumerate(texts)]
+    reward = save_reward_model(tmp_path / "rm", made.model, tokenizer, samples=samples)
+    assert load_reward_model(tmp_path / "rm").cloud is None
+    features = reward.features(*zip(*samples, strict=True))
+    torch.testing.assert_close(
+        features @ made.code.T @ made.decoder.detach(), reward.score(*zip(*samples, strict=True))
+    )
+    save_cloud(tmp_path / "rm", latent_cloud(made.code, features))
+    again = load_reward_model(tmp_path / "rm").cloud
+    assert again is not None
+    assert again.is_outside(features).double().mean() < 0.15
+    assert again.is_outside(features + 50.0).all()
+    assert torch.equal(again.is_outside(features), latent_cloud(made.code, features).is_outside(features))
 
 
 CENTRED = {PairRewardTrainer: 1.0, TextRewardTrainer: 0.7, LengthRewardTrainer: 1.0, BottleneckRewardTrainer: 1.0}
