@@ -16,6 +16,7 @@ from rlhf.data.sources import Source
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
 from rlhf.models.gguf import SUFFIX
+from rlhf.pipeline.launch import number_of_processes
 from rlhf.ppo.source_kinds import (
     FOLDER,
     is_function_in_a_file,
@@ -318,6 +319,8 @@ def _reward_problems(recipe: Recipe) -> Iterator[str]:
         yield f"reward.meta: MetaRM goes with the contrastive terms, and extra is {reward.extra}; leave one of them out."
     if reward.needs_ratings:
         yield from _rating_problems(recipe)
+    if reward.extra_kind == "critique":
+        yield from _critique_problems(recipe)
     yield from _meta_problems(reward)
 
 
@@ -334,6 +337,23 @@ def _rating_problems(recipe: Recipe) -> Iterator[str]:
         yield "rounds: labels of rounds are pairs, and regression trains on ratings; take another objective, or one round."
     if recipe.data.preferences is None:
         yield "data.preferences: regression needs answers with ratings of attributes; name a file that has them."
+
+
+def _critique_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what a reward model that writes critiques can't do together with other keys."""
+    reward, lab = recipe.reward, recipe.lab
+    if reward.members > 1 or reward.experts is not None:
+        key = "members" if reward.members > 1 else "experts"
+        yield f"reward.{key}: critiques are written by one model, on which it goes on training; leave {key} out, or critique."
+    if reward.trl_settings().get("eval_strategy", "no") != "no":
+        yield "reward.eval_strategy: held-out answers have no critiques before the model has learnt to write them; leave it off."
+    if number_of_processes() > 1:
+        yield "reward.extra: critique: its critiques are written between two trainings, by one process; start one."
+    if recipe.data.preferences is None and (lab is None or not lab.critiques):
+        yield (
+            "reward.extra: critique: nobody gives critiques to learn from; set lab.critiques: true, or name pairs with "
+            "critique_chosen and critique_rejected under data.preferences."
+        )
 
 
 def _meta_problems(reward: RewardSection) -> Iterator[str]:

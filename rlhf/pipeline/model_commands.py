@@ -1,6 +1,7 @@
 """Commands on a finished model: score lines with it, export it."""
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,4 +62,10 @@ def export_model(model: Path, out: Path) -> None:
     card["chat_template_sha256"] = template_digest(reward.tokenizer)
     write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
     assert find_source(out).adapter is None, "a merged model has no adapter"
+    if card.get("critiques") is not None:
+        warnings.warn(
+            f"{out}: this model writes a critique before it gives its score. A server that reads a score in one forward (vLLM, "
+            "text-embeddings-inference) gives other numbers; take `rlhf serve`, and ask any server by `rlhf verify`.",
+            stacklevel=2,
+        )
     write_certificate(out / CERTIFICATE, certify(load_reward_model(out)))

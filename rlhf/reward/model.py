@@ -106,6 +106,10 @@ class RewardModel:
         self.model.train(was_training)
         return scores
 
+    def rows_read(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return token rows up to where the head reads: of prompt and answer, as they are."""
+        return [list(row) for row in rows]
+
     @torch.no_grad()
     def features(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
         """Return what the linear head reads at each answer's last token, [n, h], float32 on the CPU.
@@ -116,7 +120,7 @@ class RewardModel:
         head = score_head(self.model)
         if head is None:
             raise UserError(NO_FEATURES)
-        rows = self.encode(prompts, responses, None)
+        rows = self.rows_read(self.encode(prompts, responses, None))
         read: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].detach()))
         device = next(self.model.parameters()).device

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf import PPOConfig, PPOTrainer
 from rlhf.models.load import load_policy, load_tokenizer, model_settings
@@ -21,7 +21,7 @@ from rlhf.pipeline.certificates import certify_model, verify_target
 from rlhf.pipeline.evaluate import evaluate_models
 from rlhf.pipeline.model_commands import export_model
 from rlhf.recipe.objectives import EXTRAS, OBJECTIVES
-from rlhf.reward.load import load_reward_model
+from rlhf.reward.load import CARD, load_reward_model
 from rlhf.serve.reward import reward_app
 from tests.command import Process, rlhf, wait_for
 from tests.conftest import PROMPTS, WORDS
@@ -35,6 +35,7 @@ reward: {{{member}, learning_rate: 1.0e-3, per_device_train_batch_size: 4, num_t
 ppo: {{max_completion_length: 16}}
 """
 ATTRIBUTES = ", attributes: {helpfulness: 1.0, verbosity: -0.5}"
+CRITIQUE = ", critique_tokens: 6"
 
 
 def members() -> dict[str, str]:
@@ -42,7 +43,7 @@ def members() -> dict[str, str]:
     by_loss = {objective.loss.function: objective for objective in reversed(OBJECTIVES.values())}
     by_kind = {extra.kind: extra for extra in reversed(EXTRAS.values())}
     said = {x.name: f"objective: {x.name}" + (ATTRIBUTES if x.needs.ratings else "") for x in by_loss.values()}
-    return said | {x.name: f"extra: {x.name}" for x in by_kind.values()}
+    return said | {x.name: f"extra: {x.name}" + CRITIQUE * (x.kind == "critique") for x in by_kind.values()}
 
 
 def elements(member: str) -> str:
@@ -64,6 +65,11 @@ def rows(member: str) -> list[dict[str, Any]]:
             scores = [2, 1, i % 2]
             responses = [{"content": text, "score": score} for text, score in zip(texts, scores, strict=True)]
             made.append({"prompt": prompt, "responses": responses if elements(member) == "rankings" else responses[:2]})
+        if member == "critique":
+            words = {
+                f"critique_{side}": f"{word} {WORDS[i % 9]}" for side, word in (("chosen", "yes"), ("rejected", "no"))
+            }
+            made[-1] = {"prompt": prompt, "chosen": texts[0], "rejected": texts[1], **words}
     return made
 
 
@@ -80,7 +86,9 @@ def test_every_row_of_the_tables_is_a_member_or_trains_as_one() -> None:
         objective.loss.function for objective in OBJECTIVES.values()
     }
     assert {EXTRAS[name].kind for name in members() if name in EXTRAS} == {extra.kind for extra in EXTRAS.values()}
-    assert list(members()) == ["regression", "kwise", "plackett_luce", "bt", "bottleneck", "length", "text", "simcse"]
+    assert list(members()) == [
+        *("regression", "kwise", "plackett_luce", "bt", "critique", "bottleneck", "length", "text", "simcse")
+    ]
 
 
 @pytest.mark.parametrize("member", members())
@@ -114,12 +122,25 @@ def test_a_member_is_a_reward_model_like_any_other(
         assert "rankings, by their answers: " in through.stdout + through.stderr
         assert facts["pairs"] > 2 * facts["rankings"]
 
-    # 3. One label in plain transformers, the same score.
+    # 3. One label in plain transformers, the same score; behind a critique, where the folder's causal model writes one.
     plain: Any = AutoModelForSequenceClassification.from_pretrained(model).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     turns = [{"role": "user", "content": "list red"}, {"role": "assistant", "content": "blue cat"}]
     ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
     assert plain.config.num_labels == 1
+    if member == "critique":
+        asked = [*turns, {"role": "user", "content": json.loads((model / CARD).read_text())["critiques"]["request"]}]
+        writer: Any = AutoModelForCausalLM.from_pretrained(model).eval()
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
+        ids = writer.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=6,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     reward = load_reward_model(model)
     with torch.no_grad():
         assert plain(input_ids=ids).logits.item() == pytest.approx(
