@@ -1,5 +1,6 @@
 """Critique-out-Loud in a run: a first model learns to write critiques, writes its own of every answer, and goes on with these."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +13,14 @@ from rlhf.invariants.checks import CheckBook
 from rlhf.models.critiques import REQUEST, CritiqueForm
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.fit import fit_and_keep, kept_model
-from rlhf.pipeline.store import CHECKPOINTS
+from rlhf.pipeline.store import CHECKPOINTS, METRICS
 from rlhf.recipe.schema import Recipe
 from rlhf.reward.critique_model import CritiqueRewardModel
 from rlhf.reward.critiques import ENDED
 from rlhf.reward.load import read_reward_model
 
 BLOCK = 128  # pairs whose critiques are written, kept and reported together
-WRITTEN = "critiques.jsonl"
+WRITTEN, CRITIC_METRICS = "critiques.jsonl", "critic_metrics.jsonl"
 
 
 class OwnCritiques(NamedTuple):
@@ -59,8 +60,10 @@ def own_critiques(context: StageContext, rows: Sequence[Pair], book: CheckBook) 
     context.say(
         f"reward: {len(given)} of {len(rows)} pairs have critiques, from which a first model learns to write them."
     )
-    fit_and_keep(context, given, "critic", "critic", context.recipe.seed, book, tag={"model": "critic"})
+    fit_and_keep(context, given, "critic", "critic", context.recipe.seed, book)
     start = kept_model(context, "critic")
+    if (start.parent / METRICS).is_file():  # training may end before it logs
+        shutil.copy(start.parent / METRICS, context.folder / CRITIC_METRICS)
 
     # 2. Its own critiques of all answers.
     form = critique_form(context.recipe)
@@ -77,8 +80,7 @@ def own_critiques(context: StageContext, rows: Sequence[Pair], book: CheckBook) 
         )
 
     # 3. For whoever wants to read them; and the pairs with them.
-    if context.is_main:
-        write_jsonl(context.folder / WRITTEN, written)
+    write_jsonl(context.folder / WRITTEN, written)
     pairs = [
         {**row, **{name: of_pair[name] for name in (*CRITIQUES, *ENDED)}}
         for row, of_pair in zip(rows, written, strict=True)

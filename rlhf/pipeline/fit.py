@@ -178,13 +178,13 @@ def fit_and_keep(
     seed: int,
     book: CheckBook,
     *,
-    tag: Mapping[str, str],
+    tag: Mapping[str, str] | None = None,
 ) -> int:
     """Train one of several models of a stage and keep it among the checkpoints; a whole one that lies there is not trained again.
 
     Args:
         name: of its folder there; the model lies in `kept_model(context, name)`.
-        tag: what its rows in the stage's metrics have beside.
+        tag: what its rows in the stage's metrics have beside; None: its metrics stay with it.
 
     Returns:
         how many pairs were too long; 0 where it was trained before this process began.
@@ -199,7 +199,8 @@ def fit_and_keep(
     if context.is_main:
         shutil.rmtree(beside, ignore_errors=True)
     if save_trained(trainer, beside):
-        _append_metrics(context.folder / METRICS, folder / METRICS, tag)
+        if tag is not None:
+            _append_metrics(context.folder / METRICS, folder / METRICS, tag)
         mark_checkpoint(beside)
         shutil.rmtree(kept, ignore_errors=True)
         beside.replace(kept)

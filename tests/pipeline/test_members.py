@@ -100,11 +100,13 @@ def test_a_member_is_a_reward_model_like_any_other(
         write(tmp_path / name, base_folder, member)
     through = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path / "through")
     assert through.returncode == 0, through.stdout + through.stderr
-    process = Process(("reward", "r.yaml", "--out", "x"), tmp_path / "killed")
     stage = tmp_path / "killed/x/round-1/reward"
-    wait_for((stage / "checkpoints/checkpoint-3/complete.json").is_file, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    marks = ["checkpoint-3"] if member != "critique" else ["critic/model", "checkpoint-3"]
+    for mark in marks:
+        process = Process(("reward", "r.yaml", "--out", "x"), tmp_path / "killed")
+        wait_for((stage / "checkpoints" / mark / "complete.json").is_file, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not (stage / "manifest.json").exists(), "the kill came too late to mean anything"
     again = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path / "killed")
     assert again.returncode == 0, again.stderr
