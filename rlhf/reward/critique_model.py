@@ -43,11 +43,11 @@ class CritiqueRewardModel(RewardModel):
     def score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Return raw scores [n] of token rows of prompt and answer, float32 on the CPU."""
         samples = [None] if self.form["samples"] == 1 else range(self.form["samples"])
-        return self_consistent(
-            torch.stack(
-                [super(CritiqueRewardModel, self).score_rows(self.rows_read(rows, sample)) for sample in samples]
-            )
-        )
+        return self_consistent(torch.stack([self.score_at_end(self.rows_read(rows, sample)) for sample in samples]))
+
+    def score_at_end(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return the scores [n] that are read at the end of rows as they are: what a server says that writes no critique."""
+        return super().score_rows(rows)
 
     def rows_read(self, rows: Sequence[Sequence[int]], sample: int | None = None) -> list[list[int]]:
         """Return rows with a critique behind each: what the head reads."""
@@ -77,10 +77,6 @@ class CritiqueRewardModel(RewardModel):
         self.critiques += len(rows)
         self.endless += written.ended.count(False)
         return written
-
-    def score_without_critique(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Return what is read at the end of the answers themselves, [n]: what a server says that writes no critiques."""
-        return super().score_rows(rows)
 
     def cuts(self, name: str) -> list[str]:
         """Return a sentence for each way in which texts, or critiques, were too long."""

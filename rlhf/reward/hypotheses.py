@@ -37,7 +37,7 @@ def suppose_faults(reward: RewardModel, golden: Sequence[Golden]) -> list[Hypoth
     """
     if isinstance(reward, CritiqueRewardModel):
         with computed_in(reward.model, torch.float32):
-            scores = reward.score_without_critique([text["ids"] for text in golden])
+            scores = reward.score_at_end([text["ids"] for text in golden])
         return [Hypothesis("critique_missing", "", scores.tolist())]
     if type(reward) is not RewardModel:
         return []

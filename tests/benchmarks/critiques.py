@@ -2,7 +2,7 @@
 
 python tests/benchmarks/critiques.py --out runs/critiques --json critiques.json
 
-One world of lists (two layers of 64), 1,200 pairs as the crowd labelled them; every part starts from the same SFT model.
+One world of lists (two layers of 64), 1,500 pairs as the crowd labelled them; every part starts from the same SFT model.
 
 - `bt`: no critiques. `bt, 2 epochs`: as many steps as the others, whose model is trained twice.
 - `critique`: a first model learns the lab's truthful critiques beside the pair loss, writes one of every training answer, and goes
@@ -44,7 +44,7 @@ from rlhf.reward.critiques import ENDED
 from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import training_columns
 
-SIZES = {"pairs": 3000, "test_pairs": 400, "demonstrations": 3000, "hidden_size": 64, "num_hidden_layers": 2}
+SIZES = {"pairs": 1500, "test_pairs": 300, "demonstrations": 1500, "hidden_size": 64, "num_hidden_layers": 2}
 QUICK = {"pairs": 150, "test_pairs": 50, "demonstrations": 200, "hidden_size": 32, "num_hidden_layers": 1}
 TOKENS = 40
 PARTS = ("bt", "bt, 2 epochs", "given", "critique", "critique, mean of 4", "oracle", "shuffled")
@@ -53,7 +53,7 @@ PARTS = ("bt", "bt, 2 epochs", "given", "critique", "critique, mean of 4", "orac
 def settings(seed: int, epochs: int = 1) -> RewardConfig:
     """The same for every part."""
     return RewardConfig(
-        tempfile.mkdtemp(), **(reward_settings(2e-3, epochs) | {"per_device_train_batch_size": 16}), seed=seed, use_cpu=True, bf16=False,
+        tempfile.mkdtemp(), **(reward_settings(3e-3, epochs) | {"per_device_train_batch_size": 16}), seed=seed, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ def behind_given(model: CritiqueRewardModel, rows: Rows, side: Any) -> Tensor:
     texts = [row[f"critique_{side}"] for row in rows]
     critiques = critique_ids(model.tokenizer, texts, [True] * len(texts))
     read = [[*row, *model.request, *x] for row, x in zip(encoded(model, rows, side), critiques, strict=True)]
-    return model.score_without_critique(read)
+    return model.score_at_end(read)
 
 
 def measured(sets: dict[str, Rows], score: Callable[[Rows, Any], Tensor]) -> dict[str, float]:
@@ -150,27 +150,44 @@ def truth(model: CritiqueRewardModel, rows: Rows) -> dict[str, float]:
     return {"truthful": statistics.fmean(right), "endless": 1 - statistics.fmean(ended)}
 
 
-def parts(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
-    """Every part of one seed."""
+def without_critiques(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
+    """Bradley-Terry, once and with as many steps as two trainings have."""
     found: dict[str, dict[str, float]] = {}
     for name, epochs in (("bt", 1), ("bt, 2 epochs", 2)):
         begin = time.process_time()
         plain = without(base, pairs, seed, epochs)
         found[name] = {"seconds": time.process_time() - begin, **measured(sets, of_model(plain))}
-    for name, rows in (("critique", pairs), ("shuffled", shuffled(pairs, seed))):
-        begin = time.process_time()
-        first = critic(base, rows, seed)
-        seconds = time.process_time() - begin
-        last = critic(base, with_own(first, rows), seed, start=first)
-        both = time.process_time() - begin
-        found[name] = {"seconds": both, **measured(sets, of_model(last)), **truth(last, sets["held_out"])}
-        if name == "shuffled":
-            continue
-        found["given"] = {"seconds": seconds, **measured(sets, of_model(first)), **truth(first, sets["held_out"])}
-        found["oracle"] = {"seconds": both, **measured(sets, partial(behind_given, last))}
-        last.form = {**last.form, "samples": 4}
-        found["critique, mean of 4"] = {"seconds": both, **measured(sets, of_model(last))}
     return found
+
+
+def with_critiques(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
+    """Both trainings on the lab's critiques, and what is made of the last model."""
+    begin = time.process_time()
+    first = critic(base, pairs, seed)
+    found = {
+        "given": {
+            "seconds": time.process_time() - begin,
+            **measured(sets, of_model(first)),
+            **truth(first, sets["held_out"]),
+        }
+    }
+    begin = time.process_time()
+    last = critic(base, with_own(first, pairs), seed, start=first)
+    seconds = found["given"]["seconds"] + time.process_time() - begin
+    found["critique"] = {"seconds": seconds, **measured(sets, of_model(last)), **truth(last, sets["held_out"])}
+    found["oracle"] = {"seconds": seconds, **measured(sets, partial(behind_given, last))}
+    last.form = {**last.form, "samples": 4}
+    found["critique, mean of 4"] = {"seconds": seconds, **measured(sets, of_model(last))}
+    return found
+
+
+def with_shuffled(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
+    """Both trainings on critiques of other answers."""
+    begin = time.process_time()
+    first = critic(base, shuffled(pairs, seed), seed)
+    last = critic(base, with_own(first, pairs), seed, start=first)
+    seconds = time.process_time() - begin
+    return {"shuffled": {"seconds": seconds, **measured(sets, of_model(last)), **truth(last, sets["held_out"])}}
 
 
 def main() -> None:
@@ -191,12 +208,13 @@ def main() -> None:
 
     table: dict[str, list[dict[str, float]]] = {}
     for seed in map(int, arguments.seeds.split(",")):
-        file = arguments.out / f"seed-{seed}.json"
-        if not file.is_file():
-            file.write_text(json.dumps(parts(base, pairs, sets, seed)))
-            print(seed, file.read_text(), flush=True)
-        for name, row in json.loads(file.read_text()).items():
-            table.setdefault(name, []).append(row)
+        for part in (without_critiques, with_critiques, with_shuffled):
+            file = arguments.out / f"{part.__name__}-{seed}.json"
+            if not file.is_file():
+                file.write_text(json.dumps(part(base, pairs, sets, seed)))
+                print(seed, file.read_text(), flush=True)
+            for name, row in json.loads(file.read_text()).items():
+                table.setdefault(name, []).append(row)
 
     arguments.json.write_text(json.dumps(table, indent=1))
     print(

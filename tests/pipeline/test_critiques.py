@@ -13,6 +13,7 @@ from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.lab.critiques import critique
+from rlhf.models.critiques import REQUEST
 from rlhf.pipeline import critiques
 from rlhf.pipeline.checks import check_arguments
 from rlhf.pipeline.context import PAIRS, StageContext
@@ -23,7 +24,7 @@ from rlhf.recipe import load_recipe
 from rlhf.reward.critique_model import CritiqueRewardModel
 from rlhf.reward.critiques import ENDED
 from rlhf.reward.denoise import flip_pair
-from rlhf.reward.load import CARD, load_reward_model
+from rlhf.reward.load import CARD, load_reward_model, read_reward_model
 from tests.conftest import WORDS
 
 RECIPE = """
@@ -77,6 +78,14 @@ def test_what_was_written_is_not_written_again(stage: Any, monkeypatch: pytest.M
         f"reward: critiques of {n} of 24 pairs" for n in (8, 16, 24)
     ]
 
+    form = {"request": REQUEST, "tokens": 6, "samples": 1}
+    critic: Any = read_reward_model(undisturbed.start, {"critiques": form}, conversational=True, device="cpu")
+    row = undisturbed.rows[3]
+    sides = [critic.encode([row["prompt"]], [row[side][0]["content"]], None)[0] for side in ("chosen", "rejected")]
+    texts = critic.tokenizer.batch_decode(critic.write(sides, sample=0).rows, skip_special_tokens=True)
+    assert texts == [row[name] for name in CRITIQUES]
+    assert texts[0] != texts[1]
+
     write, calls = CritiqueRewardModel.write, []
 
     def interrupted(self: Any, rows: Any, **options: Any) -> Any:
@@ -109,10 +118,11 @@ def test_the_stage_says_what_it_wrote_and_the_card_how_it_is_asked(stage: Any) -
     assert card["critiques"] == {"request": "What is good and bad?", "tokens": 6, "samples": 2}
     reward = load_reward_model(context.folder / "model")
     assert isinstance(reward, CritiqueRewardModel)
+    losses = {}
     for file, steps in (("critic_metrics.jsonl", 2), ("metrics.jsonl", 3)):
-        rows = [row for row in read_jsonl(context.folder / file) if "loss" in row]
-        assert len(rows) == steps, file
-        assert all(row["critique_loss"] > 0 for row in rows)
+        losses[file] = [row["critique_loss"] for row in read_jsonl(context.folder / file) if "loss" in row]
+        assert len(losses[file]) == steps, file
+    assert losses["metrics.jsonl"][0] < losses["critic_metrics.jsonl"][0] - 1, "it goes on from the first model"
 
 
 def test_pairs_without_critiques_are_refused_before_anything_is_written(tmp_path: Path) -> None:

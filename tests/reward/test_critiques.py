@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf import CritiqueRewardTrainer, PairRewardTrainer, load_reward_model, save_reward_model
+from rlhf.data.rows import CRITIQUES
 from rlhf.errors import UserError
 from rlhf.models.critiques import REQUEST, drop_output_layer, request_ids, writer_on
 from rlhf.models.heads import language_head
@@ -129,6 +130,22 @@ def test_without_its_loss_the_critique_is_context_and_nothing_else(base_folder: 
     assert torch.equal(ours.model.lm_head.weight, before)
 
 
+def test_only_a_critique_that_came_to_its_end_has_an_end_token(tokenizer: Any) -> None:
+    batch = {name: [row[name] for row in critiqued(2)] for name in ("prompt", "chosen", "rejected", *CRITIQUES)}
+    made = {}
+    for ended in (True, False):
+        flags = {f"{name}_ended": [ended, True] for name in CRITIQUES}
+        made[ended] = CritiqueRewardTrainer.tokenize({**batch, **flags}, tokenizer)
+    assert made[True] == CritiqueRewardTrainer.tokenize(batch, tokenizer), (
+        "critiques are whole unless something else is said"
+    )
+    for side in ("chosen", "rejected"):
+        whole, cut = (made[ended][f"{side}_ids"] for ended in (True, False))
+        assert whole[0] == [*cut[0], tokenizer.eos_token_id]
+        assert whole[1] == cut[1]
+        assert made[False][f"{side}_tokens"] == [made[True][f"{side}_tokens"][0] - 1, made[True][f"{side}_tokens"][1]]
+
+
 @pytest.fixture(scope="module")
 def trained(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Saved reward models that have learnt to say "yes" of one answer and "no" of the other: whole, and an adapter."""
@@ -184,7 +201,7 @@ def test_a_stranger_gets_the_same_score(trained: dict[str, Path], kind: str) -> 
         written = reward.write(reward.encode([row["prompt"]], [row["chosen"][0]["content"]], None))
         assert written.rows == [critique]
         assert score == pytest.approx(expected, abs=1e-5)
-    without = reward.score_without_critique(reward.encode([row["prompt"]], [row["chosen"][0]["content"]], None))
+    without = reward.score_at_end(reward.encode([row["prompt"]], [row["chosen"][0]["content"]], None))
     assert abs(score - without.item()) > 1e-3, "the critique changes the score"
 
 
@@ -301,6 +318,17 @@ def test_an_answer_that_was_cut_off_is_read_as_one(trained: dict[str, Path]) -> 
     assert len(cut) < len(whole)
     scores = [reward.score([PROMPTS[0]], ["red blue"], ended=[ended]).item() for ended in (True, False)]
     assert abs(scores[0] - scores[1]) > 1e-4
+
+
+def test_a_long_prompt_leaves_room_for_the_critique(trained: dict[str, Path]) -> None:
+    """128 positions: the beginning of the prompt goes, and request and critique fit behind the answer."""
+    reward: Any = load_reward_model(trained["full"])
+    assert reward.max_length == 128 - len(reward.request) - TOKENS
+    (row,) = reward.encode(["red blue " * 100], ["yes"], None)
+    assert len(row) == reward.max_length
+    assert reward.cut == 1
+    (read,) = reward.rows_read([row])
+    assert reward.max_length + len(reward.request) < len(read) <= 128
 
 
 def test_features_are_what_the_head_reads_behind_the_critique(trained: dict[str, Path]) -> None:
