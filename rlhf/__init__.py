@@ -15,6 +15,7 @@ _NAMES = {
     "LabelSmoothingRewardTrainer": "rlhf.reward.declared",
     "ContrastiveRewardTrainer": "rlhf.reward.contrastive",
     "TextRewardTrainer": "rlhf.reward.text",
+    "CritiqueRewardTrainer": "rlhf.reward.critiques",
     "LengthRewardTrainer": "rlhf.reward.length",
     "BottleneckRewardTrainer": "rlhf.reward.bottleneck",
     "MetaRewardTrainer": "rlhf.reward.meta",

@@ -1,7 +1,8 @@
 """Plain pairs, conversations, HH transcripts, demonstrations and prompts into canonical rows (`rlhf.data.rows`).
 
 Beside its answers a pair may have `margin`, `confidence` (or `soft_label`), `weight`, ratings of both answers
-(`chosen_rating`, `rejected_rating`), `annotator`, `source`, `subset`, `id` and `agree`.
+(`chosen_rating`, `rejected_rating`), critiques of both (`critique_chosen`, `critique_rejected`), `annotator`, `source`,
+`subset`, `id` and `agree`.
 """
 
 import json
@@ -11,7 +12,17 @@ from typing import Literal, cast
 
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, PromptRow, assistant_turn, group_key
+from rlhf.data.rows import (
+    CRITIQUES,
+    Demonstration,
+    Extras,
+    Message,
+    Messages,
+    Pair,
+    PromptRow,
+    assistant_turn,
+    group_key,
+)
 
 EXTRAS: tuple[Literal["annotator", "source", "subset", "id"], ...] = ("annotator", "source", "subset", "id")
 LONG_PROMPT = 20_000
@@ -66,6 +77,7 @@ def pair(row: Mapping[str, object]) -> Pair:
     gap = rating_gap(row)
     if gap is not None:
         canonical["rating_gap"] = gap
+    canonical |= critiques(row)
     if row.get("group") == group_key(prompt):  # ours; another file's column of this name means something else
         canonical["group"] = group_key(prompt)
     return {**canonical, **extras_of(row)}
@@ -90,6 +102,14 @@ def rating_gap(row: Mapping[str, object]) -> float | None:
         if len(numbers) == len(names):
             return numbers[0] - numbers[1]
     return None
+
+
+def critiques(row: Mapping[str, object]) -> Pair:
+    """Return the critiques of both sides, blanks around them left out; nothing where either has none."""
+    texts = [value.strip() if isinstance(value := row.get(name), str) else "" for name in CRITIQUES]
+    for text in texts:
+        _check_encodable(text)
+    return cast(Pair, dict(zip(CRITIQUES, texts, strict=True)) if all(texts) else {})
 
 
 def extras_of(row: Mapping[str, object]) -> Extras:

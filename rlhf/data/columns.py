@@ -8,11 +8,13 @@ from rlhf.data.canonical import RATINGS
 from rlhf.data.layouts import PUBLIC, find_layout
 from rlhf.data.layouts.layout import BESIDE, Layout
 from rlhf.data.read import BadRow, ReadReport
+from rlhf.data.rows import CRITIQUES
 from rlhf.data.tables import as_number
 from rlhf.errors import UserError
 
 # What a column may be called here, and which of these are numbers.
-TEXT_COLUMNS = ("prompt", "chosen", "rejected", "response_1", "response_2", "preference", "messages", "completion")
+ANSWER_COLUMNS = ("prompt", "chosen", "rejected", "response_1", "response_2", "preference", "messages", "completion")
+TEXT_COLUMNS = (*ANSWER_COLUMNS, *CRITIQUES)
 NUMBER_COLUMNS = ("margin", "confidence", "weight", "agree", "chosen_rating", "rejected_rating", "preference_strength")
 ANSWERS = ("chosen", "rejected", "messages", "completion", "response_1", "response_2")
 

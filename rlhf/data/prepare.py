@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rlhf.data.ratings import RatingReader, RatingScale
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import TIE, Compare, Messages, Pair, PromptRow, Rated
+from rlhf.data.rows import CRITIQUES, TIE, Compare, Messages, Pair, PromptRow, Rated
 from rlhf.data.sources import (
     Canonical,
     Fit,
@@ -41,7 +41,8 @@ Parts = Mapping[str, Sequence[Row[PromptRow]]]
 class DataSources:
     """Sources of a run. Without `preferences` there must be `prompts`; their answers are sampled and labelled later.
 
-    With `ratings`, the answers of `preferences` are read with their ratings too, and need not make pairs.
+    With `ratings`, the answers of `preferences` are read with their ratings too, and need not make pairs. With `critiques`, some
+    pairs must have critiques of both answers.
     """
 
     preferences: Sequence[Source] = ()
@@ -58,6 +59,7 @@ class DataSources:
     leakage: Literal["refuse", "drop", "allow"] = "refuse"
     compare: Compare = "answers"
     ratings: RatingScale | None = None
+    critiques: bool = False
 
 
 def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | None = None) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
         `rows`, how many were written by file; `read`, what every reader kept and dropped; `sentences`, the same in words.
 
     Raises:
-        UserError: a source holds nothing that can be used; the given test side leaks into the training side.
+        UserError: a source holds nothing that can be used; the given test side leaks into the training side; no pair has
+            critiques, where some are wanted.
     """
     reports: list[ReadReport] = []
 
@@ -119,6 +122,8 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     absent["pairs"] = absent["pairs"] or (sources.ratings is not None and not balanced)
     written = {name: rows for name, rows in written.items() if not absent.get(name)}
     count_kept(reports, written.values())
+    if sources.critiques:
+        _check_critiques(written.get("pairs", []))
     _write(folder, written, reports)
     return {
         "rows": {name: len(rows) for name, rows in written.items()},
@@ -329,6 +334,15 @@ def _write(folder: Path, written: Parts, reports: Sequence[ReadReport]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in written.items():
         write_jsonl(folder / f"{name}.jsonl", [row.values for row in rows])
+
+
+def _check_critiques(pairs: Sequence[Row[PromptRow]]) -> None:
+    """Refuse pairs of which none has critiques: nobody could learn from them how a critique is written."""
+    if not any(name in row.values for row in pairs for name in CRITIQUES):
+        raise UserError(
+            f"data.preferences: none of {len(pairs)} pairs has critiques, which reward.extra: critique learns to write; give some "
+            f"pairs the columns {' and '.join(CRITIQUES)}, texts that say what is good and bad about each answer."
+        )
 
 
 def _check_columns(pairs: Sequence[Row[PromptRow]]) -> None:

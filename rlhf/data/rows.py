@@ -13,6 +13,7 @@ PARTED = (
     "chosen and rejected part at turn {}, before the last; whole conversations are compared by data.compare: conversations "
     "(--compare conversations)"
 )
+CRITIQUES = ("critique_chosen", "critique_rejected")  # the columns with what is good and bad about each side
 TIE = 0.5  # the confidence of a pair whose answers were called equal
 
 
@@ -59,8 +60,9 @@ class Pair(Extras):
     `prompt` ends with the turn to be answered; `chosen` and `rejected` are one assistant message each, or, where whole
     conversations are compared, all turns from the one that answers the prompt to an assistant's last. The columns that follow
     stand only where a file, annotators or a vote gave them: `margin` in nats, `confidence` P(chosen is better) in [0, 1],
-    `weight` ≥ 0, `group` the ranking that a pair was made of, `rating_gap` in the source's own unit, `round` in which it was
-    labelled, and the mean and deviation of the rewards' differences over a vote's members (`strength_…`).
+    `weight` ≥ 0, `group` the ranking that a pair was made of, `rating_gap` in the source's own unit, `critique_…` what is good
+    and bad about each side, `round` in which it was labelled, and the mean and deviation of the rewards' differences over a
+    vote's members (`strength_…`).
     """
 
     prompt: Messages
@@ -71,6 +73,8 @@ class Pair(Extras):
     weight: NotRequired[float]
     group: NotRequired[str]
     rating_gap: NotRequired[float]
+    critique_chosen: NotRequired[str]
+    critique_rejected: NotRequired[str]
     round: NotRequired[int]
     strength_mean: NotRequired[float]
     strength_std: NotRequired[float]

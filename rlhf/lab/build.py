@@ -11,6 +11,7 @@ from rlhf.data.rows import Demonstration, Message, Messages, Pair, completion, g
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label, simulate_ratings
+from rlhf.lab.critiques import critique
 from rlhf.lab.instructions import write_prompts
 from rlhf.lab.world import (
     DANGEROUS,
@@ -37,8 +38,8 @@ Answers = Callable[[Sequence[str]], list[str]]  # prompts → an answer to each
 class LabSettings:
     """Sizes of a lab, and who labels its training pairs (as `simulate_label`); the worlds themselves have no options.
 
-    `demonstrations` and the sizes of the model are those of the world of lists, `answers`, to each prompt of the training pairs,
-    is of the world of instructions.
+    `demonstrations`, the sizes of the model and `critiques`, whether pairs have some, are those of the world of lists; `answers`,
+    to each prompt of the training pairs, is of the world of instructions.
     """
 
     demonstrations: int = 8000
@@ -50,6 +51,7 @@ class LabSettings:
     annotators: str = "crowd"
     flip_rate: float = 0.0
     critic_error_rate: float | None = None
+    critiques: bool = False
     seed: int = 0
 
 
@@ -88,13 +90,16 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
     # 4. Files.
     prompts_by_file = {"prompts": train, "test_prompts": test_prompts, "shift_prompts": shift_test}
     labels_by_file = {"preferences": labels, "test": test_labels, "shift_test": shift_labels}
-    data = _write_data(folder, prompts_by_file, labels_by_file, LISTS)
+    data = _write_data(folder, prompts_by_file, labels_by_file, LISTS, critiques=settings.critiques)
+    texts = [plain(row["prompt"]) + "\n" + completion(row) for row in demonstrations]
+    if settings.critiques:  # their words are words of the tokenizer too
+        texts += [critique(label.prompt, label.chosen) for label in labels]
     write_jsonl(data / "sft.jsonl", demonstrations)
     ratings = random.Random(f"{settings.seed} ratings")
     write_jsonl(data / RATED, [_rated(label, ratings) for label in labels])
     build_base(
         folder / "model",
-        (plain(row["prompt"]) + "\n" + completion(row) for row in demonstrations),
+        texts,
         architecture="llama",
         settings={
             "hidden_size": settings.hidden_size,
@@ -211,18 +216,24 @@ def _write_data(
     labels: dict[str, list[Label]],
     world: World,
     grouped: Collection[str] = (),
+    *,
+    critiques: bool = False,
 ) -> Path:
     """Write files of prompts and of labelled pairs, by their names; return the folder that they are in.
 
     Args:
         grouped: the files of pairs that have several pairs of the same answers.
+        critiques: whether pairs have critiques of both answers.
     """
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     for name, texts in prompts.items():
         write_jsonl(data / f"{name}.jsonl", [{"prompt": _user(text)} for text in texts])
     for name, rows in labels.items():
-        write_jsonl(data / f"{name}.jsonl", [_pair(label, world, grouped=name in grouped) for label in rows])
+        write_jsonl(
+            data / f"{name}.jsonl",
+            [_pair(label, world, grouped=name in grouped, critiques=critiques) for label in rows],
+        )
     return data
 
 
@@ -240,8 +251,8 @@ def _assistant(content: str) -> Messages:
     return [Message(role="assistant", content=content)]
 
 
-def _pair(label: Label, world: World, *, grouped: bool) -> Pair:
-    """Return a labelled pair as a row; with its `group`, where several pairs are of the same answers."""
+def _pair(label: Label, world: World, *, grouped: bool, critiques: bool) -> Pair:
+    """Return a labelled pair as a row; with its `group`, where several pairs are of the same answers, and with critiques."""
     pair: Pair = {
         "prompt": _user(label.prompt),
         "chosen": _assistant(label.chosen),
@@ -249,6 +260,10 @@ def _pair(label: Label, world: World, *, grouped: bool) -> Pair:
         "annotator": label.annotator,
         "source": "harmless" if world.is_dangerous(label.prompt) else "helpful",
     }
+    if critiques:
+        pair["critique_chosen"], pair["critique_rejected"] = (
+            critique(label.prompt, text) for text in (label.chosen, label.rejected)
+        )
     return {**pair, "group": group_key(pair["prompt"])} if grouped else pair
 
 

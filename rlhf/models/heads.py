@@ -93,7 +93,7 @@ def language_head(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     model: Any = load_policy(path, whole)
     if not reads_states(model):
         raise UserError(
-            f"{path}: the output layer of this architecture can't be read by itself; leave reward.extra: text out."
+            f"{path}: the output layer of this architecture can't be read by itself; leave reward.extra out."
         )
     setattr(model, model.base_model_prefix, nn.Module())
     frozen: PreTrainedModel = model.eval().requires_grad_(False)

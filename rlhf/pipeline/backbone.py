@@ -46,8 +46,10 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
         if may_be_encoder and encoder_type(name, revision) is not None:
             until = "reward"
         problems = list(_misfits(name, revision, config, until))
-        if recipe.reward.extra_kind == "text" and encoder_type(name, revision) is not None:
-            problems.append(f"{name} is an encoder, which writes no text; leave reward.extra: text out.")
+        if recipe.reward.extra_kind in ("text", "critique") and encoder_type(name, revision) is not None:
+            problems.append(
+                f"{name} is an encoder, which writes no text; leave reward.extra: {recipe.reward.extra} out."
+            )
         tokenizer = load_tokenizer(name, conversational=True, revision=revision)
         check_vocabulary(tokenizer, config, name=name, pads=True)
         if not problems:

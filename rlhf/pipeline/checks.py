@@ -17,6 +17,7 @@ from rlhf.data.sources import Source
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
 from rlhf.models.gguf import SUFFIX
+from rlhf.pipeline.launch import number_of_processes
 from rlhf.ppo.source_kinds import (
     FOLDER,
     is_function_in_a_file,
@@ -335,6 +336,8 @@ def _reward_problems(recipe: Recipe) -> Iterator[str]:
         yield f"reward.meta: MetaRM goes with the contrastive terms, and extra is {reward.extra}; leave one of them out."
     if reward.needs_ratings:
         yield from _rating_problems(recipe)
+    if reward.extra_kind == "critique":
+        yield from _critique_problems(recipe)
     yield from _meta_problems(reward)
 
 
@@ -363,6 +366,23 @@ def _gate_problems(reward: RewardSection) -> Iterator[str]:
         yield f"reward.attributes: {', '.join(nothing)} has weight 0; a gate reads the sign of each, so leave it out."
     if reward.members > 1:
         yield "reward.members: every member would have a gate of its own; leave members out, or take objective: regression."
+
+
+def _critique_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what a reward model that writes critiques can't do together with other keys."""
+    reward, lab = recipe.reward, recipe.lab
+    if reward.members > 1 or reward.experts is not None:
+        key = "members" if reward.members > 1 else "experts"
+        yield f"reward.{key}: critiques are written by one model, on which it goes on training; leave {key} out, or critique."
+    if reward.trl_settings().get("eval_strategy", "no") != "no":
+        yield "reward.eval_strategy: held-out answers have no critiques before the model has learnt to write them; leave it off."
+    if number_of_processes() > 1:
+        yield "reward.extra: critique: its critiques are written between two trainings, by one process; start one."
+    if recipe.data.preferences is None and (lab is None or not lab.critiques):
+        yield (
+            "reward.extra: critique: nobody gives critiques to learn from; set lab.critiques: true, or name pairs with "
+            "critique_chosen and critique_rejected under data.preferences."
+        )
 
 
 def _meta_problems(reward: RewardSection) -> Iterator[str]:

@@ -136,8 +136,12 @@ def _open_reward(folder: Path) -> Opened:
     """Open a reward model, checked on its probe.
 
     Raises:
-        UserError: it was trained on 4-bit weights, is several experts, or has a gate.
+        UserError: it was trained on 4-bit weights, is several experts, has a gate, or writes critiques.
     """
+    if reward_card(folder).get("critiques") is not None:
+        raise UserError(
+            f"{folder}: it writes critiques; whether a mean of such models still writes them is not known, so none is made."
+        )
     if reward_card(folder).get("load_in_4bit"):
         raise UserError(f"{folder}: trained on 4-bit weights; merging rounds them again and changes the scores.")
     if (folder / EXPERTS).is_file():

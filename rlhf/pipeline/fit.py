@@ -1,5 +1,7 @@
 """One reward model of a run: the rows that its objective counts, the model, and the trainer that fits it."""
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,19 +12,23 @@ from transformers import set_seed
 from trl import RewardConfig
 
 from rlhf.data.read import ReadReport, read_rows
-from rlhf.data.rows import SIDES, Messages, Pair, asked
+from rlhf.data.rows import CRITIQUES, SIDES, Messages, Pair, asked
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.heads import language_head
-from rlhf.models.load import load_tokenizer
+from rlhf.models.load import find_source, load_tokenizer
+from rlhf.models.save import load_weights
 from rlhf.models.score import position_limit
+from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.ends import refuse_unreadable_turns
 from rlhf.pipeline.sampling import SAMPLES
+from rlhf.pipeline.store import CHECKPOINTS, METRICS, free_checkpoints, is_whole, mark_checkpoint
 from rlhf.pipeline.trainers import (
     StageAttributeRewardTrainer,
     StageBottleneckRewardTrainer,
     StageContrastiveRewardTrainer,
+    StageCritiqueRewardTrainer,
     StageGatedRewardTrainer,
     StageLengthRewardTrainer,
     StageMetaRewardTrainer,
@@ -34,6 +40,7 @@ from rlhf.pipeline.training import (
     check_nothing_lost,
     checks_of,
     evaluation_rows,
+    save_trained,
     split_settings,
     train,
     training_arguments,
@@ -42,6 +49,7 @@ from rlhf.pipeline.vote import STRENGTH
 from rlhf.recipe.objectives import OBJECTIVES, resolve
 from rlhf.report.records import MANIFEST, read_record
 from rlhf.reward.bottleneck import CODE_LABELS
+from rlhf.reward.critiques import ENDED
 from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
 from rlhf.reward.length import HEADS
 from rlhf.reward.meta import group_samples
@@ -56,6 +64,7 @@ StageTrainer = (
     | StageTextRewardTrainer
     | StageLengthRewardTrainer
     | StageBottleneckRewardTrainer
+    | StageCritiqueRewardTrainer
     | StageMetaRewardTrainer
     | StageRankingRewardTrainer
     | StageAttributeRewardTrainer
@@ -88,9 +97,20 @@ def training_rows(context: StageContext) -> TrainingRows:
 
 
 def fit_reward_model(
-    context: StageContext, rows: Sequence[Any], folder: Path, label: str, seed: int, book: CheckBook
+    context: StageContext,
+    rows: Sequence[Any],
+    folder: Path,
+    label: str,
+    seed: int,
+    book: CheckBook,
+    *,
+    start: Path | None = None,
 ) -> StageTrainer:
-    """Train one reward model on some rows; head, order and dropout follow the seed, and what is checked goes into the book."""
+    """Train one reward model on some rows; head, order and dropout follow the seed, and what is checked goes into the book.
+
+    Args:
+        start: the folder of a model of the same shape, on whose weights it goes on; None: it starts from SFT, with a new head.
+    """
     recipe, section, sft = context.recipe, context.recipe.reward, context.sft_model
     objective = OBJECTIVES[section.objective]
     loss = objective.loss
@@ -140,16 +160,77 @@ def fit_reward_model(
                 trainer = StageTextRewardTrainer(model, args, language_head=texts, **weight, **arguments)
             case "length":
                 trainer = StageLengthRewardTrainer(model, args, **weight, **arguments)
+            case "critique":
+                # An adapter is saved without an output layer, so whoever loads it finds that of its base.
+                texts = language_head(find_source(sft).base if model_config.use_peft else sft, model_config)
+                trainer = StageCritiqueRewardTrainer(model, args, language_head=texts, **weight, **arguments)
             case _:
                 trainer = StageBottleneckRewardTrainer(model, args, **weight, **arguments)
 
     # 3. Training; of several labels one score is made.
+    if start is not None:
+        load_weights(trainer.model, start)
     train(trainer, folder, label=label, say=context.say)
     trainer.merge_head()
     if isinstance(trainer, StageGatedRewardTrainer) and trainer.fitted is not None and context.is_main:
         context.say(f"{label}: {trainer.fitted.sentence()}.")
     book.merge(checks_of(trainer))
     return trainer
+
+
+def fit_and_keep(
+    context: StageContext,
+    rows: Sequence[Any],
+    name: str,
+    label: str,
+    seed: int,
+    book: CheckBook,
+    *,
+    tag: Mapping[str, str] | None = None,
+) -> int:
+    """Train one of several models of a stage and keep it among the checkpoints; a whole one that lies there is not trained again.
+
+    Args:
+        name: of its folder there; the model lies in `kept_model(context, name)`.
+        tag: what its rows in the stage's metrics have beside; None: its metrics stay with it.
+
+    Returns:
+        how many pairs were too long; 0 where it was trained before this process began.
+    """
+    kept = kept_model(context, name)
+    folder, beside = kept.parent, kept.parent / "unfinished"
+    if is_whole(kept):
+        context.say(f"reward: {label} was trained before")
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = fit_reward_model(context, rows, folder, label, seed, book)
+    if context.is_main:
+        shutil.rmtree(beside, ignore_errors=True)
+    if save_trained(trainer, beside):
+        if tag is not None:
+            _append_metrics(context.folder / METRICS, folder / METRICS, tag)
+        mark_checkpoint(beside)
+        shutil.rmtree(kept, ignore_errors=True)
+        beside.replace(kept)
+        free_checkpoints(folder)
+    return trainer.dropped_too_long
+
+
+def kept_model(context: StageContext, name: str) -> Path:
+    """Return where `fit_and_keep` keeps a model."""
+    return context.folder / CHECKPOINTS / name / "model"
+
+
+def _append_metrics(metrics: Path, of_one: Path, tag: Mapping[str, str]) -> None:
+    """Append the metrics of one of several models to those of the stage, its steps counted on from the last one there."""
+    if not of_one.is_file():  # training may end before it logs
+        return
+    drop_torn_line(metrics)
+    earlier = read_jsonl(metrics) if metrics.is_file() else []
+    before = earlier[-1]["step"] if earlier else 0
+    rows = [row for row in read_jsonl(of_one) if "step" in row]
+    with metrics.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, "step": row["step"] + before, **tag}) + "\n" for row in rows)
 
 
 def trained_on(trainer: StageTrainer) -> dict[str, int]:
@@ -172,7 +253,12 @@ def _elements(context: StageContext, rows: Sequence[Any], label: str) -> list[An
     if loss.elements == "ratings":
         return [{name: row[name] for name in ("prompt", "completion", "attributes")} for row in rows]
     if loss.elements == "pairs":
-        return training_columns(prompt_balanced(rows) if section.group_weight == "prompt" else rows, loss.columns)
+        pairs = training_columns(prompt_balanced(rows) if section.group_weight == "prompt" else rows, loss.columns)
+        written = (*CRITIQUES, *ENDED) if section.extra_kind == "critique" else ()
+        return [
+            {**pair, **{name: row[name] for name in written if name in row}}
+            for pair, row in zip(pairs, rows, strict=True)
+        ]
     rankings = ranking_rows(rows, objective=section.objective)
     counts = Counter(len(ranking["responses"]) for ranking in rankings)
     if context.is_main:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,12 @@ def export_model(model: Path, out: Path) -> None:
     network: Any = reward.model
     network = merge_adapter(network) if isinstance(network, PeftModel) else network
     network.config.problem_type = "regression"
+    if card.get("critiques") is not None:
+        warnings.warn(
+            f"{out}: this model writes a critique before it gives its score. A server that reads a score in one forward (vLLM, "
+            "text-embeddings-inference) gives other numbers; take `rlhf serve`, and ask any server by `rlhf verify`.",
+            stacklevel=2,
+        )
     with _whole_or_nothing(out):
         save_model(network, reward.tokenizer, out)
         card["chat_template_sha256"] = template_digest(reward.tokenizer)

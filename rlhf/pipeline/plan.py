@@ -72,6 +72,8 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
     data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
     if recipe.reward.needs_ratings:
         data_settings["ratings"] = recipe.reward.ratings()
+    if recipe.reward.extra_kind == "critique":
+        data_settings["critiques"] = True
     data = add("data", "round-0/data", data_settings, **origins)
     if recipe.backbone.from_scratch is not None:
         origins = {"base": add("base", "round-0/base", backbone, data=data)}

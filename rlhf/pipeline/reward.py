@@ -1,6 +1,5 @@
 """The reward stage: a reward model, an ensemble, or experts, on the pairs as the vote corrected them."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,11 @@ from rlhf.invariants.checks import CheckBook
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import encoder_type, load_policy, load_tokenizer, score_head
 from rlhf.models.score import Scorer
-from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.context import StageContext
-from rlhf.pipeline.fit import fit_reward_model, trained_on, training_rows
+from rlhf.pipeline.critiques import critique_form, own_critiques
+from rlhf.pipeline.fit import fit_and_keep, fit_reward_model, kept_model, trained_on, training_rows
 from rlhf.pipeline.sampling import sampling_settings
-from rlhf.pipeline.store import CHECKPOINTS, MARK, METRICS, free_checkpoints, is_whole, mark_checkpoint
+from rlhf.pipeline.store import MARK
 from rlhf.pipeline.training import checks_of, save_trained, split_settings
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.reward.attributes import GatedRewardTrainer
@@ -61,6 +60,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     # 1. The pairs, corrected by the vote where there is one, or rated answers; then one model, one expert for each source of
     #    pairs, or members of an ensemble, which differ in head, order and dropout.
     rows, flipped = training_rows(context)
+    form = critique_form(recipe)
     domains = _domains(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None
     members = [context.folder / member_name(number) for number in range(recipe.reward.members)]
     facts: dict[str, Any]
@@ -76,8 +76,11 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         kind = "ratings" if recipe.reward.needs_ratings else "pairs"
         facts = {"dropped_too_long": dropped, "members": len(members), kind: len(rows) - dropped}
     else:
-        trainer = fit_reward_model(context, rows, context.folder, "reward", recipe.seed, book)
+        own = own_critiques(context, rows, book) if form is not None else None
+        rows, start = (rows, None) if own is None else (own.rows, own.start)
+        trainer = fit_reward_model(context, rows, context.folder, "reward", recipe.seed, book, start=start)
         facts = {"dropped_too_long": trainer.dropped_too_long, **trained_on(trainer)}
+        facts |= {} if own is None else {"critiques": own.counts}
         is_saved = save_trained(trainer, out)
         if isinstance(trainer, GatedRewardTrainer) and trainer.fitted is not None and is_saved:
             save_gated(out, trainer.fitted)
@@ -92,6 +95,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     if domains is not None:
         _combine(context, domains, samples, out)
     card = {"objective": recipe.reward.objective, "load_in_4bit": model_config.load_in_4bit}
+    card |= {} if form is None else {"critiques": form}
     models = [
         calibrate_reward_model(folder, samples=samples.answers, ended=samples.ended, facts=card, device=context.device)
         for folder in members
@@ -169,43 +173,14 @@ def _fit_each(
     Returns:
         how many pairs were too long for each; 0 where it was trained before this process began.
     """
-    dropped = [0] * len(parts)
+    dropped = []
     for number, (name, rows) in enumerate(parts.items()):
-        folder = context.folder / CHECKPOINTS / f"{kind}-{number}"
-        kept = folder / "model"
-        if is_whole(kept):
-            context.say(f"reward: {kind} {name} was trained before")
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
         seed = context.recipe.seed + (SEEDS_APART * number if kind == "member" else 0)
-        trainer = fit_reward_model(context, rows, folder, f"{kind} {name}", seed, book)
-        dropped[number] = trainer.dropped_too_long
-        beside = folder / "unfinished"
-        if context.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-        if save_trained(trainer, beside):
-            _append_metrics(context.folder / METRICS, folder / METRICS, {kind: name})
-            mark_checkpoint(beside)
-            shutil.rmtree(kept, ignore_errors=True)
-            beside.replace(kept)
-            free_checkpoints(folder)
+        dropped.append(fit_and_keep(context, rows, f"{kind}-{number}", f"{kind} {name}", seed, book, tag={kind: name}))
     if context.is_main:
         for number, place in enumerate(places):
-            source = context.folder / CHECKPOINTS / f"{kind}-{number}" / "model"
-            shutil.copytree(source, place, ignore=shutil.ignore_patterns(MARK))
+            shutil.copytree(kept_model(context, f"{kind}-{number}"), place, ignore=shutil.ignore_patterns(MARK))
     return dropped
-
-
-def _append_metrics(metrics: Path, of_one: Path, name: Mapping[str, str]) -> None:
-    """Append the metrics of one expert or member to those of the stage, its steps counted on from the last one there."""
-    if not of_one.is_file():  # training may end before it logs
-        return
-    drop_torn_line(metrics)
-    earlier = read_jsonl(metrics) if metrics.is_file() else []
-    before = earlier[-1]["step"] if earlier else 0
-    rows = [row for row in read_jsonl(of_one) if "step" in row]
-    with metrics.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**row, "step": row["step"] + before, **name}) + "\n" for row in rows)
 
 
 def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: Samples, out: Path) -> None:

@@ -104,7 +104,7 @@ def run_data(context: StageContext) -> dict[str, Any]:
         named |= {name: [Source(str(file))] for name, file in files.items() if not named[name] and file.is_file()}
     reward = context.recipe.reward
     ratings = RatingScale(**reward.ratings()) if reward.needs_ratings else None
-    sources = DataSources(**others, **named, ratings=ratings)
+    sources = DataSources(**others, **named, ratings=ratings, critiques=reward.extra_kind == "critique")
     fit = _tool_template(context.recipe, lab, context.find_parent("base"))
     facts = prepare_data(context.folder / "data", sources, seed=context.recipe.seed, fit=fit)
     for sentence in facts.pop("sentences"):

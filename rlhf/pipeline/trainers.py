@@ -28,6 +28,7 @@ from rlhf.ppo.trainer import PPOTrainer
 from rlhf.reward.attributes import AttributeRewardTrainer, GatedRewardTrainer
 from rlhf.reward.bottleneck import BottleneckRewardTrainer
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
+from rlhf.reward.critiques import CritiqueRewardTrainer
 from rlhf.reward.length import LengthRewardTrainer
 from rlhf.reward.meta import MetaRewardTrainer
 from rlhf.reward.rankings import RankingRewardTrainer
@@ -159,6 +160,10 @@ class StageLengthRewardTrainer(InStage, LengthRewardTrainer):
 
 class StageBottleneckRewardTrainer(InStage, BottleneckRewardTrainer):
     """`BottleneckRewardTrainer` in a stage."""
+
+
+class StageCritiqueRewardTrainer(InStage, CritiqueRewardTrainer):
+    """`CritiqueRewardTrainer` in a stage."""
 
 
 class StageMetaRewardTrainer(InStage, MetaRewardTrainer):

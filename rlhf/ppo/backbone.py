@@ -72,6 +72,8 @@ def sharing_obstacle(policy: PeftModel, folder: str, tokenizer: PreTrainedTokeni
     source = find_source(folder)
     if source.adapter is None:
         return "the reward model is a whole model, not an adapter"
+    if reward_card(folder).get("critiques") is not None:
+        return "it writes critiques, with a decoder of its own"
     weights = load_peft_weights(source.adapter, device="cpu")
     if any("lora_" not in name and name != HEAD for name in weights):
         return "its adapter holds more than LoRA weights and a head"

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.models.critiques import drop_output_layer
 from rlhf.models.load import score_head
 from rlhf.models.text import check_tokenizer
 from rlhf.ppo.backbone import add_to_backbone, sharing_obstacle
@@ -195,6 +196,7 @@ def _copy_of_reward_model(source: RewardSource, processing_class: PreTrainedToke
             "pass `critic=`."
         )
     critic = reward.copy_of_network()
+    drop_output_layer(critic)  # of a model that writes critiques
     if isinstance(critic, PeftModel):
         for name in set(critic.peft_config) - {POLICY_ADAPTER}:
             critic.delete_adapter(name)  # of experts, the critic starts from the first

@@ -220,7 +220,7 @@ class Extra:
     name: str
     summary: str
     paper: str
-    kind: Literal["contrastive", "text", "length", "bottleneck"]
+    kind: Literal["contrastive", "text", "length", "bottleneck", "critique"]
     symbol: str
     weight: float
 
@@ -242,6 +242,7 @@ EXTRAS: dict[str, Extra] = {
             1.0,
         ),
         Extra("bottleneck", "InfoRM: the score is read from a noisy code", "arXiv:2402.09345", "bottleneck", "β", 0.01),
+        Extra("critique", "CLoud: a critique is written, then scored", "arXiv:2408.11791", "critique", "λ", 1.25),
     )
 }
 # A type checker reads no values, so to it such a name is any string; pydantic accepts exactly the names above.

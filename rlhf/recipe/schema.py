@@ -48,6 +48,7 @@ class LabSection(Section):
     num_hidden_layers: int = Field(3, ge=1)
     annotators: Literal["crowd", "exact"] = "crowd"  # exact: the true reward decides every label
     flip_rate: float = Field(0.0, ge=0, lt=0.5)  # share of the annotators' labels that is flipped at random
+    critiques: bool = False  # every pair has truthful critiques of its answers
     critic_error_rate: float | None = Field(
         None, gt=0, le=0.5
     )  # of a critic that the crowd hears (recursive assistance)
@@ -59,9 +60,10 @@ class LabSection(Section):
 
     @model_serializer(mode="wrap")
     def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the values that this world has; that of lists, the first one, and no critic are not named, so that keys stay."""
+        """Return the values that this world has; what is as it always was is not named, so that its keys stay."""
         unused = {"demonstrations", "hidden_size", "num_hidden_layers"} if self.is_sampled else {"world", "answers"}
         unused |= {"critic_error_rate"} if self.critic_error_rate is None else set()
+        unused |= set() if self.critiques else {"critiques"}
         values: dict[str, Any] = handler(self)
         return {key: value for key, value in values.items() if key not in unused}
 
@@ -179,6 +181,10 @@ class RewardSection(StageSection):
     prototypes: int | None = Field(None, ge=2)
     dropout: float = Field(0.05, gt=0, lt=1)
 
+    # Critiques (`rlhf.reward.critiques`): the most tokens of one, and how many are written for a score, which is their mean.
+    critique_tokens: int = Field(64, ge=1)
+    critiques: int = Field(1, ge=1)
+
     # MetaRM (`rlhf.reward.meta`): on answers that the run samples, or on those of a file.
     meta: bool = False
     meta_samples: str | None = None
@@ -217,9 +223,10 @@ class RewardSection(StageSection):
 
     @model_serializer(mode="wrap")
     def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the values; those of ratings only where ratings are read, so that the keys of other runs stay."""
+        """Return the values; those of ratings and critiques only where there are some, so that the keys of other runs stay."""
         values: dict[str, Any] = handler(self)
-        unused = () if self.needs_ratings else ("attributes", "rating_scale")
+        unused = [] if self.needs_ratings else ["attributes", "rating_scale"]
+        unused += [] if self.extra_kind == "critique" else ["critique_tokens", "critiques"]
         return {key: value for key, value in values.items() if key not in unused}
 
     def denoise_config(self) -> dict[str, Any]:

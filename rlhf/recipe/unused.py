@@ -80,6 +80,12 @@ NEEDS = (
     ),
     Needs(
         "reward",
+        ("critique_tokens", "critiques"),
+        lambda v: v["extra"] is not None and EXTRAS[v["extra"]].kind == "critique",
+        "reward.extra is not critique",
+    ),
+    Needs(
+        "reward",
         ("meta_pool", "meta_responses", "meta_prompts", "meta_step", "meta_normalized"),
         lambda v: v["meta"],
         "reward.meta is not true",

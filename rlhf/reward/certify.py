@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,9 @@ from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.invariants.scores import score_tolerance
+from rlhf.models.critiques import CritiqueForm
 from rlhf.models.text import answer_text, encode, encode_answers
+from rlhf.reward.critique_model import CritiqueRewardModel
 from rlhf.reward.model import Network, RewardModel
 
 CERTIFICATE = "certificate.json"
@@ -64,6 +66,7 @@ class Certificate(TypedDict):
     `dtype` is that of the saved weights, `computed_in` that in which the scores were computed: float32, but for weights that
     can't be converted. `tolerance` says, for each dtype, how far the answers of a correct server that computes in it may lie from
     the scores, as a root mean square.
+    `critiques` says how a model that writes critiques is asked for them: `ids` and `text` are then what stands before.
     `left_out` names the golden texts that this model can't read, with the reason. A model that is not `conversational` reads
     the first turn and the last one as one text.
     """
@@ -75,6 +78,7 @@ class Certificate(TypedDict):
     versions: dict[str, str]
     left_out: dict[str, str]
     golden: list[Golden]
+    critiques: NotRequired[CritiqueForm]
 
 
 def certify(reward: RewardModel) -> Certificate:
@@ -128,7 +132,7 @@ def certify(reward: RewardModel) -> Certificate:
                 score=score,
             )
         )
-    return Certificate(
+    certificate = Certificate(
         conversational=reward.conversational,
         dtype=dtype,
         computed_in="float32" if exact else dtype,
@@ -137,6 +141,9 @@ def certify(reward: RewardModel) -> Certificate:
         left_out=left_out,
         golden=golden,
     )
+    if isinstance(reward, CritiqueRewardModel):
+        certificate["critiques"] = reward.form
+    return certificate
 
 
 def readable_texts(reward: RewardModel) -> tuple[list[GoldenText], dict[str, str]]:

@@ -271,8 +271,10 @@ def _flip_pairs(rows: list[Pair], flips: Tensor) -> list[Pair]:
 
 
 def flip_pair(row: Pair) -> Pair:
-    """Flip the label of a pair: its own margin changes sign with it, and its confidence is the other side's."""
+    """Flip the label of a pair: its margin changes sign, its confidence is the other side's, critiques go with their answers."""
     flipped: Pair = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    if "critique_chosen" in row and "critique_rejected" in row:
+        flipped["critique_chosen"], flipped["critique_rejected"] = row["critique_rejected"], row["critique_chosen"]
     if row.get("margin") is not None:
         flipped["margin"] = -row["margin"]
     if row.get("confidence") is not None:

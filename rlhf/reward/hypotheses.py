@@ -12,6 +12,7 @@ from rlhf.models.score import score_rows
 from rlhf.models.templates import affixes, closing, rendered
 from rlhf.models.text import encode, prompt_text
 from rlhf.reward.certify import Golden, computed_in, prompt_of
+from rlhf.reward.critique_model import CritiqueRewardModel
 from rlhf.reward.model import RewardModel
 from rlhf.reward.verify import Hypothesis
 
@@ -28,12 +29,16 @@ def suppose_faults(reward: RewardModel, golden: Sequence[Golden]) -> list[Hypoth
     """Score the golden texts as a server with each known fault would read them; the likelier faults first.
 
     A decoder that is read at an earlier token gives the score of the text up to there. Experts and ensembles are no single
-    network, and nothing is supposed of them.
+    network, and nothing is supposed of them; of a model that writes critiques, that none was written.
 
     Args:
         reward: the model that should be served.
         golden: texts that it reads correctly, with their ids.
     """
+    if isinstance(reward, CritiqueRewardModel):
+        with computed_in(reward.model, torch.float32):
+            scores = reward.score_at_end([text["ids"] for text in golden])
+        return [Hypothesis("critique_missing", "", scores.tolist())]
     if type(reward) is not RewardModel:
         return []
     readings = [*_ends(reward), *_begins(reward), *_renderings(reward), *_places(reward)]

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.invariants.checks import Check
 from rlhf.invariants.scores import alone_in_batch, as_rendered, score_tolerance
+from rlhf.models.critiques import CritiqueForm, load_writer
 from rlhf.models.load import computed_dtype, load_scorer, load_tokenizer
 from rlhf.models.open import expand, one_sentence, open_tokenizer
 from rlhf.models.save import save_model
@@ -23,6 +24,7 @@ from rlhf.models.templates import add_no_tokens, affixes, end_at_end_token, read
 from rlhf.models.text import check_vocabulary, plain
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.cloud import read_cloud
+from rlhf.reward.critique_model import CritiqueRewardModel
 from rlhf.reward.experts import EXPERTS, open_experts
 from rlhf.reward.gated import is_gated, open_gated
 from rlhf.reward.model import Network, RewardModel
@@ -36,6 +38,7 @@ __all__ = [
     "is_gated",
     "load_reward_model",
     "open_reward_model",
+    "read_reward_model",
     "reward_card",
     "save_reward_model",
 ]
@@ -68,7 +71,7 @@ class Card(TypedDict):
     """What `reward_model.json` says of the reward model beside it.
 
     `mean` and `std` are those of raw scores on SFT samples; `objective` and `load_in_4bit` stand there where the
-    pipeline trained it.
+    pipeline trained it; `critiques` says how it is asked for its critiques, where it writes any.
     """
 
     mean: float
@@ -77,6 +80,7 @@ class Card(TypedDict):
     probe: list[ProbeRow]
     objective: NotRequired[str]
     load_in_4bit: NotRequired[bool]
+    critiques: NotRequired[CritiqueForm]
 
 
 def save_reward_model(
@@ -94,7 +98,8 @@ def save_reward_model(
         model: the trained network, with or without an adapter.
         samples: prompts and answers of the SFT policy, which set the scale of the scores; the first eight are the probe.
         ended: whether each sample came to its end; None if all did.
-        facts: what else the card should say; `load_in_4bit` of a model on a 4-bit base must be there.
+        facts: what else the card should say; `load_in_4bit` of a model on a 4-bit base must be there, and `critiques` of one
+            that writes some.
     """
     save_model(model, tokenizer, folder)
     return calibrate_reward_model(folder, samples=samples, ended=ended, facts=facts)
@@ -120,7 +125,7 @@ def calibrate_reward_model(
     conversational = any(not isinstance(prompt, str) for prompt, _ in samples)
     if conversational:
         _write_plain_rendering(folder)
-    reward = _read(folder, conversational=conversational, load_in_4bit=bool(facts.get("load_in_4bit")), device=device)
+    reward = read_reward_model(folder, facts, conversational=conversational, device=device)
     prompts, responses = [prompt for prompt, _ in samples], [response for _, response in samples]
     scores = reward.score(prompts, responses, ended=ended)
     if not scores.isfinite().all():
@@ -167,8 +172,17 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256((template if isinstance(template, str) else json.dumps(template)).encode()).hexdigest()
 
 
-def _read(folder: Path, *, conversational: bool, load_in_4bit: bool, device: str | torch.device | None) -> RewardModel:
-    """Read a folder's network, which is one model, attributes under a gate, or experts on one base, onto its device."""
+def read_reward_model(
+    folder: Path, facts: Mapping[str, Any], *, conversational: bool, device: str | torch.device | None
+) -> RewardModel:
+    """Read a folder's network, which is one model, attributes under a gate, or experts on one base, onto its device.
+
+    Nothing is checked.
+
+    Args:
+        facts: of its card; `load_in_4bit` and `critiques` are read.
+    """
+    load_in_4bit, form = bool(facts.get("load_in_4bit")), facts.get("critiques")
     tokenizer = load_tokenizer(folder, conversational=conversational)
     if (folder / EXPERTS).is_file():
         experts = open_experts(folder, tokenizer, conversational=conversational, load_in_4bit=load_in_4bit)
@@ -178,10 +192,14 @@ def _read(folder: Path, *, conversational: bool, load_in_4bit: bool, device: str
         gated = open_gated(folder, tokenizer, conversational=conversational, load_in_4bit=load_in_4bit)
         gated.model = _place(gated.model, device, load_in_4bit=load_in_4bit)
         return gated
-    model = _place(load_scorer(folder, load_in_4bit=load_in_4bit), device, load_in_4bit=load_in_4bit)
+    model = load_scorer(folder, load_in_4bit=load_in_4bit)
+    writer = None if form is None else load_writer(folder, model)
+    model = _place(model, device, load_in_4bit=load_in_4bit)
     check_vocabulary(tokenizer, model.config, name=str(folder))
     with one_sentence(folder):
-        return RewardModel(model, tokenizer, conversational=conversational)
+        if form is None or writer is None:
+            return RewardModel(model, tokenizer, conversational=conversational)
+        return CritiqueRewardModel(model, tokenizer, writer=writer, form=form, conversational=conversational)
 
 
 def _place(model: Network, device: str | torch.device | None, *, load_in_4bit: bool) -> Network:
@@ -216,7 +234,7 @@ def _card_problem(card: object) -> str | None:
     if not (_is_number(card["mean"]) and _is_number(card["std"]) and card["std"] > 0):
         return "mean or std is no finite number, or std not above 0"
     types = {"prompt": str | list, "response": str}
-    rows = card["probe"] if isinstance(card["probe"], list) and card["probe"] else [None]
+    rows: list[Any] = card["probe"] if isinstance(card["probe"], list) and card["probe"] else [None]
     are_texts = all(isinstance(row, dict) and all(isinstance(row.get(x), y) for x, y in types.items()) for row in rows)
     if not are_texts or not all(_is_number(row.get("score")) for row in rows):
         return "its probe is no list of prompts, responses and scores"
@@ -247,8 +265,7 @@ def load_reward_model(
         tokenizer = load_tokenizer(folder, conversational=conversational)
         reward = RewardModel(network, tokenizer, conversational=conversational)
     else:
-        in_4_bit = bool(card.get("load_in_4bit"))
-        reward = _read(folder, conversational=conversational, load_in_4bit=in_4_bit, device=device)
+        reward = read_reward_model(folder, card, conversational=conversational, device=device)
     reward.mean, reward.std = float(card["mean"]), float(card["std"])
     reward.cloud = read_cloud(folder)
     with one_sentence(folder):

@@ -119,6 +119,10 @@ class RewardModel:
         """Return a copy of the network with one label, for a critic to start from."""
         return copy.deepcopy(self.model)
 
+    def rows_read(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return token rows up to where the head reads: of prompt and answer, as they are."""
+        return [list(row) for row in rows]
+
     @torch.no_grad()
     def features(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
@@ -131,7 +135,7 @@ class RewardModel:
         head = score_head(self.model)
         if head is None:
             raise UserError(NO_FEATURES)
-        rows = self.encode(prompts, responses, ended)
+        rows = self.rows_read(self.encode(prompts, responses, ended))
         read: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].detach()))
         device = next(self.model.parameters()).device

@@ -16,6 +16,7 @@ from rlhf.errors import UserError
 from rlhf.models.load import find_source
 from rlhf.models.open import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights, expand, one_sentence
 from rlhf.reward.certify import Certificate, Golden, prompt_of
+from rlhf.reward.plain_critiques import plain_critic
 from rlhf.reward.verify import Answers
 
 Kind = Literal["ours", "openrlhf", "vllm-classify", "vllm-pooling", "folder"]
@@ -305,6 +306,8 @@ def ask_folder(folder: str, certificate: Certificate) -> Iterator[Answers]:
         model = _plain_model(folder)
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        form = certificate.get("critiques")
+        critic = None if form is None else plain_critic(folder, tokenizer, form)
 
     def scores(rows: Sequence[Sequence[int]]) -> list[float]:
         batch = tokenizer.pad({"input_ids": [list(row) for row in rows]}, return_tensors="pt")
@@ -315,6 +318,7 @@ def ask_folder(folder: str, certificate: Certificate) -> Iterator[Answers]:
         return [float(x) for x in logits[:, 0].float()]
 
     def answers(form: str, asked: Sequence[int], rows: Sequence[Sequence[int]]) -> Answers:
+        rows = rows if critic is None else [critic(row) for row in rows]
         together = scores(rows) if tokenizer.pad_token_id is not None else None
         return Answers(
             form, asked, [scores([row])[0] if together is not None else _unpadded(row) for row in rows], together

@@ -12,6 +12,8 @@ FAULTS = {
     "softmax": 'Every text gets 1: a softmax over one label. Ask for raw scores (vLLM: "use_activation": false in the request, '
     "or problem_type: regression in the model's config.json).",
     "scaled": "The scores were scaled and shifted. Switch the server's normalisation off.",
+    "critique_missing": "The score is read at the end of the answer, and no critique was written before. A server with one forward "
+    "a text can't score with this model; serve it with `rlhf serve`.",
     "end_token_missing": "The end token is missing, or the score is read before it, as where the padding id is the end token. "
     "Send the text as the model's chat template writes it, and compare pad_token_id with eos_token_id in config.json.",
     "end_token_doubled": "The end token stands there twice. The chat template writes it already; let nothing add another.",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf import PPOConfig, PPOTrainer
 from rlhf.errors import UserError
@@ -22,7 +22,7 @@ from rlhf.pipeline.certificates import certify_model, verify_target
 from rlhf.pipeline.evaluate import evaluate_models
 from rlhf.pipeline.model_commands import export_model
 from rlhf.recipe.objectives import EXTRAS, OBJECTIVES
-from rlhf.reward.load import load_reward_model
+from rlhf.reward.load import CARD, load_reward_model
 from rlhf.serve.reward import reward_app
 from tests.command import Process, rlhf, wait_for
 from tests.conftest import PROMPTS, WORDS
@@ -37,6 +37,7 @@ reward: {{{member}, learning_rate: 1.0e-3, per_device_train_batch_size: 4, num_t
 ppo: {{max_completion_length: 16}}
 """
 ATTRIBUTES = ", attributes: {helpfulness: 1.0, verbosity: -0.5}"
+CRITIQUE = ", critique_tokens: 6"
 
 
 def members() -> dict[str, str]:
@@ -44,7 +45,7 @@ def members() -> dict[str, str]:
     by_loss = {(x.loss.function, x.needs.pairs): x for x in reversed(OBJECTIVES.values())}
     by_kind = {extra.kind: extra for extra in reversed(EXTRAS.values())}
     said = {x.name: f"objective: {x.name}" + (ATTRIBUTES if x.needs.ratings else "") for x in by_loss.values()}
-    return said | {x.name: f"extra: {x.name}" for x in by_kind.values()}
+    return said | {x.name: f"extra: {x.name}" + CRITIQUE * (x.kind == "critique") for x in by_kind.values()}
 
 
 def elements(member: str) -> str:
@@ -69,6 +70,11 @@ def rows(member: str) -> list[dict[str, Any]]:
             scores = [2, 1, i % 2]
             responses = [{"content": text, "score": score} for text, score in zip(texts, scores, strict=True)]
             made.append({"prompt": prompt, "responses": responses if elements(member) == "rankings" else responses[:2]})
+        if member == "critique":
+            words = {
+                f"critique_{side}": f"{word} {WORDS[i % 9]}" for side, word in (("chosen", "yes"), ("rejected", "no"))
+            }
+            made[-1] = {"prompt": prompt, "chosen": texts[0], "rejected": texts[1], **words}
     return made
 
 
@@ -86,8 +92,8 @@ def test_every_row_of_the_tables_is_a_member_or_trains_as_one() -> None:
     }
     assert {EXTRAS[name].kind for name in members() if name in EXTRAS} == {extra.kind for extra in EXTRAS.values()}
     assert list(members()) == [
-        "gated", "regression", "kwise", "plackett_luce", "bt", "bottleneck", "length", "text", "simcse"
-    ]  # fmt: skip
+        *("gated", "regression", "kwise", "plackett_luce", "bt", "critique", "bottleneck", "length", "text", "simcse")
+    ]
 
 
 @pytest.mark.parametrize("member", members())
@@ -99,11 +105,13 @@ def test_a_member_is_a_reward_model_like_any_other(
         write(tmp_path / name, base_folder, member)
     through = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path / "through")
     assert through.returncode == 0, through.stdout + through.stderr
-    process = Process(("reward", "r.yaml", "--out", "x"), tmp_path / "killed")
     stage = tmp_path / "killed/x/round-1/reward"
-    wait_for((stage / "checkpoints/checkpoint-3/complete.json").is_file, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    marks = ["checkpoint-3"] if member != "critique" else ["critic/model", "checkpoint-3"]
+    for mark in marks:
+        process = Process(("reward", "r.yaml", "--out", "x"), tmp_path / "killed")
+        wait_for((stage / "checkpoints" / mark / "complete.json").is_file, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not (stage / "manifest.json").exists(), "the kill came too late to mean anything"
     again = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path / "killed")
     assert again.returncode == 0, again.stderr
@@ -121,13 +129,30 @@ def test_a_member_is_a_reward_model_like_any_other(
         assert "rankings, by their answers: " in through.stdout + through.stderr
         assert facts["pairs"] > 2 * facts["rankings"]
 
-    # 3. One label in plain transformers, the same score; of attributes under a gate, what its files say they are.
+    # 3. One label in plain transformers, the same score; of attributes under a gate, what its files say they are; behind a
+    #    critique, where the folder's causal model writes one.
     plain: Any = AutoModelForSequenceClassification.from_pretrained(model).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     turns = [{"role": "user", "content": "list red"}, {"role": "assistant", "content": "blue cat"}]
     ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
     is_gated = member == "gated"
     assert plain.config.num_labels == (2 if is_gated else 1)
+    if member == "critique":
+        asked_for = json.loads((model / CARD).read_text())["critiques"]["request"]
+        texts = tokenizer.apply_chat_template(
+            [*turns, {"role": "user", "content": asked_for}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        writer: Any = AutoModelForCausalLM.from_pretrained(model).eval()
+        ids = writer.generate(
+            texts["input_ids"],
+            attention_mask=texts["attention_mask"],
+            do_sample=False,
+            max_new_tokens=6,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     reward = load_reward_model(model)
     expected = plain_scores(model, [turns[:1]], ["blue cat"]) if is_gated else plain(input_ids=ids).logits[0].tolist()
     assert expected == pytest.approx(reward.score([turns[:1]], ["blue cat"]).tolist(), abs=1e-5)

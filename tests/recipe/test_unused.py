@@ -97,6 +97,8 @@ DEPENDENT: dict[str, Any] = {
     "vllm_server_base_url": "http://x",
     "num_train_epochs": 2.0,
     "shaping_tokens": 4,
+    "critique_tokens": 9,
+    "critiques": 3,
 }
 # By dependent key, what makes it count; where nothing is listed, `reason` can't be taken away in a test of one section.
 MEANT: dict[str, dict[str, Any]] = {
@@ -120,6 +122,8 @@ MEANT: dict[str, dict[str, Any]] = {
     "vllm_server_base_url": {"use_vllm": True, "vllm_mode": "server"},
     "num_train_epochs": {},
     "shaping_tokens": {"shaping_coef": 1.0},
+    "critique_tokens": {"extra": "critique"},
+    "critiques": {"extra": "critique"},
 }
 
 

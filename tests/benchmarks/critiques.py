@@ -1,0 +1,241 @@
+"""What critiques are worth to a reward model in the lab: the same pairs with critiques, with those of other answers, without.
+
+python tests/benchmarks/critiques.py --out runs/critiques --json critiques.json
+
+One world of lists (two layers of 64), 1,500 pairs as the crowd labelled them; every part starts from the same SFT model.
+
+- `bt`: no critiques. `bt, 2 epochs`: as many steps as the others, whose model is trained twice.
+- `critique`: a first model learns the lab's truthful critiques beside the pair loss, writes one of every training answer, and goes
+  on with its own. `given`: that first model as it is, without the second training.
+- `shuffled`: the same, the given critiques dealt out anew over all answers. Whatever critiques tell of *this* answer is gone.
+- `oracle`: the model of `critique`, read behind the lab's own critiques of the held-out answers. No model could write better ones.
+
+Accuracy by the true reward on held-out pairs of the same writers (`held_out`) and about kinds that no annotator saw (`kinds`);
+`truthful`: share of the phrases of its critiques of held-out answers that are those of the lab; `endless`: share that never ended.
+Differences to `bt` are paired by seed (t over seeds: head, order, dropout, samples). Finished parts are kept in OUT.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import set_seed
+from trl import RewardConfig
+from worlds import Rows, decided, in_true_order, interval, reward_settings, world
+
+from rlhf import CritiqueRewardTrainer, PairRewardTrainer
+from rlhf.data.rows import CRITIQUES, SIDES, answer, asked
+from rlhf.models.critiques import REQUEST, critique_ids
+from rlhf.models.heads import language_head
+from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.pipeline.training import quiet_libraries
+from rlhf.reward.critique_model import CritiqueRewardModel
+from rlhf.reward.critiques import ENDED
+from rlhf.reward.model import RewardModel
+from rlhf.reward.trainer import training_columns
+
+SIZES = {"pairs": 1500, "test_pairs": 300, "demonstrations": 1500, "hidden_size": 64, "num_hidden_layers": 2}
+QUICK = {"pairs": 150, "test_pairs": 50, "demonstrations": 200, "hidden_size": 32, "num_hidden_layers": 1}
+TOKENS = 40
+PARTS = ("bt", "bt, 2 epochs", "given", "critique", "critique, mean of 4", "oracle", "shuffled")
+
+
+def settings(seed: int, epochs: int = 1) -> RewardConfig:
+    """The same for every part."""
+    return RewardConfig(
+        tempfile.mkdtemp(), **(reward_settings(3e-3, epochs) | {"per_device_train_batch_size": 16}), seed=seed, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+
+
+def without(base: Path, rows: Rows, seed: int, epochs: int) -> RewardModel:
+    """A reward model that writes nothing."""
+    set_seed(seed)
+    tokenizer = load_tokenizer(base, conversational=True)
+    model: Any = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
+    data = Dataset.from_list(training_columns(rows))
+    trainer = PairRewardTrainer(model, settings(seed, epochs), train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    return RewardModel(trainer.model.eval(), tokenizer, conversational=True)
+
+
+def critic(base: Path, rows: Rows, seed: int, start: CritiqueRewardModel | None = None) -> CritiqueRewardModel:
+    """A reward model trained on pairs with critiques, from SFT or from another one's weights."""
+    set_seed(seed)
+    tokenizer = load_tokenizer(base, conversational=True)
+    model: Any = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
+    data = Dataset.from_list(
+        [{name: row[name] for name in ("prompt", *SIDES, *CRITIQUES, *ENDED) if name in row} for row in rows]
+    )
+    head = language_head(base, model_settings({}))
+    trainer = CritiqueRewardTrainer(
+        model, settings(seed), language_head=head, train_dataset=data, processing_class=tokenizer
+    )
+    if start is not None:
+        trainer.model.load_state_dict(start.model.state_dict())
+    trainer.train()
+    form: Any = {"request": REQUEST, "tokens": TOKENS, "samples": 1}
+    return CritiqueRewardModel(
+        trainer.model.eval(), tokenizer, writer=trainer.writer.eval(), form=form, conversational=True
+    )
+
+
+def with_own(model: CritiqueRewardModel, rows: Rows) -> Rows:
+    """The same pairs with critiques that the model writes of their answers."""
+    found = []
+    for side, name, ended in zip(SIDES, CRITIQUES, ENDED, strict=True):
+        written = model.write(encoded(model, rows, side), sample=0)
+        found.append((name, model.tokenizer.batch_decode(written.rows, skip_special_tokens=True), ended, written.ended))
+    return [
+        {**row, **{name: texts[i] for name, texts, _, _ in found}, **{ended: flags[i] for _, _, ended, flags in found}}
+        for i, row in enumerate(rows)
+    ]
+
+
+def shuffled(rows: Rows, seed: int) -> Rows:
+    """The same pairs, their critiques dealt out anew over all answers."""
+    texts = [row[name] for row in rows for name in CRITIQUES]
+    random.Random(seed).shuffle(texts)
+    return [{**row, **dict(zip(CRITIQUES, texts[2 * i : 2 * i + 2], strict=True))} for i, row in enumerate(rows)]
+
+
+def encoded(model: RewardModel, rows: Rows, side: Any) -> list[list[int]]:
+    """Token rows of one side."""
+    return model.encode([asked(row, side) for row in rows], [answer(row, side) for row in rows], None)  # type: ignore[arg-type]
+
+
+def behind_given(model: CritiqueRewardModel, rows: Rows, side: Any) -> Tensor:
+    """Scores of one side behind the critiques that the rows have."""
+    texts = [row[f"critique_{side}"] for row in rows]
+    critiques = critique_ids(model.tokenizer, texts, [True] * len(texts))
+    read = [[*row, *model.request, *x] for row, x in zip(encoded(model, rows, side), critiques, strict=True)]
+    return model.score_at_end(read)
+
+
+def measured(sets: dict[str, Rows], score: Callable[[Rows, Any], Tensor]) -> dict[str, float]:
+    """Accuracy on every set, and milliseconds of a score."""
+    found: dict[str, float] = {}
+    begin, count = time.process_time(), 0
+    for name, rows in sets.items():
+        found[name] = (score(rows, "chosen") > score(rows, "rejected")).double().mean().item()
+        count += 2 * len(rows)
+    return found | {"milliseconds": 1000 * (time.process_time() - begin) / count}
+
+
+def of_model(model: RewardModel) -> Callable[[Rows, Any], Tensor]:
+    """Its scores of one side."""
+    return lambda rows, side: model.score_rows(encoded(model, rows, side))
+
+
+def truth(model: CritiqueRewardModel, rows: Rows) -> dict[str, float]:
+    """How many phrases of its critiques are those of the lab, and how many critiques never end."""
+    right, ended = [], []
+    for side, name in zip(SIDES, CRITIQUES, strict=True):
+        written = model.write(encoded(model, rows, side))
+        texts = model.tokenizer.batch_decode(written.rows, skip_special_tokens=True)
+        for text, row in zip(texts, rows, strict=True):
+            said, wanted = (set(x.strip(".").split(", ")) for x in (text, row[name]))
+            right.append(len(said & wanted) / len(wanted))
+        ended += written.ended
+    return {"truthful": statistics.fmean(right), "endless": 1 - statistics.fmean(ended)}
+
+
+def without_critiques(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
+    """Bradley-Terry, once and with as many steps as two trainings have."""
+    found: dict[str, dict[str, float]] = {}
+    for name, epochs in (("bt", 1), ("bt, 2 epochs", 2)):
+        begin = time.process_time()
+        plain = without(base, pairs, seed, epochs)
+        found[name] = {"seconds": time.process_time() - begin, **measured(sets, of_model(plain))}
+    return found
+
+
+def with_critiques(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
+    """Both trainings on the lab's critiques, and what is made of the last model."""
+    begin = time.process_time()
+    first = critic(base, pairs, seed)
+    found = {
+        "given": {
+            "seconds": time.process_time() - begin,
+            **measured(sets, of_model(first)),
+            **truth(first, sets["held_out"]),
+        }
+    }
+    begin = time.process_time()
+    last = critic(base, with_own(first, pairs), seed, start=first)
+    seconds = found["given"]["seconds"] + time.process_time() - begin
+    found["critique"] = {"seconds": seconds, **measured(sets, of_model(last)), **truth(last, sets["held_out"])}
+    found["oracle"] = {"seconds": seconds, **measured(sets, partial(behind_given, last))}
+    last.form = {**last.form, "samples": 4}
+    found["critique, mean of 4"] = {"seconds": seconds, **measured(sets, of_model(last))}
+    return found
+
+
+def with_shuffled(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
+    """Both trainings on critiques of other answers."""
+    begin = time.process_time()
+    first = critic(base, shuffled(pairs, seed), seed)
+    last = critic(base, with_own(first, pairs), seed, start=first)
+    seconds = time.process_time() - begin
+    return {"shuffled": {"seconds": seconds, **measured(sets, of_model(last)), **truth(last, sets["held_out"])}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/critiques"))
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything, to see whether it runs")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    base, pairs, test = world(arguments.out / "world", 0, **(QUICK if arguments.quick else SIZES), critiques="true")
+    shifted = (arguments.out / "world/round-0/lab/data/shift_test.jsonl").read_text().splitlines()
+    kinds = decided([json.loads(line) for line in shifted])
+    sets = {"held_out": in_true_order(test), "kinds": in_true_order(kinds)}
+    print({name: len(rows) for name, rows in sets.items()} | {"train": len(pairs)}, flush=True)
+
+    table: dict[str, list[dict[str, float]]] = {}
+    for seed in map(int, arguments.seeds.split(",")):
+        for part in (without_critiques, with_critiques, with_shuffled):
+            file = arguments.out / f"{part.__name__}-{seed}.json"
+            if not file.is_file():
+                file.write_text(json.dumps(part(base, pairs, sets, seed)))
+                print(seed, file.read_text(), flush=True)
+            for name, row in json.loads(file.read_text()).items():
+                table.setdefault(name, []).append(row)
+
+    arguments.json.write_text(json.dumps(table, indent=1))
+    print(
+        "| part | held out | kinds | held out − `bt` | kinds − `bt` | truthful | endless | s | ms |\n"
+        + "|---" * 9
+        + "|"
+    )
+    for name in PARTS:
+        rows = table[name]
+        mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+        gains = [
+            interval([100 * (row[key] - plain[key]) for row, plain in zip(rows, table["bt"], strict=True)])
+            for key in sets
+        ]
+        shown = ["" if name == "bt" else f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in gains]
+        of_critiques = [f"{mean[key]:.2f}" if key in mean else "" for key in ("truthful", "endless")]
+        print(
+            f"| {name} | {mean['held_out']:.3f} | {mean['kinds']:.3f} | {' | '.join([*shown, *of_critiques])} | "
+            f"{mean['seconds']:.0f} | {mean['milliseconds']:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
