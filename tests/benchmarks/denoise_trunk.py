@@ -1,6 +1,7 @@
 """What else is done with noisy labels, and how many clean ones they are worth: leaving out, EM, peer review, few clean labels.
 
 python tests/benchmarks/denoise_trunk.py --json denoise_trunk.json --seeds 3,4,5,6,7
+python tests/benchmarks/denoise_trunk.py --json linear.json --seeds 10,11,12,13,14,15,16,17,18,19 --linear
 python tests/benchmarks/denoise_trunk.py --json quick.json --seeds 0 --quick
 
 The scenes are those of `second_look.py`: 2,000 pairs a seed, a quarter of them flipped at random; voters and models are members
@@ -17,6 +18,9 @@ pairs; each is trained for 4, 8 and 16 epochs, and the best of the three on thes
 is rather too good. `efficiency` is (posterior - bt) / (clean_1500 - bt), without an interval, as the divisor may be 0. Intervals
 are bootstraps over seeds and test pairs of paired differences. Finished parts are kept beside FILE, in second_look.py's names,
 so that either goes on with the other's.
+
+`--linear` asks the same of linear models on the planted features of `second_look.py --linear`, but for
+`peer` and for few clean labels, whose shares are those of a quarter of wrong labels.
 """
 
 import argparse
@@ -24,17 +28,19 @@ import json
 import os
 import random
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from denoise import paired, percentiles
-from second_look import EPOCHS, FOLDS, LEARNING_RATE, MEMBERS, TEST, Scene, scene, voted
+from second_look import EPOCHS, FOLDS, LEARNING_RATE, MEMBERS, TEST, TRAIN, Scene, scene, voted
 from torch import Tensor
 from transformers import get_scheduler, set_seed
-from worlds import reward_settings
+from worlds import Rows, fitted_line, planted_line, reward_settings
 
+from rlhf.data.rows import user_turn
 from rlhf.models.packing import GroupedByLength
 from rlhf.models.text import plain
 from rlhf.objectives.pairwise import pair_loss
@@ -51,14 +57,36 @@ CLEAN = {f"clean_{count}_{epochs}": (share, epochs) for count, share in KNOWN.it
 WAYS = ("bt", "clean", "posterior", "drop", "drop_rate", "peer", *CLEAN, "em")
 
 
-def posterior_of_votes(here: Scene, strength: Tensor) -> tuple[Tensor, float]:
+class Lines(NamedTuple):
+    """What a way needs of a scene, where models are linear on planted features: 2,000 pairs, and test pairs behind them."""
+
+    rows: Rows
+    wrong: Tensor
+    labelled: Tensor
+    seed: int
+
+    def trained(self, pairs: list[int], confidence: Tensor, judged: list[int], seed: int, **loss: Any) -> Tensor:
+        """As `Scene.trained`; training has no chance in it."""
+        line = fitted_line(self.labelled[pairs], partial(pair_loss, confidence=confidence[pairs].double(), **loss))
+        return (self.labelled[judged] @ line).float()
+
+
+def lines(seed: int) -> Lines:
+    """A seed's planted world."""
+    right, wrong = planted_line(seed, TRAIN + TEST)
+    wrong[TRAIN:] = False
+    rows = [{"prompt": user_turn(str(i))} for i in range(TRAIN)]
+    return Lines(rows, wrong[:TRAIN], torch.where(wrong[:, None], -right, right), seed)
+
+
+def posterior_of_votes(here: Scene | Lines, strength: Tensor) -> tuple[Tensor, float]:
     """P(label is right) of every pair, [n], and the estimated share of wrong labels; 1 and 0 where votes prove no wrong label."""
     noise = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows])
     none = torch.zeros(len(here.rows))
     return (beliefs(strength, noise, none) if noise.fitted > 0 else none + 1), noise.fitted
 
 
-def voted_again(here: Scene, right: Tensor) -> Tensor:
+def voted_again(here: Scene | Lines, right: Tensor) -> Tensor:
     """The mean vote, [n] nats, of members that are trained on posterior labels of the other folds."""
     prompts = [row["prompt"] for row in here.rows]
     plan = plan_vote(prompts, members=MEMBERS, folds=FOLDS, in_sample=False, seed=here.seed)
@@ -102,14 +130,14 @@ def peers(here: Scene, flip_rate: float, judged: list[int]) -> Tensor:
     return members[0].differences(here.features, judged)
 
 
-def with_few_clean(here: Scene, share: float, epochs: int, judged: list[int]) -> Tensor:
+def with_few_clean(here: Scene | Lines, share: float, epochs: int, judged: list[int]) -> Tensor:
     """Differences, on some pairs, of a model that knows a share of the true labels and nothing else."""
     n = len(here.rows)
     known = random.Random(here.seed).sample(range(n), round(share * n))
     return here.trained(known * (epochs // EPOCHS), 1.0 - here.wrong.float(), judged, 100 * here.seed)
 
 
-def trained_by(here: Scene, way: str, strength: Tensor, judged: list[int]) -> tuple[Tensor, dict[str, Any]]:
+def trained_by(here: Scene | Lines, way: str, strength: Tensor, judged: list[int]) -> tuple[Tensor, dict[str, Any]]:
     """Differences on some pairs of a model that is trained in one of the ways, and what it found."""
     n = len(here.rows)
     everything, labels = list(range(n)), torch.ones(n)
@@ -118,6 +146,7 @@ def trained_by(here: Scene, way: str, strength: Tensor, judged: list[int]) -> tu
     if way in CLEAN:
         return with_few_clean(here, *CLEAN[way], judged), facts
     if way == "peer":
+        assert isinstance(here, Scene), "lines have no batches"
         return peers(here, flip_rate, judged), facts
     if way.startswith("drop"):
         dropped = lowest_fraction(strength, 0.1 if way == "drop" else flip_rate)
@@ -133,12 +162,12 @@ def trained_by(here: Scene, way: str, strength: Tensor, judged: list[int]) -> tu
     return here.trained(everything, labels, judged, 100 * here.seed), facts
 
 
-def measured(folder: Path, seed: int, ways: list[str], *, quick: bool) -> dict[str, Any]:
+def measured(folder: Path, seed: int, ways: list[str], *, quick: bool, linear: bool) -> dict[str, Any]:
     """All ways on one seed, each kept on disk: which test pairs it gets right, and what it found."""
-    ending = "-quick" if quick else ""
+    ending = "-linear" if linear else "-quick" if quick else ""
     files = {way: folder / f"{seed}-{way}{ending}.json" for way in ways}
     if not all(file.is_file() for file in files.values()):
-        here = scene(folder, seed, quick=quick)
+        here = lines(seed) if linear else scene(folder, seed, quick=quick)
         kept = folder / f"{seed}-vote{ending}.pt"
         if not kept.is_file():
             torch.save(voted(here), kept)
@@ -162,16 +191,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="3,4,5,6,7", help="of 0 to 7; 0, 1 and 2 were developed on")
     parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--linear", action="store_true", help="linear models on planted features; developed on 0 to 9")
     parser.add_argument("--quick", action="store_true", help="a tenth of the pairs, the first seed")
     arguments = parser.parse_args()
     quiet_libraries()
     seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
     ways = list(dict.fromkeys(["bt", "clean", "posterior", *arguments.ways.split(",")]))
+    if arguments.linear:
+        ways = [way for way in ways if not way.startswith(("peer", "clean_"))]
     folder = arguments.json.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
 
     # 1. Every way on every seed.
-    results = {(s, way): r for s in seeds for way, r in measured(folder, s, ways, quick=arguments.quick).items()}
+    results = {
+        (s, way): r
+        for s in seeds
+        for way, r in measured(folder, s, ways, quick=arguments.quick, linear=arguments.linear).items()
+    }
     table = {key: np.unpackbits(np.array(r["right"], np.uint8))[: r["n"]].astype(float) for key, r in results.items()}
 
     # 2. Means, and intervals of paired differences.

@@ -22,6 +22,7 @@ at. Finished parts are kept beside FILE, so a killed run goes on.
 `--crowd` takes the labels of the lab's own annotators in place of random flips: wrong on close pairs, and by tastes that they share.
 `--linear` asks the same of linear models on planted features, which train in no time: every seed draws how many features there
 are, how unequal, how much they can't express, and whether 10 % or 25 % of 2,000 labels are wrong; voters' features are known.
+With `--crowd` their labels are wrong on close pairs and by a shared taste for one direction.
 """
 
 import argparse
@@ -235,9 +236,9 @@ def measured(folder: Path, seed: int, *, quick: bool, crowd: bool) -> dict[str, 
     return {way: json.loads(file.read_text()) for way, file in files.items()}
 
 
-def measured_linear(seed: int) -> dict[str, Any]:
+def measured_linear(seed: int, *, crowd: bool) -> dict[str, Any]:
     """As `measured`, of linear models on planted features."""
-    right, wrong = planted_line(seed, TRAIN + TEST)
+    right, wrong = planted_line(seed, TRAIN + TEST, crowd=crowd)
     labelled, test = torch.where(wrong[:TRAIN, None], -right[:TRAIN], right[:TRAIN]), right[TRAIN:]
     clusters = list(map(str, range(TRAIN)))
     plan = plan_vote(clusters, members=MEMBERS, folds=FOLDS, in_sample=False, seed=seed)
@@ -298,7 +299,7 @@ def main() -> None:
 
     # 1. Every way on every seed.
     results = {
-        seed: measured_linear(seed)
+        seed: measured_linear(seed, crowd=arguments.crowd)
         if arguments.linear
         else measured(folder, seed, quick=arguments.quick, crowd=arguments.crowd)
         for seed in seeds

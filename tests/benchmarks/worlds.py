@@ -80,22 +80,33 @@ class Line(NamedTuple):
 
     Attributes:
         right: [n, h] features of the better answer minus those of the other.
-        wrong: [n] whether the label contradicts the true reward, drawn at random.
+        wrong: [n] whether the label contradicts the true reward.
     """
 
     right: Tensor
     wrong: Tensor
 
 
-def planted_line(seed: int, pairs: int) -> Line:
-    """Draw how many features there are, how unequal, how much they can't express, and whether 10 % or 25 % of labels are wrong."""
+def planted_line(seed: int, pairs: int, *, crowd: bool = False) -> Line:
+    """Draw how many features there are, how unequal, how much they can't express, and whether 10 % or 25 % of labels are wrong.
+
+    Args:
+        crowd: labels are wrong on close pairs (Bradley-Terry in the true reward) and by a taste for one direction that all who
+            label share, as strong as half of the true reward; in place of random ones.
+    """
     rng = np.random.default_rng(seed)
     width, noise, rate = int(rng.choice([20, 60, 150])), rng.choice([0.0, 1.2]), rng.choice([0.1, 0.25])
     sizes = np.arange(1, width + 1) ** -rng.choice([0.0, 0.5, 1.0])
     features = rng.normal(size=(pairs, width)) * sizes / np.sqrt((sizes**2).mean())
     rewards = features @ rng.normal(size=width)
     rewards = 2 * rewards / rewards.std() + noise * rng.normal(size=len(rewards))
-    return Line(torch.tensor(features * np.sign(rewards)[:, None]), torch.tensor(rng.random(pairs) < rate))
+    right, wrong = torch.tensor(features * np.sign(rewards)[:, None]), torch.tensor(rng.random(pairs) < rate)
+    if crowd:
+        taste = features @ rng.normal(size=width)
+        liked = rewards + taste / taste.std()
+        first = rng.random(pairs) < 1 / (1 + np.exp(-liked))
+        wrong = torch.tensor(first != (rewards > 0))
+    return Line(right, wrong)
 
 
 def fitted_line(features: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
