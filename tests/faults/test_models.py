@@ -203,11 +203,11 @@ def test_a_healthy_folder_is_not(
 def test_an_export_that_nobody_could_read_is_not_left_behind(
     base_folder: Path, reward_folder: Path, place: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    """Two words of one id: such a tokenizer is read, but not once it was written again."""
+    """Two parts of merged words have one id: such a tokenizer is read, but not once it was written again, without one of them."""
     model = shutil.copytree(base_folder if kind == "policy" else reward_folder, place / "model")
     tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    words = tokenizer["model"]["vocab"]
-    words[tokenizer["model"]["merges"][-1][0]] = words["!"]
+    words, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    words[merges[0][0]] = words[merges[0][1]]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     require_refusal(call("export", place, capsys), says="out of vocabulary")
 
