@@ -121,6 +121,7 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "a tokenizer of another model": (other_words, "no embedding for"),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "model"),
     "text for a number of tokens": (lambda f: change(f / "tokenizer_config.json", model_max_length="x"), "no number of tokens"),
+    "half a character": (lambda f: change(f / "tokenizer_config.json", clean_up_tokenization_spaces="\ud83d"), "surrogates not allowed"),
     "less than no tokens": (lambda f: change(f / "tokenizer_config.json", model_max_length=-1), "no number of tokens"),
     "tokenizer cut off": (lambda f: cut(f / "tokenizer.json"), "model"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{oh"), "JSON"),
