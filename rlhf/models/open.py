@@ -118,6 +118,8 @@ def open_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             place, padding_side="right", revision=revision or "main", trust_remote_code=False, **arguments
         )
+        # Half a character is read, but can't be written again, which would be found out after training.
+        json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()
     if not (isinstance(tokenizer.model_max_length, int | float) and tokenizer.model_max_length >= 1):
         raise UserError(
             f"{name}: model_max_length in its tokenizer_config.json is {tokenizer.model_max_length!r:.40}, no number of tokens."

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,10 +247,8 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
     if recipe.sft.trl_settings().get("eval_strategy", "no") != "no":
         yield f"{document.place(('sft', 'eval_strategy'))}: sft.eval_strategy: demonstrations are not held out; leave it off."
     for stage in STAGE_SECTIONS:
-        settings = getattr(recipe, stage).trl_settings()
-        if settings.get("load_in_4bit") and not settings.get("use_peft"):
-            place = document.place((stage, "load_in_4bit"))
-            yield f"{place}: {stage}.load_in_4bit needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
+        for key, sentence in _stage_problems(getattr(recipe, stage).trl_settings()):
+            yield f"{document.place((stage, key))}: {stage}.{key} {sentence}"
     vote = recipe.vote
     if recipe.needs_vote and not vote.in_sample and vote.members < max(2, vote.folds):
         yield (
@@ -259,6 +257,20 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         )
     for path, sentence in unused_keys(recipe):
         yield f"{document.place(path)}: {sentence}"
+
+
+def _stage_problems(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield the key and the rest of the sentence where two of TRL's settings of a stage can't be together."""
+    if settings.get("load_in_4bit") and not settings.get("use_peft"):
+        yield "load_in_4bit", "needs use_peft: true beside it; 4-bit weights can't be trained themselves."
+    if settings.get("dataloader_prefetch_factor") is not None and not settings.get("dataloader_num_workers"):
+        yield (
+            "dataloader_prefetch_factor",
+            "says how far workers read ahead; set dataloader_num_workers too, or leave it out.",
+        )
+    padding = settings.get("pad_to_multiple_of")
+    if isinstance(padding, str) and padding != "auto":
+        yield "pad_to_multiple_of", f"is {padding!r}; it must be a number or auto."
 
 
 def _check_lab(recipe: Recipe, document: Document) -> Iterable[str]:

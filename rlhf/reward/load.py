@@ -233,12 +233,15 @@ def _card_problem(card: object) -> str | None:
         return f"no {', '.join(missing)}"
     if not (_is_number(card["mean"]) and _is_number(card["std"]) and card["std"] > 0):
         return "mean or std is no finite number, or std not above 0"
-    types = {"prompt": str | list, "response": str}
     rows: list[Any] = card["probe"] if isinstance(card["probe"], list) and card["probe"] else [None]
-    are_texts = all(isinstance(row, dict) and all(isinstance(row.get(x), y) for x, y in types.items()) for row in rows)
-    if not are_texts or not all(_is_number(row.get("score")) for row in rows):
+    if not all(isinstance(row, dict) and _is_scored_text(row) for row in rows):
         return "its probe is no list of prompts, responses and scores"
     return None
+
+
+def _is_scored_text(row: Mapping[str, object]) -> bool:
+    is_text = isinstance(row.get("prompt"), str | list) and isinstance(row.get("response"), str)
+    return is_text and _is_number(row.get("score"))
 
 
 def _is_number(value: object) -> bool:

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, model_settings
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
@@ -120,6 +121,7 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "a tokenizer of another model": (other_words, "no embedding for"),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "model"),
     "text for a number of tokens": (lambda f: change(f / "tokenizer_config.json", model_max_length="x"), "no number of tokens"),
+    "half a character": (lambda f: change(f / "tokenizer_config.json", clean_up_tokenization_spaces="\ud83d"), "surrogates not allowed"),
     "less than no tokens": (lambda f: change(f / "tokenizer_config.json", model_max_length=-1), "no number of tokens"),
     "tokenizer cut off": (lambda f: cut(f / "tokenizer.json"), "model"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{oh"), "JSON"),
@@ -199,17 +201,28 @@ def test_a_healthy_folder_is_not(
 
 
 @pytest.mark.fault("any folder, any verb")
-@pytest.mark.parametrize("kind", ["policy", "reward model"])
 def test_an_export_that_nobody_could_read_is_not_left_behind(
-    base_folder: Path, reward_folder: Path, place: Path, capsys: pytest.CaptureFixture[str], kind: str
+    base_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two words of one id: such a tokenizer is read, but not once it was written again."""
-    model = shutil.copytree(base_folder if kind == "policy" else reward_folder, place / "model")
+    """Two parts of merged words have one id: such a tokenizer is read, but not once it was written again, without one of them."""
+    model = shutil.copytree(base_folder, place / "model")
     tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    words = tokenizer["model"]["vocab"]
-    words[tokenizer["model"]["merges"][-1][0]] = words["!"]
+    words, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    words[merges[0][0]] = words[merges[0][1]]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     require_refusal(call("export", place, capsys), says="out of vocabulary")
+
+
+@pytest.mark.fault("any folder, any verb")
+def test_an_export_that_fails_at_its_end_leaves_nothing(
+    reward_folder: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("no golden scores")
+
+    shutil.copytree(reward_folder, place / "model")
+    monkeypatch.setattr("rlhf.pipeline.model_commands.certify", fail)
+    require_refusal(call("export", place, capsys), says="no golden scores")
 
 
 # ---- Adapters ----

@@ -87,6 +87,12 @@ def test_the_likelihood_of_flipped_labels(epsilon: float) -> None:
     assert d.grad[0].abs() < 1e-10, "Bradley-Terry has 1 here"
 
 
+@pytest.mark.parametrize("epsilon", [0.5, 0.7])
+def test_labels_that_say_nothing_or_the_opposite_have_no_likelihood(epsilon: float) -> None:
+    with pytest.raises(AssertionError, match="a flip rate in"):
+        pair_loss(D, ZERO, flip_rate=epsilon)
+
+
 def test_flipped_likelihood_has_its_minimum_at_the_truth() -> None:
     """Labels drawn by σ(d) and then flipped with ε: the expected loss is least at d; Bradley-Terry's is not."""
     truth, epsilon = 1.5, 0.2

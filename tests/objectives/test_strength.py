@@ -94,6 +94,12 @@ def test_the_posterior_is_bayes() -> None:
     torch.testing.assert_close(posterior_confidence(d, flip_rate=0.5, scale=a), truth), "a label that says nothing"
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.6])
+def test_a_rate_that_no_posterior_has(rate: float) -> None:
+    with pytest.raises(AssertionError, match="a flip rate in"):
+        posterior_confidence(torch.zeros(1), flip_rate=rate)
+
+
 def test_a_posterior_without_the_prior_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(strength: torch.Tensor, *, flip_rate: float, scale: float = 1.0) -> torch.Tensor:
         return torch.sigmoid(scale * strength)

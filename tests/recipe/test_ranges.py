@@ -89,6 +89,23 @@ def test_sizes_that_do_not_go_together_are_refused(sizes: str, sentence: str, tm
         load_recipe(tmp_path / "r.yaml")
 
 
+@pytest.mark.fault("numbers out of range", "mistakes in a recipe")
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ("dataloader_prefetch_factor: 2", "sft.dataloader_prefetch_factor says how far workers read ahead"),
+        ("pad_to_multiple_of: x", "sft.pad_to_multiple_of is 'x'; it must be a number or auto"),
+    ],
+)
+def test_what_trl_refuses_together_is_refused_by_check(settings: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"{MODEL}sft: {{{settings}}}\n")
+    with pytest.raises(UserError, match=sentence):
+        load_recipe(tmp_path / "r.yaml")
+    for well in ("dataloader_prefetch_factor: 2, dataloader_num_workers: 1", "pad_to_multiple_of: auto"):
+        (tmp_path / "r.yaml").write_text(f"{MODEL}sft: {{{well}}}\n")
+        load_recipe(tmp_path / "r.yaml")
+
+
 def bounded(field: FieldInfo) -> bool:
     return any(hasattr(limit, name) for limit in field.metadata for name in ("ge", "gt", "le", "lt"))
 
