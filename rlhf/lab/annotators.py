@@ -68,7 +68,7 @@ class Annotator:
         return rng.random() < probability
 
     def rating(self, part: float, answer: str, rng: random.Random, world: World = LISTS) -> int:
-        """Rate one part of an answer, in [0, 1], from 0 to 4: with the length that it is mistaken for, and noise.
+        """Draw a rating of one part of an answer, in [0, 1], from 0 to 4: with the length that is mistaken for it, and noise.
 
         The noise is logistic, as that of comparisons; the careless rate at random.
         """
@@ -135,6 +135,7 @@ def simulate_label(
     annotators: str,
     flip_rate: float,
     world: World = LISTS,
+    *,
     critic_error_rate: float | None = None,
 ) -> tuple[str, str]:
     """Simulate one label: which answer is better, and who says so, one of the crowd or the true reward itself.

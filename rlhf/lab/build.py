@@ -202,8 +202,10 @@ def _as_settings_say(labels: list[Label], settings: LabSettings, world: World) -
     rng = random.Random(settings.seed + 1)
     relabelled = []
     for label in labels:
-        who = (rng, settings.annotators, settings.flip_rate, world, settings.critic_error_rate)
-        better, name = simulate_label(label.prompt, label.chosen, label.rejected, *who)
+        who = (rng, settings.annotators, settings.flip_rate, world)
+        better, name = simulate_label(
+            label.prompt, label.chosen, label.rejected, *who, critic_error_rate=settings.critic_error_rate
+        )
         flipped = better == "second"
         chosen, rejected = (label.rejected, label.chosen) if flipped else (label.chosen, label.rejected)
         relabelled.append(Label(label.prompt, chosen, rejected, name, label.second_opinion_agrees != flipped))

@@ -367,10 +367,7 @@ def copy_adapter(folder: str, model: PeftModel) -> None:
 
 
 def load_scorer(path: str | Path, *, load_in_4bit: bool = False, labels: int = 1) -> PreTrainedModel | PeftModel:
-    """Load a trained reward model as it was saved, checkpoint or adapter, in evaluation mode and without gradients.
-
-    Args:
-        labels: of its head; several where a gate makes one score of them.
+    """Load a trained reward model of so many labels as it was saved, in evaluation mode and without gradients.
 
     Raises:
         UserError: another number of labels, an adapter without a trained head, a checkpoint without one.
@@ -395,10 +392,9 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False, labels: int = 1
         model = put_adapter(base, source.adapter)
         model.config.get_text_config().pad_token_id = open_tokenizer(path).pad_token_id
     else:
-        there_are = open_config(source.base).num_labels
-        if there_are != labels:
-            said = "one label" if labels == 1 else f"{labels} labels here"
-            raise UserError(f"{path}: a reward model has {said}, this one has {there_are}.")
+        wanted = "one label" if labels == 1 else f"{labels} labels here"
+        if (there_are := open_config(source.base).num_labels) != labels:
+            raise UserError(f"{path}: a reward model has {wanted}, this one has {there_are}.")
         model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
         if missing:
             raise UserError(f"{path}: no trained weights for {sorted(missing)}; this is not a trained reward model.")

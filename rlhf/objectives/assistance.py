@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def assisted_probability(own: Tensor, claims: Tensor, *, error_rate: float) -> Tensor:
+def assisted_probability(alone: Tensor, claims: Tensor, *, error_rate: float) -> Tensor:
     """Return P(an evaluator prefers the first answer) once a critic has spoken, [n].
 
         p' = σ( log(p / (1 - p)) + c log((1 - e) / e) )
@@ -19,7 +19,7 @@ def assisted_probability(own: Tensor, claims: Tensor, *, error_rate: float) -> T
     is to be trusted: 1 - e. Of e = 0 nobody could be talked out, so it is refused.
 
     Args:
-        own: [n] p in [0, 1], without the critic.
+        alone: [n] p in [0, 1], without the critic.
         claims: [n] c: 1 where the critic speaks for the first answer, -1 for the second, 0 where it says nothing.
         error_rate: e in (0, 1), the share of wrong claims that the evaluator reckons with.
 
@@ -27,10 +27,10 @@ def assisted_probability(own: Tensor, claims: Tensor, *, error_rate: float) -> T
     tensor([0.8000, 0.5000, 0.8000])
     """
     assert 0 < error_rate < 1, "an error rate between 0 and 1"
-    return torch.sigmoid(torch.logit(own) + claims * math.log((1 - error_rate) / error_rate))
+    return torch.sigmoid(torch.logit(alone) + claims * math.log((1 - error_rate) / error_rate))
 
 
-def assisted_accuracy(own: Tensor, *, error_rate: float, believed: float | None = None) -> Tensor:
+def assisted_accuracy(alone: Tensor, *, error_rate: float, believed: float | None = None) -> Tensor:
     """Return the share of right labels with a critic, [n], of evaluators who are right with probability r without one.
 
         a = (1 - e) σ(logit r + L) + e σ(logit r - L),    L = log((1 - ê) / ê)
@@ -43,7 +43,7 @@ def assisted_accuracy(own: Tensor, *, error_rate: float, believed: float | None 
     right more often than they are (arXiv:2605.27483).
 
     Args:
-        own: [n] r in [0, 1].
+        alone: [n] r in [0, 1].
         error_rate: e in [0, 1], the share of wrong claims, independent of the evaluator's errors.
         believed: ê in (0, 1), what the evaluator reckons with; e itself if it is not given.
 
@@ -52,6 +52,6 @@ def assisted_accuracy(own: Tensor, *, error_rate: float, believed: float | None 
     """
     reckoned = error_rate if believed is None else believed
     heard, misled = (
-        assisted_probability(own, torch.full_like(own, claim), error_rate=reckoned) for claim in (1.0, -1.0)
+        assisted_probability(alone, torch.full_like(alone, claim), error_rate=reckoned) for claim in (1.0, -1.0)
     )
     return (1 - error_rate) * heard + error_rate * misled

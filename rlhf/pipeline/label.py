@@ -160,8 +160,12 @@ def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verd
         lab = context.recipe.lab
         assert lab is not None, "the recipe's check wants a lab"
         rng, world = random.Random(context.recipe.seed * 1000 + context.round), WORLDS[lab.world]
-        who = (rng, lab.annotators, lab.flip_rate, world, lab.critic_error_rate)
-        return [Verdict(q.id, *simulate_label(plain(q.prompt), q.first, q.second, *who)) for q in questions]
+        settings = (rng, lab.annotators, lab.flip_rate, world)
+        critic = lab.critic_error_rate
+        return [
+            Verdict(q.id, *simulate_label(plain(q.prompt), q.first, q.second, *settings, critic_error_rate=critic))
+            for q in questions
+        ]
     if rounds.labels_from == "verdicts":
         return _verdicts_of_a_model(context, questions)
     book = LabelBook(context.run / BOOK)

@@ -15,14 +15,14 @@ import json
 import random
 import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
 from members import QUICK, SIZES, trained
-from worlds import Rows, differences, in_true_order, interval, world
+from worlds import Rows, decided, differences, in_true_order, interval, world
 
 from rlhf.data.rows import answer
 from rlhf.lab.annotators import CROWD, Critic
+from rlhf.lab.build import LabSettings, build_lab
 from rlhf.models.text import plain
 from rlhf.objectives.assistance import assisted_accuracy
 from rlhf.pipeline.training import quiet_libraries
@@ -38,6 +38,14 @@ CRITICS: dict[str, Critic | None] = {
     "wrong in 40 %, taken for wrong in 10 %": Critic(0.40, believed=0.10),
 }
 HARD = 0.2
+
+
+def unmade(out: Path, sizes: dict[str, int]) -> tuple[Path, Rows, Rows]:
+    """The world's pairs without an SFT model: of the lab stage alone."""
+    build_lab(out / "lab", LabSettings(**sizes))
+    files = [out / "lab/data" / f"{name}.jsonl" for name in ("preferences", "test")]
+    pairs, test = (decided([json.loads(line) for line in file.read_text().splitlines()]) for file in files)
+    return out / "lab/model", pairs, test
 
 
 def right_alone(rows: Rows) -> torch.Tensor:
@@ -62,12 +70,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/assistance"))
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--labels", action="store_true", help="no model is trained, and its columns mean nothing")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything, to see whether it runs")
     options = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    base, pairs, test = world(options.out / "world", 0, **(QUICK if options.quick else SIZES))
+    sizes = QUICK if options.quick else SIZES
+    base, pairs, test = unmade(options.out, sizes) if options.labels else world(options.out / "world", 0, **sizes)
     rows, test = in_true_order(pairs), in_true_order(test)
     alone = right_alone(rows)
     is_hard = torch.zeros(len(rows), dtype=torch.bool)
@@ -77,12 +87,14 @@ def main() -> None:
     table: dict[str, list[dict[str, float]]] = {}
     for seed in map(int, options.seeds.split(",")):
         for number, (name, critic) in enumerate(CRITICS.items()):
-            file = options.out / f"{number}-{seed}.json"
-            if not file.is_file():
+            file = options.out / f"{'labels' if options.labels else number}-{seed}.json"
+            if options.labels or not file.is_file():
                 labels = torch.tensor(labelled(rows, critic, seed))
                 named = [row if label else flip_pair(row) for row, label in zip(rows, labels.tolist(), strict=True)]  # type: ignore[type-var]
-                reward, _ = trained(base, named, seed)
-                file.write_text(json.dumps(figures(labels, is_hard, (differences(reward, test) > 0).double().mean())))
+                right = 0.0
+                if not options.labels:
+                    right = (differences(trained(base, named, seed)[0], test) > 0).double().mean().item()
+                file.write_text(json.dumps(figures(labels, is_hard, right)))
                 print(seed, name, file.read_text(), flush=True)
             table.setdefault(name, []).append(json.loads(file.read_text()))
 
@@ -106,12 +118,12 @@ def main() -> None:
         )  # fmt: skip
 
 
-def figures(labels: torch.Tensor, is_hard: torch.Tensor, model: Any) -> dict[str, float]:
+def figures(labels: torch.Tensor, is_hard: torch.Tensor, model: float) -> dict[str, float]:
     """What is kept of one training."""
     return {
         "all": labels.double().mean().item(),
         "hard": labels[is_hard].double().mean().item(),
-        "model": float(model),
+        "model": model,
     }
 
 

@@ -27,7 +27,9 @@ def test_the_engine_has_the_models_weights(layout: str, base_folder: Path, tmp_p
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     facts = json.loads((tmp_path / "out.json").read_text())
     print(facts)
-    assert facts["agreement"] >= 0.95  # at a temperature of 0.01 the second of two tokens within a few hundredths comes too
+    assert (
+        facts["agreement"] >= 0.95
+    )  # at a temperature of 0.01 the second of two tokens within a few hundredths comes too
     assert (facts["agreement_base"] < 0.9) == (layout == "lora")
     assert facts["again"]
     assert facts["drawn"] > 8
