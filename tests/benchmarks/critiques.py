@@ -4,7 +4,7 @@ python tests/benchmarks/critiques.py --out runs/critiques --json critiques.json
 
 One world of lists (two layers of 64), 1,500 pairs as the crowd labelled them; every part starts from the same SFT model.
 
-- `bt`: no critiques. `bt, 2 epochs`: as many steps as the others, whose model is trained twice.
+- `bt`: no critiques. `bt, twice as long`: as many steps as the others, whose model is trained twice.
 - `critique`: a first model learns the lab's truthful critiques beside the pair loss, writes one of every training answer, and goes
   on with its own. `given`: that first model as it is, without the second training.
 - `shuffled`: the same, the given critiques dealt out anew over all answers. Whatever critiques tell of *this* answer is gone.
@@ -47,10 +47,10 @@ from rlhf.reward.trainer import training_columns
 SIZES = {"pairs": 1500, "test_pairs": 300, "demonstrations": 1500, "hidden_size": 64, "num_hidden_layers": 2}
 QUICK = {"pairs": 150, "test_pairs": 50, "demonstrations": 200, "hidden_size": 32, "num_hidden_layers": 1}
 TOKENS = 40
-PARTS = ("bt", "bt, 2 epochs", "given", "critique", "critique, mean of 4", "oracle", "shuffled")
+PARTS = ("bt", "bt, twice as long", "given", "critique", "critique, mean of 4", "oracle", "shuffled")
 
 
-def settings(seed: int, epochs: int = 1) -> RewardConfig:
+def settings(seed: int, epochs: int) -> RewardConfig:
     """The same for every part."""
     return RewardConfig(
         tempfile.mkdtemp(), **(reward_settings(3e-3, epochs) | {"per_device_train_batch_size": 16}), seed=seed, use_cpu=True, bf16=False,
@@ -69,7 +69,9 @@ def without(base: Path, rows: Rows, seed: int, epochs: int) -> RewardModel:
     return RewardModel(trainer.model.eval(), tokenizer, conversational=True)
 
 
-def critic(base: Path, rows: Rows, seed: int, start: CritiqueRewardModel | None = None) -> CritiqueRewardModel:
+def critic(
+    base: Path, rows: Rows, seed: int, epochs: int, start: CritiqueRewardModel | None = None
+) -> CritiqueRewardModel:
     """A reward model trained on pairs with critiques, from SFT or from another one's weights."""
     set_seed(seed)
     tokenizer = load_tokenizer(base, conversational=True)
@@ -79,7 +81,7 @@ def critic(base: Path, rows: Rows, seed: int, start: CritiqueRewardModel | None 
     )
     head = language_head(base, model_settings({}))
     trainer = CritiqueRewardTrainer(
-        model, settings(seed), language_head=head, train_dataset=data, processing_class=tokenizer
+        model, settings(seed, epochs), language_head=head, train_dataset=data, processing_class=tokenizer
     )
     if start is not None:
         trainer.model.load_state_dict(start.model.state_dict())
@@ -150,20 +152,24 @@ def truth(model: CritiqueRewardModel, rows: Rows) -> dict[str, float]:
     return {"truthful": statistics.fmean(right), "endless": 1 - statistics.fmean(ended)}
 
 
-def without_critiques(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
+def without_critiques(
+    base: Path, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
+) -> dict[str, dict[str, float]]:
     """Bradley-Terry, once and with as many steps as two trainings have."""
     found: dict[str, dict[str, float]] = {}
-    for name, epochs in (("bt", 1), ("bt, 2 epochs", 2)):
+    for name, times in (("bt", 1), ("bt, twice as long", 2)):
         begin = time.process_time()
-        plain = without(base, pairs, seed, epochs)
+        plain = without(base, pairs, seed, times * epochs)
         found[name] = {"seconds": time.process_time() - begin, **measured(sets, of_model(plain))}
     return found
 
 
-def with_critiques(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
+def with_critiques(
+    base: Path, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
+) -> dict[str, dict[str, float]]:
     """Both trainings on the lab's critiques, and what is made of the last model."""
     begin = time.process_time()
-    first = critic(base, pairs, seed)
+    first = critic(base, pairs, seed, epochs)
     found = {
         "given": {
             "seconds": time.process_time() - begin,
@@ -172,7 +178,7 @@ def with_critiques(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) ->
         }
     }
     begin = time.process_time()
-    last = critic(base, with_own(first, pairs), seed, start=first)
+    last = critic(base, with_own(first, pairs), seed, epochs, start=first)
     seconds = found["given"]["seconds"] + time.process_time() - begin
     found["critique"] = {"seconds": seconds, **measured(sets, of_model(last)), **truth(last, sets["held_out"])}
     found["oracle"] = {"seconds": seconds, **measured(sets, partial(behind_given, last))}
@@ -181,11 +187,13 @@ def with_critiques(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) ->
     return found
 
 
-def with_shuffled(base: Path, pairs: Rows, sets: dict[str, Rows], seed: int) -> dict[str, dict[str, float]]:
+def with_shuffled(
+    base: Path, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
+) -> dict[str, dict[str, float]]:
     """Both trainings on critiques of other answers."""
     begin = time.process_time()
-    first = critic(base, shuffled(pairs, seed), seed)
-    last = critic(base, with_own(first, pairs), seed, start=first)
+    first = critic(base, shuffled(pairs, seed), seed, epochs)
+    last = critic(base, with_own(first, pairs), seed, epochs, start=first)
     seconds = time.process_time() - begin
     return {"shuffled": {"seconds": seconds, **measured(sets, of_model(last)), **truth(last, sets["held_out"])}}
 
@@ -195,6 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/critiques"))
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=1, help="of every training; OUT holds the parts of one number")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything, to see whether it runs")
     arguments = parser.parse_args()
     quiet_libraries()
@@ -211,7 +220,7 @@ def main() -> None:
         for part in (without_critiques, with_critiques, with_shuffled):
             file = arguments.out / f"{part.__name__}-{seed}.json"
             if not file.is_file():
-                file.write_text(json.dumps(part(base, pairs, sets, seed)))
+                file.write_text(json.dumps(part(base, pairs, sets, seed, arguments.epochs)))
                 print(seed, file.read_text(), flush=True)
             for name, row in json.loads(file.read_text()).items():
                 table.setdefault(name, []).append(row)
