@@ -69,7 +69,7 @@ class PPOConfig(BaseConfig):
         metadata={"help": "First rollouts that train the critic alone; no demonstration is drawn in them either."},
     )
     calibrate_values: bool = field(
-        default=True,
+        default=False,
         metadata={"help": "Make advantages of values on the line that takes them nearest to the rollout's returns."},
     )
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of demonstrations' loss (PPO-ptx); 0: none."})

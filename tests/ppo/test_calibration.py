@@ -50,7 +50,8 @@ def test_advantages_are_made_of_the_nearest_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Fitted by numpy on the plain sums of later rewards; the unit of the critic's values makes no difference."""
-    trainer, _ = make(base_folder, str(reward_folder), cpu_arguments, missing_eos_penalty=None)
+    settings = {"missing_eos_penalty": None, "calibrate_values": True}
+    trainer, _ = make(base_folder, str(reward_folder), cpu_arguments, **settings)
     container = trainer.accelerator.unwrap_model(trainer.model)
     container.value_std *= boldness
     seen = caught(trainer, monkeypatch)
@@ -70,7 +71,7 @@ def test_advantages_are_made_of_the_nearest_line(
 def test_without_it_values_are_the_critics(
     base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, _ = make(base_folder, str(reward_folder), cpu_arguments, calibrate_values=False)
+    trainer, _ = make(base_folder, str(reward_folder), cpu_arguments)
     seen = caught(trainer, monkeypatch)
     rollout = trainer.rollout(trainer.prompts_of(0))
     assert len(seen) == 1
