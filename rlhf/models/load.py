@@ -151,10 +151,7 @@ def _loading_arguments(
 ) -> dict[str, object]:
     """Return what `from_pretrained` takes beside the base."""
     dtype = config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
-    arguments: dict[str, object] = {
-        "dtype": dtype,
-        "attn_implementation": config.attn_implementation,
-    }
+    arguments: dict[str, object] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
     revision = config.model_revision if source.adapter is None else source.revision  # an adapter knows its base's
     if revision not in (None, "main"):
         arguments["revision"] = revision

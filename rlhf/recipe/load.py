@@ -247,7 +247,7 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
     if recipe.sft.trl_settings().get("eval_strategy", "no") != "no":
         yield f"{document.place(('sft', 'eval_strategy'))}: sft.eval_strategy: demonstrations are not held out; leave it off."
     for stage in STAGE_SECTIONS:
-        for key, sentence in _stage_problems(getattr(recipe, stage).trl_settings()):
+        for key, sentence in _stage_problems(stage, getattr(recipe, stage).trl_settings()):
             yield f"{document.place((stage, key))}: {stage}.{key} {sentence}"
     vote = recipe.vote
     if recipe.needs_vote and not vote.in_sample and vote.members < max(2, vote.folds):
@@ -259,14 +259,14 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
         yield f"{document.place(path)}: {sentence}"
 
 
-def _stage_problems(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _stage_problems(stage: str, settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Yield the key and the rest of the sentence where two of TRL's settings of a stage can't be together."""
     if settings.get("load_in_4bit") and not settings.get("use_peft"):
-        yield "load_in_4bit", "needs use_peft: true beside it; 4-bit weights can't be trained themselves."
+        yield "load_in_4bit", f"needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
     if settings.get("dataloader_prefetch_factor") is not None and not settings.get("dataloader_num_workers"):
         yield (
             "dataloader_prefetch_factor",
-            "says how far workers read ahead; set dataloader_num_workers too, or leave it out.",
+            f"needs {stage}.dataloader_num_workers: 1 or more, whose reading it is about.",
         )
     padding = settings.get("pad_to_multiple_of")
     if isinstance(padding, str) and padding != "auto":

@@ -93,7 +93,7 @@ def test_sizes_that_do_not_go_together_are_refused(sizes: str, sentence: str, tm
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ("dataloader_prefetch_factor: 2", "sft.dataloader_prefetch_factor says how far workers read ahead"),
+        ("dataloader_prefetch_factor: 2", "sft.dataloader_prefetch_factor needs sft.dataloader_num_workers"),
         ("pad_to_multiple_of: x", "sft.pad_to_multiple_of is 'x'; it must be a number or auto"),
     ],
 )
