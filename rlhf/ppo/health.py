@@ -68,7 +68,8 @@ CONCERNS = (
     ),
     Concern(
         "critic", ("explained_variance",), lambda first, now, n: n >= SETTLED and now["explained_variance"] < 0,
-        "the critic explains nothing (explained variance {explained_variance:.2f}): raise critic_learning_rate or critic_warmup, or set calibrate_values.",
+        "the critic explains nothing (explained variance {explained_variance:.2f}): raise critic_learning_rate or critic_warmup, "
+        "or set calibrate_values.",
     ),
     Concern(
         "reward tail", ("clipped_rewards",), lambda first, now, n: now["clipped_rewards"] > 0.2,
