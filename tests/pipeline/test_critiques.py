@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trl import RewardConfig
 
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.rows import CRITIQUES
@@ -176,7 +177,11 @@ def test_what_can_not_go_with_critiques_is_said(
     ):
         with pytest.raises(UserError, match=sentence):
             check_arguments(load_recipe(tmp_path / file, [override]))
+    made = RewardConfig(
+        str(tmp_path / "o"), use_cpu=True, bf16=False
+    )  # with two processes TRL would wait for the other
     with monkeypatch.context() as patch, pytest.raises(UserError, match="by one process; start one"):
+        patch.setattr("rlhf.pipeline.training.training_arguments", lambda *_: made)
         patch.setenv("WORLD_SIZE", "2")
         check_arguments(load_recipe(tmp_path / "r.yaml"))
     for override, sentence in (
