@@ -76,11 +76,11 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         kind = "ratings" if recipe.reward.needs_ratings else "pairs"
         facts = {"dropped_too_long": dropped, "members": len(members), kind: len(rows) - dropped}
     else:
-        own = own_critiques(context, rows, book) if form is not None else None
-        rows, start = (rows, None) if own is None else (own.rows, own.start)
+        critiques = own_critiques(context, rows, book) if form is not None else None
+        rows, start = (rows, None) if critiques is None else (critiques.rows, critiques.start)
         trainer = fit_reward_model(context, rows, context.folder, "reward", recipe.seed, book, start=start)
         facts = {"dropped_too_long": trainer.dropped_too_long, **trained_on(trainer)}
-        facts |= {} if own is None else {"critiques": own.counts}
+        facts |= {} if critiques is None else {"critiques": critiques.counts}
         is_saved = save_trained(trainer, out)
         if isinstance(trainer, GatedRewardTrainer) and trainer.fitted is not None and is_saved:
             save_gated(out, trainer.fitted)

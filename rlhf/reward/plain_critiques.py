@@ -29,8 +29,9 @@ def plain_critic(
         )
     path = Path(expand(folder))
     source = find_source(path)
-    arguments: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
-    model: Any = AutoModelForCausalLM.from_pretrained(source.base, **arguments)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source.base, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
     model = model if source.adapter is None else PeftModel.from_pretrained(model, str(path))
     model.eval()
     request, end = request_ids(tokenizer, form["request"]), tokenizer.eos_token_id

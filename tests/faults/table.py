@@ -17,9 +17,9 @@ What may go wrong, what is right then, and the tests that say so. A test is mark
 `tests/faults/test_table.py` compares the two. Everywhere: one sentence, exit 2 (bad input) or 1 (failed), nothing
 created, nothing lost, under a minute, no traceback; a server answers 4xx and stays up.
 
-`python -m tests.faults.storm` is no test: it kills runs at random moments until it has done so often enough. Nor are `fuzz` and
-`fuzz_files`, which send requests and damage files at random, and `mutants`, which damages our own code. What they found:
-[faults](../../recipes/results/faults.md).
+`python -m tests.faults.storm` is no test: it kills runs at random moments until it has done so often enough. Nor are
+`fuzz` and `fuzz_files`, which send requests and damage files at random, and `mutants`, which damages our own code. What
+they found: [faults](../../recipes/results/faults.md).
 
 """
 # Group → fault → what is right.

@@ -55,7 +55,7 @@ def test_all_mistakes_at_once_with_lines(tmp_path: Path) -> None:
         (GOOD + "sft:\n  use_peft: 1\n", "must be true or false"),
         (GOOD + "sft:\n  lr_scheduler_type: cosin\n", "did you mean 'cosine'"),
         (GOOD + "sft: {lora_r: 0}\n", "sft.lora_r is 0; it must be 1 or more"),
-        (GOOD + "sft: {load_in_4bit: true}\n", "needs use_peft: true beside it"),
+        (GOOD + "sft: {load_in_4bit: true}\n", "needs sft.use_peft"),
         (GOOD + "reward: {objective: btt}\n", "reward.objective"),
         (GOOD + "lab_size: 3\n", "unknown section"),
         (GOOD + "evaluate: {gold: file.txt}\n", "evaluate.gold"),
