@@ -96,7 +96,7 @@ def _written_recipe(file: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Refuse a recipe that names local files which are not there, or labels of which nobody can know what they mean.
+    """Refuse a recipe whose local files are not there, whose labels nobody can read, or whose engine is not installed.
 
     Raises:
         UserError: naming all of them.
@@ -112,6 +112,7 @@ def check_sources(recipe: Recipe) -> None:
         if problem is not None:
             problems.append(f"{key}: {problem}")
     problems += _judge_problems(recipe.rounds)
+    problems += _engine_problems(recipe)
     if problems:
         raise UserError(problems)
 
@@ -260,7 +261,6 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
         problems += error.problems
     if recipe.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
-    problems += _engine_problems(recipe)
     problems += _function_problems(recipe)
     problems += _reward_folder_problems(recipe)
     problems += _verdict_model_problems(recipe)

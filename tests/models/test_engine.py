@@ -17,7 +17,7 @@ from rlhf.models import engine, vllm_process
 from rlhf.models.engine import engine_answers
 from rlhf.models.generate import encode_prompts, end_token_ids, sample_texts
 from rlhf.models.load import load_policy, model_settings
-from rlhf.pipeline.checks import check_arguments
+from rlhf.pipeline.checks import check_sources
 from rlhf.pipeline.plan import plan
 from rlhf.recipe.load import load_recipe
 from tests.conftest import PROMPTS
@@ -184,7 +184,7 @@ def test_an_engine_that_fails(
 
 def test_what_is_refused_before_a_run(recipe_with: Callable[..., Any]) -> None:
     with pytest.raises(UserError) as error:
-        check_arguments(
+        check_sources(
             recipe_with("sampling.engine=vllm", "ppo.use_vllm=true", "ppo.use_peft=true", "ppo.load_in_4bit=true")
         )
     said = "\n".join(error.value.problems)
