@@ -18,6 +18,7 @@ from rlhf.models.save import save_model
 from rlhf.models.text import check_vocabulary
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
+from rlhf.reward.digests import scoring_digests
 from rlhf.reward.experts import EXPERTS
 from rlhf.reward.gated import is_gated
 from rlhf.reward.load import CARD, load_reward_model, open_reward_model, reward_card, template_digest
@@ -77,7 +78,7 @@ def export_model(model: Path, out: Path) -> None:
         )
     with _whole_or_nothing(out):
         save_model(network, reward.tokenizer, out)
-        card["chat_template_sha256"] = template_digest(reward.tokenizer)
+        card["chat_template_sha256"], card["files"] = template_digest(reward.tokenizer), scoring_digests(out)
         write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
         assert find_source(out).adapter is None, "a merged model has no adapter"
         write_certificate(out / CERTIFICATE, certify(load_reward_model(out)))

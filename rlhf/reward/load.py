@@ -25,6 +25,7 @@ from rlhf.models.text import check_vocabulary, plain
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.cloud import read_cloud
 from rlhf.reward.critique_model import CritiqueRewardModel
+from rlhf.reward.digests import changed_files, scoring_digests
 from rlhf.reward.experts import EXPERTS, open_experts
 from rlhf.reward.gated import is_gated, open_gated
 from rlhf.reward.model import Network, RewardModel
@@ -71,13 +72,15 @@ class Card(TypedDict):
     """What `reward_model.json` says of the reward model beside it.
 
     `mean` and `std` are those of raw scores on SFT samples; `objective` and `load_in_4bit` stand there where the
-    pipeline trained it; `critiques` says how it is asked for its critiques, where it writes any.
+    pipeline trained it; `critiques` says how it is asked for its critiques, where it writes any. `files` holds the sha256 of
+    weights and tokenizer; cards of earlier versions have none.
     """
 
     mean: float
     std: float
     chat_template_sha256: str
     probe: list[ProbeRow]
+    files: NotRequired[dict[str, str]]
     objective: NotRequired[str]
     load_in_4bit: NotRequired[bool]
     critiques: NotRequired[CritiqueForm]
@@ -143,6 +146,7 @@ def calibrate_reward_model(
         "std": reward.std,
         "chat_template_sha256": template_digest(reward.tokenizer),
         "probe": [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in probe],
+        "files": scoring_digests(folder),
         **facts,
     }
     (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -236,6 +240,9 @@ def _card_problem(card: object) -> str | None:
     rows: list[Any] = card["probe"] if isinstance(card["probe"], list) and card["probe"] else [None]
     if not all(isinstance(row, dict) and _is_scored_text(row) for row in rows):
         return "its probe is no list of prompts, responses and scores"
+    digests = card.get("files", {})
+    if not (isinstance(digests, dict) and all(isinstance(sha256, str) for sha256 in digests.values())):
+        return "its files are no names with digests"
     return None
 
 
@@ -281,7 +288,7 @@ def _check(reward: RewardModel, card: Card, folder: Path) -> None:
     """Compare a loaded reward model with its card.
 
     Raises:
-        UserError: another chat template, or other scores on the probe.
+        UserError: another chat template, other scores on the probe, or files that have changed since.
     """
     if template_digest(reward.tokenizer) != card["chat_template_sha256"]:
         raise UserError(
@@ -293,10 +300,21 @@ def _check(reward: RewardModel, card: Card, folder: Path) -> None:
     expected = torch.tensor([float(row["score"]) for row in card["probe"]])
     tolerance = score_tolerance(computed_dtype(reward.model))
     difference = (scores - expected).abs().max().item()
+    changed = ", ".join(changed_files(folder, card.get("files", {})))
     if not difference <= tolerance * max(1.0, card["std"]):
+        cause = (
+            f"{changed} changed since"
+            if changed
+            else "its base model or chat template is not the one it was trained with"
+        )
         raise UserError(
             f"{folder}: the reward model does not give the scores it was saved with (largest difference {difference:.3g}, "
-            f"allowed {tolerance:.3g}); its base model, tokenizer or chat template is not the one it was trained with."
+            f"allowed {tolerance:.3g}); {cause}. Copy it again."
+        )
+    if changed:
+        raise UserError(
+            f"{folder}: {changed} changed since the reward model was saved. The few texts on its card still have their scores, "
+            f'others may not; copy it again, or delete "files" from {CARD} if you changed it yourself.'
         )
 
 

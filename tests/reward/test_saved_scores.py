@@ -2,6 +2,7 @@
 precision. Other programs and other chat templates are in `test_parity.py`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf import build_reward_model, load_reward_model, save_reward_model
+from rlhf.errors import UserError
 from rlhf.models.generate import Completions
 from rlhf.models.load import computed_dtype, load_scorer, model_settings
 from rlhf.models.score import score_rows
@@ -116,3 +119,40 @@ def test_4_bit_is_stated(base_folder: Path, tokenizer: Any, tmp_path: Path) -> N
     difference = ((whole - expected).abs().max() / expected.std()).item()
     print(f"parity 4-bit base against its own full base: {difference:.1e} deviations")
     assert torch.corrcoef(torch.stack([whole, expected]))[0, 1] > 0.5
+
+
+@pytest.mark.fault("one score everywhere", "damage that no probe reads")
+@pytest.mark.parametrize("damage", ["weights", "tokenizer", "gone"])
+def test_damage_that_the_probe_does_not_read_is_refused(reward_folder: Path, tmp_path: Path, damage: str) -> None:
+    """The card's texts keep their scores, another text does not: only the digests of the files can tell."""
+    folder = Path(shutil.copytree(reward_folder, tmp_path / "model"))
+    whole, card = load_reward_model(folder), json.loads((folder / CARD).read_text(encoding="utf-8"))
+    probe = encode_answers(
+        whole.tokenizer, [row["prompt"] for row in card["probe"]], [row["response"] for row in card["probe"]]
+    )
+    read = {token for row in probe[0] for token in row}
+    unread = next(word for word in WORDS if not read & {*whole.tokenizer.encode(word, add_special_tokens=False)})
+    file = {"weights": "model.safetensors", "tokenizer": "tokenizer.json", "gone": "special_tokens_map.json"}[damage]
+    match damage:
+        case "weights":
+            tensors = load_file(folder / file)
+            tensors["model.embed_tokens.weight"][whole.tokenizer.convert_tokens_to_ids(unread)] = 0
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        case "tokenizer":
+            tokenizer = json.loads((folder / file).read_text(encoding="utf-8"))
+            words = tokenizer["model"]["vocab"]
+            other = next(w for w, token in words.items() if w != unread and token not in read)
+            words[unread], words[other] = words[other], words[unread]
+            (folder / file).write_text(json.dumps(tokenizer), encoding="utf-8")
+        case "gone":
+            card["files"][file] = "0" * 64
+            (folder / CARD).write_text(json.dumps(card), encoding="utf-8")
+
+    with pytest.raises(UserError, match=rf"{file} changed since the reward model was saved"):
+        load_reward_model(folder)
+
+    del card["files"]  # as in folders of earlier versions, where nothing but the probe is compared
+    (folder / CARD).write_text(json.dumps(card), encoding="utf-8")
+    damaged = load_reward_model(folder)
+    difference = (damaged.score(PROMPTS[:1], [unread]) - whole.score(PROMPTS[:1], [unread])).abs().item()
+    assert (difference > 1e-3) == (damage != "gone")
