@@ -62,6 +62,7 @@ FAULTS: dict[str, dict[str, str]] = {
         "markup in texts": "shown as text, never run",
     },
     "Attacks by model folders": {
+        "damage that no probe reads": "the card's digests name the file, whatever verb opens the model",
         "code in a folder": "never run, whatever standard input says",
         "weights not whole": "missing tensors, or those of another architecture, are named; nothing starts random",
         "any folder, any verb": "refused alike by `run`, `score`, `evaluate`, `export`, `certify`, `serve`",
