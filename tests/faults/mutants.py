@@ -36,7 +36,10 @@ ROOT = Path(__file__).parents[2]
 # Room → its files, and where its tests are; the doctests of the files are tests too.
 ROOMS = {
     "objectives": ("rlhf/objectives/*.py", ("tests/objectives",)),
-    "batches": ("rlhf/ppo/batches.py", ("tests/ppo/test_ppo.py", "tests/ppo/test_options.py")),
+    "batches": (
+        "rlhf/ppo/batches.py",
+        ("tests/ppo/test_batches.py", "tests/ppo/test_ppo.py", "tests/ppo/test_options.py"),
+    ),
     "trainer": (
         "rlhf/reward/trainer.py",
         ("tests/reward/test_trainer.py", "tests/reward/test_weights.py", "tests/models/test_packing.py"),
