@@ -42,7 +42,7 @@ ROOMS = {
     ),
     "trainer": (
         "rlhf/reward/trainer.py",
-        ("tests/reward/test_trainer.py", "tests/reward/test_weights.py", "tests/models/test_packing.py"),
+        ("tests/reward", "tests/models/test_packing.py", "tests/models/test_models.py"),
     ),
     "data": (
         "rlhf/data/*.py",
