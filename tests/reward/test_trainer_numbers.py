@@ -1,0 +1,114 @@
+"""What a reward trainer makes of a batch's scores, in numbers (losses, metrics, where an answer ends), and what it says first."""
+
+import math
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import tensor
+from trl import RewardConfig
+
+from rlhf.errors import UserError
+from rlhf.models.load import build_reward_model, model_settings
+from rlhf.objectives.pairwise import bradley_terry
+from rlhf.reward.trainer import PairRewardTrainer, Scored
+
+
+def losses(trainer: Any, chosen: list[float], rejected: list[float], **columns: Any) -> list[float]:
+    scored = Scored.plain(tensor([*chosen, *rejected]), torch.ones(2 * len(chosen), 3, dtype=torch.long), None)
+    result: list[float] = PairRewardTrainer.losses(trainer, scored, columns, {}).tolist()
+    return result
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.01, 0.5])
+def test_centring_adds_the_square_of_the_sum_of_a_pairs_scores(coefficient: float | None) -> None:
+    """InstructGPT's Bradley-Terry loss and, beside it, coefficient · (chosen + rejected)², for each pair by itself."""
+    args = SimpleNamespace(center_rewards_coefficient=coefficient)
+    trainer = SimpleNamespace(loss_function=bradley_terry, flip_rate=0.0, args=args)
+    chosen, rejected = [2.0, -1.0, 0.5], [1.0, 0.0, -0.5]
+    expected = [
+        math.log1p(math.exp(b - a)) + (coefficient or 0.0) * (a + b) ** 2 for a, b in zip(chosen, rejected, strict=True)
+    ]
+    assert losses(trainer, chosen, rejected) == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_answer_ends_at_its_last_token_on_either_side_of_the_padding() -> None:
+    mask = tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
+    scored = Scored.plain(torch.zeros(4), mask, None)
+    assert scored.ends.tolist() == [2, 0, 3, 3]
+    assert scored.pairs.tolist() == [[0, 2], [1, 3]]
+    assert scored.tokens == 10
+
+
+def recorder(*, training: bool) -> Any:
+    return SimpleNamespace(
+        model=SimpleNamespace(training=training),
+        accelerator=SimpleNamespace(gather_for_metrics=lambda x: x),
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _total_train_tokens=0,
+        _evaluated_pairs=0,
+    )
+
+
+def test_a_tie_is_no_right_answer_and_tokens_add_up() -> None:
+    trainer = recorder(training=True)
+    for _ in range(2):
+        PairRewardTrainer._record(trainer, tensor([1.0, 2.0, 0.0]), tensor([1.0, 0.0, 3.0]), tensor([7, 5]))
+    metrics = trainer._metrics["train"]
+    assert metrics["accuracy"] == pytest.approx([1 / 3, 1 / 3]), "one entry a batch"
+    assert metrics["margin"] == pytest.approx([(0 + 2 - 3) / 3] * 2)
+    assert metrics["mean_reward"] == pytest.approx([7 / 6] * 2)
+    assert metrics["num_tokens"] == [24]
+
+
+def test_in_evaluation_every_pair_counts_the_same_whatever_the_last_batch_holds() -> None:
+    trainer = recorder(training=False)
+    for chosen, rejected in (([1.0, 2.0, 3.0], [0.0, 0.0, 5.0]), ([1.0], [4.0])):
+        PairRewardTrainer._record(trainer, tensor(chosen), tensor(rejected), tensor([9]))
+    metrics = trainer._metrics["eval"]
+    assert metrics["accuracy"] == pytest.approx([2 / 4])
+    assert metrics["margin"] == pytest.approx([(1 + 2 - 2 - 3) / 4])
+    assert metrics["num_tokens"] == [0], "tokens are those of training"
+    metrics.clear()  # as TRL does at a log: the next evaluation begins anew
+    PairRewardTrainer._record(trainer, tensor([1.0]), tensor([4.0]), tensor([9]))
+    assert (metrics["accuracy"], metrics["margin"]) == ([0.0], [-3.0])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "attention", "share", "said"),
+    [
+        (1, "sdpa", True, []),
+        (2, "sdpa", True, ["overfit after one epoch"]),
+        (1, "eager", True, ["answers don't share their prompt, so training is slower: attn_implementation is eager"]),
+        (1, "eager", False, []),
+    ],
+)
+def test_what_is_said_before_training(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], epochs: int, attention: str,
+    share: bool, said: list[str],
+) -> None:  # fmt: skip
+    model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    model.set_attn_implementation(attention)
+    args = RewardConfig(**{**cpu_arguments, "num_train_epochs": epochs})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PairRewardTrainer(
+            model, args, share_prompts=share, train_dataset=pairs.select(range(4)), processing_class=tokenizer
+        )
+    ours = [str(warning.message) for warning in caught if "epochs=" in str(warning.message) or "reward: " in str(warning.message)]  # fmt: skip
+    assert len(ours) == len(said)
+    assert all(sentence in warning for sentence, warning in zip(said, ours, strict=True))
+
+
+def test_a_value_out_of_its_range_is_refused_as_soon_as_the_trainer_is_made(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    data = pairs.add_column("weight", [1.0] * (len(pairs) - 1) + [-1.0])
+    with pytest.raises(UserError, match=f"row {len(pairs) - 1}, column 'weight': -1.0"):
+        PairRewardTrainer(model, RewardConfig(**cpu_arguments), train_dataset=data, processing_class=tokenizer)
