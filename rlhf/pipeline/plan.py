@@ -70,7 +70,7 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
             parents = dict(origins)
         origins["lab"] = add("lab", "round-0/lab", settings, **parents)
     data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
-    if recipe.reward.needs_ratings:
+    if recipe.reward.reads_ratings:
         data_settings["ratings"] = recipe.reward.ratings()
     if recipe.reward.extra_kind == "critique":
         data_settings["critiques"] = True

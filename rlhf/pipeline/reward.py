@@ -20,6 +20,7 @@ from rlhf.models.load import encoder_type, load_policy, load_tokenizer, score_he
 from rlhf.models.score import Scorer
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.critiques import critique_form, own_critiques
+from rlhf.pipeline.first import first_on_ratings
 from rlhf.pipeline.fit import fit_and_keep, fit_reward_model, kept_model, trained_on, training_rows
 from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.store import MARK
@@ -78,9 +79,12 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     else:
         critiques = own_critiques(context, rows, book) if form is not None else None
         rows, start = (rows, None) if critiques is None else (critiques.rows, critiques.start)
+        first = first_on_ratings(context, book) if recipe.reward.ratings_first else None
+        start = start if first is None else first.start
         trainer = fit_reward_model(context, rows, context.folder, "reward", recipe.seed, book, start=start)
         facts = {"dropped_too_long": trainer.dropped_too_long, **trained_on(trainer)}
         facts |= {} if critiques is None else {"critiques": critiques.counts}
+        facts |= {} if first is None else {"ratings": first.ratings}
         is_saved = save_trained(trainer, out)
         if isinstance(trainer, GatedRewardTrainer) and trainer.fitted is not None and is_saved:
             save_gated(out, trainer.fitted)

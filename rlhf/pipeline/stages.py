@@ -101,17 +101,21 @@ def run_data(context: StageContext) -> dict[str, Any]:
         files = {name: lab / "data" / f"{name}.jsonl" for name in DATA_SOURCES}
         if context.recipe.reward.needs_ratings:
             files["preferences"] = lab / "data" / RATED
+        is_lab_rated = context.recipe.reward.ratings_first and not named["preferences"]
         named |= {name: [Source(str(file))] for name, file in files.items() if not named[name] and file.is_file()}
+        if is_lab_rated:
+            named["preferences"].append(Source(str(lab / "data" / RATED)))
     reward = context.recipe.reward
-    ratings = RatingScale(**reward.ratings()) if reward.needs_ratings else None
+    ratings = RatingScale(**reward.ratings()) if reward.reads_ratings else None
     sources = DataSources(**others, **named, ratings=ratings, critiques=reward.extra_kind == "critique")
     fit = _tool_template(context.recipe, lab, context.find_parent("base"))
     facts = prepare_data(context.folder / "data", sources, seed=context.recipe.seed, fit=fit)
     for sentence in facts.pop("sentences"):
         context.say(sentence)
-    if OBJECTIVES[reward.objective].needs.pairs and not facts["rows"].get("pairs"):
+    if (OBJECTIVES[reward.objective].needs.pairs or reward.ratings_first) and not facts["rows"].get("pairs"):
+        user = "reward.ratings_first goes on with" if reward.ratings_first else "a gate is fitted to"
         raise UserError(
-            "data.preferences: a gate is fitted to pairs, and no prompt has two answers of which one is better; add such rows, or "
+            f"data.preferences: {user} pairs, and no prompt has two answers of which one is better; add such rows, or "
             "take reward.objective: regression."
         )
     return facts

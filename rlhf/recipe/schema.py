@@ -171,6 +171,8 @@ class RewardSection(StageSection):
     group_weight: Literal["prompt"] | None = None  # every prompt counts the same, however many pairs it has
 
     # Attribute regression: the attributes that are rated with their weights in the score, and the ratings that there may be.
+    # `ratings_first`: a first model learns the ratings, and the objective, which is one of pairs, goes on from its weights.
+    ratings_first: bool = False
     attributes: dict[str, float] | None = Field(None, min_length=1)
     rating_scale: list[float] | None = Field(None, min_length=2, max_length=2)
 
@@ -212,6 +214,11 @@ class RewardSection(StageSection):
         return OBJECTIVES[self.objective].needs.ratings
 
     @property
+    def reads_ratings(self) -> bool:
+        """Tell whether ratings are read at all: by the objective, or by a first model."""
+        return self.needs_ratings or self.ratings_first
+
+    @property
     def attribute_weights(self) -> dict[str, float]:
         """Return the attributes that are rated, with their weights in the score; HelpSteer2's unless set here."""
         return dict(self.attributes or ATTRIBUTES)
@@ -225,7 +232,8 @@ class RewardSection(StageSection):
     def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the values; those of ratings and critiques only where there are some, so that the keys of other runs stay."""
         values: dict[str, Any] = handler(self)
-        unused = [] if self.needs_ratings else ["attributes", "rating_scale"]
+        unused = [] if self.reads_ratings else ["attributes", "rating_scale"]
+        unused += [] if self.ratings_first else ["ratings_first"]
         unused += [] if self.extra_kind == "critique" else ["critique_tokens", "critiques"]
         return {key: value for key, value in values.items() if key not in unused}
 

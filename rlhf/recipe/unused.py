@@ -94,8 +94,8 @@ NEEDS = (
     Needs(
         "reward",
         ("attributes", "rating_scale"),
-        _objective_is(*RATED),
-        f"reward.objective is none of {', '.join(RATED)}",
+        lambda v: v["objective"] in RATED or v.get("ratings_first", False),
+        f"reward.objective is none of {', '.join(RATED)}, and reward.ratings_first is not true",
     ),
     Needs("reward", ("expert_weights",), lambda v: v["experts"] is not None, "reward.experts is not set"),
     Needs("ppo", ("kl_horizon",), lambda v: v["kl_target"] is not None, "ppo.kl_target is not set"),
