@@ -17,8 +17,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from members import QUICK, SIZES, trained
-from worlds import Rows, decided, differences, in_true_order, interval, world
+from worlds import SMALL, SMALL_QUICK, Rows, decided, differences, fitted, in_true_order, interval, world
 
 from rlhf.data.rows import answer
 from rlhf.lab.annotators import CROWD, Critic
@@ -76,7 +75,7 @@ def main() -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    sizes = QUICK if options.quick else SIZES
+    sizes = SMALL_QUICK if options.quick else SMALL
     base, pairs, test = unmade(options.out, sizes) if options.labels else world(options.out / "world", 0, **sizes)
     rows, test = in_true_order(pairs), in_true_order(test)
     alone = right_alone(rows)
@@ -93,7 +92,8 @@ def main() -> None:
                 named = [row if label else flip_pair(row) for row, label in zip(rows, labels.tolist(), strict=True)]  # type: ignore[type-var]
                 right = 0.0
                 if not options.labels:
-                    right = (differences(trained(base, named, seed)[0], test) > 0).double().mean().item()
+                    reward = fitted(base, named, learning_rate=3e-3, epochs=1, seed=seed, batch_size=16)
+                    right = (differences(reward, test) > 0).double().mean().item()
                 file.write_text(json.dumps(figures(labels, is_hard, right)))
                 print(seed, name, file.read_text(), flush=True)
             table.setdefault(name, []).append(json.loads(file.read_text()))

@@ -21,13 +21,13 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
-from members import QUICK, SIZES, measured
+from members import measured
+from members_world import rated_answers
 from transformers import set_seed
 from trl import RewardConfig
-from worlds import Rows, decided, in_true_order, interval, reward_settings, world
+from worlds import SMALL, SMALL_QUICK, Rows, decided, in_true_order, interval, reward_settings, world
 
 from rlhf import AttributeRewardTrainer, PairRewardTrainer
-from rlhf.data.rows import assistant_turn
 from rlhf.lab.build import RATED
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.pipeline.training import quiet_libraries
@@ -43,20 +43,6 @@ def arguments(seed: int) -> RewardConfig:
         tempfile.mkdtemp(), **(reward_settings(3e-3, 2) | {"per_device_train_batch_size": 16}), seed=seed, use_cpu=True,
         bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
-
-
-def rated_answers(file: Path) -> Rows:
-    """Every rated answer by itself."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [
-        {
-            "prompt": row["prompt"],
-            "completion": assistant_turn(answer["content"]),
-            "attributes": answer["attributes"],
-        }
-        for row in rows
-        for answer in row["responses"]
-    ]
 
 
 def variants(base: Path, pairs: Rows, rated: Rows, seed: int) -> dict[str, RewardModel]:
@@ -102,8 +88,8 @@ def figures(name: str, reward: RewardModel, sets: dict[str, Rows]) -> dict[str, 
     """What a variant is worth; one with the same weights for all prompts has to be asked with that patch on."""
     if "one set" in name or "neither" in name:
         with patch("rlhf.reward.gated.prompt_features", lambda _, prompts: torch.zeros(len(prompts), 1)):
-            return measured(reward, sets)
-    return measured(reward, sets)
+            return measured(reward, sets, reward.tokenizer)
+    return measured(reward, sets, reward.tokenizer)
 
 
 def main() -> None:
@@ -116,7 +102,7 @@ def main() -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    base, pairs, test = world(options.out / "world", 0, **(QUICK if options.quick else SIZES))
+    base, pairs, test = world(options.out / "world", 0, **(SMALL_QUICK if options.quick else SMALL))
     lab = options.out / "world/round-0/lab/data"
     rated = rated_answers(lab / RATED)
     kinds = decided([json.loads(line) for line in (lab / "shift_test.jsonl").read_text().splitlines()])

@@ -30,6 +30,9 @@ from rlhf.reward.trainer import training_columns
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 FLIP_RATE = 0.25
+# A world that is made in half a minute, and one to see whether something runs.
+SMALL = {"pairs": 800, "test_pairs": 400, "demonstrations": 600, "hidden_size": 32, "num_hidden_layers": 2}
+SMALL_QUICK = {"pairs": 150, "test_pairs": 60, "demonstrations": 200, "hidden_size": 32, "num_hidden_layers": 1}
 Rows = list[dict[str, Any]]
 
 
@@ -141,7 +144,14 @@ def reward_settings(learning_rate: float, epochs: float) -> dict[str, Any]:
 
 
 def fitted(
-    base: Path, rows: Rows, *, learning_rate: float, epochs: float, seed: int, flip_rate: float = 0.0
+    base: Path,
+    rows: Rows,
+    *,
+    learning_rate: float,
+    epochs: float,
+    seed: int,
+    flip_rate: float = 0.0,
+    batch_size: int = 32,
 ) -> RewardModel:
     """A reward model trained on some rows."""
     set_seed(seed)
@@ -149,7 +159,7 @@ def fitted(
     model: Any = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
     args = RewardConfig(
         "unused",
-        **reward_settings(learning_rate, epochs),
+        **(reward_settings(learning_rate, epochs) | {"per_device_train_batch_size": batch_size}),
         seed=seed,
         use_cpu=True,
         bf16=False,
