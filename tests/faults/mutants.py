@@ -42,7 +42,15 @@ ROOMS = {
     ),
     "trainer": (
         "rlhf/reward/trainer.py",
-        ("tests/reward", "tests/models/test_packing.py", "tests/models/test_models.py"),
+        (
+            "tests/reward/test_trainer.py",
+            "tests/reward/test_trainer_numbers.py",
+            "tests/reward/test_weights.py",
+            "tests/reward/test_extras.py",
+            "tests/reward/test_rankings.py",
+            "tests/reward/test_contrastive.py",
+            "tests/models/test_packing.py",
+        ),
     ),
     "data": (
         "rlhf/data/*.py",
