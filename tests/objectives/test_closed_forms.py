@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.objectives.advantage import generalized_advantage, token_rewards
-from rlhf.objectives.kl import kl_k1, kl_k3
+from rlhf.objectives.kl import kl_k1, kl_k2, kl_k3
 from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
 from rlhf.objectives.pairwise import bradley_terry, pair_loss
 from rlhf.objectives.ppo import clipped_policy, clipped_share, clipped_value, explained_variance
@@ -249,6 +249,33 @@ def test_clipped_value() -> None:
     torch.testing.assert_close(
         clipped_value(value, torch.zeros(3), torch.ones(3), cliprange=None), 0.5 * (value - 1) ** 2
     )
+
+
+def test_the_value_clip_is_around_the_old_value() -> None:
+    """Moving values, old values and returns together changes nothing; a step within the clip is never cut."""
+    generator = torch.Generator().manual_seed(0)
+    value, old, returns = torch.randn(3, 200, generator=generator, dtype=torch.float64)
+    loss = clipped_value(value, old, returns, cliprange=0.2)
+    torch.testing.assert_close(clipped_value(value + 7, old + 7, returns + 7, cliprange=0.2), loss)
+    near = (value - old).abs() <= 0.2
+    torch.testing.assert_close(loss[near], 0.5 * (value - returns)[near] ** 2)
+    cut = 0.5 * torch.maximum((value - returns) ** 2, (old + 0.2 * (value - old).sign() - returns) ** 2)
+    torch.testing.assert_close(loss[~near], cut[~near])
+    assert 0 < near.sum() < 200
+
+
+def test_k2_is_half_the_square_of_the_log_ratio() -> None:
+    ratio = torch.tensor([-2.0, -0.5, 0.0, 3.0])
+    torch.testing.assert_close(kl_k2(ratio - 1, torch.full((4,), -1.0)), torch.tensor([2.0, 0.125, 0.0, 4.5]))
+
+
+@pytest.mark.parametrize("advantage", [-3.0, -0.5, 0.0, 0.5, 3.0])
+def test_a_dual_clip_bounds_the_loss_of_bad_tokens_and_leaves_good_ones(advantage: float) -> None:
+    ratios = torch.tensor([0.1, 0.9, 1.0, 1.1, 5.0, 50.0], dtype=torch.float64)
+    old, advantages = torch.zeros_like(ratios), torch.full_like(ratios, advantage)
+    plain = clipped_policy(ratios.log(), old, advantages, cliprange=0.2)
+    dual = clipped_policy(ratios.log(), old, advantages, cliprange=0.2, cliprange_dual=3.0)
+    torch.testing.assert_close(dual, plain.clamp(max=-3 * advantage) if advantage < 0 else plain)
 
 
 def test_clip_share_and_explained_variance() -> None:

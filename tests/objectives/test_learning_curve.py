@@ -8,6 +8,7 @@ import torch
 
 from rlhf.objectives.learning_curve import (
     TRAINING_SPREAD,
+    Curves,
     accuracy_after,
     accuracy_of_correlation,
     expect,
@@ -100,3 +101,20 @@ def test_luck_widens_an_interval_and_no_accuracy_is_beyond_one() -> None:
     mean, low, high = expect_accuracy(sure, 800.0)
     assert high == 1.0
     assert mean - low >= 1.96 * TRAINING_SPREAD - 1e-9
+
+
+def test_the_grid_of_limits_lies_evenly_between_chance_and_certainty() -> None:
+    curves = fit_curves(torch.tensor([10.0]), torch.tensor([0.7]), torch.eye(1), flip_rate=0.0)
+    limits = curves.limit.unique()
+    assert 0.5 < limits.min() < limits.max() < 1
+    assert limits.mean().item() == pytest.approx(0.75)
+    assert (limits.min() - 0.5).item() == pytest.approx((1 - limits.max()).item())
+
+
+def test_an_expected_accuracy_keeps_its_lower_end_where_that_is_above_chance() -> None:
+    """A point of certainty at 0.8, and the luck of a training: 1.96 deviations below; nothing is expected below chance."""
+    one = torch.ones(1, dtype=torch.float64)
+    sure = Curves(one, 0.8 * one, 1e-9 * one, one, 0 * one)
+    assert expect_accuracy(sure, 100.0).low == pytest.approx(0.8 - 1.96 * TRAINING_SPREAD, abs=1e-6)
+    blind = Curves(one, 0.5 * one, one, one, 0 * one)
+    assert expect_accuracy(blind, 100.0).low == 0.5
