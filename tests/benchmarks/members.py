@@ -93,6 +93,7 @@ MEMBERS: dict[str, Member] = {
     "plackett_luce": Member(("objective=plackett_luce", *BY_RANKS), "rankings", "bt on rankings"),
     "kwise": Member(("objective=kwise", *BY_RANKS), "rankings", "bt on rankings"),
     "regression": Member(("objective=regression", *RATINGS)),
+    "regression, then bt": Member(("ratings_first=true", RATINGS[0])),
     "gated": Member(("objective=gated", *RATINGS), beside="regression"),
     **{name: Member((f"extra={name}",)) for name in EXTRAS if name != "critique"},
     "critique": Member(("extra=critique", "critique_tokens=32")),
@@ -157,7 +158,7 @@ def voted(out: Path, seed: int) -> Path:
 def trained(name: str, member: Member, out: Path, seed: int) -> tuple[dict[str, Scorer], float]:
     """The scorers that one training makes, by the row's name, and its seconds."""
     context = context_of(name, member, out, seed, "reward")
-    with timed("fit_reward_model", "fit_and_keep", "own_critiques", "_combine") as seconds:
+    with timed("fit_reward_model", "fit_and_keep", "own_critiques", "first_on_ratings", "_combine") as seconds:
         stage.run_reward(context)
     vote = context.find_parent("vote")
     if vote is not None:

@@ -16,7 +16,7 @@ from trl import RewardConfig
 from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, model_settings
 from rlhf.objectives.pairwise import bradley_terry
-from rlhf.reward.trainer import PairRewardTrainer, Scored
+from rlhf.reward.trainer import RANGES, PairRewardTrainer, Scored, check_columns
 
 
 def losses(trainer: Any, chosen: list[float], rejected: list[float], **columns: Any) -> list[float]:
@@ -112,3 +112,18 @@ def test_a_value_out_of_its_range_is_refused_as_soon_as_the_trainer_is_made(
     data = pairs.add_column("weight", [1.0] * (len(pairs) - 1) + [-1.0])
     with pytest.raises(UserError, match=f"row {len(pairs) - 1}, column 'weight': -1.0"):
         PairRewardTrainer(model, RewardConfig(**cpu_arguments), train_dataset=data, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(("column", "low", "high"), [(name, *limits) for name, limits in RANGES.items()])
+def test_the_ends_of_a_columns_range_are_in_it(pairs: Dataset, column: str, low: float, high: float) -> None:
+    few = pairs.select(range(2))
+    check_columns(few.add_column(column, [float(low), min(high, 1e6)]), columns=(column,))
+    with pytest.raises(UserError, match=f"row 1, column '{column}'"):
+        check_columns(few.add_column(column, [float(low), low - 1e-6]), columns=(column,))
+
+
+def test_one_vote_is_enough_and_none_is_not(pairs: Dataset) -> None:
+    few = pairs.select(range(2))
+    check_columns(few.add_column("strength_votes", [1, 2]), columns=("strength_votes",))
+    with pytest.raises(UserError, match="row 1, column 'strength_votes': 0 is not a finite number in"):
+        check_columns(few.add_column("strength_votes", [1, 0]), columns=("strength_votes",))
