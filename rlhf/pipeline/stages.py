@@ -99,12 +99,9 @@ def run_data(context: StageContext) -> dict[str, Any]:
         if data.prompts is None:
             named["test_prompts"] = [Source(str(lab / "data" / "test_prompts.jsonl"))]
         files = {name: lab / "data" / f"{name}.jsonl" for name in DATA_SOURCES}
-        if context.recipe.reward.needs_ratings:
+        if context.recipe.reward.reads_ratings:
             files["preferences"] = lab / "data" / RATED
-        is_lab_rated = context.recipe.reward.ratings_first and not named["preferences"]
         named |= {name: [Source(str(file))] for name, file in files.items() if not named[name] and file.is_file()}
-        if is_lab_rated:
-            named["preferences"].append(Source(str(lab / "data" / RATED)))
     reward = context.recipe.reward
     ratings = RatingScale(**reward.ratings()) if reward.reads_ratings else None
     sources = DataSources(**others, **named, ratings=ratings, critiques=reward.extra_kind == "critique")
