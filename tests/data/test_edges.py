@@ -1,7 +1,9 @@
 """Edges of reading: where two conversations part, what is cut, counted, looked at, and what is no number."""
 
 import io
+import json
 import math
+import random
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,13 +12,16 @@ import pytest
 from rlhf.data import limits
 from rlhf.data.canonical import BadRow, _split
 from rlhf.data.direction import example
+from rlhf.data.label_files import Answered, _readable
 from rlhf.data.labels import Question
 from rlhf.data.limits import open_text, read_whole
+from rlhf.data.lines import _lines_of
 from rlhf.data.llm_judge import LanguageModelJudge
-from rlhf.data.prepare import _check_columns, _write
-from rlhf.data.ratings import _numbers
+from rlhf.data.prepare import _check_columns, _check_critiques, _per_prompt, _write
+from rlhf.data.rankings import is_rated
+from rlhf.data.ratings import RatingReader, RatingScale, _numbers
 from rlhf.data.read import ReadReport
-from rlhf.data.sources import Row
+from rlhf.data.sources import Row, Source, read_rankings
 from rlhf.data.tables import local_files
 from rlhf.data.tidy import _is_apart
 from rlhf.errors import UserError
@@ -172,3 +177,84 @@ def test_a_pattern_of_two_stars_reaches_every_depth(tmp_path: Path) -> None:
 )
 def test_an_answer_does_not_go_on_in_the_middle_of_a_word(head: str, rest: str, is_apart: bool) -> None:
     assert _is_apart(head, rest) == is_apart
+
+
+def test_blank_lines_count_in_a_rows_number(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"a": 1}\n\n{"a": 2}', encoding="utf-8")
+    assert list(_lines_of(Source(str(file)), "train")) == [(1, b'{"a": 1}\n'), (3, b'{"a": 2}\n')]
+
+
+@pytest.mark.parametrize(("letters", "is_readable"), [(200, True), (201, False)])
+def test_a_name_may_have_two_hundred_characters(letters: int, is_readable: bool) -> None:
+    entry = Answered(row=1, id="id", label="first", annotator="x" * letters)
+    assert (_readable(entry) == entry) == is_readable
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [], "attributes": []}, True),
+        ({"messages": []}, False),
+        ({"attributes": {}}, False),
+        ({"response": "", "attributes": {}}, True),
+        ({"response": ""}, False),
+        ({"response": "", "attributes": {}, "chosen": ""}, False),
+    ],
+)
+def test_which_rows_hold_rated_answers(row: dict[str, Any], expected: bool) -> None:
+    assert is_rated(row) == expected
+
+
+def test_the_last_row_is_the_furthest_that_was_dropped() -> None:
+    report = ReadReport("x")
+    for row in (5, 2, 7, 1):
+        report.drop(row, "empty")
+    assert report.last == 7
+
+
+def test_of_a_prompt_so_many_pairs_are_kept_and_the_others_counted() -> None:
+    report = ReadReport("x")
+    pairs: list[Any] = [Row({"prompt": turns(f"u{i % 2}"), "chosen": [], "rejected": []}, i, report) for i in range(7)]
+    kept = _per_prompt(pairs, 2, random.Random(0))
+    assert [row.number % 2 for row in kept].count(0) == 2
+    assert [row.number % 2 for row in kept].count(1) == 2
+    assert [row.number for row in kept] == sorted(row.number for row in kept)
+    assert report.dropped == {"over data.max_pairs_per_prompt 2": 3}
+    assert _per_prompt(pairs, None, random.Random(0)) == pairs
+
+
+def test_one_pair_with_critiques_is_enough() -> None:
+    _check_critiques(rows({}, {"critique_chosen": "good", "critique_rejected": "bad"}))
+    with pytest.raises(UserError, match="none of 2 pairs has critiques"):
+        _check_critiques(rows({}, {}))
+
+
+def test_a_ranking_of_two_is_a_pair_and_no_ranking(tmp_path: Path) -> None:
+    answers = [{"content": f"answer {i}", "score": i} for i in range(3)]
+    file = tmp_path / "x.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"p{k}", "responses": answers[:k]}) + "\n" for k in (2, 3)), encoding="utf-8"
+    )
+    assert [len(ranking.answers) for ranking in read_rankings(str(file))] == [3]
+
+
+def test_an_attribute_that_nobody_rated_is_named() -> None:
+    reader = RatingReader(RatingScale(names=("good", "kind"), low=0, high=4))
+    reader.counts.update({"good": 3})
+    with pytest.raises(UserError, match=r"nobody rated kind; what is rated in data\.preferences is good"):
+        reader.check()
+    reader.counts.update({"kind": 1})
+    reader.check()
+
+
+def test_a_judge_is_asked_without_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    def post(url: str, body: Any, **_: Any) -> Any:
+        sent.append(body)
+        return {"choices": [{"message": {"content": "A"}}]}
+
+    monkeypatch.setattr("rlhf.data.llm_judge.post_json", post)
+    LanguageModelJudge("http://127.0.0.1:1", "m").label(Question("id", 1, turns("u1"), "one", "two"))
+    assert [body["temperature"] for body in sent] == [0, 0]
