@@ -283,3 +283,6 @@ def test_clip_share_and_explained_variance() -> None:
     assert share.tolist() == [0.0, 0.0, 1.0, 1.0]
     assert explained_variance(torch.tensor(4.0), torch.tensor(1.0)).item() == 0.75
     assert explained_variance(torch.tensor(0.0), torch.tensor(1.0)).item() == 0.0
+    for scale in (1e-6, 1e6):
+        share = explained_variance(torch.tensor(4.0 * scale), torch.tensor(1.0 * scale))
+        assert share.item() == pytest.approx(0.75), "in whatever unit rewards are"
