@@ -242,10 +242,8 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig, processe
         case "reward":
             reward, pairs = recipe.reward, training_pairs(stage, recipe, rows)
             trained, answers = training_elements(reward.objective, pairs, sizes)
-            if reward.ratings_first:
-                trained += (
-                    rows["ratings"] // 2
-                )  # the first model reads one answer where this one reads the two of a pair
+            if reward.ratings_first:  # the first model reads one answer where this one reads the two of a pair
+                trained += rows["ratings"] // 2
             return PairWork(
                 stage.folder,
                 "reward",

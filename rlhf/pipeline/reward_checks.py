@@ -71,7 +71,7 @@ def _first_problems(recipe: Recipe) -> Iterator[str]:
     for key in [name for name in ("members", "experts") if getattr(reward, name) not in (1, None)]:
         yield f"reward.{key}: each of several models would start from the same first one; leave {key} or ratings_first out."
     if reward.extra_kind not in (None, "contrastive", "text"):
-        yield f"reward.extra: {reward.extra} has a head of its own, which no model of ratings has; leave it or ratings_first out."
+        yield f"reward.extra: {reward.extra} has a head or a first model of its own; leave it out, or ratings_first."
 
 
 def _gate_problems(reward: RewardSection) -> Iterator[str]:

@@ -77,7 +77,8 @@ def test_the_pairs_go_on_from_the_model_of_the_ratings(base_folder: Path, tmp_pa
     [
         ("objective: plackett_luce, ratings_first: true", "reward.ratings_first: it is for pairs"),
         ("ratings_first: true, members: 2", "reward.members: each of several models would start from the same first one"),
-        ("ratings_first: true, extra: length", "reward.extra: length has a head of its own"),
+        ("ratings_first: true, extra: length", "reward.extra: length has a head or a first model of its own"),
+        ("ratings_first: true, extra: critique", "reward.extra: critique has a head or a first model of its own"),
         ("ratings_first: true, rating_scale: [4, 0]", "reward.rating_scale: [4, 0] is no scale"),
         ("ratings_first: false", "reward.attributes is"),
     ],
