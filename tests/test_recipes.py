@@ -49,6 +49,7 @@ def test_every_shipped_recipe_is_valid_and_can_be_executed() -> None:
             parts = {
                 "likelihood": reward.flip_rate > 0,
                 "meta": reward.meta,
+                "ratings_first": reward.ratings_first,
                 "experts": reward.experts is not None,
                 "ensemble": reward.members > 1,
                 "instructions": recipe.lab is not None and recipe.lab.is_sampled,
