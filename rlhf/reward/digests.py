@@ -29,5 +29,5 @@ def scoring_digests(folder: Path) -> dict[str, str]:
 
 def changed_files(folder: Path, digests: Mapping[str, str]) -> list[str]:
     """Return the names of the files that are not what they were when `scoring_digests` saw them, or are gone."""
-    today = scoring_digests(folder)
+    today = scoring_digests(folder) if digests else {}  # cards of earlier versions name no files
     return [name for name, sha256 in sorted(digests.items()) if today.get(name) != sha256]

@@ -13,14 +13,16 @@ WISHES = ("should_log", "should_evaluate", "should_save")
 
 @pytest.mark.parametrize("wanted", WISHES)
 def test_the_end_of_a_rollout_does_what_was_wanted_in_it_and_nothing_else(wanted: str) -> None:
-    callback, args, state = EndOfRollout(SimpleNamespace(stopped=None)), SimpleNamespace(), TrainerState()  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(stopped=None)
+    args: Any = SimpleNamespace()
+    callback, state = EndOfRollout(trainer), TrainerState()
     done = []
     for step_wants in ({}, {wanted: True}, {}):  # three rollouts of two steps
         control = TrainerControl(**step_wants)
-        callback.on_step_end(args, state, control)  # type: ignore[arg-type]
+        callback.on_step_end(args, state, control)
         assert not any(getattr(control, name) for name in WISHES), "in the middle of a rollout nothing is done"
-        callback.on_step_end(args, state, TrainerControl())  # type: ignore[arg-type]
-        callback.on_epoch_end(args, state, control)  # type: ignore[arg-type]
+        callback.on_step_end(args, state, TrainerControl())
+        callback.on_epoch_end(args, state, control)
         done.append({name for name in WISHES if getattr(control, name)})
     assert done == [set(), {wanted}, set()]
 
@@ -33,7 +35,9 @@ def test_the_first_batches_are_those_of_the_first_rollout() -> None:
         raise StopIteration
 
     args = SimpleNamespace(per_device_train_batch_size=1)
-    batches = RolloutBatches(SimpleNamespace(args=args, rollout=list, prompts_of=prompts_of), [])  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(args=args, rollout=list, prompts_of=prompts_of)
+    nothing: Any = []
+    batches = RolloutBatches(trainer, nothing)
     for epoch in (None, 3):
         if epoch is not None:
             batches.set_epoch(epoch)
