@@ -96,7 +96,7 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     sft = _short_enough(sft, sources.max_characters)
 
     # 2. Nothing of the test side stays on the training side.
-    given_keys = {row.key for row in [*pairs.test, *prompts.test]} - held_out
+    given_keys = {row.key for row in [*pairs.test, *prompts.test]}
     parts: Parts = {"pairs": pairs.train, "prompts": prompts.train, "demonstrations": sft.train}
     parts = {**parts, "ratings": rated.train} if sources.ratings is not None else parts
     parts = {name: _without(rows, held_out, HELD_OUT) for name, rows in parts.items()}

@@ -116,7 +116,7 @@ def answer(row: Pair, side: Side) -> str:
 
 def asked(row: Pair, side: Side) -> Messages:
     """Return the conversation that one side's answer ends: the prompt, and that side's own turns before its last."""
-    return [*row["prompt"], *row[side][:-1]] if len(row[side]) > 1 else row["prompt"]
+    return [*row["prompt"], *row[side][:-1]]
 
 
 def told(row: Pair, side: Side) -> str:

@@ -1,0 +1,184 @@
+"""Edges of single rows: what is an answer, a prompt, a tool call, a rating, a time; what a path leads to."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf.data.canonical import _said, demonstration, pair, prompt_only
+from rlhf.data.columns import _has, _value, named_rows
+from rlhf.data.controls import REPEATED_AFTER, controls_expected
+from rlhf.data.functions import foreign_code
+from rlhf.data.label_files import _seconds, record_entries
+from rlhf.data.limits import Unreadable, numbered_lines
+from rlhf.data.messages import _calls, transcript
+from rlhf.data.ratings import _entries
+from rlhf.data.read import BadRow, ReadReport
+from rlhf.data.rows import asked, has_tools
+from rlhf.errors import UserError
+
+
+def turns(text: str) -> Any:
+    """One turn a letter pair: u1 is the user's, a1 the assistant's."""
+    roles = {"u": "user", "a": "assistant", "t": "tool", "s": "system"}
+    return [{"role": roles[turn[0]], "content": turn} for turn in text.split()]
+
+
+def test_single_answers_leave_a_prompt_as_it_is() -> None:
+    row = {"prompt": turns("u1 a1"), "chosen": turns("a2"), "rejected": turns("a3")}
+    with pytest.raises(BadRow, match="the prompt does not end with a user's turn"):
+        pair(row)
+    longer = pair({**row, "prompt": turns("u1"), "rejected": turns("a3 u2 a4")})
+    assert (longer["prompt"], longer["rejected"]) == (turns("u1"), turns("a3 u2 a4"))
+
+
+def test_the_last_turn_of_a_long_conversation_is_the_answer() -> None:
+    whole = turns("s1 u1 a1 u2 a2")
+    assert demonstration({"messages": whole}) == {"prompt": whole[:-1], "completion": whole[-1:]}
+    assert prompt_only({"messages": whole}) == {"prompt": whole[:-1]}
+    assert prompt_only({"messages": whole[:-1]}) == {"prompt": whole[:-1]}
+    assert prompt_only({"messages": turns("u1 t1")}) == {"prompt": turns("u1 t1")}
+
+
+def test_calls_are_the_same_in_any_order_of_their_parts() -> None:
+    calls: Any = [{"function": {"name": "f", "arguments": {}}, "type": "function"}]
+    turned: Any = [{"type": "function", "function": {"arguments": {}, "name": "f"}}]
+    one, other = ({"role": "assistant", "content": "x", "tool_calls": each} for each in (calls, turned))
+    assert _said(one) == _said(other) != _said({"role": "assistant", "content": "x"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", [{"name": 3}, {"function": {}}, {"function": "f"}, "f", None])
+def test_a_call_names_a_function(call: object) -> None:
+    with pytest.raises(BadRow, match="a tool call of x names no function"):
+        _calls([call], "x")
+
+
+def test_calls_as_templates_read_them() -> None:
+    expected = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+    for arguments in ('{"a": 1}', {"a": 1}):
+        assert _calls([{"name": "f", "arguments": arguments}], "x") == expected
+    assert _calls([{"id": "7", "function": {"name": "f"}}], "x") == [
+        {"id": "7", "type": "function", "function": {"name": "f", "arguments": {}}}
+    ]
+    assert "id" not in _calls([{"id": 7, "name": "f"}], "x")[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["Human: hi\n\nAssistant: yo", "\n\nHuman: hi\n\nAssistant: yo", "\n \n Human: hi\n\nAssistant: yo"]
+)
+def test_a_transcript_may_lack_the_lines_before_it(text: str) -> None:
+    assert transcript(text) == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "path", "value"),
+    [
+        ({"a.b": 1, "a": {"b": 2}}, "a.b", 1),
+        ({"a": {"b": 2}}, "a.b", 2),
+        ({"a": [3, 4]}, "a.1", 4),
+        ({"a": [{"b": 5}]}, "a.0.b", 5),
+        ({"a": None}, "a", None),
+    ],
+)
+def test_a_path_leads_into_nested_columns(row: object, path: str, value: object) -> None:
+    assert _has(row, path)
+    assert _value(row, path) == value
+
+
+@pytest.mark.parametrize(
+    ("row", "path"),
+    [({"a": "xby"}, "a.b"), ({"a": [1]}, "a.1"), ({"a": [1]}, "a.-1"), ({"a": 3}, "a.b"), ("ab", "a"), (None, "a")],
+)
+def test_a_path_leads_nowhere_else(row: object, path: str) -> None:
+    assert not _has(row, path)
+
+
+def test_a_rating_of_something_else_is_passed_over() -> None:
+    rated = {"text": "yes", "attributes": {"good": 1}}
+    row = {"prompt": "hi", "responses": ["attributes", rated, {"text": "no"}]}
+    assert _entries(row) == [([{"role": "user", "content": "hi"}], "yes", {"good": 1})]
+    with pytest.raises(BadRow, match="no ratings of attributes beside an answer"):
+        _entries(["attributes"])
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(0, 0.0), (0.5, 0.5), ("3", 3.0), (-0.1, None), ("nan", None), ("inf", None), (None, None), ([1], None)],
+)
+def test_a_time_is_not_below_zero(value: object, seconds: float | None) -> None:
+    assert _seconds(value) == seconds
+
+
+def test_the_first_line_that_can_not_be_read_is_the_first() -> None:
+    class Broken:
+        def readline(self, most: int) -> bytes:
+            raise Unreadable("broken")
+
+    with pytest.raises(UserError, match="x: row 1: broken"):
+        list(numbered_lines(Broken(), Path("x")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": turns("u1"), "chosen": turns("a1"), "rejected": turns("a2")}, False),
+        ({"prompt": turns("u1 t1"), "chosen": turns("a1")}, True),
+        ({"prompt": turns("u1"), "completion": [{"role": "assistant", "content": "", "tool_calls": []}]}, True),
+        ({"prompt": turns("u1"), "rejected": turns("t1 a2")}, True),
+        ({"prompt": "tool"}, False),
+    ],
+)
+def test_a_tools_turn_or_a_call_are_tools(row: Any, expected: bool) -> None:
+    assert has_tools(row) == expected
+
+
+def test_each_sides_answer_stands_behind_its_own_turns() -> None:
+    row: Any = {"prompt": turns("u1"), "chosen": turns("a1"), "rejected": turns("a2 u2 a3")}
+    assert asked(row, "chosen") == turns("u1")
+    assert asked(row, "rejected") == turns("u1 a2 u2")
+
+
+def test_repeats_begin_when_enough_lies_behind() -> None:
+    expected = [controls_expected("ann", REPEATED_AFTER + 1 + more, 0, repeat=1.0) for more in (-9, 0, 1, 5)]
+    assert expected == [0, 0, 1, 5]
+
+
+@pytest.mark.parametrize(("is_available", "is_initialized"), [(True, False), (False, True)])
+def test_a_device_that_nobody_uses_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, is_available: bool, is_initialized: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_initialized)
+    with foreign_code("key", "f.py:f", seconds=9):
+        pass
+
+
+def test_a_devices_random_numbers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    put: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["state"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", put.append)
+    random.seed(1), np.random.seed(1)
+    with pytest.raises(KeyError, match="mine"), foreign_code("key", "f.py:f", seconds=9):
+        raise KeyError("mine")
+    assert put == [["state"]]
+
+
+def test_a_record_of_responses_without_names_or_states() -> None:
+    row = {"id": "q", "preference.responses": ["first", "second"]}
+    entries = list(record_entries(3, row))
+    assert [(entry.label, entry.annotator) for entry in entries] == [("first", "unnamed"), ("second", "unnamed")]  # type: ignore[union-attr]
+    row |= {"preference.responses.status": ["draft", "submitted"], "preference.responses.users": ["ann", "bob"]}
+    entries = list(record_entries(3, row))
+    assert [(entry.label, entry.annotator) for entry in entries] == [("skip", "ann"), ("second", "bob")]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("more", "makes"), [({}, True), ({"confidence": 0.7}, False)])
+def test_a_confidence_that_a_row_brings_is_not_the_layouts(more: dict[str, Any], makes: bool) -> None:
+    row = {"conversation_a": turns("u1 a1"), "conversation_b": turns("u1 a2"), "winner": "model_a", **more}
+    named = named_rows([(1, row)], "x", ReadReport("x"), columns=None, label=None)
+    assert [each.makes_confidence for each in named] == [makes]
