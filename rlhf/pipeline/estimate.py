@@ -70,6 +70,7 @@ def estimate(
         *sizes.notes,
         *([UNKNOWN_ANSWERS] if recipe.lab is not None and recipe.lab.is_sampled else []),
         *_evaluation_note(estimates, recipe.evaluate.prompts),
+        *_not_counted(recipe),
         *_notes_of_processes(recipe, processes, alone, training),
     ]
 
@@ -104,6 +105,24 @@ def _evaluation_note(estimates: list[Estimate], prompts: int) -> list[str]:
         f"Evaluation takes {share:.0%} of this time, with evaluate.prompts={prompts}; fewer prompts take less and make its "
         "intervals wider (gold_gap_closed is meant for 512 or more)."
     ]
+
+
+def _not_counted(recipe: Recipe) -> list[str]:
+    """Return a sentence that names what a recipe asks for and these figures leave out, each by its key."""
+    reward, ppo = recipe.reward, recipe.ppo
+    token_rewards = ("novelty_coef", "adversarial_coef")
+    parts = {
+        "reward.extra: critique (writing critiques, a second training, longer texts in PPO)": reward.extra == "critique",
+        "reward.extra: text (the logits of the chosen answers and of a reference)": reward.extra == "text",
+        "reward.objective: gated (its two fits, after a reading of every answer)": reward.objective == "gated",
+        "reward.experts (a training and a score for each source)": reward.experts is not None,
+        "ppo.extra_rewards": bool(ppo.extra_rewards),
+        "ppo.baseline_samples (more answers sampled and scored)": bool(ppo.trl_settings().get("baseline_samples")),
+        **{f"ppo.{name}": bool(ppo.trl_settings().get(name)) for name in token_rewards},
+        f"rounds.labels_from: {recipe.rounds.labels_from}": recipe.rounds.labels_from in ("judge", "verdicts"),
+    }
+    asked = [part for part, is_asked in parts.items() if is_asked]
+    return [f"Not counted: {'; '.join(asked)}. Time and memory will be above these figures."] if asked else []
 
 
 # ---- Model and data ----

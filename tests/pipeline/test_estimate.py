@@ -10,7 +10,7 @@ from rlhf.cost.memory import Memory, Processes
 from rlhf.cost.sizes import Sizes
 from rlhf.cost.work import PpoWork
 from rlhf.errors import UserError
-from rlhf.pipeline.estimate import _evaluation_note, _notes_of_processes, estimate, section_training, work_of
+from rlhf.pipeline.estimate import _evaluation_note, _not_counted, _notes_of_processes, estimate, section_training, work_of
 from rlhf.pipeline.plan import plan
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
@@ -67,6 +67,29 @@ def test_the_command_prints_it_and_writes_nothing(recipe_file: Path) -> None:
     assert all(word in result.stdout for word in ("policy", "critic", "reference", "exchanged", "activations"))
     assert "round-1/evaluate: run by one process while the others wait" in result.stdout
     assert sorted(recipe_file.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [
+        ("reward: {extra: critique}", "reward.extra: critique"),
+        ("reward: {extra: text}", "reward.extra: text"),
+        ("reward: {objective: gated}", "reward.objective: gated"),
+        ("reward: {experts: gate, use_peft: true}", "reward.experts"),
+        ("ppo: {extra_rewards: [https://a/b]}", "ppo.extra_rewards"),
+        ("ppo: {baseline_samples: 1}", "ppo.baseline_samples"),
+        ("ppo: {novelty_coef: 0.1}", "ppo.novelty_coef"),
+        ("ppo: {adversarial_coef: 0.1}", "ppo.adversarial_coef"),
+        ("rounds: {count: 2, labels_from: verdicts, judge_model: a/c}", "rounds.labels_from: verdicts"),
+        ("reward: {extra: swav}", None),
+        ("ppo: {novelty_coef: 0}", None),
+    ],
+)
+def test_what_the_figures_leave_out_is_named(said: str, key: str | None, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"name: n\nbackbone: {{model: a/b}}\ndata: {{preferences: a/b}}\n{said}\n")
+    notes = _not_counted(load_recipe(tmp_path / "r.yaml"))
+    assert len(notes) == (key is not None)
+    assert all(note.startswith(f"Not counted: {key}") for note in notes)
 
 
 @pytest.mark.parametrize(
