@@ -10,7 +10,14 @@ from rlhf.cost.memory import Memory, Processes
 from rlhf.cost.sizes import Sizes
 from rlhf.cost.work import PpoWork
 from rlhf.errors import UserError
-from rlhf.pipeline.estimate import _evaluation_note, _not_counted, _notes_of_processes, estimate, section_training, work_of
+from rlhf.pipeline.estimate import (
+    _evaluation_note,
+    _not_counted,
+    _notes_of_processes,
+    estimate,
+    section_training,
+    work_of,
+)
 from rlhf.pipeline.plan import plan
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
