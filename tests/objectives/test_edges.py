@@ -26,7 +26,7 @@ from rlhf.objectives.length import length_gradient
 from rlhf.objectives.masked import whiten
 from rlhf.objectives.ppo import clipped_policy, clipped_share
 from rlhf.objectives.rankings import is_best
-from rlhf.objectives.second_look import posterior_of_observations, second_look
+from rlhf.objectives.second_look import log_odds_of_verdicts, posterior_of_observations, second_look
 from rlhf.objectives.text import mixed
 
 GENERATOR = np.random.default_rng(0)
@@ -47,6 +47,7 @@ def tensor(*values: float) -> Tensor:
         (whiten, {"epsilon": 1e-8}),
         (label_slopes, {"ridge": 1.0}),
         (fit_discriminator, {"ridge": 1.0}),
+        (posterior_of_observations, {"scale": 1.0}),
     ],
 )
 def test_the_numbers_of_the_papers_are_taken_where_nobody_gives_others(
@@ -261,3 +262,48 @@ def test_votes_that_all_agree_are_no_likelier_than_certain() -> None:
 
 def test_two_losses_are_mixed_by_their_shares() -> None:
     assert mixed(tensor(2, 5), tensor(4, 1), share=0.25).tolist() == [2.5, 4.0]
+
+
+@pytest.mark.parametrize("dual", [None, 3.0])
+def test_the_clipped_loss_is_that_of_numpy_wherever_the_old_policy_was(dual: float | None) -> None:
+    old, new, advantages = (
+        -GENERATOR.exponential(size=400),
+        -GENERATOR.exponential(size=400),
+        GENERATOR.normal(size=400),
+    )
+    ratio = np.exp(new - old)
+    expected = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 0.8, 1.2))
+    if dual is not None:
+        expected = np.where(advantages < 0, np.minimum(expected, -advantages * dual), expected)
+    found = clipped_policy(*(torch.from_numpy(x) for x in (new, old, advantages)), cliprange=0.2, cliprange_dual=dual)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+
+
+def test_a_ratio_on_the_border_is_inside() -> None:
+    assert clipped_share(tensor(0.0), tensor(0.0), cliprange=0.0).item() == 0
+
+
+def test_nothing_whitens_to_nothing() -> None:
+    assert whiten(torch.zeros(4), torch.ones(4)).tolist() == [0.0] * 4
+
+
+def test_one_head_that_is_constant_leaves_the_others_derivative() -> None:
+    quality, lengths = tensor(1, 2, 4), tensor(5, 1, 3)
+    loss, gradients = length_gradient(quality, torch.ones(3).double(), lengths)
+    assert gradients.shape == (3, 2)
+    assert (gradients[:, 1] == 0).all()
+    assert (gradients[:, 0] != 0).any()
+    assert loss.item() == pytest.approx(abs(np.corrcoef(quality.numpy(), lengths.numpy())[0, 1]))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.51, 1.0])
+def test_an_expert_who_is_wrong_more_often_than_right_is_refused(rate: float) -> None:
+    with pytest.raises(AssertionError, match=r"an error rate in \(0, 0\.5\]"):
+        log_odds_of_verdicts(tensor(1), tensor(0), error_rate=rate)
+    assert log_odds_of_verdicts(tensor(1), tensor(0), error_rate=0.5).item() == 0
+
+
+def test_the_posterior_of_one_measurement_is_a_normal_likelihood() -> None:
+    curves = fit_curves(tensor(300), tensor(0.71), tensor(0.02**2)[None], flip_rate=0.1)
+    expected = np.exp(-0.5 * ((0.71 - curves.accuracies(300.0).numpy()) / 0.02) ** 2)
+    np.testing.assert_allclose(curves.weight.numpy(), expected / expected.sum(), rtol=1e-9)
