@@ -256,5 +256,7 @@ def test_a_judge_is_asked_without_chance(monkeypatch: pytest.MonkeyPatch) -> Non
         return {"choices": [{"message": {"content": "A"}}]}
 
     monkeypatch.setattr("rlhf.data.llm_judge.post_json", post)
-    LanguageModelJudge("http://127.0.0.1:1", "m").label(Question("id", 1, turns("u1"), "one", "two"))
+    judge = LanguageModelJudge("http://127.0.0.1:1", "m")
+    judge.label(Question("id", 1, turns("u1"), "one", "two"))
     assert [body["temperature"] for body in sent] == [0, 0]
+    assert (judge.sent, judge.unreadable) == (2, 2)

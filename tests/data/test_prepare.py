@@ -50,7 +50,15 @@ def test_ratings_of_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     assert 10 <= len(held_out) <= 50, "100 prompts, 0.3, four standard deviations"
     assert held_out == prompts_in(tmp_path / "a", "test_prompts") == prompts_in(tmp_path / "a", "test_pairs")
     assert facts["rows"]["ratings"] == 2 * (100 - len(held_out))
-    assert prompts_in(tmp_path / "a", "prompts") == prompts_in(tmp_path / "a", "ratings")
+    assert (
+        prompts_in(tmp_path / "a", "prompts")
+        == prompts_in(tmp_path / "a", "ratings")
+        == prompts_in(tmp_path / "a", "pairs")
+    )
+    alone = source(tmp_path / "s.jsonl", rows[::2])
+    test = source(tmp_path / "t.jsonl", pairs(2, "t"))
+    facts = prepare_data(tmp_path / "b", DataSources(preferences=alone, ratings=rated, test=test), seed=0)
+    assert set(facts["rows"]) == {"ratings", "test_pairs", "prompts", "test_prompts"}, "one answer a prompt: no pairs"
 
 
 @pytest.mark.parametrize("leakage", ["refuse", "drop", "allow"])
