@@ -136,7 +136,8 @@ def parting_turn(row: PromptRow) -> int | None:
     chosen, rejected = sides.get("chosen", []), sides.get("rejected", [])
     if len(chosen) <= 1 and len(rejected) <= 1:
         return None
-    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(rejected))
+    shorter = min(len(chosen), len(rejected))
+    shared = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     return len(row["prompt"]) + shared + 1
 
 

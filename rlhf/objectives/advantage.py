@@ -56,7 +56,6 @@ def generalized_advantage(
     >>> generalized_advantage(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), torch.ones(1, 2), lam=0.5)[0]
     tensor([[0.5000, 1.0000]])
     """
-    keep = mask.to(values.dtype)
     values = torch.where(mask.bool(), values, torch.zeros_like(values))
     rewards = torch.where(mask.bool(), rewards, torch.zeros_like(rewards))
     advantages = torch.zeros_like(values)
@@ -64,7 +63,7 @@ def generalized_advantage(
     value_next = torch.zeros_like(running)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * value_next - values[:, t]
-        running = (delta + gamma * lam * running) * keep[:, t]
+        running = delta + gamma * lam * running
         value_next = values[:, t]
         advantages[:, t] = running
     return advantages, advantages + values

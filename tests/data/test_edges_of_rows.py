@@ -10,14 +10,18 @@ import torch
 
 from rlhf.data.canonical import _said, demonstration, pair, prompt_only
 from rlhf.data.columns import _has, _value, named_rows
-from rlhf.data.controls import REPEATED_AFTER, controls_expected
+from rlhf.data.controls import REPEATED_AFTER, controls_expected, repeated
+from rlhf.data.direction import _unstated
 from rlhf.data.functions import foreign_code
 from rlhf.data.label_files import _seconds, record_entries
-from rlhf.data.limits import Unreadable, numbered_lines
-from rlhf.data.messages import _calls, transcript
+from rlhf.data.labelbook import LabelBook
+from rlhf.data.labels import Question, Verdict
+from rlhf.data.limits import Unreadable, numbered_lines, open_text
+from rlhf.data.messages import _calls, messages, transcript
+from rlhf.data.rankings import _answered_turns, is_right_and_wrong, right_and_wrong
 from rlhf.data.ratings import _entries
 from rlhf.data.read import BadRow, ReadReport
-from rlhf.data.rows import asked, has_tools
+from rlhf.data.rows import asked, has_tools, parting_turn
 from rlhf.errors import UserError
 
 
@@ -139,6 +143,89 @@ def test_each_sides_answer_stands_behind_its_own_turns() -> None:
     row: Any = {"prompt": turns("u1"), "chosen": turns("a1"), "rejected": turns("a2 u2 a3")}
     assert asked(row, "chosen") == turns("u1")
     assert asked(row, "rejected") == turns("u1 a2 u2")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "turn"),
+    [
+        ("a1", "a2", None),
+        ("a1 u2 a2", "a1 u2 a3", 4),
+        ("a1 u2 a2", "a3 u4 a4", 2),
+        ("a1", "a1 u2 a2", 3),
+        ("a1 u2 a2", "a1", 3),
+        ("a1 u2 a2", "a3", 2),
+    ],
+)
+def test_the_turn_at_which_two_sides_part(chosen: str, rejected: str, turn: int | None) -> None:
+    row: Any = {"prompt": turns("u1"), "chosen": turns(chosen), "rejected": turns(rejected)}
+    assert parting_turn(row) == turn
+    assert parting_turn({"prompt": turns("u1")}) is None
+
+
+def tree(role: str, text: str, *replies: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "text": text, "replies": list(replies), **more}
+
+
+def test_a_tree_has_an_answered_turn_for_every_prompter_who_was_answered() -> None:
+    second = tree("prompter", "u2", tree("assistant", "a3"))
+    gone = tree("assistant", "gone", deleted=True, rank=0)
+    root = tree(
+        "prompter", "u1", tree("assistant", "a1", second, rank=1), gone, tree("assistant", "a2", tree("prompter", "u3"))
+    )
+    first, inner = _answered_turns(root)
+    assert (first.prompt, [(x.content, x.score) for x in first.answers], first.first_reply) == (
+        turns("u1"),
+        [("a1", -1.0)],
+        "a1",
+    )
+    assert (inner.prompt, inner.answers, inner.first_reply) == (turns("u1 a1 u2"), [], "a3")
+
+
+def test_right_texts_are_above_wrong_ones() -> None:
+    row = {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"]}
+    (ranking,) = right_and_wrong(row)
+    assert [(x.content, x.score) for x in ranking.answers] == [("a", 1.0), ("b", 1.0), ("c", 0.0)]
+    assert is_right_and_wrong(row)
+    assert not is_right_and_wrong({**row, "chosen": ["a", {"content": "b"}]})
+    assert not is_right_and_wrong({**row, "rejected": []})
+
+
+def test_a_prompt_of_a_pair_or_of_nothing() -> None:
+    assert prompt_only({"chosen": "\n\nHuman: u\n\nAssistant: a", "rejected": "\n\nHuman: u\n\nAssistant: b"}) == {
+        "prompt": [{"role": "user", "content": "u"}]
+    }
+    with pytest.raises(BadRow, match="neither 'prompt' nor 'messages'"):
+        prompt_only({"rejected": "x"})
+
+
+@pytest.mark.parametrize("more", [{}, {"tool_calls": []}, {"tool_calls": None}])
+def test_a_message_without_content_calls_a_tool_or_is_none(more: dict[str, Any]) -> None:
+    with pytest.raises(BadRow, match="x is not a list of messages with role and content"):
+        messages([{"role": "assistant", **more}], "x")
+
+
+def test_a_book_keeps_controls_of_other_rounds_apart(tmp_path: Path) -> None:
+    def question(number: int, round_number: int) -> Question:
+        return Question(f"r{round_number}-{number}", round_number, turns("u1"), "one", "two")
+
+    book = LabelBook(tmp_path / "labels.sqlite")
+    book.ask([question(1, 1), question(1, 2)])
+    for ordinary in (question(1, 1), question(1, 2)):
+        book.record([Verdict(ordinary.id, "first", "ann")])
+        again = repeated(ordinary)
+        book.record_control(again, Verdict(again.question.id, "first", "ann"))
+    assert book.history("ann", 1).repeated == ["r1-1"]
+    assert book.history("ann", 2).repeated == ["r2-1"]
+
+
+def test_a_zero_byte_in_the_first_line_is_in_the_first_row(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": "\0"}\n')
+    with pytest.raises(UserError, match="row 1: no text"):
+        open_text(tmp_path / "x.jsonl")
+
+
+def test_an_unknown_direction_shows_its_ends_numbers_first() -> None:
+    assert "{10: first, good: second}" in str(_unstated("p", ["good", "10"], "x"))
 
 
 def test_repeats_begin_when_enough_lies_behind() -> None:

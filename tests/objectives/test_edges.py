@@ -15,7 +15,7 @@ from rlhf.objectives.adversarial import fit_discriminator
 from rlhf.objectives.annotators import fit_scales, label_slopes, vote_worth
 from rlhf.objectives.assistance import assisted_accuracy, assisted_probability
 from rlhf.objectives.bottleneck import kl_to_standard_normal
-from rlhf.objectives.cloud import fit_cloud, most_outside
+from rlhf.objectives.cloud import Cloud, border, fit_cloud, most_outside
 from rlhf.objectives.contrastive import info_nce, swapped_prediction
 from rlhf.objectives.critiques import gumbel
 from rlhf.objectives.ensemble import combined
@@ -23,7 +23,7 @@ from rlhf.objectives.gated import length_multiple, ridge
 from rlhf.objectives.kl import adapted_kl_coef
 from rlhf.objectives.learning_curve import fit_curves
 from rlhf.objectives.length import length_gradient
-from rlhf.objectives.masked import whiten
+from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
 from rlhf.objectives.ppo import clipped_policy, clipped_share
 from rlhf.objectives.rankings import is_best
 from rlhf.objectives.second_look import log_odds_of_verdicts, posterior_of_observations, second_look
@@ -307,3 +307,17 @@ def test_the_posterior_of_one_measurement_is_a_normal_likelihood() -> None:
     curves = fit_curves(tensor(300), tensor(0.71), tensor(0.02**2)[None], flip_rate=0.1)
     expected = np.exp(-0.5 * ((0.71 - curves.accuracies(300.0).numpy()) / 0.02) ** 2)
     np.testing.assert_allclose(curves.weight.numpy(), expected / expected.sum(), rtol=1e-9)
+
+
+def test_one_value_has_no_variance_and_a_small_one_is_kept() -> None:
+    mean, variance = mean_and_variance(masked_sums(tensor(5, 7), tensor(1, 0)))
+    assert (mean.item(), variance.item()) == (5, 0)
+    assert mean_and_variance(masked_sums(tensor(0.1, 0.3), tensor(1, 1)))[1].item() == pytest.approx(0.01)
+    assert [x.item() for x in mean_and_variance(masked_sums(tensor(5), tensor(0)))] == [0, 0]
+
+
+def test_the_border_of_nineteen_is_the_farthest_of_them() -> None:
+    """0.95 of twenty is nineteen, also where floats make it a little more."""
+    for known in (19, 39, 59, 99):
+        cloud = Cloud(torch.zeros(1), torch.eye(1), torch.arange(float(known)))
+        assert border(cloud, share=0.05).item() == round(0.95 * (known + 1)) - 1
