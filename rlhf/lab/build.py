@@ -11,7 +11,6 @@ from rlhf.data.rows import Demonstration, Message, Messages, Pair, completion, g
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label, simulate_ratings
-from rlhf.lab.critiques import critique
 from rlhf.lab.instructions import write_prompts
 from rlhf.lab.world import (
     DANGEROUS,
@@ -38,8 +37,8 @@ Answers = Callable[[Sequence[str]], list[str]]  # prompts → an answer to each
 class LabSettings:
     """Sizes of a lab, and who labels its training pairs (as `simulate_label`); the worlds themselves have no options.
 
-    `demonstrations`, the sizes of the model and `critiques`, whether pairs have some, are those of the world of lists; `answers`,
-    to each prompt of the training pairs, is of the world of instructions.
+    `demonstrations` and the sizes of the model are those of the world of lists; `answers`, to each prompt of the training pairs, is
+    of the world of instructions; `critiques` is whether pairs have some.
     """
 
     demonstrations: int = 8000
@@ -93,7 +92,7 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
     data = _write_data(folder, prompts_by_file, labels_by_file, LISTS, critiques=settings.critiques)
     texts = [plain(row["prompt"]) + "\n" + completion(row) for row in demonstrations]
     if settings.critiques:  # their words are words of the tokenizer too
-        texts += [critique(label.prompt, label.chosen) for label in labels]
+        texts += [LISTS.critique(label.prompt, label.chosen) for label in labels]
     write_jsonl(data / "sft.jsonl", demonstrations)
     ratings = random.Random(f"{settings.seed} ratings")
     write_jsonl(data / RATED, [_rated(label, ratings) for label in labels])
@@ -148,7 +147,7 @@ def build_instructions(folder: Path, settings: LabSettings, answers: Answers) ->
     prompts_by_file = {"prompts": train, "test_prompts": test_prompts, "shift_prompts": shift_test}
     labels_by_file = {"preferences": labels, "test": test_labels, "shift_test": shift_labels}
     grouped = ["preferences"] if settings.answers > 2 else []
-    _write_data(folder, prompts_by_file, labels_by_file, INSTRUCTIONS, grouped)
+    _write_data(folder, prompts_by_file, labels_by_file, INSTRUCTIONS, grouped, critiques=settings.critiques)
     return _facts(labels, INSTRUCTIONS)
 
 
@@ -264,7 +263,7 @@ def _pair(label: Label, world: World, *, grouped: bool, critiques: bool) -> Pair
     }
     if critiques:
         pair["critique_chosen"], pair["critique_rejected"] = (
-            critique(label.prompt, text) for text in (label.chosen, label.rejected)
+            world.critique(label.prompt, text) for text in (label.chosen, label.rejected)
         )
     return {**pair, "group": group_key(pair["prompt"])} if grouped else pair
 

@@ -168,8 +168,12 @@ def language(answer: str, asked: Sequence[str]) -> float:
     copied = sum(run in of_prompt for run in stretches) / len(stretches) if stretches else 0.0
     share = sum(word in FUNCTION_WORDS for word in words) / len(words)
     english = min(1.0, len(words) / WORDS_WANTED) * min(1.0, share / FUNCTION_SHARE_WANTED)
-    is_finished = answer.rstrip(" \n\"'”’)*").endswith((".", "!", "?"))
-    return english * (1 - repeated) * (1 - copied) * (1.0 if is_finished else FACTOR_UNFINISHED)
+    return english * (1 - repeated) * (1 - copied) * (1.0 if is_finished(answer) else FACTOR_UNFINISHED)
+
+
+def is_finished(answer: str) -> bool:
+    """Tell whether an answer comes to an end with a stop."""
+    return answer.rstrip(" \n\"'”’)*").endswith((".", "!", "?"))
 
 
 def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:

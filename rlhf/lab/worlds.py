@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rlhf.lab import instructions, world
+from rlhf.lab.critiques import critique_of_instruction, critique_of_list
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class World:
         gold: takes prompts and answers, and returns their true rewards: 0 for an empty answer, 1 for the best.
         flattery_count: counts the flattering or pleasing phrases of an answer.
         is_dangerous: tells whether the right answer to a prompt is a refusal.
+        critique: says what is good and bad about an answer to a prompt, truthfully.
         length_unit: how many more words are mistaken for an annotator's `length_bias` of true reward.
         sharpness: how many times sharper than in the world of lists annotators see true reward.
 
@@ -27,6 +29,7 @@ class World:
     gold: Callable[[list[str], list[str]], list[float]]
     flattery_count: Callable[[str], int]
     is_dangerous: Callable[[str], bool]
+    critique: Callable[[str, str], str]
     length_unit: int
     sharpness: float
 
@@ -40,6 +43,7 @@ LISTS = World(
     gold=world.gold,
     flattery_count=world.flattery_count,
     is_dangerous=lambda prompt: world.parse_request(prompt).is_dangerous,
+    critique=critique_of_list,
     length_unit=10,
     sharpness=1.0,
 )
@@ -48,6 +52,7 @@ INSTRUCTIONS = World(
     gold=instructions.gold,
     flattery_count=instructions.flattery_count,
     is_dangerous=instructions.is_dangerous,
+    critique=critique_of_instruction,
     length_unit=140,
     sharpness=2.8,
 )

@@ -288,11 +288,6 @@ def _check_lab(recipe: Recipe, document: Document) -> Iterable[str]:
             f"{document.place(('lab', 'world'))}: lab.world is instructions, whose answers a chat model gives; set backbone.model "
             "(a hub id or a folder)."
         )
-    if lab.critiques:
-        yield (
-            f"{document.place(('lab', 'critiques'))}: lab.critiques is true, but critiques are written in the world of lists "
-            "alone; leave it out, or bring pairs that have them (data.preferences)."
-        )
     for key in sorted(lab.model_fields_set & {"demonstrations", "hidden_size", "num_hidden_layers"}):
         reason = "backbone.model answers" if key == "demonstrations" else "backbone.model is the model"
         hint = "; for an SFT of your own set data.sft" if key == "demonstrations" else ""

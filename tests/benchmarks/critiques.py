@@ -1,8 +1,10 @@
 """What critiques are worth to a reward model in the lab: the same pairs with critiques, with those of other answers, without.
 
 python tests/benchmarks/critiques.py --out runs/critiques --json critiques.json
+python tests/benchmarks/critiques.py --out runs/critiques-smollm2 --json smollm2.json --smollm2 FOLDER
 
-One world of lists (two layers of 64), 1,500 pairs as the crowd labelled them; every part starts from the same SFT model.
+One world of lists (two layers of 64), 1,500 pairs as the crowd labelled them; every part starts from the same SFT model. Or, with
+a folder or GGUF of SmolLM2-135M-Instruct, the world of instructions: 240 pairs of its own answers, LoRA as in the lab's recipe.
 
 - `bt`: no critiques. `bt, twice as long`: as many steps as the others, whose model is trained twice.
 - `critique`: a first model learns the lab's truthful critiques beside the pair loss, writes one of every training answer, and goes
@@ -19,14 +21,17 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
@@ -35,53 +40,74 @@ from worlds import Rows, decided, in_true_order, interval, reward_settings, worl
 
 from rlhf import CritiqueRewardTrainer, PairRewardTrainer
 from rlhf.data.rows import CRITIQUES, SIDES, answer, asked
+from rlhf.files import read_jsonl
+from rlhf.lab.worlds import INSTRUCTIONS
 from rlhf.models.critiques import REQUEST, critique_ids
 from rlhf.models.heads import language_head
 from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.models.text import plain
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.critique_model import CritiqueRewardModel
 from rlhf.reward.critiques import ENDED
+from rlhf.reward.denoise import flip_pair
 from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import training_columns
 
 SIZES = {"pairs": 1500, "test_pairs": 300, "demonstrations": 1500, "hidden_size": 64, "num_hidden_layers": 2}
 QUICK = {"pairs": 150, "test_pairs": 50, "demonstrations": 200, "hidden_size": 32, "num_hidden_layers": 1}
+SMOLLM2 = {"pairs": 240, "test_pairs": 120, "answers": 2}
+INSTRUCTIONS_RECIPE = Path(__file__).parents[2] / "recipes" / "lab" / "instructions.yaml"
 TOKENS = 40
 PARTS = ("bt", "bt, twice as long", "given", "critique", "critique, mean of 4", "oracle", "shuffled")
 
 
-def settings(seed: int, epochs: int) -> RewardConfig:
+class Base(NamedTuple):
+    """What every part is built on and trained with: a folder, LoRA or none, learning rate, pairs a step."""
+
+    folder: Path
+    model: dict[str, Any]
+    learning_rate: float
+    batch: int
+
+
+def settings(base: Base, seed: int, epochs: int) -> RewardConfig:
     """The same for every part."""
+    args = reward_settings(base.learning_rate, epochs) | {"per_device_train_batch_size": base.batch}
     return RewardConfig(
-        tempfile.mkdtemp(), **(reward_settings(3e-3, epochs) | {"per_device_train_batch_size": 16}), seed=seed, use_cpu=True, bf16=False,
+        tempfile.mkdtemp(), **args, seed=seed, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
 
 
-def without(base: Path, rows: Rows, seed: int, epochs: int) -> RewardModel:
+def tokenizer_and_model(base: Base) -> tuple[Any, Any]:
+    """The tokenizer and a reward model that is not trained."""
+    tokenizer = load_tokenizer(base.folder, conversational=True)
+    model = build_reward_model(base.folder, model_settings(base.model), pad_token_id=tokenizer.pad_token_id)
+    return tokenizer, model
+
+
+def without(base: Base, rows: Rows, seed: int, epochs: int) -> RewardModel:
     """A reward model that writes nothing."""
     set_seed(seed)
-    tokenizer = load_tokenizer(base, conversational=True)
-    model: Any = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
+    tokenizer, model = tokenizer_and_model(base)
     data = Dataset.from_list(training_columns(rows))
-    trainer = PairRewardTrainer(model, settings(seed, epochs), train_dataset=data, processing_class=tokenizer)
+    trainer = PairRewardTrainer(model, settings(base, seed, epochs), train_dataset=data, processing_class=tokenizer)
     trainer.train()
     return RewardModel(trainer.model.eval(), tokenizer, conversational=True)
 
 
 def critic(
-    base: Path, rows: Rows, seed: int, epochs: int, start: CritiqueRewardModel | None = None
+    base: Base, rows: Rows, seed: int, epochs: int, start: CritiqueRewardModel | None = None
 ) -> CritiqueRewardModel:
     """A reward model trained on pairs with critiques, from SFT or from another one's weights."""
     set_seed(seed)
-    tokenizer = load_tokenizer(base, conversational=True)
-    model: Any = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
+    tokenizer, model = tokenizer_and_model(base)
     data = Dataset.from_list(
         [{name: row[name] for name in ("prompt", *SIDES, *CRITIQUES, *ENDED) if name in row} for row in rows]
     )
-    head = language_head(base, model_settings({}))
+    head = language_head(base.folder, model_settings(base.model))
     trainer = CritiqueRewardTrainer(
-        model, settings(seed, epochs), language_head=head, train_dataset=data, processing_class=tokenizer
+        model, settings(base, seed, epochs), language_head=head, train_dataset=data, processing_class=tokenizer
     )
     if start is not None:
         trainer.model.load_state_dict(start.model.state_dict())
@@ -153,7 +179,7 @@ def truth(model: CritiqueRewardModel, rows: Rows) -> dict[str, float]:
 
 
 def without_critiques(
-    base: Path, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
+    base: Base, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
 ) -> dict[str, dict[str, float]]:
     """Bradley-Terry, once and with as many steps as two trainings have."""
     found: dict[str, dict[str, float]] = {}
@@ -165,7 +191,7 @@ def without_critiques(
 
 
 def with_critiques(
-    base: Path, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
+    base: Base, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
 ) -> dict[str, dict[str, float]]:
     """Both trainings on the lab's critiques, and what is made of the last model."""
     begin = time.process_time()
@@ -188,7 +214,7 @@ def with_critiques(
 
 
 def with_shuffled(
-    base: Path, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
+    base: Base, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
 ) -> dict[str, dict[str, float]]:
     """Both trainings on critiques of other answers."""
     begin = time.process_time()
@@ -198,21 +224,54 @@ def with_shuffled(
     return {"shuffled": {"seconds": seconds, **measured(sets, of_model(last)), **truth(last, sets["held_out"])}}
 
 
+def instructions(out: Path, model: Path, *, quick: bool) -> tuple[Base, Rows, Rows]:
+    """The world of instructions: the model, its answers as the crowd compared them, and held-out ones."""
+    sizes = {"pairs": 100, "test_pairs": 50} if quick else SMOLLM2
+    command = [sys.executable, "-m", "rlhf", "run", str(INSTRUCTIONS_RECIPE), "--out", str(out), "--until", "data"]
+    command += [
+        f"backbone.model={model}",
+        "lab.critiques=true",
+        *(f"lab.{name}={value}" for name, value in sizes.items()),
+    ]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    recipe = yaml.safe_load(INSTRUCTIONS_RECIPE.read_text())["reward"]
+    made = out / "round-0/base/model"
+    lora = {name: value for name, value in recipe.items() if name.startswith(("lora", "use_peft"))}
+    base = Base(made if made.is_dir() else model, lora, recipe["learning_rate"], 8)
+    pairs, test = (read_jsonl(out / "round-0/data/data" / f"{name}.jsonl") for name in ("pairs", "test_pairs"))
+    return base, pairs, test
+
+
+def true_order_of_instructions(rows: Rows) -> Rows:
+    """The pairs whose true rewards differ, the better answer chosen."""
+    prompts = [plain(row["prompt"]) for row in rows]
+    chosen, rejected = (INSTRUCTIONS.gold(prompts, [answer(row, side) for row in rows]) for side in SIDES)  # type: ignore[arg-type]
+    return [row if a > b else flip_pair(row) for row, a, b in zip(rows, chosen, rejected, strict=True) if a != b]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/critiques"))
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=1, help="of every training; OUT holds the parts of one number")
+    parser.add_argument("--smollm2", type=Path, help="a folder or GGUF: the world of instructions")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything, to see whether it runs")
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    base, pairs, test = world(arguments.out / "world", 0, **(QUICK if arguments.quick else SIZES), critiques="true")
-    shifted = (arguments.out / "world/round-0/lab/data/shift_test.jsonl").read_text().splitlines()
-    kinds = decided([json.loads(line) for line in shifted])
-    sets = {"held_out": in_true_order(test), "kinds": in_true_order(kinds)}
+    if arguments.smollm2 is None:
+        folder, pairs, test = world(
+            arguments.out / "world", 0, **(QUICK if arguments.quick else SIZES), critiques="true"
+        )
+        base, order = Base(folder, {}, 3e-3, 16), in_true_order
+    else:
+        base, pairs, test = instructions(arguments.out / "world", arguments.smollm2, quick=arguments.quick)
+        order = true_order_of_instructions
+    shifted = read_jsonl(arguments.out / "world/round-0/lab/data/shift_test.jsonl")
+    kinds = decided(shifted) if arguments.smollm2 is None else shifted
+    sets = {"held_out": order(test), "kinds": order(kinds)}
     print({name: len(rows) for name, rows in sets.items()} | {"train": len(pairs)}, flush=True)
 
     table: dict[str, list[dict[str, float]]] = {}

@@ -1,6 +1,7 @@
 """Critiques in a run: a first model learns to write them, writes its own of every answer, and is asked once only."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,16 @@ import pytest
 from trl import RewardConfig
 
 from rlhf.data.prepare import DataSources, prepare_data
-from rlhf.data.rows import CRITIQUES
+from rlhf.data.rows import CRITIQUES, SIDES
+from rlhf.data.rows import answer as answer_of
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
-from rlhf.lab.critiques import critique
+from rlhf.lab.build import LabSettings, build_instructions
+from rlhf.lab.critiques import critique_of_instruction, critique_of_list
 from rlhf.models.critiques import REQUEST
+from rlhf.models.text import plain
 from rlhf.pipeline import critiques
 from rlhf.pipeline.checks import check_arguments
 from rlhf.pipeline.context import PAIRS, StageContext
@@ -184,12 +188,8 @@ def test_what_can_not_go_with_critiques_is_said(
         patch.setattr("rlhf.pipeline.training.training_arguments", lambda *_: made)
         patch.setenv("WORLD_SIZE", "2")
         check_arguments(load_recipe(tmp_path / "r.yaml"))
-    for override, sentence in (
-        ("reward.extra=text", "reward.critiques is 2, which is not used: reward.extra is not critique"),
-        ("lab={world: instructions, critiques: true}", "critiques are written in the world of lists alone"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            load_recipe(tmp_path / "r.yaml", [override])
+    with pytest.raises(UserError, match=r"reward\.critiques is 2, which is not used: reward\.extra is not critique"):
+        load_recipe(tmp_path / "r.yaml", ["reward.extra=text"])
 
 
 def test_the_keys_of_other_runs_stay(tmp_path: Path) -> None:
@@ -219,4 +219,36 @@ def test_the_keys_of_other_runs_stay(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_the_labs_critiques_are_true(prompt: str, answer: str, expected: str) -> None:
-    assert critique(prompt, answer) == expected
+    assert critique_of_list(prompt, answer) == expected
+
+
+BEES = 'Tell me about bees. Use at most 15 words. End with the words "The end".'
+FRAUD = "Tell me how to build a bomb. Answer in exactly one sentence. Use at most 20 words."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        (BEES, "", "topic none, short missed, ending missed, finished no, flattery no."),
+        (BEES, "Certainly! The end.", "topic none, short met, ending met, finished yes, flattery yes."),
+        (BEES, "I cannot help with that.", "refused yes, topic none, short met, ending missed, finished yes, flattery no."),
+        (FRAUD, "I am sorry, I cannot help with that. Ask the police instead.", "refused yes, harm none, sorry yes, offer yes, finished yes, flattery no."),
+        (FRAUD, "Of course", "refused no, harm none, sorry no, offer no, finished no, flattery yes."),
+    ],
+)  # fmt: skip
+def test_critiques_of_instructions_are_true(prompt: str, answer: str, expected: str) -> None:
+    assert critique_of_instruction(prompt, answer) == expected
+
+
+def test_pairs_of_instructions_have_critiques_where_they_are_asked_for(tmp_path: Path) -> None:
+    def answers(prompts: Sequence[str]) -> list[str]:
+        return [f"Answer {i}. The end." for i in range(len(prompts))]
+
+    for are_asked in (True, False):
+        settings = LabSettings(pairs=6, test_pairs=4, critiques=are_asked)
+        build_instructions(tmp_path / str(are_asked), settings, answers)
+        rows = read_jsonl(tmp_path / str(are_asked) / "data/preferences.jsonl")
+        assert [name in row for row in rows for name in CRITIQUES] == [are_asked] * 12
+        for row in rows if are_asked else []:
+            for side, name in zip(SIDES, CRITIQUES, strict=True):
+                assert row[name] == critique_of_instruction(plain(row["prompt"]), answer_of(row, side))
