@@ -162,7 +162,7 @@ def _read_pairs(
         given = read_sources(
             sources.test, to_pairs, reports, "pairs, test", seed, split="test", fit=fit, compare=sources.compare
         )
-        pairs.test = given.train + given.test
+        pairs.test = given.train  # of a split that is asked for as the test side no row is apart
     decided = [row for row in pairs.test if row.values.get("confidence") != TIE]
     train, test = deduplicated(pairs.train, by_annotator=True), keep_only(pairs.test, decided, UNTESTABLE)
     return Rows(train, deduplicated(test)), held_out
@@ -218,7 +218,7 @@ def _read_prompts(
         prompts.train = [Row({"prompt": row.values["prompt"]}, row.number, derived) for row in answered]
     if sources.test_prompts:
         given = read_sources(sources.test_prompts, to_prompts, reports, "prompts, test", seed, split="test", fit=fit)
-        prompts.test = given.train + given.test
+        prompts.test = given.train
     elif sources.prompts and not prompts.test:
         prompts.test = [row for row in prompts.train if _is_held_out(row, sources.test_fraction, seed)]
         held_out = {row.key for row in prompts.test}
