@@ -1,8 +1,8 @@
 """Edges of the formulas: numbers that are taken where nobody gives one, limits, refusals, columns of 0, units."""
 
-import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,13 @@ from rlhf.objectives.critiques import gumbel
 from rlhf.objectives.ensemble import combined
 from rlhf.objectives.gated import length_multiple, ridge
 from rlhf.objectives.kl import adapted_kl_coef
-from rlhf.objectives.learning_curve import fit_curves
+from rlhf.objectives.learning_curve import accuracy_after, fit_curves
 from rlhf.objectives.length import length_gradient
 from rlhf.objectives.masked import masked_sums, mean_and_variance, whiten
 from rlhf.objectives.ppo import clipped_policy, clipped_share
 from rlhf.objectives.rankings import is_best
 from rlhf.objectives.second_look import log_odds_of_verdicts, posterior_of_observations, second_look
+from rlhf.objectives.selection import greedy_design
 from rlhf.objectives.text import mixed
 
 GENERATOR = np.random.default_rng(0)
@@ -36,25 +37,34 @@ def tensor(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+NUMBERS = torch.from_numpy(GENERATOR.normal(size=(6, 4)))
+POSITIVE = NUMBERS.abs() + 0.1
+
+
 @pytest.mark.parametrize(
-    ("function", "defaults"),
+    ("function", "arguments", "defaults"),
     [
-        (generalized_advantage, {"gamma": 1.0, "lam": 0.95}),
-        (info_nce, {"temperature": 0.05}),
-        (swapped_prediction, {"temperature": 0.1, "epsilon": 0.05, "iterations": 3}),
-        (length_gradient, {"weight": 1.0}),
-        (combined, {"strength": 0.5}),
-        (whiten, {"epsilon": 1e-8}),
-        (label_slopes, {"ridge": 1.0}),
-        (fit_discriminator, {"ridge": 1.0}),
-        (posterior_of_observations, {"scale": 1.0}),
+        (generalized_advantage, (NUMBERS, POSITIVE, torch.ones(6, 4)), {"gamma": 1.0, "lam": 0.95}),
+        (info_nce, (NUMBERS, POSITIVE), {"temperature": 0.05}),
+        (swapped_prediction, (NUMBERS, POSITIVE, NUMBERS[:3]), {"temperature": 0.1, "epsilon": 0.05, "iterations": 3}),
+        (length_gradient, (NUMBERS[:, 0], NUMBERS[:, 1], POSITIVE[:, 0]), {"weight": 1.0}),
+        (partial(combined, rule="soft_min"), (NUMBERS,), {"strength": 0.5}),
+        (whiten, (1e-4 * NUMBERS, torch.ones(6, 4)), {"epsilon": 1e-8}),
+        (label_slopes, (NUMBERS,), {"ridge": 1.0}),
+        (fit_discriminator, (NUMBERS, POSITIVE), {"ridge": 1.0}),
+        (partial(posterior_of_observations, flip_rate=0.2), (NUMBERS[0], NUMBERS[1]), {"scale": 1.0}),
+        (accuracy_after, (200.0, tensor(0.9), tensor(100.0)), {"power": 1.0}),
     ],
 )
 def test_the_numbers_of_the_papers_are_taken_where_nobody_gives_others(
-    function: Callable[..., Any], defaults: dict[str, float]
+    function: Callable[..., Any], arguments: tuple[Any, ...], defaults: dict[str, float]
 ) -> None:
-    parameters = inspect.signature(function).parameters
-    assert {name: parameters[name].default for name in defaults} == defaults
+    found, expected = function(*arguments), function(*arguments, **defaults)
+    for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, expected)), strict=True):
+        assert torch.equal(one, other)
+    for name, value in defaults.items():
+        other = function(*arguments, **{**defaults, name: value + 1})
+        assert not torch.equal(*(x[0] if isinstance(x, tuple) else x for x in (found, other))), f"{name} says something"
 
 
 @pytest.mark.parametrize("rule", ["mean", "worst", "uncertainty", "soft_min"])
@@ -303,10 +313,13 @@ def test_an_expert_who_is_wrong_more_often_than_right_is_refused(rate: float) ->
     assert log_odds_of_verdicts(tensor(1), tensor(0), error_rate=0.5).item() == 0
 
 
-def test_the_posterior_of_one_measurement_is_a_normal_likelihood() -> None:
-    curves = fit_curves(tensor(300), tensor(0.71), tensor(0.02**2)[None], flip_rate=0.1)
-    expected = np.exp(-0.5 * ((0.71 - curves.accuracies(300.0).numpy()) / 0.02) ** 2)
-    np.testing.assert_allclose(curves.weight.numpy(), expected / expected.sum(), rtol=1e-9)
+def test_the_posterior_of_two_measurements_is_a_normal_likelihood() -> None:
+    sizes, measured = tensor(300, 900), np.array([0.71, 0.74])
+    covariance = np.array([[0.02**2, 1e-4], [1e-4, 0.015**2]])
+    curves = fit_curves(sizes, torch.from_numpy(measured), torch.from_numpy(covariance), flip_rate=0.1)
+    rest = measured[:, None] - np.stack([curves.accuracies(n).numpy() for n in (300.0, 900.0)])
+    expected = np.exp(-0.5 * np.einsum("ig,ij,jg->g", rest, np.linalg.inv(covariance), rest))
+    np.testing.assert_allclose(curves.weight.numpy(), expected / expected.sum(), rtol=1e-6)
 
 
 def test_one_value_has_no_variance_and_a_small_one_is_kept() -> None:
@@ -321,3 +334,18 @@ def test_the_border_of_nineteen_is_the_farthest_of_them() -> None:
     for known in (19, 39, 59, 99):
         cloud = Cloud(torch.zeros(1), torch.eye(1), torch.arange(float(known)))
         assert border(cloud, share=0.05).item() == round(0.95 * (known + 1)) - 1
+    nine = Cloud(torch.zeros(1), torch.eye(1), torch.arange(9.0))
+    assert (1 - 0.7) * 10 > 3
+    assert border(nine, share=0.7).item() == 2.0
+
+
+def test_a_long_greedy_choice_is_that_of_whole_inverses() -> None:
+    x = torch.from_numpy(GENERATOR.normal(size=(40, 5)) @ GENERATOR.normal(size=(5, 5)))
+    weight, precision = torch.from_numpy(GENERATOR.uniform(0.5, 8, size=40)), torch.eye(5).double()
+    taken: list[int] = []
+    for _ in range(15):
+        gain = weight * torch.einsum("nh,hk,nk->n", x, torch.linalg.inv(precision), x)
+        gain[taken] = -1.0
+        taken.append(int(gain.argmax()))
+        precision = precision + weight[taken[-1]] * torch.outer(x[taken[-1]], x[taken[-1]])
+    assert greedy_design(x, weight, torch.eye(5).double(), 15) == taken
