@@ -55,3 +55,14 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def share_weights(folder: Path) -> None:
+    """Give the weights in a folder the mode that any new file has here: safetensors writes them for their owner alone.
+
+    A server that runs as another user, or a colleague on a shared disk, could not read them.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~umask)

@@ -1,6 +1,7 @@
 """The one place that opens a model: no remote code, safetensors or GGUF, every tensor accounted for, one sentence a fault."""
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,8 @@ def one_sentence(name: str | Path) -> Iterator[None]:
 def _reason(name: str | Path, error: Exception) -> str:
     """Return why a model could not be opened, in one line."""
     message = str(error).strip()
+    if (closed := _closed_file(Path(expand(name)))) is not None:
+        return f"{closed.name} can't be read by this user ({closed.stat().st_uid} owns it); let its owner run chmod a+r on it."
     if "trust_remote_code" in message or "custom code" in message:
         return (
             "this model wants to run code of its own (`auto_map` in its files), and remote code is never run; use one whose "
@@ -71,6 +74,12 @@ def _reason(name: str | Path, error: Exception) -> str:
     if str(name).startswith(("/", ".", "~")) and not Path(expand(name)).exists():
         return "no model there (no such folder)."
     return f"can't be opened as a model ({type(error).__name__}: {first})"
+
+
+def _closed_file(folder: Path) -> Path | None:
+    """Return a file of a folder that is there and that this user may not read; None where there is none."""
+    files = sorted(folder.glob("*")) if folder.is_dir() and os.access(folder, os.X_OK) else []
+    return next((file for file in files if file.is_file() and not os.access(file, os.R_OK)), None)
 
 
 def expand(path: str | Path) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.files import share_weights
 from rlhf.models.open import one_sentence
 
 ADAPTER_BASE = "adapter_base.json"
@@ -49,6 +50,7 @@ def save_model(
         facts = {"base": base, "sha256": base_fingerprint(base, config.revision)}
         (folder / ADAPTER_BASE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
+    share_weights(folder)
 
 
 def base_fingerprint(base: str, revision: str | None = None) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf.errors import UserError
-from rlhf.files import digest, file_digest, write_text
+from rlhf.files import digest, file_digest, share_weights, write_text
 from rlhf.invariants.checks import Check
 from rlhf.invariants.files import finished_files_unchanged
 from rlhf.pipeline.digests import known_digest
@@ -195,6 +195,7 @@ class Store:
         folder = self.path(stage)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         (folder / STARTED).unlink(missing_ok=True)
+        share_weights(folder)
         manifest = {
             "stage": stage.name,
             "key": stage.key,

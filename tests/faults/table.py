@@ -89,6 +89,7 @@ FAULTS: dict[str, dict[str, str]] = {
         "function or model changed": "refused between two attempts, by name",
         "records cut or edited": "one sentence that says what to delete",
         "run moved": "copied, moved or linked, it is whole, adapters and their base too; moved under a run at work: said",
+        "another user": "weights can be read by whoever may read any new file; one that this user may not read is named",
         "stage deleted": "made again, with the same bits",
         "read-only run": "what reads it works; what would write there names the file",
         "other versions": "those that made a stage and those installed: said once, with what to do for the same bits",

@@ -227,3 +227,32 @@ def test_the_command_ends_with_2_and_a_sentence(copied: Path) -> None:
     )
     assert outcome.returncode == 2
     assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.fault("another user")
+def test_a_file_that_this_user_may_not_read_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors calls such a file missing. Root may read all, so what the system says is put in its place."""
+    closed, may = copied / "model.safetensors", os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and may(path, mode))
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError(f"No such file or directory: {closed}")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(
+        UserError, match=r"model\.safetensors can't be read by this user \(\d+ owns it\); let its owner"
+    ):
+        load_policy(copied, PLAIN)
+
+
+@pytest.mark.fault("another user")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_have_the_mode_of_any_new_file(base_folder: Path, tmp_path: Path, umask: int, mode: int) -> None:
+    tokenizer = load_tokenizer(base_folder, conversational=True)
+    before = os.umask(umask)
+    try:
+        save_model(load_policy(base_folder, PLAIN), tokenizer, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()}
+    assert set(modes.values()) == {mode}, modes
