@@ -12,10 +12,12 @@ from rlhf.data.canonical import _split, critiques
 from rlhf.data.columns import NamedRow, _sentence
 from rlhf.data.controls import Gold, History, _draw, gold_questions, next_control
 from rlhf.data.direction import _unstated
+from rlhf.data.functions import LARGEST, load_function
 from rlhf.data.label_files import read_verdicts, record_entries
 from rlhf.data.labels import Question, Verdict
 from rlhf.data.layouts import find_layout
 from rlhf.data.limits import _Unpacked
+from rlhf.data.lines import own_lines
 from rlhf.data.messages import messages
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.read import EXAMPLES_KEPT, BadRow, ReadReport, read_rows
@@ -250,3 +252,27 @@ def test_half_of_the_pairs_make_a_habit_of_it() -> None:
     other = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert tidied([repeating, other])[0].row == {**repeating, "chosen": "yes", "rejected": "no"}
     assert tidied([repeating, other, other])[0].row == repeating
+
+
+def test_rows_behind_an_empty_file_are_counted_from_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    write(tmp_path / "b.jsonl", [{"x": 1}])
+    write(tmp_path / "c.jsonl", [{"x": 2}, {"x": 3}])
+    numbers = [number for number, _ in own_lines(Source(f"{tmp_path}/*.jsonl"))]
+    assert numbers == [1, 2, 3]
+
+
+def test_test_pairs_of_a_source_among_others_name_it_too(tmp_path: Path) -> None:
+    one = Source(write(tmp_path / "a.jsonl", pairs(4, "a") + pairs(2, "t", split="test")))
+    other = Source(write(tmp_path / "b.jsonl", pairs(4, "b") + pairs(2, "u", split="test")))
+    prepare_data(tmp_path / "out", DataSources(preferences=[one, other]), seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "out/test_pairs.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows] == [one.source] * 2 + [other.source] * 2
+
+
+def test_a_value_of_a_function_has_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("def f(p, c):\n    return [float(c[0])]\n")
+    function = load_function(f"{tmp_path}/f.py:f", key="k")
+    assert function(["a"], [repr(LARGEST)]) == [LARGEST]
+    with pytest.raises(UserError, match="k: "):
+        function(["a"], [repr(2 * LARGEST)])

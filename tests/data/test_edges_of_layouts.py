@@ -208,7 +208,14 @@ def test_what_a_label_says(label: object, side: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "label", [[{"value": "x", "rank": 1}], [{"value": "x", "rank": 1}, {"value": "y"}], "perhaps", ["x", "y"]]
+    "label",
+    [
+        [{"value": "x", "rank": 1}, "y"],
+        [{"value": "x", "rank": 1}],
+        [{"value": "x", "rank": 1}, {"value": "y"}],
+        "perhaps",
+        ["x", "y"],
+    ],
 )
 def test_a_label_that_names_neither_is_refused(label: object) -> None:
     with pytest.raises(BadRow):
@@ -281,3 +288,10 @@ def test_columns_of_public_layouts_can_be_named(tmp_path: Path) -> None:
     assert named_rows(rows, "x", report, columns=pku, label=None)
     with pytest.raises(UserError, match="'winer' is no column here; did you mean 'winner'"):
         named_rows(rows, "x", report, columns={"winer": "d"}, label=None)
+
+
+def test_rows_under_other_names_are_no_ties() -> None:
+    report = ReadReport("x")
+    (row,) = named_rows([(1, {"instruction": "a", "output": ["b", "c"]})], "x", report, columns=None, label=None)
+    assert row.row == {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert not row.is_tie

@@ -18,10 +18,10 @@ from rlhf.data.labelbook import LabelBook
 from rlhf.data.labels import Question, Verdict
 from rlhf.data.limits import Unreadable, numbered_lines, open_text
 from rlhf.data.messages import _calls, messages, transcript
-from rlhf.data.rankings import _answered_turns, is_right_and_wrong, right_and_wrong
+from rlhf.data.rankings import _answered_turns, is_right_and_wrong, rated_entries, right_and_wrong
 from rlhf.data.ratings import _entries
 from rlhf.data.read import BadRow, ReadReport
-from rlhf.data.rows import asked, has_tools, parting_turn
+from rlhf.data.rows import asked, has_tools, parting_turn, prompt_key
 from rlhf.errors import UserError
 
 
@@ -154,6 +154,8 @@ def test_each_sides_answer_stands_behind_its_own_turns() -> None:
         ("a1", "a1 u2 a2", 3),
         ("a1 u2 a2", "a1", 3),
         ("a1 u2 a2", "a3", 2),
+        ("a1 a2", "a1 a3", 3),
+        ("a1 a2", "a3 a2", 2),
     ],
 )
 def test_the_turn_at_which_two_sides_part(chosen: str, rejected: str, turn: int | None) -> None:
@@ -222,6 +224,24 @@ def test_a_zero_byte_in_the_first_line_is_in_the_first_row(tmp_path: Path) -> No
     (tmp_path / "x.jsonl").write_bytes(b'{"a": "\0"}\n')
     with pytest.raises(UserError, match="row 1: no text"):
         open_text(tmp_path / "x.jsonl")
+
+
+def test_a_zero_byte_behind_an_empty_first_line_is_in_the_second_row(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\n\0")
+    with pytest.raises(UserError, match="row 2: no text"):
+        open_text(tmp_path / "x.jsonl")
+
+
+def test_calls_in_another_order_of_their_parts_are_the_same_prompt() -> None:
+    first: Any = [{"role": "assistant", "content": "", "tool_calls": [{"a": 1, "b": 2}]}]
+    second: Any = [{"role": "assistant", "content": "", "tool_calls": [{"b": 2, "a": 1}]}]
+    assert prompt_key(first) == prompt_key(second)
+
+
+@pytest.mark.parametrize("attributes", [[{"helpfulness": 1}], [{"helpfulness": 1}] * 3, {"helpfulness": 1}, None, "ab"])
+def test_every_answer_of_a_conversation_has_its_ratings(attributes: object) -> None:
+    with pytest.raises(BadRow, match="attributes is not one mapping for each"):
+        rated_entries({"messages": turns("u1 a1 u2 a2"), "attributes": attributes})
 
 
 def test_an_unknown_direction_shows_its_ends_numbers_first() -> None:
