@@ -15,6 +15,7 @@ from trl import RewardConfig
 
 from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, model_settings
+from rlhf.models.packing import LONG_ROW
 from rlhf.objectives.pairwise import bradley_terry
 from rlhf.reward.trainer import RANGES, PairRewardTrainer, Scored, check_columns
 
@@ -127,3 +128,31 @@ def test_one_vote_is_enough_and_none_is_not(pairs: Dataset) -> None:
     check_columns(few.add_column("strength_votes", [1, 2]), columns=("strength_votes",))
     with pytest.raises(UserError, match="row 1, column 'strength_votes': 0 is not a finite number in"):
         check_columns(few.add_column("strength_votes", [1, 0]), columns=("strength_votes",))
+
+
+def test_a_head_keeps_its_precision_and_rows_are_long_by_the_models_width(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    settings = model_settings({"dtype": "bfloat16"})
+    model: Any = build_reward_model(base_folder, settings, pad_token_id=tokenizer.pad_token_id)
+    trainer = PairRewardTrainer(
+        model, RewardConfig(**cpu_arguments), train_dataset=pairs.select(range(4)), processing_class=tokenizer
+    )
+    assert trainer.model.score.weight.dtype == torch.bfloat16, "only on 4-bit weights is it made wider"
+    assert trainer.data_collator.long_row == LONG_ROW * model.config.hidden_size
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_training_keeps_no_keys_and_values(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], share: bool
+) -> None:
+    model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    args = RewardConfig(**{**cpu_arguments, "max_steps": 1})
+    trainer = PairRewardTrainer(
+        model, args, share_prompts=share, train_dataset=pairs.select(range(4)), processing_class=tokenizer
+    )
+    kept: list[Any] = []
+    model.model.register_forward_hook(lambda _, __, output: kept.append(getattr(output, "past_key_values", None)))
+    trainer.train()
+    assert kept
+    assert all(cache is None for cache in kept)
