@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from rlhf.data.canonical import _split, critiques
+from rlhf.data.canonical import _split, critiques, oddities
+from rlhf.data.canonical import pair as canonical_pair
 from rlhf.data.columns import NamedRow, _sentence
 from rlhf.data.controls import Gold, History, _draw, gold_questions, next_control
 from rlhf.data.direction import _unstated
@@ -20,8 +21,9 @@ from rlhf.data.limits import _Unpacked
 from rlhf.data.lines import own_lines
 from rlhf.data.messages import messages
 from rlhf.data.prepare import DataSources, prepare_data
+from rlhf.data.ratings import RatingScale
 from rlhf.data.read import EXAMPLES_KEPT, BadRow, ReadReport, read_rows
-from rlhf.data.rows import assistant_turn, user_turn
+from rlhf.data.rows import assistant_turn, label_digest, pair_digest, user_turn
 from rlhf.data.sources import Line, Row, Source, read_pair_rows, read_sources, to_demonstrations
 from rlhf.data.tables import _check_names, _row, matched_files, table_rows
 from rlhf.data.tidy import _without_head, tidied
@@ -67,6 +69,8 @@ def test_a_row_brings_its_own_confidence_unless_the_layout_makes_it() -> None:
     assert not Line(1, {}, False).makes_confidence
     assert not Row({"prompt": user_turn("a")}, 1, report).makes_confidence
     assert not NamedRow(1, {}).makes_confidence
+    assert not NamedRow(1, {}).is_tie
+    assert not Row({"prompt": user_turn("a")}, 1, report).is_test
 
 
 def test_a_ranking_says_which_demonstration_is_its_best() -> None:
@@ -276,3 +280,69 @@ def test_a_value_of_a_function_has_a_limit(tmp_path: Path) -> None:
     assert function(["a"], [repr(LARGEST)]) == [LARGEST]
     with pytest.raises(UserError, match="k: "):
         function(["a"], [repr(2 * LARGEST)])
+
+
+@pytest.mark.parametrize("with_test", [True, False])
+def test_ratings_beside_a_test_side_are_all_trained_on(tmp_path: Path, with_test: bool) -> None:
+    rows = [{"prompt": f"q{i}", "response": f"a{k}", "helpfulness": k} for i in range(40) for k in (0, 1)]
+    marked = [{**row, "prompt": "t", "split": "test"} for row in rows[:2]]
+    test = [Source(write(tmp_path / "t.jsonl", pairs(1, "u")))] if with_test else []
+    given = DataSources(
+        preferences=[Source(write(tmp_path / "r.jsonl", rows + ([] if with_test else marked)))],
+        test=test,
+        ratings=RatingScale(names=("helpfulness",), low=0, high=4),
+        test_fraction=0.5,
+    )
+    facts = prepare_data(tmp_path / "out", given, seed=0)
+    assert (facts["rows"]["ratings"], facts["rows"]["test_pairs"]) == (80, 1)
+
+
+def test_names_of_pairs_and_labels_have_twenty_four_letters() -> None:
+    row: Any = {"prompt": user_turn("a"), "chosen": assistant_turn("b"), "rejected": assistant_turn("c")}
+    turned: Any = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    assert len(label_digest(row)) == len(pair_digest(row)) == 24
+    assert pair_digest(row) == pair_digest(turned)
+    assert label_digest(row) != label_digest(turned)
+
+
+def test_a_side_that_begins_or_ends_with_the_user_is_no_answer() -> None:
+    good: Any = {
+        "prompt": user_turn("a"),
+        "chosen": assistant_turn("b"),
+        "rejected": [*assistant_turn("c"), *user_turn("d"), *assistant_turn("e")],
+    }
+    assert canonical_pair(good)["chosen"] == assistant_turn("b")
+    for wrong in ([*assistant_turn("c"), *user_turn("d")], user_turn("d")):
+        with pytest.raises(BadRow, match="is not an assistant's answer"):
+            canonical_pair({**good, "rejected": wrong})
+
+
+def test_a_conversation_may_be_the_beginning_of_the_other() -> None:
+    short: Any = [*user_turn("a"), *assistant_turn("b")]
+    longer: Any = [*short, *user_turn("c"), *assistant_turn("d")]
+    assert _split(short, longer) == (user_turn("a"), assistant_turn("b"), longer[1:])
+
+
+@pytest.mark.parametrize(("systems", "is_said"), [(0, False), (1, False), (2, True)])
+def test_several_system_turns_are_said(systems: int, is_said: bool) -> None:
+    row: Any = {
+        "prompt": [{"role": "system", "content": "s"}] * systems + user_turn("a"),
+        "completion": assistant_turn("b"),
+    }
+    assert ("it has more than one system turn" in oddities(row)) == is_said
+
+
+def test_a_part_of_no_kind_is_text_where_it_has_one() -> None:
+    parts = [{"text": "a"}, {"type": "text", "text": "b"}]
+    assert messages([{"role": "user", "content": parts}], "p")[0]["content"] == "ab"
+    with pytest.raises(BadRow, match="a part of type 'image'"):
+        messages([{"role": "user", "content": [*parts, {"type": "image", "text": "x"}]}], "p")
+
+
+def test_dropped_rows_of_several_files_are_numbered_on(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"x": 1}, {"x": 2}])
+    (tmp_path / "b.jsonl").write_text('{"x": 3}\nno json\n{"x": 5}\n')
+    report = ReadReport("x")
+    assert [number for number, _ in read_rows(f"{tmp_path}/*.jsonl", report)] == [1, 2, 3, 5]
+    assert (report.dropped, report.examples) == ({"not valid JSON": 1}, {"not valid JSON": [4]})
+    assert report.rows == 5
