@@ -112,8 +112,7 @@ def _not_counted(recipe: Recipe) -> list[str]:
     reward, ppo = recipe.reward, recipe.ppo
     token_rewards = ("novelty_coef", "adversarial_coef")
     parts = {
-        "reward.extra: critique (writing critiques, a second training, longer texts in PPO)": reward.extra
-        == "critique",
+        "reward.extra: critique (its writing, a second training, longer texts in PPO)": reward.extra == "critique",
         "reward.extra: text (the logits of the chosen answers and of a reference)": reward.extra == "text",
         "reward.objective: gated (its two fits, after a reading of every answer)": reward.objective == "gated",
         "reward.experts (a training and a score for each source)": reward.experts is not None,

@@ -387,8 +387,9 @@ def test_a_model_and_prompts_are_enough_to_begin_with(
         assert reward["pairs"] == len(trained)
     planned = {stage.folder: stage for stage in estimate(made)[0]}
     assert planned["round-2/reward"].rows == 48 - 12
-    (note,) = estimate(made)[1]
-    assert "No pairs yet: answers are taken to be 12 tokens long" in note
+    length, judge = estimate(made)[1]
+    assert "No pairs yet: answers are taken to be 12 tokens long" in length
+    assert judge.startswith("Not counted: rounds.labels_from: judge.")
 
     with pytest.raises(UserError, match=r"data\.prompts is missing: without data\.preferences nobody"):
         load_recipe(tmp_path / "cold.yaml", [named[0], named[2]])
