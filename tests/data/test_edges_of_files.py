@@ -24,7 +24,7 @@ from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.ratings import RatingScale
 from rlhf.data.read import EXAMPLES_KEPT, BadRow, ReadReport, read_rows
 from rlhf.data.rows import assistant_turn, label_digest, pair_digest, user_turn
-from rlhf.data.sources import Line, Row, Source, read_pair_rows, read_sources, to_demonstrations
+from rlhf.data.sources import Line, Row, Source, read_pair_rows, to_demonstrations
 from rlhf.data.tables import _check_names, _row, matched_files, table_rows
 from rlhf.data.tidy import _without_head, tidied
 from rlhf.errors import UserError
@@ -243,12 +243,6 @@ def test_the_head_is_taken_off_the_last_turn() -> None:
     )
     assert changed["chosen"] == [first, {"role": "assistant", "content": "two"}]
     assert changed["rejected"] == "less"
-
-
-def test_a_mixture_may_not_be_read_where_nothing_is_named(tmp_path: Path) -> None:
-    reports: list[ReadReport] = []
-    assert read_sources([], to_demonstrations, reports, "x", 0).train == []
-    assert reports == []
 
 
 def test_half_of_the_pairs_make_a_habit_of_it() -> None:

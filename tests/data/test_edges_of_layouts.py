@@ -1,6 +1,5 @@
 """Edges of layouts: which rows have one, what a missing column makes of them, which texts become the prompt."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,9 +165,6 @@ def test_a_summarys_task_is_written_as_trl_does() -> None:
             summaries({**row, "info": post, "summaries": wrong}, "")
 
 
-VOTES = [("first", 1.0), ("second", 0.0), ("tie", 0.5)]
-
-
 @pytest.mark.parametrize(
     ("labels", "better", "confidence"),
     [
@@ -279,7 +275,7 @@ def test_a_row_that_is_not_rated_is_none() -> None:
         _entries({"response": "a"})
 
 
-def test_columns_of_public_layouts_can_be_named(tmp_path: Path) -> None:
+def test_columns_of_public_layouts_can_be_named() -> None:
     report = ReadReport("x")
     rows = [(1, {"a": "q", "b": "x", "c": "y", "d": "model_a"})]
     found = named_rows(rows, "x", report, columns={"prompt": "a", "chosen": "b", "rejected": "c"}, label=None)

@@ -259,8 +259,12 @@ def test_a_device_that_nobody_uses_is_left_alone(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_initialized)
+    touched: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: touched.append("read"))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda _: touched.append("put back"))
     with foreign_code("key", "f.py:f", seconds=9):
         pass
+    assert touched == []
 
 
 def test_a_devices_random_numbers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
