@@ -38,13 +38,14 @@ ROOMS = {
     "objectives": ("rlhf/objectives/*.py", ("tests/objectives",)),
     "batches": (
         "rlhf/ppo/batches.py",
-        ("tests/ppo/test_batches.py", "tests/ppo/test_ppo.py", "tests/ppo/test_options.py"),
+        ("tests/ppo/test_batches.py", "tests/ppo/test_ppo.py", "tests/ppo/test_edges.py", "tests/ppo/test_options.py"),
     ),
     "trainer": (
         "rlhf/reward/trainer.py",
         (
             "tests/reward/test_trainer.py",
             "tests/reward/test_trainer_numbers.py",
+            "tests/reward/test_votes_in_python.py",
             "tests/reward/test_weights.py",
             "tests/reward/test_extras.py",
             "tests/reward/test_rankings.py",

@@ -1,0 +1,109 @@
+"""Edges of PPO: rewards that are no numbers or all the same, answers without a token, prompts that fill the context."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf import load_reward_model
+from rlhf.errors import TrainingError, UserError
+from rlhf.ppo.experience import shape_scores
+from tests.conftest import PROMPTS
+from tests.ppo.test_ppo import make, weights_after
+
+
+@pytest.mark.fault("not finite")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+def test_a_reward_that_is_no_number_stops_before_the_update(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], bad: Any
+) -> None:
+    critic = load_reward_model(reward_folder).model.requires_grad_(True)
+    trainer, _ = make(
+        base_folder, lambda completions, **_: [0.0] * (len(completions) - 1) + [bad], cpu_arguments, critic=critic
+    )
+    before = weights_after(trainer)
+    with pytest.raises(TrainingError, match="nothing was updated"):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+def test_wrong_number_of_rewards(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    critic = load_reward_model(reward_folder).model.requires_grad_(True)
+    trainer, _ = make(base_folder, lambda completions, **_: [0.0], cpu_arguments, critic=critic)
+    with pytest.raises(TrainingError, match="returned 1 scores for 16 answers"):
+        trainer.train()
+
+
+@pytest.mark.fault("edges of PPO")
+def test_a_constant_reward_moves_nothing_by_itself(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    critic = load_reward_model(reward_folder).model.requires_grad_(True)
+    trainer, rows = make(
+        base_folder,
+        lambda completions, **_: [1.0] * len(completions),
+        cpu_arguments,
+        critic=critic,
+        missing_eos_penalty=None,
+    )
+    trainer.train()
+    assert all(math.isfinite(row["loss"]) for row in rows.rows)
+
+
+@pytest.mark.fault("edges of PPO")
+def test_empty_answers_are_answers(base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    """A policy that ends at once: texts without a character, one token each, finite everything."""
+    trainer, rows = make(base_folder, str(reward_folder), cpu_arguments)
+    end = torch.tensor([trainer.processing_class.eos_token_id])
+    for model in (trainer.model.policy, trainer.reference.model):
+        model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, end, 30.0))
+    trainer.train()
+    assert {sample.completion for sample in trainer.latest_samples} == {""}
+    assert [row["length"] for row in rows.rows] == [1.0] * 3
+    assert all(math.isfinite(value) for row in rows.rows for value in row.values())
+    assert rows.rows[0]["share_without_eos"] == 0
+
+
+def test_prompts_that_fill_the_context_are_cut_and_counted(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    context = AutoModelForCausalLM.from_pretrained(base_folder).config.max_position_embeddings
+    room = 12
+    trainer, _ = make(
+        base_folder, str(reward_folder), cpu_arguments, max_completion_length=context - room, total_episodes=16,
+        num_mini_batches=1, per_device_train_batch_size=16, num_ppo_epochs=1,
+    )  # fmt: skip
+    long = [[{"role": "user", "content": "list three apple pear plum " * 20}]] * 2 + [PROMPTS[0]] * 14
+    completions = trainer.sample([{"prompt": prompt} for prompt in long])
+    lengths = completions.prompt_mask.sum(dim=1).tolist()
+    assert lengths[:2] == [room, room]
+    assert max(lengths) == room
+    with pytest.raises(UserError, match="leaves no room for a prompt in the model's context"):
+        make(base_folder, str(reward_folder), cpu_arguments, max_completion_length=context)
+
+
+@pytest.mark.fault("cut or ended answer")
+def test_missing_end_is_penalised_exactly_there(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    from rlhf.models.generate import Completions
+
+    reward = load_reward_model(reward_folder)
+    trainer, _ = make(base_folder, reward, cpu_arguments, missing_eos_penalty=2.0, reward_clip=None)
+    ids = torch.tensor([[10, 1], [10, 11]])
+    completions = Completions(
+        ids, torch.ones_like(ids), ids, torch.ones_like(ids), torch.tensor([True, False]), ["yes", "yes"]
+    )
+    raw, total, dense, _ = trainer.rewards([{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0]}], completions)
+    expected = (raw - reward.mean) / reward.std - torch.tensor([0.0, 2.0])
+    torch.testing.assert_close(shape_scores(total, completions.ended, trainer.args, trainer.progress), expected)
+    assert dense.abs().max() == 0
+    assert raw[0] != raw[1], "the reward model sees that one answer did not end"
+
+
+def test_a_callable_alone_needs_a_critic(base_folder: Path, cpu_arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="pass `critic=`"):
+        make(base_folder, lambda completions, **_: [0.0] * len(completions), cpu_arguments)
