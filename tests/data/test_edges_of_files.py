@@ -20,11 +20,11 @@ from rlhf.data.layouts import find_layout
 from rlhf.data.limits import _Unpacked
 from rlhf.data.lines import own_lines
 from rlhf.data.messages import messages
-from rlhf.data.prepare import DataSources, prepare_data
+from rlhf.data.prepare import DataSources, _unique, prepare_data
 from rlhf.data.ratings import RatingScale
 from rlhf.data.read import EXAMPLES_KEPT, BadRow, ReadReport, read_rows
 from rlhf.data.rows import assistant_turn, label_digest, pair_digest, user_turn
-from rlhf.data.sources import Line, Row, Source, read_pair_rows, to_demonstrations
+from rlhf.data.sources import Line, Row, Source, deduplicated, read_pair_rows, to_demonstrations
 from rlhf.data.tables import _check_names, _row, matched_files, table_rows
 from rlhf.data.tidy import _without_head, tidied
 from rlhf.errors import UserError
@@ -340,3 +340,56 @@ def test_dropped_rows_of_several_files_are_numbered_on(tmp_path: Path) -> None:
     assert [number for number, _ in read_rows(f"{tmp_path}/*.jsonl", report)] == [1, 2, 3, 5]
     assert (report.dropped, report.examples) == ({"not valid JSON": 1}, {"not valid JSON": [4]})
     assert report.rows == 5
+
+
+def test_a_saved_folders_lines_are_those_of_the_split_that_is_named(tmp_path: Path) -> None:
+    DatasetDict(train=Dataset.from_list(pairs(2)), right=Dataset.from_list(pairs(3))).save_to_disk(str(tmp_path / "x"))
+    assert len(list(own_lines(Source(str(tmp_path / "x"), split="right")))) == 3
+    assert len(list(own_lines(Source(str(tmp_path / "x"))))) == 2
+
+
+def test_prompts_keep_their_order_where_they_stand_once() -> None:
+    report = ReadReport("x")
+    rows: list[Row[Any]] = [Row({"prompt": user_turn(name)}, i, report) for i, name in enumerate("cab")]
+    assert [row.number for row in _unique(rows)] == [0, 1, 2]
+
+
+def test_the_commonest_reason_is_said_first() -> None:
+    report = ReadReport("x")
+    for row, reason in enumerate(("rare", "common", "common"), start=1):
+        report.drop(row, reason)
+    assert [sentence.split()[3] for sentence in report.sentences()[1:]] == ["common", "rare"]
+
+
+def test_whose_label_it_is_counts_only_where_that_is_asked_for() -> None:
+    def rows() -> list[Row[Any]]:
+        report = ReadReport("x")
+        sides = (("yes", "no", "ann"), ("no", "yes", "bob"), ("yes", "no", "ann"))
+        return [
+            Row(
+                {
+                    "prompt": user_turn("a"),
+                    "chosen": assistant_turn(chosen),
+                    "rejected": assistant_turn(rejected),
+                    "annotator": annotator,
+                },
+                number,
+                report,
+            )
+            for number, (chosen, rejected, annotator) in enumerate(sides)
+        ]
+
+    assert deduplicated(rows()) == []
+    assert [row.number for row in deduplicated(rows(), by_annotator=True)] == [0, 1]
+
+
+def test_semicolons_separate_names_that_hold_no_comma(tmp_path: Path) -> None:
+    for text, row in (("a;x,b\n1,2\n", {"a;x": "1", "b": "2"}), ("a;b\n1,5;2\n", {"a": "1,5", "b": "2"})):
+        (tmp_path / "x.csv").write_text(text)
+        assert list(table_rows(tmp_path / "x.csv")) == [row]
+
+
+def test_a_table_that_is_no_text_says_so_of_its_first_row(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"a,b\n\xff,2\n")
+    with pytest.raises(UserError, match="row 1 is not UTF-8 text"):
+        list(table_rows(tmp_path / "x.csv"))

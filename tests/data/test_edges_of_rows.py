@@ -1,5 +1,6 @@
 """Edges of single rows: what is an answer, a prompt, a tool call, a rating, a time; what a path leads to."""
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.data.canonical import _said, demonstration, pair, prompt_only
+from rlhf.data.canonical import _number, _said, demonstration, extras_of, oddities, pair, prompt_only
 from rlhf.data.columns import _has, _value, named_rows
 from rlhf.data.controls import REPEATED_AFTER, controls_expected, repeated
 from rlhf.data.direction import _unstated
@@ -16,12 +17,14 @@ from rlhf.data.functions import foreign_code
 from rlhf.data.label_files import _seconds, record_entries
 from rlhf.data.labelbook import LabelBook
 from rlhf.data.labels import Question, Verdict
+from rlhf.data.layouts import find_layout
 from rlhf.data.limits import Unreadable, numbered_lines, open_text
 from rlhf.data.messages import _calls, messages, transcript
 from rlhf.data.rankings import _answered_turns, is_right_and_wrong, rated_entries, right_and_wrong
 from rlhf.data.ratings import _entries
 from rlhf.data.read import BadRow, ReadReport
-from rlhf.data.rows import asked, has_tools, parting_turn, prompt_key
+from rlhf.data.rows import asked, group_key, has_tools, parting_turn, prompt_key
+from rlhf.data.sides import shown_codes
 from rlhf.errors import UserError
 
 
@@ -293,3 +296,69 @@ def test_a_confidence_that_a_row_brings_is_not_the_layouts(more: dict[str, Any],
     row = {"conversation_a": turns("u1 a1"), "conversation_b": turns("u1 a2"), "winner": "model_a", **more}
     named = named_rows([(1, row)], "x", ReadReport("x"), columns=None, label=None)
     assert [each.makes_confidence for each in named] == [makes]
+
+
+def test_agreement_is_a_number_and_no_truth_value() -> None:
+    assert extras_of({"agree": 0.7, "annotator": "ann", "id": 3}) == {"agree": 0.7, "annotator": "ann"}
+    assert extras_of({"agree": True}) == extras_of({"agree": "0.7"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"),
+    [(0.5, []), (0.0, ["its two answers are rated alike"]), (-0.5, ["its ratings contradict its label"])],
+)
+def test_ratings_that_contradict_a_label_or_say_nothing_are_noted(gap: float, said: list[str]) -> None:
+    assert oddities({"prompt": turns("u1"), "rating_gap": gap}) == said  # type: ignore[typeddict-unknown-key]
+
+
+def test_conversations_of_which_one_ends_with_the_user_are_no_pair() -> None:
+    with pytest.raises(BadRow, match="chosen is not an assistant's answer"):
+        pair({"chosen": turns("u1 a1 u2"), "rejected": turns("u1 a1 u2 a2")})
+
+
+def test_a_tools_turn_that_both_sides_share_belongs_to_the_prompt() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    shared: Any = [*turns("u1"), call, {"role": "tool", "content": "7"}]
+    row = pair({"chosen": [*shared, *turns("a1")], "rejected": [*shared, *turns("a2")]})
+    assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant", "tool"]
+    assert (row["chosen"], row["rejected"]) == (turns("a1"), turns("a2"))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bounds"),
+    [(-math.inf, math.inf, ""), (0.0, math.inf, " of 0 or more"), (0.0, 1.0, r" in \[0, 1\]")],
+)
+def test_a_number_that_is_none_is_told_its_bounds(low: float, high: float, bounds: str) -> None:
+    for value in (math.inf, math.nan):
+        with pytest.raises(BadRow, match=f"^x is not a finite number{bounds}$"):
+            _number(value, "x", low, high)
+
+
+def test_zero_is_the_lower_end_of_an_unknown_direction() -> None:
+    assert "{0: first, 0.5: second}" in str(_unstated("p", ["0.5", "0"], "x"))
+
+
+def test_the_last_of_several_answers_is_the_demonstration() -> None:
+    row = {"prompt": turns("u1"), "chosen": turns("a1 u2 a2"), "rejected": turns("a3")}
+    (found,) = find_layout(row).read_demonstrations(row)
+    assert found == {"prompt": turns("u1 a1 u2"), "completion": turns("a2")}
+
+
+def test_parts_among_texts_are_no_text() -> None:
+    with pytest.raises(BadRow, match="a message of p has no text"):
+        messages([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}], "p")
+
+
+def test_pairs_of_one_prompt_have_sixteen_letters_in_common() -> None:
+    assert len(group_key("a prompt")) == 16
+    assert prompt_key("a prompt").startswith(group_key("a prompt"))
+
+
+@pytest.mark.parametrize(("count", "shown"), [(7, "{1, 2, 3, 4, 5, 6, 7}"), (8, "{1, 2, …, 8}")])
+def test_of_many_values_the_ends_are_shown(count: int, shown: str) -> None:
+    assert shown_codes([str(i + 1) for i in reversed(range(count))]) == shown
+
+
+def test_a_plain_pairs_confidence_is_its_own() -> None:
+    (row,) = named_rows([(1, {"prompt": "a", "chosen": "b", "rejected": "c"})], "x", ReadReport("x"))
+    assert (row.layout, row.is_tie, row.makes_confidence) == (None, False, False)
