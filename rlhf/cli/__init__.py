@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 bad input (nothing created), 3 waiting for peopl
 """
 
 import atexit
+import contextlib
 import errno
 import logging
 import os
@@ -107,8 +108,8 @@ def main() -> None:
         # Gloo's threads sometimes abort a process in its last moment, after all is written. What is registered first runs last.
         atexit.register(lambda: os._exit(code[0]))
     code[0] = _exit_code()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.flush()
     sys.exit(code[0])
 
 
@@ -124,6 +125,7 @@ def _exit_code() -> int:
     try:
         if app(standalone_mode=False) == TYPER_INTERRUPTED:
             raise KeyboardInterrupt
+        sys.stdout.flush()
     except UserError as error:
         _say_once(*error.problems, style="red")
         return 2
@@ -136,7 +138,7 @@ def _exit_code() -> int:
         _say_once(str(state), style="yellow")
         return WAITING
     except BrokenPipeError:  # whoever read standard output has what they wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return NOBODY_READS
     except interrupt.Interrupted as interruption:
         _say_once(f"{interruption}: {AFTER_A_SIGNAL.get(_Verb.name, STARTS_AGAIN)}")
@@ -146,19 +148,25 @@ def _exit_code() -> int:
         KeyboardInterrupt,
         typer.Abort,
     ) as ending:  # ours end otherwise: code of a person or of a library
+        if isinstance(
+            ending.__context__, BrokenPipeError
+        ):  # rich ends the program where nobody reads its pages of help
+            _forget_output()
+            return NOBODY_READS
         code = ending.code if isinstance(ending, SystemExit) else None
         name = f"SystemExit({code!r})" if isinstance(ending, SystemExit) else "KeyboardInterrupt"
         sentence = f"Something raised {name} in the middle, which is no end of this command: a function of yours, or a library."
         _say_once(f"{sentence} Finished stages are intact; the same command goes on.", style="red")
         return code if isinstance(code, int) and code else 1
     except OSError as error:
-        if error.errno not in PLACE_ERRORS or error.filename is None:
+        if error.errno not in PLACE_ERRORS:
             _say_once(traceback.format_exc().rstrip())
-        else:
-            sentence = (
-                f"{error.filename}: can't be read or written ({error.strerror}); mend that, and give the command again."
-            )
-            _say_once(f"{sentence} Finished stages and whole checkpoints of a run are intact.", style="red")
+            return 1
+        if error.filename is None:
+            _forget_output()
+        place = error.filename or "standard output, or a file that was open"
+        sentence = f"{place}: can't be read or written ({error.strerror}); mend that, and give the command again."
+        _say_once(f"{sentence} Finished stages and whole checkpoints of a run are intact.", style="red")
         return 1
     except Exception as error:
         if is_out_of_memory(error):
@@ -174,6 +182,11 @@ def _exit_code() -> int:
     return 0
 
 
+def _forget_output() -> None:
+    """Throw away what standard output still holds: Python would try to write it at the end, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _say_once(*lines: str, style: str | None = None) -> None:
     """Print to standard error why the command ended, unless another process of this launch ended first.
 
@@ -182,8 +195,9 @@ def _say_once(*lines: str, style: str | None = None) -> None:
     if number_of_processes() > 1:
         interrupt.ignore()
     if is_first_to_stop():
-        for line in lines:
-            say_aside(line, style=style)
+        with contextlib.suppress(BrokenPipeError):  # the exit code says it too
+            for line in lines:
+                say_aside(line, style=style)
 
 
 if __name__ == "__main__":

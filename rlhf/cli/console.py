@@ -1,5 +1,7 @@
-"""What every verb shares: the application, its arguments, and how lines are printed."""
+"""What every verb shares: the application, its arguments, its standard streams, and how lines are printed."""
 
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +14,20 @@ from rlhf.data.sources import Source
 from rlhf.recipe import load_source
 
 
+def prepare_streams() -> None:
+    """Give each standard stream that was closed outside a place, and let no letter be one that can't be printed.
+
+    Python has None for a stream that is closed; the next file that is opened would also get its number, and what libraries
+    print would be written into that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class PipedConsole(Console):
     """A console whose reader may go away, as `| head` does: rich would end the program there without a word."""
 
@@ -20,10 +36,11 @@ class PipedConsole(Console):
         raise BrokenPipeError
 
 
+prepare_streams()
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # A pipe has no width; at rich's 80 columns tables would lose their numbers.
 output = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 140)
-errors = Console(stderr=True, highlight=False)
+errors = PipedConsole(stderr=True, highlight=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file.", show_default=False)]
 Overrides = Annotated[

@@ -22,6 +22,8 @@ def score_command(model: RewardModelName) -> None:
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte is its line's error
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # JSON is, whatever the locale
     bad = 0
     with a_line_a_minute(Work("rlhf score", unit="lines")) as work:
         for row in score_stream(model, bounded_lines(sys.stdin.readline)):
@@ -213,9 +215,12 @@ def verify_command(
     ] = None,
 ) -> None:
     """Compare what a server, or a folder in plain transformers, says of golden texts with the model; exit 1 if it is wrong."""
+    from rlhf.files import check_result_file
     from rlhf.pipeline.certificates import verify_target, write_verdict
     from rlhf.report.certificate import verdict_table
 
+    if json_file is not None:
+        check_result_file(json_file, "--json", key="held")
     verdict = verify_target(
         target, against=against, kind=kind, token=token, model=name, dtype=dtype, timeout=timeout, say=say_aside
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
-from rlhf.files import write_text
+from rlhf.files import check_result_file, write_text
 from rlhf.models.open import expand
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.certify import (
@@ -53,6 +53,8 @@ def certify_model(model: str, out: Path | None) -> tuple[Certificate, Path]:
     if out is None and not folder.is_dir():
         raise UserError(f"certify {model}: not a folder; say where the certificate shall be written (--out FILE).")
     file = out or folder / CERTIFICATE
+    if out is not None and not out.is_file():
+        check_result_file(out, "--out")
     reward = open_reward_model(model)
     if file.is_file():
         certificate = read_certificate(file)

@@ -23,7 +23,7 @@ from rlhf.data.sources import (
     to_prompts,
 )
 from rlhf.errors import UserError
-from rlhf.files import json_lines, write_text
+from rlhf.files import check_result_file, json_lines, write_text
 from rlhf.models.generate import encode_prompts
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.text import encode_answers, plain
@@ -68,8 +68,8 @@ def describe_data(
         UserError: no usable row; the file to be written is there already.
     """
     quiet_libraries()
-    if out is not None and out.exists():
-        raise UserError(f"--out {out}: is there already; choose a new file.")
+    if out is not None:
+        check_result_file(out, "--out")
     tokenizer = None if model is None else load_tokenizer(find_source(model).base, conversational=True, pads=False)
 
     # 1. What it is taken for.

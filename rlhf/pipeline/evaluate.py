@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from rlhf.evaluation.pairs import (
 )
 from rlhf.evaluation.probes import probe
 from rlhf.evaluation.verdicts import compare_pairs, right_verdicts, verdict_report
-from rlhf.files import write_text
+from rlhf.files import check_result_file, write_text
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.tools import ToolTemplate
 from rlhf.models.verdicts import VerdictModel, load_verdict_model
@@ -142,8 +143,7 @@ def evaluate_models(
 
     # 1. All data are read and all models are opened before anything is scored, so that all that is wrong is said at once.
     problems: list[str] = []
-    if not out.resolve().parent.is_dir():
-        problems.append(f"--out {out}: no such folder; make it first.")
+    _attempt(problems, partial(check_result_file, key="models"), out, "--out")
     sources = [Source(source) if isinstance(source, str) else source for source in data]
     names = data_names([source.source for source in sources])
     fit = ToolTemplate(lambda: load_tokenizer(find_source(models[0]).base, conversational=True, pads=False), models[0])

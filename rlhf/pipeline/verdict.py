@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import UserError
 from rlhf.few_labels import FEWEST, Rate, human_rate, powered_rate, rate_at_any_look
-from rlhf.files import write_text
+from rlhf.files import check_result_file, write_text
 
 WORDS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 SHOWN = 10  # problems of a file
@@ -35,11 +35,14 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
     Args:
         file: rows with `judge`, and with `label` where a person has labelled: first, second, tie, or a number in [0, 1], the
             probability that the first answer is better. Labelled rows are drawn at random and stand in the order of labelling.
-        out: where the result is written as JSON.
+        out: where the result is written as JSON; an earlier result there is replaced.
 
     Raises:
-        UserError: a row has no judge or what is no verdict; fewer than three labels.
+        UserError: a row has no judge or what is no verdict; fewer than three labels; `out` holds something else.
     """
+    if out is not None:
+        check_result_file(out, "--out", key="win_rate_any_look_ci")
+
     # 1. What the file says, and whether its labelled rows may be a random draw.
     verdicts = read_verdicts(file)
     human, judge, alone = verdicts

@@ -39,6 +39,8 @@ FAULTS: dict[str, dict[str, str]] = {
         "one score everywhere": "exported, merged or served, a text has the same raw score",
         "kill at any moment": "the same command ends with the same bits",
         "damaged checkpoint": "the newest whole one is taken, and the others are named",
+        "streams that are closed or full": "the command does its work; or one sentence, and no traceback",
+        "result files that are something else": "refused before any work: no people's labels are overwritten",
         "full disk": "one sentence, the old checkpoint stays whole, the same command goes on",
         "signals": "a checkpoint is saved; exit 143 or 130, and the same command goes on",
         "not finite": "a loss, gradient or reward that is no number stops before the update; the batch is saved",

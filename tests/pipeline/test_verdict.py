@@ -115,3 +115,13 @@ def test_the_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert cli._exit_code() == 0
     assert "300 verdicts of the judge" in capsys.readouterr().out
     assert (tmp_path / "v.json").is_file()
+    assert cli._exit_code() == 0, "with more labels the result is written anew"
+
+
+@pytest.mark.fault("result files that are something else")
+def test_peoples_labels_are_never_the_result(tmp_path: Path) -> None:
+    file = Path(written(tmp_path, verdicts(30, 10)))
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="is no earlier result of this command"):
+        verdict(str(file), file, say=print)
+    assert file.read_bytes() == before
