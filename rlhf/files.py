@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
-
 
 def read_jsonl(path: Path) -> list[Any]:
     r"""Read a file of JSON lines, all rows at once.
@@ -49,34 +47,6 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-
-
-def check_result_file(file: Path, option: str, *, key: str | None = None) -> None:
-    """Check, before any work, that a result can be written to the file that a person named.
-
-    Args:
-        option: its name on the command line.
-        key: of such results. A file that holds one, or nothing at all, is replaced; without `key` no file is.
-
-    Raises:
-        UserError: its folder is not there; it is a folder, or something else than such a result.
-    """
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"{option} {file}: no such folder; make it first.")
-    if file.is_dir():
-        raise UserError(f"{option} {file}: is a folder; name a file in it.")
-    if file.exists() and not (key is not None and file.is_file() and _holds_result(file, key)):
-        what = "is there already" if key is None else "is there already, and is no earlier result of this command"
-        raise UserError(f"{option} {file}: {what}; choose a new file.")
-
-
-def _holds_result(file: Path, key: str) -> bool:
-    try:
-        text = file.read_text(encoding="utf-8")
-        result = json.loads(text) if text else {key: None}
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(result, dict) and key in result
 
 
 def digest(value: object) -> str:

@@ -24,7 +24,7 @@ import rlhf.cli.models
 import rlhf.cli.labels  # noqa: F401
 
 # isort: on
-from rlhf.cli.console import app, say_aside
+from rlhf.cli.console import app, prepare_streams, say_aside
 from rlhf.errors import OtherProcessError, TrainingError, UserError, Waiting, is_out_of_memory
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.launch import is_first_to_stop, number_of_processes
@@ -100,6 +100,7 @@ def _print_warning(
 
 def main() -> None:
     """Run the command line and turn what happened into an exit code."""
+    prepare_streams()
     _quieten_libraries()
     interrupt.install()
     warnings.showwarning = _print_warning
@@ -183,7 +184,7 @@ def _exit_code() -> int:
 
 
 def _forget_output() -> None:
-    """Throw away what standard output still holds: Python would try to write it at the end, and fail again."""
+    """Drop what standard output still holds: Python would try to write it at the end, and fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

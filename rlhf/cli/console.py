@@ -36,10 +36,9 @@ class PipedConsole(Console):
         raise BrokenPipeError
 
 
-prepare_streams()
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # A pipe has no width; at rich's 80 columns tables would lose their numbers.
-output = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 140)
+output = PipedConsole(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 140)
 errors = PipedConsole(stderr=True, highlight=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: one YAML file.", show_default=False)]

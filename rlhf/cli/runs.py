@@ -36,8 +36,8 @@ def check_command(
     ],
     show: Annotated[bool, typer.Option(help="Print the resolved recipe.")] = False,
 ) -> None:
-    """Validate recipes, and the models and functions on this machine that they name; every mistake is named with its line."""
-    from rlhf.pipeline.checks import check_functions, check_local_backbone
+    """Validate recipes and what they name on this machine; a run refuses nothing else but what stands on a hub."""
+    from rlhf.pipeline.checks import check_here
 
     overrides = [name for name in names if "=" in name and not Path(name).exists()]
     files = [Path(name) for name in names if name not in overrides]
@@ -47,8 +47,7 @@ def check_command(
     for file in files:
         try:
             recipe = load_recipe(file, overrides)
-            check_functions(recipe)
-            check_local_backbone(recipe)
+            check_here(recipe)
         except UserError as error:
             problems += [problem for problem in error.problems if problem not in problems]
             continue

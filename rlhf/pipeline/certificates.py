@@ -9,8 +9,9 @@ from typing import Any
 
 from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
-from rlhf.files import check_result_file, write_text
+from rlhf.files import write_text
 from rlhf.models.open import expand
+from rlhf.pipeline.result_file import check_result_file
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.certify import (
     CERTIFICATE,

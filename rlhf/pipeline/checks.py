@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -165,17 +166,6 @@ def check_directions(source: Source) -> None:
         directions((entry.row for entry in named), source.source, source.preference)
 
 
-def check_functions(recipe: Recipe) -> None:
-    """Refuse functions in files that can't be imported, before the stage that calls them.
-
-    Raises:
-        UserError: with the reason for each of them.
-    """
-    problems = list(_function_problems(recipe))
-    if problems:
-        raise UserError(problems)
-
-
 def _function_problems(recipe: Recipe) -> Iterator[str]:
     """Yield why functions in files can't be imported."""
     named = [("evaluate.gold", recipe.evaluate.gold), *(("ppo.extra_rewards", x) for x in recipe.ppo.extra_rewards)]
@@ -206,13 +196,13 @@ def _reward_folder_problems(recipe: Recipe) -> Iterator[str]:
                 yield from (f"ppo.extra_rewards: {problem}" for problem in error.problems)
 
 
-def _verdict_model_problems(recipe: Recipe) -> Iterator[str]:
+def _verdict_model_problems(recipe: Recipe, *, is_only_local: bool) -> Iterator[str]:
     """Yield why causal models that are asked for verdicts can't give any."""
     named = [("ppo.extra_rewards", verdict_model(name)) for name in recipe.ppo.extra_rewards]
     if recipe.rounds.labels_from == "verdicts":
         named.append(("rounds.judge_model", recipe.rounds.judge_model))
     for key, model in named:
-        if model is not None:
+        if model is not None and (_is_local(model) or not is_only_local):
             from rlhf.models.look import check_model
             from rlhf.models.verdicts import check_verdict_model
 
@@ -223,28 +213,30 @@ def _verdict_model_problems(recipe: Recipe) -> Iterator[str]:
                 yield from (f"{key}: {problem}" for problem in error.problems)
 
 
-def check_local_backbone(recipe: Recipe) -> None:
-    """Refuse a backbone on this machine that could not be used; one on a hub is looked at when a run begins.
+def check_here(recipe: Recipe) -> None:
+    """Refuse all that a run would refuse before its first stage, but for models on a hub: they are looked at when it begins.
 
     Raises:
-        UserError: as `check_backbone` says.
+        UserError: as `check_sources` and `check_arguments` say, all at once.
     """
-    model = recipe.backbone.model
-    if model is not None and (model.startswith((".", "/", "~")) or model.endswith(SUFFIX) or Path(model).exists()):
-        from rlhf.pipeline.backbone import check_backbone
-        from rlhf.pipeline.training import quiet_libraries
+    problems: list[str] = []
+    for check in (check_sources, partial(check_arguments, is_only_local=True)):
+        try:
+            check(recipe)
+        except UserError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise UserError(problems)
 
-        quiet_libraries()
-        check_backbone(recipe, may_be_encoder=True)
 
-
-def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
+def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: bool = False) -> None:
     """Refuse settings that can't be: build every stage's configuration once, so that TRL says before a run what it refuses.
 
     A run begins here, so the libraries that are loaded now are silenced.
 
     Args:
         until: the last stage that will run, if it is not the plan's.
+        is_only_local: models on a hub are passed over, and a backbone may be an encoder, which ends with its reward model.
 
     Raises:
         UserError: with TRL's own reason for every section it refuses; or why the backbone can't be used (`check_backbone`).
@@ -254,15 +246,17 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
 
     quiet_libraries()
     problems: list[str] = []
+    model = recipe.backbone.model
     try:
-        check_backbone(recipe, until=until)
+        if model is None or not is_only_local or _is_local(model):
+            check_backbone(recipe, until=until, may_be_encoder=is_only_local)
     except UserError as error:
         problems += error.problems
     if recipe.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
     problems += _function_problems(recipe)
     problems += _reward_folder_problems(recipe)
-    problems += _verdict_model_problems(recipe)
+    problems += _verdict_model_problems(recipe, is_only_local=is_only_local)
     problems += reward_problems(recipe)
     lab = recipe.lab
     if lab is not None and lab.critic_error_rate is not None and lab.annotators == "exact":
@@ -270,6 +264,11 @@ def check_arguments(recipe: Recipe, *, until: str | None = None) -> None:
     problems += _trl_problems(recipe)
     if problems:
         raise UserError(problems)
+
+
+def _is_local(model: str) -> bool:
+    """Tell whether a model's name is that of a file or folder on this machine."""
+    return model.startswith((".", "/", "~")) or model.endswith(SUFFIX) or Path(model).exists()
 
 
 def _engine_problems(recipe: Recipe) -> Iterator[str]:

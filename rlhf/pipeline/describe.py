@@ -23,11 +23,12 @@ from rlhf.data.sources import (
     to_prompts,
 )
 from rlhf.errors import UserError
-from rlhf.files import check_result_file, json_lines, write_text
+from rlhf.files import json_lines, write_text
 from rlhf.models.generate import encode_prompts
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.text import encode_answers, plain
 from rlhf.models.tools import ToolTemplate
+from rlhf.pipeline.result_file import check_result_file
 from rlhf.pipeline.training import quiet_libraries
 
 SHOWN_ROWS = 3

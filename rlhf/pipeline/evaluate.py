@@ -39,10 +39,11 @@ from rlhf.evaluation.pairs import (
 )
 from rlhf.evaluation.probes import probe
 from rlhf.evaluation.verdicts import compare_pairs, right_verdicts, verdict_report
-from rlhf.files import check_result_file, write_text
+from rlhf.files import write_text
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.tools import ToolTemplate
 from rlhf.models.verdicts import VerdictModel, load_verdict_model
+from rlhf.pipeline.result_file import check_result_file
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
 from rlhf.reward.load import open_reward_model

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import UserError
 from rlhf.few_labels import FEWEST, Rate, human_rate, powered_rate, rate_at_any_look
-from rlhf.files import check_result_file, write_text
+from rlhf.files import write_text
+from rlhf.pipeline.result_file import check_result_file
 
 WORDS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 SHOWN = 10  # problems of a file
