@@ -24,7 +24,7 @@ DOCUMENTS = sorted(
 )
 GUIDES = [file for file in DOCUMENTS if "guides" in file.parts]
 RECIPES = [file.relative_to(ROOT / "recipes") for file in shipped_recipes()]
-SECTIONS = ("lab", "backbone", "data", "sft", "vote", "reward", "ppo", "rounds", "evaluate")
+SECTIONS = ("lab", "backbone", "data", "sft", "vote", "reward", "ppo", "rounds", "sampling", "evaluate")
 UNCLEAR = ("turned round", "climb", "astray", "the pupil")
 # Flags of other programs that the documents name outside of a command.
 FOREIGN_FLAGS = {"--stop-timeout"}
@@ -202,6 +202,7 @@ def test_recipes_in_pages_pass_the_schema(file: Path, tmp_path: Path) -> None:
         is_recipe = set(yaml.safe_load(block)) <= {"name", "seed", "base", *SECTIONS}
         assert is_recipe, f"{file}: a yaml block that is no recipe:\n{block}"
         part = tmp_path / f"part-{number}.yaml"
+        block = block.replace("base: recipes/", f"base: {ROOT}/recipes/")
         part.write_text(block if block.startswith("name:") else f"base: mine.yaml\n{block}", encoding="utf-8")
         load_recipe(part)
 

@@ -26,6 +26,7 @@ from rlhf.models.scratch import build_base
 from rlhf.models.text import plain
 
 RATED = "rated.jsonl"
+CONTEXT = 128  # tokens that the model of the world of lists reads
 HELD_OUT_PROMPTS = 640
 INSTRUCTION_PROMPTS = 2000  # training prompts of the world of instructions
 FEWEST_DRAWN = 16  # prompts that are answered at once, also where fewer pairs are missing
@@ -105,7 +106,7 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
             "intermediate_size": 2 * settings.hidden_size,
             "num_hidden_layers": settings.num_hidden_layers,
             "num_attention_heads": 4,
-            "max_position_embeddings": 128,
+            "max_position_embeddings": CONTEXT,
             "vocab_size": 900,
         },
         seed=settings.seed,

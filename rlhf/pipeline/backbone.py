@@ -19,6 +19,7 @@ from rlhf.models.look import check_model
 from rlhf.models.open import open_config
 from rlhf.models.templates import template_problems
 from rlhf.models.text import check_vocabulary
+from rlhf.pipeline.adapter_checks import adapter_problems
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
 
@@ -60,6 +61,8 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
         problems += _short_context(recipe, name, config, tokenizer)
     if problems:
         raise UserError([f"backbone.model: {problem}" for problem in problems])
+    if problems := list(adapter_problems(recipe, config)):
+        raise UserError(problems)
 
 
 def _misfits(name: str, revision: str | None, config: PreTrainedConfig, until: str | None) -> Iterator[str]:

@@ -30,6 +30,7 @@ from rlhf.ppo.source_kinds import (
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe, RoundsSection
 
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")  # torch's own keys
 FIRST_ROWS = 100  # of a file whose layout is looked at before a run
 
 
@@ -241,7 +242,9 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
     Raises:
         UserError: with TRL's own reason for every section it refuses; or why the backbone can't be used (`check_backbone`).
     """
-    from rlhf.pipeline.backbone import check_backbone
+    from rlhf.pipeline.adapter_checks import adapter_problems
+    from rlhf.pipeline.backbone import WITHOUT_A_POLICY, check_backbone
+    from rlhf.pipeline.ppo_checks import ppo_problems
     from rlhf.pipeline.training import quiet_libraries
 
     quiet_libraries()
@@ -252,18 +255,31 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
             check_backbone(recipe, until=until, may_be_encoder=is_only_local)
     except UserError as error:
         problems += error.problems
-    if recipe.needs_vote and recipe.vote.trunk is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append("vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first.")
+    if model is None:
+        problems += adapter_problems(recipe, None)
+    problems += _trunk_problems(recipe)
     problems += _function_problems(recipe)
     problems += _reward_folder_problems(recipe)
     problems += _verdict_model_problems(recipe, is_only_local=is_only_local)
     problems += reward_problems(recipe)
+    problems += ppo_problems(recipe, is_policy_made=not is_only_local and until not in WITHOUT_A_POLICY)
     lab = recipe.lab
     if lab is not None and lab.critic_error_rate is not None and lab.annotators == "exact":
         problems.append("lab.critic_error_rate: the true reward hears no critic; leave it out, or annotators: exact.")
     problems += _trl_problems(recipe)
     if problems:
         raise UserError(problems)
+
+
+def _trunk_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why members of a vote can't share a frozen trunk."""
+    if not recipe.needs_vote or recipe.vote.trunk is None:
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield "vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first."
+    layers = None if recipe.lab is None or recipe.lab.is_sampled else recipe.lab.num_hidden_layers
+    if recipe.backbone.model is None and layers is not None and recipe.vote.trunk >= layers:
+        yield f"vote.trunk is {recipe.vote.trunk}; the lab's model has {layers} layers, so it must be below that."
 
 
 def _is_local(model: str) -> bool:
@@ -300,6 +316,10 @@ def _trl_problems(recipe: Recipe) -> Iterator[str]:
     ]
     for section, config_class, keys in stages:
         if section == "vote" and not recipe.needs_vote:
+            continue
+        unknown = sorted({*(keys.get("gradient_checkpointing_kwargs") or {})} - {*CHECKPOINTING})
+        if unknown:
+            yield f"{section}.gradient_checkpointing_kwargs: unknown key {unknown[0]!r}; it has {', '.join(CHECKPOINTING)}."
             continue
         try:
             _, settings = split_settings(keys)

@@ -21,6 +21,9 @@ def reward_problems(recipe: Recipe) -> Iterator[str]:
     for key in ("reward_weights", "normalize_reward"):
         if reward.members > 1 and ppo.get(key) not in (None, True):
             yield f"reward.members: members are compared on one scale and weigh the same; leave ppo.{key} out."
+    adapter = reward.trl_settings()
+    for key in [name for name in ("use_rslora", "use_dora") if reward.experts == "merged" and adapter.get(name)]:
+        yield f"reward.{key}: merged adds up plain LoRA, and this scales by norms of its own; leave it out, or take another way."
     if reward.expert_weights is not None and reward.experts in (None, "gate"):
         yield "reward.expert_weights: weights are for experts: weights or merged; a gate finds its own."
     elements = OBJECTIVES[reward.objective].loss.elements
@@ -35,6 +38,9 @@ def reward_problems(recipe: Recipe) -> Iterator[str]:
         yield from _first_problems(recipe)
     if reward.extra_kind == "critique":
         yield from _critique_problems(recipe)
+    checkpointing = adapter.get("gradient_checkpointing_kwargs") or {}
+    if reward.meta and adapter.get("gradient_checkpointing", True) and checkpointing.get("use_reentrant"):
+        yield "reward.gradient_checkpointing_kwargs: reentrant checkpointing can't give MetaRM's ∇J; set use_reentrant: false."
     yield from _meta_problems(reward)
 
 
@@ -42,6 +48,8 @@ def _rating_problems(recipe: Recipe) -> Iterator[str]:
     """Yield what ratings of attributes can't do together with other keys."""
     reward, objective = recipe.reward, recipe.reward.objective
     yield from _scale_problems(recipe, objective)
+    if reward.trl_settings().get("center_rewards_coefficient") is not None:
+        yield "reward.center_rewards_coefficient: ratings say where the scores lie; leave it out."
     if reward.experts is not None:
         yield f"reward.experts: experts are trained on pairs, and {objective} trains on ratings; leave one of them out."
     if recipe.rounds.count > 1 or recipe.rounds.first == "sampled":

@@ -39,6 +39,7 @@ FAULTS: dict[str, dict[str, str]] = {
         "one score everywhere": "exported, merged or served, a text has the same raw score",
         "kill at any moment": "the same command ends with the same bits",
         "damaged checkpoint": "the newest whole one is taken, and the others are named",
+        "refused after hours": "what a later stage would refuse of the recipe's own keys is said before the first",
         "streams that are closed or full": "the command does its work; or one sentence, and no traceback",
         "result files that are something else": "refused before any work: no people's labels are overwritten",
         "full disk": "one sentence, the old checkpoint stays whole, the same command goes on",

@@ -7,7 +7,7 @@ import pytest
 from trl import RewardConfig
 
 from rlhf.errors import UserError
-from rlhf.pipeline.checks import check_arguments, check_recipe_file, check_sources, recipe_text
+from rlhf.pipeline.checks import check_arguments, check_here, check_recipe_file, check_sources, recipe_text
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
 
@@ -17,6 +17,66 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_is_made(tmp_pat
     file.write_text("name: x\nlab: {}\nreward: {report_to: neptune}\n")
     with pytest.raises(UserError, match=r"reward.report_to: neptune is not installed \(pip install neptune\)"):
         check_arguments(load_recipe(file))
+
+
+LATE: dict[str, str] = {
+    "ppo.reward_weights=[1.0,0.5]": "ppo.reward_weights has 2 entries for 1 sources",
+    "ppo.reward_weights=[1.0] ppo.extra_rewards=[rules.py:score]": "ppo.reward_weights has 1 entries for 2 sources",
+    "ppo.reward_ensemble=worst": "ppo.reward_ensemble is worst, which needs two reward models or more",
+    "ppo.reward_ensemble=mean ppo.extra_rewards=[rules.py:score]": "nobody knows the scale of rules.py:score",
+    "ppo.reward_ensemble=mean ppo.normalize_reward=false": "ppo.normalize_reward: an ensemble compares its members",
+    "reward.objective=regression reward.center_rewards_coefficient=0.01": "ratings say where the scores lie",
+    "reward.objective=gated reward.center_rewards_coefficient=0.01": "ratings say where the scores lie",
+    "ppo.reference_mixup=0.5 ppo.use_peft=true": "ppo.reference_mixup moves the reference",
+    "ppo.max_completion_length=128": "leaves no room for a prompt in the 128 tokens",
+    "reward.meta=true reward.gradient_checkpointing_kwargs.use_reentrant=true": "can't give MetaRM's",
+    "ppo.gradient_checkpointing_kwargs={use_reentrant:true}": "unknown key 'use_reentrant:true'",
+    "reward.experts=merged reward.use_peft=true reward.use_dora=true": "reward.use_dora: merged adds up plain LoRA",
+    "ppo.use_peft=true ppo.lora_target_modules=[q_proj,nothing]": "ppo.lora_target_modules: the model has no module 'nothing'",
+    "reward.use_peft=true reward.lora_target_modules=[query]": "its linear layers are down_proj, gate_proj, k_proj",
+    "vote.trunk=3 reward.objective=flip": "vote.trunk is 3; the lab's model has 3 layers",
+    "lab.world=instructions backbone.model=org/name ppo.ptx_coef=0.1": "ppo.ptx_coef: it reads demonstrations",
+}
+
+
+@pytest.mark.fault("refused after hours")
+@pytest.mark.parametrize("overrides", LATE)
+def test_what_a_later_stage_would_refuse_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str
+) -> None:
+    """By `check` as by `run`: a reward model that PPO can't use would be hours of training for nothing."""
+    monkeypatch.chdir(tmp_path)
+    Path("rules.py").write_text("def score(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    Path("r.yaml").write_text("name: x\nlab: {}\nppo: {max_completion_length: 40}\n")
+    recipe = load_recipe(Path("r.yaml"), overrides.split())
+    for check in (check_here, check_arguments) if "org/name" not in overrides else (check_here,):
+        with pytest.raises(UserError) as error:
+            check(recipe)
+        assert LATE[overrides] in "\n".join(error.value.problems)
+
+
+@pytest.mark.fault("refused after hours")
+def test_what_is_near_to_it_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rules.py").write_text("def score(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    Path("r.yaml").write_text("name: x\nlab: {}\nppo: {max_completion_length: 40}\n")
+    for overrides in (
+        "ppo.reward_weights=[1.0,0.5] ppo.extra_rewards=[rules.py:score]",
+        "ppo.reward_ensemble=worst reward.members=2",
+        "reward.objective=bt reward.center_rewards_coefficient=0.01",
+        "ppo.reference_mixup=0.5",
+        "ppo.max_completion_length=127",
+        "reward.gradient_checkpointing_kwargs.use_reentrant=true",
+        "reward.experts=weights reward.use_peft=true reward.use_dora=true",
+        "vote.trunk=2 reward.objective=flip",
+        "ppo.ptx_coef=0.1",
+    ):
+        check_here(load_recipe(Path("r.yaml"), overrides.split()))
+    Path("r.yaml").write_text("name: x\nlab: {}\n")
+    recipe = load_recipe(Path("r.yaml"))
+    check_here(recipe), check_arguments(recipe, until="reward")
+    with pytest.raises(UserError, match=r"ppo\.max_completion_length is 256"):
+        check_arguments(recipe)
 
 
 def rows(*codes: object, column: str = "preference") -> str:
@@ -63,7 +123,7 @@ def test_files_whose_sides_are_known_pass_and_are_read_no_further_than_needed(
 
 def test_a_shared_trunk_is_refused_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text("name: x\nlab: {}\nvote: {trunk: 1}\nreward: {objective: flip}\n")
+    file.write_text("name: x\nlab: {}\nvote: {trunk: 1}\nreward: {objective: flip}\nppo: {max_completion_length: 40}\n")
     check_arguments(load_recipe(file))
     made = RewardConfig(
         str(tmp_path / "o"), use_cpu=True, bf16=False

@@ -1,0 +1,71 @@
+"""What keys of the ppo section can't do together, said before SFT and a reward model are paid for."""
+
+from collections.abc import Iterator
+
+from rlhf.lab.build import CONTEXT
+from rlhf.models.load import find_source
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.source_kinds import FOLDER, kind_of
+from rlhf.recipe.schema import Recipe
+
+
+def ppo_problems(recipe: Recipe, *, is_policy_made: bool) -> Iterator[str]:
+    """Yield what `PPOTrainer` would refuse of a recipe's own keys when its stage begins.
+
+    Args:
+        is_policy_made: whether the run goes as far as that; if not, or nobody knows, no key is missing.
+    """
+    yield from _source_problems(recipe)
+    ppo = recipe.ppo.trl_settings()
+    for key in ("ptx_coef", "adversarial_coef"):
+        if ppo.get(key, 0) > 0 and not recipe.has_sft:
+            yield f"ppo.{key}: it reads demonstrations, and nobody gives any; name them under data.sft, or leave the key out."
+    if ppo.get("reference_mixup", 0) > 0 and ppo.get("use_peft") and not _starts_from_adapter(recipe):
+        yield (
+            "ppo.reference_mixup moves the reference, which is the base without an adapter here, under the policy too; set "
+            "sft.use_peft: true, or leave one of reference_mixup and ppo.use_peft out."
+        )
+    is_in_lists = recipe.lab is not None and recipe.backbone.model is None and not recipe.lab.is_sampled
+    default = PPOConfig.max_completion_length if is_policy_made else 0
+    if is_in_lists and (longest := ppo.get("max_completion_length", default)) >= CONTEXT:
+        yield (
+            f"ppo.max_completion_length is {longest}, which leaves no room for a prompt in the {CONTEXT} tokens that the lab's "
+            "model reads; lower it (recipes/quickstart.yaml has 40)."
+        )
+
+
+def _source_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with how the scores of several sources become one."""
+    ppo, others = recipe.ppo.trl_settings(), recipe.ppo.extra_rewards
+    if recipe.reward.members > 1:
+        return  # an ensemble, which `reward_problems` looks at
+    weights, ensemble = ppo.get("reward_weights"), ppo.get("reward_ensemble")
+    count = 1 + len(others)
+    if weights is not None and len(weights) != count:
+        yield (
+            f"ppo.reward_weights has {len(weights)} entries for {count} sources, which are the recipe's reward model"
+            f"{' and those of ppo.extra_rewards, in this order' if others else ''}; give one for each."
+        )
+    if ensemble is None:
+        return
+    if count < 2:
+        yield (
+            f"ppo.reward_ensemble is {ensemble}, which needs two reward models or more; name others under ppo.extra_rewards, set "
+            "reward.members, or leave it out."
+        )
+    without = [name for name in others if kind_of(name) is not FOLDER]
+    if without:
+        yield (
+            f"ppo.reward_ensemble is {ensemble}, which compares its members, but nobody knows the scale of {', '.join(without)}; "
+            "take reward-model folders of this pipeline, or ppo.reward_weights for a sum."
+        )
+    if not ppo.get("normalize_reward", True):
+        yield "ppo.normalize_reward: an ensemble compares its members on one scale; leave it on."
+
+
+def _starts_from_adapter(recipe: Recipe) -> bool:
+    """Tell whether PPO's policy and reference start from an adapter, of SFT or of the backbone."""
+    model = recipe.backbone.model
+    if model is not None and recipe.has_sft and recipe.sft.trl_settings().get("use_peft"):
+        return True  # a model from nothing is trained whole
+    return model is not None and find_source(model).adapter is not None
