@@ -28,6 +28,7 @@ from rlhf.data.sources import Line, Row, Source, deduplicated, read_pair_rows, t
 from rlhf.data.tables import _check_names, _row, matched_files, table_rows
 from rlhf.data.tidy import _without_head, tidied
 from rlhf.errors import UserError
+from tests.data.layout_rows import TABLE
 
 
 def write(file: Path, rows: list[Any]) -> str:
@@ -393,3 +394,24 @@ def test_a_table_that_is_no_text_says_so_of_its_first_row(tmp_path: Path) -> Non
     (tmp_path / "x.csv").write_bytes(b"a,b\n\xff,2\n")
     with pytest.raises(UserError, match="row 1 is not UTF-8 text"):
         list(table_rows(tmp_path / "x.csv"))
+
+
+def test_of_three_layouts_the_first_two_are_named(tmp_path: Path) -> None:
+    rows = [TABLE[name][0](0) for name in ("SHP", "PKU-SafeRLHF", "WebGPT")]
+    with pytest.raises(UserError, match=r"row 1 is of the layout SHP .*, row 2 of the layout PKU-SafeRLHF"):
+        read_pair_rows(write(tmp_path / "x.jsonl", rows))
+
+
+def test_a_table_that_leaves_out_a_row_names_it(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n1,2,3\n4,5\n")
+    report = ReadReport("x")
+    assert [number for number, _ in read_rows(str(tmp_path / "x.csv"), report)] == [1, 3]
+    assert list(report.examples.values()) == [[2]]
+
+
+def test_a_repeat_is_everybodys_own_too() -> None:
+    verdicts = [Verdict(question.id, "first", "ann") for question in QUESTIONS]
+    history = History([*verdicts, *(Verdict(f"v{i}", "first", "ann") for i in range(100))], [], [])
+    control = next_control("ann", history, [], {question.id: question for question in QUESTIONS}, repeat=1.0)
+    assert control is not None
+    assert control.of == min((question.id for question in QUESTIONS), key=lambda name: _draw("ann", name))

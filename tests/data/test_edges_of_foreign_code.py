@@ -10,8 +10,8 @@ import pytest
 
 from rlhf.data import functions
 from rlhf.data.functions import _as_numbers, load_function
-from rlhf.data.label_files import read_verdicts
-from rlhf.data.labels import Question, shows_second_on_the_left
+from rlhf.data.label_files import read_verdicts, short_task_entries
+from rlhf.data.labels import Question, Verdict, all_alike, shows_second_on_the_left
 from rlhf.data.llm_judge import LanguageModelJudge
 from rlhf.data.rows import user_turn
 from rlhf.errors import UserError
@@ -112,3 +112,35 @@ def test_a_question_needs_two_requests_of_the_budget(
         assert judge.label(QUESTION) == "tie", "the first in both orders"
         asked += 1
     assert (asked, judge.sent, judge.order_decided) == (questions, 2 * questions, questions)
+
+
+def test_the_last_verdict_of_a_judge_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, _ = judge_that_says(monkeypatch, "[[A]] or [[B]]? I say [[C]]")
+    assert (judge.label(QUESTION), judge.unreadable) == ("tie", 0)
+
+
+def test_whose_a_short_tasks_label_is() -> None:
+    entries = [entry for more in ({"annotator": 7}, {}) for entry in short_task_entries(1, {**SHORT_TASK, **more})]
+    assert [entry.annotator for entry in entries] == ["7", "unnamed"]  # type: ignore[union-attr]
+
+
+def test_a_label_that_says_nothing_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    rows = [{**PLAIN, "label": ""}, {**PLAIN, "label": "perhaps"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_verdicts(str(tmp_path / "x.jsonl"))[1] == [
+        {"row": 1, "reason": "no label yet", "id": "q"},
+        {"row": 2, "reason": "unknown label", "id": "q", "label": "perhaps"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_said"),
+    [
+        (["first"] * 7, False),
+        (["first"] * 8, True),
+        (["first"] * 8 + ["second"], False),
+        (["tie"] * 8 + ["skip"], True),
+    ],
+)
+def test_labels_that_are_all_alike_are_said_where_there_are_enough(labels: list[str], is_said: bool) -> None:
+    assert (all_alike([Verdict(str(i), label, "ann") for i, label in enumerate(labels)]) is not None) == is_said
