@@ -23,7 +23,9 @@ def adapter_problems(recipe: Recipe, config: PreTrainedConfig | None) -> Iterato
     wanted = {
         name: targets
         for name, settings in stages.items()
-        if settings.get("use_peft") and isinstance(targets := settings.get("lora_target_modules"), list)
+        if settings.get("use_peft")
+        and isinstance(targets := settings.get("lora_target_modules"), list)
+        and not (len(targets) == 1 and not str(targets[0]).isidentifier())  # all-linear, or a pattern
     }
     if not wanted:
         return

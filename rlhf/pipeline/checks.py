@@ -321,6 +321,8 @@ def _trl_problems(recipe: Recipe) -> Iterator[str]:
         if unknown:
             yield f"{section}.gradient_checkpointing_kwargs: unknown key {unknown[0]!r}; it has {', '.join(CHECKPOINTING)}."
             continue
+        if keys.get("save_strategy") == "best":
+            yield f"{section}.save_strategy: best keeps what looks best, and the last model is the result; set steps or epoch."
         try:
             _, settings = split_settings(keys)
             args = training_arguments(config_class, settings, Path("nowhere"), recipe.seed)

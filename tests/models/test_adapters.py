@@ -7,10 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig
 
 from rlhf import load_reward_model
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, find_source, load_policy, model_settings
+from rlhf.models.load import adapter_settings, build_reward_model, find_source, load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
 from rlhf.models.save import save_model
 from rlhf.ppo.roles import PolicyAndCritic, active_adapter, make_reference
@@ -163,3 +164,18 @@ def test_an_adapter_on_another_base_of_the_same_shape_is_refused(
     shutil.rmtree(base)
     with pytest.raises(UserError, match="is not there any more"):
         load_reward_model(tmp_path / "reward")
+
+
+@pytest.mark.parametrize(
+    ("names", "adapted"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ([".*(k|o)_proj"], {"k_proj", "o_proj"}),
+        (["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_a_list_with_one_name_is_a_list(base_folder: Path, names: list[str], adapted: set[str]) -> None:
+    settings = adapter_settings(ModelConfig(use_peft=True, lora_target_modules=names))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), settings)
+    assert {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name} == adapted

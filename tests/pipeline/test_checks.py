@@ -33,6 +33,8 @@ LATE: dict[str, str] = {
     "ppo.gradient_checkpointing_kwargs={use_reentrant:true}": "unknown key 'use_reentrant:true'",
     "reward.experts=merged reward.use_peft=true reward.use_dora=true": "reward.use_dora: merged adds up plain LoRA",
     "ppo.use_peft=true ppo.lora_target_modules=[q_proj,nothing]": "ppo.lora_target_modules: the model has no module 'nothing'",
+    "ppo.adversarial_coef=0.1 reward.experts=gate reward.use_peft=true": "which gated experts have not",
+    "ppo.save_strategy=best": "ppo.save_strategy: best keeps what looks best",
     "reward.use_peft=true reward.lora_target_modules=[query]": "its linear layers are down_proj, gate_proj, k_proj",
     "vote.trunk=3 reward.objective=flip": "vote.trunk is 3; the lab's model has 3 layers",
     "lab.world=instructions backbone.model=org/name ppo.ptx_coef=0.1": "ppo.ptx_coef: it reads demonstrations",
@@ -69,6 +71,9 @@ def test_what_is_near_to_it_is_not_refused(tmp_path: Path, monkeypatch: pytest.M
         "reward.gradient_checkpointing_kwargs.use_reentrant=true",
         "reward.experts=weights reward.use_peft=true reward.use_dora=true",
         "vote.trunk=2 reward.objective=flip",
+        "reward.use_peft=true reward.lora_target_modules=[q_proj]",
+        "reward.use_peft=true reward.lora_target_modules=[all-linear]",
+        "reward.use_peft=true reward.lora_target_modules=['.*(q|v)_proj']",
         "ppo.ptx_coef=0.1",
     ):
         check_here(load_recipe(Path("r.yaml"), overrides.split()))
