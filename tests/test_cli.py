@@ -125,3 +125,24 @@ def test_people_are_shown_their_links_whole(
     monkeypatch.setattr("rlhf.serve.desk.serve_page", lambda run, names, repeat, host, port, say: say(link))
     assert run(monkeypatch, "label", str(tmp_path)) == 0
     assert capsys.readouterr().out == f"{link}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("a" * 300, "can't be the name of a file (File name too long)"), ("~nobody-of-this-name/x", "leads nowhere")],
+)
+def test_names_that_no_file_can_have_are_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    for arguments in (("data", name), ("verdict", name)):
+        assert run(monkeypatch, *arguments) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_loop_of_links_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert run(monkeypatch, "evaluate", "model", str(tmp_path / "a"), "--out", str(tmp_path / "e.json")) == 2
+    assert "Traceback" not in capsys.readouterr().err

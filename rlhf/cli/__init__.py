@@ -54,6 +54,10 @@ PLACE_ERRORS = (
     errno.EMFILE,
     errno.ENOTDIR,
 )
+# What is wrong with the name of a file, whoever asks for it.
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP)
+# What pathlib says, without a class of its own, of a name that can't be made a path.
+NO_PATH = ("Symlink loop", "Could not determine home directory")
 TOO_LITTLE_MEMORY = (
     "Free memory that other processes hold, or take a machine with more; fewer or shorter texts at once need less."
 )
@@ -160,16 +164,13 @@ def _exit_code() -> int:
         _say_once(f"{sentence} Finished stages are intact; the same command goes on.", style="red")
         return code if isinstance(code, int) and code else 1
     except OSError as error:
-        if error.errno not in PLACE_ERRORS:
-            _say_once(traceback.format_exc().rstrip())
-            return 1
-        if error.filename is None:
-            _forget_output()
-        place = error.filename or "standard output, or a file that was open"
-        sentence = f"{place}: can't be read or written ({error.strerror}); mend that, and give the command again."
-        _say_once(f"{sentence} Finished stages and whole checkpoints of a run are intact.", style="red")
-        return 1
+        return _code_of_place(error)
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error).startswith(NO_PATH):
+            _say_once(
+                f"The name of a file or folder leads nowhere ({str(error).rstrip('.')}); correct it.", style="red"
+            )
+            return 2
         if is_out_of_memory(error):
             lines = str(error).strip().splitlines() or [type(error).__name__]
             _say_once(f"rlhf {_Verb.name}: out of memory ({lines[0][:200]}). {TOO_LITTLE_MEMORY}", style="red")
@@ -181,6 +182,22 @@ def _exit_code() -> int:
         getattr(error, "show", lambda: None)()
         return int(usage)
     return 0
+
+
+def _code_of_place(error: OSError) -> int:
+    """Say what is wrong with the name or the place of a file; return the exit code. Other faults keep their traceback."""
+    if error.errno in NAME_ERRORS and error.filename is not None:
+        _say_once(f"{error.filename}: can't be the name of a file ({error.strerror}); correct it.", style="red")
+        return 2
+    if error.errno not in PLACE_ERRORS:
+        _say_once(traceback.format_exc().rstrip())
+        return 1
+    if error.filename is None:
+        _forget_output()
+    place = error.filename or "standard output, or a file that was open"
+    sentence = f"{place}: can't be read or written ({error.strerror}); mend that, and give the command again."
+    _say_once(f"{sentence} Finished stages and whole checkpoints of a run are intact.", style="red")
+    return 1
 
 
 def _forget_output() -> None:

@@ -201,7 +201,9 @@ def verify_command(
             show_default=False,
         ),
     ] = None,
-    token: Annotated[str | None, typer.Option(help="A bearer token.", envvar="RLHF_TOKEN", show_default=False)] = None,
+    token: Annotated[
+        str | None, typer.Option(help="A bearer token.", envvar=["RLHF_SERVE_TOKEN", "RLHF_TOKEN"], show_default=False)
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="The model's name there, where a server has several.", show_default=False)
     ] = None,

@@ -243,7 +243,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
         UserError: with TRL's own reason for every section it refuses; or why the backbone can't be used (`check_backbone`).
     """
     from rlhf.pipeline.adapter_checks import adapter_problems
-    from rlhf.pipeline.backbone import WITHOUT_A_POLICY, check_backbone
+    from rlhf.pipeline.backbone import check_backbone
     from rlhf.pipeline.ppo_checks import ppo_problems
     from rlhf.pipeline.training import quiet_libraries
 
@@ -262,10 +262,10 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
     problems += _reward_folder_problems(recipe)
     problems += _verdict_model_problems(recipe, is_only_local=is_only_local)
     problems += reward_problems(recipe)
-    problems += ppo_problems(recipe, is_policy_made=not is_only_local and until not in WITHOUT_A_POLICY)
+    problems += ppo_problems(recipe)
     lab = recipe.lab
     if lab is not None and lab.critic_error_rate is not None and lab.annotators == "exact":
-        problems.append("lab.critic_error_rate: the true reward hears no critic; leave it out, or annotators: exact.")
+        problems.append("lab.critic_error_rate: annotators: exact hears no critic; leave one of the two out.")
     problems += _trl_problems(recipe)
     if problems:
         raise UserError(problems)

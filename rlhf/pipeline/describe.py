@@ -116,7 +116,13 @@ def _read(source: Source, compare_as: Compare) -> ReadFile:
             row = _first_row(source)
             compares = kind != "pairs" and isinstance(row, Mapping) and {"chosen", "rejected"} <= row.keys()
             return ReadFile(kind, rows, reports[-1], reports[0].sentences() if compares else [])
-    raise UserError([f"{source.source}: holds no usable row.", *reports[0].sentences()])
+    hint = []
+    if source.columns is None and isinstance(_first_row(source), Mapping):
+        hint = [
+            f"Its {_columns(source)}. Where these are pairs, say which is which: --columns prompt=…,chosen=…,rejected=… (in a "
+            "recipe `columns:` beside the source)."
+        ]
+    raise UserError([f"{source.source}: holds no usable row.", *reports[0].sentences(), *hint])
 
 
 def _first_row(source: Source) -> object:

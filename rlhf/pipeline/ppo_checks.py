@@ -4,17 +4,12 @@ from collections.abc import Iterator
 
 from rlhf.lab.build import CONTEXT
 from rlhf.models.load import find_source
-from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.source_kinds import FOLDER, kind_of
 from rlhf.recipe.schema import Recipe
 
 
-def ppo_problems(recipe: Recipe, *, is_policy_made: bool) -> Iterator[str]:
-    """Yield what `PPOTrainer` would refuse of a recipe's own keys when its stage begins.
-
-    Args:
-        is_policy_made: whether the run goes as far as that; if not, or nobody knows, no key is missing.
-    """
+def ppo_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what `PPOTrainer` would refuse of a recipe's own keys when its stage begins."""
     yield from _source_problems(recipe)
     ppo = recipe.ppo.trl_settings()
     for key in ("ptx_coef", "adversarial_coef"):
@@ -28,8 +23,7 @@ def ppo_problems(recipe: Recipe, *, is_policy_made: bool) -> Iterator[str]:
             "sft.use_peft: true, or leave one of reference_mixup and ppo.use_peft out."
         )
     is_in_lists = recipe.lab is not None and recipe.backbone.model is None and not recipe.lab.is_sampled
-    default = PPOConfig.max_completion_length if is_policy_made else 0
-    if is_in_lists and (longest := ppo.get("max_completion_length", default)) >= CONTEXT:
+    if is_in_lists and (longest := ppo.get("max_completion_length", 0)) >= CONTEXT:
         yield (
             f"ppo.max_completion_length is {longest}, which leaves no room for a prompt in the {CONTEXT} tokens that the lab's "
             "model reads; lower it (recipes/quickstart.yaml has 40)."

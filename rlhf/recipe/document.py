@@ -13,6 +13,7 @@ from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
 
 MAX_BYTES = 1_000_000
+OPEN_PIPES = ("/dev/fd/", "/proc/")  # of a shell, `rlhf check <(…)`: somebody writes to them
 SHOWN = 200  # characters of a key or an override in a message
 LARGEST_INT = 2**63  # beyond which no number of a recipe can be meant
 VALUES_AS_KEYS = (
@@ -71,11 +72,14 @@ def read_document(path: Path) -> Document:
         UserError: unreadable, too large, broken, not a mapping, a duplicate key, an alias.
     """
     try:
-        raw = path.read_bytes()
+        if path.is_fifo() and not str(path).startswith(OPEN_PIPES):
+            raise UserError(f"{path}: is a pipe, and nobody may ever write to it; name a file.")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe ({error.strerror}).") from None
     if len(raw) > MAX_BYTES:
-        raise UserError(f"{path}: {len(raw)} bytes is no recipe; the limit is {MAX_BYTES}.")
+        raise UserError(f"{path}: more than {MAX_BYTES} bytes is no recipe.")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:

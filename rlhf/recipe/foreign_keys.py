@@ -29,6 +29,7 @@ RENAMED_KEYS = {
     "evaluation_strategy": "eval_strategy",
     "torch_dtype": "dtype",
     "overwrite_output_dir": "`--out` with another folder",
+    "lr": "learning_rate",
     "beta": "kl_coef",
     "num_iterations": "num_ppo_epochs",
     "epsilon": "cliprange",

@@ -323,6 +323,11 @@ def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:
             )
     if rounds.labels_from == "dataset" and rounds.first == "sampled":
         yield f"{document.place(('rounds', 'first'))}: rounds.first is sampled, but labels_from: dataset samples nothing."
+    if rounds.max_noise is not None and not recipe.needs_vote:
+        yield (
+            f"{document.place(('rounds', 'max_noise'))}: rounds.max_noise is not used: nobody votes on the labels; take an "
+            "objective with a vote, or rounds.second_look."
+        )
     if rounds.second_look is not None:
         yield from (
             f"{document.place(('rounds', 'second_look'))}: {problem}" for problem in _second_look_problems(recipe)

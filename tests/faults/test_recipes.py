@@ -1,6 +1,7 @@
 """Recipes and functions from anywhere: one sentence with its place, exit 2, nothing created, nothing that runs for ever."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,6 +14,7 @@ from rlhf.data import http
 from rlhf.data.functions import load_function
 from rlhf.errors import TrainingError, UserError
 from rlhf.ppo.remote import RemoteReward
+from rlhf.recipe.document import read_document
 from tests.faults.here import require_refusal, rlhf
 
 LAB = "name: x\nlab: {}\n"
@@ -276,3 +278,17 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         RemoteReward("http://me:PASSWORD@127.0.0.1:9/get_reward?key=KEY")(["a"], ["b"])
     assert "PASSWORD" not in str(error.value)
     assert "KEY" not in str(error.value)
+
+
+def test_what_never_ends_is_no_recipe(tmp_path: Path) -> None:
+    """A pipe that nobody writes to would be waited for; one that a shell has opened is read."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match="is a pipe, and nobody may ever write to it"):
+        read_document(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match="more than 1000000 bytes is no recipe"):
+        read_document(Path("/dev/zero"))
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"name: x")
+    os.close(write_end)
+    assert read_document(Path(f"/dev/fd/{read_end}")).values == {"name": "x"}
+    os.close(read_end)

@@ -49,7 +49,7 @@ def test_what_a_later_stage_would_refuse_is_said_first(
     """By `check` as by `run`: a reward model that PPO can't use would be hours of training for nothing."""
     monkeypatch.chdir(tmp_path)
     Path("rules.py").write_text("def score(prompts, completions):\n    return [0.0] * len(prompts)\n")
-    Path("r.yaml").write_text("name: x\nlab: {}\nppo: {max_completion_length: 40}\n")
+    Path("r.yaml").write_text("name: x\nlab: {}\n")
     recipe = load_recipe(Path("r.yaml"), overrides.split())
     for check in (check_here, check_arguments) if "org/name" not in overrides else (check_here,):
         with pytest.raises(UserError) as error:
@@ -61,7 +61,7 @@ def test_what_a_later_stage_would_refuse_is_said_first(
 def test_what_is_near_to_it_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rules.py").write_text("def score(prompts, completions):\n    return [0.0] * len(prompts)\n")
-    Path("r.yaml").write_text("name: x\nlab: {}\nppo: {max_completion_length: 40}\n")
+    Path("r.yaml").write_text("name: x\nlab: {}\n")
     for overrides in (
         "ppo.reward_weights=[1.0,0.5] ppo.extra_rewards=[rules.py:score]",
         "ppo.reward_ensemble=worst reward.members=2",
@@ -77,11 +77,6 @@ def test_what_is_near_to_it_is_not_refused(tmp_path: Path, monkeypatch: pytest.M
         "ppo.ptx_coef=0.1",
     ):
         check_here(load_recipe(Path("r.yaml"), overrides.split()))
-    Path("r.yaml").write_text("name: x\nlab: {}\n")
-    recipe = load_recipe(Path("r.yaml"))
-    check_here(recipe), check_arguments(recipe, until="reward")
-    with pytest.raises(UserError, match=r"ppo\.max_completion_length is 256"):
-        check_arguments(recipe)
 
 
 def rows(*codes: object, column: str = "preference") -> str:
@@ -128,7 +123,7 @@ def test_files_whose_sides_are_known_pass_and_are_read_no_further_than_needed(
 
 def test_a_shared_trunk_is_refused_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text("name: x\nlab: {}\nvote: {trunk: 1}\nreward: {objective: flip}\nppo: {max_completion_length: 40}\n")
+    file.write_text("name: x\nlab: {}\nvote: {trunk: 1}\nreward: {objective: flip}\n")
     check_arguments(load_recipe(file))
     made = RewardConfig(
         str(tmp_path / "o"), use_cpu=True, bf16=False
