@@ -282,9 +282,8 @@ def reward_model_on(policy: PreTrainedModel | PeftModel, *, pad_token_id: int) -
 def adapter_settings(config: ModelConfig) -> LoraConfig:
     """Return TRL's LoRA settings, with the revision of the base that they are for; `use_peft` must be on."""
     adapter: LoraConfig = get_peft_config(config)
-    # TRL makes of a list with one name a text, which peft matches with whole paths.
     if isinstance(adapter.target_modules, str) and adapter.target_modules.isidentifier():
-        adapter.target_modules = {adapter.target_modules}
+        adapter.target_modules = {adapter.target_modules}  # TRL made a text of a list of one, which names whole paths
     adapter.revision = None if config.model_revision in (None, "main") else config.model_revision
     return adapter
 
