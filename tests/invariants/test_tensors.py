@@ -90,3 +90,17 @@ def test_a_module_that_the_next_stage_reads_from_the_base_is_named(
 def test_another_type_is_no_loss(trained: Path) -> None:
     assert nothing_lost(trained, load_policy(trained, model_settings({"dtype": "bfloat16"}))).held
     assert nothing_lost(trained, load_policy(trained, model_settings({"use_peft": True}))).held
+
+
+@pytest.mark.parametrize("trained", ["whole"], indirect=True)
+def test_what_is_rounded_around_4_bit_weights_is_no_loss_and_another_number_is(trained: Path, tokenizer: Any) -> None:
+    """QLoRA goes on from a whole SFT model in float32: its norms and embeddings pass through the compute type."""
+    settings = model_settings({"use_peft": True, "load_in_4bit": True, "lora_r": 4})
+    policy = load_policy(trained, settings)
+    reward = build_reward_model(trained, settings, pad_token_id=tokenizer.pad_token_id)
+    for model in (policy, reward):
+        check = nothing_lost(trained, model)
+        assert check.held, check.sentence
+    policy.get_input_embeddings().weight.data[5, 0] += 0.05
+    check = nothing_lost(trained, policy)
+    assert (check.statistic, check.held) == (1.0, False)
