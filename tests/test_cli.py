@@ -146,3 +146,15 @@ def test_a_loop_of_links_is_a_sentence(
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert run(monkeypatch, "evaluate", "model", str(tmp_path / "a"), "--out", str(tmp_path / "e.json")) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_dry_run_knows_its_stages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text("name: r\nlab: {}\n")
+    arguments = ("run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "x"), "--dry-run", "--until")
+    assert run(monkeypatch, *arguments, "nosuch") == 2
+    assert "--until nosuch: this recipe has the stages" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "sft") == 0
+    shown = capsys.readouterr().out
+    assert ("round-0/sft" in shown, "round-1/ppo" in shown) == (True, False)

@@ -129,16 +129,19 @@ def label_command(
     ] = None,
 ) -> None:
     """Label pairs for a run: a page with one link a person; or as files, out and in."""
-    from rlhf.serve.desk import export_to, hide_gold, import_from, progress_lines, serve_page
+    from rlhf.serve.desk import check_export, export_to, hide_gold, import_from, progress_lines, serve_page
 
+    # What is wrong is said before anything is taken in; what was labelled is in the book before the rest is written out.
+    if export is not None:
+        check_export(export, form)
+    if import_ is not None:
+        counts = import_from(run, import_, say=say)
+        say(f"{import_}: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
     if gold is not None:
         for line in hide_gold(run, gold):
             say(line)
     if export is not None:
         say(f"{export}: {export_to(run, export, form)} pairs")
-    if import_ is not None:
-        counts = import_from(run, import_, say=say)
-        say(f"{import_}: {', '.join(f'{count} {name}' for name, count in counts.items())}.")
     if export is not None or import_ is not None or status:
         for line in progress_lines(run):
             say(line)

@@ -218,8 +218,8 @@ def verify_command(
 ) -> None:
     """Compare what a server, or a folder in plain transformers, says of golden texts with the model; exit 1 if it is wrong."""
     from rlhf.pipeline.certificates import verify_target, write_verdict
-    from rlhf.pipeline.result_file import check_result_file
     from rlhf.report.certificate import verdict_table
+    from rlhf.report.result_file import check_result_file
 
     if json_file is not None:
         check_result_file(json_file, "--json", key="held")

@@ -167,8 +167,8 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
     out = out or Path("runs") / recipe.name
     if dry_run:
         check_recipe_file(recipe, out)
-        check_arguments(recipe)
-        _show_plan(recipe, out)
+        check_arguments(recipe, until=until)
+        _show_plan(recipe, out, until)
         return
     is_main = int(os.environ.get("RANK", "0")) == 0
 
@@ -183,12 +183,12 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
         show_summary(out, output)
 
 
-def _show_plan(recipe: Recipe, out: Path) -> None:
-    from rlhf.pipeline.plan import plan
+def _show_plan(recipe: Recipe, out: Path, until: str | None) -> None:
+    from rlhf.pipeline.plan import plan, stages_until
     from rlhf.pipeline.store import Store
     from rlhf.report.terminal import plan_table
 
-    store, stages = Store(out), plan(recipe)
+    store, stages = Store(out), stages_until(plan(recipe), until)
     done = {stage.folder for stage in stages if store.is_done(stage)}
     output.print(
         plan_table(f"{recipe.name}, seed {recipe.seed}, into {out} (dry run, nothing was written)", stages, done)

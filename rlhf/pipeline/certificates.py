@@ -11,8 +11,8 @@ from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.models.open import expand
-from rlhf.pipeline.result_file import check_result_file
 from rlhf.pipeline.training import quiet_libraries
+from rlhf.report.result_file import check_result_file
 from rlhf.reward.certify import (
     CERTIFICATE,
     Certificate,

@@ -85,7 +85,7 @@ def _written_recipe(file: Path, recipe: Recipe) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         before = yaml.safe_load(text)
-    except (UnicodeDecodeError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         text, before = "", None
     complete = recipe_text(recipe)
     if not isinstance(before, dict) or (text != complete and complete.startswith(text)):

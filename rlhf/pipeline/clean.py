@@ -1,15 +1,18 @@
 """What may be deleted of a run's folder without anybody missing it: what a kill left behind, and work that is done."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.errors import UserError
-from rlhf.pipeline.store import CHECKPOINTS, Store, checkpoints_of, newest_checkpoint
+from rlhf.pipeline.store import CHECKPOINTS, STARTED, Store, checkpoints_of, newest_checkpoint
 from rlhf.report.records import MANIFEST
 
-HALF_WRITTEN = "*.tmp-*"
+HALF_WRITTEN = re.compile(
+    r".+\.tmp-\d+"
+)  # as `write_text` and `link` name what they rename, with the number of their process
 FEATURES = "features.npy"  # of a trunk that members share; every attempt writes it again
 
 
@@ -37,9 +40,12 @@ def freeable(run: Path) -> list[Freeable]:
     """
     if not run.is_dir() or not ((run / "recipe.yaml").is_file() or any(run.glob(f"round-*/*/{MANIFEST}"))):
         raise UserError(f"{run}: this folder holds no run.")
-    rows = [(path, "half written, when a process was killed") for path in run.glob(HALF_WRITTEN)]
+    rows = [*_half_written(run)]
     for stage in sorted(path for path in run.glob("round-*/*") if path.is_dir()):
-        rows += _of_finished(stage) if (stage / MANIFEST).is_file() else _of_begun(stage)
+        if (stage / MANIFEST).is_file():
+            rows += _of_finished(stage)
+        elif (stage / STARTED).is_file():  # another folder is a person's own
+            rows += _of_begun(stage)
     return [Freeable(path, _size(path), reason) for path, reason in rows]
 
 
@@ -60,16 +66,23 @@ def clean(run: Path) -> list[Freeable]:
     return rows
 
 
+def _half_written(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield files and links that a process was about to rename when it was killed."""
+    for path in folder.iterdir():
+        if HALF_WRITTEN.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+            yield path, "half written, when a process was killed"
+
+
 def _of_finished(stage: Path) -> Iterator[tuple[Path, str]]:
     """Yield what a finished stage does not need."""
     if (stage / CHECKPOINTS).is_dir():
         yield stage / CHECKPOINTS, "the stage is finished"
-    yield from ((path, "half written, when a process was killed") for path in stage.glob(HALF_WRITTEN))
+    yield from _half_written(stage)
 
 
 def _of_begun(stage: Path) -> Iterator[tuple[Path, str]]:
     """Yield what a stage does not need to go on."""
-    yield from ((path, "half written, when a process was killed") for path in stage.glob(HALF_WRITTEN))
+    yield from _half_written(stage)
     yield from ((path, "every attempt writes it again") for path in stage.rglob(FEATURES))
     for folder in (path for path in stage.rglob(CHECKPOINTS) if path.is_dir()):
         newest, damaged = newest_checkpoint(folder)

@@ -28,8 +28,8 @@ from rlhf.models.generate import encode_prompts
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.text import encode_answers, plain
 from rlhf.models.tools import ToolTemplate
-from rlhf.pipeline.result_file import check_result_file
 from rlhf.pipeline.training import quiet_libraries
+from rlhf.report.result_file import check_result_file
 
 SHOWN_ROWS = 3
 SIDES: tuple[Any, ...] = ("chosen", "rejected", "completion")  # of pairs and of demonstrations

@@ -43,9 +43,9 @@ from rlhf.files import write_text
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.tools import ToolTemplate
 from rlhf.models.verdicts import VerdictModel, load_verdict_model
-from rlhf.pipeline.result_file import check_result_file
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
+from rlhf.report.result_file import check_result_file
 from rlhf.reward.load import open_reward_model
 from rlhf.reward.model import RewardModel
 from rlhf.statistics import Array, paired_difference

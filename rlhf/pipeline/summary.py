@@ -12,6 +12,7 @@ from rlhf.invariants.checks import Check, CheckEntry
 from rlhf.pipeline.stopping import change_since_last_round, is_worse, win_tie_lose
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import Recipe
+from rlhf.report.records import sealed_summary
 from rlhf.statistics import paired_difference
 
 GOLD_MAX_OF_LAB = 1.0
@@ -68,7 +69,7 @@ def write_summary(
         "stopped": stopped,
         "checks": joined_checks({folder: values.get("checks") or {} for folder, values in facts.items()}),
     }
-    write_text(store.root / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(store.root / "summary.json", json.dumps(sealed_summary(summary), indent=1) + "\n")
     _link_best(store.root, _best(rounds))
     return summary
 

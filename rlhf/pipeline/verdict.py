@@ -10,7 +10,7 @@ from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import UserError
 from rlhf.few_labels import FEWEST, Rate, human_rate, powered_rate, rate_at_any_look
 from rlhf.files import write_text
-from rlhf.pipeline.result_file import check_result_file
+from rlhf.report.result_file import check_result_file
 
 WORDS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 SHOWN = 10  # problems of a file

@@ -115,8 +115,27 @@ def read_summary(run: Path) -> Summary:
     file = run / "summary.json"
     if not file.is_file():
         raise UserError(f"{run}: no summary.json; this folder holds no run.")
-    summary: Summary = read_json(file)
-    return summary
+    summary: Any = read_json(file)
+    is_whole = isinstance(summary, dict) and Summary.__required_keys__ <= summary.keys()
+    if not is_whole or summary.pop(SEAL, None) not in (None, _seal_of_summary(summary)):
+        raise UserError(_damaged(file, "cut off, damaged or edited"))
+    whole: Summary = summary
+    return whole
+
+
+def sealed_summary(summary: Mapping[str, object]) -> dict[str, Any]:
+    """Return a run in numbers with its seal, by which `read_summary` knows an edited one; two equal runs have the same one."""
+    content: dict[str, Any] = json.loads(json.dumps(summary))
+    return {**content, SEAL: _seal_of_summary(content)}
+
+
+def _seal_of_summary(summary: Mapping[str, object]) -> str:
+    """Return the digest of all but the seconds, which differ from run to run."""
+    return digest({name: value for name, value in summary.items() if name != "seconds"})
+
+
+def _damaged(file: Path, damage: str) -> str:
+    return f"{file}: {damage}; `rlhf run` with the same recipe and --out says what to do, or writes it again."
 
 
 def read_manifests(run: Path) -> dict[str, Manifest]:
@@ -129,6 +148,9 @@ def read_manifests(run: Path) -> dict[str, Manifest]:
     """
     files = sorted(run.glob(f"round-*/*/{MANIFEST}"))
     manifests: dict[str, Any] = {str(file.parent.relative_to(run)): read_record(file) for file in files}
+    for name, manifest in manifests.items():
+        if not Manifest.__required_keys__ <= manifest.keys():
+            raise UserError(_stage_damaged(run / name / MANIFEST))
     return {name: manifests[name] for name in sorted(manifests, key=lambda name: _place(manifests, name))}
 
 
@@ -161,14 +183,18 @@ def read_record(file: Path) -> dict[str, Any] | None:
         record["key"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         record, seal = {}, "damaged"
     if seal is not None and seal != digest(record):
-        raise UserError(
-            f"{file}: cut off, damaged or edited, so nobody can tell what this folder holds; put it back as it was, or delete "
-            f"{file.parent}, and the same command makes it again."
-        )
+        raise UserError(_stage_damaged(file))
     return record
+
+
+def _stage_damaged(file: Path) -> str:
+    return (
+        f"{file}: cut off, damaged or edited, so nobody can tell what this folder holds; put it back as it was, or delete "
+        f"{file.parent}, and the same command makes it again."
+    )
 
 
 def read_recipe(run: Path) -> dict[str, Any]:
@@ -180,7 +206,7 @@ def read_recipe(run: Path) -> dict[str, Any]:
     file = run / "recipe.yaml"
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (UnicodeDecodeError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         recipe = None
     if not isinstance(recipe, dict):
         raise UserError(f"{file}: cut off or damaged. Delete this file, and the same `rlhf run` writes it again.")
@@ -195,10 +221,8 @@ def read_json(file: Path) -> Any:
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(
-            f"{file}: cut off or damaged; `rlhf run` with the same recipe and --out says what to do, or writes it again."
-        ) from None
+    except (ValueError, RecursionError):
+        raise UserError(_damaged(file, "cut off or damaged")) from None
 
 
 def read_rows(path: Path) -> list[Any]:
@@ -213,9 +237,11 @@ def read_rows(path: Path) -> list[Any]:
         return []
     try:
         rows = read_jsonl(path)
-    except ValueError:
+    except (ValueError, RecursionError):
         rows = _rows_before_torn_line(path)
         warnings.warn(f"{path}: its last line was cut off and is left out.", stacklevel=2)
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: holds a line that is no row of numbers; delete the stage's folder to make it again.")
     return [row for row in rows if "resumed_from" not in row]
 
 
@@ -223,7 +249,7 @@ def _rows_before_torn_line(path: Path) -> list[Any]:
     *lines, _ = path.read_bytes().rstrip(b"\n").split(b"\n")
     try:
         return [json.loads(line) for line in lines]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(
             f"{path}: a line in its middle is damaged; delete the stage's folder to make it again."
         ) from None

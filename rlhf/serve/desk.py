@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlhf.data.sources import read_pairs
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.report.annotators import annotator_sentences, control_sentences
+from rlhf.report.result_file import check_result_file
 
 MOST_REPEATED = 0.5  # more would tell nothing more, and everybody would see it
 
@@ -36,7 +38,12 @@ def open_book(run: Path) -> tuple[LabelBook, int, int]:
     is_look = (run / BOOK).is_file() and (run.parent / "recipe.yaml").is_file()  # of a run's experts
     if not is_audit and not is_look and not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: no recipe.yaml; this folder holds no run, and no audit either.")
-    book = LabelBook(run / BOOK) if (run / BOOK).is_file() else None
+    try:
+        book = LabelBook(run / BOOK) if (run / BOOK).is_file() else None
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise  # locked, or a disk that is full
+        raise UserError(f"{run / BOOK}: is no book of labels ({error}); put it back from a copy.") from None
     if is_audit and book is None:
         raise UserError(f"{run}: no questions yet; `rlhf audit … --out {run} --budget N` asks about N of its pairs.")
     if book is None or not book.rounds():
@@ -69,10 +76,9 @@ def export_to(run: Path, file: Path, form: str) -> int:
     """Write the questions that still want a verdict, gold ones among them, and return how many they are.
 
     Raises:
-        UserError: as `open_book`; no such form; the file can't be written.
+        UserError: as `open_book`; no such form; the file is there already, or can't be written.
     """
-    if form not in get_args(Format):
-        raise UserError(f"--form {form}: choose {', '.join(get_args(Format))}.")
+    check_export(file, form)
     book, number, wanted = open_book(run)
     verdicts = Counter(verdict.id for verdict in book.verdicts(number))
     left = [question for question in book.questions(number) if verdicts[question.id] < wanted]
@@ -87,6 +93,17 @@ def export_to(run: Path, file: Path, form: str) -> int:
     except OSError as error:
         raise UserError(f"--export {file}: can't be written ({error.strerror}).") from error
     return len(rows)
+
+
+def check_export(file: Path, form: str) -> None:
+    """Refuse an export that would be written over a file, whose labels may be people's work; or a form that is none.
+
+    Raises:
+        UserError: saying so.
+    """
+    if form not in get_args(Format):
+        raise UserError(f"--form {form}: choose {', '.join(get_args(Format))}.")
+    check_result_file(file, "--export")
 
 
 def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = None) -> dict[str, int]:
@@ -189,7 +206,7 @@ def serve_page(
         say: shows people their links, tokens and all.
 
     Raises:
-        UserError: as `open_book`; another share; the server is not installed.
+        UserError: as `open_book`; another share; the server is not installed; the address is taken.
     """
     if not 0 <= repeat <= MOST_REPEATED:
         raise UserError(
@@ -201,10 +218,12 @@ def serve_page(
     except ImportError as error:
         raise UserError("rlhf label: install the server first (pip install '.[serve]').") from error
     from rlhf.serve.label import annotator_tokens, label_app
+    from rlhf.serve.run import bind
 
-    names = names or [getpass.getuser()]
+    listening = bind(host, port)
+    names = list(dict.fromkeys(names or [getpass.getuser()]))
     tokens = annotator_tokens(book.path, names)
     for name in names:
-        say(f"{name}: http://{host}:{port}/?token={tokens[name]}")
+        say(f"{name}: http://{host}:{listening.getsockname()[1]}/?token={tokens[name]}")
     app = label_app(book, number, tokens, wanted=wanted, title=f"{run.name}, round {number}", repeat=repeat)
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

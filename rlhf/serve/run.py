@@ -15,6 +15,7 @@ from rlhf.serve.reward import Limits, serve_app
 
 TOKEN = "RLHF_SERVE_TOKEN"
 BACKLOG = 2048
+MOST_PORT = 65535
 KEEP_ALIVE = 75  # seconds; longer than load balancers keep an idle connection, so that they close it and not we
 
 
@@ -37,7 +38,7 @@ def serve_models(
         )
     if token is not None and not token.isascii():
         raise UserError("--token: only ASCII letters, digits and signs can be sent in a header.")
-    listening = _bind(host, port)
+    listening = bind(host, port)
 
     # 2. The models; nobody can connect before they are there.
     disable_progress_bar()
@@ -87,12 +88,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Return a socket at an address, which nobody can connect to yet.
 
     Raises:
         UserError: there is no such address, or somebody has it.
     """
+    if not 0 <= port <= MOST_PORT:  # which getaddrinfo takes modulo 65,536
+        raise UserError(f"--port {port}: is none; choose one from 1 to {MOST_PORT}, or 0 for any that is free.")
     listening = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

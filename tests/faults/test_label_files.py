@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import socket
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -176,14 +177,56 @@ def test_a_file_that_is_none_is_refused(place: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.fault("hostile label files")
-@pytest.mark.parametrize("target", ["run", "nowhere/x.jsonl"])
-@pytest.mark.parametrize("form", ["plain", "argilla"])
-def test_an_export_that_cannot_be_written(
-    place: Path, capsys: pytest.CaptureFixture[str], target: str, form: str
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("run", "is a folder"),
+        ("nowhere/x.jsonl", "no such folder"),
+        ("filled.jsonl", "is there already"),
+        (f"run/{BOOK}", "is there already"),
+        ("run/recipe.yaml", "is there already"),
+    ],
+)
+def test_an_export_is_written_over_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str], target: str, said: str
 ) -> None:
-    outcome = rlhf("label", "run", "--export", target, "--form", form, cwd=place, capsys=capsys)
-    assert outcome.code == 2
-    assert f"--export {target}: can't be written" in outcome.stderr
+    """Labels that people have filled in, the book of all verdicts: gone in a moment, if they could be."""
+    (place / "filled.jsonl").write_text(json.dumps({**GOOD, "id": IDS[0]}) + "\n")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    for more in ((), ("--import", "filled.jsonl")):
+        outcome = rlhf("label", "run", "--export", target, *more, cwd=place, capsys=capsys)
+        assert outcome.code == 2
+        assert f"--export {target}: {said}" in outcome.stderr
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert LabelBook(place / "run" / BOOK).verdicts(2) == []
+
+
+@pytest.mark.fault("hostile label files")
+def test_what_is_taken_in_is_open_no_more_in_what_goes_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**GOOD, "id": IDS[0], "annotator": name} for name in ("ann", "bob")]
+    (place / "filled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = rlhf("label", "run", "--import", "filled.jsonl", "--export", "open.jsonl", cwd=place, capsys=capsys)
+    assert outcome.code == 0, outcome.stderr
+    assert IDS[0] not in (place / "open.jsonl").read_text()
+    assert IDS[1] in (place / "open.jsonl").read_text()
+
+
+def test_an_address_that_is_taken_is_a_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        for port, said in ((other.getsockname()[1], "Address already in use"), (99999, "choose one from 1 to 65535")):
+            outcome = rlhf("label", "run", "--port", str(port), cwd=place, capsys=capsys)
+            assert outcome.code == 2
+            assert said in outcome.stderr
+            assert "http://" not in outcome.stdout, "no link that leads nowhere"
+
+
+def test_a_book_that_is_none_is_a_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "run" / BOOK).write_text("no book, " * 200)
+    outcome = rlhf("label", "run", "--status", cwd=place, capsys=capsys)
+    assert (outcome.code, "Traceback" in outcome.stderr) == (2, False)
+    assert f"{BOOK}: is no book of labels" in outcome.stderr
 
 
 # ---- Gold questions ----

@@ -138,8 +138,15 @@ def test_what_is_freed_of_a_finished_run_is_missed_by_nobody(copied_run: Path, c
     for name, size in planted.items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes(b"x" * size)
-    mine = run / "round-1/reward/notes.txt"
-    mine.write_text("a person's")
+    own = (
+        "round-1/reward/notes.txt",
+        "thesis.tmp-final.docx",
+        "data.tmp-2024/x",
+        "round-1/notes/checkpoints/checkpoint-5/x",
+    )
+    for name in own:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("a person's")
     # 1. Shown, and nothing else.
     outcome = call("clean", "x")
     assert outcome.created == []
@@ -148,7 +155,7 @@ def test_what_is_freed_of_a_finished_run_is_missed_by_nobody(copied_run: Path, c
     # 2. Freed.
     assert "3.0 MB were freed" in call("clean", "x", "--yes").stdout
     assert not any((run / name).exists() for name in planted)
-    assert mine.is_file()
+    assert all((run / name).is_file() for name in own)
     assert call("clean", "x", "--yes").stdout.split() == ["0.0", "MB", "were", "freed"]
     # 3. Missed by nobody.
     for command in (

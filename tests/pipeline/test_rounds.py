@@ -201,6 +201,7 @@ def test_people_label_through_files_and_the_run_goes_on(finished: Path, tmp_path
     with pytest.raises(Waiting, match="20 of 24"):
         run_recipe(made, run, say=lambda _: None)
     assert any("kappa" in line for line in progress_lines(run))
+    file = tmp_path / "rest.jsonl"
     assert export_to(run, file, "plain") == 4, "only what is still open"
     file.write_text("".join(json.dumps({**row, "label": "skip", "annotator": "bob"}) + "\n" for row in rows(file)))
     import_from(run, file)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.pipeline.result_file import check_result_file
+from rlhf.report.result_file import check_result_file
 
 
 @pytest.mark.fault("result files that are something else")
