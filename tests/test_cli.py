@@ -158,3 +158,27 @@ def test_a_dry_run_knows_its_stages(
     assert run(monkeypatch, *arguments, "sft") == 0
     shown = capsys.readouterr().out
     assert ("round-0/sft" in shown, "round-1/ppo" in shown) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("export", "m", "new", "--factor", "0.3"), "--factor says how far to go from another model"),
+        (("export", "m", "new", "--average", "n", "--factor", "0.3"), "--factor says how far to go from another model"),
+        (("export", "m", "new", "--samples", "s.jsonl"), "--samples sets the scale of combined reward models"),
+        (("export", "m", "new", "--extrapolate", "n", "--factor", "nan"), "--factor nan: must lie between -10 and 10"),
+        (("export", "m", "new", "--extrapolate", "n", "--factor", "1e30"), "must lie between -10 and 10"),
+        (("serve", "m", "--timeout", "inf"), "--timeout inf: must lie between 0.1 and 86400 seconds"),
+        (("verify", "http://127.0.0.1:9", "--against", "m", "--timeout", "nan"), "--timeout nan: must lie between"),
+        (
+            ("audit", "p.jsonl", "--model", "m", "--out", "a", "--budget", "9", "--expert-error", "2"),
+            "--expert-error 2",
+        ),
+    ],
+)
+def test_numbers_that_would_be_ignored_or_end_badly_are_refused_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    """None of the models is there: nothing was opened yet."""
+    assert run(monkeypatch, *arguments) == 2
+    assert said in capsys.readouterr().err

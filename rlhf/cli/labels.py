@@ -63,6 +63,10 @@ def audit_command(
     from rlhf.report.terminal import audit_lines
 
     settings = load_recipe(recipe) if recipe else None
+    if budget is not None:
+        from rlhf.pipeline.second_look import check_expert_error
+
+        check_expert_error(expert_error)  # before the vote, which takes hours
     result = audit(
         source,
         model,

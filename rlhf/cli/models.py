@@ -10,6 +10,19 @@ from rlhf.cli.console import Columns, Compared, RewardModelName, app, output, sa
 from rlhf.errors import TrainingError, UserError
 from rlhf.progress import Work, a_line_a_minute
 
+MOST_FACTOR = 10  # of one model from another; beyond it weights mean nothing
+MOST_SECONDS = 86_400.0
+
+
+def check_timeout(seconds: float) -> None:
+    """Refuse a time that is none.
+
+    Raises:
+        UserError: saying so.
+    """
+    if not 0.1 <= seconds <= MOST_SECONDS:
+        raise UserError(f"--timeout {seconds:g}: must lie between 0.1 and {MOST_SECONDS:g} seconds.")
+
 
 @app.command("score")
 def score_command(model: RewardModelName) -> None:
@@ -102,7 +115,10 @@ def export_command(
         Path | None,
         typer.Option(help="A weaker model, from which to go beyond MODEL (ExPO).", show_default=False),
     ] = None,
-    factor: Annotated[float, typer.Option(help="How far: 0 is the weaker model, 1 is MODEL.")] = 1.5,
+    factor: Annotated[
+        float | None,
+        typer.Option(help="How far: 0 is the weaker model, 1 is MODEL. [default: 1.5]", show_default=False),
+    ] = None,
     samples: Annotated[
         Path | None,
         typer.Option(help="SFT's answers, which set a combined reward model's scale.", show_default=False),
@@ -111,11 +127,22 @@ def export_command(
     """Write a standard Hugging Face checkpoint: adapters merged in, tokenizer and template beside the weights."""
     if average and extrapolate is not None:
         raise UserError("export: --average and --extrapolate are two ways to combine models; choose one.")
+    if factor is not None and extrapolate is None:
+        raise UserError(
+            "export: --factor says how far to go from another model; name that by --extrapolate, or leave it out."
+        )
+    if samples is not None and not average and extrapolate is None:
+        raise UserError("export: --samples sets the scale of combined reward models; leave it out for a single one.")
+    if factor is not None and not -MOST_FACTOR <= factor <= MOST_FACTOR:
+        raise UserError(
+            f"--factor {factor:g}: must lie between {-MOST_FACTOR} and {MOST_FACTOR}; 1.5 goes half as far again."
+        )
     if average or extrapolate is not None:
         from rlhf.pipeline.combine import combine_models
 
         others = [extrapolate] if extrapolate is not None else [*(average or ())]
-        factors = [factor, 1 - factor] if extrapolate is not None else [1 / (1 + len(others))] * (1 + len(others))
+        far = 1.5 if factor is None else factor
+        factors = [far, 1 - far] if extrapolate is not None else [1 / (1 + len(others))] * (1 + len(others))
         combine_models([path.expanduser() for path in (model, *others)], factors, out, samples=samples)
     else:
         from rlhf.pipeline.model_commands import export_model
@@ -166,6 +193,7 @@ def serve_command(
     from rlhf.serve.reward import Limits
     from rlhf.serve.run import read_token, serve_models
 
+    check_timeout(timeout)
     token = token if token_file is None else read_token(token_file)
     limits = Limits(seconds=timeout, waiting_texts=queue, batch_tokens=batch_tokens)
     serve_models(models, host=host, port=port, token=token, limits=limits, say=say)
@@ -221,6 +249,7 @@ def verify_command(
     from rlhf.report.certificate import verdict_table
     from rlhf.report.result_file import check_result_file
 
+    check_timeout(timeout)
     if json_file is not None:
         check_result_file(json_file, "--json", key="held")
     verdict = verify_target(

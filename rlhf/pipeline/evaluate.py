@@ -145,6 +145,8 @@ def evaluate_models(
     # 1. All data are read and all models are opened before anything is scored, so that all that is wrong is said at once.
     problems: list[str] = []
     _attempt(problems, partial(check_result_file, key="models"), out, "--out")
+    if not out.exists():  # an earlier result has its page beside it
+        _attempt(problems, check_result_file, out.with_suffix(".html"), "--out, the page beside it,")
     sources = [Source(source) if isinstance(source, str) else source for source in data]
     names = data_names([source.source for source in sources])
     fit = ToolTemplate(lambda: load_tokenizer(find_source(models[0]).base, conversational=True, pads=False), models[0])

@@ -115,16 +115,25 @@ def look_again(
     return facts
 
 
+def check_expert_error(expert_error: float) -> None:
+    """Refuse an error rate that no expert has.
+
+    Raises:
+        UserError: saying so.
+    """
+    if not 0 < expert_error < 0.5:
+        raise UserError(
+            f"--expert-error {expert_error:g}: an expert is wrong in more than 0 and less than half of all pairs."
+        )
+
+
 def _read_result(out: Path, pairs: Source, budget: int, expert_error: float) -> dict[str, Any]:
     """Read the finished audit, if its pairs can be looked at again.
 
     Raises:
         UserError: an impossible budget or error rate, votes that say nothing.
     """
-    if not 0 < expert_error < 0.5:
-        raise UserError(
-            f"--expert-error {expert_error:g}: an expert is wrong in more than 0 and less than half of all pairs."
-        )
+    check_expert_error(expert_error)
     result: dict[str, Any] = json.loads((out / "audit.json").read_text(encoding="utf-8"))
     check_budget(budget, result["kept_pairs"], result["pairs"])
     if result["vote"]["scale"] == 0:
