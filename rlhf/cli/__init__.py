@@ -153,9 +153,8 @@ def _exit_code() -> int:
         KeyboardInterrupt,
         typer.Abort,
     ) as ending:  # ours end otherwise: code of a person or of a library
-        if isinstance(
-            ending.__context__, BrokenPipeError
-        ):  # rich ends the program where nobody reads its pages of help
+        # Rich ends the program where nobody reads its pages of help.
+        if isinstance(ending.__context__, BrokenPipeError):
             _forget_output()
             return NOBODY_READS
         code = ending.code if isinstance(ending, SystemExit) else None

@@ -10,9 +10,8 @@ from rlhf.errors import UserError
 from rlhf.pipeline.store import CHECKPOINTS, STARTED, Store, checkpoints_of, newest_checkpoint
 from rlhf.report.records import MANIFEST
 
-HALF_WRITTEN = re.compile(
-    r".+\.tmp-\d+"
-)  # as `write_text` and `link` name what they rename, with the number of their process
+# As what is renamed later is named: by the number of the process that writes it.
+HALF_WRITTEN = re.compile(r".+\.tmp-\d+")
 FEATURES = "features.npy"  # of a trunk that members share; every attempt writes it again
 
 

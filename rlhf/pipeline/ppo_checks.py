@@ -19,8 +19,8 @@ def ppo_problems(recipe: Recipe) -> Iterator[str]:
         yield "ppo.adversarial_coef: it reads the features before one linear head, which gated experts have not; leave it out."
     if ppo.get("reference_mixup", 0) > 0 and ppo.get("use_peft") and not _starts_from_adapter(recipe):
         yield (
-            "ppo.reference_mixup moves the reference, which is the base without an adapter here, under the policy too; set "
-            "sft.use_peft: true, or leave one of reference_mixup and ppo.use_peft out."
+            "ppo.reference_mixup moves the reference, which is the base without an adapter here, under the policy too; leave it or "
+            "ppo.use_peft out, or start from an SFT adapter (sft.use_peft: true, with a backbone.model)."
         )
     is_in_lists = recipe.lab is not None and recipe.backbone.model is None and not recipe.lab.is_sampled
     if is_in_lists and (longest := ppo.get("max_completion_length", 0)) >= CONTEXT:

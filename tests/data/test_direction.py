@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.data import direction as direction_module
-from rlhf.data.direction import Direction, directions
+from rlhf.data.direction import Direction, _unstated, directions, has_two_responses
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.rows import answer
 from rlhf.data.sides import code_of, named_side, numbered_sides, shown_codes
@@ -259,3 +259,29 @@ def test_the_tests_would_see_a_wrong_table(
     with pytest.raises(AssertionError):
         test_codes_that_say_it_are_read_right_and_said(tmp_path, (1, 2), "preference")
         test_a_tie_is_no_win(tmp_path, (1, 2), 0)
+
+
+def test_zero_is_the_lower_end_of_an_unknown_direction() -> None:
+    assert "{0: first, 0.5: second}" in str(_unstated("p", ["0.5", "0"], "x"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [(["10", "9"], "{9: first, 10: second}"), (["5", "9", "1"], "{1: first, 9: second}")],
+)
+def test_the_ends_of_an_unknown_direction_are_its_numbers_ends(codes: list[str], said: str) -> None:
+    assert said in str(_unstated("p", codes, "x"))
+
+
+def test_zero_is_no_strength_that_makes_a_scale_of_two_codes() -> None:
+    def rows(*values: int) -> list[Any]:
+        return [{"prompt": "p", "response_1": "a", "response_2": "b", "preference": value} for value in values]
+
+    with pytest.raises(UserError, match="does not say which of the two responses is better"):
+        directions(rows(-1, 0, 1), "x", None)
+    assert directions(rows(-2, 0, 1), "x", None)
+
+
+def test_pairs_are_no_two_responses_with_a_preference() -> None:
+    assert not has_two_responses({"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert not has_two_responses([{"text": "a", "role": "prompter"}])

@@ -25,7 +25,7 @@ from rlhf.data.ratings import RatingScale
 from rlhf.data.read import EXAMPLES_KEPT, BadRow, ReadReport, read_rows
 from rlhf.data.rows import assistant_turn, label_digest, pair_digest, user_turn
 from rlhf.data.sources import Line, Row, Source, deduplicated, read_pair_rows, to_demonstrations
-from rlhf.data.tables import _check_names, _row, matched_files, table_rows
+from rlhf.data.tables import matched_files
 from rlhf.data.tidy import _without_head, tidied
 from rlhf.errors import UserError
 from tests.data.layout_rows import TABLE
@@ -212,22 +212,6 @@ def test_a_folder_of_one_split_is_read_whole_and_one_of_two_by_name(tmp_path: Pa
             list(read_rows(str(tmp_path / folder), ReadReport("x"), split="train", is_named=is_named))
 
 
-def test_a_table_has_two_columns_at_least_and_says_the_row_that_breaks_it(tmp_path: Path) -> None:
-    _check_names(Path("x"), ["a", "b"])
-    for names in ([], ["a"]):
-        with pytest.raises(UserError, match="two columns or more"):
-            _check_names(Path("x"), names)
-    assert _row(["a", "b"], ["1", ""]) == {"a": "1", "b": None}
-    assert "has 3 cells" in str(_row(["a", "b"], ["1", "2", "3"]))
-    for broken, row in ((b'a,b\n1,2\n3,"4\n', 2), (b'a,b\n"1,2\n', 1)):
-        (tmp_path / "x.csv").write_bytes(broken)
-        with pytest.raises(UserError, match=f"row {row} is no row of a table"):
-            list(table_rows(tmp_path / "x.csv"))
-    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 5000)[:-20])
-    with pytest.raises(UserError, match=r"row \d+: the compressed file is cut off or damaged"):
-        list(table_rows(tmp_path / "x.csv.gz"))
-
-
 def test_lists_among_the_rows_are_no_pairs_that_repeat_their_prompt() -> None:
     repeating = {"prompt": "hello there", "chosen": "hello there yes", "rejected": "hello there no"}
     others: list[Any] = [["prompt", "chosen"], {"prompt": "a"}, {"chosen": "b"}]
@@ -384,29 +368,10 @@ def test_whose_label_it_is_counts_only_where_that_is_asked_for() -> None:
     assert [row.number for row in deduplicated(rows(), by_annotator=True)] == [0, 1]
 
 
-def test_semicolons_separate_names_that_hold_no_comma(tmp_path: Path) -> None:
-    for text, row in (("a;x,b\n1,2\n", {"a;x": "1", "b": "2"}), ("a;b\n1,5;2\n", {"a": "1,5", "b": "2"})):
-        (tmp_path / "x.csv").write_text(text)
-        assert list(table_rows(tmp_path / "x.csv")) == [row]
-
-
-def test_a_table_that_is_no_text_says_so_of_its_first_row(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_bytes(b"a,b\n\xff,2\n")
-    with pytest.raises(UserError, match="row 1 is not UTF-8 text"):
-        list(table_rows(tmp_path / "x.csv"))
-
-
 def test_of_three_layouts_the_first_two_are_named(tmp_path: Path) -> None:
     rows = [TABLE[name][0](0) for name in ("SHP", "PKU-SafeRLHF", "WebGPT")]
     with pytest.raises(UserError, match=r"row 1 is of the layout SHP .*, row 2 of the layout PKU-SafeRLHF"):
         read_pair_rows(write(tmp_path / "x.jsonl", rows))
-
-
-def test_a_table_that_leaves_out_a_row_names_it(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text("a,b\n1,2\n1,2,3\n4,5\n")
-    report = ReadReport("x")
-    assert [number for number, _ in read_rows(str(tmp_path / "x.csv"), report)] == [1, 3]
-    assert list(report.examples.values()) == [[2]]
 
 
 def test_a_repeat_is_everybodys_own_too() -> None:

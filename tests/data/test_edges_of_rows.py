@@ -13,7 +13,7 @@ import torch
 from rlhf.data.canonical import _number, _said, demonstration, extras_of, oddities, pair, prompt_only
 from rlhf.data.columns import _has, _value, named_rows
 from rlhf.data.controls import REPEATED_AFTER, controls_expected, repeated
-from rlhf.data.direction import _unstated, directions, has_two_responses
+from rlhf.data.direction import _unstated
 from rlhf.data.functions import foreign_code
 from rlhf.data.label_files import _seconds, record_entries
 from rlhf.data.labelbook import LabelBook
@@ -336,10 +336,6 @@ def test_a_number_that_is_none_is_told_its_bounds(low: float, high: float, bound
             _number(value, "x", low, high)
 
 
-def test_zero_is_the_lower_end_of_an_unknown_direction() -> None:
-    assert "{0: first, 0.5: second}" in str(_unstated("p", ["0.5", "0"], "x"))
-
-
 def test_the_last_of_several_answers_is_the_demonstration() -> None:
     row = {"prompt": turns("u1"), "chosen": turns("a1 u2 a2"), "rejected": turns("a3")}
     (found,) = find_layout(row).read_demonstrations(row)
@@ -364,28 +360,6 @@ def test_of_many_values_the_ends_are_shown(count: int, shown: str) -> None:
 def test_a_plain_pairs_confidence_is_its_own() -> None:
     (row,) = named_rows([(1, {"prompt": "a", "chosen": "b", "rejected": "c"})], "x", ReadReport("x"))
     assert (row.layout, row.is_tie, row.makes_confidence) == (None, False, False)
-
-
-@pytest.mark.parametrize(
-    ("codes", "said"),
-    [(["10", "9"], "{9: first, 10: second}"), (["5", "9", "1"], "{1: first, 9: second}")],
-)
-def test_the_ends_of_an_unknown_direction_are_its_numbers_ends(codes: list[str], said: str) -> None:
-    assert said in str(_unstated("p", codes, "x"))
-
-
-def test_zero_is_no_strength_that_makes_a_scale_of_two_codes() -> None:
-    def rows(*values: int) -> list[Any]:
-        return [{"prompt": "p", "response_1": "a", "response_2": "b", "preference": value} for value in values]
-
-    with pytest.raises(UserError, match="does not say which of the two responses is better"):
-        directions(rows(-1, 0, 1), "x", None)
-    assert directions(rows(-2, 0, 1), "x", None)
-
-
-def test_pairs_are_no_two_responses_with_a_preference() -> None:
-    assert not has_two_responses({"prompt": "a", "chosen": "b", "rejected": "c"})
-    assert not has_two_responses([{"text": "a", "role": "prompter"}])
 
 
 def test_the_key_of_a_prompt_is_that_of_earlier_versions() -> None:

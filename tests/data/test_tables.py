@@ -8,8 +8,10 @@ import datasets
 import pytest
 
 from rlhf.data.prepare import DataSources, prepare_data
+from rlhf.data.read import ReadReport, read_rows
 from rlhf.data.rows import answer
 from rlhf.data.sources import Source, read_pairs
+from rlhf.data.tables import _check_names, _row, table_rows
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 
@@ -132,3 +134,38 @@ def test_a_hub_dataset_is_asked_for_its_config_and_split(tmp_path: Path, monkeyp
         facts = prepare_data(tmp_path / f"{split}", DataSources(sft=[source], preferences=[source]), seed=0)
         assert (("org/x", "c", "test") in asked) == (tested is not None)
         assert tested is None or facts["rows"]["test_pairs"] == tested
+
+
+def test_a_table_has_two_columns_at_least_and_says_the_row_that_breaks_it(tmp_path: Path) -> None:
+    _check_names(Path("x"), ["a", "b"])
+    for names in ([], ["a"]):
+        with pytest.raises(UserError, match="two columns or more"):
+            _check_names(Path("x"), names)
+    assert _row(["a", "b"], ["1", ""]) == {"a": "1", "b": None}
+    assert "has 3 cells" in str(_row(["a", "b"], ["1", "2", "3"]))
+    for broken, row in ((b'a,b\n1,2\n3,"4\n', 2), (b'a,b\n"1,2\n', 1)):
+        (tmp_path / "x.csv").write_bytes(broken)
+        with pytest.raises(UserError, match=f"row {row} is no row of a table"):
+            list(table_rows(tmp_path / "x.csv"))
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 5000)[:-20])
+    with pytest.raises(UserError, match=r"row \d+: the compressed file is cut off or damaged"):
+        list(table_rows(tmp_path / "x.csv.gz"))
+
+
+def test_semicolons_separate_names_that_hold_no_comma(tmp_path: Path) -> None:
+    for text, row in (("a;x,b\n1,2\n", {"a;x": "1", "b": "2"}), ("a;b\n1,5;2\n", {"a": "1,5", "b": "2"})):
+        (tmp_path / "x.csv").write_text(text)
+        assert list(table_rows(tmp_path / "x.csv")) == [row]
+
+
+def test_a_table_that_is_no_text_says_so_of_its_first_row(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"a,b\n\xff,2\n")
+    with pytest.raises(UserError, match="row 1 is not UTF-8 text"):
+        list(table_rows(tmp_path / "x.csv"))
+
+
+def test_a_table_that_leaves_out_a_row_names_it(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n1,2,3\n4,5\n")
+    report = ReadReport("x")
+    assert [number for number, _ in read_rows(str(tmp_path / "x.csv"), report)] == [1, 3]
+    assert list(report.examples.values()) == [[2]]
