@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 from importlib import metadata
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 import pytest
 
 from rlhf import cli
+from rlhf.__main__ import main as entry
+from rlhf.data.labelbook import LabelBook
+from rlhf.data.labels import Question
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -40,7 +44,7 @@ def test_check_takes_overrides_among_its_recipes(
     """A wrong override is named once, however many recipes it is for; a file whose name holds `=` is a recipe."""
     first, second = tmp_path / "a.yaml", tmp_path / "kl=0.1.yaml"
     for file in (first, second):
-        file.write_text("name: r\nlab: {}\n")
+        file.write_text("name: r\nlab: {}\nppo: {max_completion_length: 40}\n")
     assert run(monkeypatch, "check", str(first), "ppo.kl_coef=0.25", str(second), "seed=7", "--show") == 0
     shown = capsys.readouterr().out
     assert shown.count(": fine") == shown.count("kl_coef: 0.25") == shown.count("seed: 7") == 2
@@ -127,6 +131,16 @@ def test_people_are_shown_their_links_whole(
     assert capsys.readouterr().out == f"{link}\n"
 
 
+@pytest.mark.parametrize("name", ["", "  ", "ann\nbob", "a" * 201, "\x1b[2J"])
+def test_an_annotator_has_a_name_that_can_be_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("rounds: {annotators_per_pair: 1}\n")
+    LabelBook(tmp_path / "labels.sqlite").ask([Question("r2-1", 2, [], "yes", "no")])
+    assert run(monkeypatch, "label", str(tmp_path), "--annotator", name) == 2
+    assert "give a name in one line, of 1 to 200 letters" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [("a" * 300, "can't be the name of a file (File name too long)"), ("~nobody-of-this-name/x", "leads nowhere")],
@@ -174,6 +188,10 @@ def test_a_dry_run_knows_its_stages(
             ("audit", "p.jsonl", "--model", "m", "--out", "a", "--budget", "9", "--expert-error", "2"),
             "--expert-error 2",
         ),
+        (("audit", "p.jsonl", "--model", "m", "--out", "a", "--members", "0"), "Invalid value for '--members'"),
+        (("data", "p.jsonl", "--columns", "prompt=a,chosen=b,prompt=c"), "a name stands there twice"),
+        (("verify", "http://[::1", "--against", "m"), "verify http://[::1: is no address (Invalid IPv6 URL)"),
+        (("verify", "http://me:pw@[::1", "--against", "m"), "verify http://me:***@[::1: is no address"),
     ],
 )
 def test_numbers_that_would_be_ignored_or_end_badly_are_refused_first(
@@ -182,3 +200,39 @@ def test_numbers_that_would_be_ignored_or_end_badly_are_refused_first(
     """None of the models is there: nothing was opened yet."""
     assert run(monkeypatch, *arguments) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.fault("result files that are something else")
+@pytest.mark.parametrize("verb", ["export", "audit", "blame"])
+def test_a_file_is_no_folder_for_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, base_folder: Path, verb: str
+) -> None:
+    """Said before a model is opened, and as bad input: no stage of a run has anything to do with it."""
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    arguments = {
+        "export": ("export", str(base_folder)),
+        "audit": ("audit", str(tmp_path / "pairs.jsonl"), "--model", str(base_folder), "--out"),
+        "blame": ("blame", str(tmp_path), "--feature", "length", "--out"),
+    }[verb]
+    assert run(monkeypatch, *arguments, str(tmp_path / "file")) == 2
+    assert "file: is a file; choose a new folder." in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_signal_while_python_still_imports_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting(MetaPathFinder):
+        """The import of the command line is where Ctrl-C comes."""
+
+        def find_spec(self, name: str, path: object, target: object = None) -> None:
+            if name == "rlhf.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "rlhf.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ending:
+        entry()
+    assert ending.value.code == 130
+    assert capsys.readouterr().err == ""

@@ -42,7 +42,9 @@ def audit_command(
     *,
     model: Annotated[str, typer.Option(help="What the voters start from: a folder or hub id.", show_default=False)],
     out: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
-    members: Annotated[int | None, typer.Option(help="Number of voters. [default: 10]", show_default=False)] = None,
+    members: Annotated[
+        int | None, typer.Option(help="Number of voters. [default: 10]", min=1, show_default=False)
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Its vote and reward sections say how voters are trained.", show_default=False)
     ] = None,

@@ -40,9 +40,11 @@ from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
 from rlhf.report.audit import write_audit_page
+from rlhf.report.result_file import check_new_folder
 from rlhf.reward.annotators import posterior_by_annotator, report_rows
 from rlhf.reward.meter import LOOKED_AT, PARTS, Measured, fit_meter, read_meter, too_few_labels
 from rlhf.reward.noise import NoiseEstimate
+from rlhf.reward.vote import plan_vote
 from rlhf.reward.wants import Wants, find_wants
 
 # Without a recipe: the upper layers and a head per member on a shared trunk, at a rate that is usual for fine-tuning.
@@ -105,9 +107,11 @@ def audit(
     if budget is not None:
         check_budget(budget, len(rows), source.source)
     unmeasured = _why_no_meter(len(rows), shape) if meter else None
+    values: list[Any] = [row.values for row in rows]
+    prompts = [pair["prompt"] for pair in values]
+    plan_vote(prompts, seed=0, **{name: shape[name] for name in ("members", "folds", "in_sample")})
 
     # 2. Vote; with the meter, also by voters on parts of the labels.
-    values: list[Any] = [row.values for row in rows]
     seed, on_parts = 0 if recipe is None else recipe.seed, meter and unmeasured is None
     (out / WORK).mkdir(parents=True, exist_ok=True)
     write_text(out / WORK / "key.json", json.dumps(key))
@@ -351,6 +355,5 @@ def _finished(out: Path, key: str, *, meter: bool) -> dict[str, Any] | None:
     begun = out / WORK / "key.json"
     if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == key:
         return None
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out}: not empty; choose another --out.")
+    check_new_folder(out, "--out")
     return None

@@ -23,6 +23,7 @@ from rlhf.pipeline.training import quiet_libraries
 from rlhf.recipe import load_recipe
 from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.report.records import MANIFEST, read_record
+from rlhf.report.result_file import check_new_folder
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.model import RewardModel
 from rlhf.statistics import clustered_statistic
@@ -52,8 +53,7 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
     measure = _measure(feature)
     if not 0 < share < 1:
         raise UserError(f"--share {share}: must lie between 0 and 1, without them.")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: not empty; choose another --out.")
+    check_new_folder(out, "--out")
 
     # 1. The reward model, the pairs as it was trained on them, and what it reads and scores of both sides.
     context = _trained(run)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
@@ -166,13 +167,18 @@ def _check_question(target: str, kind: str | None, dtype: str | None) -> bool:
     """Return whether the target is a server's address.
 
     Raises:
-        UserError: an unknown kind or dtype, or a kind that does not fit the target.
+        UserError: an unknown kind or dtype, a kind that does not fit the target, or an address that is none.
     """
     if kind is not None and kind not in KINDS:
         raise UserError(f"--kind {kind}: choose one of {', '.join(KINDS)}.")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
     is_url = target.startswith(("http://", "https://"))
+    if is_url:
+        try:
+            urlsplit(target)
+        except ValueError as error:
+            raise UserError(f"verify {hide_secrets(target)}: is no address ({error}); correct it.") from None
     if is_url == (kind == "folder") and kind is not None:
         raise UserError(
             f"verify {target}: --kind {kind} does not fit; a server's address begins with http:// or https://."

@@ -262,7 +262,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
     problems += _reward_folder_problems(recipe)
     problems += _verdict_model_problems(recipe, is_only_local=is_only_local)
     problems += reward_problems(recipe)
-    problems += ppo_problems(recipe)
+    problems += ppo_problems(recipe, until=until)
     lab = recipe.lab
     if lab is not None and lab.critic_error_rate is not None and lab.annotators == "exact":
         problems.append("lab.critic_error_rate: annotators: exact hears no critic; leave one of the two out.")

@@ -15,6 +15,7 @@ from rlhf.models.load import load_policy, load_tokenizer, model_settings
 from rlhf.models.merge import merge_adapter
 from rlhf.models.save import save_model
 from rlhf.pipeline.training import quiet_libraries
+from rlhf.report.result_file import check_new_folder
 from rlhf.reward.experts import EXPERTS
 from rlhf.reward.gated import is_gated
 from rlhf.reward.load import CARD, load_reward_model, reward_card, save_reward_model
@@ -45,8 +46,7 @@ def combine_models(folders: Sequence[Path], factors: Sequence[float], out: Path,
         UserError: the models don't fit together, the target is not empty, or a reward model comes without samples.
     """
     quiet_libraries()
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: not empty; choose a new folder.")
+    check_new_folder(out, "OUT")
     are_rewards = [(folder / CARD).is_file() for folder in folders]
     if len(set(are_rewards)) > 1:
         odd = folders[are_rewards.index(not are_rewards[0])]

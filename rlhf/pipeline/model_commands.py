@@ -17,6 +17,7 @@ from rlhf.models.merge import merge_adapter
 from rlhf.models.save import save_model
 from rlhf.models.text import check_vocabulary
 from rlhf.pipeline.training import quiet_libraries
+from rlhf.report.result_file import check_new_folder
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.digests import scoring_digests
 from rlhf.reward.experts import EXPERTS
@@ -41,8 +42,7 @@ def export_model(model: Path, out: Path) -> None:
     """
     quiet_libraries()
     model = model.expanduser()
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: not empty; choose a new folder.")
+    check_new_folder(out, "OUT")
     if not (model / CARD).is_file():
         merged = load_policy(model, model_settings({}))
         tokenizer = load_tokenizer(model, conversational=True)

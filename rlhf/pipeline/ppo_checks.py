@@ -4,12 +4,21 @@ from collections.abc import Iterator
 
 from rlhf.lab.build import CONTEXT
 from rlhf.models.load import find_source
+from rlhf.pipeline.plan import plan, stages_until
+from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.source_kinds import FOLDER, kind_of
 from rlhf.recipe.schema import Recipe
 
 
-def ppo_problems(recipe: Recipe) -> Iterator[str]:
-    """Yield what `PPOTrainer` would refuse of a recipe's own keys when its stage begins."""
+def ppo_problems(recipe: Recipe, *, until: str | None = None) -> Iterator[str]:
+    """Yield what `PPOTrainer` would refuse of a recipe's own keys when its stage begins.
+
+    Args:
+        until: the last stage that will run, if it is not the plan's.
+
+    Raises:
+        UserError: there is no such stage.
+    """
     yield from _source_problems(recipe)
     ppo = recipe.ppo.trl_settings()
     for key in ("ptx_coef", "adversarial_coef"):
@@ -22,8 +31,11 @@ def ppo_problems(recipe: Recipe) -> Iterator[str]:
             "ppo.reference_mixup moves the reference, which is the base without an adapter here, under the policy too; leave it or "
             "ppo.use_peft out, or start from an SFT adapter (sft.use_peft: true, with a backbone.model)."
         )
-    is_in_lists = recipe.lab is not None and recipe.backbone.model is None and not recipe.lab.is_sampled
-    if is_in_lists and (longest := ppo.get("max_completion_length", 0)) >= CONTEXT:
+    if recipe.lab is None or recipe.backbone.model is not None or recipe.lab.is_sampled:
+        return
+    reaches_ppo = any(stage.name == "ppo" for stage in stages_until(plan(recipe), until))
+    unnamed = PPOConfig.max_completion_length if reaches_ppo else 0
+    if (longest := ppo.get("max_completion_length", unnamed)) >= CONTEXT:
         yield (
             f"ppo.max_completion_length is {longest}, which leaves no room for a prompt in the {CONTEXT} tokens that the lab's "
             "model reads; lower it (recipes/quickstart.yaml has 40)."

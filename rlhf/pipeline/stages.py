@@ -50,6 +50,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.recipe import Recipe
 from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.recipe.schema import DATA_SOURCES
+from rlhf.reward.denoise import check_needs
 from rlhf.reward.ensemble import load_scorer_of, member_folders
 
 SHOWN_SAMPLES, SFT_ANSWERS = 64, "sft_answers.jsonl"
@@ -115,6 +116,9 @@ def run_data(context: StageContext) -> dict[str, Any]:
             f"data.preferences: {user} pairs, and no prompt has two answers of which one is better; add such rows, or "
             "take reward.objective: regression."
         )
+    pairs = context.folder / "data" / "pairs.jsonl"
+    if OBJECTIVES[reward.objective].needs.column is not None and pairs.is_file():  # before SFT is paid for
+        check_needs(read_jsonl(pairs), OBJECTIVES[reward.objective])
     return facts
 
 

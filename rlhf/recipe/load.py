@@ -102,7 +102,10 @@ def load_source(text: str, *, columns: str | None = None, key: str = "DATA") -> 
             raise UserError(
                 f"--columns {columns!r}: write ours=theirs, separated by commas: prompt=question,chosen=good."
             )
-        values["columns"] = {name.strip(): path.strip() for name, _, path in parts}
+        columns_of = {name.strip(): path.strip() for name, _, path in parts}
+        if len(columns_of) < len(parts):
+            raise UserError(f"--columns {columns!r}: a name stands there twice; give each once.")
+        values["columns"] = columns_of
     try:
         return SourceEntry.model_validate(values)
     except ValidationError as error:

@@ -15,6 +15,8 @@ from rlhf.report.change import GOLD, SCORE, change_sentence
 from rlhf.report.checks import check_rows, checks_line
 from rlhf.report.figures import curves, histogram
 from rlhf.report.records import (
+    JUDGED_KEYS,
+    SCORED_KEYS,
     Facts,
     JudgedPrompt,
     Manifest,
@@ -44,11 +46,14 @@ def write_report(run: Path) -> Path:
     last = last_evaluated(summary)
     folder = f"round-{last['round']}"
     ppo: list[Metrics] = read_rows(run / folder / "ppo" / "metrics.jsonl")
-    answers: list[JudgedPrompt] = read_rows(run / folder / "evaluate" / "samples.jsonl")
+    answers: list[JudgedPrompt] = read_rows(run / folder / "evaluate" / "samples.jsonl", JUDGED_KEYS)
     manifests = read_manifests(run)
     facts = {name: manifest["facts"] for name, manifest in manifests.items()}
     reward = facts.get(f"{folder}/reward")
-    pairs: list[Facts] = read_rows(run / folder / "reward" / "samples.jsonl") if reward else []
+    held_out = run / folder / "reward" / "samples.jsonl"
+    pairs: list[Facts] = read_rows(held_out, SCORED_KEYS) if reward else []
+    if reward and not pairs:
+        raise UserError(f"{held_out}: holds no pair; delete the stage's folder to make it again.")
     origin, _ = _origin(run / "origin.json"), read_recipe(run)  # damaged ones are said before anything is written
     page = render(
         "page.html.jinja",

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -99,6 +99,16 @@ class JudgedPrompt(TypedDict):
     gold_sft: float | None
     gold_policy: float | None
     kl: float
+
+
+JUDGED_KEYS = JudgedPrompt.__required_keys__
+SCORED_KEYS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+)  # of a held-out pair: the reward stage's rows
 
 
 def start_name(summary: Summary) -> str:
@@ -225,13 +235,16 @@ def read_json(file: Path) -> Any:
         raise UserError(_damaged(file, "cut off or damaged")) from None
 
 
-def read_rows(path: Path) -> list[Any]:
+def read_rows(path: Path, keys: Collection[str] = ()) -> list[Any]:
     """Read the rows of a run's JSON lines, without marks of resumption; return none if the file is not there.
 
     A last line whose writing was cut off is left out, and said.
 
+    Args:
+        keys: that every row has.
+
     Raises:
-        UserError: another line is damaged.
+        UserError: another line is damaged, or lacks a key.
     """
     if not path.is_file():
         return []
@@ -242,7 +255,12 @@ def read_rows(path: Path) -> list[Any]:
         warnings.warn(f"{path}: its last line was cut off and is left out.", stacklevel=2)
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: holds a line that is no row of numbers; delete the stage's folder to make it again.")
-    return [row for row in rows if "resumed_from" not in row]
+    rows = [row for row in rows if "resumed_from" not in row]
+    lacking = [(number, key) for number, row in enumerate(rows, 1) for key in sorted(keys) if key not in row]
+    if lacking:
+        number, key = lacking[0]
+        raise UserError(f"{path}: row {number} has no {key!r}; delete the stage's folder to make it again.")
+    return rows
 
 
 def _rows_before_torn_line(path: Path) -> list[Any]:

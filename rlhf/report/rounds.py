@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf.report.figures import curves
-from rlhf.report.records import Facts, JudgedPrompt, Round, Summary, read_rows, start_name
+from rlhf.report.records import JUDGED_KEYS, Facts, JudgedPrompt, Round, Summary, read_rows, start_name
 from rlhf.report.render import Figure
 
 SHOWN = 6
@@ -146,7 +146,9 @@ def _figures(rounds: Sequence[Round], summary: Summary) -> list[Figure]:
 def _samples(run: Path, rounds: Sequence[Round], start: str) -> list[dict[str, object]]:
     """Return a few prompts with the answer of SFT, or of the backbone in its place, and each round's."""
     by_round: list[tuple[int, list[JudgedPrompt]]]
-    by_round = [(e["round"], read_rows(run / f"round-{e['round']}" / "evaluate" / "samples.jsonl")) for e in rounds]
+    by_round = [
+        (e["round"], read_rows(run / f"round-{e['round']}" / "evaluate" / "samples.jsonl", JUDGED_KEYS)) for e in rounds
+    ]
     by_round = [(number, rows) for number, rows in by_round if rows]
     if not by_round:
         return []

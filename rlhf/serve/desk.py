@@ -1,6 +1,7 @@
 """What `rlhf label` does around the page: which round is asked about, files out, files in, how far people are."""
 
 import getpass
+import itertools
 import json
 import sqlite3
 from collections import Counter
@@ -12,7 +13,7 @@ import yaml
 
 from rlhf.data.controls import Control, gold_questions
 from rlhf.data.direction import example
-from rlhf.data.label_files import Format, export_questions, read_verdicts
+from rlhf.data.label_files import LONGEST_NAME, Format, export_questions, read_verdicts
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, tally
 from rlhf.data.read import ReadReport
@@ -139,13 +140,22 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
         lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in quarantine)
         # Half a character, which JSON may hold, is written as JSON escapes it.
         content = "".join(lines).encode("utf-8", "backslashreplace")
-        (run / f"quarantine-{file.stem}.jsonl").write_bytes(content)
+        place = _free_or_same(run / f"quarantine-{file.stem}.jsonl", content)
+        place.write_bytes(content)
+        if say is not None:
+            say(f"{place}: {len(quarantine)} verdicts that don't count, each with why.")
     counts = {"taken": sum(verdict.id in asked for verdict in verdicts)}
     if gold:
         counts["of them on gold questions"] = sum(verdict.id in gold for verdict in verdicts)
     for row in quarantine:
         counts[row["reason"]] = counts.get(row["reason"], 0) + 1
     return counts
+
+
+def _free_or_same(file: Path, content: bytes) -> Path:
+    """Return the file, or, where it holds something else, the first of FILE-2, FILE-3, … that doesn't."""
+    places = (file if number == 1 else file.with_stem(f"{file.stem}-{number}") for number in itertools.count(1))
+    return next(place for place in places if not place.exists() or place.read_bytes() == content)
 
 
 def _reading(report: ReadReport, verdicts: Sequence[Verdict], asked: Mapping[str, Question]) -> Iterator[str]:
@@ -206,7 +216,7 @@ def serve_page(
         say: shows people their links, tokens and all.
 
     Raises:
-        UserError: as `open_book`; another share; the server is not installed; the address is taken.
+        UserError: as `open_book`; another share; a name that is none; the server is not installed; the address is taken.
     """
     if not 0 <= repeat <= MOST_REPEATED:
         raise UserError(
@@ -220,8 +230,10 @@ def serve_page(
     from rlhf.serve.label import annotator_tokens, label_app
     from rlhf.serve.run import bind
 
-    listening = bind(host, port)
     names = list(dict.fromkeys(names or [getpass.getuser()]))
+    if odd := [name for name in names if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME]:
+        raise UserError(f"--annotator {odd[0][:40]!r}: give a name in one line, of 1 to {LONGEST_NAME} letters.")
+    listening = bind(host, port)
     tokens = annotator_tokens(book.path, names)
     for name in names:
         say(f"{name}: http://{host}:{listening.getsockname()[1]}/?token={tokens[name]}")

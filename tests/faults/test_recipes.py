@@ -17,12 +17,12 @@ from rlhf.ppo.remote import RemoteReward
 from rlhf.recipe.document import read_document
 from tests.faults.here import require_refusal, rlhf
 
-LAB = "name: x\nlab: {}\n"
+LAB = "name: x\nlab: {}\nppo: {max_completion_length: 40}\n"
 BOMB = "name: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 YAML: dict[str, tuple[bytes, str]] = {
     "merge keys": (b"name: x\nlab: {<<: {pairs: 100}}\n", "r.yaml:2: the key '<<' is merged or has a tag"),
     "a key with a tag": (b"name: x\nlab: {}\n!!python/name:os.system x: 1\n", "r.yaml:3"),
-    "a python tag": (LAB.encode() + b"seed: !!python/object/apply:os.system ['touch ran']\n", "r.yaml:3"),
+    "a python tag": (LAB.encode() + b"seed: !!python/object/apply:os.system ['touch ran']\n", "r.yaml:4"),
     "a bomb": (BOMB.encode(), "aliases"),
     "900 levels": (LAB.encode() + b"sft: " + b"[" * 900 + b"]" * 900 + b"\n", "deeper"),
     "20,000 levels": (LAB.encode() + b"sft: " + b"{a: " * 20_000 + b"\n", "deeper"),

@@ -218,8 +218,10 @@ def test_bad_questions_are_sentences(base_folder: Path, noisy: tuple[str, set[in
     arguments: dict[str, Any] = {"recipe": None, "say": lambda _: None}
     with pytest.raises(UserError, match="--model nowhere"):
         audit(file, "nowhere", tmp_path / "a", members=2, **arguments)
-    with pytest.raises(UserError, match=r"vote.members is 1"):
-        audit(file, str(base_folder), tmp_path / "b", members=1, **arguments)
+    for members, said in ((1, r"vote.members is 1"), (999, r"are too few for 999 members")):
+        with pytest.raises(UserError, match=said):
+            audit(file, str(base_folder), tmp_path / "b", members=members, **arguments)
+    assert not (tmp_path / "b").exists(), "nothing is made"
 
 
 def test_nothing_but_ties_is_a_sentence(base_folder: Path, tmp_path: Path) -> None:

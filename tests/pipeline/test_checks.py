@@ -29,6 +29,7 @@ LATE: dict[str, str] = {
     "reward.objective=gated reward.center_rewards_coefficient=0.01": "ratings say where the scores lie",
     "ppo.reference_mixup=0.5 ppo.use_peft=true": "ppo.reference_mixup moves the reference",
     "ppo.max_completion_length=128": "leaves no room for a prompt in the 128 tokens",
+    "": "ppo.max_completion_length is 256, which leaves no room",
     "reward.meta=true reward.gradient_checkpointing_kwargs.use_reentrant=true": "can't give MetaRM's",
     "ppo.gradient_checkpointing_kwargs={use_reentrant:true}": "unknown key 'use_reentrant:true'",
     "reward.experts=merged reward.use_peft=true reward.use_dora=true": "reward.use_dora: merged adds up plain LoRA",
@@ -61,7 +62,7 @@ def test_what_a_later_stage_would_refuse_is_said_first(
 def test_what_is_near_to_it_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rules.py").write_text("def score(prompts, completions):\n    return [0.0] * len(prompts)\n")
-    Path("r.yaml").write_text("name: x\nlab: {}\n")
+    Path("r.yaml").write_text("name: x\nlab: {}\nppo: {max_completion_length: 40}\n")
     for overrides in (
         "ppo.reward_weights=[1.0,0.5] ppo.extra_rewards=[rules.py:score]",
         "ppo.reward_ensemble=worst reward.members=2",
@@ -77,6 +78,8 @@ def test_what_is_near_to_it_is_not_refused(tmp_path: Path, monkeypatch: pytest.M
         "ppo.ptx_coef=0.1",
     ):
         check_here(load_recipe(Path("r.yaml"), overrides.split()))
+    Path("r.yaml").write_text("name: x\nlab: {}\n")
+    check_arguments(load_recipe(Path("r.yaml")), until="reward")  # no PPO, no answers of it
 
 
 def rows(*codes: object, column: str = "preference") -> str:
@@ -123,7 +126,7 @@ def test_files_whose_sides_are_known_pass_and_are_read_no_further_than_needed(
 
 def test_a_shared_trunk_is_refused_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text("name: x\nlab: {}\nvote: {trunk: 1}\nreward: {objective: flip}\n")
+    file.write_text("name: x\nlab: {}\nvote: {trunk: 1}\nreward: {objective: flip}\nppo: {max_completion_length: 40}\n")
     check_arguments(load_recipe(file))
     made = RewardConfig(
         str(tmp_path / "o"), use_cpu=True, bf16=False
@@ -150,3 +153,17 @@ def test_a_damaged_recipe_of_a_run_is_a_sentence_and_may_be_deleted(tmp_path: Pa
     check_recipe_file(recipe, out)
     (out / "recipe.yaml").write_bytes(whole)
     check_recipe_file(recipe, out)
+
+
+@pytest.mark.fault("refused after hours")
+def test_a_column_that_no_pair_has_is_said_before_sft(base_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(PLAIN.replace('"p"', f'"p {i}"') for i in range(9)))
+    (tmp_path / "s.jsonl").write_text("".join(f'{{"prompt": "p {i}", "completion": "a"}}\n' for i in range(9)))
+    (tmp_path / "r.yaml").write_text(
+        f"name: x\nbackbone: {{model: {base_folder}}}\nreward: {{objective: soft}}\n"
+        "data: {preferences: p.jsonl, sft: s.jsonl, test_fraction: 0.3}\nppo: {max_completion_length: 16}\n"
+    )
+    result = rlhf("run", "r.yaml", cwd=tmp_path)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "reward.objective is soft, but 7 of 7 pairs (the first is number 0) have no 'confidence'" in result.stderr
+    assert [path.name for path in (tmp_path / "runs/x/round-0").iterdir()] == ["data"]

@@ -198,6 +198,14 @@ def test_people_label_through_files_and_the_run_goes_on(finished: Path, tmp_path
     expected = {"taken": 44, "unknown id": 1, "of another round": 1, "unknown label": 1, "no label yet": 1, "no id": 1}
     assert import_from(run, file) == expected
     assert len(rows(run / "quarantine-labels.jsonl")) == 5
+    import_from(run, file)
+    other = tmp_path / "another" / file.name  # a stranger's file of the same name must not cost the first one's
+    other.parent.mkdir()
+    other.write_text(
+        json.dumps({"id": "r2-ffffffffffffffff", "label": "a", "annotator": "cy"}) + "\n" + file.read_text()
+    )
+    import_from(run, other)
+    assert [len(rows(path)) for path in sorted(run.glob("quarantine-*"))] == [6, 5]
     with pytest.raises(Waiting, match="20 of 24"):
         run_recipe(made, run, say=lambda _: None)
     assert any("kappa" in line for line in progress_lines(run))

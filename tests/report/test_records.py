@@ -28,6 +28,17 @@ def test_a_damaged_line_in_the_middle_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("records cut or edited")
+def test_a_row_without_its_keys_is_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text('{"prompt": "p", "sft": "s"}\n{"prompt": "q"}\n')
+    assert len(read_rows(file, ("prompt",))) == 2
+    with pytest.raises(
+        UserError, match=r"samples.jsonl: row 2 has no 'sft'; delete the stage's folder to make it again"
+    ):
+        read_rows(file, ("prompt", "sft"))
+
+
+@pytest.mark.fault("records cut or edited")
 @pytest.mark.parametrize(
     "content", ["", "{", "\x00\x00", "{}", "[]", "null", "3", '"x"', "NaN", "[" * 5000, '{"recipe": "r"}']
 )
