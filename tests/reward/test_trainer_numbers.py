@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, model_settings
 from rlhf.models.packing import LONG_ROW
 from rlhf.objectives.pairwise import bradley_terry
+from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import RANGES, PairRewardTrainer, Scored, check_columns
 
 
@@ -156,3 +158,83 @@ def test_training_keeps_no_keys_and_values(
     trainer.train()
     assert kept
     assert all(cache is None for cache in kept)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 40])
+def test_the_loss_of_an_evaluation_is_the_mean_of_its_pairs(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], size: int
+) -> None:
+    """13 pairs in batches of `size`, the last one ragged."""
+    held_out = pairs.select(range(13))
+    model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    args = RewardConfig(**cpu_arguments, per_device_eval_batch_size=size)
+    trainer = PairRewardTrainer(model, args, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer)
+    reward = RewardModel(model, tokenizer, conversational=True)
+    chosen, rejected = (
+        reward.score(held_out["prompt"], [answer[-1]["content"] for answer in held_out[side]])
+        for side in ("chosen", "rejected")
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(bradley_terry(chosen, rejected).mean().item(), abs=1e-5)
+
+
+def test_without_arguments_it_trains_one_epoch_into_a_folder_of_the_models_name(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's own defaults want a GPU, so they are told here that there is none."""
+    monkeypatch.chdir(tmp_path)
+    on_cpu = partial(RewardConfig, use_cpu=True, bf16=False, report_to="none")
+    monkeypatch.setattr("rlhf.reward.trainer.RewardConfig", on_cpu)
+    model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    model.config._name_or_path = "some/where/model"
+    trainer = PairRewardTrainer(model, train_dataset=pairs.select(range(4)), processing_class=tokenizer)
+    assert (trainer.args.output_dir, trainer.args.num_train_epochs) == ("model-Reward", 1)
+
+
+@pytest.mark.parametrize(("steps", "is_said"), [(-1, True), (0, True), (1, False)])
+def test_more_epochs_than_one_are_no_matter_where_steps_are_counted(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], steps: int, is_said: bool
+) -> None:
+    model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    args = RewardConfig(**{**cpu_arguments, "num_train_epochs": 2, "max_steps": steps})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PairRewardTrainer(model, args, train_dataset=pairs.select(range(4)), processing_class=tokenizer)
+    assert any("overfit after one epoch" in str(warning.message) for warning in caught) == is_said
+
+
+def test_conversations_without_a_prompt_are_read_as_trl_reads_them(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    """The prompt is what both sides begin with; the ids are those of the same pair with a prompt of its own."""
+    few = pairs.select(range(4))
+    whole = few.map(lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")})
+    ids = []
+    for dataset in (few, whole.remove_columns("prompt")):
+        model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+        trainer = PairRewardTrainer(
+            model, RewardConfig(**cpu_arguments), train_dataset=dataset, processing_class=tokenizer
+        )
+        assert trainer.dropped_too_long == 0
+        ids.append([trainer.train_dataset["chosen_ids"][:], trainer.train_dataset["rejected_ids"][:]])
+    assert ids[0] == ids[1]
+
+
+def test_the_first_batch_alone_is_scored_twice(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[float] = []
+    monkeypatch.setattr("rlhf.reward.trainer.largest_difference", lambda *_, **__: compared.append(0.0) or 0.0)
+    model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    args = RewardConfig(**{**cpu_arguments, "max_steps": 3, "per_device_train_batch_size": 4})
+    PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer).train()
+    assert len(compared) == 1
+
+
+def test_an_order_is_drawn_for_the_pairs_that_are_asked_for(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    trainer = PairRewardTrainer(model, RewardConfig(**cpu_arguments), train_dataset=pairs, processing_class=tokenizer)
+    few = trainer.train_dataset.select(range(6))
+    assert sorted(trainer._get_train_sampler(few)) == list(range(6))
+    assert sorted(trainer._get_train_sampler()) == list(range(len(pairs)))
