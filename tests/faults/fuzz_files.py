@@ -174,13 +174,21 @@ def model_cases(place: Path, rng: random.Random) -> Iterator[Case]:
             left.unlink()
 
 
+def in_lab(section: str, key: str) -> tuple[str, str]:
+    """Return the rest of a lab's recipe, and where a key of a section and its value stand in it."""
+    short = "max_completion_length: 40"  # answers of the default length leave the lab's prompts no room
+    if section != "ppo":
+        return f"{LAB}ppo: {{{short}}}\n", f"{section}: {{%s}}\n"
+    return LAB, "ppo: {%s}\n" if key in short else f"ppo: {{{short}, %s}}\n"
+
+
 def number_cases(place: Path, _: random.Random) -> Iterator[Case]:
     """Every key that may be a number, with every value: refused by `check`, or taken by a dry run too."""
 
     def is_number(entry: dict[str, Any]) -> bool:
         return bool({"int", "float"} & set(entry["types"])) and "dict" not in entry["types"]
 
-    keys = [(LAB, f"{s}: {{%s}}\n", key) for s in STAGE_SECTIONS for key, e in stage_keys(s).items() if is_number(e)]
+    keys = [(*in_lab(s, key), key) for s in STAGE_SECTIONS for key, e in stage_keys(s).items() if is_number(e)]
     for architecture in ("llama", "qwen3"):
         inner = f"backbone: {{from_scratch: {{architecture: {architecture}, %s}}}}\n"
         keys += [(SCRATCH, inner, key) for key, entry in trl_keys()[architecture].items() if is_number(entry)]
