@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlhf.data.rows import Messages, Prompt
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.engine import engine_answers
-from rlhf.models.text import encode, encode_answers, prompt_text
+from rlhf.models.text import encode, encode_answers, prompt_text, without_beginning
 from rlhf.models.typed import as_words
 
 Engine = Literal["transformers", "vllm"]
@@ -164,7 +164,7 @@ def _sampled(
     end_ids = torch.tensor(config.eos_token_id, device=prompt_ids.device)
     answers = torch.full((len(prompt_ids), max_new_tokens), config.pad_token_id, device=prompt_ids.device)
     rows, ids, mask, cache = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask, None
-    done = 0
+    done, ended = 0, torch.zeros(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
     while done < max_new_tokens and len(rows) > 0:
         config.max_new_tokens = min(STRETCH, max_new_tokens - done)
         output: Any = model.generate(
@@ -173,7 +173,8 @@ def _sampled(
         new = output.sequences[:, ids.shape[1] :]
         answers[rows, done : done + new.shape[1]] = new
         done += new.shape[1]
-        unfinished = (~torch.isin(new, end_ids).any(dim=1)).nonzero().flatten()
+        ended[rows] |= torch.isin(new, end_ids).any(dim=1)
+        unfinished = (~ended[rows]).nonzero().flatten()
         cache = output.past_key_values  # None where a model keeps its state elsewhere; it reads its rows again then
         if cache is not None and not all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
@@ -193,12 +194,13 @@ def encode_prompts(
     """Return the token rows of prompts, through the chat template where these are conversations.
 
     Special tokens that somebody typed into messages are words; a prompt that is a string is read as it stands. Prompts of
-    more than `max_prompt_length` tokens lose their beginning.
+    more than `max_prompt_length` tokens lose their beginning, but for the begin token.
     """
     conversational = not isinstance(prompts[0], str)
     texts = [p if isinstance(p, str) else prompt_text(tokenizer, as_words(tokenizer, p)) for p in prompts]
     rows = encode(tokenizer, texts, conversational=conversational)
-    return rows if max_prompt_length is None else [row[-max_prompt_length:] for row in rows]
+    most, begin = max_prompt_length, tokenizer.bos_token_id
+    return rows if most is None else [without_beginning(row, most, begin) for row in rows]
 
 
 def encode_demonstrations(

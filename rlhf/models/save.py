@@ -113,12 +113,15 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         if outcome.unexpected_keys:
             raise RuntimeError(f"{folder}: unexpected adapter weights {outcome.unexpected_keys[:3]}")
         return
-    weights = {}
+    weights: dict[str, Tensor] = {}
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise RuntimeError(f"{folder}: no model*.safetensors")
     for file in files:
         weights.update(load_file(file))
+    if isinstance(model, PreTrainedModel) and not weights.keys() <= model.state_dict().keys():
+        # A mixture of experts is saved expert by expert, and held with all of them in one tensor: transformers knows how.
+        weights = type(model).from_pretrained(folder, dtype="auto").state_dict()
     outcome = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = [name for name in outcome.missing_keys if name not in tied]

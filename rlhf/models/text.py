@@ -184,10 +184,10 @@ def encode_texts(
     if max_length is None:
         return rows, 0
     cut = sum(len(row) > max_length for row in rows)
-    return [_without_beginning(row, max_length, tokenizer.bos_token_id) for row in rows], cut
+    return [without_beginning(row, max_length, tokenizer.bos_token_id) for row in rows], cut
 
 
-def _without_beginning(row: list[int], most: int, bos_token_id: int | None) -> list[int]:
+def without_beginning(row: list[int], most: int, bos_token_id: int | None) -> list[int]:
     """Return the last tokens of a row that is too long, still behind its begin token: an encoder reads its score there."""
     if len(row) <= most:
         return row

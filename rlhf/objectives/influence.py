@@ -24,19 +24,28 @@ def trait_direction(features: Tensor, traits: Tensor) -> Tensor:
     return traits @ features / traits.square().sum()
 
 
-def pair_pull(difference: Tensor, confidence: Tensor, margin: Tensor, weight: Tensor) -> Tensor:
+def pair_pull(
+    difference: Tensor, confidence: Tensor, margin: Tensor, weight: Tensor, *, flip_rate: float = 0.0
+) -> Tensor:
     """Return how hard each label pulls its pair's reward difference d up, [n]: -∂loss/∂d of the pair loss (`pairwise`).
 
-        pull = weight · (p - σ(d - m))
+        pull = weight · (1 - 2ε) σ(x) σ(-x) (p / q(x) - (1 - p) / q(-x)),    x = d - m,    q(x) = (1 - ε) σ(x) + ε σ(-x)
 
-    Near 0 for a label that the model agrees with, near 1 for one it contradicts.
+    which is weight · (p - σ(x)) at ε = 0: near 0 for a label that the model agrees with, near 1 for one it contradicts.
+    With ε > 0 a label that the model is sure is wrong pulls no more either.
 
     >>> import torch
     >>> one, zero = torch.ones(2), torch.zeros(2)
     >>> pair_pull(torch.tensor([0.0, -20.0]), one, zero, one)
     tensor([0.5000, 1.0000])
+    >>> pair_pull(torch.tensor([0.0, -20.0]), one, zero, one, flip_rate=0.2)
+    tensor([3.0000e-01, 4.9466e-09])
     """
-    return weight * (confidence - (difference - margin).sigmoid())
+    right, wrong = (difference - margin).sigmoid(), (margin - difference).sigmoid()
+    if flip_rate == 0:
+        return weight * (confidence - right)
+    label, other = (1 - flip_rate) * right + flip_rate * wrong, (1 - flip_rate) * wrong + flip_rate * right
+    return weight * (1 - 2 * flip_rate) * right * wrong * (confidence / label - (1 - confidence) / other)
 
 
 def head_influence(features: Tensor, pull: Tensor, covariance: Tensor, direction: Tensor) -> Tensor:

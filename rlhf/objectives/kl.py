@@ -49,10 +49,10 @@ def kl_k3(logprobs_policy: Tensor, logprobs_reference: Tensor) -> Tensor:
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int) -> float:
     """Adapt the weight of the KL by a proportional controller.
 
-        β ← β (1 + clip(KL / target - 1, ±0.2) · episodes / horizon)
+        β ← β (1 + clip(KL / target - 1, ±0.2) · min(episodes / horizon, 1))
 
-    (arXiv:1909.08593 section 2.2.) KL on target: β stays. KL at twice the target or more, and as many episodes as the
-    horizon: β grows by a fifth.
+    (arXiv:1909.08593 section 2.2, without the bound.) KL on target: β stays. KL at twice the target or more, and as many
+    episodes as the horizon: β grows by a fifth. More it never does at once: it would end below 0.
 
     Args:
         kl, target: nats an answer.
@@ -60,6 +60,8 @@ def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, e
 
     >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, horizon=10_000, episodes=1_000), 4)
     0.102
+    >>> round(adapted_kl_coef(0.1, 0.0, target=6.0, horizon=64, episodes=512), 4)
+    0.08
     """
     error = min(0.2, max(-0.2, kl / target - 1))
-    return kl_coef * (1 + error * episodes / horizon)
+    return kl_coef * (1 + error * min(episodes / horizon, 1.0))

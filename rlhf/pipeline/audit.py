@@ -95,7 +95,8 @@ def audit(
     settings, shape = _vote_settings(model, members, recipe)
     source = Source(pairs) if isinstance(pairs, str) else pairs
     compare = compare or ("answers" if recipe is None else recipe.data.compare)
-    key = _key(source, compare, model, settings, shape)
+    seed = 0 if recipe is None else recipe.seed
+    key = _key(source, compare, model, settings, shape, seed)
     finished = _finished(out, key, meter=meter)
     if finished is not None:
         say(f"{out}: done before")
@@ -109,10 +110,10 @@ def audit(
     unmeasured = _why_no_meter(len(rows), shape) if meter else None
     values: list[Any] = [row.values for row in rows]
     prompts = [pair["prompt"] for pair in values]
-    plan_vote(prompts, seed=0, **{name: shape[name] for name in ("members", "folds", "in_sample")})
+    plan_vote(prompts, seed=seed, **{name: shape[name] for name in ("members", "folds", "in_sample")})
 
     # 2. Vote; with the meter, also by voters on parts of the labels.
-    seed, on_parts = 0 if recipe is None else recipe.seed, meter and unmeasured is None
+    on_parts = meter and unmeasured is None
     (out / WORK).mkdir(parents=True, exist_ok=True)
     write_text(out / WORK / "key.json", json.dumps(key))
     if on_parts:
@@ -330,10 +331,13 @@ def _vote_settings(model: str, members: int | None, recipe: Recipe | None) -> tu
     }
 
 
-def _key(source: Source, compare: Compare, model: str, settings: dict[str, Any], shape: dict[str, Any]) -> str:
+def _key(
+    source: Source, compare: Compare, model: str, settings: dict[str, Any], shape: dict[str, Any], seed: int
+) -> str:
     """Return what an audit's result depends on, as one digest."""
     identity = _identity(source) if compare == "answers" else [_identity(source), compare]
-    return digest({"pairs": identity, "model": model, "settings": settings, "shape": shape})
+    drawn = {"seed": seed} if seed else {}  # which fold a pair is in; without it, that of audits of before
+    return digest({"pairs": identity, "model": model, "settings": settings, "shape": shape, **drawn})
 
 
 def _finished(out: Path, key: str, *, meter: bool) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from rlhf.report.records import MANIFEST, read_record
 from rlhf.report.result_file import check_new_folder
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.model import RewardModel
+from rlhf.reward.weights import prompt_balanced
 from rlhf.statistics import clustered_statistic
 
 SHOWN = 20  # pairs in the file and on the terminal
@@ -64,7 +65,9 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
     features, differences = _read(load_reward_model(context.folder / "model"), pairs)
 
     # 2. Every pair's part in the slope of the score on the trait.
-    influence = _influence(pairs, features, differences, traits)
+    section = context.recipe.reward
+    counted = prompt_balanced(pairs) if section.group_weight == "prompt" else pairs
+    influence = _influence(counted, features, differences, traits, flip_rate=section.flip_rate)
     sums = torch.stack([traits * differences, traits.square()], dim=1).numpy()
     slope, interval = clustered_statistic(
         sums, [plain(row["prompt"]) for row in pairs], lambda s: s[..., 0] / s[..., 1]
@@ -125,12 +128,14 @@ def _read(reward: RewardModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     return features, (reward.score(*chosen) - reward.score(*rejected)).double()
 
 
-def _influence(pairs: Sequence[Pair], features: Tensor, differences: Tensor, traits: Tensor) -> Tensor:
+def _influence(
+    pairs: Sequence[Pair], features: Tensor, differences: Tensor, traits: Tensor, *, flip_rate: float
+) -> Tensor:
     """Return every pair's part in the direction of the trait, [n] (`head_influence`)."""
     columns = [
         _column(pairs, name, default) for name, default in (("confidence", 1.0), ("margin", 0.0), ("weight", 1.0))
     ]
-    pull = pair_pull(differences, *columns)
+    pull = pair_pull(differences, *columns, flip_rate=flip_rate)
     covariance = head_covariance(features.float(), differences.float(), ridge=_ridge(features)).double()
     return head_influence(features, pull, covariance, trait_direction(features, traits))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import set_seed
 from trl import ModelConfig
 
-from rlhf.data.rows import SIDES, Pair, Prompt, Rated, answer, asked, completion
+from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, answer, asked, completion
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
@@ -70,7 +70,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     if domains is not None:
         experts = [out / f"expert-{number}" for number in range(len(domains))]
         dropped = sum(_fit_each(context, domains, experts, "expert", book))
-        facts = {"dropped_too_long": dropped, "experts": list(domains), "pairs": len(rows)}
+        facts = {"dropped_too_long": dropped, "experts": list(domains), "pairs": len(rows) - dropped}
     elif len(members) > 1:
         same = {str(number): rows for number in range(len(members))}
         dropped = max(_fit_each(context, same, members, "member", book))
@@ -214,7 +214,7 @@ def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: 
         return
     gate = None
     if section.experts == "gate":
-        rows = [row for domain in domains.values() for row in domain]
+        rows = [row for domain in domains.values() for row in domain if row.get("confidence") != TIE]
         chosen, rejected = (
             experts.score_each([asked(row, side) for row in rows], [answer(row, side) for row in rows])
             for side in SIDES

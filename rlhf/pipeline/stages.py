@@ -255,7 +255,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         adapter_was_trained=find_source(reference).adapter is not None and model_config.use_peft,
     )
     if reference != start:
-        trainer.reference.load(Path(reference))
+        trainer.reference.load(reference, model_config)
     check_ends_before_ppo(context, trainer, book)
     train(trainer, context.folder, label="ppo", say=context.say, stop_at="epoch")  # an epoch is a rollout
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.files import write_jsonl
@@ -26,6 +26,7 @@ from rlhf.ppo.checkpoint import read_checkpoint
 from rlhf.ppo.rollout import hash_seed
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.reward.attributes import AttributeRewardTrainer, GatedRewardTrainer
+from rlhf.reward.beside import BesideRewardTrainer
 from rlhf.reward.bottleneck import BottleneckRewardTrainer
 from rlhf.reward.contrastive import ContrastiveRewardTrainer
 from rlhf.reward.critiques import CritiqueRewardTrainer
@@ -75,8 +76,13 @@ class InStage(Trainer):
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._is_of_other_layout(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._is_of_other_layout(resume_from_checkpoint):  # whose weights were read before
+            if isinstance(self, BesideRewardTrainer):
+                self.read_beside(resume_from_checkpoint)
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+            self.read_weights(Path(resume_from_checkpoint))  # the Trainer passes over names that it doesn't find
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._is_of_other_layout(checkpoint):

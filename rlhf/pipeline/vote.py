@@ -34,7 +34,7 @@ from rlhf.report.noise import wrong_labels
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.meter import Measured, measure_parts
 from rlhf.reward.model import RewardModel
-from rlhf.reward.noise import NoiseEstimate, estimate_noise
+from rlhf.reward.noise import NoiseEstimate, decided_rows, estimate_noise
 from rlhf.reward.trainer import training_columns
 from rlhf.reward.vote import collect_votes, plan_vote
 from rlhf.statistics import auroc
@@ -174,8 +174,9 @@ def vote(
 
     votes = collect_votes(plan, member_differences)
     parts = measure_parts(plan, prompts, votes, member_differences) if on_parts else None
-    strength = vote_strength(votes)
-    return Voted(strength, estimate_noise(strength.mean, [plain(row["prompt"]) for row in rows]), parts)
+    strength, decided = vote_strength(votes), decided_rows(rows)
+    noise = estimate_noise(strength.mean[decided], [plain(rows[i]["prompt"]) for i in decided])
+    return Voted(strength, noise, parts)
 
 
 def _kept_differences(file: Path) -> Tensor | None:

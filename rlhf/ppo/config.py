@@ -183,10 +183,20 @@ class PPOConfig(BaseConfig):
             raise ValueError("reward_weights are for a weighted sum; with reward_ensemble leave them out.")
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
+        self._refuse_what_rollouts_have_not()
+
+    def _refuse_what_rollouts_have_not(self) -> None:
+        """Refuse arguments of the Trainer that would be ignored, or end in an error when training begins."""
         if self.auto_find_batch_size or self.load_best_model_at_end:
             raise ValueError(
                 "auto_find_batch_size and load_best_model_at_end do not work with rollouts; leave them off."
             )
+        if self.fp16:
+            raise ValueError("fp16 scales and clips all gradients as one, and PPO clips two roles apart; set bf16.")
+        if self.neftune_noise_alpha is not None or self.label_smoothing_factor > 0:
+            raise ValueError("neftune_noise_alpha and label_smoothing_factor are for demonstrations; leave them out.")
+        if self.max_steps > 0:
+            raise ValueError(f"max_steps={self.max_steps}: PPO counts answers; give total_episodes in its place.")
 
     @property
     def reads_demonstrations(self) -> bool:

@@ -22,13 +22,12 @@ from rlhf.objectives.kl import kl_k1
 from rlhf.objectives.masked import whiten
 from rlhf.objectives.ppo import explained_variance, truncated_importance
 from rlhf.ppo.checks import check_policy_is_reference, check_sampling, hold_reference
-from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.processes import mean_and_variance_of_all, moments_of_all, run_or_stop_all
 from rlhf.ppo.reporting import warn_of_cut_answers
 from rlhf.ppo.rewards import Scores
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_columns
-from rlhf.ppo.state import PPOState
+from rlhf.ppo.scores import count_rewards, shape_scores
 from rlhf.ppo.token_rewards import own_token_rewards
 from rlhf.ppo.verdict_reward import OPPONENT
 from rlhf.reward.load import RewardModel
@@ -57,6 +56,7 @@ def make_rollout(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Rollout:
         trainer.progress.see_rewards(count, mean, variance * count)
 
     # 2. A reward for every token: the score at the answer's last one, the rewards of single tokens, the KL.
+    count_rewards(trainer, experience)
     scores = shape_scores(experience.scores, experience.ended, args, trainer.progress)
     kl_coef = trainer.progress.kl_coef if args.kl_estimator == "k1" else 0.0
     rewards = token_rewards(scores, experience.kl, mask, kl_coef=kl_coef) + experience.dense
@@ -184,18 +184,6 @@ def _forward_in_parts(
     return TokenOutputs(*outputs), reference, expected
 
 
-def shape_scores(scores: Tensor, ended: Tensor, args: PPOConfig, state: PPOState) -> Tensor:
-    """Return scores as they are optimised, [b]: normalised by their history where asked for, clipped, end penalty applied."""
-    if args.running_reward_norm:
-        mean, std = state.reward_scale
-        scores = (scores - mean) / std
-    if args.reward_clip is not None:
-        scores = scores.clamp(-args.reward_clip, args.reward_clip)
-    if args.missing_eos_penalty is not None:
-        scores = scores - args.missing_eos_penalty * (~ended).to(scores.dtype)
-    return scores
-
-
 def _with_opponents(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> list[PromptRow]:
     """Return rows with an answer of the reference to each prompt, for sources that compare two; a row's own one stays."""
     if OPPONENT in rows[0]:
@@ -214,7 +202,8 @@ def _reference_baseline(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Ten
     repeated = [row for row in rows for _ in range(trainer.args.baseline_samples)]
     with trainer.reference.acting() as model:
         completions = trainer.generate(model, repeated)
-    return trainer.rewards(repeated, completions).total.view(len(rows), -1).mean(dim=1)
+    scores = trainer.rewards(repeated, completions)
+    return (scores.total + scores.per_token.sum(dim=1)).view(len(rows), -1).mean(dim=1)
 
 
 def _report(
@@ -225,18 +214,15 @@ def _report(
     experience: Experience,
 ) -> None:
     """Count what a log says of sampled answers, and keep the answers as samples."""
-    args, texts, ended = trainer.args, completions.texts, completions.ended
+    texts, ended = completions.texts, completions.ended
     readable = [plain(prompt) for prompt in prompts]
     monitored = {
         name: [float(x) for x in function(readable, list(texts))] for name, function in trainer.monitors.items()
     }
-    without_penalty = shape_scores(scores.total, torch.ones_like(ended), args, trainer.progress)
     trainer.metrics.count_experience(
         experience,
         completions,
         raw=scores.raw,
-        shaped=shape_scores(scores.total, ended, args, trainer.progress),
-        at_clip=None if args.reward_clip is None else without_penalty.abs() >= args.reward_clip,
         disagreement=scores.disagreement,
         longest_prompt=trainer.longest_prompt,
         monitored=monitored,

@@ -58,8 +58,6 @@ class RolloutMetrics:
         completions: Completions,
         *,
         raw: Tensor,
-        shaped: Tensor,
-        at_clip: Tensor | None,
         disagreement: Tensor | None,
         longest_prompt: int | None,
         monitored: Mapping[str, Sequence[float]],
@@ -67,8 +65,7 @@ class RolloutMetrics:
         """Count everything that a log says of sampled answers.
 
         Args:
-            raw, shaped: [b] score of the first source, and what is optimised.
-            at_clip: [b] which scores were cut to the bound, if there is one.
+            raw: [b] score of the first source.
             disagreement: [b] between the members of an ensemble, if there is one.
             longest_prompt: tokens a prompt may have.
             monitored: what the monitoring functions say, by name.
@@ -81,15 +78,12 @@ class RolloutMetrics:
 
         # 1. Of answers.
         self.count("reward_proxy", raw.sum(), rows)
-        self.count("reward", shaped.sum(), rows)
         self.count("kl", masked(experience.kl), rows)
         self.count("kl_k3", masked(kl_k3(logprobs, experience.logprobs_reference)), rows)
         self.count("length", mask.sum(), rows)
         self.count("share_without_eos", (~completions.ended).sum(), rows)
         if longest_prompt is not None:
             self.count("prompts_cut", (completions.prompt_mask.sum(dim=1) >= longest_prompt).sum(), rows)
-        if at_clip is not None:
-            self.count("clipped_rewards", at_clip.sum(), rows)
         if disagreement is not None:
             self.count("disagreement", disagreement.sum(), rows)
         for name, values in monitored.items():
@@ -101,6 +95,17 @@ class RolloutMetrics:
         self.count("distinct_2", *distinct_pairs(completions.response_ids, mask))
         if completions.logprobs_sampler is not None:
             self.count("sampler_difference", masked((logprobs - completions.logprobs_sampler).abs()), mask.sum())
+
+    def count_optimised(self, rewards: Tensor, at_clip: Tensor | None) -> None:
+        """Count what is optimised of sampled answers.
+
+        Args:
+            rewards: [b] scores as they are shaped, and the rewards of single tokens, without the KL.
+            at_clip: [b] which scores were cut to the bound, if there is one.
+        """
+        self.count("reward", rewards.sum(), len(rewards))
+        if at_clip is not None:
+            self.count("clipped_rewards", at_clip.sum(), len(rewards))
 
     @torch.no_grad()
     def count_update(

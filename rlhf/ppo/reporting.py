@@ -12,6 +12,7 @@ from rlhf.errors import UserError
 from rlhf.models.text import plain
 from rlhf.ppo.metrics import RolloutMetrics
 from rlhf.ppo.processes import moments_of_all
+from rlhf.ppo.scores import count_rewards
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
@@ -81,11 +82,20 @@ def evaluate(trainer: "PPOTrainer", dataset: Dataset | None) -> dict[str, float]
         raise UserError(
             f"ppo: {len(dataset)} evaluation prompts for {accelerator.num_processes} processes; give one to each."
         )
+    # Whom vLLM serves ask it together, each for as many answers.
+    is_asked_together = trainer.args.use_vllm and trainer.args.vllm_mode == "server"
+    left_out = len(dataset) % accelerator.num_processes if is_asked_together else 0
+    if left_out and accelerator.is_main_process:
+        warnings.warn(
+            f"ppo: {left_out} of {len(dataset)} evaluation prompts are left out, as {accelerator.num_processes} processes ask one "
+            "vLLM server for equally many answers.",
+            stacklevel=3,
+        )
     kept_metrics, kept_samples = trainer.metrics, trainer.latest_samples
     trainer.metrics = RolloutMetrics(accelerator)
-    indices = list(range(len(dataset)))[accelerator.process_index :: accelerator.num_processes]
+    indices = list(range(len(dataset) - left_out))[accelerator.process_index :: accelerator.num_processes]
     for start in range(0, len(indices), size):
-        trainer.experience(dataset.select(indices[start : start + size]).to_list())
+        count_rewards(trainer, trainer.experience(dataset.select(indices[start : start + size]).to_list()))
     means = trainer.metrics.take()
     trainer.metrics, trainer.latest_samples = kept_metrics, kept_samples
     return means

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -113,7 +114,7 @@ class RewardSource:
         if inspect.isawaitable(answers):
             answers = _wait_for(answers)
         answers, dense = list(answers), None
-        if answers and isinstance(answers[0], Sequence | Tensor):
+        if answers and not isinstance(answers[0], str) and np.ndim(answers[0]) == 1:
             dense = self._per_token(answers, ids, completions)
             answers = dense.sum(dim=1).tolist()
         return torch.tensor([float("nan") if x is None else float(x) for x in answers]), dense

@@ -17,14 +17,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from trl import ModelConfig
 
 from rlhf.errors import UserError
+from rlhf.models.load import find_source, load_policy, model_settings
 from rlhf.models.logprobs import (
     ExpectedCounts,
     response_logprobs,
     response_statistics,
 )
-from rlhf.models.save import load_weights
 from rlhf.models.score import token_scores
 from rlhf.models.unpadded import token_states
 
@@ -221,26 +222,30 @@ class Reference:
         named = self.model.named_parameters()
         return {renamed(name, self.adapter, POLICY_ADAPTER): p for name, p in named if belongs_to(name, self.adapter)}
 
-    def load(self, folder: Path) -> None:
-        """Take the weights of a saved policy: of an adapter on the same base, or of a whole model.
+    def load(self, source: str | Path, config: ModelConfig | None = None) -> None:
+        """Take the weights of another policy: of an adapter on the same base, or of a whole model.
 
         A reference that is the base itself stays what it is.
 
+        Args:
+            source: a folder or a model of the hub. Of an adapter a reference of its own takes the merged weights.
+            config: how that is opened; by default in float32.
+
         Raises:
-            UserError: the saved adapter lacks a weight that the reference has a place for.
+            UserError: it can't be opened, or its adapter lacks a weight that the reference has a place for.
         """
         self.is_policy = False
         if not self.weights():
             return
         if not self.shared:
-            load_weights(self.model, folder)
+            self.model.load_state_dict(load_policy(source, config or model_settings({})).state_dict())
             return
         assert isinstance(self.model, PeftModel)
-        saved = load_peft_weights(str(folder), device="cpu")
+        saved = load_peft_weights(str(find_source(source).adapter), device="cpu")
         places = get_peft_model_state_dict(self.model, adapter_name=REFERENCE_ADAPTER, save_embedding_layers=False)
         missing = sorted(set(places) - set(saved))
         if missing:
-            raise UserError(f"ppo: {folder} does not fit the reference, which also has {missing[0]}.")
+            raise UserError(f"ppo: {source} does not fit the reference, which also has {missing[0]}.")
         set_peft_model_state_dict(self.model, saved, adapter_name=REFERENCE_ADAPTER)
 
     @torch.no_grad()

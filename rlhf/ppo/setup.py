@@ -47,8 +47,9 @@ def policy_and_tokenizer(
         UserError: a second adapter; a tokenizer without an end token, a chat template or a padding token to be had.
     """
     if isinstance(model, str):
+        # Not as the checkpoint is saved, which is mostly in bfloat16: it rounds away nearly all steps of PPO's size.
         model = AutoModelForCausalLM.from_pretrained(
-            model, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
+            model, **{"trust_remote_code": False, "dtype": torch.float32, **(args.model_init_kwargs or {})}
         )
     if peft_config is not None:
         if isinstance(model, PeftModel):
@@ -119,7 +120,20 @@ def rewards_and_critic(
     _check_reads_model(sources[0], args)
     if not isinstance(critic, AdapterHead):
         critic = _check_critic(critic or _copy_of_reward_model(sources[0], processing_class))
+    for role, network in (("policy", policy), ("critic", critic)):
+        _warn_of_coarse_weights(role, network)
     return sources, critic
+
+
+def _warn_of_coarse_weights(role: str, network: nn.Module) -> None:
+    """Warn where a role's trained weights have 16 bits."""
+    coarse = {p.dtype for p in network.parameters() if p.requires_grad and p.is_floating_point() and p.itemsize == 2}
+    if coarse:
+        warnings.warn(
+            f"ppo: the {role}'s trained weights are {str(coarse.pop()).removeprefix('torch.')}, in which most steps of PPO's size "
+            "are rounded away, so hardly anything is learnt. Load them in float32; `bf16: true` computes in bfloat16 all the same.",
+            stacklevel=3,
+        )
 
 
 def longest_prompt(policy: PreTrainedModel | PeftModel, args: PPOConfig) -> int | None:
@@ -197,7 +211,9 @@ def _copy_of_reward_model(source: RewardSource, processing_class: PreTrainedToke
         )
     critic = reward.copy_of_network()
     drop_output_layer(critic)  # of a model that writes critiques
-    if isinstance(critic, PeftModel):
+    if not isinstance(critic, PeftModel):
+        critic.float()  # as it will be trained, whatever its scores were computed in
+    else:
         for name in set(critic.peft_config) - {POLICY_ADAPTER}:
             critic.delete_adapter(name)  # of experts, the critic starts from the first
         critic.set_adapter(POLICY_ADAPTER)
@@ -220,6 +236,7 @@ def read_demonstrations(
     args: PPOConfig,
     processing_class: PreTrainedTokenizerBase,
     *,
+    longest_prompt: int | None,
     processes: int,
     shares_backbone: bool,
 ) -> Demonstrations | None:
@@ -238,7 +255,7 @@ def read_demonstrations(
             "ppo: ptx_coef with several processes needs the four roles on one base (LoRA); the wrapper of separate models "
             "sees one forward a step."
         )
-    longest = None if args.max_prompt_length is None else args.max_prompt_length + args.max_completion_length
+    longest = None if longest_prompt is None else longest_prompt + args.max_completion_length
     return Demonstrations(processing_class, dataset.to_list(), max_length=longest)
 
 

@@ -6,6 +6,7 @@ scheduling, logging, evaluation, saving and resuming stay the Trainer's; because
 resumed run restores the random state exactly where the next rollout begins.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ class PPOTrainer(BaseTrainer):
             ptx_dataset,
             args,
             processing_class,
+            longest_prompt=self.longest_prompt,
             processes=self.accelerator.num_processes,
             shares_backbone=container.shares_backbone,
         )
@@ -356,11 +358,8 @@ class PPOTrainer(BaseTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip policy and critic apart: one norm over both would let the critic's gradient decide the policy's step."""
-        container = self.accelerator.unwrap_model(model)
-        norms = [
-            whole(self.accelerator.clip_grad_norm_(container.role_parameters(role), self.args.max_grad_norm))
-            for role in ROLES
-        ]
+        container, most = self.accelerator.unwrap_model(model), self.args.max_grad_norm or math.inf
+        norms = [whole(self.accelerator.clip_grad_norm_(container.role_parameters(role), most)) for role in ROLES]
         self.metrics.count("grad_norm_critic", norms[1], 1)
         return norms[0]
 

@@ -110,7 +110,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             "smoothing",
-            "P(label) = 1 - `smoothing` on all pairs",
+            "P(label) = 1 - `smoothing` on all but ties",
             "arXiv:2401.06080 eq. 5",
             apply="rlhf.reward.denoise.smooth_all",
         ),

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
@@ -10,9 +10,7 @@ from scipy.stats import binomtest, chi2, norm
 from torch import Tensor
 
 from rlhf.data.labels import Verdict, shows_second_on_the_left
-from rlhf.data.rows import SIDES, TIE, Pair, pair_digest, told
-from rlhf.data.traits import TRAITS
-from rlhf.models.text import plain
+from rlhf.data.rows import TIE, Pair, pair_digest, prompt_key, told
 from rlhf.objectives.annotators import (
     MOST_SURE,
     Interval,
@@ -26,6 +24,7 @@ from rlhf.objectives.annotators import (
     vote_worth,
 )
 from rlhf.reward.noise import NoiseEstimate
+from rlhf.reward.wants import trait_differences
 from rlhf.statistics import unpaired_difference
 
 ENOUGH = 20  # labels, ties left out; who gave fewer is not judged, and shares one error rate with all others who did
@@ -179,23 +178,20 @@ def posterior_by_annotator(rows: Sequence[Pair], strength: Tensor, noise: NoiseE
 
 
 def annotators_differ(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> bool:
-    """Tell whether the votes show that some annotators are right more often than others, at 5 %; ties are left out."""
+    """Tell whether the votes show that some annotators are right more often than others, at 5 %; ties are left out.
+
+    An annotator's labels on one prompt are not independent, so they count as one, with the mean of their votes.
+    """
     labelled = labels_of_rows(rows, strength, noise)
-    decided = labelled.labels.sign != 0
-    if labelled.groups < 2 or not decided.any():
+    annotator, sign = labelled.labels.annotator.tolist(), labelled.labels.sign.tolist()
+    votes: dict[tuple[str, int], list[float]] = {}
+    for i in (i for i in range(len(rows)) if sign[i] != 0):
+        votes.setdefault((prompt_key(rows[i]["prompt"]), annotator[i]), []).append(strength[i].item())
+    if labelled.groups < 2 or not votes:
         return False
-    statistic = difference_statistic(strength[decided], labelled.labels.annotator[decided], labelled.groups)
+    means, who = torch.tensor([fmean(x) for x in votes.values()]), torch.tensor([who for _, who in votes])
+    statistic = difference_statistic(means.to(strength), who, labelled.groups)
     return bool(chi2.sf(statistic, labelled.groups - 1) < 1 - CONFIDENCE)
-
-
-def trait_differences(rows: Sequence[Pair], trait: str) -> list[float]:
-    """Return how much more of a trait the chosen answer has than the rejected one, [n]."""
-    count = TRAITS[trait].count
-    prompts = [plain(row["prompt"]).lower() for row in rows]
-    chosen, rejected = (
-        [count(prompt, told(row, side).lower()) for prompt, row in zip(prompts, rows, strict=True)] for side in SIDES
-    )
-    return [more - less for more, less in zip(chosen, rejected, strict=True)]
 
 
 def report_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> dict[str, AnnotatorReport]:

@@ -44,8 +44,12 @@ class BesideRewardTrainer(PairRewardTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.read_beside(resume_from_checkpoint)
+
+    def read_beside(self, checkpoint: str) -> None:
+        """Read what lies beside the model from a checkpoint of either layout."""
         if self.beside is not None:
-            self.beside.data.copy_(load_file(self._file(resume_from_checkpoint))[self.beside_name])
+            self.beside.data.copy_(load_file(self._file(checkpoint))[self.beside_name])
 
     def _file(self, folder: str) -> Path:
         return Path(folder) / f"{self.beside_name}.safetensors"

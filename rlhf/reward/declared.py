@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 from rlhf.objectives.strength import STRENGTH_COLUMNS, VoteStrength
 from rlhf.recipe.objectives import OBJECTIVES, Needs
 from rlhf.reward.denoise import DenoiseConfig, denoised
-from rlhf.reward.noise import NoiseEstimate, estimate_noise
+from rlhf.reward.noise import NoiseEstimate, decided_rows, estimate_noise
 from rlhf.reward.trainer import PairRewardTrainer, check_columns, training_columns
 
 NUMBERS = [field.name for field in fields(DenoiseConfig) if field.name != "objective"]
@@ -83,7 +83,7 @@ class SoftLabelRewardTrainer(DeclaredRewardTrainer):
 
 
 class LabelSmoothingRewardTrainer(DeclaredRewardTrainer):
-    """Constant label smoothing: p = 1 - α on every pair (arXiv:2401.06080 eq. 5; α = 0.2 is inferred from its figures)."""
+    """Constant label smoothing: p = 1 - α on all pairs but ties (arXiv:2401.06080 eq. 5; α = 0.2 is inferred from its figures)."""
 
     objective = "smoothing"
 
@@ -131,7 +131,8 @@ class VotedRewardTrainer(DeclaredRewardTrainer):
         rows = dataset.to_list()
         strength = VoteStrength(*(torch.tensor([float(row[name]) for row in rows]) for name in STRENGTH_COLUMNS))
         if self.noise is None:
-            self.noise = estimate_noise(strength.mean, [prompt_key(row["prompt"]) for row in rows])
+            decided = decided_rows(rows)
+            self.noise = estimate_noise(strength.mean[decided], [prompt_key(rows[i]["prompt"]) for i in decided])
         pairs = denoised(rows, config, strength, self.noise).rows
         return Dataset.from_list(training_columns(pairs, OBJECTIVES[config.objective].loss.columns))
 

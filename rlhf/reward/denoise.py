@@ -4,6 +4,7 @@ One function for each `apply` of the table (`rlhf.recipe.objectives`). A pair wi
 annotators: no vote makes one of its answers the better one, so no column of a vote is set there.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -154,13 +155,16 @@ def weight_of_ratings(rows: list[Pair], config: DenoiseConfig) -> Denoised:
 
 
 def smooth_all(rows: list[Pair], config: DenoiseConfig) -> Denoised:
-    """Set the confidence of every pair: p = 1 - α.
+    """Set the confidence of every pair but ties: p = 1 - α.
 
     >>> pair: Pair = {"prompt": [], "chosen": [], "rejected": []}
-    >>> smooth_all([pair], DenoiseConfig("smoothing", smoothing=0.25)).rows[0]["confidence"]
-    0.75
+    >>> rows = smooth_all([pair, {**pair, "confidence": 0.5}], DenoiseConfig("smoothing", smoothing=0.25)).rows
+    >>> [row["confidence"] for row in rows]
+    [0.75, 0.5]
     """
-    return Denoised([{**row, "confidence": 1 - config.smoothing} for row in rows])
+    return Denoised(
+        [row if row.get("confidence") == TIE else {**row, "confidence": 1 - config.smoothing} for row in rows]
+    )
 
 
 # ---- By a vote: μ the mean strength of a pair, ε the share of wrong labels that the votes prove, b what a vote is worth ----
@@ -168,7 +172,7 @@ def smooth_all(rows: list[Pair], config: DenoiseConfig) -> Denoised:
 
 def flip(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
     """Flip the labels that the votes contradict most."""
-    flips = config.flips(strength.mean)
+    flips = _flips(rows, config, strength)
     return Denoised(_flip_pairs(rows, flips), int(flips.sum()))
 
 
@@ -179,7 +183,7 @@ def adaptive_margin(rows: list[Pair], config: DenoiseConfig, strength: VoteStren
 
 def flip_with_margin(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
     """Flip as `flip` does and set margins as `adaptive_margin` does; a flipped pair has -μ in place of μ."""
-    flips = config.flips(strength.mean)
+    flips = _flips(rows, config, strength)
     margins = config.margins(flipped_strength(strength.mean, flips))
     return Denoised(_with_columns(_flip_pairs(rows, flips), margin=margins), int(flips.sum()))
 
@@ -238,7 +242,7 @@ def drop(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise:
     Raises:
         UserError: that is all of them.
     """
-    drops = config.flips(strength.mean)
+    drops = _flips(rows, config, strength)
     if drops.all():
         raise UserError(
             f"reward.objective is drop, and flip_by: {config.flip_by} drops all {len(rows)} pairs; lower flip_fraction."
@@ -266,17 +270,25 @@ def _with_columns(rows: list[Pair], **columns: Tensor) -> list[Pair]:
     ]
 
 
+def _flips(rows: Sequence[Pair], config: DenoiseConfig, strength: VoteStrength) -> Tensor:
+    """Choose the labels that are flipped or dropped, [n] bool; a tie is no label that could be wrong."""
+    is_tie = torch.tensor([row.get("confidence") == TIE for row in rows])
+    return config.flips(strength.mean.masked_fill(is_tie, math.inf)) & ~is_tie
+
+
 def _flip_pairs(rows: list[Pair], flips: Tensor) -> list[Pair]:
     return [flip_pair(row) if flipped else row for row, flipped in zip(rows, flips.tolist(), strict=True)]
 
 
 def flip_pair(row: Pair) -> Pair:
-    """Flip the label of a pair: its margin changes sign, its confidence is the other side's, critiques go with their answers."""
+    """Flip the label of a pair: margin and rating gap change sign, its confidence is the other side's, critiques go along."""
     flipped: Pair = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
     if "critique_chosen" in row and "critique_rejected" in row:
         flipped["critique_chosen"], flipped["critique_rejected"] = row["critique_rejected"], row["critique_chosen"]
     if row.get("margin") is not None:
         flipped["margin"] = -row["margin"]
+    if row.get("rating_gap") is not None:
+        flipped["rating_gap"] = -row["rating_gap"]
     if row.get("confidence") is not None:
         flipped["confidence"] = 1 - row["confidence"]
     return flipped

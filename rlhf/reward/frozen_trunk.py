@@ -246,8 +246,8 @@ class Member:
         Args:
             features: the trunk's output.
             pairs: which of them to train on.
-            args: read are learning rate and schedule, batch size times accumulation, epochs, weight decay, clipping and
-                seed; the rest is for a Trainer.
+            args: read are learning rate and schedule, batch size times accumulation, epochs, AdamW's numbers, weight decay,
+                clipping and seed; the rest is for a Trainer.
             objective: (rewards_chosen, rewards_rejected, which pairs) → loss of each, [b] nats.
             label: what people know the member by.
 
@@ -257,8 +257,15 @@ class Member:
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         batches_an_epoch = -(-len(pairs) // size)
         steps = max(1, round(args.num_train_epochs * batches_an_epoch))
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-        schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+        warmup, more = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+        schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=more)
         lengths = features.lengths
         sampler = GroupedByLength([lengths[i] for i in pairs], size, seed=args.seed)
         order: list[int] = []
@@ -274,7 +281,8 @@ class Member:
             if not torch.isfinite(loss):
                 raise TrainingError(f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate.")
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+            if args.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

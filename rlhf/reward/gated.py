@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.ratings import ratings_of
-from rlhf.data.rows import SIDES, Pair, Prompt, Rated, answer, asked, completion
+from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, answer, asked, completion
 from rlhf.errors import UserError
 from rlhf.models.heads import combine_labels, label_layer
 from rlhf.models.load import load_scorer
@@ -162,7 +162,7 @@ def fit_gated(
         signs: of each attribute above or below 0: below, it is a fault.
 
     Raises:
-        UserError: an attribute that fewer than two answers are rated in.
+        UserError: an attribute that fewer than two answers are rated in; nothing but ties.
     """
     reward = RewardModel(network.eval(), tokenizer, conversational=True)
     responses = [completion(row) for row in rated]
@@ -194,7 +194,10 @@ def fit_gated(
     head = torch.stack(weights)
     offsets = -(head @ features.mean(dim=0))  # so that each attribute's mean over the rated answers is 0
 
-    # 3. The gate, by Bradley-Terry on the pairs; its scale makes the attributes' unit nats.
+    # 3. The gate, by Bradley-Terry on the pairs, of which ties say nothing; its scale makes the attributes' unit nats.
+    pairs = [row for row in pairs if row.get("confidence") != TIE]
+    if not pairs:
+        raise UserError("reward: all pairs are ties, so there is nothing to fit the gate to.")
     chosen, rejected = (
         reward.features([asked(row, side) for row in pairs], [answer(row, side) for row in pairs]).double()
         for side in SIDES

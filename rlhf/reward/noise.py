@@ -1,12 +1,15 @@
 """How many labels are wrong, from out-of-fold votes."""
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf.data.rows import TIE
+from rlhf.errors import UserError
 from rlhf.statistics import best_temperature, clustered_mean
 
 RATES, SCALES = 100, 61
@@ -34,6 +37,21 @@ class NoiseEstimate:
     likeliest: float = 0.0
 
 
+def decided_rows(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return which pairs have a label that may be wrong: all but ties, which call nobody better.
+
+    Raises:
+        UserError: all are ties.
+
+    >>> decided_rows([{}, {"confidence": 0.5}, {"confidence": 0.7}])
+    [0, 2]
+    """
+    decided = [i for i, row in enumerate(rows) if row.get("confidence") != TIE]
+    if not decided:
+        raise UserError("vote: all pairs are ties, so there is no label to vote on.")
+    return decided
+
+
 def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None) -> NoiseEstimate:
     """Estimate how many labels are wrong, as far as out-of-fold votes can tell.
 
@@ -45,7 +63,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
       95 % (χ² of one degree); it misses noise that sits where votes are unsure. `fitted` and `scale` are the best
       fit, by which labels are denoised if `low` is above 0; blunt votes prove nothing and change nothing.
     - `flip_rate`: confident learning (Northcutt et al., arXiv:1911.00068): among pairs on which the vote is at least as
-      sure as it is of an average label, the share that it contradicts.
+      sure as it is of an average label, the share that it contradicts; 0.5 at most.
     - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap.
 
     Pairs of one prompt are not independent, so prompts are counted and resampled, not pairs. Votes that agree with labels
@@ -75,7 +93,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     average = agree.mean()
     surely_wrong, surely_right = int((1 - agree >= average).sum()), int((agree >= average).sum())
     low, fitted, scale = _fit(differences, clusters, torch.zeros_like(differences) if verdicts is None else verdicts)
-    flip_rate = surely_wrong / (surely_wrong + surely_right)
+    flip_rate = min(surely_wrong / (surely_wrong + surely_right), 0.5)
     return NoiseEstimate(flip_rate, fitted if low > 0 else 0.0, scale, low, high, fitted)
 
 

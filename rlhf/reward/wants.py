@@ -9,7 +9,7 @@ from scipy.special import expit
 from scipy.stats import norm
 from torch import Tensor, as_tensor
 
-from rlhf.data.rows import Pair, told
+from rlhf.data.rows import SIDES, Pair, told
 from rlhf.data.traits import TRAITS, trait_table
 from rlhf.models.text import plain
 from rlhf.statistics import clustered_mean
@@ -185,3 +185,13 @@ def without_wants(strength: Tensor, wants: Wants) -> Tensor:
     values = strength.double().numpy()
     slopes = np.linalg.lstsq(used, values, rcond=None)[0]
     return as_tensor(values - used @ slopes).to(strength.dtype)
+
+
+def trait_differences(rows: Sequence[Pair], trait: str) -> list[float]:
+    """Return how much more of a trait the chosen answer has than the rejected one, [n]."""
+    count = TRAITS[trait].count
+    prompts = [plain(row["prompt"]).lower() for row in rows]
+    chosen, rejected = (
+        [count(prompt, told(row, side).lower()) for prompt, row in zip(prompts, rows, strict=True)] for side in SIDES
+    )
+    return [more - less for more, less in zip(chosen, rejected, strict=True)]

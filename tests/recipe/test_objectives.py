@@ -136,7 +136,7 @@ COLUMNS: dict[str, dict[str, list[float | None]]] = {
     "bt": {},
     "margin": {"margin": [0.5, 1.0, 1.5, 2.0, 2.5]},
     "scaled": {"weight": [1.0, 2.0, 3.0, 4.0, 5.0]},
-    "smoothing": {"confidence": [0.8, 0.8, 0.8, 0.8, 0.8]},
+    "smoothing": {"confidence": [0.8, 0.8, 0.8, 0.8, None]},
     "soft": {},
     "flip": {"confidence": [0.1, 0.1, None, None, None]},
     "adaptive_margin": {"margin": [-1.0, -0.25, 0.5, 1.5, None]},
@@ -160,7 +160,8 @@ def check(name: str) -> None:
     expected = []
     for i, row in enumerate(rated()):
         values = {column: values[i] for column, values in COLUMNS[name].items() if values[i] is not None}
-        sides = {"chosen": row["rejected"], "rejected": row["chosen"]} if flips and i < 2 else {}
+        turned = {"chosen": row["rejected"], "rejected": row["chosen"], "rating_gap": -row["rating_gap"]}
+        sides = turned if flips and i < 2 else {}
         expected.append({**row, **sides, **{column: pytest.approx(value) for column, value in values.items()}})
     rows, flipped = denoised(rated(), DenoiseConfig(name, **SMALL), STRENGTH, NOISE)
     assert rows == (expected[2:] if drops else expected)
