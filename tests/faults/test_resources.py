@@ -11,7 +11,15 @@ from trl import RewardConfig, SFTConfig
 
 from rlhf.errors import is_out_of_memory
 from rlhf.pipeline.clean import freeable
-from rlhf.pipeline.memory import ACCUMULATION, BATCH, DEFAULT_ACCUMULATION, DEFAULT_BATCH, memory_sentence
+from rlhf.pipeline.memory import (
+    ACCUMULATION,
+    BATCH,
+    DEFAULT_ACCUMULATION,
+    DEFAULT_BATCH,
+    DEFAULT_PARTS,
+    PARTS,
+    memory_sentence,
+)
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.store import CHECKPOINTS, newest_checkpoint, write_seconds
 from rlhf.pipeline.trainers import InStage
@@ -99,6 +107,11 @@ def test_the_sentence_at_the_least_batch_and_at_an_odd_one(copied_run: Path) -> 
     least, odd = (memory_sentence(stages[name], recipe, Path("x"), MemoryError()) for name in ("sft", "reward"))
     assert f"sft.{BATCH} is 1 already: lower sft.max_length, or train LoRA" in least
     assert f"Set reward.{BATCH}=3 reward.{ACCUMULATION}=6 (5 and 3 now)" in odd
+    sampling = memory_sentence(stages["ppo"], recipe, Path("x"), MemoryError())
+    settings = recipe.ppo.trl_settings()
+    answers = settings[BATCH] * settings.get(ACCUMULATION, 1) * settings[PARTS]
+    assert f"where it was sampling, which has all {answers} answers of a rollout at once, ppo.{PARTS} lower" in sampling
+    assert PPOConfig.num_mini_batches == DEFAULT_PARTS
     for config in (SFTConfig, RewardConfig, PPOConfig):
         assert getattr(config, BATCH) == DEFAULT_BATCH
         assert getattr(config, ACCUMULATION) == DEFAULT_ACCUMULATION

@@ -14,6 +14,7 @@ from rlhf import BottleneckRewardTrainer, LengthRewardTrainer, PairRewardTrainer
 from rlhf.errors import UserError
 from rlhf.models.heads import label_layer, language_head
 from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.pipeline.trainers import StageBottleneckRewardTrainer
 from rlhf.reward.bottleneck import CODE_LABELS, CODE_SIZE
 from rlhf.reward.cloud import latent_cloud, save_cloud
 from rlhf.reward.length import HEADS
@@ -49,7 +50,7 @@ def arguments(**changes: Any) -> RewardConfig:
 def make(trainer: Any, base: Any, tokenizer: Any, data: Any, more: Any = None, **settings: Any) -> Any:
     """A trainer on a model with the head that it wants."""
     torch.manual_seed(0)
-    labels = {"labels": LABELS[trainer]} if trainer in LABELS else {}
+    labels = next(({"labels": LABELS[kind]} for kind in trainer.__mro__ if kind in LABELS), {})
     model = build_reward_model(base, model_settings(settings), pad_token_id=tokenizer.pad_token_id, **labels)
     arguments_of: dict[str, Any] = {
         "train_dataset": Dataset.from_list(data),
@@ -248,7 +249,9 @@ def test_what_is_saved_is_an_ordinary_reward_model(
     assert not list((tmp_path / "rm").glob("decoder*")), "what lies beside the model belongs to its training"
 
 
-@pytest.mark.parametrize("trainer", [TextRewardTrainer, LengthRewardTrainer, BottleneckRewardTrainer])
+@pytest.mark.parametrize(
+    "trainer", [TextRewardTrainer, LengthRewardTrainer, BottleneckRewardTrainer, StageBottleneckRewardTrainer]
+)
 def test_a_resumed_run_ends_bit_for_bit(base_folder: Any, tokenizer: Any, tmp_path: Path, trainer: Any) -> None:
     """The decoder and its optimizer state come back too, and the noise goes on where it was."""
     args = arguments(
@@ -259,7 +262,7 @@ def test_a_resumed_run_ends_bit_for_bit(base_folder: Any, tokenizer: Any, tmp_pa
     through.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in through.model.named_parameters())
-    if trainer is BottleneckRewardTrainer:
+    if issubclass(trainer, BottleneckRewardTrainer):
         assert torch.equal(through.decoder, resumed.decoder)
 
 
