@@ -218,3 +218,23 @@ def test_answers_come_back_in_the_order_of_their_prompts_from_batches_of_like_le
     assert lengths == sorted(lengths, reverse=True)
     assert [len(batch) for batch in batches] == [3, 3, 3, 1]
     assert len(set(lengths)) > 5
+
+
+def test_rows_that_can_not_leave_are_sampled_no_further_than_the_longest_answer(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A linear state keeps all rows; those that have ended in an earlier stretch have no end token in the latest."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder)).eval()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 2.5
+    for name, value in (("STRETCH", 3), ("DynamicLayer", None), ("DynamicSlidingWindowLayer", None)):
+        monkeypatch.setattr(f"rlhf.models.generate.{name}", value)
+    forwards: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    prompts = [[{"role": "user", "content": " ".join(WORDS[i % 5 : i % 5 + 1 + i % 7])}] for i in range(8)]
+    found = generate(model, tokenizer, prompts, max_new_tokens=100, temperature=0.5)
+    assert found.ended.all()
+    longest = int(found.response_mask.sum(dim=1).max())
+    assert longest < 60
+    assert len(forwards) <= longest + 3

@@ -349,3 +349,12 @@ def test_a_long_greedy_choice_is_that_of_whole_inverses() -> None:
         taken.append(int(gain.argmax()))
         precision = precision + weight[taken[-1]] * torch.outer(x[taken[-1]], x[taken[-1]])
     assert greedy_design(x, weight, torch.eye(5).double(), 15) == taken
+
+
+@pytest.mark.parametrize("episodes", [1, 64, 512, 10**6])
+def test_the_weight_of_the_kl_is_never_below_zero(episodes: int) -> None:
+    coefficient = 0.1
+    for kl in (0.0, 0.0, 9.0, 0.0):
+        after = adapted_kl_coef(coefficient, kl, target=6.0, horizon=64, episodes=episodes)
+        assert 0.8 * coefficient - 1e-12 <= after <= 1.2 * coefficient + 1e-12
+        coefficient = after

@@ -46,3 +46,22 @@ def test_the_pull_is_the_gradient_of_the_pair_loss() -> None:
     loss = pair_loss(difference, torch.zeros(20), confidence=confidence, margin=margin, weight=weight)
     (gradient,) = torch.autograd.grad(loss.sum(), difference)
     torch.testing.assert_close(pair_pull(difference.detach(), confidence, margin, weight), -gradient)
+
+
+@pytest.mark.parametrize("flip_rate", [0.0, 0.1, 0.4])
+def test_a_labels_pull_is_the_gradient_of_its_loss(flip_rate: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    difference = (4 * torch.randn(50, generator=generator, dtype=torch.float64)).requires_grad_()
+    confidence, margin = torch.rand(50, generator=generator).double(), torch.randn(50, generator=generator).double()
+    weight = torch.rand(50, generator=generator).double()
+    loss = pair_loss(
+        difference,
+        torch.zeros_like(difference),
+        margin=margin,
+        confidence=confidence,
+        weight=weight,
+        flip_rate=flip_rate,
+    )
+    (gradient,) = torch.autograd.grad(loss.sum(), difference)
+    pull = pair_pull(difference.detach(), confidence, margin, weight, flip_rate=flip_rate)
+    torch.testing.assert_close(pull, -gradient, atol=1e-10, rtol=1e-8)

@@ -11,9 +11,6 @@ from trl import RewardConfig
 from rlhf.data.rows import assistant_turn, user_turn
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
-from rlhf.objectives.influence import pair_pull
-from rlhf.objectives.kl import adapted_kl_coef
-from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.audit import _key
 from rlhf.reward.annotators import annotators_differ
@@ -132,34 +129,6 @@ def test_six_labels_on_one_prompt_are_no_six_annotators_labels() -> None:
 
 
 # ---- Numbers ----
-
-
-@pytest.mark.parametrize("flip_rate", [0.0, 0.1, 0.4])
-def test_a_labels_pull_is_the_gradient_of_its_loss(flip_rate: float) -> None:
-    generator = torch.Generator().manual_seed(1)
-    difference = (4 * torch.randn(50, generator=generator, dtype=torch.float64)).requires_grad_()
-    confidence, margin = torch.rand(50, generator=generator).double(), torch.randn(50, generator=generator).double()
-    weight = torch.rand(50, generator=generator).double()
-    loss = pair_loss(
-        difference,
-        torch.zeros_like(difference),
-        margin=margin,
-        confidence=confidence,
-        weight=weight,
-        flip_rate=flip_rate,
-    )
-    (gradient,) = torch.autograd.grad(loss.sum(), difference)
-    pull = pair_pull(difference.detach(), confidence, margin, weight, flip_rate=flip_rate)
-    torch.testing.assert_close(pull, -gradient, atol=1e-10, rtol=1e-8)
-
-
-@pytest.mark.parametrize("episodes", [1, 64, 512, 10**6])
-def test_the_weight_of_the_kl_is_never_below_zero(episodes: int) -> None:
-    coefficient = 0.1
-    for kl in (0.0, 0.0, 9.0, 0.0):
-        after = adapted_kl_coef(coefficient, kl, target=6.0, horizon=64, episodes=episodes)
-        assert 0.8 * coefficient - 1e-12 <= after <= 1.2 * coefficient + 1e-12
-        coefficient = after
 
 
 def test_confident_learning_finds_no_more_than_half_of_the_labels_wrong() -> None:
