@@ -121,7 +121,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         weights.update(load_file(file))
     if isinstance(model, PreTrainedModel) and not weights.keys() <= model.state_dict().keys():
         # A mixture of experts is saved expert by expert, and held with all of them in one tensor: transformers knows how.
-        weights = type(model).from_pretrained(folder, dtype="auto").state_dict()
+        loaded, report = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+        if any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+            raise RuntimeError(f"{folder}: weights do not fit: {dict(report)}")
+        weights = loaded.state_dict()
     outcome = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = [name for name in outcome.missing_keys if name not in tied]

@@ -33,6 +33,13 @@ def test_weights_of_experts_come_back(kind: Any, tmp_path: Path) -> None:
         assert torch.equal(other.state_dict()[name], weight), name
 
 
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    """And not made up where they are missing, as `from_pretrained` does."""
+    made(Qwen3MoeForCausalLM, 0).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="weights do not fit"):
+        load_weights(made(Qwen3MoeForSequenceClassification, 1), tmp_path)
+
+
 @pytest.mark.fault("resume")
 def test_a_resumed_stage_has_its_experts_again(tmp_path: Path) -> None:
     """The Trainer passes over names that it doesn't know, so training would go on with the experts of the start."""
