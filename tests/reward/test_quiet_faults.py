@@ -74,6 +74,13 @@ def test_a_tie_is_neither_flipped_nor_dropped_in_place_of_a_label(objective: str
         assert found.flipped == 1
 
 
+def test_ties_are_kept_where_more_would_be_flipped_than_there_are_labels() -> None:
+    rows = [pair(0, confidence=0.5), pair(1, confidence=0.5), pair(2), pair(3), pair(4)]
+    config = DenoiseConfig("drop", flip_by="rank", flip_fraction=0.9)
+    kept = denoised(rows, config, votes(torch.tensor([-9.0, -8.0, -2.0, 1.0, 2.0])), NOISE).rows
+    assert [row["prompt"][0]["content"] for row in kept] == ["p0", "p1"]
+
+
 def test_a_flipped_pair_is_rated_the_other_way_round() -> None:
     """Else a margin of its ratings would teach the flipped label against them."""
     flipped = flip_pair(pair(0, rating_gap=2.0, margin=1.0, confidence=0.9))
