@@ -38,8 +38,8 @@ def pair_pull(
     >>> one, zero = torch.ones(2), torch.zeros(2)
     >>> pair_pull(torch.tensor([0.0, -20.0]), one, zero, one)
     tensor([0.5000, 1.0000])
-    >>> pair_pull(torch.tensor([0.0, -20.0]), one, zero, one, flip_rate=0.2)
-    tensor([3.0000e-01, 4.9466e-09])
+    >>> pair_pull(torch.tensor([0.0, -9.0]), one, zero, one, flip_rate=0.25)
+    tensor([2.5000e-01, 2.4670e-04])
     """
     right, wrong = (difference - margin).sigmoid(), (margin - difference).sigmoid()
     if flip_rate == 0:

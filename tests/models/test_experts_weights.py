@@ -23,7 +23,7 @@ def made(kind: Any, seed: int) -> Any:
     return kind(Qwen3MoeConfig(**SIZES))
 
 
-@pytest.mark.fault("resume")
+@pytest.mark.fault("kill at any moment")
 @pytest.mark.parametrize("kind", [Qwen3MoeForCausalLM, Qwen3MoeForSequenceClassification])
 def test_weights_of_experts_come_back(kind: Any, tmp_path: Path) -> None:
     saved, other = made(kind, 0), made(kind, 1)
@@ -40,7 +40,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         load_weights(made(Qwen3MoeForSequenceClassification, 1), tmp_path)
 
 
-@pytest.mark.fault("resume")
+@pytest.mark.fault("kill at any moment")
 def test_a_resumed_stage_has_its_experts_again(tmp_path: Path) -> None:
     """The Trainer passes over names that it doesn't know, so training would go on with the experts of the start."""
     from transformers import Trainer, TrainingArguments
