@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from rlhf.data.rows import assistant_turn, user_turn
 from rlhf.data.traits import TRAITS
 from rlhf.files import read_jsonl, write_jsonl
+from rlhf.objectives.influence import pair_pull
+from rlhf.pipeline import blame as blame_module
 from tests.command import rlhf
 from tests.conftest import WORDS
 
@@ -84,3 +89,33 @@ def test_bad_questions_are_sentences(run: Path) -> None:
         assert result.returncode == 2, result.stderr
         assert sentence in " ".join(result.stderr.split())
         assert not (run / "n").exists()
+
+
+def test_a_label_is_blamed_as_it_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of a crowded prompt count less, and with `flip_rate` a label that the model is sure is wrong pulls hardly at all."""
+    told = ["short", "a long answer", "a longer answer still", "an answer that is the longest of all"]
+    rows: list[Any] = [
+        {"prompt": user_turn(prompt), "chosen": assistant_turn(told[i % 3 + 1]), "rejected": assistant_turn(told[0])}
+        for i, prompt in enumerate(["p", "p", "p", "q"])
+    ]
+    features = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    differences = torch.tensor([0.5, -8.0, 1.0, 0.2]).double()
+
+    def influence(name: str, **section: Any) -> dict[int, float]:
+        reward = SimpleNamespace(**{"group_weight": None, "flip_rate": 0.0, **section})
+        recipe, folder = SimpleNamespace(reward=reward), tmp_path / "round-1/reward"
+        context = SimpleNamespace(recipe=recipe, folder=folder, test_pairs=tmp_path / "test.jsonl")
+        monkeypatch.setattr(blame_module, "_trained", lambda _: context)
+        monkeypatch.setattr(blame_module, "training_rows", lambda _: SimpleNamespace(rows=rows))
+        monkeypatch.setattr(blame_module, "load_reward_model", lambda _: None)
+        monkeypatch.setattr(blame_module, "_read", lambda *_: (features, differences))
+        result = blame_module.blame(tmp_path, "length", tmp_path / name, share=0.25, say=lambda _: None)
+        return {row["pair"]: row["influence"] for row in result["pairs"]}
+
+    plain, balanced, robust = influence("a"), influence("b", group_weight="prompt"), influence("c", flip_rate=0.2)
+    # Three pairs of one prompt share the weight that the one of the other has.
+    assert [balanced[i] / plain[i] / (balanced[3] / plain[3]) for i in range(3)] == pytest.approx([1 / 3] * 3)
+    one, zero = torch.ones(4).double(), torch.zeros(4).double()
+    pulls = [pair_pull(differences, one, zero, one, flip_rate=rate) for rate in (0.2, 0.0)]
+    assert [robust[i] / plain[i] for i in range(4)] == pytest.approx((pulls[0] / pulls[1]).tolist())
+    assert abs(robust[1]) < 0.01 * abs(plain[1]), "of which the model is sure that it is wrong"

@@ -17,6 +17,7 @@ from trl import RewardConfig, SFTConfig
 from rlhf import PPOConfig, build_reward_model
 from rlhf.errors import TrainingError
 from rlhf.invariants.checks import Check, CheckBook
+from rlhf.pipeline.callbacks import FiniteGradients
 from rlhf.pipeline.trainers import StagePairRewardTrainer, StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import checks_of, train
 from tests.conftest import PROMPTS
@@ -156,3 +157,19 @@ def test_the_seconds_of_two_attempts_are_noted_together(
     noted.write_text("1000")
     attempt()
     assert 1000 < json.loads(noted.read_text()) < 1060
+
+
+@pytest.mark.fault("not finite")
+@pytest.mark.parametrize("fp16", [False, True])
+def test_an_overflow_under_fp16_is_its_scalers_business(fp16: bool) -> None:
+    """The first scale is 65,536: it overflows in the first steps, which the scaler passes over."""
+    layer = torch.nn.Linear(2, 1)
+    layer(torch.ones(1, 2)).sum().backward()
+    layer.weight.grad.fill_(math.inf)
+    callback, state = FiniteGradients("sft"), SimpleNamespace(global_step=3)
+    arguments: Any = (SimpleNamespace(fp16=fp16), state, None)
+    if fp16:
+        callback.on_pre_optimizer_step(*arguments, model=layer)
+        return
+    with pytest.raises(TrainingError, match="sft: the gradient is not finite at step 4; nothing was updated"):
+        callback.on_pre_optimizer_step(*arguments, model=layer)

@@ -227,7 +227,7 @@ def test_processes_that_ask_one_vllm_server_ask_for_equally_many_answers(
     asked: list[list[int]] = []
     for rank in range(2):
         sizes: list[int] = []
-        pretended = SimpleNamespace(
+        pretended: Any = SimpleNamespace(
             accelerator=SimpleNamespace(num_processes=2, process_index=rank, is_main_process=rank == 0),
             args=SimpleNamespace(per_device_eval_batch_size=4, use_vllm=served, vllm_mode="server", reward_clip=None),
             metrics=None, latest_samples=None, progress=trainer.progress,
@@ -238,7 +238,7 @@ def test_processes_that_ask_one_vllm_server_ask_for_equally_many_answers(
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("rlhf.ppo.reporting.RolloutMetrics", lambda _: SimpleNamespace(take=dict))
                 patch.setattr("rlhf.ppo.reporting.count_rewards", lambda *_: None)
-                evaluate(pretended, DATA.select(range(11)))  # type: ignore[arg-type]
+                evaluate(pretended, DATA.select(range(11)))
         said = [w for w in caught if "1 of 11 evaluation prompts are left out" in str(w.message)]
         assert bool(said) == (served and rank == 0)
         asked.append(sizes)

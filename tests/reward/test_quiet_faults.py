@@ -94,7 +94,7 @@ def test_a_flipped_pair_is_rated_the_other_way_round() -> None:
 def test_a_gate_learns_nothing_of_ties(base_folder: Path, tokenizer: Any) -> None:
     from rlhf.models.load import build_reward_model
 
-    rated = [
+    rated: list[Any] = [
         {"prompt": prompt, "completion": assistant_turn(f"yes {word}"), "attributes": {"good": float(i % 5)}}
         for i, (prompt, word) in enumerate(zip(PROMPTS, WORDS, strict=False))
     ]
@@ -107,7 +107,7 @@ def test_a_gate_learns_nothing_of_ties(base_folder: Path, tokenizer: Any) -> Non
     def gate(pairs: list[Any]) -> Mapping[str, torch.Tensor]:
         torch.manual_seed(0)
         model = build_reward_model(base_folder, pad_token_id=tokenizer.pad_token_id, labels=("good",))
-        return vars(fit_gated(model, tokenizer, rated, pairs, {"good": 1.0}).attributes.gate)  # type: ignore[arg-type]
+        return vars(fit_gated(model, tokenizer, rated, pairs, {"good": 1.0}).attributes.gate)
 
     alone, beside = gate(labelled), gate(labelled + ties)
     assert all(torch.equal(alone[name], beside[name]) for name in alone)
