@@ -16,7 +16,7 @@ from trl import RewardConfig
 
 from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, model_settings
-from rlhf.models.packing import LONG_ROW
+from rlhf.models.packing import LONG_ROW, GroupedByLength
 from rlhf.objectives.pairwise import bradley_terry
 from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import RANGES, PairRewardTrainer, Scored, check_columns
@@ -235,6 +235,7 @@ def test_an_order_is_drawn_for_the_pairs_that_are_asked_for(
 ) -> None:
     model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
     trainer = PairRewardTrainer(model, RewardConfig(**cpu_arguments), train_dataset=pairs, processing_class=tokenizer)
+    assert isinstance(trainer._get_train_sampler(), GroupedByLength), "pairs of similar length meet"
     few = trainer.train_dataset.select(range(6))
     assert sorted(trainer._get_train_sampler(few)) == list(range(6))
     assert sorted(trainer._get_train_sampler()) == list(range(len(pairs)))
