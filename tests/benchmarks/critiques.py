@@ -14,7 +14,8 @@ a folder or GGUF of SmolLM2-135M-Instruct, the world of instructions: 240 pairs 
 
 Accuracy by the true reward on held-out pairs of the same writers (`held_out`) and about kinds that no annotator saw (`kinds`);
 `truthful`: share of the phrases of its critiques of held-out answers that are those of the lab; `endless`: share that never ended.
-Differences to `bt` are paired by seed (t over seeds: head, order, dropout, samples). Finished parts are kept in OUT.
+Differences to `bt` are paired: by seed (t over seeds: head, order, dropout, samples), or with one seed by pair (t over pairs, which
+says nothing of other seeds). Finished parts are kept in OUT, so several processes may share the parts among them (`--parts`).
 """
 
 import argparse
@@ -150,14 +151,22 @@ def behind_given(model: CritiqueRewardModel, rows: Rows, side: Any) -> Tensor:
     return model.score_at_end(read)
 
 
-def measured(sets: dict[str, Rows], score: Callable[[Rows, Any], Tensor]) -> dict[str, float]:
-    """Accuracy on every set, and milliseconds of a score."""
-    found: dict[str, float] = {}
+def measured(sets: dict[str, Rows], score: Callable[[Rows, Any], Tensor]) -> dict[str, Any]:
+    """Accuracy on every set, which pairs were right (0 or 1), and milliseconds of a score."""
+    found: dict[str, Any] = {"right": {}}
     begin, count = time.process_time(), 0
     for name, rows in sets.items():
-        found[name] = (score(rows, "chosen") > score(rows, "rejected")).double().mean().item()
+        found["right"][name] = (score(rows, "chosen") > score(rows, "rejected")).int().tolist()
+        found[name] = statistics.fmean(found["right"][name])
         count += 2 * len(rows)
     return found | {"milliseconds": 1000 * (time.process_time() - begin) / count}
+
+
+def gain(rows: list[dict[str, Any]], base: list[dict[str, Any]], name: str) -> list[float]:
+    """Points of accuracy above `base` with their 95 % interval: over seeds, or with one seed over pairs."""
+    if len(rows) == 1:
+        return interval([100.0 * (a - b) for a, b in zip(rows[0]["right"][name], base[0]["right"][name], strict=True)])
+    return interval([100 * (a[name] - b[name]) for a, b in zip(rows, base, strict=True)])
 
 
 def of_model(model: RewardModel) -> Callable[[Rows, Any], Tensor]:
@@ -180,9 +189,9 @@ def truth(model: CritiqueRewardModel, rows: Rows) -> dict[str, float]:
 
 def without_critiques(
     base: Base, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Bradley-Terry, once and with as many steps as two trainings have."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, times in (("bt", 1), ("bt, twice as long", 2)):
         begin = time.process_time()
         plain = without(base, pairs, seed, times * epochs)
@@ -190,22 +199,16 @@ def without_critiques(
     return found
 
 
-def with_critiques(
-    base: Base, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
-) -> dict[str, dict[str, float]]:
+def with_critiques(base: Base, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int) -> dict[str, dict[str, Any]]:
     """Both trainings on the lab's critiques, and what is made of the last model."""
     begin = time.process_time()
     first = critic(base, pairs, seed, epochs)
-    found = {
-        "given": {
-            "seconds": time.process_time() - begin,
-            **measured(sets, of_model(first)),
-            **truth(first, sets["held_out"]),
-        }
-    }
+    seconds = time.process_time() - begin
+    found = {"given": {"seconds": seconds, **measured(sets, of_model(first)), **truth(first, sets["held_out"])}}
+    print(seed, found, flush=True)
     begin = time.process_time()
     last = critic(base, with_own(first, pairs), seed, epochs, start=first)
-    seconds = found["given"]["seconds"] + time.process_time() - begin
+    seconds += time.process_time() - begin
     found["critique"] = {"seconds": seconds, **measured(sets, of_model(last)), **truth(last, sets["held_out"])}
     found["oracle"] = {"seconds": seconds, **measured(sets, partial(behind_given, last))}
     if not base.model:  # a real model takes an hour for them
@@ -214,9 +217,7 @@ def with_critiques(
     return found
 
 
-def with_shuffled(
-    base: Base, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int
-) -> dict[str, dict[str, float]]:
+def with_shuffled(base: Base, pairs: Rows, sets: dict[str, Rows], seed: int, epochs: int) -> dict[str, dict[str, Any]]:
     """Both trainings on critiques of other answers."""
     begin = time.process_time()
     first = critic(base, shuffled(pairs, seed), seed, epochs)
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/critiques"))
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--parts", default="without_critiques,with_critiques,with_shuffled")
     parser.add_argument("--epochs", type=int, default=1, help="of every training; OUT holds the parts of one number")
     parser.add_argument("--smollm2", type=Path, help="a folder or GGUF: the world of instructions")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything, to see whether it runs")
@@ -275,35 +277,30 @@ def main() -> None:
     sets = {"held_out": order(test), "kinds": order(kinds)}
     print({name: len(rows) for name, rows in sets.items()} | {"train": len(pairs)}, flush=True)
 
-    table: dict[str, list[dict[str, float]]] = {}
+    table: dict[str, list[dict[str, Any]]] = {}
+    parts = {part.__name__: part for part in (without_critiques, with_critiques, with_shuffled)}
     for seed in map(int, arguments.seeds.split(",")):
-        for part in (without_critiques, with_critiques, with_shuffled):
-            file = arguments.out / f"{part.__name__}-{seed}.json"
+        for part in arguments.parts.split(","):
+            file = arguments.out / f"{part}-{seed}.json"
             if not file.is_file():
-                file.write_text(json.dumps(part(base, pairs, sets, seed, arguments.epochs)))
+                file.write_text(json.dumps(parts[part](base, pairs, sets, seed, arguments.epochs)))
                 print(seed, file.read_text(), flush=True)
             for name, row in json.loads(file.read_text()).items():
                 table.setdefault(name, []).append(row)
 
     arguments.json.write_text(json.dumps(table, indent=1))
-    print(
-        "| part | held out | kinds | held out − `bt` | kinds − `bt` | truthful | endless | s | ms |\n"
-        + "|---" * 9
-        + "|"
-    )
+    others = {"bt": "bt", "bt, twice as long": "longer", "shuffled": "shuffled"}
+    others = {name: shown for name, shown in others.items() if name in table}
+    columns = [f"{key} − `{shown}`" for shown in others.values() for key in sets]
+    print("| part | held_out | kinds | " + " | ".join([*columns, "truthful", "endless", "s", "ms"]) + " |")
+    print("|---" * (7 + len(columns)) + "|")
     for name in [name for name in PARTS if name in table]:
-        rows = table[name]
-        mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
-        gains = [
-            interval([100 * (row[key] - plain[key]) for row, plain in zip(rows, table["bt"], strict=True)])
-            for key in sets
-        ]
-        shown = ["" if name == "bt" else f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in gains]
-        of_critiques = [f"{mean[key]:.2f}" if key in mean else "" for key in ("truthful", "endless")]
-        print(
-            f"| {name} | {mean['held_out']:.3f} | {mean['kinds']:.3f} | {' | '.join([*shown, *of_critiques])} | "
-            f"{mean['seconds']:.0f} | {mean['milliseconds']:.1f} |"
-        )
+        mean = {key: statistics.fmean(row[key] for row in table[name]) for key in table[name][0] if key != "right"}
+        gains = [gain(table[name], table[other], key) if other != name else None for other in others for key in sets]
+        shown = ["" if found is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found) for found in gains]
+        shown += [f"{mean[key]:.2f}" if key in mean else "" for key in ("truthful", "endless")]
+        accuracy = f"{mean['held_out']:.3f} | {mean['kinds']:.3f}"
+        print(f"| {name} | {accuracy} | {' | '.join(shown)} | {mean['seconds']:.0f} | {mean['milliseconds']:.1f} |")
 
 
 if __name__ == "__main__":
