@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class RolloutBatches:
-    """The training dataloader: iterating it samples one rollout and yields `steps_per_rollout x accumulation` micro-batches."""
+    """The training dataloader: iterating it samples one rollout and yields `steps_per_rollout x accumulation` micro-batches.
+
+    It yields nothing where a checkpoint is of a run that had ended before its time: the process died between the two.
+    """
 
     def __init__(self, trainer: "PPOTrainer", dataset: Dataset):
         self.trainer, self.dataset = trainer, dataset
@@ -33,6 +36,8 @@ class RolloutBatches:
         return int(args.steps_per_rollout * args.gradient_accumulation_steps)
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        if self.trainer.stopped is not None:
+            return
         rollout = self.trainer.rollout(self.trainer.prompts_of(self.rollout_index))
         for step in steps_of(rollout, self.trainer.args, self.rollout_index):
             yield from step

@@ -62,3 +62,5 @@ def read_checkpoint(trainer: "PPOTrainer", folder: Path, model: nn.Module) -> No
             weight.data.copy_(saved[name])
     trainer.latest_samples = [Sample(**row) for row in read_jsonl(folder / SAMPLES)]
     trainer.progress = PPOState.load(folder)
+    if trainer.progress.stop_rules != trainer.args.stop_rules:
+        trainer.progress.stopped = None

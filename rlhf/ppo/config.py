@@ -204,6 +204,11 @@ class PPOConfig(BaseConfig):
         return self.ptx_coef > 0 or self.adversarial_coef > 0
 
     @property
+    def stop_rules(self) -> dict[str, float | bool | None]:
+        """Return the settings under which training may end before its time."""
+        return {"kl_limit": self.kl_limit, "stop_when_unhealthy": self.stop_when_unhealthy}
+
+    @property
     def local_rollout_size(self) -> int:
         """Return the number of episodes that a process samples for one rollout."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches

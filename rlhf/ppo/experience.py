@@ -256,9 +256,10 @@ def _end_sampling(trainer: "PPOTrainer", experience: Experience) -> None:
     if args.kl_target is not None:
         trainer.progress.adapt(kl, target=args.kl_target, horizon=args.kl_horizon, episodes=int(count))
     if args.kl_limit is not None and kl > args.kl_limit:
-        trainer.stopped = (
+        reason = (
             f"ppo: stopped after {trainer.episodes} episodes: the KL, {kl:.1f} nats an answer, is over "
             f"kl_limit={args.kl_limit:g}."
         )
+        trainer.stop(reason)
         if trainer.accelerator.is_main_process:
-            warnings.warn(trainer.stopped, stacklevel=2)
+            warnings.warn(reason, stacklevel=2)

@@ -39,7 +39,7 @@ def _tell(trainer: "PPOTrainer", sentences: Sequence[str]) -> None:
     """Warn of what is new to worry about, the same on every process; it is why training ends, where that was asked for."""
     for sentence in sentences:
         if trainer.args.stop_when_unhealthy:
-            trainer.stopped = trainer.stopped or sentence
+            trainer.stop(trainer.stopped or sentence)
         if trainer.accelerator.is_main_process:
             warnings.warn(sentence, stacklevel=4)
 

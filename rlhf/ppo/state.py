@@ -40,6 +40,8 @@ class PPOState:
         surprise, counts: the sums of "sampler true" and of "token counts true" over all rollouts so far.
         checks: what was checked so far.
         golden: what the reference must go on to say; None before the first rollout.
+        stopped: why training ended before its time; None while it goes on.
+        stop_rules: the settings that it was ended under, `PPOConfig.stop_rules`.
     """
 
     episodes: int = 0
@@ -52,6 +54,8 @@ class PPOState:
     counts: MomentSums = field(default_factory=MomentSums)
     checks: CheckBook = field(default_factory=CheckBook, compare=False)
     golden: GoldenBatch | None = None
+    stopped: str | None = None
+    stop_rules: dict[str, float | bool | None] = field(default_factory=dict)
 
     def see_rewards(self, count: float, mean: float, square: float) -> None:
         """Add a rollout's scores to the history (Chan et al.: exact, in whatever portions they come).

@@ -174,13 +174,21 @@ class PPOTrainer(BaseTrainer):
         self.progress = PPOState(kl_coef=args.kl_coef)
         self.metrics = RolloutMetrics(self.accelerator)
         self.latest_samples: list[Sample] = []
-        self.stopped: str | None = None  # why training ended before its time
         set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)
 
     @property
     def episodes(self) -> int:
         """Return the number of answers sampled so far, over all processes."""
         return self.progress.episodes
+
+    @property
+    def stopped(self) -> str | None:
+        """Return why training ended before its time, or None."""
+        return self.progress.stopped
+
+    def stop(self, reason: str) -> None:
+        """End training after this rollout, for good: a checkpoint keeps it, and goes on under other rules only."""
+        self.progress.stopped, self.progress.stop_rules = reason, self.args.stop_rules
 
     @property
     def checks(self) -> CheckBook:
@@ -247,7 +255,8 @@ class PPOTrainer(BaseTrainer):
         return RolloutBatches(self, self.train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[MicroBatch], device: torch.device) -> Tensor:
-        tokens = torch.stack([batch["response_mask"].sum() for batch in batch_samples]).sum().to(device)
+        none = torch.zeros((), dtype=torch.long, device=device)
+        tokens = torch.stack([none, *(batch["response_mask"].sum().to(device) for batch in batch_samples)]).sum()
         return self.accelerator.gather(tokens).sum()
 
     @property

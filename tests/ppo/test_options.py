@@ -252,8 +252,17 @@ def test_a_kl_over_its_limit_ends_training_with_a_checkpoint(
     ):
         trainer.train()
     assert trainer.state.global_step == 8, "the first rollout is at KL 0, the second is not"
-    assert (tmp_path / "checkpoint-8" / "ppo_state.json").is_file()
+    checkpoint = tmp_path / "checkpoint-8"
+    assert (checkpoint / "ppo_state.json").is_file()
     assert rows.rows[-1]["kl"] > 1e-4
+
+    # As if the process had died between the checkpoint and what its caller does next.
+    again, _ = make(base_folder, str(reward_folder), arguments, kl_limit=1e-4, total_episodes=480)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert (again.state.global_step, again.episodes, again.stopped) == (8, 32, trainer.stopped)
+    other, _ = make(base_folder, str(reward_folder), arguments, kl_limit=1e4, total_episodes=48)
+    other.train(resume_from_checkpoint=str(checkpoint))
+    assert (other.state.global_step, other.episodes, other.stopped) == (12, 48, None), "another limit was set since"
 
 
 def test_a_warm_up_trains_the_critic_alone(
