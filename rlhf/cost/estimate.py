@@ -166,7 +166,7 @@ class Estimator:
         ]
         once = 0.0
         if work.calibrated and self.shares_prompt:
-            once = self._sampling(work.calibrated, 2 * self.rollouts.size)
+            once = self._sampling(work.calibrated, self.rollouts.together_elsewhere)
             memories.append(self._memory_of_sampling())
         for length_alone in work.golden:
             seconds += self._time(section, Shape(1, length_alone, 0))
@@ -237,7 +237,7 @@ class Estimator:
         updates = self._time("ppo", policy, training=True) + self._time("ppo", critic, training=True)
         optimizer = sum(self._slices_of("ppo", has_logits).seconds_of_update() for has_logits in (True, False))
         seconds = self._sampling(work.tried, work.tried) + work.rollouts * (
-            self._sampling(rollouts.size, rollouts.size)
+            self._sampling(rollouts.size, rollouts.together)
             + micro_batches * forwards
             + rollouts.epochs * (micro_batches * updates + rollouts.mini_batches * optimizer)
         )
@@ -245,19 +245,19 @@ class Estimator:
         update, roles = self.memory("ppo", widest), self._roles("ppo", has_logits=True)
         rollout = replace(update, exchanged=exchanged_in_rollouts(roles, self.processes), accumulates=True)
         scored = Shape(min(SCORED, rollouts.size), self.longest_prompt + self.longest_answer, 0)
-        prefill = self._peak("ppo", Shape(rollouts.size, self.longest_prompt, 1), training=False)
+        prefill = self._peak("ppo", Shape(rollouts.together, self.longest_prompt, 1), training=False)
         memories = [
             update,
             replace(rollout, activations=self._peak("ppo", scored, training=False)),
-            replace(rollout, activations=self._cache(rollouts.size) + prefill),
+            replace(rollout, activations=self._cache(rollouts.together) + prefill),
         ]
         answers = work.rollouts * rollouts.size
         rows, steps = answers * self.processes.count, work.rollouts * rollouts.steps
         return Estimate(work.folder, rows, answers * self.whole, steps, largest(memories), seconds)
 
     def _sampled(self, work: SamplingWork) -> Estimate:
-        """Estimate the sampling of answers, two rollouts at once since no backward follows, their scoring and their KL."""
-        rows = 2 * self.rollouts.size
+        """Estimate the sampling of answers, their scoring and their KL."""
+        rows = self.rollouts.together_elsewhere
         seconds, memory = self._sampling(work.answers, rows), self._memory_of_sampling()
         if work.is_scored:
             # Policy, SFT and reward models, each with a base of its own.
@@ -384,8 +384,8 @@ class Estimator:
         return Memory(self.process, tuple(model.share(ONE_PROCESS) for model in models), 0.0, activations)
 
     def _memory_of_sampling(self) -> Memory:
-        """Return the bytes at the peak of sampling from one policy, two rollouts at once."""
-        rows = 2 * self.rollouts.size
+        """Return the bytes at the peak of sampling from one policy outside of PPO."""
+        rows = self.rollouts.together_elsewhere
         prefill = self._peak("ppo", Shape(rows, self.longest_prompt, 1), training=False)
         return self._alone([self._model("policy", "ppo", has_logits=True)], self._cache(rows) + prefill)
 

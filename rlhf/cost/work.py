@@ -27,12 +27,13 @@ class Rollouts:
     """How PPO samples and learns.
 
     Attributes:
-        size: answers that a process samples at once.
+        size: answers of a process in one rollout.
         max_prompt_length, max_answer_length: in tokens; prompts of any length where the first is None.
         epochs: how often each answer is learnt from.
         mini_batches: updates in such an epoch, of the policy and of the critic.
         steps: of the optimizer in a rollout, as the Trainer counts them.
         reward_models: how many score each answer.
+        batch: answers that a process samples together at most; None: a rollout, outside of PPO two.
     """
 
     size: int
@@ -42,6 +43,17 @@ class Rollouts:
     mini_batches: int
     steps: int
     reward_models: int = 1
+    batch: int | None = None
+
+    @property
+    def together(self) -> int:
+        """Return the number of answers that PPO samples together."""
+        return min(self.size, self.batch or self.size)
+
+    @property
+    def together_elsewhere(self) -> int:
+        """Return the number of answers that other stages sample together."""
+        return self.batch or 2 * self.size
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -130,6 +131,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     max_prompt_length: int | None = None,
+    batch_size: int | None = None,
 ) -> Completions:
     """Sample one answer to each prompt from the model's whole distribution, whatever its checkpoint declares.
 
@@ -141,13 +143,19 @@ def generate(
         max_new_tokens: an answer is cut after this many tokens.
         temperature: of the sampling, > 0.
         max_prompt_length: in tokens; longer prompts lose their beginning.
+        batch_size: rows whose keys and values are in memory at once; all where absent.
     """
     rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
     prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, tokenizer.pad_token_id))
     end_ids = end_token_ids(model, tokenizer)
     settings = sampling_settings(temperature=temperature, pad_token_id=tokenizer.pad_token_id, end_ids=end_ids)
+    parts = (ids.split(batch_size or len(rows)) for ids in (prompt_ids, prompt_mask))
     with without_declared_settings(model):
-        response_ids = _sampled(model, prompt_ids, prompt_mask, settings, max_new_tokens)
+        answers = [_sampled(model, ids, mask, settings, max_new_tokens) for ids, mask in zip(*parts, strict=True)]
+    width = max(answer.shape[1] for answer in answers)
+    response_ids = torch.cat(
+        [pad(answer, (0, width - answer.shape[1]), value=settings.pad_token_id) for answer in answers]
+    )
     response_mask, ended = mask_after_end(response_ids, end_ids)
     kept = [row[mask].tolist() for row, mask in zip(response_ids, response_mask.bool(), strict=True)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)

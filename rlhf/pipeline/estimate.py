@@ -232,6 +232,7 @@ def ppo_rollouts(recipe: Recipe, args: PPOConfig) -> Rollouts:
         mini_batches=args.num_mini_batches,
         steps=args.steps_per_rollout,
         reward_models=recipe.reward.members,
+        batch=args.generation_batch_size,
     )
 
 

@@ -7,7 +7,7 @@ from rlhf.recipe.schema import Recipe
 
 BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 DEFAULT_BATCH, DEFAULT_ACCUMULATION = 8, 1  # the Trainer's
-PARTS, DEFAULT_PARTS = "num_mini_batches", 1  # PPOConfig's
+PARTS, DEFAULT_PARTS, TOGETHER = "num_mini_batches", 1, "generation_batch_size"  # PPOConfig's
 # What else takes memory, by section.
 LENGTHS = {"sft": "max_length", "vote": "max_length", "reward": "max_length", "ppo": "max_completion_length"}
 
@@ -38,8 +38,8 @@ def memory_sentence(stage: Stage, recipe: Recipe, root: Path, error: BaseExcepti
         )
     if stage.name == "ppo":
         answers = batch * steps * settings.get(PARTS, DEFAULT_PARTS)
-        change += (
-            f", or, where it was sampling, which has all {answers} answers of a rollout at once, ppo.{PARTS} lower"
-        )
+        together = min(answers, settings.get(TOGETHER) or answers)
+        if together > 1:
+            change += f", or, where it was sampling, {together} answers at once, ppo.{TOGETHER}={-(-together // 2)}"
     old = f"{root}/recipe.yaml and {root}/{stage.folder}"
     return f"{begin} {change}, delete {old}, which hold the old numbers, and give the command again; what was done is kept."

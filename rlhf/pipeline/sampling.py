@@ -47,11 +47,15 @@ class Candidate(NamedTuple):
 
 
 def sampling_settings(recipe: Recipe) -> SamplingSettings:
-    """Return how answers are sampled outside PPO: lengths as in PPO, and twice a rollout at once (no backward pass follows)."""
+    """Return how answers are sampled outside PPO: lengths as in PPO, and `generation_batch_size` or two rollouts at once.
+
+    Two, as no backward pass follows.
+    """
     settings = recipe.ppo.trl_settings()
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    two_rollouts = 2 * math.prod(settings.get(name, getattr(PPOConfig, name)) for name in sizes)
     return {
-        "batch_size": 2 * math.prod(settings.get(name, getattr(PPOConfig, name)) for name in sizes),
+        "batch_size": settings.get("generation_batch_size") or two_rollouts,
         "max_new_tokens": settings.get("max_completion_length", PPOConfig.max_completion_length),
         "max_prompt_length": settings.get("max_prompt_length", PPOConfig.max_prompt_length),
     }

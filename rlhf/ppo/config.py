@@ -32,6 +32,10 @@ class PPOConfig(BaseConfig):
     max_prompt_length: int | None = field(default=512, metadata={"help": "Longer prompts lose their beginning."})
     max_completion_length: int = field(default=256, metadata={"help": "Answers are cut after this many tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of every log-probability."})
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Answers that transformers samples together on a process; None: all of its rollout."},
+    )
 
     use_vllm: bool = field(
         default=False, metadata={"help": "Sample with vLLM; how to install it: recipes/guides/ppo.md."}
@@ -151,6 +155,7 @@ class PPOConfig(BaseConfig):
             "kl_target",
             "kl_limit",
             "shaping_tokens",
+            "generation_batch_size",
         )
         for name in (*positive, "kl_horizon", "reward_ensemble_strength"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:

@@ -222,6 +222,7 @@ class PPOTrainer(BaseTrainer):
             max_new_tokens=self.args.max_completion_length,
             temperature=self.args.temperature,
             max_prompt_length=self.longest_prompt,
+            batch_size=self.args.generation_batch_size,
         )
 
     def experience(self, rows: Sequence[PromptRow]) -> Experience:

@@ -58,7 +58,7 @@ RANGES: dict[str, Range] = dict(
             per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches
             max_completion_length max_prompt_length max_length total_episodes lora_r lora_alpha kl_horizon dataset_num_proc
             dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout eval_accumulation_steps pad_to_multiple_of
-            shaping_tokens save_total_limit torch_empty_cache_steps vllm_max_model_length
+            shaping_tokens generation_batch_size save_total_limit torch_empty_cache_steps vllm_max_model_length
             num_attention_heads num_key_value_heads head_dim sliding_window pretraining_tp
             """,
         ),

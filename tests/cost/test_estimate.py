@@ -1,5 +1,6 @@
 """The arithmetic of an estimate: rows, tokens and steps of each kind of stage, memory of the roles, seconds as a sum."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,6 +245,24 @@ def test_the_longest_of_a_batch() -> None:
     assert longest_of([7], 3) == 7
     assert longest_of([1, 9], 100) == 9
     assert longest_of([1, 9], 1) in (4, 5, 6)
+
+
+def test_answers_that_are_not_sampled_together_are_not_in_memory_together() -> None:
+    """Keys and values of 3 answers in place of 16 in PPO, and of 32 elsewhere; what has to be sampled stays."""
+    whole, parts = estimator(), estimator()
+    parts.rollouts = replace(whole.rollouts, batch=3)
+    assert (whole.rollouts.together, whole.rollouts.together_elsewhere) == (16, 32)
+    assert (parts.rollouts.together, parts.rollouts.together_elsewhere) == (3, 3)
+    sampling = SamplingWork("round-2/sample", answers=40, is_scored=False)
+    before, after = (costs.estimate(sampling) for costs in (whole, parts))
+    assert after.bytes < before.bytes
+    assert (after.rows, after.tokens) == (before.rows, before.tokens)
+    assert after.seconds > 0
+    memories = [costs._memory_of_sampling().activations for costs in (whole, parts)]
+    peaks = [
+        costs._peak("ppo", Shape(n, costs.longest_prompt, 1), training=False) for costs, n in ((whole, 32), (parts, 3))
+    ]
+    assert (memories[1] - peaks[1]) / (memories[0] - peaks[0]) == pytest.approx(3 / 32)
 
 
 def test_rows_leave_the_batch_where_answers_end() -> None:

@@ -18,6 +18,7 @@ from rlhf.pipeline.memory import (
     DEFAULT_BATCH,
     DEFAULT_PARTS,
     PARTS,
+    TOGETHER,
     memory_sentence,
 )
 from rlhf.pipeline.plan import plan
@@ -110,7 +111,9 @@ def test_the_sentence_at_the_least_batch_and_at_an_odd_one(copied_run: Path) -> 
     sampling = memory_sentence(stages["ppo"], recipe, Path("x"), MemoryError())
     settings = recipe.ppo.trl_settings()
     answers = settings[BATCH] * settings.get(ACCUMULATION, 1) * settings[PARTS]
-    assert f"where it was sampling, which has all {answers} answers of a rollout at once, ppo.{PARTS} lower" in sampling
+    assert f"where it was sampling, {answers} answers at once, ppo.{TOGETHER}={-(-answers // 2)}" in sampling
+    recipe = load_recipe(copied_run / "r.yaml", [f"ppo.{TOGETHER}=3"])
+    assert f"3 answers at once, ppo.{TOGETHER}=2" in memory_sentence(stages["ppo"], recipe, Path("x"), MemoryError())
     assert PPOConfig.num_mini_batches == DEFAULT_PARTS
     for config in (SFTConfig, RewardConfig, PPOConfig):
         assert getattr(config, BATCH) == DEFAULT_BATCH

@@ -197,6 +197,14 @@ def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(
         assert ours[:length].tolist() == theirs[:length].tolist()
         assert length == 20 or theirs[length - 1] == tokenizer.eos_token_id
 
+    # In parts: no more rows at once, and the same answers in the same order.
+    sizes.clear()
+    parts = generate(model, tokenizer, prompts, max_new_tokens=20, temperature=1e-4, batch_size=7)
+    assert max(sizes) == 7
+    assert parts.response_mask.equal(found.response_mask)
+    assert (parts.response_ids * parts.response_mask).equal(found.response_ids * found.response_mask)
+    assert (parts.texts, parts.ended.tolist()) == (found.texts, found.ended.tolist())
+
 
 def test_answers_come_back_in_the_order_of_their_prompts_from_batches_of_like_length(
     base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
