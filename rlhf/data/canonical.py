@@ -14,6 +14,7 @@ from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import (
     CRITIQUES,
+    TIE,
     Demonstration,
     Extras,
     Message,
@@ -70,10 +71,7 @@ def pair(row: Mapping[str, object]) -> Pair:
     if [_said(turn) for turn in chosen] == [_said(turn) for turn in rejected]:
         raise BadRow("chosen and rejected are the same")
     canonical: Pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    for column, (low, high) in BOUNDS.items():
-        value = row.get(column, row.get("soft_label") if column == "confidence" else None)
-        if value is not None:
-            canonical[column] = _number(value, column, low, high)
+    canonical |= label_columns(row)
     gap = rating_gap(row)
     if gap is not None:
         canonical["rating_gap"] = gap
@@ -81,6 +79,22 @@ def pair(row: Mapping[str, object]) -> Pair:
     if row.get("group") == group_key(prompt):  # ours; another file's column of this name means something else
         canonical["group"] = group_key(prompt)
     return {**canonical, **extras_of(row)}
+
+
+def label_columns(row: Mapping[str, object]) -> Pair:
+    """Return `margin`, `confidence` (or `soft_label`) and `weight` where a row has them.
+
+    Raises:
+        BadRow: one is no number, or outside of its bounds.
+    """
+    columns: Pair = cast(Pair, {})
+    for column, (low, high) in BOUNDS.items():
+        value = row.get(column)
+        if value is None and column == "confidence":
+            value = row.get("soft_label")
+        if value is not None:
+            columns[column] = _number(value, column, low, high)
+    return columns
 
 
 def rating_gap(row: Mapping[str, object]) -> float | None:
@@ -96,12 +110,19 @@ def rating_gap(row: Mapping[str, object]) -> float | None:
         return float(given)
     for names in RATINGS:
         values = [row.get(name) for name in names]
-        numbers = [
-            float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-        ]
+        numbers = [number for value in values if (number := _rating(value)) is not None]
         if len(numbers) == len(names):
             return numbers[0] - numbers[1]
     return None
+
+
+def _rating(value: object) -> float | None:
+    """Return a rating, which may be a text; None if it is no finite number."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def critiques(row: Mapping[str, object]) -> Pair:
@@ -116,8 +137,11 @@ def extras_of(row: Mapping[str, object]) -> Extras:
     """Return what a row says about where it comes from and how sure its label is."""
     extras: Extras = {}
     for name in EXTRAS:
-        if isinstance(value := row.get(name), str):
-            extras[name] = value
+        value = row.get(name)
+        if isinstance(value, float) and value.is_integer():  # a column of numbers with a gap, as tables have it
+            value = int(value)
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            extras[name] = str(value)
     agree = row.get("agree")
     if isinstance(agree, int | float) and not isinstance(agree, bool):
         extras["agree"] = agree
@@ -149,6 +173,8 @@ def demonstration(row: Mapping[str, object]) -> Demonstration:
         turns = messages(row["prompt"], "prompt") + _one_answer(row["completion"], "completion")
     elif row.get("chosen") is not None:
         canonical = pair(row)
+        if canonical.get("confidence") == TIE:
+            raise BadRow("a tie, of which neither answer is one to learn")
         turns = canonical["prompt"] + canonical["chosen"]
     else:
         raise BadRow("neither 'messages' nor 'prompt' and 'completion'")

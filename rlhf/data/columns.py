@@ -14,6 +14,7 @@ from rlhf.errors import UserError
 
 # What a column may be called here, and which of these are numbers.
 ANSWER_COLUMNS = ("prompt", "chosen", "rejected", "response_1", "response_2", "preference", "messages", "completion")
+PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 TEXT_COLUMNS = (*ANSWER_COLUMNS, *CRITIQUES)
 NUMBER_COLUMNS = ("margin", "confidence", "weight", "agree", "chosen_rating", "rejected_rating", "preference_strength")
 ANSWERS = ("chosen", "rejected", "messages", "completion", "response_1", "response_2")
@@ -55,6 +56,7 @@ def named_rows(
     Raises:
         UserError: a column that no row has, or a name that is none of ours; rows of two layouts; a label that there is not.
     """
+    rows = _without_pictures(rows, report)
     if columns:
         rows = _mapped(rows, source, report, columns)
     layout = None if columns and any(name in columns for name in ANSWERS) else _public_layout(rows, source)
@@ -74,11 +76,27 @@ def named_rows(
         except BadRow as reason:
             report.drop(number, str(reason))
             continue
-        makes = layout.compares is not None and "confidence" not in row
+        makes = "confidence" not in row and (layout.compares is not None or "status" in row)
         named.append(
             NamedRow(number, plain.columns, layout, _sentence(layout, plain.meaning, row), plain.is_tie, makes)
         )
     return named
+
+
+def _without_pictures(rows: Sequence[tuple[int, object]], report: ReadReport) -> list[tuple[int, object]]:
+    """Leave out the rows that ask about what no model here sees or hears; their labels could only be noise."""
+    kept = []
+    for number, row in rows:
+        beside = [name for name in PICTURES if isinstance(row, Mapping) and not _is_empty(row.get(name))]
+        if beside:
+            report.drop(number, f"it has `{beside[0]}`, and the models here read text alone")
+        else:
+            kept.append((number, row))
+    return kept
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 
 # ---- A mapping ----

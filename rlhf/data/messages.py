@@ -4,6 +4,7 @@
 |---|---|
 | a text | one turn of the user |
 | a text that begins with "Human:" | a transcript of hh-rlhf |
+| a user's text with lines `<extra_id_1>Assistant` and `<extra_id_1>User` | several turns of HelpSteer |
 | a message or a list of them, with `role` and `content` | OpenAI, transformers, TRL |
 | the same with `from` and `value` | ShareGPT, LlamaFactory |
 | `content` as a list of parts, `{"type": "text", "text": …}` | OpenAI |
@@ -12,6 +13,7 @@
 """
 
 import json
+import re
 from collections.abc import Mapping
 
 from rlhf.data.read import BadRow
@@ -27,6 +29,9 @@ SPEAKERS = {
     "observation": "tool",
     "function": "tool",
 }
+# A line between two turns of HelpSteer; and between two turns of a transcript that has no blank lines.
+SPEAKER_LINE = re.compile(r"\s*\n<extra_id_1>(User|Assistant)\n")
+TIGHT = re.compile(r"\n(?=(?:Human|Assistant):)")
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -44,12 +49,35 @@ def messages(value: object, name: str) -> Messages:
             turns = transcript(value)
             is_open = name == "prompt" and turns[-1] == {"role": "assistant", "content": ""}
             return turns[:-1] if is_open else turns
-        return user_turn(value)
+        return _speakers_apart(user_turn(value))
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
         raise BadRow(f"{name} is neither text nor messages")
-    return [_message(entry, name) for entry in value]
+    return _speakers_apart([_message(entry, name) for entry in value])
+
+
+def has_speaker_lines(value: object) -> bool:
+    """Return whether a prompt, a text or messages, has several of HelpSteer's turns in one text of the user."""
+    turns = value if isinstance(value, list) else [{"role": "user", "content": value}]
+    contents = [turn.get("content") for turn in turns if isinstance(turn, Mapping) and turn.get("role") == "user"]
+    return any(isinstance(content, str) and SPEAKER_LINE.search(content) for content in contents)
+
+
+def _speakers_apart(turns: Messages) -> Messages:
+    """Return the turns, those of the user that hold HelpSteer's lines of speakers split there."""
+    if not has_speaker_lines(turns):
+        return turns
+    result: Messages = []
+    for turn in turns:
+        if turn["role"] != "user":
+            result.append(turn)
+            continue
+        first, *rest = SPEAKER_LINE.split(turn["content"])
+        result.append({"role": "user", "content": first})
+        for speaker, text in zip(rest[::2], rest[1::2], strict=True):
+            result.append({"role": speaker.lower(), "content": text})
+    return result
 
 
 def transcript(text: str) -> Messages:
@@ -59,6 +87,8 @@ def transcript(text: str) -> Messages:
         BadRow: the text does not begin with a human's turn.
     """
     text = text if text.startswith("\n\n") else "\n\n" + text.lstrip()
+    if ASSISTANT not in text and HUMAN not in text[2:]:  # turns on lines of their own, without blank ones between
+        text = "\n\n" + TIGHT.sub("\n\n", text[2:])
     if not text.startswith(HUMAN):
         raise BadRow("a transcript that does not begin with a human's turn")
     turns: Messages = []

@@ -1,13 +1,14 @@
-"""Read what a recipe names, split it by prompt, and write the files that the stages read."""
+"""Read what a recipe names, split it by conversation, and write the files that the stages read."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.ratings import RatingReader, RatingScale
 from rlhf.data.read import ReadReport, is_local
+from rlhf.data.repeats import deduplicated
 from rlhf.data.rows import CRITIQUES, TIE, Compare, Messages, Pair, PromptRow, Rated
 from rlhf.data.sources import (
     Canonical,
@@ -17,7 +18,6 @@ from rlhf.data.sources import (
     Source,
     capped,
     count_kept,
-    deduplicated,
     drop_rows,
     keep_only,
     read_sources,
@@ -30,7 +30,7 @@ from rlhf.data.tables import saved_splits
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 
-HELD_OUT = "held out: its prompt is on the test side"
+HELD_OUT = "held out: its prompt, or another of its conversation, is on the test side"
 UNTESTABLE = "a tie, which nothing can be tested on"
 LEAK = "its prompt is on the test side that was given"
 # Rows by what they are: pairs, prompts, demonstrations; or by file.
@@ -65,11 +65,11 @@ class DataSources:
 def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | None = None) -> dict[str, Any]:
     """Write `sft.jsonl`, `pairs.jsonl`, `test_pairs.jsonl`, `prompts.jsonl`, `test_prompts.jsonl`, and `ratings.jsonl` if wanted.
 
-    Splits are by prompt: all rows of one prompt lie on one side. The test side is what `data.test`, rows that say
-    `split: test` or a hub dataset's own test split give; a source that gives none has a share `test_fraction` of its
-    prompts held out. No prompt of the test side is practised on in SFT, reward training or PPO: where we hold out, the
-    training rows of that prompt are left out; where the files themselves put a prompt on both sides, that is refused,
-    unless `leakage` says to drop those training rows or to allow them.
+    Splits are by conversation: all rows of one prompt, and of the turns that follow it, lie on one side. The test side is
+    what `data.test`, rows that say `split: test` or a hub dataset's own test split give; a source that gives none has a
+    share `test_fraction` of its conversations held out. No prompt of the test side is practised on in SFT, reward training
+    or PPO: where we hold out, the training rows of that conversation are left out; where the files
+    themselves put a prompt on both sides, that is refused, unless `leakage` says to drop those training rows or to allow them.
 
     Args:
         fit: writes tool calls as the model's chat template does (`rlhf.models.tools`); without it, their rows are left out.
@@ -99,12 +99,12 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     given_keys = {row.key for row in [*pairs.test, *prompts.test]}
     parts: Parts = {"pairs": pairs.train, "prompts": prompts.train, "demonstrations": sft.train}
     parts = {**parts, "ratings": rated.train} if sources.ratings is not None else parts
-    parts = {name: _without(rows, held_out, HELD_OUT) for name, rows in parts.items()}
+    parts = {name: _without(rows, held_out, HELD_OUT, name_of=_root) for name, rows in parts.items()}
     _check_leakage(
         {n: rows for n, rows in parts.items() if n != "prompts" or sources.prompts}, given_keys, sources.leakage
     )
     if sources.leakage == "drop":
-        parts = {name: _without(rows, given_keys, LEAK) for name, rows in parts.items()}
+        parts = {name: _without(rows, given_keys, LEAK, name_of=_key) for name, rows in parts.items()}
 
     # 3. Caps, by a seeded draw, and files.
     rng = random.Random(seed)
@@ -141,7 +141,7 @@ def _read_pairs(
     """Read all pairs.
 
     Returns:
-        the pairs, each once, and the prompts that are held out from sources without a test side.
+        the pairs, each once, and the conversations (`Row.root`) that are held out from sources without a test side.
     """
     pairs: Rows[Pair] = Rows()
     held_out: set[str] = set()
@@ -154,8 +154,8 @@ def _read_pairs(
             read.test = _own_test_side(source, reports, seed, fit, sources.compare)
         if not sources.test and not read.test:
             read.test = [row for row in read.train if _is_held_out(row, sources.test_fraction, seed)]
-            held_out |= {row.key for row in read.test}
-            read.train = [row for row in read.train if row.key not in held_out]
+            held_out |= {row.root for row in read.test}
+            read.train = [row for row in read.train if row.root not in held_out]
         pairs = Rows(pairs.train + read.train, pairs.test + read.test)
     if sources.test:
         drop_rows(pairs.test, "marked as test, but data.test is given")
@@ -174,7 +174,7 @@ def _read_ratings(
     """Read the answers of the preferences with their ratings, where they are wanted.
 
     Returns:
-        those to train on, and the prompts that are held out from sources without a test side.
+        those to train on, and the conversations that are held out from sources without a test side.
 
     Raises:
         UserError: a rating outside its scale, an attribute that nobody rated.
@@ -188,7 +188,7 @@ def _read_ratings(
         read = read_sources([source], reader.read, reports, "ratings", seed, fit=fit)
         drop_rows(read.test, "marked as test")
         if not sources.test and not read.test:
-            held_out |= {row.key for row in read.train if _is_held_out(row, sources.test_fraction, seed)}
+            held_out |= {row.root for row in read.train if _is_held_out(row, sources.test_fraction, seed)}
         rated.train += read.train
     reader.check()
     return rated, held_out
@@ -209,7 +209,7 @@ def _read_prompts(
         compared: the pairs of the test side.
 
     Returns:
-        the prompts, those of the test side each once, and the prompts that are held out from a file without a test side.
+        the prompts, those of the test side each once, and the conversations that are held out from a file without a test side.
     """
     prompts = read_sources(sources.prompts, to_prompts, reports, "prompts", seed, fit=fit)
     held_out: set[str] = set()
@@ -221,7 +221,7 @@ def _read_prompts(
         prompts.test = given.train
     elif sources.prompts and not prompts.test:
         prompts.test = [row for row in prompts.train if _is_held_out(row, sources.test_fraction, seed)]
-        held_out = {row.key for row in prompts.test}
+        held_out = {row.root for row in prompts.test}
     elif not sources.prompts:
         prompts.test = [Row({"prompt": row.values["prompt"]}, row.number, row.report) for row in compared]
     return Rows(prompts.train, _unique(prompts.test)), held_out
@@ -280,8 +280,18 @@ def _is_held_out(row: Row[Canonical], fraction: float, seed: int) -> bool:
     return share_of(row, str(seed)) < fraction
 
 
-def _without(rows: Sequence[Row[Canonical]], keys: set[str], reason: str) -> list[Row[Canonical]]:
-    return keep_only(rows, [row for row in rows if row.key not in keys], reason)
+def _without(
+    rows: Sequence[Row[Canonical]], names: set[str], reason: str, *, name_of: Callable[[Row[Any]], str]
+) -> list[Row[Canonical]]:
+    return keep_only(rows, [row for row in rows if name_of(row) not in names], reason)
+
+
+def _key(row: Row[Any]) -> str:
+    return row.key
+
+
+def _root(row: Row[Any]) -> str:
+    return row.root
 
 
 def _check_leakage(parts: Parts, given: set[str], leakage: str) -> None:

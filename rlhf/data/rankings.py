@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from rlhf.data.canonical import check_answer, check_prompt, extras_of
+from rlhf.data.canonical import check_answer, check_prompt, extras_of, label_columns
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Demonstration, Extras, Message, Messages, Pair, assistant_turn, group_key, prompt_key
+from rlhf.data.rows import Demonstration, Message, Messages, Pair, assistant_turn, group_key, prompt_key
 
 LISTS = ("responses", "answers", "completions")
 TEXTS = ("content", "text", "response", "answer")
@@ -41,12 +41,13 @@ class Ranking:
     """Answers to one prompt with their scores, higher is better, ties allowed.
 
     Attributes:
-        extras: `source`, `subset`, `annotator`, `id`, `agree` where the row has them.
+        extras: `source`, `subset`, `annotator`, `id`, `agree` and `weight` where the row has them; of two answers all that may
+            stand beside a label.
     """
 
     prompt: Messages
     answers: list[Answer]
-    extras: Extras = field(default_factory=Extras)
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -89,7 +90,7 @@ def comparisons(ranking: Ranking) -> list[Pair]:
             "group": ranking.group,
             "rating_gap": better.score - worse.score,
         }
-        pairs.append({**canonical, **ranking.extras})
+        pairs.append(cast(Pair, {**canonical, **ranking.extras}))
     return pairs
 
 
@@ -121,7 +122,10 @@ def k_wise(row: Mapping[str, object]) -> list[Ranking]:
     Raises:
         BadRow: an answer is no mapping, or has neither.
     """
-    prompt = messages(row.get("prompt", row.get("instruction")), "prompt")
+    question = row.get("prompt", row.get("instruction"))
+    if "prompt" not in row and isinstance(question, str) and isinstance(more := row.get("input"), str) and more.strip():
+        question = f"{question}\n{more}"  # two parts of one text, as in Alpaca
+    prompt = messages(question, "prompt")
     answers = []
     for entry in _answer_list(row) or []:
         if not isinstance(entry, dict):
@@ -132,7 +136,7 @@ def k_wise(row: Mapping[str, object]) -> list[Ranking]:
             raise BadRow("an answer has neither score nor rank")
         value = -_finite(entry["rank"], "rank") if score is None else _finite(score, "score")
         answers.append(Answer(content, value))
-    return [Ranking(prompt, answers, extras_of(row))]
+    return [Ranking(prompt, answers, _of_all_pairs(row))]
 
 
 def is_k_wise(row: Mapping[str, object]) -> bool:
@@ -172,7 +176,7 @@ def signed_strength(row: Mapping[str, object]) -> list[Ranking]:
         raise BadRow("no preference between the two responses (strength 0)")
     prompt = messages(row.get("prompt", row.get("context")), "prompt")
     texts = [response_text(response) for response in (first_response(row), second_response(row))]
-    return [Ranking(prompt, [Answer(texts[0], 0.0), Answer(texts[1], value)], extras_of(row))]
+    return [Ranking(prompt, [Answer(texts[0], 0.0), Answer(texts[1], value)], {**extras_of(row), **label_columns(row)})]
 
 
 def preference_of(row: Mapping[str, object]) -> tuple[str, object] | None:
@@ -205,7 +209,7 @@ def right_and_wrong(row: Mapping[str, object]) -> list[Ranking]:
     answers = [
         Answer(text, score) for side, score in (("chosen", 1.0), ("rejected", 0.0)) for text in _texts(row, side)
     ]
-    return [Ranking(prompt, answers, extras_of(row))]
+    return [Ranking(prompt, answers, _of_all_pairs(row))]
 
 
 def is_right_and_wrong(row: Mapping[str, object]) -> bool:
@@ -303,6 +307,12 @@ def _answered_turns(row: Mapping[str, object]) -> Iterator[_AnsweredTurn]:
             ranked = [reply for reply in replies if reply.get("rank") is not None]
             answers = [Answer(_turn(reply)["content"], -_finite(reply["rank"], "rank")) for reply in ranked]
             yield _AnsweredTurn(thread, answers, _turn(replies[0])["content"])
+
+
+def _of_all_pairs(row: Mapping[str, object]) -> Mapping[str, Any]:
+    """Return what a row says of each pair of its answers alike."""
+    labels = label_columns(row)
+    return {**extras_of(row), **({"weight": labels["weight"]} if "weight" in labels else {})}
 
 
 def _answer_list(row: Mapping[str, object]) -> list[object] | None:

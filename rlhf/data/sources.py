@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -14,6 +13,7 @@ from rlhf.data.layouts import find_layout
 from rlhf.data.layouts.layout import Layout
 from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated, preference_of
 from rlhf.data.read import BadRow, ReadReport, read_rows
+from rlhf.data.repeats import deduplicated
 from rlhf.data.rows import (
     PARTED,
     Compare,
@@ -25,12 +25,13 @@ from rlhf.data.rows import (
     has_tools,
     parting_turn,
     prompt_key,
-    told,
+    root_key,
 )
 from rlhf.data.sides import Side
 from rlhf.data.tidy import tidied
 from rlhf.errors import UserError
 
+NEITHER_PART = ("validation", "valid", "val", "dev", "eval")
 Canonical = TypeVar("Canonical", bound=PromptRow, covariant=True)
 
 
@@ -39,7 +40,7 @@ class Source:
     """One file or hub dataset of a mixture.
 
     Attributes:
-        fraction: of its prompts, by a seeded draw; all rows of a prompt stay together.
+        fraction: of its conversations, by a seeded draw; all rows of one stay together.
         max_rows: at most so many rows, by a seeded draw.
         preference: what the values of its preference column mean, where the file itself does not say it.
         columns: our names → the file's own, dots leading into nested ones, where the file's layout is none that is known.
@@ -93,6 +94,11 @@ class Row(Generic[Canonical]):
     def key(self) -> str:
         """Return the identity of the row's prompt."""
         return prompt_key(self.values["prompt"])
+
+    @property
+    def root(self) -> str:
+        """Return the identity of the conversation that the row's prompt is of."""
+        return root_key(self.values["prompt"])
 
 
 @dataclass
@@ -291,13 +297,20 @@ def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
 
     # 2. Tidy; decide what two responses and a preference say.
     rows = tidied([entry.row for entry in named])
-    by_column = directions((row for row, _ in rows), source.source, source.preference)
-    for entry, (row, remarks) in zip(named, rows, strict=True):
+    by_column = directions((row for row, *_ in rows), source.source, source.preference)
+    for entry, (row, remarks, refused) in zip(named, rows, strict=True):
+        if refused is not None:
+            report.drop(entry.number, refused)
+            continue
         for remark in remarks:
             report.note(entry.number, remark)
         if isinstance(row, dict) and row.get("tools"):
             report.note(entry.number, "`tools` beside a conversation is left out: no canonical row has a place for it")
-        is_test = isinstance(row, dict) and row.get("split") == "test" and split == "train"
+        part = str(row.get("split") or "").lower() if isinstance(row, dict) else ""
+        if split == "train" and part in NEITHER_PART:
+            report.drop(entry.number, f"its `split` is {part}, which is neither to train nor to test on")
+            continue
+        is_test = part == "test" and split == "train"
         if entry.layout is not None and entry.meaning is not None:
             name = f"{entry.layout.name}, ties" if entry.is_tie else entry.layout.name
             yield Line(entry.number, row, is_test, (name, entry.meaning), entry.makes_confidence)
@@ -332,8 +345,11 @@ def _fitted(rows: Iterable[Row[Canonical]], fit: Fit | None) -> list[Row[Canonic
 
 
 def share_of(row: Row[Canonical], salt: str) -> float:
-    """Return a number in [0, 1) that is the same for all rows of a prompt."""
-    return share_of_text(row.key, salt)
+    """Return a number in [0, 1) that is the same for all rows of a conversation.
+
+    Prompts of one conversation or tree have each other's answers in them, so they stay together.
+    """
+    return share_of_text(row.root, salt)
 
 
 def share_of_text(text: str, salt: str) -> float:
@@ -352,33 +368,6 @@ def keep_only(rows: Sequence[Row[Canonical]], kept: list[Row[Canonical]], reason
     """Return the rows that are kept; count the others in their reports."""
     kept_ids = {id(row) for row in kept}
     drop_rows((row for row in rows if id(row) not in kept_ids), reason)
-    return kept
-
-
-def deduplicated(rows: Sequence[Row[Pair]], *, by_annotator: bool = False) -> list[Row[Pair]]:
-    """Keep each pair once; drop a pair that stands in both orders both times, for nobody knows which is right.
-
-    With `by_annotator`, labels of one pair that name different annotators are all kept, whatever they say.
-    """
-
-    def identity(row: Row[Pair]) -> tuple[object, frozenset[str], str]:
-        chosen, rejected = told(row.values, "chosen").strip(), told(row.values, "rejected").strip()
-        return (row.key, by_annotator and row.values.get("annotator")), frozenset((chosen, rejected)), chosen
-
-    orders: defaultdict[tuple[object, frozenset[str]], set[str]] = defaultdict(set)
-    for key, answers, chosen in map(identity, rows):
-        orders[key, answers].add(chosen)
-    kept: list[Row[Pair]] = []
-    seen: set[tuple[object, frozenset[str]]] = set()
-    for row in rows:
-        key, answers, _ = identity(row)
-        if len(orders[key, answers]) > 1:
-            row.report.drop(row.number, "stands in both orders")
-        elif (key, answers) in seen:
-            row.report.drop(row.number, "repeats another pair")
-        else:
-            seen.add((key, answers))
-            kept.append(row)
     return kept
 
 

@@ -4,20 +4,27 @@ Files repeat the prompt at the head of both answers, write conversations as JSON
 of its own, or hold a model's reasoning beside its answer.
 """
 
+import ast
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from rlhf.data.messages import ROLES, messages
+from rlhf.data.messages import has_speaker_lines, messages
 from rlhf.data.rankings import is_k_wise, second_response
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Message, Messages
 
-PARSED = "read from the JSON text of messages"
+PARSED = "read from the text of messages, in JSON or as Python prints it"
+UNREADABLE = "{} looks like the text of messages, and is neither JSON nor what Python prints of a list"
+INTERLEAVED = "read from JSON lists of texts, a turn each"
+SPEAKERS_APART = "the prompt's turns were in one text, with lines <extra_id_1>User and <extra_id_1>Assistant between"
+UNLIKELY = "`confidence` is below 0.5, so the answers change sides, and it becomes 1 - confidence"
 REPEATED = "the prompt was repeated at the head of both answers, and is taken off"
 BEGINS = "kept, though both answers begin with the prompt"
 SYSTEM = "the `system` column became the system turn"
-TEXTS = ("prompt", "messages", "chosen", "rejected", "completion")
+TEXTS = ("prompt", "context", "messages", "chosen", "rejected", "completion")
+MESSAGES_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # From this share of a file's pairs on, answers that begin with their prompt were written so by whoever made the file; below
 # it, an answer merely begins with the words of a short question ("Hi": "Hi there").
@@ -25,10 +32,11 @@ REPEATED_SHARE = 0.5
 
 
 class Tidied(NamedTuple):
-    """A row as the layouts read it, and what was done to it, each as a remark."""
+    """A row as the layouts read it, what was done to it, each as a remark, and why nobody can read it."""
 
     row: object
     remarks: list[str]
+    refused: str | None = None
 
 
 def tidied(rows: Sequence[object]) -> list[Tidied]:
@@ -38,7 +46,7 @@ def tidied(rows: Sequence[object]) -> list[Tidied]:
     pairs = sum(isinstance(row, Mapping) and "chosen" in row and "prompt" in row for row in rows)
     is_habit = sum(head is not None for head in heads) >= REPEATED_SHARE * pairs
     for i, head in enumerate(heads):
-        row, remarks = results[i]
+        row, remarks, _ = results[i]
         if head is not None and isinstance(row, Mapping):
             results[i] = (
                 Tidied(_without_head(row, head), [*remarks, REPEATED]) if is_habit else Tidied(row, [*remarks, BEGINS])
@@ -51,9 +59,20 @@ def _tidy(row: Mapping[str, object]) -> Tidied:
     remarks: list[str] = []
     reasoning = sorted({name for message in _all_messages(row) for name in REASONING if message.get(name)})
     remarks += [f"`{name}` beside an answer is left out: no canonical row has a place for it" for name in reasoning]
-    for step, remark in ((_parse, PARSED), (_cut_conversations, REPEATED), (_add_system_turn, SYSTEM)):
+    if has_speaker_lines(row.get("prompt")):
+        remarks.append(SPEAKERS_APART)
+    steps = (
+        (_more_likely_first, UNLIKELY),
+        (_parse, PARSED),
+        (_interleave, INTERLEAVED),
+        (_cut_conversations, REPEATED),
+        (_add_system_turn, SYSTEM),
+    )
+    for step, remark in steps:
         try:
             changed = step(row)
+        except UnreadableText as reason:
+            return Tidied(row, remarks, str(reason))
         except BadRow:  # the layout that reads the row says what is wrong with it
             continue
         if changed is not None:
@@ -61,28 +80,89 @@ def _tidy(row: Mapping[str, object]) -> Tidied:
     return Tidied(row, remarks)
 
 
-# ---- Conversations as JSON text ----
+# ---- A label that is more likely wrong than right ----
+
+
+def _more_likely_first(row: Mapping[str, object]) -> Mapping[str, object] | None:
+    """Return the row with its sides changed where P(chosen is better) is below a half; whatever takes `chosen` for the better
+    answer, an accuracy or a demonstration, would take the worse one.
+    """
+    name = "confidence" if row.get("confidence") is not None else "soft_label"
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 0.5:
+        return None
+    if row.get("chosen") is None or row.get("rejected") is None:
+        return None
+    changed = {_other_side(key): content for key, content in row.items()}
+    for signed in ("margin", "rating_gap"):
+        if isinstance(gap := row.get(signed), int | float) and not isinstance(gap, bool):
+            changed[signed] = -gap
+    return {**changed, name: 1 - value}
+
+
+def _other_side(key: str) -> str:
+    """Return a column's name with `chosen` and `rejected` in each other's place."""
+    sides = {"chosen": "rejected", "rejected": "chosen"}
+    return re.sub("chosen|rejected", lambda side: sides[side[0]], key)
+
+
+# ---- Conversations as text ----
+
+
+class UnreadableText(BadRow):
+    """A text that was meant to be messages, which no layout could tell from words."""
 
 
 def _parse(row: Mapping[str, object]) -> Mapping[str, object] | None:
-    """Return the row with messages where it has their JSON text; of two answers, both must be such texts."""
-    parsed = {name: turns for name in TEXTS if (turns := _parsed(row.get(name))) is not None}
-    if ("chosen" in parsed) != ("rejected" in parsed):
-        parsed = {name: turns for name, turns in parsed.items() if name not in ("chosen", "rejected")}
+    """Return the row with messages where it has their text; of two answers, both must be such texts.
+
+    Raises:
+        UnreadableText: a text that must have been messages once, as those of arrays that pandas wrote.
+    """
+    named = {name: text for name in TEXTS if isinstance(text := row.get(name), str) and MESSAGES_TEXT.match(text)}
+    if ("chosen" in named) != ("rejected" in named):
+        named = {name: text for name, text in named.items() if name not in ("chosen", "rejected")}
+    parsed = {name: _parsed(text, name) for name, text in named.items()}
     return {**row, **parsed} if parsed else None
 
 
-def _parsed(text: object) -> list[object] | None:
+def _parsed(text: str, name: str) -> list[object]:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            turns = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+            return turns
+    raise UnreadableText(UNREADABLE.format(name))
+
+
+def _interleave(row: Mapping[str, object]) -> Mapping[str, object] | None:
+    """Return the row with conversations in place of JSON lists of as many texts: the prompt's are the user's turns."""
+    lists = {name: _texts_in(row.get(name)) for name in ("prompt", "chosen", "rejected")}
+    asked, chosen, rejected = lists.values()
+    if not asked or not chosen or not rejected or not len(asked) == len(chosen) == len(rejected):
+        return None
+    sides = {
+        side: [
+            Message(role=role, content=text)
+            for turn in zip(asked, answers, strict=True)
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        for side, answers in (("chosen", chosen), ("rejected", rejected))
+    }
+    return {name: value for name, value in row.items() if name != "prompt"} | sides
+
+
+def _texts_in(text: object) -> list[str]:
+    """Return the texts of a JSON list of texts; none where it is no such list."""
     if not isinstance(text, str) or not text.lstrip().startswith("["):
-        return None
+        return []
     try:
-        turns = json.loads(text)
+        texts = json.loads(text)
     except (ValueError, RecursionError):
-        return None
-    is_conversation = bool(turns) and all(
-        isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str) for turn in turns
-    )
-    return turns if is_conversation else None
+        return []
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else []
 
 
 # ---- The prompt at the head of both answers ----

@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.layouts import find_layout
 from rlhf.data.read import BadRow, ReadReport, read_rows
+from rlhf.data.repeats import deduplicated
 from rlhf.data.rows import Compare, asked, has_tools, told
 from rlhf.data.sources import (
     Row,
     Rows,
     Source,
     count_kept,
-    deduplicated,
     read_sources,
     to_demonstrations,
     to_pairs,

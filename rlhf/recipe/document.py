@@ -19,6 +19,7 @@ LARGEST_INT = 2**63  # beyond which no number of a recipe can be meant
 VALUES_AS_KEYS = (
     "preference",
 )  # the mapping whose keys are values of a data file: 1 or true there, as they are written
+WHOLE = ("attributes", "expert_weights", "columns", "preference")
 Place = str  # "file:line"
 KeyPath = tuple[str, ...]
 
@@ -34,7 +35,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int",
-    re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0[0-7_]+|0x[0-9a-fA-F_]+)$"),
+    re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
     list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
@@ -49,10 +50,17 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Document:
-    """Values by nested key, and the place ("file:line") of each."""
+    """Values by nested key, and the place ("file:line") of each.
+
+    Attributes:
+        path: of an override, the one key that it gives.
+        nulls: the keys for which `null` is written, and not nothing at all.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
+    path: KeyPath = ()
+    nulls: set[KeyPath] = field(default_factory=set)
 
     def place(self, path: KeyPath) -> Place:
         """Return where a key stands, or the nearest key above it."""
@@ -61,8 +69,12 @@ class Document:
         return self.places.get(path, "recipe")
 
     def merged_with(self, other: "Document") -> "Document":
-        """Return this document with the other's keys on top; sections are merged, anything else is replaced."""
-        return Document(_merge(self.values, other.values), {**self.places, **other.places})
+        """Return this document with the other's keys on top.
+
+        Settings are merged. A mapping whose keys are names of somebody's data (`WHOLE`), and a source of data, are values: they
+        are replaced, unless an override names a key within (`reward.attributes.verbosity=0`).
+        """
+        return Document(_merge(self.values, other.values, (), other.path), {**self.places, **other.places})
 
 
 def read_document(path: Path) -> Document:
@@ -103,7 +115,7 @@ def read_override(text: str) -> Document:
     if not separator or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
         raise UserError(f"{place}: an override looks like section.key=value.")
     path = tuple(name.split("."))
-    document = Document(places={path[: i + 1]: place for i in range(len(path))})
+    document = Document(places={path[: i + 1]: place for i in range(len(path))}, path=path)
     parsed = _read_yaml(value, path, lambda _: place, document)
     inner = document.values
     for part in path[:-1]:
@@ -188,6 +200,8 @@ class _Reader:
         except (yaml.YAMLError, ValueError):
             self.problems.append(f"{place}: cannot read the value of {'.'.join(path)!r}.")
             return None
+        if value is None and node.value:
+            self.document.nulls.add(path)
         if (reason := _unusable(value)) is not None:
             self.problems.append(f"{place}: {'.'.join(path)!r} is {reason}.")
         return value
@@ -221,11 +235,20 @@ def _unusable(value: object) -> str | None:
     return None
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merge(below: dict[str, Any], above: dict[str, Any], at: KeyPath, override: KeyPath) -> dict[str, Any]:
+    """Return settings with others on top.
+
+    Args:
+        at: where both stand in the recipe.
+        override: the key that an override gives; empty for a file.
+    """
     merged = dict(below)
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
+        path = (*at, key)
+        is_within = len(override) > len(path) and override[: len(path)] == path
+        is_settings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        if is_settings and (is_within or (key not in WHOLE and "source" not in value)):
+            merged[key] = _merge(merged[key], value, path, override)
         else:
             merged[key] = value
     return merged

@@ -116,9 +116,17 @@ def load_source(text: str, *, columns: str | None = None, key: str = "DATA") -> 
 
 
 def _read(path: Path) -> Document:
-    """Read a file; a section without keys (`lab:`) stands for its defaults, and `lab=null` on the command line removes it."""
+    """Read a file; a section without keys (`lab:`) stands for its defaults.
+
+    `lab: null` over a base, and `lab=null` on the command line, remove it.
+    """
     document = read_document(path)
-    sections = [name for name in document.values if name in Recipe.model_fields and _section_class(name) is not None]
+    removed = {name for (name, *below) in document.nulls if not below and "base" in document.values}
+    sections = [
+        name
+        for name in document.values
+        if name in Recipe.model_fields and _section_class(name) is not None and name not in removed
+    ]
     document.values |= {name: {} for name in sections if document.values[name] is None}
     return document
 

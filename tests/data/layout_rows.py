@@ -183,7 +183,7 @@ TABLE: dict[str, tuple[Any, Any]] = {
                 }
             ],
         },
-        lambda i: canonical(i, annotator="a@x.org"),
+        lambda i: canonical(i, annotator="a@x.org", id=str(i)),
     ),
     "Label Studio, JSON-MIN": (
         lambda i: {
@@ -195,7 +195,7 @@ TABLE: dict[str, tuple[Any, Any]] = {
             "preference": [{"selected": "left" if i % 2 == 0 else "right"}],
             "annotator": "a@x.org",
         },
-        lambda i: canonical(i, annotator="a@x.org"),
+        lambda i: canonical(i, annotator="a@x.org", id=str(i)),
     ),
     "Argilla, records": (
         lambda i: {

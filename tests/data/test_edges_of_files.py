@@ -215,7 +215,7 @@ def test_a_folder_of_one_split_is_read_whole_and_one_of_two_by_name(tmp_path: Pa
 def test_lists_among_the_rows_are_no_pairs_that_repeat_their_prompt() -> None:
     repeating = {"prompt": "hello there", "chosen": "hello there yes", "rejected": "hello there no"}
     others: list[Any] = [["prompt", "chosen"], {"prompt": "a"}, {"chosen": "b"}]
-    (row, _), *rest = tidied([repeating, *others * 3])
+    (row, *_), *rest = tidied([repeating, *others * 3])
     assert row == {"prompt": "hello there", "chosen": "yes", "rejected": "no"}
     assert [each.row for each in rest] == others * 3
 

@@ -301,7 +301,7 @@ def test_a_confidence_that_a_row_brings_is_not_the_layouts(more: dict[str, Any],
 
 
 def test_agreement_is_a_number_and_no_truth_value() -> None:
-    assert extras_of({"agree": 0.7, "annotator": "ann", "id": 3}) == {"agree": 0.7, "annotator": "ann"}
+    assert extras_of({"agree": 0.7, "annotator": "ann", "id": 3}) == {"agree": 0.7, "annotator": "ann", "id": "3"}
     assert extras_of({"agree": True}) == extras_of({"agree": "0.7"}) == {}
 
 

@@ -26,9 +26,12 @@ they found: [faults](../../recipes/results/faults.md).
 FAULTS: dict[str, dict[str, str]] = {
     "Data, training, serving": {
         "identical pair": "the two answers of a pair are the same: left out and counted, never trained on",
+        "common layouts": "read as what they are, whoever wrote the file; what can't be read is left out and counted",
+        "direction of labels": "the answer that is more likely the better one is the chosen one, everywhere",
+        "labels of several people": "each counts, under a name or none, in words or numbers",
         "empty or missing text": "empty, blank or no text, a missing column, another type: counted with row numbers",
         "margin out of range": "NaN, infinite, absurd or missing in some rows: refused or left out before training",
-        "duplicates and leakage": "repeated and contradicting rows are counted; a prompt on both sides is refused",
+        "duplicates and leakage": "repeats are counted, a prompt on both sides is refused, a conversation stays whole",
         "rows too long": "left out or cut, counted and said",
         "padding is the end": "another padding token, or a refusal; scores depend on neither padding nor neighbours",
         "chat template": "none, one with today's date, one that drops or refuses turns: frozen or refused by name",

@@ -9,7 +9,7 @@ from rlhf.data.sides import Side, is_tie, named_side
 
 def comparison(row: Mapping[str, object], label: str) -> Comparison:
     """Return the two conversations; `winner` is model_a, model_b, tie or tie (bothbad), `judge` the annotator."""
-    beside = {"annotator": row["judge"]} if isinstance(row.get("judge"), str) else {}
+    beside = {"annotator": row["judge"]} if row.get("judge") is not None else {}
     better = _better(row["winner"])
     # The conversations begin with the prompt: it is what they share.
     return Comparison(None, row["conversation_a"], row["conversation_b"], better, ("winner", row["winner"]), beside)

@@ -2,21 +2,16 @@
 
 from collections.abc import Mapping
 
+from rlhf.data.canonical import RATINGS
 from rlhf.data.layouts.layout import Layout, beside
 from rlhf.data.messages import HUMAN
 from rlhf.data.rankings import LISTS
 from rlhf.data.read import BadRow
+from rlhf.data.rows import CRITIQUES, TIE
 
 PROMPTS = ("question", "instruction", "input", "query")
 ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
-RATINGS = (
-    "chosen_avg_rating",
-    "rejected_avg_rating",
-    "chosen_rating",
-    "rejected_rating",
-    "chosen-rating",
-    "rejected-rating",
-)
+KEPT = (*(name for names in RATINGS for name in names), "rating_gap", *CRITIQUES)
 
 
 def has_named_prompt(row: object) -> bool:
@@ -34,8 +29,10 @@ def has_named_prompt(row: object) -> bool:
 def named_prompt(row: Mapping[str, object]) -> Mapping[str, object]:
     """Return the row with its prompt and answers under our names; `instruction` and `input` are one text, as in Alpaca."""
     chosen, rejected = _answers(row) or ANSWERS[0]
-    ratings = {name: row[name] for name in (*RATINGS, "chosen_score", "rejected_score") if row.get(name) is not None}
-    return {**beside(row), **ratings, "prompt": _prompt(row), "chosen": row[chosen], "rejected": row[rejected]}
+    kept = beside(row) | {name: row[name] for name in KEPT if row.get(name) is not None}
+    if row.get("status") == "tie":  # distilabel's second look at Orca's pairs
+        kept["confidence"] = TIE
+    return {**kept, "prompt": _prompt(row), "chosen": row[chosen], "rejected": row[rejected]}
 
 
 def is_alpaca(row: object) -> bool:

@@ -12,7 +12,7 @@ def comparison(row: Mapping[str, Any], label: str) -> Comparison:
     summaries = row["summaries"]
     if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(s, Mapping) for s in summaries):
         raise BadRow("summaries are not two mappings with text")
-    beside = {"annotator": row["worker"]} if isinstance(row.get("worker"), str) else {}
+    beside = {"annotator": row["worker"]} if row.get("worker") is not None else {}
     first, second = (summary.get("text") for summary in summaries)
     better = better_of(row["choice"], "choice")
     return Comparison(_task(row["info"]), first, second, better, ("choice", row["choice"]), beside)

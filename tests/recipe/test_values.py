@@ -1,0 +1,65 @@
+"""What an override or a child recipe replaces, and what it adds to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf.errors import UserError
+from rlhf.recipe import Recipe, load_recipe
+
+BASE: dict[str, Any] = {
+    "name": "x",
+    "lab": {"world": "lists", "pairs": 100},
+    "backbone": {"from_scratch": {"architecture": "llama", "hidden_size": 64, "num_hidden_layers": 2}},
+    "reward": {"learning_rate": 1e-3},
+}
+RATED: dict[str, Any] = {
+    "name": "x",
+    "backbone": {"model": "org/model"},
+    "data": {"preferences": {"source": "old.jsonl", "max_rows": 100, "preference": {"0": "first", "1": "second"}}},
+    "reward": {"objective": "regression", "attributes": {"helpfulness": 0.6, "verbosity": -0.4}},
+}
+
+
+def loaded(folder: Path, base: dict[str, Any], child: str = "", overrides: tuple[str, ...] = ()) -> Recipe:
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    (folder / "child.yaml").write_text(f"base: base.yaml\n{child}")
+    return load_recipe(folder / "child.yaml", overrides)
+
+
+def test_weights_of_attributes_are_replaced_as_a_whole_and_changed_by_name(tmp_path: Path) -> None:
+    whole = loaded(tmp_path, RATED, overrides=("reward.attributes={helpfulness: 1.0}",))
+    assert whole.reward.attributes == {"helpfulness": 1.0}
+    assert loaded(tmp_path, RATED, "reward: {attributes: {helpfulness: 1.0}}").reward.attributes == {"helpfulness": 1.0}
+    one = loaded(tmp_path, RATED, overrides=("reward.attributes.verbosity=0.1",))
+    assert one.reward.attributes == {"helpfulness": 0.6, "verbosity": 0.1}
+
+
+def test_another_source_has_nothing_of_the_one_before(tmp_path: Path) -> None:
+    """Least of all what the values of its preference mean."""
+    new: Any = loaded(tmp_path, RATED, "data: {preferences: {source: new.jsonl}}").data.preferences
+    assert (new.source, new.max_rows, new.preference) == ("new.jsonl", None, None)
+    old: Any = loaded(tmp_path, RATED, "data: {preferences: {max_rows: 10}}").data.preferences
+    assert (old.source, old.max_rows, old.preference) == ("old.jsonl", 10, {"0": "first", "1": "second"})
+    old: Any = loaded(tmp_path, RATED, overrides=("data.preferences.max_rows=10",)).data.preferences
+    assert (old.source, old.max_rows) == ("old.jsonl", 10)
+
+
+def test_settings_are_added_to_those_of_the_base(tmp_path: Path) -> None:
+    shape = loaded(tmp_path, BASE, "backbone: {from_scratch: {hidden_size: 32}}").backbone.from_scratch
+    assert shape == {"architecture": "llama", "hidden_size": 32, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(("written", "is_there"), [("lab: null", False), ("lab: ~", False), ("lab:", True)])
+def test_a_null_removes_a_section_of_the_base(tmp_path: Path, written: str, is_there: bool) -> None:
+    """An empty section stands for its defaults, over a base too."""
+    recipe = loaded(tmp_path, {**BASE, "data": {"preferences": "x.jsonl", "sft": "y.jsonl"}}, written)
+    assert (recipe.lab is not None) is is_there
+
+
+def test_a_number_that_begins_with_a_zero_is_refused(tmp_path: Path) -> None:
+    """YAML 1.1 counts it by eights, YAML 1.2 by tens."""
+    with pytest.raises(UserError, match="seed: input should be a valid integer"):
+        loaded(tmp_path, BASE, overrides=("seed=010",))
