@@ -47,7 +47,7 @@ class Needs:
 
 
 def _asks(rounds: Mapping[str, Any]) -> bool:
-    return rounds["count"] > 1 or rounds["first"] == "sampled"
+    return bool(rounds["count"] > 1 or rounds["first"] == "sampled")
 
 
 def _labels_come_from(*names: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -126,7 +126,7 @@ NEEDS = (
         lambda v: v["total_episodes"] is None,
         "ppo.total_episodes decides how long it trains",
     ),
-    # Labels that are taken for a judge's would be the file's: `count: 1` by name is no answer to this one.
+    # Without a switch: who writes `judge` here believes that a judge labels, where the file's own labels are trained on.
     Needs("rounds", ("labels_from",), lambda v: _asks(v) or v["labels_from"] == "dataset", ASKS_NOBODY),
     Needs("rounds", (*ASKING, "annotators_per_pair"), _asks, ASKS_NOBODY, "count"),
     Needs("rounds", ASKING, _labels_come_from("lab", "people", "judge", "verdicts"), "rounds.labels_from is dataset"),
@@ -147,7 +147,7 @@ NEEDS = (
         "rounds",
         ("age_weight", "min_fresh_accuracy", "kl_limit"),
         lambda v: v["count"] > 1,
-        "rounds.count is 1, and it tells rounds apart",
+        "rounds.count is 1, and no round comes after it",
         "count",
     ),
 )
