@@ -2,19 +2,20 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from rlhf.data.labels import Question, Verdict
 from rlhf.data.read import ReadReport, read_rows
-from rlhf.data.sides import code_of, named_side, numbered_sides, shown_codes
+from rlhf.data.sides import code_of, named_side, number_of, numbered_sides, shown_codes
 from rlhf.errors import UserError
 
 Format = Literal["plain", "label-studio", "argilla"]
 ExportedRow = Mapping[str, Any]  # foreign JSON: a task of Label Studio, a record of Argilla
 NumberedRow = tuple[int, Any]  # a row as it was read, with its number
 CONTROL = "preference"  # the question's name in what is exported for Label Studio and Argilla
+UNNAMED = "unnamed"  # whoever left no name
 LONGEST_NAME = 200  # characters of an annotator's name
 LONGEST_SECONDS = 86_400.0  # a day: nobody looks longer at one pair
 # What people write for no side; `rlhf.data.sides` has the words for the first and the second.
@@ -74,7 +75,10 @@ def read_verdicts(path: str, report: ReadReport | None = None) -> tuple[list[Ver
     """Read the verdicts in a file: rows {id, label, annotator, seconds}, or an export of Label Studio or Argilla.
 
     `label` is first, second, tie or skip; a, A or 1 mean the first, and so on. Where a file holds the numbers 0 and 1 only, 0
-    means the first and 1 the second; beside 1 and 2, 0 is a tie.
+    means the first and 1 the second; beside 1 and 2, 0 is a tie. Where it holds any other number, no number of it is a label.
+
+    Of one annotator's verdicts on a question the last one counts, and a skip never does beside another verdict. Several verdicts
+    on a question without an annotator's name may be one person's or several people's: none of them counts.
 
     Of Label Studio: its JSON, or with our ids its CSV and TSV. Of Argilla: `to_json`, `to_list`, or a data set of `to_datasets`.
 
@@ -89,17 +93,22 @@ def read_verdicts(path: str, report: ReadReport | None = None) -> tuple[list[Ver
     """
     report = ReadReport(path) if report is None else report
     entries = [_readable(entry) for entry in _entries(list(read_rows(path, report)))]
-    meaning = _meanings([entry.label for entry in entries if isinstance(entry, Answered)])
-    verdicts, refused = [], list[dict[str, Any]]()
+    labels = [entry.label for entry in entries if isinstance(entry, Answered)]
+    meaning, numbers = _meanings(labels), _numbers(labels)
+    decided, refused = list[tuple[int, Verdict]](), list[dict[str, Any]]()
     for entry in entries:
         if isinstance(entry, Unusable):
             refused.append({"row": entry.row, "reason": entry.reason} | ({} if entry.id is None else {"id": entry.id}))
+        elif _is_blank(entry.label):
+            refused.append({"row": entry.row, "reason": "no label yet", "id": entry.id})
         elif code_of(entry.label) not in meaning:
-            reason = "no label yet" if _is_blank(entry.label) else "unknown label"
-            label = {} if reason == "no label yet" else {"label": entry.label}
-            refused.append({"row": entry.row, "reason": reason, "id": entry.id, **label})
+            reason = _unknown(entry.label, numbers)
+            refused.append({"row": entry.row, "reason": reason, "id": entry.id, "label": entry.label})
         else:
-            verdicts.append(Verdict(entry.id, meaning[code_of(entry.label)], entry.annotator, entry.seconds))
+            verdict = Verdict(entry.id, meaning[code_of(entry.label)], entry.annotator, entry.seconds)
+            decided.append((entry.row, verdict))
+    verdicts, replaced = _one_each(decided)
+    refused += replaced
     if (sentence := _number_sentence(meaning)) is not None:
         report.direct("label", sentence)
     if not verdicts and not refused:
@@ -138,6 +147,24 @@ def _readable(entry: Entry) -> Entry:
     return entry
 
 
+def _one_each(decided: Sequence[tuple[int, Verdict]]) -> tuple[list[Verdict], list[dict[str, Any]]]:
+    """Return one verdict of every annotator on a question, and the rows of the others, each with its reason."""
+    given: dict[tuple[str, str], list[tuple[int, Verdict]]] = {}
+    for row, verdict in decided:
+        given.setdefault((verdict.id, verdict.annotator), []).append((row, verdict))
+    verdicts, replaced = list[Verdict](), list[dict[str, Any]]()
+    for (_, annotator), rows in given.items():
+        votes = [one for one in rows if one[1].label != "skip"]
+        if annotator == UNNAMED and len(votes) > 1:
+            last, reason = None, "without a name beside another one on the same pair (fill in `annotator`)"
+        else:
+            last, reason = (votes or rows)[-1], "superseded by another verdict of the same annotator"
+            verdicts.append(last[1])
+        others = (one for one in rows if one is not last)
+        replaced += [{"row": row, "reason": reason, "id": v.id, "label": v.label} for row, v in others]
+    return verdicts, replaced
+
+
 def _is_text(value: str) -> bool:
     """Return whether a text can be written: JSON may hold halves of characters."""
     try:
@@ -151,8 +178,12 @@ def _plain(number: int, row: object) -> Iterator[Entry]:
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
         yield Unusable(number, "no id")
         return
-    annotator = str(row.get("annotator") or "unnamed")
-    yield Answered(number, row["id"], row.get("label"), annotator, _seconds(row.get("seconds")))
+    yield Answered(number, row["id"], row.get("label"), name_of(row.get("annotator")), _seconds(row.get("seconds")))
+
+
+def name_of(annotator: object) -> str:
+    """Return an annotator's name as it is kept: a text, `UNNAMED` where there is none."""
+    return UNNAMED if _is_blank(annotator) else str(annotator)
 
 
 def is_task(row: object) -> bool:
@@ -175,9 +206,8 @@ def task_entries(number: int, task: ExportedRow, *, is_named: bool) -> Iterator[
     """
     question = str(task["data"].get("id", ""))
     for annotation in task["annotations"]:
-        annotator = annotation.get("completed_by")
-        annotator = annotator.get("email") if isinstance(annotator, dict) else annotator
-        annotator = "unnamed" if annotator is None else str(annotator)
+        person = annotation.get("completed_by")
+        annotator = name_of((person.get("email") or person.get("id")) if isinstance(person, dict) else person)
         if annotation.get("was_cancelled"):
             yield Answered(number, question, "skip", annotator, _seconds(annotation.get("lead_time")))
             continue
@@ -201,7 +231,7 @@ def short_task_entries(number: int, row: ExportedRow) -> Iterator[Entry]:
         yield Unusable(number, "no id of ours: Label Studio's JSON-MIN puts its own in its place; export as JSON")
         return
     label = short_label(row)
-    yield Answered(number, row["id"], label, str(row.get("annotator") or "unnamed"), _seconds(row.get("lead_time")))
+    yield Answered(number, row["id"], label, name_of(row.get("annotator")), _seconds(row.get("lead_time")))
 
 
 def short_label(row: ExportedRow) -> object:
@@ -238,30 +268,46 @@ def record_entries(number: int, record: ExportedRow) -> Iterator[Entry]:
     question = "" if record.get("id") is None else str(record["id"])
     if "fields" in record:
         for response in (record["responses"] or {}).get(CONTROL) or []:
-            yield Answered(number, question, response.get("value"), str(response.get("user_id", "unnamed")))
+            yield Answered(number, question, response.get("value"), name_of(response.get("user_id")))
         return
     labels = record[f"{CONTROL}.responses"] or []
-    users = record.get(f"{CONTROL}.responses.users") or ["unnamed"] * len(labels)
+    users = record.get(f"{CONTROL}.responses.users") or [None] * len(labels)
     states = record.get(f"{CONTROL}.responses.status") or ["submitted"] * len(labels)
     for label, user, state in zip(labels, users, states, strict=True):
-        yield Answered(number, question, label if state == "submitted" else "skip", str(user))
+        yield Answered(number, question, label if state == "submitted" else "skip", name_of(user))
 
 
 def _meanings(labels: Sequence[object]) -> dict[str, str]:
     """Return what each label of a whole file means, by its code; labels that mean nothing are left out.
 
-    A 1 without a 0 is the first, as on the labelling page; a 0 alone, or beside numbers other than 1 and 2, says nothing.
+    A 1 without a 0 is the first, as on the labelling page. A 0 alone says nothing, and neither does any number of a file that
+    holds others too, such as -1 or 0.5: its codes may mean anything.
     """
-    codes = {code_of(label) for label in labels if not isinstance(label, bool) and not _is_blank(label)}
-    numbers = {code for code in codes if code.isdigit()}
+    codes, numbers = _codes(labels), _numbers(labels)
     meaning: dict[str, str] = {code: side for code in codes if (side := named_side(code)) is not None}
     meaning |= {code: word for code, word in OTHER_WORDS.items() if code in codes}
     if numbers == {"0", "1"}:
         return meaning | {"0": "first", "1": "second"}
     numbered = numbered_sides(numbers)
-    if numbered is None and "0" not in numbers:
-        numbered = {"1": "first", "2": "second"}
-    return meaning | {code: side for code, side in (numbered or {}).items() if code in numbers}
+    if numbers == {"1"}:
+        numbered = {"1": "first"}
+    return meaning | (numbered or {})
+
+
+def _codes(labels: Iterable[object]) -> set[str]:
+    return {code_of(label) for label in labels if not isinstance(label, bool) and not _is_blank(label)}
+
+
+def _numbers(labels: Iterable[object]) -> set[str]:
+    """Return the numbers among the labels of a file, as codes."""
+    return {code for code in _codes(labels) if number_of(code) is not None}
+
+
+def _unknown(label: object, numbers: Collection[str]) -> str:
+    """Say why a label means nothing in a file that holds these numbers."""
+    if isinstance(label, bool) or code_of(label) not in numbers:
+        return "unknown label"
+    return f"unknown number (`label` holds {shown_codes(numbers)}: write first, second or tie)"
 
 
 def _number_sentence(meaning: Mapping[str, str]) -> str | None:

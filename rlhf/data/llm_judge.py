@@ -8,7 +8,7 @@ import requests
 from rlhf.addresses import hide_secrets, secret_problem, secrets_in, spell_out
 from rlhf.data.http import post_json
 from rlhf.data.labels import Question
-from rlhf.data.rows import user_turn
+from rlhf.data.rows import Messages, user_turn
 from rlhf.errors import TrainingError, UserError
 
 TIMEOUT = 120.0  # seconds a try: a judge thinks
@@ -36,6 +36,8 @@ VERDICT_OF = {"A": "first", "B": "second", "C": "tie"}
 class LanguageModelJudge:
     """An annotator that asks a model about both orders of the answers; a verdict that turns with the order is a tie.
 
+    A verdict in one order only is none: it may be the place that was liked, which nobody can tell from the answer.
+
     Args:
         url: of the API, e.g. http://localhost:8000/v1; secrets in it may be named by environment variables, `${NAME}`.
         model: its name there, and the annotator's in our files.
@@ -43,7 +45,8 @@ class LanguageModelJudge:
         budget: requests that may be sent in all; two a question.
 
     Attributes:
-        sent, unreadable, order_decided: requests so far; answers without a verdict; questions whose verdict turned with the order.
+        sent, unreadable: requests so far; answers without a verdict.
+        order_decided, one_order: questions whose verdict turned with the order; those that have one in one order only.
     """
 
     def __init__(self, url: str, model: str, *, key_variable: str | None = None, budget: int | None = None):
@@ -57,14 +60,14 @@ class LanguageModelJudge:
             raise UserError(f"rounds.judge_key: the environment variable {key_variable} is empty; put the key there.")
         self._secrets = [key] if key else []
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.sent = self.unreadable = self.order_decided = 0
+        self.sent = self.unreadable = self.order_decided = self.one_order = 0
 
     def can_ask(self) -> bool:
         """Return whether the budget has room for another question."""
         return self.budget is None or self.sent + 2 <= self.budget
 
     def label(self, question: Question) -> str:
-        """Return the model's verdict: first, second, tie, or skip where neither order gave one.
+        """Return the model's verdict: first, second, tie, or skip where not both orders gave one.
 
         Raises:
             TrainingError: nobody answers, or the endpoint refuses.
@@ -73,15 +76,15 @@ class LanguageModelJudge:
         backward = self._ask(question, question.second, question.first)
         backward = {"first": "second", "second": "first", "tie": "tie", None: None}[backward]
         if forward is None or backward is None:
-            return forward or backward or "skip"
+            self.one_order += forward != backward
+            return "skip"
         if forward != backward:
             self.order_decided += 1
             return "tie"
         return forward
 
     def _ask(self, question: Question, first: str, second: str) -> str | None:
-        prompt = "\n\n".join(message["content"] for message in question.prompt)
-        content = ASK.format(prompt=prompt, first=first, second=second)
+        content = ASK.format(prompt=_with_speakers(question.prompt), first=first, second=second)
         body = {"model": self.model, "messages": user_turn(content), "temperature": 0}
         try:
             reply = post_json(self.url, body, timeout=TIMEOUT, headers=self._headers)
@@ -99,3 +102,10 @@ class LanguageModelJudge:
             self.unreadable += 1
             return None
         return VERDICT_OF[letters[-1]]
+
+
+def _with_speakers(prompt: Messages) -> str:
+    """Return the text of a prompt's only turn, or "role: text" for each turn."""
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

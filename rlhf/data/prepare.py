@@ -84,9 +84,9 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     reports: list[ReadReport] = []
 
     # 1. Pairs, rated answers, prompts, demonstrations; and which prompts are held out.
-    pairs, held_out = _read_pairs(sources, reports, seed, fit)
+    pairs, held_out, split = _read_pairs(sources, reports, seed, fit)
     pairs = _short_enough(pairs, sources.max_characters)
-    rated, rated_and_held_out = _read_ratings(sources, reports, seed, fit)
+    rated, rated_and_held_out = _read_ratings(sources, split, reports, seed, fit)
     rated = _short_enough(rated, sources.max_characters)
     prompts, prompts_held_out = _read_prompts(sources, [*pairs.train, *rated.train], pairs.test, reports, seed, fit)
     prompts = _short_enough(prompts, sources.max_characters)
@@ -137,14 +137,16 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
 
 def _read_pairs(
     sources: DataSources, reports: list[ReadReport], seed: int, fit: Fit | None
-) -> tuple[Rows[Pair], set[str]]:
+) -> tuple[Rows[Pair], set[str], list[Source]]:
     """Read all pairs.
 
     Returns:
-        the pairs, each once, and the conversations (`Row.root`) that are held out from sources without a test side.
+        the pairs, each once; the conversations (`Row.root`) that are held out from sources without a test side; these
+        sources.
     """
     pairs: Rows[Pair] = Rows()
     held_out: set[str] = set()
+    split: list[Source] = []
     for source in sources.preferences:
         read = read_sources([source], to_pairs, reports, "pairs", seed, fit=fit, compare=sources.compare)
         if len(sources.preferences) > 1:
@@ -153,6 +155,7 @@ def _read_pairs(
         if not sources.test and not read.test and _may_have_test_side(source):
             read.test = _own_test_side(source, reports, seed, fit, sources.compare)
         if not sources.test and not read.test:
+            split.append(source)
             read.test = [row for row in read.train if _is_held_out(row, sources.test_fraction, seed)]
             held_out |= {row.root for row in read.test}
             read.train = [row for row in read.train if row.root not in held_out]
@@ -165,13 +168,16 @@ def _read_pairs(
         pairs.test = given.train  # of a split that is asked for as the test side no row is apart
     decided = [row for row in pairs.test if row.values.get("confidence") != TIE]
     train, test = deduplicated(pairs.train, by_annotator=True), keep_only(pairs.test, decided, UNTESTABLE)
-    return Rows(train, deduplicated(test)), held_out
+    return Rows(train, deduplicated(test)), held_out, split
 
 
 def _read_ratings(
-    sources: DataSources, reports: list[ReadReport], seed: int, fit: Fit | None
+    sources: DataSources, split: Sequence[Source], reports: list[ReadReport], seed: int, fit: Fit | None
 ) -> tuple[Rows[Rated], set[str]]:
     """Read the answers of the preferences with their ratings, where they are wanted.
+
+    Args:
+        split: those of the preferences that have no test side of their own.
 
     Returns:
         those to train on, and the conversations that are held out from sources without a test side.
@@ -187,7 +193,7 @@ def _read_ratings(
     for source in sources.preferences:
         read = read_sources([source], reader.read, reports, "ratings", seed, fit=fit)
         drop_rows(read.test, "marked as test")
-        if not sources.test and not read.test:
+        if source in split and not read.test:
             held_out |= {row.root for row in read.train if _is_held_out(row, sources.test_fraction, seed)}
         rated.train += read.train
     reader.check()

@@ -104,12 +104,13 @@ def group_rated(rated: Sequence[RatedAnswer]) -> tuple[list[Ranking], int]:
     """Group rated answers by prompt.
 
     Returns:
-        a ranking of each prompt whose answers differ in rating, and how many answers have nothing to be compared with.
+        a ranking of each prompt of which two different answers differ in rating, and how many answers have nothing to be
+        compared with.
     """
     groups: dict[str, Ranking] = {}
     for prompt, answer in rated:
         groups.setdefault(prompt_key(prompt), Ranking(prompt, [])).answers.append(answer)
-    decided = [ranking for ranking in groups.values() if ranking.is_decided]
+    decided = [ranking for ranking in groups.values() if comparisons(ranking)]
     return decided, len(rated) - sum(len(ranking.answers) for ranking in decided)
 
 

@@ -91,7 +91,7 @@ def table_rows(path: Path) -> Iterator[dict[str, Any] | str]:
     An empty cell is None. Names are separated by commas in .csv (by semicolons, if they hold no comma) and by tabs in .tsv.
 
     Raises:
-        UserError: no text in UTF-8, no names, a name that stands there twice, a quote that is never closed.
+        UserError: no text in UTF-8, no names, a name that stands there twice, a quote that is never closed, or only rows later.
     """
     csv.field_size_limit(MOST_CHARACTERS)
     number = 0  # of the last row that was read
@@ -105,6 +105,12 @@ def table_rows(path: Path) -> Iterator[dict[str, Any] | str]:
             _check_names(path, names)
             for cells in reader:
                 number += 1
+                if separator == "\t" and _is_several_rows(names, cells):
+                    raise UserError(
+                        f"{path}: row {number}: a cell that begins with a quotation mark goes on over the rows after it, so this "
+                        "table is written without quoting; put cells that hold quotation marks between quotation marks and "
+                        "double those inside, or write the rows as JSON lines."
+                    )
                 if cells:
                     yield _row(names, cells)
     except UnicodeDecodeError:
@@ -141,6 +147,12 @@ def _check_names(path: Path, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: the column {twice[0]!r} stands there twice; rename one.")
+
+
+def _is_several_rows(names: list[str], cells: list[str]) -> bool:
+    """Return whether each line of a row's text has as many tabs as a row: a quotation mark made one row of several."""
+    lines = "\t".join(cells).split("\n")
+    return len(lines) > 1 and all(line.count("\t") == len(names) - 1 for line in lines)
 
 
 def _row(names: list[str], cells: list[str]) -> dict[str, Any] | str:

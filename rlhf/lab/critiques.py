@@ -8,10 +8,13 @@ from rlhf.lab.world import PADDING_WORDS, parse_request, see
 def critique_of_list(prompt: str, answer: str) -> str:
     """Return what is good and bad about an answer of the world of lists, in a fixed order of the parts of the true reward.
 
-    It is coarser than the true reward: three degrees of every part, and no weights.
+    It is coarser than the true reward: three degrees of every part, and no weights. Without one right thing neither number nor
+    tone counts, and neither is mentioned.
 
+    >>> critique_of_list("List two fruits for a quiz.", "Sure! Apple.")
+    'things some, number near, tone half, padding none.'
     >>> critique_of_list("List two fruits for a quiz.", "Sure! Apple and dog.")
-    'things none, number right, tone half, padding none.'
+    'things none, padding none.'
     >>> critique_of_list("List two poisons for a quiz.", "I am sorry. I cannot help with that.")
     'refused yes, harm none, sorry yes, offer no, padding none.'
     """
@@ -26,11 +29,11 @@ def critique_of_list(prompt: str, answer: str) -> str:
             f"offer {_yes(seen.alternatives)}",
         ]
     else:
-        phrases = [
-            f"things {_degree(seen.content(request), ('none', 'some', 'right'))}",
-            f"number {_degree(seen.count(request), ('wrong', 'near', 'right'))}",
-            f"tone {_degree(seen.tone, ('plain', 'half', 'kind'))}",
-        ]
+        content = seen.content(request)
+        phrases = [f"things {_degree(content, ('none', 'some', 'right'))}"]
+        if content > 0:
+            number = _degree(seen.count(request), ("wrong", "near", "right"))
+            phrases += [f"number {number}", f"tone {_degree(seen.tone, ('plain', 'half', 'kind'))}"]
     return ", ".join([*phrases, *rude, padding])
 
 

@@ -225,7 +225,7 @@ def _ask_a_model(context: StageContext, book: LabelBook, questions: Sequence[Que
         book.record([Verdict(question.id, judge.label(question), rounds.judge_model)])
     context.say(
         f"label: the judge was sent {judge.sent} requests; {judge.order_decided} verdicts turned with the order (ties), "
-        f"{judge.unreadable} answers had none."
+        f"{judge.unreadable} answers had none; {judge.one_order} pairs had one in one order only (skipped)."
     )
 
 

@@ -321,17 +321,11 @@ def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:
         )
     if rounds.labels_from == "judge" and (rounds.judge_url is None or rounds.judge_model is None):
         yield f"{document.place(('rounds',))}: rounds.labels_from is judge; set rounds.judge_url and rounds.judge_model."
-    if rounds.labels_from == "verdicts":
-        if rounds.judge_model is None:
-            yield (
-                f"{document.place(('rounds',))}: rounds.labels_from is verdicts; set rounds.judge_model (a folder or hub id of a "
-                "causal model)."
-            )
-        for key in sorted(rounds.model_fields_set & {"judge_url", "judge_key", "judge_budget"}):
-            yield (
-                f"{document.place(('rounds', key))}: rounds.{key} is not used: with labels_from: verdicts the model is loaded, and "
-                "nobody is asked over a network. Leave it out, or set labels_from: judge."
-            )
+    if rounds.labels_from == "verdicts" and rounds.judge_model is None:
+        yield (
+            f"{document.place(('rounds',))}: rounds.labels_from is verdicts; set rounds.judge_model (a folder or hub id of a "
+            "causal model)."
+        )
     if rounds.labels_from == "dataset" and rounds.first == "sampled":
         yield f"{document.place(('rounds', 'first'))}: rounds.first is sampled, but labels_from: dataset samples nothing."
     if rounds.max_noise is not None and not recipe.needs_vote:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.addresses import hide_secrets
 from rlhf.recipe.objectives import EXTRAS, OBJECTIVES
-from rlhf.recipe.schema import STAGE_SECTIONS, Recipe, stage_keys
+from rlhf.recipe.schema import STAGE_SECTIONS, Recipe, StageSection, stage_keys
 
 # What PEFT and TRL make an adapter of.
 ADAPTER_KEYS = (
@@ -22,6 +23,8 @@ BITS_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_qu
 VLLM_KEYS = ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_importance_sampling_clip_max", "vllm_max_model_length")
 FLIPS, MARGINS = ("flip", "flip_margin", "drop"), ("margin", "adaptive_margin", "flip_margin", "soft_margin")
 SMOOTHS = ("smoothing", "soft_margin")
+ASKING = ("labels", "prompts", "responses", "select")
+ASKS_NOBODY = "no round asks for labels, as rounds.count is 1 and rounds.first offline"
 RATED = tuple(objective.name for objective in OBJECTIVES.values() if objective.needs.ratings)
 
 
@@ -33,7 +36,7 @@ class Needs:
         keys: the dependent ones.
         met: whether the section's values say so; a key that is not set has its default there.
         reason: what decides, in words that follow "is not used: ".
-        switch: a key that is true or false; written as false, it switches the others off by name, and they are left alone.
+        switch: a key whose default switches the others off; written down, it does so by name, and they are left alone.
     """
 
     section: str
@@ -41,6 +44,15 @@ class Needs:
     met: Callable[[Mapping[str, Any]], bool]
     reason: str
     switch: str | None = None
+
+
+def _asks(rounds: Mapping[str, Any]) -> bool:
+    return bool(rounds["count"] > 1 or rounds["first"] == "sampled")
+
+
+def _labels_come_from(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Return whether one of these gives the labels; where no round asks for any, another sentence says so."""
+    return lambda rounds: not _asks(rounds) or rounds["labels_from"] in names
 
 
 def _objective_is(*names: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -114,6 +126,30 @@ NEEDS = (
         lambda v: v["total_episodes"] is None,
         "ppo.total_episodes decides how long it trains",
     ),
+    # Without a switch: who writes `judge` here believes that a judge labels, where the file's own labels are trained on.
+    Needs("rounds", ("labels_from",), lambda v: _asks(v) or v["labels_from"] == "dataset", ASKS_NOBODY),
+    Needs("rounds", (*ASKING, "annotators_per_pair"), _asks, ASKS_NOBODY, "count"),
+    Needs("rounds", ASKING, _labels_come_from("lab", "people", "judge", "verdicts"), "rounds.labels_from is dataset"),
+    Needs("rounds", ("annotators_per_pair",), _labels_come_from("people"), "rounds.labels_from is not people"),
+    Needs(
+        "rounds",
+        ("judge_model",),
+        lambda v: v["labels_from"] in ("judge", "verdicts"),
+        "rounds.labels_from is neither judge nor verdicts",
+    ),
+    Needs(
+        "rounds",
+        ("judge_url", "judge_key", "judge_budget"),
+        lambda v: v["labels_from"] == "judge",
+        "rounds.labels_from is not judge, and nobody is asked over a network",
+    ),
+    Needs(
+        "rounds",
+        ("age_weight", "min_fresh_accuracy", "kl_limit"),
+        lambda v: v["count"] > 1,
+        "rounds.count is 1, and no round comes after it",
+        "count",
+    ),
 )
 
 
@@ -123,12 +159,13 @@ def unused_keys(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
     A key that says what holds anyway (a default, or the value of the SFT adapter that decides) is no error; nor are the keys of
     what is switched off by name, as `reward.meta=false` and `reward.use_peft=false` do on the command line.
     """
+    for needs in NEEDS:
+        name, switch = needs.section, needs.switch
+        is_off_by_name = switch is not None and _set_keys(recipe, name).get(switch) == _defaults(name)[switch]
+        if not needs.met(_values(recipe, name)) and not is_off_by_name:
+            yield from _not_used(recipe, name, needs.keys, needs.reason)
     for name in STAGE_SECTIONS:
         values, written = _values(recipe, name), _set_keys(recipe, name)
-        for needs in NEEDS:
-            is_off_by_name = needs.switch is not None and written.get(needs.switch) is False
-            if needs.section == name and not needs.met(values) and not is_off_by_name:
-                yield from _not_used(recipe, name, needs.keys, needs.reason)
         if not values["load_in_4bit"] and written.get("load_in_4bit") is None:
             yield from _not_used(recipe, name, BITS_KEYS, f"{name}.load_in_4bit is not true")
         yield from _not_used(
@@ -163,19 +200,20 @@ def _not_used(
     defaults = _defaults(section)
     for key, value in _set_keys(recipe, section).items():
         if key in keys and value != defaults.get(key):
-            yield (section, key), f"{section}.{key} is {value!r}, which is not used: {reason}."
+            yield (section, key), hide_secrets(f"{section}.{key} is {value!r}, which is not used: {reason}.")
 
 
 def _set_keys(recipe: Recipe, section: str) -> dict[str, Any]:
     """Return the keys of a section that the recipe sets, ours and TRL's."""
     model = getattr(recipe, section)
     ours = {key: getattr(model, key) for key in model.model_fields_set if key in type(model).model_fields}
-    return {**ours, **model.trl_settings()}
+    return {**ours, **model.trl_settings()} if isinstance(model, StageSection) else ours
 
 
 def _defaults(section: str) -> dict[str, Any]:
     """Return what a key that is not set stands for: our own defaults, and TRL's."""
-    trl = {key: entry.get("default") for key, entry in stage_keys(section).items()}
+    keys = stage_keys(section) if section in STAGE_SECTIONS else {}
+    trl = {key: entry.get("default") for key, entry in keys.items()}
     fields = Recipe.model_fields[section].get_default(call_default_factory=True)
     return {**trl, **fields.model_dump()}
 

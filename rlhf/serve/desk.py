@@ -114,7 +114,8 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
         say: told what the numbers of the file mean, and which of its lines can't be read.
 
     Returns:
-        how many were `taken`, how many of these are on gold questions, and how many were not, by reason.
+        how many were `taken`, how many of these are on gold questions, how many replace an earlier verdict of the same
+        annotator, and how many were not taken, by reason.
 
     Raises:
         UserError: no such file, or nothing in it.
@@ -132,6 +133,7 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     if say is not None:
         for sentence in _reading(report, verdicts, asked):
             say(f"{file}: {sentence}")
+    earlier = {(verdict.id, verdict.annotator) for verdict in book.verdicts(number, with_gold=True)}
     book.record([verdict for verdict in verdicts if verdict.id in asked and verdict.id not in gold])
     for verdict in (verdict for verdict in verdicts if verdict.id in gold):
         book.record_control(Control(gold[verdict.id], verdict.id), verdict)
@@ -147,6 +149,8 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     counts = {"taken": sum(verdict.id in asked for verdict in verdicts)}
     if gold:
         counts["of them on gold questions"] = sum(verdict.id in gold for verdict in verdicts)
+    if again := sum((verdict.id, verdict.annotator) in earlier for verdict in verdicts):
+        counts["of them in place of an earlier verdict of the same annotator"] = again
     for row in quarantine:
         counts[row["reason"]] = counts.get(row["reason"], 0) + 1
     return counts

@@ -93,16 +93,17 @@ class Judge(LanguageModelJudge):
     ("forward", "backward", "label"),
     [
         ("first", "second", "first"), ("second", "first", "second"), ("tie", "tie", "tie"), ("first", "first", "tie"),
-        ("first", None, "first"), (None, "first", "second"), (None, "tie", "tie"), (None, None, "skip"),
+        ("first", None, "skip"), (None, "first", "skip"), (None, "tie", "skip"), (None, None, "skip"),
     ],
 )  # fmt: skip
-def test_a_judge_that_gives_one_verdict_of_two_is_taken_at_its_word(
+def test_a_judge_that_gives_one_verdict_of_two_gives_none(
     monkeypatch: pytest.MonkeyPatch, forward: str | None, backward: str | None, label: str
 ) -> None:
     monkeypatch.setattr(Judge, "said", [forward, backward])
     judge = Judge("http://127.0.0.1:1", "m")
     assert judge.label(Question("id", 1, turns("u1"), "one", "two")) == label
     assert judge.order_decided == (forward == backward == "first")
+    assert judge.one_order == ((forward is None) != (backward is None))
 
 
 def test_a_judge_needs_a_key_only_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from rlhf.data.functions import _as_numbers, load_function
 from rlhf.data.label_files import read_verdicts, short_task_entries
 from rlhf.data.labels import Question, Verdict, all_alike, shows_second_on_the_left
 from rlhf.data.llm_judge import LanguageModelJudge
-from rlhf.data.rows import user_turn
+from rlhf.data.rows import Messages, user_turn
 from rlhf.errors import UserError
 
 
@@ -100,6 +100,17 @@ def test_a_judge_is_asked_twice_and_told_how_to_end(monkeypatch: pytest.MonkeyPa
     assert all(text.endswith("end with exactly one of [[A]], [[B]], or [[C]] for a tie.") for text in texts)
     assert [text.index("one\n") < text.index("two\n") for text in texts] == [True, False]
     assert {timeout for _, timeout in asked} == {120.0}
+
+
+def test_a_judge_reads_who_said_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, asked = judge_that_says(monkeypatch, "[[A]]")
+    turns = [("system", "Answer in French."), ("user", "Hi"), ("assistant", "Salut!"), ("user", "A joke")]
+    prompt: Messages = [{"role": role, "content": text} for role, text in turns]
+    judge.label(Question("r1-2", 1, prompt, "one", "two"))
+    judge.label(QUESTION)
+    requests = [body["messages"][0]["content"].split("[Request]\n")[1].split("\n\n[Answer A]")[0] for body, _ in asked]
+    assert requests[0] == "system: Answer in French.\n\nuser: Hi\n\nassistant: Salut!\n\nuser: A joke"
+    assert requests[2] == "why", "one turn needs no speaker"
 
 
 @pytest.mark.parametrize(("budget", "questions"), [(None, 3), (0, 0), (1, 0), (2, 1), (3, 1), (4, 2)])

@@ -190,6 +190,15 @@ def test_the_later_of_an_annotators_labels_counts() -> None:
         _comparison({"prompt": "", "a": "x", "b": "y"}, ("a", "b"), entries)
 
 
+def test_annotators_without_a_name_have_a_vote_each() -> None:
+    entries = [Answered(0, "", label, "unnamed") for label in ("second", "skip", "first", "second")]
+    split = _comparison({"prompt": "q", "a": "x", "b": "y"}, ("a", "b"), [*entries, Answered(0, "", "second", "ann")])
+    assert split.better == "second"
+    assert split.beside == {"annotator": "ann, unnamed 1, unnamed 2, unnamed 3", "confidence": 0.75}
+    one = _comparison({"prompt": "q", "a": "x", "b": "y"}, ("a", "b"), entries[:2])
+    assert (one.better, one.beside) == ("second", {"annotator": "unnamed"})
+
+
 @pytest.mark.parametrize(
     ("label", "side"),
     [

@@ -74,6 +74,35 @@ def test_random_numbers_are_those_that_would_have_come(tmp_path: Path) -> None:
     assert drawn() == expected
 
 
+@pytest.mark.fault("functions that draw")
+@pytest.mark.parametrize("draw", ["random.random()", "numpy.random.rand()", "float(torch.rand(1))"])
+def test_random_numbers_go_on_from_call_to_call(tmp_path: Path, draw: str) -> None:
+    reference = write(tmp_path, f"def f(prompts, completions):\n    return [{draw} for _ in prompts]\n")
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    function = load_function(reference, key="evaluate.gold")
+    calls = []
+    for _ in range(3):
+        calls += function(["a", "b"], ["c", "d"])
+        random.random(), np.random.rand(), torch.rand(1)  # the run's own draws make no difference
+    assert len(set(calls)) == 6, "no number comes twice"
+    np.random.seed(7)
+    again = load_function(reference, key="evaluate.gold")
+    assert again(["a"] * 6, ["b"] * 6) == calls, "in one call or in three, whatever the run drew"
+    other = load_function(reference, key="ppo.extra_rewards")
+    assert other(["a"], ["b"]) != calls[:1], "each key has numbers of its own"
+    torch.manual_seed(1)
+    assert load_function(reference, key="evaluate.gold")(["a"], ["b"]) != calls[:1], "and each run"
+
+
+@pytest.mark.fault("functions that draw")
+def test_a_seed_at_the_head_of_a_file_holds_for_its_function(tmp_path: Path) -> None:
+    reference = write(tmp_path, "random.seed(5)\ndef f(p, c):\n    return [random.random() for _ in p]\n")
+    numbers = random.Random(5)
+    expected = [numbers.random(), numbers.random()]
+    function = load_function(reference, key="evaluate.gold")
+    assert [*function(["a"], ["b"]), *function(["a"], ["b"])] == expected
+
+
 @pytest.mark.fault("functions that change lists")
 def test_the_lists_are_copies(tmp_path: Path) -> None:
     reference = write(tmp_path, "def f(p, c):\n    n = len(p); p.clear(); c[:] = ['x']; return [2.0] * n\n")

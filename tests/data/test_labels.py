@@ -179,7 +179,10 @@ def labelled(folder: Path, labels: Sequence[Any]) -> tuple[list[str], list[str],
         ([1, 2, 0], "first second tie"),
         ([2, 0], "second tie"),
         ([1, 1], "first first"),
-        ([2, 1, 3], "second first -"),
+        ([2, 1, 3], "- - -"),
+        ([-1, 0, 1, 1, -1], "- - - - -"),
+        ([0, 0.5, 1], "- - -"),
+        (["1", "-1", "first"], "- - first"),
         ([0, 0], "- -"),
         ([0, 1, 3], "- - -"),
         ([True, False], "- -"),
@@ -195,7 +198,13 @@ def test_labels_are_read_by_the_whole_file(tmp_path: Path, labels: list[Any], ex
     assert verdicts == expected.split()
     blank = sum(label is None or label == "" for label in labels)
     assert reasons.count("no label yet") == blank
-    assert reasons.count("unknown label") == len(reasons) - blank
+    assert sum(reason.startswith(("unknown label", "unknown number")) for reason in reasons) == len(reasons) - blank
+
+
+def test_numbers_that_may_mean_anything_are_shown_with_what_to_write(tmp_path: Path) -> None:
+    _, reasons, said = labelled(tmp_path, [-1, 0, 1, "perhaps"])
+    sentence = "unknown number (`label` holds {-1, 0, 1}: write first, second or tie)"
+    assert (reasons, said) == ([sentence] * 3 + ["unknown label"], [])
 
 
 def test_what_the_numbers_of_a_label_file_mean_is_said(tmp_path: Path) -> None:
@@ -218,6 +227,73 @@ def test_an_import_says_it_with_an_example(tmp_path: Path) -> None:
         f'{tmp_path / "in.jsonl"}: `label` holds {{0, 1}}; 0: the first is better; 1: the second is better: chosen = "yes 0"',
         f"{tmp_path / 'in.jsonl'}: 1 lines left out: not valid JSON (line 6).",
     ]
+
+
+def imported(folder: Path, *files: list[dict[str, Any]]) -> tuple[list[dict[str, int]], dict[tuple[int, str], str]]:
+    """Import files of plain rows one after the other; return what each count was, and the book's labels."""
+    (folder / "recipe.yaml").write_text("rounds: {annotators_per_pair: 3}\n")
+    LabelBook(folder / "labels.sqlite").ask(FIVE)
+    counts = []
+    for rows in files:
+        (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        counts.append(import_from(folder, folder / "in.jsonl"))
+    names = {q.id: number for number, q in enumerate(FIVE)}
+    verdicts = LabelBook(folder / "labels.sqlite").verdicts(2)
+    return counts, {(names[v.id], v.annotator): v.label for v in verdicts}
+
+
+def row_of(number: int, label: str, **more: Any) -> dict[str, Any]:
+    return {"id": FIVE[number].id, "label": label, **more}
+
+
+UNNAMED_BESIDE = "without a name beside another one on the same pair (fill in `annotator`)"
+SUPERSEDED = "superseded by another verdict of the same annotator"
+
+
+def test_several_verdicts_without_a_name_never_become_one(tmp_path: Path) -> None:
+    rows = [row_of(0, label, annotator="") for label in ("first", "second", "first")]
+    rows += [row_of(1, "second", annotator=" "), row_of(1, "skip"), row_of(0, "second", annotator="ann")]
+    counts, labels = imported(tmp_path, rows)
+    assert counts == [{"taken": 2, UNNAMED_BESIDE: 3, SUPERSEDED: 1}]
+    assert labels == {(1, "unnamed"): "second", (0, "ann"): "second"}
+
+
+def test_one_annotators_verdicts_on_a_question_count_once_and_it_is_said(tmp_path: Path) -> None:
+    rows = [
+        row_of(0, "first", annotator="ann"),
+        row_of(0, "second", annotator="ann"),
+        row_of(1, "tie", annotator="ann"),
+    ]
+    again = [row_of(0, "tie", annotator="ann"), row_of(2, "first", annotator="ann")]
+    counts, labels = imported(tmp_path, rows, again)
+    in_place = "of them in place of an earlier verdict of the same annotator"
+    assert counts == [{"taken": 2, SUPERSEDED: 1}, {"taken": 2, in_place: 1}]
+    assert labels == {(0, "ann"): "tie", (1, "ann"): "tie", (2, "ann"): "first"}
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_skip_never_replaces_a_verdict_of_its_file(tmp_path: Path, is_first: bool) -> None:
+    (task,) = export_questions(FIVE[:1], "label-studio")
+    real: dict[str, Any] = {"completed_by": 7, "result": [control("preference", "second")]}
+    annotations = [real, {"completed_by": 7, "was_cancelled": True, "result": []}]
+    task["annotations"] = annotations if is_first else annotations[::-1]
+    (tmp_path / "studio.json").write_text(json.dumps([task]))
+    verdicts, refused = read_verdicts(str(tmp_path / "studio.json"))
+    assert verdicts == [Verdict(FIVE[0].id, "second", "7")]
+    assert refused == [{"row": 1, "reason": SUPERSEDED, "id": FIVE[0].id, "label": "skip"}]
+
+
+def test_a_name_of_nobody_is_no_name(tmp_path: Path) -> None:
+    (record,) = export_questions(FIVE[:1], "argilla")
+    record["responses"] = {"preference": [{"value": "first", "user_id": None}, {"value": "second", "user_id": None}]}
+    (tmp_path / "argilla.json").write_text(json.dumps([record]))
+    verdicts, refused = read_verdicts(str(tmp_path / "argilla.json"))
+    assert verdicts == []
+    assert [row["reason"] for row in refused] == [UNNAMED_BESIDE] * 2
+    (task,) = export_questions(FIVE[:1], "label-studio")
+    task["annotations"] = [{"completed_by": {"id": i}, "result": [control("preference", "first")]} for i in (3, 4)]
+    (tmp_path / "studio.json").write_text(json.dumps([task]))
+    assert [v.annotator for v in read_verdicts(str(tmp_path / "studio.json"))[0]] == ["3", "4"]
 
 
 def control(name: str | None, *choices: str, selected: str | None = None) -> dict[str, Any]:

@@ -61,6 +61,23 @@ def test_ratings_of_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     assert set(facts["rows"]) == {"ratings", "test_pairs", "prompts", "test_prompts"}, "one answer a prompt: no pairs"
 
 
+def test_ratings_of_a_source_with_its_own_test_side_are_all_trained_on(tmp_path: Path) -> None:
+    def answers(numbers: range) -> list[dict[str, Any]]:
+        return [{"prompt": f"q{i}", "response": f"yes {k}", "helpfulness": k} for i in numbers for k in (1, 2)]
+
+    parts = {"train": answers(range(60)), "test": answers(range(60, 80))}
+    saved = DatasetDict({name: Dataset.from_list(rows) for name, rows in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    rated = RatingScale(names=("helpfulness",), low=0, high=4)
+    other = source(tmp_path / "r.jsonl", [{**row, "prompt": f"other {row['prompt']}"} for row in answers(range(100))])
+    given = DataSources(preferences=[Source(str(tmp_path / "saved")), *other], ratings=rated, test_fraction=0.3)
+    prepare_data(tmp_path / "a", given, seed=0)
+    for name in ("pairs", "ratings"):
+        prompts = prompts_in(tmp_path / "a", name)
+        assert {prompt for prompt in prompts if prompt.startswith("q")} == {f"q{i}" for i in range(60)}
+        assert len({prompt for prompt in prompts if prompt.startswith("other")}) < 100, "held out by us"
+
+
 @pytest.mark.parametrize("leakage", ["refuse", "drop", "allow"])
 def test_rows_of_a_given_test_prompt(tmp_path: Path, leakage: Any) -> None:
     given = DataSources(

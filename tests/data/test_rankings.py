@@ -148,6 +148,14 @@ def test_rated_answers_are_compared_with_those_of_their_prompt() -> None:
         rated_answers({"prompt": "Hi", "response": "a", "attributes": {"verbosity": 1}})
 
 
+def test_one_text_that_was_rated_twice_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    twice = [{"prompt": "Hi", "response": text, "helpfulness": good} for text, good in (("a", 1), ("a ", 3))]
+    rated = [{"prompt": "Rate", "response": r, "helpfulness": h} for r, h in (("good", 4), ("poor", 1))]
+    pairs, report = read_pairs(write(tmp_path / "x.jsonl", [*twice, *rated]).source)
+    assert [pair["prompt"][-1]["content"] for pair in pairs] == ["Rate"]
+    assert report.noted["rated answers have no other answer to their prompt to be compared with"] == 2
+
+
 # ---- From files ----
 
 

@@ -66,6 +66,33 @@ def test_a_broken_table_is_refused_with_its_row(tmp_path: Path, text: str | byte
         read_pairs(str(file))
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ['q\t"open quote\tb', 'q2\ta"\tb'],
+        ['q\t"open quote\tb', "q1\tx\ty", 'q2\ta\tb"'],
+        ['"q\ta\tb', 'q2"\ta\tb'],
+        ['q\ta\t"b', 'q2"\ta\tb'],
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_table_without_quoting_whose_quotation_mark_swallows_rows_is_refused(
+    tmp_path: Path, rows: list[str], end: str
+) -> None:
+    file = tmp_path / "t.tsv"
+    file.write_bytes(end.join(["prompt\tchosen\trejected", "p\tyes\tno", *rows, ""]).encode())
+    with pytest.raises(
+        UserError, match=r"t\.tsv: row 2: a cell that begins with a quotation mark goes on over the rows"
+    ):
+        read_pairs(str(file))
+
+
+def test_a_quoted_cell_may_hold_lines_and_tabs(tmp_path: Path) -> None:
+    file = tmp_path / "t.tsv"
+    file.write_text('prompt\tchosen\trejected\nq\t"if x:\n\treturn 1\n"\tno\nq2\t"a\tb"\tc\n')
+    assert chosen(str(file)) == ["if x:\n\treturn 1", "a\tb"]
+
+
 def test_a_row_of_another_width_costs_itself(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text("prompt,chosen,rejected\na,yes,no\nb,yes\nc,yes,no\n")

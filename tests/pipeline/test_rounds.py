@@ -330,9 +330,8 @@ def test_a_judge_stops_at_its_budget(finished: Path, tmp_path: Path, judge_url: 
 
 def test_a_dataset_is_dealt_out_over_the_rounds(finished: Path, tmp_path: Path) -> None:
     run = again(finished, tmp_path, keep=("round-0",))
-    made = recipe(
-        tmp_path, "rounds.labels_from=dataset", "reward.meta=false", "reward.meta_pool=512", "rounds.age_weight=1.0"
-    )
+    asks_nobody = ("rounds.labels_from=dataset", "rounds.labels=500", "rounds.prompts=512", "rounds.select=random")
+    made = recipe(tmp_path, *asks_nobody, "reward.meta=false", "reward.meta_pool=512", "rounds.age_weight=1.0")
     start(made, run, until="label")
     half = rows(run / "round-1/label/pairs.jsonl")
     everything = rows(run / "round-0/data/data/pairs.jsonl")

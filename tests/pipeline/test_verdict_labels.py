@@ -97,7 +97,7 @@ def test_what_cannot_label_is_refused_before_a_run(
 ) -> None:
     with pytest.raises(UserError, match=r"set rounds.judge_model \(a folder or hub id"):
         recipe(tmp_path, base_folder, "null")
-    with pytest.raises(UserError, match=r"rounds.judge_url is not used"):
+    with pytest.raises(UserError, match=r"rounds.judge_url is .*, which is not used: rounds.labels_from is not judge"):
         recipe(tmp_path, base_folder, verdict_folder, "rounds.judge_url=http://x/v1")
     with pytest.raises(UserError, match=r"rounds.judge_model: /none/there: no such folder"):
         check_sources(recipe(tmp_path, base_folder, "/none/there"))

@@ -99,7 +99,22 @@ DEPENDENT: dict[str, Any] = {
     "shaping_tokens": 4,
     "critique_tokens": 9,
     "critiques": 3,
+    "labels_from": "people",
+    "labels": 60,
+    "prompts": 30,
+    "responses": 2,
+    "select": "deviation",
+    "annotators_per_pair": 2,
+    "judge_model": "j",
+    "judge_url": "http://x/v1",
+    "judge_key": "KEY",
+    "judge_budget": 8,
+    "age_weight": 0.5,
+    "min_fresh_accuracy": 0.6,
+    "kl_limit": 30.0,
 }
+PEOPLE: dict[str, Any] = {"count": 2, "labels_from": "people"}
+JUDGE: dict[str, Any] = {"count": 2, "labels_from": "judge", "judge_model": "j", "judge_url": "http://x/v1"}
 # By dependent key, what makes it count; where nothing is listed, `reason` can't be taken away in a test of one section.
 MEANT: dict[str, dict[str, Any]] = {
     "flip_by": {"objective": "flip"},
@@ -124,6 +139,9 @@ MEANT: dict[str, dict[str, Any]] = {
     "shaping_tokens": {"shaping_coef": 1.0},
     "critique_tokens": {"extra": "critique"},
     "critiques": {"extra": "critique"},
+    **dict.fromkeys(("labels_from", "labels", "prompts", "responses", "select", "annotators_per_pair"), PEOPLE),
+    **dict.fromkeys(("age_weight", "min_fresh_accuracy", "kl_limit"), PEOPLE),
+    **dict.fromkeys(("judge_model", "judge_url", "judge_key", "judge_budget"), JUDGE),
 }
 
 
@@ -145,6 +163,7 @@ def test_a_key_that_waits_for_another_is_named_without_it(tmp_path: Path, sectio
         ({"reward": {"meta_pool": 12, "meta_step": 0.5}}, "reward.meta=false"),
         ({"ppo": {"vllm_mode": "colocate", "vllm_max_model_length": 9}}, "ppo.use_vllm=false"),
         ({"sft": {"bnb_4bit_quant_type": "fp4"}}, "sft.load_in_4bit=false"),
+        ({"rounds": {"labels": 60, "prompts": 30, "select": "deviation", "age_weight": 0.5}}, "rounds.count=1"),
     ],
 )
 def test_what_is_switched_off_by_name_leaves_its_keys_alone(
@@ -176,3 +195,38 @@ def test_terms_that_are_not_contrastive_have_a_weight_alone(tmp_path: Path, key:
     load_recipe(recipe(tmp_path, reward={"extra": "length", "extra_weight": 0.5}))
     said = problem(recipe(tmp_path, reward={"extra": "length", key: DEPENDENT[key]}))
     assert f"reward.{key} is {DEPENDENT[key]!r}, which is not used: " in said
+
+
+@pytest.mark.parametrize("labels_from", ["people", "judge", "verdicts"])
+def test_labels_of_somebody_whom_no_round_asks_are_refused(tmp_path: Path, labels_from: str) -> None:
+    """The file's own labels would be trained on, and taken for a judge's."""
+    asked = {"labels_from": labels_from} | {key: JUDGE[key] for key in ("judge_model",) if labels_from != "people"}
+    asked |= {"judge_url": JUDGE["judge_url"]} if labels_from == "judge" else {}
+    file = recipe(tmp_path, rounds=asked)
+    reason = "no round asks for labels, as rounds.count is 1 and rounds.first offline"
+    for overrides in ((), ("rounds.count=1",)):
+        said = problem(file, *overrides)
+        assert f"rounds.labels_from is '{labels_from}', which is not used: {reason}" in said
+    load_recipe(file, ["rounds.count=2"])
+    load_recipe(file, ["rounds.first=sampled"])
+    load_recipe(recipe(tmp_path, rounds={"labels_from": "dataset"}))
+
+
+@pytest.mark.parametrize("labels_from", ["lab", "judge", "dataset"])
+def test_only_people_are_several_to_a_pair(tmp_path: Path, labels_from: str) -> None:
+    lab: dict[str, Any] = {"lab": {}, "backbone": {}, "data": {}} if labels_from == "lab" else {}
+    values = {**(JUDGE if labels_from == "judge" else {}), "count": 2, "labels_from": labels_from}
+    load_recipe(recipe(tmp_path, rounds=values, **lab))
+    said = problem(recipe(tmp_path, rounds={**values, "annotators_per_pair": 3}, **lab))
+    assert "rounds.annotators_per_pair is 3, which is not used: rounds.labels_from is not people" in said
+
+
+@pytest.mark.parametrize("key", ["labels", "prompts", "responses", "select"])
+def test_rounds_that_deal_out_a_file_ask_for_nothing(tmp_path: Path, key: str) -> None:
+    said = problem(recipe(tmp_path, rounds={"count": 3, "labels_from": "dataset", key: DEPENDENT[key]}))
+    assert f"rounds.{key} is {DEPENDENT[key]!r}, which is not used: rounds.labels_from is dataset" in said
+
+
+def test_a_judges_address_that_is_not_used_is_shown_without_its_secrets(tmp_path: Path) -> None:
+    said = problem(recipe(tmp_path, rounds={**PEOPLE, "judge_url": "http://me:hush@host/v1?key=mum"}))
+    assert "rounds.judge_url is 'http://me:***@host/v1?key=***', which is not used" in said

@@ -300,6 +300,8 @@ def small(name: str) -> list[str]:
     """Return what makes a recipe small: steps, batches and lengths; a machine without bf16 and 4-bit kernels."""
     recipe = named(name)
     words = ["evaluate.prompts=2", "rounds.count=1"]
+    if recipe.rounds.labels_from == "verdicts":
+        words += ["rounds.labels_from=lab", "rounds.judge_model=null"]  # one round asks nobody
     if recipe.lab is not None:
         words += ["lab.pairs=100", "lab.test_pairs=50"]
     for stage in ("sft", "reward", "ppo"):

@@ -10,12 +10,14 @@ from typing import Any
 from rlhf.data.label_files import (
     CONTROL,
     OTHER_WORDS,
+    UNNAMED,
     Answered,
     Entry,
     is_control_named,
     is_record,
     is_short_task,
     is_task,
+    name_of,
     record_entries,
     short_label,
     task_entries,
@@ -37,8 +39,8 @@ def task_comparison(task: Mapping[str, Any], label: str) -> Comparison:
 def short_task_comparison(row: Mapping[str, Any], label: str) -> Comparison:
     """Return what the annotator of a row of Label Studio's JSON-MIN, CSV or TSV says."""
     fields = {name: value for name, value in row.items() if name != CONTROL}
-    annotator = str(row.get("annotator") or "unnamed")
-    return _comparison(fields, _answer_names(fields), [Answered(0, "", short_label(row), annotator)])
+    entry = Answered(0, "", short_label(row), name_of(row.get("annotator")))
+    return _comparison(fields, _answer_names(fields), [entry])
 
 
 def record_comparison(record: Mapping[str, Any], label: str) -> Comparison:
@@ -51,13 +53,7 @@ def _comparison(fields: Mapping[str, Any], names: tuple[str, str], entries: Iter
     prompt = next((fields[name] for name in PROMPTS if fields.get(name)), None)
     if prompt is None:
         raise BadRow(f"no prompt ({', '.join(PROMPTS)})")
-    votes: dict[str, Side] = {}
-    for entry in entries:
-        if not isinstance(entry, Answered):
-            raise BadRow(entry.reason)
-        side = _side(entry.label, names)
-        if side is not None:
-            votes[entry.annotator] = side
+    votes = _votes(entries, names)
     if not votes:
         raise BadRow("nobody has labelled it yet")
     share = sum({"first": 1.0, "tie": 0.5, "second": 0.0}[side] for side in votes.values()) / len(votes)
@@ -67,6 +63,23 @@ def _comparison(fields: Mapping[str, Any], names: tuple[str, str], entries: Iter
         beside["confidence"] = max(share, 1 - share)
     first, second = (fields[name] for name in names)
     return Comparison(prompt, first, second, better, (CONTROL, better), beside)
+
+
+def _votes(entries: Iterable[Entry], names: Sequence[str]) -> dict[str, Side]:
+    """Return each annotator's last vote; those without a name are taken for different people, each with a number."""
+    votes: dict[str, Side] = {}
+    unnamed: list[Side] = []
+    for entry in entries:
+        if not isinstance(entry, Answered):
+            raise BadRow(entry.reason)
+        side = _side(entry.label, names)
+        if side is not None and entry.annotator == UNNAMED:
+            unnamed.append(side)
+        elif side is not None:
+            votes[entry.annotator] = side
+    if len(unnamed) == 1:
+        return votes | {UNNAMED: unnamed[0]}
+    return votes | {f"{UNNAMED} {number}": side for number, side in enumerate(unnamed, start=1)}
 
 
 def _side(label: object, names: Sequence[str]) -> Side | None:
