@@ -3,7 +3,7 @@
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +54,16 @@ class LabelBook:
         ]
         with self._open() as connection:
             connection.executemany("INSERT OR IGNORE INTO questions VALUES (?, ?, ?, ?)", rows)
+
+    def withdraw_others(self, round_number: int, asked: Iterable[str]) -> int:
+        """Take back the questions of a round that are none of these, and return how many they were.
+
+        They are of a policy that was trained anew since. Verdicts on them stay in the book, and count nowhere.
+        """
+        old = [(question.id,) for question in self.questions(round_number) if question.id not in set(asked)]
+        with self._open() as connection:
+            connection.executemany("DELETE FROM questions WHERE id = ?", old)
+        return len(old)
 
     def rounds(self) -> list[int]:
         """Return the numbers of the rounds with questions, oldest first."""
@@ -127,13 +137,15 @@ class LabelBook:
         return int(done), int(total)
 
     def hide_gold(self, gold: Sequence[Gold]) -> None:
-        """Add gold questions to a round; those that are in the book stay as they are."""
+        """Add gold questions to a round; of those that are in the book the right answer is this one from now on."""
         rows = [
             (g.question.id, g.question.round, position, json.dumps(g.question.as_row(), ensure_ascii=False), g.label)
             for position, g in enumerate(gold)
         ]
         with self._open() as connection:
-            connection.executemany("INSERT OR IGNORE INTO gold VALUES (?, ?, ?, ?, ?)", rows)
+            connection.executemany(
+                "INSERT INTO gold VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET label = excluded.label", rows
+            )
 
     def gold(self, round_number: int) -> list[Gold]:
         """Return a round's gold questions in the order of their file."""

@@ -61,21 +61,24 @@ def right_verdicts(verdicts: Verdicts) -> list[float]:
 def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> VerdictReport:
     """Report a model's verdicts on labelled pairs, of which the chosen answer was called the first.
 
+    Pairs that are too long for it count as wrong; what is said of its verdicts is of those that it gave.
+
     Args:
         name: the model's.
     """
     prompts = [plain(row["prompt"]) for row in rows]
     log_odds, bias = verdicts.orders
-    right, turned = right_verdicts(verdicts), turns_with_order(verdicts.orders).double().tolist()
-    sure = first_is_better(verdicts.orders).double()
+    right, turned = right_verdicts(verdicts), turns_with_order(verdicts.orders).double()[verdicts.fits].tolist()
+    sure, given = first_is_better(verdicts.orders).double(), verdicts.fits
+    read = [prompt for prompt, fits in zip(prompts, given.tolist(), strict=True) if fits]
     accuracy, accuracy_ci = clustered_mean(right, prompts)
-    turned_share, turned_ci = clustered_mean(turned, prompts)
-    mean_bias, bias_ci = clustered_mean(bias.double().tolist(), prompts)
-    says_a = np.concatenate([(bias + log_odds > 0).numpy(), (bias - log_odds > 0).numpy()])
+    turned_share, turned_ci = clustered_mean(turned, read)
+    mean_bias, bias_ci = clustered_mean(bias[given].double().tolist(), read)
+    says_a = np.concatenate([(bias + log_odds > 0)[given].numpy(), (bias - log_odds > 0)[given].numpy()])
     return {
         "model": name,
         "n": len(rows),
-        "ties": int((log_odds == 0).sum()),
+        "ties": int((log_odds[given] == 0).sum()),
         "too_long": int((~verdicts.fits).sum()),
         "accuracy": accuracy,
         "accuracy_ci": accuracy_ci,
@@ -85,5 +88,5 @@ def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> Verdi
         "says_a": float(says_a.mean()),
         "bias": mean_bias,
         "bias_ci": bias_ci,
-        "letter_share": float(verdicts.share.mean()),
+        "letter_share": float(verdicts.share[given].mean()),
     }

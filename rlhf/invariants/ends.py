@@ -84,16 +84,19 @@ def policy_ends(ended: Sequence[bool], *, max_new_tokens: int) -> Check:
 
 
 def prompts_too_long(lengths: Sequence[int], limit: int | None) -> str | None:
-    """Return a sentence where every prompt is longer than what is read of it, else None.
+    """Return a sentence where prompts are longer than what is read of them, else None.
 
     Args:
         lengths: tokens of some prompts.
         limit: tokens of a prompt that are read; longer ones lose their beginning. None: all are.
     """
-    if limit is None or not lengths or min(lengths) <= limit:
+    cut = 0 if limit is None else sum(length > limit for length in lengths)
+    if not cut:
         return None
+    whole = ", and the policy sees the beginning of none" if cut == len(lengths) else ""
     return (
-        f"every one of the {len(lengths)} prompts that were looked at is longer than the {limit} tokens that are read of it (the "
-        f"shortest has {min(lengths)}), so the policy sees the beginning of none. Raise ppo.max_prompt_length, lower "
-        "ppo.max_completion_length, or take a model with a longer context."
+        f"{cut} of the {len(lengths)} prompts that were looked at are longer than the {limit} tokens that are read of one (the "
+        f"longest has {max(lengths)}): they lose their beginning, a system turn first{whole}, while the reward model reads it. "
+        "Raise ppo.max_prompt_length, lower ppo.max_completion_length, take a model with a longer context, or leave long prompts "
+        "out (data.max_characters)."
     )

@@ -35,6 +35,7 @@ from rlhf.pipeline.audited import (
     write_parquet,
 )
 from rlhf.pipeline.cleaned import write_cleaned
+from rlhf.pipeline.digests import named_digests
 from rlhf.pipeline.looked import EXPERT_ERROR
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
@@ -337,7 +338,8 @@ def _key(
     """Return what an audit's result depends on, as one digest."""
     identity = _identity(source) if compare == "answers" else [_identity(source), compare]
     drawn = {"seed": seed} if seed else {}  # which fold a pair is in; without it, that of audits of before
-    return digest({"pairs": identity, "model": model, "settings": settings, "shape": shape, **drawn})
+    files = {"model_files": files} if (files := named_digests([model])) else {}
+    return digest({"pairs": identity, "model": model, "settings": settings, "shape": shape, **drawn, **files})
 
 
 def _finished(out: Path, key: str, *, meter: bool) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, all_alike, read_questions, tally
 from rlhf.data.llm_judge import LanguageModelJudge
-from rlhf.data.rows import TIE, Pair, prompt_key
+from rlhf.data.rows import TIE, Pair, prompt_key, root_key
 from rlhf.data.sources import share_of_text
 from rlhf.errors import UserError, Waiting
 from rlhf.files import read_jsonl, write_jsonl
@@ -101,7 +101,7 @@ def _hold_out(context: StageContext, fresh: list[Pair]) -> tuple[list[Pair], dic
         UserError: there is none to evaluate on.
     """
     share, salt = context.recipe.data.test_fraction, f"labels of {context.recipe.seed}"
-    is_held = [share_of_text(prompt_key(row["prompt"]), salt) < share for row in fresh]
+    is_held = [share_of_text(root_key(row["prompt"]), salt) < share for row in fresh]
     held = [row for row, is_out in zip(fresh, is_held, strict=True) if is_out]
     decided = [row for row in held if row.get("confidence") != TIE]
     before = context.find_parent("earlier")
@@ -169,10 +169,12 @@ def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verd
     if rounds.labels_from == "verdicts":
         return _verdicts_of_a_model(context, questions)
     book = LabelBook(context.run / BOOK)
+    if withdrawn := book.withdraw_others(context.round, {question.id for question in questions}):
+        context.say(f"label: {withdrawn} questions of an earlier attempt at this round are taken back.")
     book.ask(questions)
     if rounds.labels_from == "judge":
         _ask_a_model(context, book, questions)
-        return book.verdicts(context.round)
+        return [verdict for verdict in book.verdicts(context.round) if verdict.annotator == rounds.judge_model]
     done, total = book.progress(context.round, wanted=rounds.annotators_per_pair)
     if done < total:
         raise Waiting(

@@ -29,6 +29,7 @@ STARTED = "started.json"
 METRICS = "metrics.jsonl"
 SECONDS = "seconds.json"  # beside checkpoints: how long the work that they hold has taken
 DIGESTS = ("files", "sha256")  # the settings that hold digests by file name
+CONTENTS = (".safetensors", ".jsonl")
 POLL_SECONDS = 0.2
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "rlhf-pipeline")
 
@@ -77,7 +78,8 @@ class Store:
         """Return whether the folder holds this very stage, finished.
 
         Raises:
-            UserError: it holds another one, finished or begun (settings or files have changed since).
+            UserError: it holds another one, finished or begun (settings or files have changed since); or it was made of a parent
+                that was made anew since.
         """
         manifest = self.manifest(stage)
         record = manifest or self._started(stage)
@@ -86,9 +88,25 @@ class Store:
             raise UserError(
                 f"{self.path(stage)}: {verb} with other settings, data or parents than this recipe's "
                 f"({_changes(record.get('settings'), stage.settings)}); take the change back, "
-                "choose another --out, or delete the folder to make it again."
+                "choose another --out, or delete the folder, and those of later stages, to make them again."
             )
+        if manifest is not None:
+            self._check_parents(stage, manifest)
         return manifest is not None
+
+    def _check_parents(self, stage: Stage, manifest: Mapping[str, Any]) -> None:
+        """Refuse a finished stage whose parent lies there with other contents than it was made of.
+
+        A key says what a stage was told to do, and not what came of it: corrected labels have the key of the wrong ones.
+        """
+        for role, parent in stage.parents.items():
+            read = manifest["parents"][role].get("contents")  # none: of a run that was made before this was noted
+            now = self.manifest(parent)
+            if read is not None and now is not None and read != contents_of(now):
+                raise UserError(
+                    f"{self.path(stage)}: was made of another {self.path(parent)} than lies there now, which was made again since; "
+                    "delete the folder, and those of later stages, and the same command makes them again."
+                )
 
     def manifest(self, stage: Stage) -> dict[str, Any] | None:
         """Return the stage's manifest, or None if it is not done.
@@ -187,21 +205,19 @@ class Store:
             time.sleep(POLL_SECONDS)
 
     def finish(self, stage: Stage, facts: Mapping[str, object], seconds: float) -> None:
-        """Remove what only an unfinished stage needs, then write the manifest.
+        """Write the manifest, then remove what only an unfinished stage needs: killed in between, it has lost nothing.
 
         Args:
             seconds: that the stage took, with those of earlier attempts that it went on from (`seconds_kept`).
         """
         folder = self.path(stage)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        (folder / STARTED).unlink(missing_ok=True)
         share_weights(folder)
         manifest = {
             "stage": stage.name,
             "key": stage.key,
             "seed": stage.seed,
             "settings": dict(stage.settings),
-            "parents": {role: {"folder": parent.folder, "key": parent.key} for role, parent in stage.parents.items()},
+            "parents": {role: self._as_parent(parent) for role, parent in stage.parents.items()},
             "facts": dict(facts),
             "seconds": round(seconds, 3),
             "files": list_files(folder),
@@ -209,6 +225,14 @@ class Store:
             "code": code_state(),
         }
         write_text(folder / MANIFEST, json.dumps(sealed(manifest), indent=1))
+        (folder / STARTED).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+    def _as_parent(self, parent: Stage) -> dict[str, str]:
+        """Return what a manifest notes of a stage that was read: its folder, its key and what was in it."""
+        manifest = self.manifest(parent)
+        contents = {} if manifest is None else {"contents": contents_of(manifest)}
+        return {"folder": parent.folder, "key": parent.key, **contents}
 
     def lock(self) -> FileLock:
         """Lock the folder against a second run.
@@ -243,9 +267,25 @@ def _changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     return "; ".join(phrases + differences(old, new)) or "its parents or seed changed"
 
 
+def contents_of(manifest: Mapping[str, Any]) -> str:
+    """Return the digest of the weights and rows that a finished stage left; other files may name folders, metrics hold times."""
+    return digest(
+        [
+            (entry["path"], entry["sha256"])
+            for entry in manifest["files"]
+            if entry["path"].endswith(CONTENTS) and entry["path"] != METRICS
+        ]
+    )
+
+
 def list_files(folder: Path) -> list[dict[str, Any]]:
-    """List path, size and sha256 of every file in a stage folder, but for model cards, which later stages write again."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, "README.md"))
+    """List path, size and sha256 of every file that a stage leaves, but for model cards, which later stages write again."""
+    passing = (MANIFEST, STARTED, "README.md")
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in passing and path.relative_to(folder).parts[0] != CHECKPOINTS
+    )
     return [{"path": str(p.relative_to(folder)), "size": p.stat().st_size, "sha256": known_digest(p)} for p in files]
 
 

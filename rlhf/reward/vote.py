@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.data.rows import Prompt, prompt_key
+from rlhf.data.rows import Prompt, root_key
 from rlhf.errors import TrainingError, UserError
 
 Train = Callable[[int, list[int], list[int]], Tensor]
@@ -50,7 +50,7 @@ def plan_vote(prompts: Sequence[Prompt], *, members: int, folds: int, in_sample:
     """
     if in_sample:
         return VotePlan([0] * len(prompts), [None] * members)
-    keys = [prompt_key(prompt) for prompt in prompts]
+    keys = [root_key(prompt) for prompt in prompts]
     problems = []
     if members < 2:
         problems.append(

@@ -36,8 +36,9 @@ def open_book(run: Path) -> tuple[LabelBook, int, int]:
         UserError: the folder is neither, or has no questions (yet).
     """
     is_audit = (run / "audit.json").is_file()
-    is_look = (run / BOOK).is_file() and (run.parent / "recipe.yaml").is_file()  # of a run's experts
-    if not is_audit and not is_look and not (run / "recipe.yaml").is_file():
+    is_run = (run / "recipe.yaml").is_file()
+    is_look = not is_run and (run / BOOK).is_file() and (run.parent / "recipe.yaml").is_file()  # of a run's experts
+    if not is_audit and not is_look and not is_run:
         raise UserError(f"{run}: no recipe.yaml; this folder holds no run, and no audit either.")
     try:
         book = LabelBook(run / BOOK) if (run / BOOK).is_file() else None

@@ -77,6 +77,7 @@ def test_one_answer_of_sixteen_must_end() -> None:
 
 def test_prompts_are_too_long_only_where_all_of_them_are() -> None:
     assert prompts_too_long([9, 10], 8) is not None
-    assert prompts_too_long([8, 10], 8) is None
+    assert "1 of the 2 prompts that were looked at are longer than the 8 tokens" in str(prompts_too_long([8, 10], 8))
+    assert prompts_too_long([7, 8], 8) is None
     assert prompts_too_long([9, 10], None) is None
     assert prompts_too_long([], 8) is None

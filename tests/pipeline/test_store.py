@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,51 @@ def test_a_changed_setting_is_refused_by_name(tmp_path: Path) -> None:
     store.finish(stages()[0], {}, 1.0)
     with pytest.raises(UserError, match=r"learning_rate was 0\.1, is 0\.2"):
         store.is_done(stages(learning_rate=0.2)[0])
+
+
+@pytest.mark.fault("stage deleted")
+def test_what_was_made_of_a_stage_is_refused_where_that_was_made_anew_with_other_contents(tmp_path: Path) -> None:
+    """Corrected labels have the key of the wrong ones; times and configurations with folders' names are no contents."""
+    store, (sft, ppo) = Store(tmp_path), stages()
+    for rows, noise in (("a", "1"), ("a", "2"), ("b", "2")):
+        folder = store.open(sft)
+        (folder / "rows.jsonl").write_text(rows)
+        (folder / "metrics.jsonl").write_text(noise)
+        (folder / "config.json").write_text(noise)
+        store.finish(sft, {"noise": noise}, float(noise))
+        if not store.path(ppo).exists():
+            store.open(ppo)
+            store.finish(ppo, {}, 1.0)
+        if rows == "a":
+            assert store.is_done(ppo)
+    with pytest.raises(
+        UserError, match=r"round-1/ppo: was made of another .*round-0/sft than lies there now, which was made"
+    ):
+        store.is_done(ppo)
+    shutil.rmtree(store.path(sft))
+    assert store.is_done(ppo), "what is gone is no other one"
+
+
+@pytest.mark.fault("kill at any moment")
+def test_a_stage_that_dies_while_it_finishes_has_lost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    store, (sft, _) = Store(tmp_path), stages()
+    folder = store.open(sft)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/weights").write_text("abc")
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.pipeline.store.list_files", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.finish(sft, {}, 1.0)
+    store.open(sft)
+    assert (folder / "checkpoints/weights").read_text() == "abc", "the next attempt goes on from here"
+    store.finish(sft, {}, 1.0)
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+    manifest = store.manifest(sft)
+    assert manifest is not None
+    assert manifest["files"] == []
 
 
 def test_an_unfinished_stage_keeps_its_checkpoints_only_if_it_is_the_same(tmp_path: Path) -> None:
