@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rlhf.data.functions import load_function
-from rlhf.data.rows import SIDES, Pair, answer, asked, told
+from rlhf.data.rows import SIDES, Pair, answer, asked, pair_digest, told
 from rlhf.data.traits import TRAITS, trait_table
 from rlhf.errors import UserError
-from rlhf.files import write_jsonl, write_text
+from rlhf.files import read_jsonl, write_jsonl, write_text
 from rlhf.models.text import plain
 from rlhf.objectives.influence import head_influence, pair_pull, trait_direction
 from rlhf.objectives.selection import head_covariance
@@ -76,6 +76,9 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
     # 3. What goes, and what stays.
     order = torch.argsort(-influence, stable=True).tolist()
     removed = set(order[: max(1, round(share * len(pairs)))])
+    labels = read_jsonl(context.pairs)  # as they were given: what corrects labels would correct those of `pairs` again
+    blamed = {pair_digest(pairs[i]) for i in removed}
+    without, rest = ([row for row in labels if (pair_digest(row) in blamed) is is_out] for is_out in (True, False))
     positive = influence.clamp(min=0)
     result = {
         "run": str(run),
@@ -84,8 +87,8 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
         "feature": feature,
         "slope": slope,
         "slope_ci": interval,
-        "kept": len(pairs) - len(removed),
-        "removed": len(removed),
+        "kept": len(rest),
+        "removed": len(without),
         "influence_of_removed": positive[sorted(removed)].sum().item() / max(positive.sum().item(), 1e-12),
         "pairs": [
             {
@@ -99,8 +102,8 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
         ],
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out / "removed.jsonl", [pairs[i] for i in sorted(removed)])
-    write_jsonl(out / "rest.jsonl", [row for i, row in enumerate(pairs) if i not in removed])
+    write_jsonl(out / "removed.jsonl", without)
+    write_jsonl(out / "rest.jsonl", rest)
     write_text(out / "blame.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 

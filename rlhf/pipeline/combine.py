@@ -13,8 +13,9 @@ from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
 from rlhf.models.load import load_policy, load_tokenizer, model_settings
 from rlhf.models.merge import merge_adapter
-from rlhf.models.save import save_model
+from rlhf.models.save import BOOKKEEPING, save_model
 from rlhf.pipeline.training import quiet_libraries
+from rlhf.recipe.document import differences
 from rlhf.report.result_file import check_new_folder
 from rlhf.reward.experts import EXPERTS
 from rlhf.reward.gated import is_gated
@@ -113,6 +114,21 @@ def check_alike(opened: Sequence[Opened]) -> None:
             raise UserError(
                 f"{other.folder}: its vocabulary is not that of {first.folder}, so a row of one is another token's in the other."
             )
+        if changed := differences(_configuration(first.model), _configuration(other.model)):
+            raise UserError(
+                f"{other.folder}: is computed otherwise than {first.folder} ({changed[0]}); only models of one base can "
+                "be combined."
+            )
+        if other.tokenizer.chat_template != first.tokenizer.chat_template:
+            raise UserError(
+                f"{other.folder}: its chat template is not that of {first.folder}, so one of both would read texts it was "
+                "not trained on; combine models of one template."
+            )
+
+
+def _configuration(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what decides how a model computes."""
+    return {name: value for name, value in model.config.to_dict().items() if name not in BOOKKEEPING}
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -328,6 +328,11 @@ def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:
         )
     if rounds.labels_from == "dataset" and rounds.first == "sampled":
         yield f"{document.place(('rounds', 'first'))}: rounds.first is sampled, but labels_from: dataset samples nothing."
+    if rounds.age_weight < 1 and recipe.reward.objective in ("scaled", "weight"):
+        yield (
+            f"{document.place(('rounds', 'age_weight'))}: rounds.age_weight weighs pairs by their age, and reward.objective: "
+            f"{recipe.reward.objective} by something else, of which a pair keeps one; leave one of both out."
+        )
     if rounds.max_noise is not None and not recipe.needs_vote:
         yield (
             f"{document.place(('rounds', 'max_noise'))}: rounds.max_noise is not used: nobody votes on the labels; take an "

@@ -69,10 +69,12 @@ def _with_round_alone(summary: Summary, entry: Round, evaluation: Facts) -> Summ
 def _reward_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest], stage: str) -> Path:
     facts = manifests[stage]["facts"]
     adapter = (run / stage / "model" / "adapter_config.json").is_file()
-    objective = manifests[stage]["settings"].get("objective", "bt")
+    settings = manifests[stage]["settings"]
+    objective, members = settings.get("objective", "bt"), settings.get("members", 1)
     sentences = [
         f"A scalar reward model trained on {_trained_on(facts)} (objective `{objective}`). Its score is a raw "
         "number; only differences between answers to one prompt mean anything.",
+        *([f"It is one of {members} members; what follows was measured of their mean."] if members > 1 else []),
         *[sentence for sentence in verdict(summary, []) if sentence.startswith("The reward model orders")],
     ]
     return _write(
@@ -84,8 +86,22 @@ def _reward_card(run: Path, summary: Summary, manifests: Mapping[str, Manifest],
         adapter=adapter,
         sentences=sentences,
         facts=reward_facts(facts),
-        use=USE_REWARD.format(start=start_name(summary), **facts) + ("" if adapter else USE_PLAIN_REWARD),
+        use=USE_REWARD.format(start=start_name(summary), **facts)
+        + (USE_PLAIN_REWARD if is_plain(settings, adapter=adapter) else ""),
     )
+
+
+def is_plain(settings: Mapping[str, object], *, adapter: bool) -> bool:
+    """Return whether transformers alone gives a reward model's scores.
+
+    A gate, a critique before the score and experts' adapters are no part of what it loads.
+
+    Args:
+        settings: of the stage that trained it.
+        adapter: whether its folder holds an adapter alone.
+    """
+    needs_more = settings.get("objective") == "gated" or settings.get("extra") == "critique" or settings.get("experts")
+    return not adapter and not needs_more
 
 
 def _trained_on(facts: Mapping[str, object]) -> str:

@@ -13,6 +13,7 @@ from rlhf.data.traits import TRAITS
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.objectives.influence import pair_pull
 from rlhf.pipeline import blame as blame_module
+from rlhf.reward.denoise import flip_pair
 from tests.command import rlhf
 from tests.conftest import WORDS
 
@@ -101,10 +102,15 @@ def test_a_label_is_blamed_as_it_was_trained_on(tmp_path: Path, monkeypatch: pyt
     features = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
     differences = torch.tensor([0.5, -8.0, 1.0, 0.2]).double()
 
+    # The first label was given the other way round, and corrected before it was trained on.
+    given = [flip_pair(rows[0]), *rows[1:]]
+    write_jsonl(tmp_path / "pairs.jsonl", given)
+
     def influence(name: str, **section: Any) -> dict[int, float]:
         reward = SimpleNamespace(**{"group_weight": None, "flip_rate": 0.0, **section})
         recipe, folder = SimpleNamespace(reward=reward), tmp_path / "round-1/reward"
-        context = SimpleNamespace(recipe=recipe, folder=folder, test_pairs=tmp_path / "test.jsonl")
+        places = {"folder": folder, "pairs": tmp_path / "pairs.jsonl", "test_pairs": tmp_path / "test.jsonl"}
+        context = SimpleNamespace(recipe=recipe, **places)
         monkeypatch.setattr(blame_module, "_trained", lambda _: context)
         monkeypatch.setattr(blame_module, "training_rows", lambda _: SimpleNamespace(rows=rows))
         monkeypatch.setattr(blame_module, "load_reward_model", lambda _: None)
@@ -119,3 +125,5 @@ def test_a_label_is_blamed_as_it_was_trained_on(tmp_path: Path, monkeypatch: pyt
     pulls = [pair_pull(differences, one, zero, one, flip_rate=rate) for rate in (0.2, 0.0)]
     assert [robust[i] / plain[i] for i in range(4)] == pytest.approx((pulls[0] / pulls[1]).tolist())
     assert abs(robust[1]) < 0.01 * abs(plain[1]), "of which the model is sure that it is wrong"
+    (first,) = read_jsonl(tmp_path / "a/removed.jsonl")
+    assert read_jsonl(tmp_path / "a/rest.jsonl") == [row for row in given if row != first], "labels as they were given"

@@ -139,6 +139,19 @@ def test_models_that_do_not_fit_are_refused(
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(UserError, match="row 1 has no `prompt` and `completion`"):
         combine_models([reward_folder] * 2, [0.5, 0.5], tmp_path / "x", samples=tmp_path / "bad.jsonl")
+    for name, word in (
+        ("rms_norm_eps", "is computed otherwise"),
+        ("chat_template", "its chat template is not that of"),
+    ):
+        other = shutil.copytree(base_folder, tmp_path / name)
+        if name == "chat_template":
+            file = other / "chat_template.jinja"
+            file.write_text(file.read_text() + " ")
+        else:
+            config = json.loads((other / "config.json").read_text())
+            (other / "config.json").write_text(json.dumps({**config, name: 0.5}))
+        with pytest.raises(UserError, match=word):
+            combine_models([base_folder, other], [0.5, 0.5], tmp_path / "x", samples=None)
     result = rlhf("export", "a", "b", "--average", "c", "--extrapolate", "d", cwd=tmp_path)
     assert result.returncode == 2
     assert "two ways to combine models" in result.stderr

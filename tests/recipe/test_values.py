@@ -63,3 +63,13 @@ def test_a_number_that_begins_with_a_zero_is_refused(tmp_path: Path) -> None:
     """YAML 1.1 counts it by eights, YAML 1.2 by tens."""
     with pytest.raises(UserError, match="seed: input should be a valid integer"):
         loaded(tmp_path, BASE, overrides=("seed=010",))
+
+
+@pytest.mark.parametrize("objective", ["scaled", "weight"])
+def test_a_pair_is_not_weighed_by_its_age_and_by_something_else(tmp_path: Path, objective: str) -> None:
+    """It has one weight, of which either would overwrite the other."""
+    asking = {**BASE, "rounds": {"count": 2, "labels_from": "lab", "age_weight": 0.5}}
+    with pytest.raises(
+        UserError, match=f"rounds.age_weight weighs pairs by their age, and reward.objective: {objective} by"
+    ):
+        loaded(tmp_path, asking, overrides=(f"reward.objective={objective}",))
