@@ -1,6 +1,8 @@
 """The audit finds planted wrong labels, says what it left out, and writes what was promised."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.objectives.strength import vote_strength
-from rlhf.pipeline.audit import audit
+from rlhf.pipeline.audit import _key, audit
 from rlhf.pipeline.audited import length_alarm, length_bias
 from rlhf.recipe import load_recipe
 from rlhf.report.audit import mark, write_audit_page
@@ -260,3 +263,14 @@ def test_votes_that_follow_length_are_said_to() -> None:
     assert length_alarm(0.2) is None
     assert "prefer the shorter answer (correlation -0.52)" in str(length_alarm(-0.52))
     assert "prefer the longer answer" in str(length_alarm(0.6))
+
+
+def test_a_model_that_was_trained_anew_is_another_model(base_folder: Path, tmp_path: Path) -> None:
+    """Its folder has the same name, and a finished audit would be of the weights before."""
+    model = shutil.copytree(base_folder, tmp_path / "model")
+    key = partial(_key, Source("org/pairs"), "answers", str(model), {}, {}, 0)
+    before = key()
+    assert key() == before
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert key() != before

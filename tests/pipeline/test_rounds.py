@@ -15,6 +15,7 @@ from rlhf.data import http
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import read_questions
 from rlhf.errors import TrainingError, UserError, Waiting
+from rlhf.files import read_jsonl
 from rlhf.pipeline.estimate import estimate
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.run import run as run_recipe
@@ -311,6 +312,15 @@ def test_a_judge_is_asked_in_both_orders_and_nothing_is_asked_twice(
         question = questions[verdict.id]
         longer = len(question.first) - len(question.second)
         assert verdict.label == ("first" if longer > 0 else "second" if longer < 0 else "tie"), "order decides nothing"
+
+    # Another judge, as the refusal advises: the stage is made again, and the first one's verdicts count no more.
+    shutil.rmtree(run / "round-2/label")
+    (run / "recipe.yaml").unlink()
+    made = recipe(tmp_path, "rounds.labels_from=judge", f"rounds.judge_url={judge_url}", "rounds.judge_model=k")
+    run_recipe(made, run, until="label", say=lambda _: None)
+    assert {verdict.annotator for verdict in LabelBook(run / BOOK).verdicts()} == {"j", "k"}, "nothing is lost"
+    labelled = [row for row in read_jsonl(run / "round-2/label/pairs.jsonl") if row.get("round") == 2]
+    assert {row["annotator"] for row in labelled} == {"k"}
 
 
 def test_a_judge_stops_at_its_budget(finished: Path, tmp_path: Path, judge_url: str) -> None:
