@@ -43,7 +43,9 @@ class RandomNumbers:
             _set_states(self.states)
         else:
             # `torch.manual_seed` would also seed devices that are first used later, and so the run's own numbers there.
-            random.seed(self.seed), np.random.seed(self.seed), torch.default_generator.manual_seed(self.seed)
+            random.seed(self.seed)
+            np.random.seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
         try:
             yield
         finally:
