@@ -54,7 +54,7 @@ def nothing_lost(folder: Path, model: nn.Module) -> Check:
             if not any(_equal(tensor.to(kind), place) for kind in types):
                 changed.append(name)
     renamed = not adapter.is_file() and any(name.startswith(backbone) for name in loaded.keys() - saved_names)
-    lost = changed + ([] if renamed else missing)
+    lost = changed + ([] if renamed else missing) + ([] if files else ["any weight, as no *.safetensors is there"])
     more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
     return Check(
         name="nothing lost",

@@ -63,7 +63,13 @@ def write_report(run: Path) -> Path:
         verdict=verdict(summary, ppo) + rounds_verdict(summary) + facts.get(f"{folder}/ppo", {}).get("warnings", []),
         tiles=_tiles(summary),
         rounds=rounds_section(run, summary),
-        policy_figures=_policy_figures(ppo, answers, facts.get(f"{folder}/evaluate", {}), start_name(summary)),
+        policy_figures=_policy_figures(
+            ppo,
+            answers,
+            facts.get(f"{folder}/evaluate", {}),
+            start_name(summary),
+            follows=_follows(manifests, f"{folder}/ppo"),
+        ),
         samples=answers[:SAMPLES_SHOWN],
         reward_facts=reward_facts(reward) if reward else [],
         reward_figures=reward_figures(reward, pairs) if reward else [],
@@ -162,16 +168,31 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     return tiles
 
 
+def _follows(manifests: Mapping[str, Manifest], stage: str) -> bool:
+    """Return whether PPO's KL is to the policy of the round before, and the evaluation's to that at the very start."""
+    manifest = manifests.get(stage)
+    return (
+        manifest is not None and "policy" in manifest["parents"] and manifest["settings"].get("reference") == "previous"
+    )
+
+
 def _policy_figures(
-    ppo: Sequence[Metrics], answers: Sequence[JudgedPrompt], evaluation: Facts, start: str
+    ppo: Sequence[Metrics], answers: Sequence[JudgedPrompt], evaluation: Facts, start: str, *, follows: bool
 ) -> list[Figure]:
-    figures = _training_curves(ppo, evaluation, start) if ppo else []
+    figures = _training_curves(ppo, evaluation, start, follows=follows) if ppo else []
     figures += _answer_histograms(answers, start.removeprefix("the ")) if answers else []
     return [(title, note, Markup(svg)) for title, note, svg in figures]
 
 
-def _training_curves(ppo: Sequence[Metrics], evaluation: Facts, start: str) -> list[tuple[str, str, str]]:
-    """Draw PPO's rewards, KL, length and health over its episodes: title, note, SVG."""
+def _training_curves(
+    ppo: Sequence[Metrics], evaluation: Facts, start: str, *, follows: bool
+) -> list[tuple[str, str, str]]:
+    """Draw PPO's rewards, KL, length and health over its episodes: title, note, SVG.
+
+    Args:
+        follows: PPO's KL is to the policy of the round before; best of n, whose KL is to `start`, has no place beside it.
+    """
+    start = "the policy of the round before" if follows else start
     figures = []
     series = {"reward model (proxy)": _series(ppo, "episodes", "reward_proxy")}
     by_kl = {"PPO, reward model (proxy)": _series(ppo, "kl", "reward_proxy", sort=True)}
@@ -183,7 +204,7 @@ def _training_curves(ppo: Sequence[Metrics], evaluation: Facts, start: str) -> l
         points = {
             name: ([row["kl"] for row in curve], [row[key] for row in curve])
             for name, key in (("best of n by reward model", "by_reward"), ("best of n by true reward", "by_gold"))
-            if curve
+            if curve and not follows
         }
     note = "A proxy that rises while gold falls is over-optimised."
     figures.append(("Reward over PPO", note, curves(series, x="episodes", y="reward")))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.report.page import _overoptimised
+from rlhf.report.page import _follows, _overoptimised, _training_curves
 
 
 def training(proxy: list[float], gold: list[float], scatter: float) -> list[dict[str, Any]]:
@@ -36,3 +36,18 @@ def test_a_fall_is_one_only_beyond_the_scatter_of_rollouts(
 def test_nothing_is_said_of_what_is_not_known() -> None:
     assert "can't be said without a true reward" in _overoptimised([{"reward_proxy": 1.0}] * 9)
     assert "5 logged rollouts are too few" in _overoptimised(training([1.0], [1.0], 0.1)[:5])
+
+
+def test_the_axis_names_what_the_kl_is_measured_to() -> None:
+    """Of a round that follows the one before, PPO's KL and that of best of n are of two things, and not drawn on one axis."""
+    ppo: Any = [{"episodes": 32 * i, "kl": float(i), "reward_proxy": 1.0 * i, "reward_gold": 0.1 * i} for i in range(3)]
+    evaluation = {"best_of_n": [{"kl": 1.0, "by_reward": 0.5, "by_gold": 0.6}]}
+    for follows, axis in ((False, "KL to SFT"), (True, "KL to the policy of the round before")):
+        figures = {title: (note, svg) for title, note, svg in _training_curves(ppo, evaluation, "SFT", follows=follows)}
+        note, svg = figures["Reward against KL"]
+        assert axis in svg
+        assert ("best of n" in svg) is ("best of n" in note) is (not follows)
+    manifest: Any = {"parents": {"policy": {}}, "settings": {"reference": "previous"}}
+    assert _follows({"round-2/ppo": manifest}, "round-2/ppo")
+    assert not _follows({"round-2/ppo": {**manifest, "settings": {"reference": "sft"}}}, "round-2/ppo")
+    assert not _follows({"round-1/ppo": {**manifest, "parents": {}}}, "round-1/ppo")
