@@ -107,7 +107,7 @@ def test_what_is_rounded_around_4_bit_weights_is_no_loss_and_another_number_is(t
 
 
 def test_a_folder_without_weights_has_lost_them(base_folder: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = load_policy(base_folder, model_settings({}))
     check = nothing_lost(tmp_path, model)
     assert not check.held
     assert "any weight, as no *.safetensors is there" in check.sentence
