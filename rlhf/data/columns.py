@@ -1,6 +1,7 @@
 """A file's own columns under our names: by a mapping that a person gives, or because the file is of a public layout."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -56,7 +57,8 @@ def named_rows(
     Raises:
         UserError: a column that no row has, or a name that is none of ours; rows of two layouts; a label that there is not.
     """
-    rows = _without_pictures(rows, report)
+    if not columns:
+        rows = _without_pictures(rows, report)
     if columns:
         rows = _mapped(rows, source, report, columns)
     layout = None if columns and any(name in columns for name in ANSWERS) else _public_layout(rows, source)
@@ -89,14 +91,20 @@ def _without_pictures(rows: Sequence[tuple[int, object]], report: ReadReport) ->
     for number, row in rows:
         beside = [name for name in PICTURES if isinstance(row, Mapping) and not _is_empty(row.get(name))]
         if beside:
-            report.drop(number, f"it has `{beside[0]}`, and the models here read text alone")
+            report.drop(
+                number,
+                f"it has `{beside[0]}`, and the models here read text alone (`columns` beside the source reads it so)",
+            )
         else:
             kept.append((number, row))
     return kept
 
 
 def _is_empty(value: object) -> bool:
-    return value is None or (isinstance(value, str | list | Mapping) and not value)
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "none", "nan", "null")
+    is_gap = isinstance(value, float) and math.isnan(value)
+    return value is None or value is False or is_gap or (isinstance(value, list | Mapping) and not value)
 
 
 # ---- A mapping ----

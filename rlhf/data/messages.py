@@ -77,7 +77,8 @@ def _speakers_apart(turns: Messages) -> Messages:
         result.append({"role": "user", "content": first})
         for speaker, text in zip(rest[::2], rest[1::2], strict=True):
             result.append({"role": speaker.lower(), "content": text})
-    return result
+    is_open = result[-1]["role"] == "assistant" and not result[-1]["content"].strip()
+    return result[:-1] if is_open else result
 
 
 def transcript(text: str) -> Messages:

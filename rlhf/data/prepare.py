@@ -99,7 +99,7 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     given_keys = {row.key for row in [*pairs.test, *prompts.test]}
     parts: Parts = {"pairs": pairs.train, "prompts": prompts.train, "demonstrations": sft.train}
     parts = {**parts, "ratings": rated.train} if sources.ratings is not None else parts
-    parts = {name: _without(rows, held_out, HELD_OUT, name_of=_root) for name, rows in parts.items()}
+    parts = {name: _without(rows, held_out, HELD_OUT, name_of=_conversation) for name, rows in parts.items()}
     _check_leakage(
         {n: rows for n, rows in parts.items() if n != "prompts" or sources.prompts}, given_keys, sources.leakage
     )
@@ -141,7 +141,7 @@ def _read_pairs(
     """Read all pairs.
 
     Returns:
-        the pairs, each once; the conversations (`Row.root`) that are held out from sources without a test side; these
+        the pairs, each once; the conversations (`Row.conversation`) that are held out from sources without a test side; these
         sources.
     """
     pairs: Rows[Pair] = Rows()
@@ -157,8 +157,8 @@ def _read_pairs(
         if not sources.test and not read.test:
             split.append(source)
             read.test = [row for row in read.train if _is_held_out(row, sources.test_fraction, seed)]
-            held_out |= {row.root for row in read.test}
-            read.train = [row for row in read.train if row.root not in held_out]
+            held_out |= {row.conversation for row in read.test}
+            read.train = [row for row in read.train if row.conversation not in held_out]
         pairs = Rows(pairs.train + read.train, pairs.test + read.test)
     if sources.test:
         drop_rows(pairs.test, "marked as test, but data.test is given")
@@ -194,7 +194,7 @@ def _read_ratings(
         read = read_sources([source], reader.read, reports, "ratings", seed, fit=fit)
         drop_rows(read.test, "marked as test")
         if source in split and not read.test:
-            held_out |= {row.root for row in read.train if _is_held_out(row, sources.test_fraction, seed)}
+            held_out |= {row.conversation for row in read.train if _is_held_out(row, sources.test_fraction, seed)}
         rated.train += read.train
     reader.check()
     return rated, held_out
@@ -221,16 +221,20 @@ def _read_prompts(
     held_out: set[str] = set()
     if not sources.prompts:  # what is left out of these is no loss to report
         derived = ReadReport("the pairs' prompts")
-        prompts.train = [Row({"prompt": row.values["prompt"]}, row.number, derived) for row in answered]
+        prompts.train = [_prompt_of(row, derived) for row in answered]
     if sources.test_prompts:
         given = read_sources(sources.test_prompts, to_prompts, reports, "prompts, test", seed, split="test", fit=fit)
         prompts.test = given.train
     elif sources.prompts and not prompts.test:
         prompts.test = [row for row in prompts.train if _is_held_out(row, sources.test_fraction, seed)]
-        held_out = {row.root for row in prompts.test}
+        held_out = {row.conversation for row in prompts.test}
     elif not sources.prompts:
-        prompts.test = [Row({"prompt": row.values["prompt"]}, row.number, row.report) for row in compared]
+        prompts.test = [_prompt_of(row, row.report) for row in compared]
     return Rows(prompts.train, _unique(prompts.test)), held_out
+
+
+def _prompt_of(row: Row[Any], report: ReadReport) -> Row[PromptRow]:
+    return Row({"prompt": row.values["prompt"]}, row.number, report, conversation=row.conversation)
 
 
 def _may_have_test_side(source: Source) -> bool:
@@ -296,8 +300,8 @@ def _key(row: Row[Any]) -> str:
     return row.key
 
 
-def _root(row: Row[Any]) -> str:
-    return row.root
+def _conversation(row: Row[Any]) -> str:
+    return row.conversation
 
 
 def _check_leakage(parts: Parts, given: set[str], leakage: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple, cast
 
-from rlhf.data.canonical import check_answer, check_prompt, extras_of, label_columns
+from rlhf.data.canonical import check_answer, check_prompt, extras_of
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Demonstration, Message, Messages, Pair, assistant_turn, group_key, prompt_key
@@ -41,8 +41,7 @@ class Ranking:
     """Answers to one prompt with their scores, higher is better, ties allowed.
 
     Attributes:
-        extras: `source`, `subset`, `annotator`, `id`, `agree` and `weight` where the row has them; of two answers all that may
-            stand beside a label.
+        extras: `source`, `subset`, `annotator`, `id`, `agree` and `weight` where the row has them.
     """
 
     prompt: Messages
@@ -177,7 +176,7 @@ def signed_strength(row: Mapping[str, object]) -> list[Ranking]:
         raise BadRow("no preference between the two responses (strength 0)")
     prompt = messages(row.get("prompt", row.get("context")), "prompt")
     texts = [response_text(response) for response in (first_response(row), second_response(row))]
-    return [Ranking(prompt, [Answer(texts[0], 0.0), Answer(texts[1], value)], {**extras_of(row), **label_columns(row)})]
+    return [Ranking(prompt, [Answer(texts[0], 0.0), Answer(texts[1], value)], _of_all_pairs(row))]
 
 
 def preference_of(row: Mapping[str, object]) -> tuple[str, object] | None:
@@ -312,8 +311,9 @@ def _answered_turns(row: Mapping[str, object]) -> Iterator[_AnsweredTurn]:
 
 def _of_all_pairs(row: Mapping[str, object]) -> Mapping[str, Any]:
     """Return what a row says of each pair of its answers alike."""
-    labels = label_columns(row)
-    return {**extras_of(row), **({"weight": labels["weight"]} if "weight" in labels else {})}
+    weight = row.get("weight")
+    is_one = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
+    return {**extras_of(row), **({"weight": float(weight)} if is_one else {})}
 
 
 def _answer_list(row: Mapping[str, object]) -> list[object] | None:

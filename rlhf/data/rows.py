@@ -161,18 +161,6 @@ def prompt_key(prompt: Prompt) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def root_key(prompt: Prompt) -> str:
-    """Return the identity of the conversation that a prompt is of: that of its turns up to the user's first.
-
-    >>> first = {"role": "user", "content": "Hi"}
-    >>> root_key([first, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]) == prompt_key([first])
-    True
-    """
-    turns = user_turn(prompt) if isinstance(prompt, str) else prompt
-    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
-    return prompt_key(turns[: first + 1])
-
-
 def group_key(prompt: Prompt) -> str:
     """Return what the pairs of several answers to one prompt have in common (`Pair.group`): the start of the prompt's key."""
     return prompt_key(prompt)[:16]

@@ -8,6 +8,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from rlhf.data.canonical import oddities
 from rlhf.data.columns import named_rows
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.direction import directions, example, has_two_responses
 from rlhf.data.layouts import find_layout
 from rlhf.data.layouts.layout import Layout
@@ -25,13 +26,12 @@ from rlhf.data.rows import (
     has_tools,
     parting_turn,
     prompt_key,
-    root_key,
 )
 from rlhf.data.sides import Side
 from rlhf.data.tidy import tidied
 from rlhf.errors import UserError
 
-NEITHER_PART = ("validation", "valid", "val", "dev", "eval")
+FOR_VALIDATION = ("validation", "valid", "val", "dev", "eval")
 Canonical = TypeVar("Canonical", bound=PromptRow, covariant=True)
 
 
@@ -81,6 +81,7 @@ class Row(Generic[Canonical]):
     Attributes:
         makes_confidence: `confidence` comes from the layout, and may be missing in the rows beside.
         others: the numbers of the other rows that a pair was made of.
+        conversation: the identity of the conversation that its prompt is of; empty until its whole source has been read.
     """
 
     values: Canonical
@@ -89,16 +90,12 @@ class Row(Generic[Canonical]):
     is_test: bool = False
     makes_confidence: bool = False
     others: Sequence[int] = ()
+    conversation: str = ""
 
     @property
     def key(self) -> str:
         """Return the identity of the row's prompt."""
         return prompt_key(self.values["prompt"])
-
-    @property
-    def root(self) -> str:
-        """Return the identity of the conversation that the row's prompt is of."""
-        return root_key(self.values["prompt"])
 
 
 @dataclass
@@ -274,6 +271,8 @@ def read_sources(
                 if turn is not None:
                     row.report.drop(row.number, PARTED.format(turn))
             read = [row for row, turn in zip(read, turns, strict=True) if turn is None]
+        for row, key in zip(read, conversation_keys([row.values["prompt"] for row in read]), strict=True):
+            row.conversation = key
         train = [row for row in read if not row.is_test]
         if source.fraction < 1:
             kept = [row for row in train if share_of(row, f"{seed}:fraction") < source.fraction]
@@ -307,9 +306,8 @@ def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
         if isinstance(row, dict) and row.get("tools"):
             report.note(entry.number, "`tools` beside a conversation is left out: no canonical row has a place for it")
         part = str(row.get("split") or "").lower() if isinstance(row, dict) else ""
-        if split == "train" and part in NEITHER_PART:
-            report.drop(entry.number, f"its `split` is {part}, which is neither to train nor to test on")
-            continue
+        if split == "train" and part in FOR_VALIDATION:
+            report.note(entry.number, f"read for training, though its `split` is {part}")
         is_test = part == "test" and split == "train"
         if entry.layout is not None and entry.meaning is not None:
             name = f"{entry.layout.name}, ties" if entry.is_tie else entry.layout.name
@@ -349,7 +347,7 @@ def share_of(row: Row[Canonical], salt: str) -> float:
 
     Prompts of one conversation or tree have each other's answers in them, so they stay together.
     """
-    return share_of_text(row.root, salt)
+    return share_of_text(row.conversation, salt)
 
 
 def share_of_text(text: str, salt: str) -> float:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from rlhf.data.messages import has_speaker_lines, messages
+from rlhf.data.messages import ROLES, SPEAKERS, has_speaker_lines, messages
 from rlhf.data.rankings import is_k_wise, second_response
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Message, Messages
@@ -24,7 +24,9 @@ REPEATED = "the prompt was repeated at the head of both answers, and is taken of
 BEGINS = "kept, though both answers begin with the prompt"
 SYSTEM = "the `system` column became the system turn"
 TEXTS = ("prompt", "context", "messages", "chosen", "rejected", "completion")
-MESSAGES_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+# The beginning of a text that must be messages: a known speaker, and what was said.
+SPEAKER = re.compile(r"\s*\[\s*\{.{0,200}?['\"](?:role|from)['\"]\s*:\s*['\"](\w+)['\"]", re.DOTALL)
+SAID = re.compile(r"['\"](?:content|value)['\"]\s*:")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # From this share of a file's pairs on, answers that begin with their prompt were written so by whoever made the file; below
 # it, an answer merely begins with the words of a short question ("Hi": "Hi there").
@@ -119,22 +121,34 @@ def _parse(row: Mapping[str, object]) -> Mapping[str, object] | None:
     Raises:
         UnreadableText: a text that must have been messages once, as those of arrays that pandas wrote.
     """
-    named = {name: text for name in TEXTS if isinstance(text := row.get(name), str) and MESSAGES_TEXT.match(text)}
-    if ("chosen" in named) != ("rejected" in named):
-        named = {name: text for name, text in named.items() if name not in ("chosen", "rejected")}
-    parsed = {name: _parsed(text, name) for name, text in named.items()}
+    parsed = {name: turns for name in TEXTS if (turns := _parsed(row.get(name), name)) is not None}
+    if ("chosen" in parsed) != ("rejected" in parsed):
+        parsed = {name: turns for name, turns in parsed.items() if name not in ("chosen", "rejected")}
     return {**row, **parsed} if parsed else None
 
 
-def _parsed(text: str, name: str) -> list[object]:
+def _parsed(text: object, name: str) -> list[object] | None:
+    """Return the messages in a text; None where it is words, or JSON of something else."""
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return None
     for read in (json.loads, ast.literal_eval):
         try:
             turns = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-            return turns
-    raise UnreadableText(UNREADABLE.format(name))
+        is_conversation = isinstance(turns, list) and bool(turns) and all(_is_turn(turn) for turn in turns)
+        return turns if is_conversation else None
+    speaker = SPEAKER.match(text)
+    if speaker is not None and speaker[1] in (*ROLES, *SPEAKERS) and SAID.search(text):
+        raise UnreadableText(UNREADABLE.format(name))
+    return None
+
+
+def _is_turn(turn: object) -> bool:
+    if not isinstance(turn, dict):
+        return False
+    is_ours = turn.get("role") in ROLES and ("content" in turn or "tool_calls" in turn)
+    return is_ours or (turn.get("from") in (*ROLES, *SPEAKERS) and "value" in turn)
 
 
 def _interleave(row: Mapping[str, object]) -> Mapping[str, object] | None:
@@ -142,6 +156,8 @@ def _interleave(row: Mapping[str, object]) -> Mapping[str, object] | None:
     lists = {name: _texts_in(row.get(name)) for name in ("prompt", "chosen", "rejected")}
     asked, chosen, rejected = lists.values()
     if not asked or not chosen or not rejected or not len(asked) == len(chosen) == len(rejected):
+        return None
+    if set(asked) & {*chosen, *rejected}:  # a list to be sorted or filtered
         return None
     sides = {
         side: [

@@ -6,6 +6,7 @@ from typing import TypedDict
 import numpy as np
 
 from rlhf.data.rows import Pair, told
+from rlhf.errors import UserError
 from rlhf.models.text import plain
 from rlhf.models.verdicts import VerdictModel, Verdicts
 from rlhf.objectives.verdicts import first_is_better, turns_with_order
@@ -65,7 +66,14 @@ def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> Verdi
 
     Args:
         name: the model's.
+
+    Raises:
+        UserError: no pair fits in its context.
     """
+    if not verdicts.fits.any():
+        raise UserError(
+            f"{name}: none of the {len(rows)} pairs fits in its context, so it gives no verdict; take another model."
+        )
     prompts = [plain(row["prompt"]) for row in rows]
     log_odds, bias = verdicts.orders
     right, turned = right_verdicts(verdicts), turns_with_order(verdicts.orders).double()[verdicts.fits].tolist()

@@ -21,6 +21,9 @@ from rlhf.reward.experts import EXPERTS
 from rlhf.reward.gated import is_gated
 from rlhf.reward.load import CARD, load_reward_model, reward_card, save_reward_model
 
+# What a training writes into a configuration, and no weight is computed by.
+NAMES = ("pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type", "quantization_config")
+
 
 class Opened(NamedTuple):
     """A model whose adapter, if it had one, is merged into its base, with its tokenizer."""
@@ -119,7 +122,8 @@ def check_alike(opened: Sequence[Opened]) -> None:
                 f"{other.folder}: is computed otherwise than {first.folder} ({changed[0]}); only models of one base can "
                 "be combined."
             )
-        if other.tokenizer.chat_template != first.tokenizer.chat_template:
+        templates = {tokenizer.chat_template for tokenizer in (first.tokenizer, other.tokenizer)} - {None}
+        if len(templates) > 1:
             raise UserError(
                 f"{other.folder}: its chat template is not that of {first.folder}, so one of both would read texts it was "
                 "not trained on; combine models of one template."
@@ -128,7 +132,7 @@ def check_alike(opened: Sequence[Opened]) -> None:
 
 def _configuration(model: PreTrainedModel) -> dict[str, Any]:
     """Return what decides how a model computes."""
-    return {name: value for name, value in model.config.to_dict().items() if name not in BOOKKEEPING}
+    return {name: value for name, value in model.config.to_dict().items() if name not in (*BOOKKEEPING, *NAMES)}
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, all_alike, read_questions, tally
 from rlhf.data.llm_judge import LanguageModelJudge
-from rlhf.data.rows import TIE, Pair, prompt_key, root_key
+from rlhf.data.rows import TIE, Pair, prompt_key
 from rlhf.data.sources import share_of_text
 from rlhf.errors import UserError, Waiting
 from rlhf.files import read_jsonl, write_jsonl
@@ -101,7 +101,7 @@ def _hold_out(context: StageContext, fresh: list[Pair]) -> tuple[list[Pair], dic
         UserError: there is none to evaluate on.
     """
     share, salt = context.recipe.data.test_fraction, f"labels of {context.recipe.seed}"
-    is_held = [share_of_text(root_key(row["prompt"]), salt) < share for row in fresh]
+    is_held = [share_of_text(prompt_key(row["prompt"]), salt) < share for row in fresh]
     held = [row for row, is_out in zip(fresh, is_held, strict=True) if is_out]
     decided = [row for row in held if row.get("confidence") != TIE]
     before = context.find_parent("earlier")

@@ -28,9 +28,11 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
         case "label" if rounds.min_fresh_accuracy is not None and facts.get("fresh_accuracy") is not None:
             high = facts["fresh_accuracy_ci"][1]
             if high < rounds.min_fresh_accuracy:
+                chosen = f" They are those that rounds.select={rounds.select} chose, of which a good one orders few more than half."
                 return (
                     f"{folder}: stopped. The reward model so far orders {facts['fresh_accuracy']:.1%} of its own policy's new "
                     f"pairs as labelled, at most {high:.1%}: below rounds.min_fresh_accuracy={rounds.min_fresh_accuracy:g}."
+                    + (chosen if rounds.select != "random" else "")
                 )
         case "vote" | "second_look" if rounds.max_noise is not None and facts["noise"]["low"] > rounds.max_noise:
             return (

@@ -328,12 +328,6 @@ def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:
         )
     if rounds.labels_from == "dataset" and rounds.first == "sampled":
         yield f"{document.place(('rounds', 'first'))}: rounds.first is sampled, but labels_from: dataset samples nothing."
-    if rounds.min_fresh_accuracy is not None and rounds.select != "random":
-        yield (
-            f"{document.place(('rounds', 'min_fresh_accuracy'))}: rounds.min_fresh_accuracy counts the pairs that a round asks "
-            f"about, and rounds.select: {rounds.select} asks about those that the reward model is least sure of, where a good one "
-            "is right little more than half of the time; set rounds.select: random, or leave it out."
-        )
     if rounds.age_weight < 1 and recipe.reward.objective in ("scaled", "weight"):
         yield (
             f"{document.place(('rounds', 'age_weight'))}: rounds.age_weight weighs pairs by their age, and reward.objective: "

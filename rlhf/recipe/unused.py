@@ -126,8 +126,8 @@ NEEDS = (
         lambda v: v["total_episodes"] is None,
         "ppo.total_episodes decides how long it trains",
     ),
-    # Without a switch: who writes `judge` here believes that a judge labels, where the file's own labels are trained on.
-    Needs("rounds", ("labels_from",), lambda v: _asks(v) or v["labels_from"] == "dataset", ASKS_NOBODY),
+    # Who writes `judge` and no number of rounds believes that a judge labels, where the file's own labels are trained on.
+    Needs("rounds", ("labels_from",), lambda v: _asks(v) or v["labels_from"] == "dataset", ASKS_NOBODY, "count"),
     Needs("rounds", (*ASKING, "annotators_per_pair"), _asks, ASKS_NOBODY, "count"),
     Needs("rounds", ASKING, _labels_come_from("lab", "people", "judge", "verdicts"), "rounds.labels_from is dataset"),
     Needs("rounds", ("annotators_per_pair",), _labels_come_from("people"), "rounds.labels_from is not people"),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.data.rows import Prompt, root_key
+from rlhf.data.conversations import conversation_keys
+from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 
 Train = Callable[[int, list[int], list[int]], Tensor]
@@ -50,7 +51,7 @@ def plan_vote(prompts: Sequence[Prompt], *, members: int, folds: int, in_sample:
     """
     if in_sample:
         return VotePlan([0] * len(prompts), [None] * members)
-    keys = [root_key(prompt) for prompt in prompts]
+    keys = conversation_keys(prompts)
     problems = []
     if members < 2:
         problems.append(

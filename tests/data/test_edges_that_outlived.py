@@ -15,7 +15,7 @@ from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.read import read_rows as read_file
 from rlhf.data.rows import assistant_turn, parting_turn, user_turn
 from rlhf.data.sources import read_pairs
-from rlhf.data.tidy import UnreadableText, _parsed
+from rlhf.data.tidy import _parsed
 from rlhf.errors import UserError
 
 HALF = "\ud83d"  # half a character: JSON may hold it, no file in UTF-8 can
@@ -91,8 +91,8 @@ def test_rated_answers_without_another_are_noted_at_the_first_of_them(tmp_path: 
 def test_a_list_is_a_conversation_if_all_of_it_is() -> None:
     turns = conversation("hi", "ho")
     assert _parsed(json.dumps(turns), "chosen") == turns
-    with pytest.raises(UnreadableText, match=r"^chosen looks like the text of messages, and is neither JSON nor"):
-        _parsed(json.dumps([*turns, "and so on"]), "chosen")
+    assert _parsed(json.dumps([*turns, "and so on"]), "chosen") is None
+    assert _parsed(json.dumps([*turns, {"role": "pirate", "content": "arr"}]), "chosen") is None
 
 
 def test_a_mapping_of_the_prompt_alone_leaves_the_answers_to_a_public_layout() -> None:

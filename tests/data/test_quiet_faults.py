@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.read import ReadReport
 from rlhf.data.repeats import BOTH_ORDERS, REPEATED, TIE_BESIDE
-from rlhf.data.rows import Pair, answer, root_key
+from rlhf.data.rows import Pair, answer
 from rlhf.data.sources import Source, read_pairs, read_sources, to_demonstrations, to_pairs
 from rlhf.data.tidy import INTERLEAVED, PARSED, SPEAKERS_APART, UNLIKELY
 from rlhf.files import read_jsonl, write_jsonl
@@ -127,7 +128,9 @@ def test_questions_about_pictures_are_left_out_and_counted(tmp_path: Path, row: 
     text = {key: value for key, value in row.items() if key != name}
     rows, report = pairs_of(tmp_path, row, {**text, name: None, "chosen": "A cow."})
     assert [answer(kept, "chosen") for kept in rows] == ["A cow."]
-    assert report.dropped == {f"it has `{name}`, and the models here read text alone": 1}
+    assert report.dropped == {
+        f"it has `{name}`, and the models here read text alone (`columns` beside the source reads it so)": 1
+    }
 
 
 # ---- Whose label, and how sure ----
@@ -212,7 +215,7 @@ def test_a_tie_gives_way_to_a_decision_and_is_itself_in_both_orders(tmp_path: Pa
 @pytest.mark.parametrize(
     ("answers", "kept"),
     [
-        ({"response_1": "no", "response_2": "yes", "preference_strength": 2}, {"weight": 3.0, "confidence": 0.7}),
+        ({"response_1": "no", "response_2": "yes", "preference_strength": 2}, {"weight": 3.0}),
         ({"response_1": "no", "response_2": "yes", "preference": "second"}, {"weight": 3.0, "confidence": 0.7}),
         ({"responses": [{"text": "no", "score": 1}, {"text": "yes", "score": 2}]}, {"weight": 3.0}),
         ({"chosen": ["yes"], "rejected": ["no"]}, {"weight": 3.0}),
@@ -248,11 +251,11 @@ def test_a_tie_that_distilabel_found_is_one(tmp_path: Path) -> None:
 # ---- Parts of a file, and of a conversation ----
 
 
-def test_rows_for_validation_are_neither_trained_nor_tested_on(tmp_path: Path) -> None:
+def test_rows_for_validation_are_said(tmp_path: Path) -> None:
     rows = [{**PAIR, "prompt": part, "split": part} for part in ("train", "test", "validation")]
     kept, report = pairs_of(tmp_path, *rows)
-    assert [row["prompt"][0]["content"] for row in kept] == ["train"]
-    assert report.dropped == {"its `split` is validation, which is neither to train nor to test on": 1}
+    assert [row["prompt"][0]["content"] for row in kept] == ["train", "validation"]
+    assert report.noted["read for training, though its `split` is validation"] == 1
 
 
 @pytest.mark.fault("duplicates and leakage")
@@ -269,6 +272,60 @@ def test_the_turns_of_a_conversation_stay_on_one_side(tmp_path: Path) -> None:
     train, test = (read_jsonl(tmp_path / "out" / f"{name}.jsonl") for name in ("pairs", "test_pairs"))
     assert len(train) + len(test) == 240
     assert len(test) > 20
-    assert not {root_key(row["prompt"]) for row in train} & {root_key(row["prompt"]) for row in test}
+    keys = conversation_keys([row["prompt"] for row in [*train, *test]])
+    assert not {*keys[: len(train)]} & {*keys[len(train) :]}
     said = {message["content"] for row in train for message in row["prompt"]}
     assert not said & {answer(row, side) for row in test for side in ("chosen", "rejected")}  # type: ignore[arg-type]
+
+
+def test_an_opening_that_all_prompts_share_is_no_conversation(tmp_path: Path) -> None:
+    """A few-shot head as turns, or a greeting: the questions behind it are as many conversations."""
+    head = [turn("user", "One and one?"), turn("assistant", "Two."), turn("user", "Say OK."), turn("assistant", "OK")]
+    rows = [
+        {"prompt": [*head, turn("user", f"question {i}")], "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(200)
+    ]
+    source = Source(write(tmp_path / "x.jsonl", *rows))
+    facts = prepare_data(tmp_path / "out", DataSources(preferences=[source], test_fraction=0.1), seed=0)
+    assert 8 < facts["rows"]["test_pairs"] < 36
+    assert facts["rows"]["pairs"] + facts["rows"]["test_pairs"] == 200
+    system = turn("system", "Be brief.")
+    assert len(set(conversation_keys([[system, turn("user", f"{i}")] for i in range(30)]))) == 30
+
+
+@pytest.mark.fault("common layouts")
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ('[{"from": "Paris", "to": "Rome"}]', '[{"from": "Rome", "to": "Paris"}]'),
+        ('[{"value": 3}]', '[{"value": 3'),
+        ("[{'content': 1}]", "[{'content': 2}] or so"),
+        ('["a", "b"]', '["b", "a"]'),
+    ],
+)
+def test_answers_that_are_json_stay_what_they_are(tmp_path: Path, texts: tuple[str, str]) -> None:
+    (row,), _ = pairs_of(tmp_path, {"prompt": '["b", "a"]', "chosen": texts[0], "rejected": texts[1]})
+    assert (answer(row, "chosen"), answer(row, "rejected")) == texts
+    numbered = [{"id": 1, **turn("user", "q")}, {"id": 2, **turn("assistant", "a")}]
+    other = [*numbered[:1], {"id": 2, **turn("assistant", "b")}]
+    (row,), _ = pairs_of(tmp_path, {"chosen": json.dumps(numbered), "rejected": json.dumps(other)})
+    assert (row["prompt"], answer(row, "chosen")) == ([turn("user", "q")], "a")
+
+
+@pytest.mark.parametrize("beside", [{"confidence": 4}, {"confidence": "high"}, {"margin": [1, 2]}, {"weight": "low"}])
+def test_what_means_something_else_beside_a_ranking_costs_no_row(tmp_path: Path, beside: dict[str, Any]) -> None:
+    """An annotator's confidence from 1 to 5, say."""
+    signed = {"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": -2, **beside}
+    listed = {"prompt": "q", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 2}], **beside}
+    rows, _ = pairs_of(tmp_path, signed, listed)
+    assert len(rows) == 2
+    assert not any(name in row for row in rows for name in ("confidence", "margin", "weight"))
+
+
+@pytest.mark.parametrize("value", [False, float("nan"), "", "None"])
+def test_a_column_for_pictures_may_be_empty(tmp_path: Path, value: Any) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({**PAIR, "image": value}))
+    assert len(read_pairs(str(file))[0]) == 1
+    full = Source(str(file), columns={"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"})
+    file.write_text(json.dumps({**PAIR, "image": "a.png"}))
+    assert len(read_pairs(full)[0]) == 1, "whoever names the columns knows them"

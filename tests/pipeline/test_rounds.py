@@ -484,8 +484,9 @@ def test_without_a_true_reward_the_best_round_is_the_last_that_nobody_found_wors
 
 def test_a_run_that_a_rule_stops_is_finished_and_says_why(finished: Path, tmp_path: Path) -> None:
     run = again(finished, tmp_path)
-    shutil.copytree(finished / "x/round-2/sample", run / "round-2/sample")
-    said = start(recipe(tmp_path, "rounds.min_fresh_accuracy=0.99", "rounds.select=random"), run)
+    for stage in ("sample", "select"):
+        shutil.copytree(finished / "x/round-2" / stage, run / "round-2" / stage)
+    said = start(recipe(tmp_path, "rounds.min_fresh_accuracy=0.99"), run)
     assert said[-1].startswith("round-2: stopped. The reward model so far orders")
     assert not (run / "round-2/vote").exists()
     summary = json.loads((run / "summary.json").read_text())

@@ -73,12 +73,3 @@ def test_a_pair_is_not_weighed_by_its_age_and_by_something_else(tmp_path: Path, 
         UserError, match=f"rounds.age_weight weighs pairs by their age, and reward.objective: {objective} by"
     ):
         loaded(tmp_path, asking, overrides=(f"reward.objective={objective}",))
-
-
-def test_a_stop_by_fresh_accuracy_wants_pairs_that_nobody_chose(tmp_path: Path) -> None:
-    rounds = {"count": 2, "labels_from": "lab", "min_fresh_accuracy": 0.6}
-    assert loaded(tmp_path, {**BASE, "rounds": rounds}).rounds.select == "random"
-    with pytest.raises(
-        UserError, match=r"rounds\.select: information asks about those that the reward model is least sure of"
-    ):
-        loaded(tmp_path, {**BASE, "rounds": {**rounds, "select": "information"}})
