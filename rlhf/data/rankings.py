@@ -312,8 +312,9 @@ def _answered_turns(row: Mapping[str, object]) -> Iterator[_AnsweredTurn]:
 def _of_all_pairs(row: Mapping[str, object]) -> Mapping[str, Any]:
     """Return what a row says of each pair of its answers alike."""
     weight = row.get("weight")
-    is_one = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
-    return {**extras_of(row), **({"weight": float(weight)} if is_one else {})}
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        return extras_of(row)
+    return {**extras_of(row), "weight": float(weight)}
 
 
 def _answer_list(row: Mapping[str, object]) -> list[object] | None:
