@@ -35,7 +35,7 @@ def test_the_first_batches_are_those_of_the_first_rollout() -> None:
         raise StopIteration
 
     args = SimpleNamespace(per_device_train_batch_size=1)
-    trainer: Any = SimpleNamespace(args=args, rollout=list, prompts_of=prompts_of)
+    trainer: Any = SimpleNamespace(args=args, rollout=list, prompts_of=prompts_of, stopped=None)
     nothing: Any = []
     batches = RolloutBatches(trainer, nothing)
     for epoch in (None, 3):
