@@ -71,7 +71,7 @@ def pair(row: Mapping[str, object]) -> Pair:
     if [_said(turn) for turn in chosen] == [_said(turn) for turn in rejected]:
         raise BadRow("chosen and rejected are the same")
     canonical: Pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    canonical |= label_columns(row)
+    canonical |= _label_columns(row)
     gap = rating_gap(row)
     if gap is not None:
         canonical["rating_gap"] = gap
@@ -81,7 +81,7 @@ def pair(row: Mapping[str, object]) -> Pair:
     return {**canonical, **extras_of(row)}
 
 
-def label_columns(row: Mapping[str, object]) -> Pair:
+def _label_columns(row: Mapping[str, object]) -> Pair:
     """Return `margin`, `confidence` (or `soft_label`) and `weight` where a row has them.
 
     Raises:

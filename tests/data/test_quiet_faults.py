@@ -97,6 +97,8 @@ def test_the_speakers_of_helpsteer_are_turns(tmp_path: Path, is_text: bool) -> N
         turn("user", "Tell a joke."),
     ]
     assert report.noted[SPEAKERS_APART] == 2
+    (row,), _ = pairs_of(tmp_path, {**PAIR, "prompt": "Hi\n<extra_id_1>Assistant\n"})
+    assert row["prompt"] == [turn("user", "Hi")], "an open turn is the answer's"
     (row,), _ = pairs_of(tmp_path, {**PAIR, "prompt": "What does <extra_id_1>User mean?"})
     assert row["prompt"] == [turn("user", "What does <extra_id_1>User mean?")]
 
@@ -275,7 +277,7 @@ def test_the_turns_of_a_conversation_stay_on_one_side(tmp_path: Path) -> None:
     keys = conversation_keys([row["prompt"] for row in [*train, *test]])
     assert not {*keys[: len(train)]} & {*keys[len(train) :]}
     said = {message["content"] for row in train for message in row["prompt"]}
-    assert not said & {answer(row, side) for row in test for side in ("chosen", "rejected")}  # type: ignore[arg-type]
+    assert not said & {answer(row, side) for row in test for side in ("chosen", "rejected")}
 
 
 def test_an_opening_that_all_prompts_share_is_no_conversation(tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ def test_counts_are_those_made_by_hand() -> None:
     assert report["letter_share"] == pytest.approx(0.5)
 
 
+def test_a_model_that_no_pair_fits_in_is_refused() -> None:
+    nothing = torch.zeros(2)
+    with pytest.raises(UserError, match=r"^m: none of the 2 pairs fits in its context"):
+        verdict_report("m", Verdicts(nothing.bool(), TwoOrders(nothing, nothing), nothing), [pair(i) for i in range(2)])
+
+
 def test_evaluate_has_verdicts_beside_the_models(reward_folder: Path, verdict_folder: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": p, "chosen": f"yes {WORDS[i % 9]}", "rejected": f"no {i}"} for i, p in enumerate(PROMPTS[:8])

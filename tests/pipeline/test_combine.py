@@ -152,6 +152,12 @@ def test_models_that_do_not_fit_are_refused(
             (other / "config.json").write_text(json.dumps({**config, name: 0.5}))
         with pytest.raises(UserError, match=word):
             combine_models([base_folder, other], [0.5, 0.5], tmp_path / "x", samples=None)
+    other = shutil.copytree(
+        base_folder, tmp_path / "ids"
+    )  # what a training writes of the tokenizer, and computes nothing
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "pad_token_id": 7, "bos_token_id": 8}))
+    combine_models([base_folder, other], [0.5, 0.5], tmp_path / "mean", samples=None)
     result = rlhf("export", "a", "b", "--average", "c", "--extrapolate", "d", cwd=tmp_path)
     assert result.returncode == 2
     assert "two ways to combine models" in result.stderr
