@@ -96,7 +96,8 @@ def rate_at_any_look(
         judge_alone: [N] the judge on the rows without a label.
 
     Returns:
-        [n] (low, high), nested: each lies in the one before.
+        [n] (low, high), nested: each lies in the one before. Not a number from where no rate is left: the labels are no random
+        draw in this order, but for a chance of 1 - confidence.
 
     Reference: Waudby-Smith and Ramdas, arXiv:2010.09686, theorem 3 (hedged capital) and section 5 (without replacement).
     """
@@ -127,10 +128,10 @@ def rate_at_any_look(
         corrected.append(value)
         remaining -= verdicts[s]
 
-        # 3. Who is left. The true rate is among them but for a chance of α, so where nobody is, the last interval stands.
+        # 3. Who is left. The true rate is among them but for a chance of α.
         is_in &= (higher + lower) / 2 < 1 / (1 - confidence)
         inside = candidates[is_in]
-        intervals.append((float(inside.min()), float(inside.max())) if len(inside) else intervals[-1])
+        intervals.append((float(inside.min()), float(inside.max())) if len(inside) else (math.nan, math.nan))
     return intervals
 
 

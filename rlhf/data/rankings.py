@@ -116,16 +116,25 @@ def group_rated(rated: Sequence[RatedAnswer]) -> tuple[list[Ranking], int]:
 # ---- The forms: each reads one row that `rlhf.data.layouts` has recognised ----
 
 
+def k_wise_prompt(row: Mapping[str, object]) -> Messages:
+    """Return the prompt of a row with a list of answers; `instruction` and `input` are two parts of one text, as in Alpaca.
+
+    Raises:
+        BadRow: it is neither text nor messages.
+    """
+    question = row.get("prompt", row.get("instruction"))
+    if "prompt" not in row and isinstance(question, str) and isinstance(more := row.get("input"), str) and more.strip():
+        question = f"{question}\n{more}"
+    return messages(question, "prompt")
+
+
 def k_wise(row: Mapping[str, object]) -> list[Ranking]:
     """Return the ranking in a list of answers that have each a score, or a rank (1 is best).
 
     Raises:
         BadRow: an answer is no mapping, or has neither.
     """
-    question = row.get("prompt", row.get("instruction"))
-    if "prompt" not in row and isinstance(question, str) and isinstance(more := row.get("input"), str) and more.strip():
-        question = f"{question}\n{more}"  # two parts of one text, as in Alpaca
-    prompt = messages(question, "prompt")
+    prompt = k_wise_prompt(row)
     answers = []
     for entry in _answer_list(row) or []:
         if not isinstance(entry, dict):

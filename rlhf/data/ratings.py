@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlhf.data.canonical import check_answer, check_prompt, extras_of
-from rlhf.data.messages import messages
-from rlhf.data.rankings import LISTS, TEXTS, is_k_wise, is_rated, rated_entries
+from rlhf.data.rankings import LISTS, TEXTS, is_k_wise, is_rated, k_wise_prompt, rated_entries
 from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.rows import Messages, Rated, assistant_turn
 from rlhf.data.sources import Line, Row
@@ -103,7 +102,7 @@ def _entries(row: object) -> list[tuple[Messages, object, object]]:
         BadRow: no ratings of attributes.
     """
     if isinstance(row, Mapping) and is_k_wise(row):
-        prompt = messages(row.get("prompt", row.get("instruction")), "prompt")
+        prompt = k_wise_prompt(row)
         answers = next(row[name] for name in LISTS if isinstance(row.get(name), list))
         rated = [answer for answer in answers if isinstance(answer, Mapping) and "attributes" in answer]
         texts = [next((answer[name] for name in TEXTS if answer.get(name) is not None), None) for answer in rated]

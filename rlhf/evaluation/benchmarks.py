@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import Messages
 from rlhf.statistics import Array, best_of_n_values, clustered_statistic
 
@@ -90,7 +91,7 @@ class Arithmetic:
 
     Attributes:
         outcomes: scores of each item's answers → outcomes [m]; with higher is better, in [0, 1] or nearly so.
-        clusters: [m] which outcomes are of one prompt.
+        clusters: [m] which outcomes are of one conversation.
         figures: name → weights [m]; the figure is Σ w·x.
     """
 
@@ -107,7 +108,7 @@ class Value(TypedDict):
 
 
 def figure_values(arithmetic: Arithmetic, outcomes: Array) -> dict[str, Value]:
-    """Compute every figure, or of differences of outcomes the figures' differences, with intervals that resample prompts.
+    """Compute every figure, or of differences of outcomes the figures' differences, with intervals that resample conversations.
 
     A resample divides by the weight that it drew: scale · Σ w·x / Σ w, scale the sum of all weights.
     """
@@ -145,7 +146,7 @@ def by_pairs(items: Sequence[Item], parts: Mapping[str, Sequence[str]] | None = 
         pairs = [(x[better], x[worse]) for item, x in zip(items, scores, strict=True) for better, worse in item.pairs]
         return np.array([better > worse for better, worse in pairs], dtype=float)
 
-    return Arithmetic(outcomes, [_cluster(item) for item in owners], figures)
+    return Arithmetic(outcomes, _clusters(owners), figures)
 
 
 def reward_bench(items: Sequence[Item]) -> Arithmetic:
@@ -188,7 +189,7 @@ def reward_bench_2(items: Sequence[Item]) -> Arithmetic:
         for form in ("ref", "tied")
     }
     both = sorted(set(forms["ref"]) & set(forms["tied"]))
-    clusters = [_cluster(items[i]) for i in single]
+    clusters = _clusters([items[i] for i in single])
     subsets = [items[i].subset for i in single]
     # The five means of the Ties score: over which prompts, and how much each counts.
     terms = [(list(forms["tied"]), 0.30), (list(forms["ref"]), 0.30), (both, 0.20), (both, 0.20), (both, 0.01)]
@@ -269,7 +270,7 @@ def ppe_correctness(items: Sequence[Item]) -> Arithmetic:
         "pairs": np.concatenate([pairs.figures[OVERALL], np.zeros(len(items))]),
         "best of K": np.concatenate([np.zeros(count), share]),
     }
-    return Arithmetic(outcomes, [*pairs.clusters, *(_cluster(item) for item in items)], figures)
+    return Arithmetic(outcomes, [*pairs.clusters, *_clusters(items)], figures)
 
 
 def _mean(weights: Sequence[Array]) -> Array:
@@ -280,5 +281,5 @@ def _form(item: Item) -> str:
     return item.identity.partition(":")[0] if item.subset == TIES else ""
 
 
-def _cluster(item: Item) -> str:
-    return "\x1f".join(message["content"] for message in item.prompt)
+def _clusters(items: Sequence[Item]) -> list[str]:
+    return conversation_keys([item.prompt for item in items])

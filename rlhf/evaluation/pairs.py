@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import kendalltau
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.rankings import Ranking
 from rlhf.data.rows import SIDES, Pair, Prompt, answer, asked, assistant_turn, told
 from rlhf.evaluation.benchmarks import Item
@@ -40,7 +42,7 @@ class ScoredPairs:
 
     Attributes:
         rows: the pairs.
-        prompts: [n] their prompts as plain text: pairs of one prompt are a cluster.
+        prompts: [n] their prompts as plain text.
         scores_chosen, scores_rejected: [n] raw scores.
     """
 
@@ -48,6 +50,11 @@ class ScoredPairs:
     prompts: list[str]
     scores_chosen: Array
     scores_rejected: Array
+
+    @cached_property
+    def clusters(self) -> list[str]:
+        """Return which pairs are of one conversation, [n]: they are not independent of each other."""
+        return conversation_keys([row["prompt"] for row in self.rows])
 
     @property
     def right(self) -> Array:
@@ -131,7 +138,7 @@ def score_answers(reward: Scorer, texts: Sequence[tuple[Prompt, str]], *, label:
 
 
 def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None = None) -> dict[str, Any]:
-    """Report how well scores order labelled pairs. All intervals resample prompts.
+    """Report how well scores order labelled pairs. All intervals resample conversations.
 
     `accuracy` counts ties as wrong (strict inequality, as RewardBench does) and says how many there were.
     `length_baseline` is the accuracy of "the longer answer wins", ties half; `accuracy_length_controlled` gives a model
@@ -144,10 +151,10 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
         gold_differences: [n] true reward of the chosen answer minus that of the rejected one, where it is known.
     """
     right, differences = scored.right, scored.scores_chosen - scored.scores_rejected
-    accuracy, interval = clustered_mean(right.tolist(), scored.prompts)
+    accuracy, interval = clustered_mean(right.tolist(), scored.clusters)
     lengths = scored.length_differences
     confidence = (1 / (1 + np.exp(-np.minimum(np.abs(differences), 50.0)))).tolist()
-    controlled, controlled_interval = length_controlled_accuracy(right.tolist(), lengths.tolist(), scored.prompts)
+    controlled, controlled_interval = length_controlled_accuracy(right.tolist(), lengths.tolist(), scored.clusters)
     temperature = best_temperature(differences.tolist())
     report: dict[str, Any] = {
         "n": int(right.size),
@@ -174,14 +181,14 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
         decided = gold != 0
         if decided.any():
             agrees = (np.sign(differences) == np.sign(gold))[decided].astype(float)
-            kept = [prompt for prompt, keep in zip(scored.prompts, decided, strict=True) if keep]
+            kept = [cluster for cluster, keep in zip(scored.clusters, decided, strict=True) if keep]
             report["accuracy_true"], report["accuracy_true_ci"] = clustered_mean(agrees.tolist(), kept)
     return report
 
 
 def compare(first: ScoredPairs, second: ScoredPairs) -> PairedDifference:
     """Compare the accuracies of two models on the same pairs: `first` minus `second`, its interval, a paired test."""
-    return paired_difference(first.right.tolist(), second.right.tolist(), first.prompts)
+    return paired_difference(first.right.tolist(), second.right.tolist(), first.clusters)
 
 
 def score_rankings(reward: Scorer, rankings: Sequence[Ranking], *, label: str = "score") -> list[Array]:
@@ -275,7 +282,7 @@ def _by(scored: ScoredPairs, grouping: _Grouping) -> dict[str, dict[str, Any]]:
     report = {}
     for label in grouping.order:
         group = [i for i, other in enumerate(grouping.labels) if other == label]
-        accuracy, interval = clustered_mean(right[group].tolist(), [scored.prompts[i] for i in group])
+        accuracy, interval = clustered_mean(right[group].tolist(), [scored.clusters[i] for i in group])
         longer = float(((lengths[group] > 0) + 0.5 * (lengths[group] == 0)).mean())
         report[label] = {"n": len(group), "accuracy": accuracy, "accuracy_ci": interval, "length_baseline": longer}
     return report
@@ -289,7 +296,7 @@ def _by_length(scored: ScoredPairs, lengths: Array) -> list[dict[str, Any]]:
     report = []
     for number in sorted(set(bins.tolist())):
         group = np.nonzero(bins == number)[0]
-        accuracy, interval = clustered_mean(right[group].tolist(), [scored.prompts[i] for i in group])
+        accuracy, interval = clustered_mean(right[group].tolist(), [scored.clusters[i] for i in group])
         low, high = float(lengths[group].min()), float(lengths[group].max())
         report.append({"low": low, "high": high, "n": len(group), "accuracy": accuracy, "accuracy_ci": interval})
     return report

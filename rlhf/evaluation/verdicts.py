@@ -5,16 +5,16 @@ from typing import TypedDict
 
 import numpy as np
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import Pair, told
 from rlhf.errors import UserError
-from rlhf.models.text import plain
 from rlhf.models.verdicts import VerdictModel, Verdicts
 from rlhf.objectives.verdicts import first_is_better, turns_with_order
 from rlhf.statistics import clustered_mean, expected_calibration_error
 
 
 class VerdictReport(TypedDict):
-    """A model's verdicts on labelled pairs, both orders averaged; intervals resample prompts.
+    """A model's verdicts on labelled pairs, both orders averaged; intervals resample conversations.
 
     Attributes:
         model: its name.
@@ -74,12 +74,12 @@ def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> Verdi
         raise UserError(
             f"{name}: none of the {len(rows)} pairs fits in its context, so it gives no verdict; take another model."
         )
-    prompts = [plain(row["prompt"]) for row in rows]
+    clusters = conversation_keys([row["prompt"] for row in rows])
     log_odds, bias = verdicts.orders
     right, turned = right_verdicts(verdicts), turns_with_order(verdicts.orders).double()[verdicts.fits].tolist()
     sure, given = first_is_better(verdicts.orders).double(), verdicts.fits
-    read = [prompt for prompt, fits in zip(prompts, given.tolist(), strict=True) if fits]
-    accuracy, accuracy_ci = clustered_mean(right, prompts)
+    read = [cluster for cluster, fits in zip(clusters, given.tolist(), strict=True) if fits]
+    accuracy, accuracy_ci = clustered_mean(right, clusters)
     turned_share, turned_ci = clustered_mean(turned, read)
     mean_bias, bias_ci = clustered_mean(bias[given].double().tolist(), read)
     says_a = np.concatenate([(bias + log_odds > 0)[given].numpy(), (bias - log_odds > 0)[given].numpy()])

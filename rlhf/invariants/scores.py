@@ -6,7 +6,7 @@ from torch import Tensor
 from rlhf.invariants.checks import Check
 
 ALONE, RENDERED = "score alone = in a batch", "score as its template renders"
-# Of the largest score in size, at least of 1. Another layout of a batch moves a float32 score by about 1e-5 of that and a
+# Of the largest score in size. Another layout of a batch moves a float32 score by about 1e-5 of that and a
 # 16-bit one by a few of its own roundings (2^-8, 2^-11), once a layer; a score that is read at another token, or of
 # another text, moves by 0.1 to 3.
 SCORE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -49,7 +49,8 @@ def as_rendered(scores: Tensor, expected: Tensor, *, dtype: torch.dtype) -> Chec
 
 
 def _agreement(name: str, first: Tensor, second: Tensor, dtype: torch.dtype, sentence: str) -> Check:
-    """Return the check of the largest difference of two rows of scores, as a share of the largest score, at least of 1."""
-    scale = max(1.0, second.abs().max().item())
-    difference = (first - second).abs().max().item() / scale
+    """Return the check of the largest difference of two rows of scores, as a share of the largest score in size."""
+    difference = (first - second).abs().max().item()
+    if difference > 0:
+        difference /= max(first.abs().max().item(), second.abs().max().item())
     return Check(name, difference, score_tolerance(dtype), "of the largest score", sentence)

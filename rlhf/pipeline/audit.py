@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.read import ReadReport, is_local
 from rlhf.data.rows import TIE, Compare, Pair
 from rlhf.data.sources import Row, Source, read_pair_rows
@@ -18,7 +19,7 @@ from rlhf.files import digest, file_digest, write_text
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.look import check_model
 from rlhf.models.open import open_config
-from rlhf.models.text import check_vocabulary, plain
+from rlhf.models.text import check_vocabulary
 from rlhf.models.tools import ToolTemplate
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
 from rlhf.pipeline.audited import (
@@ -104,6 +105,11 @@ def audit(
         return finished
 
     # 1. Read and count; what can't be done is said before anything is made.
+    if shape["in_sample"]:
+        raise UserError(
+            "--recipe: vote.in_sample: voters agree with labels that they were trained on, so they can't find the wrong ones; "
+            "leave it out."
+        )
     read, rows, report = _read_labelled(source, model, compare, say)
     _check_voter(model)
     if budget is not None:
@@ -257,7 +263,7 @@ def _meter(
         return {
             "reason": "the votes agree with the labels no more than chance, so nothing says what more labels would bring."
         }
-    curves = fit_meter(parts, strength, [plain(pair["prompt"]) for pair in pairs])
+    curves = fit_meter(parts, strength, conversation_keys([pair["prompt"] for pair in pairs]))
     verdicts = budget or max(1, round(LOOKED_AT * len(pairs)))
     return read_meter(curves, len(pairs), strength, verdicts=verdicts, expert_error=EXPERT_ERROR)
 

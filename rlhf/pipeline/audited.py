@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 import torch
 from scipy.stats import spearmanr
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import Pair, told
 from rlhf.data.sources import Row
 from rlhf.models.text import plain
@@ -69,7 +70,7 @@ def length_bias(pairs: Sequence[Pair], strength: VoteStrength) -> dict[str, Any]
     """
     differences = np.array([len(told(row, "chosen")) - len(told(row, "rejected")) for row in pairs], float)
     mean, interval = clustered_mean(
-        ((differences > 0) + 0.5 * (differences == 0)).tolist(), [plain(row["prompt"]) for row in pairs]
+        ((differences > 0) + 0.5 * (differences == 0)).tolist(), conversation_keys([row["prompt"] for row in pairs])
     )
     votes = strength.mean.double().numpy()
     varied = differences.std() > 0 and votes.std() > 0
@@ -112,7 +113,7 @@ def probability_wrong_without_wants(strength: torch.Tensor, wants: Wants, pairs:
     rest = without_wants(strength, wants)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        noise = estimate_noise(rest, [plain(row["prompt"]) for row in pairs])
+        noise = estimate_noise(rest, conversation_keys([row["prompt"] for row in pairs]))
     if noise.flip_rate == 0:
         return torch.zeros(len(pairs))
     return 1 - posterior_confidence(rest, flip_rate=noise.flip_rate, scale=noise.scale)
@@ -147,11 +148,11 @@ def agreement_by(audited: Audited, column: str) -> dict[str, dict[str, Any]]:
         return {}
     mean_strength = audited.strength.mean
     agrees = (mean_strength > 0).double() + 0.5 * (mean_strength == 0).double()
+    clusters = conversation_keys([row.values["prompt"] for row in audited.rows])
     report = {}
     for group in groups:
         members = [i for i, value in enumerate(values) if value == group]
-        prompts = [plain(audited.rows[i].values["prompt"]) for i in members]
-        mean, interval = clustered_mean(agrees[members].tolist(), prompts)
+        mean, interval = clustered_mean(agrees[members].tolist(), [clusters[i] for i in members])
         likely = audited.wrong[members].mean().item()
         report[group] = {"n": len(members), "agreement": mean, "agreement_ci": interval, "probability_wrong": likely}
     return report

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.functions import load_function
 from rlhf.data.rows import SIDES, Pair, answer, asked, pair_digest, told
 from rlhf.data.traits import TRAITS, trait_table
@@ -70,7 +71,7 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
     influence = _influence(counted, features, differences, traits, flip_rate=section.flip_rate)
     sums = torch.stack([traits * differences, traits.square()], dim=1).numpy()
     slope, interval = clustered_statistic(
-        sums, [plain(row["prompt"]) for row in pairs], lambda s: s[..., 0] / s[..., 1]
+        sums, conversation_keys([row["prompt"] for row in pairs]), lambda s: s[..., 0] / s[..., 1]
     )
 
     # 3. What goes, and what stays.

@@ -334,7 +334,7 @@ def _verdicts(annotator: VerdictModel, name: str, pairs: ScoredPairs) -> dict[st
         pairs: as the first model scored them.
     """
     verdicts = compare_pairs(annotator, pairs.rows, label=f"{name}: verdicts of {annotator.name}")
-    difference = paired_difference(right_verdicts(verdicts), pairs.right.tolist(), pairs.prompts)
+    difference = paired_difference(right_verdicts(verdicts), pairs.right.tolist(), pairs.clusters)
     return {**verdict_report(annotator.name, verdicts, pairs.rows), **difference}
 
 

@@ -38,8 +38,8 @@ def first_on_ratings(context: StageContext, book: CheckBook) -> FirstModel:
     first = replace(context, recipe=context.recipe.model_copy(update={"reward": reward}))
     rows = training_rows(first).rows
     context.say(f"reward: a first model learns {len(rows)} rated answers; the pairs go on from it.")
-    fit_and_keep(first, rows, "first", "first model", context.recipe.seed, book)
+    dropped = fit_and_keep(first, rows, "first", "first model", context.recipe.seed, book)
     start = kept_model(context, "first")
     if (start.parent / METRICS).is_file():  # training may end before it logs
         shutil.copy(start.parent / METRICS, context.folder / FIRST_METRICS)
-    return FirstModel(start, len(rows))
+    return FirstModel(start, len(rows) - dropped)

@@ -13,7 +13,7 @@ from trl import RewardConfig
 
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.data.rows import CRITIQUES, SIDES, Messages, Pair, asked
-from rlhf.files import read_jsonl
+from rlhf.files import read_jsonl, write_text
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.heads import language_head
 from rlhf.models.load import find_source, load_tokenizer
@@ -70,6 +70,7 @@ StageTrainer = (
     | StageAttributeRewardTrainer
     | StageGatedRewardTrainer
 )
+OF_TRAINING = "training.json"  # beside a kept model: what its training left out, and its checks
 # The labels of heads of which one score is made when training is over; those of ratings are the recipe's attributes.
 LABELS: Mapping[str | None, Sequence[str]] = {"length": HEADS, "bottleneck": CODE_LABELS}
 
@@ -195,20 +196,26 @@ def fit_and_keep(
         tag: what its rows in the stage's metrics have beside; None: its metrics stay with it.
 
     Returns:
-        how many pairs were too long; 0 where it was trained before this process began.
+        how many pairs were too long.
     """
     kept = kept_model(context, name)
     folder, beside = kept.parent, kept.parent / "unfinished"
-    if is_whole(kept):
+    if is_whole(kept) and (kept / OF_TRAINING).is_file():
         context.say(f"reward: {label} was trained before")
-        return 0
+        facts = json.loads((kept / OF_TRAINING).read_text(encoding="utf-8"))
+        book.merge(facts["checks"])
+        return int(facts["dropped_too_long"])
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = fit_reward_model(context, rows, folder, label, seed, book)
+    made = CheckBook()
+    trainer = fit_reward_model(context, rows, folder, label, seed, made)
+    book.merge(made.entries)
     if context.is_main:
         shutil.rmtree(beside, ignore_errors=True)
     if save_trained(trainer, beside):
         if tag is not None:
             _append_metrics(context.folder / METRICS, folder / METRICS, tag)
+        facts = {"dropped_too_long": trainer.dropped_too_long, "checks": made.entries}
+        write_text(beside / OF_TRAINING, json.dumps(facts))
         mark_checkpoint(beside)
         shutil.rmtree(kept, ignore_errors=True)
         beside.replace(kept)

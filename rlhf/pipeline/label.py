@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, all_alike, read_questions, tally
 from rlhf.data.llm_judge import LanguageModelJudge
@@ -58,7 +59,7 @@ def run_label(context: StageContext) -> dict[str, Any]:
     if not fresh:
         context.say("label: no new pair in this round; the reward model is trained on those of the rounds before.")
 
-    # 2. Where no pairs were given to evaluate on, some of the labels are held out, by prompt.
+    # 2. Where no pairs were given to evaluate on, some of the labels are held out, by conversation.
     if not (context.data / TEST_PAIRS).is_file():
         fresh, counts_held_out = _hold_out(context, fresh)
         if not fresh and not earlier:
@@ -91,7 +92,7 @@ def _weighted_by_age(rows: list[Pair], age_weight: float, of_round: int) -> list
 
 
 def _hold_out(context: StageContext, fresh: list[Pair]) -> tuple[list[Pair], dict[str, int]]:
-    """Hold out the new pairs of some prompts: they join the earlier rounds' in `test_pairs.jsonl`, but for ties, which no
+    """Hold out the new pairs of some conversations: they join the earlier rounds' in `test_pairs.jsonl`, but for ties, which no
     reward model can be evaluated on.
 
     Returns:
@@ -101,7 +102,9 @@ def _hold_out(context: StageContext, fresh: list[Pair]) -> tuple[list[Pair], dic
         UserError: there is none to evaluate on.
     """
     share, salt = context.recipe.data.test_fraction, f"labels of {context.recipe.seed}"
-    is_held = [share_of_text(prompt_key(row["prompt"]), salt) < share for row in fresh]
+    prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")]  # of every round
+    conversations = dict(zip(map(prompt_key, prompts), conversation_keys(prompts), strict=True))
+    is_held = [share_of_text(conversations[prompt_key(row["prompt"])], salt) < share for row in fresh]
     held = [row for row, is_out in zip(fresh, is_held, strict=True) if is_out]
     decided = [row for row in held if row.get("confidence") != TIE]
     before = context.find_parent("earlier")
@@ -235,11 +238,12 @@ def _fresh_accuracy(questions: Sequence[Question], verdicts: Sequence[Verdict]) 
     """Measure how well the reward model so far orders its own policy's answers, by labels that it has not seen."""
     scored = {q.id: q for q in questions if q.difference}
     rows = [
-        (float((q.difference or 0) > 0) if v.label == "first" else float((q.difference or 0) < 0), plain(q.prompt))
+        (float((q.difference or 0) > 0) if v.label == "first" else float((q.difference or 0) < 0), q.prompt)
         for v in verdicts
         if (q := scored.get(v.id)) is not None and v.label in ("first", "second")
     ]
     if not rows:
         return {"fresh_accuracy": None, "fresh_accuracy_ci": None}
-    mean, interval = clustered_mean([right for right, _ in rows], [prompt for _, prompt in rows])
+    clusters = conversation_keys([prompt for _, prompt in rows])
+    mean, interval = clustered_mean([right for right, _ in rows], clusters)
     return {"fresh_accuracy": mean, "fresh_accuracy_ci": interval}

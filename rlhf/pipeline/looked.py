@@ -72,6 +72,7 @@ class Looked:
     Attributes:
         agree, contradict, equal: [n] verdicts that agree with the label, contradict it, or call the answers equal.
         is_asked: [n] whether a pair was asked about.
+        is_first: [n] whether no earlier row is of the same two answers, which one question is about.
         verdicts: all of them, skips among them.
         asked, skipped, looks: questions, those with nothing but skips, and batches of them.
     """
@@ -80,6 +81,7 @@ class Looked:
     contradict: Tensor
     equal: Tensor
     is_asked: Tensor
+    is_first: Tensor
     verdicts: Sequence[Verdict]
     asked: int
     skipped: int
@@ -91,23 +93,24 @@ class Looked:
         return (self.equal > 0) & (self.agree + self.contradict == 0)
 
     def counts(self) -> dict[str, int]:
-        """Count questions by what became of them."""
-        answered = int((self.agree + self.contradict + self.equal > 0).sum())
+        """Count questions by what became of them; `agree` and `contradict` are about the label of a pair's first row."""
+        answered = int(((self.agree + self.contradict + self.equal > 0) & self.is_first).sum())
         return {
             "asked": self.asked,
             "answered": answered,
             "open": self.asked - answered - self.skipped,
             "skipped": self.skipped,
-            "ties": int(self.is_tie.sum()),
-            "agree": int((self.agree > self.contradict).sum()),
-            "contradict": int((self.contradict > self.agree).sum()),
+            "ties": int((self.is_tie & self.is_first).sum()),
+            "agree": int(((self.agree > self.contradict) & self.is_first).sum()),
+            "contradict": int(((self.contradict > self.agree) & self.is_first).sum()),
         }
 
 
 def count_opinions(pairs: Sequence[Pair], questions: Iterable[Question], verdicts: Sequence[Verdict]) -> Looked:
     """Count the verdicts on each pair, an annotator's last one each."""
     agree, contradict, equal = (torch.zeros(len(pairs)) for _ in range(3))
-    is_asked = torch.zeros(len(pairs), dtype=torch.bool)
+    is_asked, is_first = (torch.zeros(len(pairs), dtype=torch.bool) for _ in range(2))
+    seen: set[str] = set()
     by_name = {question.id.partition("-")[2]: question for question in questions}
     labels: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for verdict in verdicts:
@@ -115,13 +118,15 @@ def count_opinions(pairs: Sequence[Pair], questions: Iterable[Question], verdict
     for i, pair in enumerate(pairs):
         question = _question(pair, 1, swapped=False)
         name = question.id.partition("-")[2]
+        is_first[i] = name not in seen
+        seen.add(name)
         if name in by_name:
             same, other = ("first", "second") if by_name[name].first == question.first else ("second", "first")
             is_asked[i], counts = True, labels[name]
             agree[i], contradict[i], equal[i] = counts[same], counts[other], counts["tie"]
     skipped = sum(name in by_name and set(counts) == {"skip"} for name, counts in labels.items())
     looks = len({question.round for question in by_name.values()})
-    return Looked(agree, contradict, equal, is_asked, verdicts, len(by_name), skipped, looks)
+    return Looked(agree, contradict, equal, is_asked, is_first, verdicts, len(by_name), skipped, looks)
 
 
 def check_verdicts(looked: Looked, folder: Path) -> None:

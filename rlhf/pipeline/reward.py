@@ -21,7 +21,7 @@ from rlhf.models.score import Scorer
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.critiques import critique_form, own_critiques
 from rlhf.pipeline.first import first_on_ratings
-from rlhf.pipeline.fit import fit_and_keep, fit_reward_model, kept_model, trained_on, training_rows
+from rlhf.pipeline.fit import OF_TRAINING, fit_and_keep, fit_reward_model, kept_model, trained_on, training_rows
 from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.store import MARK
 from rlhf.pipeline.training import checks_of, save_trained, split_settings
@@ -31,7 +31,7 @@ from rlhf.reward.bottleneck import BottleneckRewardTrainer
 from rlhf.reward.cloud import latent_cloud, save_cloud
 from rlhf.reward.ensemble import RewardEnsemble, member_name
 from rlhf.reward.experts import EXPERTS, merge_experts, open_experts, save_experts
-from rlhf.reward.gate import fit_gate
+from rlhf.reward.gate import fit_gate, label_columns
 from rlhf.reward.gated import save_gated
 from rlhf.reward.load import calibrate_reward_model
 from rlhf.reward.model import RewardModel
@@ -175,7 +175,7 @@ def _fit_each(
         book: what was checked on the way is entered here.
 
     Returns:
-        how many pairs were too long for each; 0 where it was trained before this process began.
+        how many pairs were too long for each.
     """
     dropped = []
     for number, (name, rows) in enumerate(parts.items()):
@@ -183,7 +183,9 @@ def _fit_each(
         dropped.append(fit_and_keep(context, rows, f"{kind}-{number}", f"{kind} {name}", seed, book, tag={kind: name}))
     if context.is_main:
         for number, place in enumerate(places):
-            shutil.copytree(kept_model(context, f"{kind}-{number}"), place, ignore=shutil.ignore_patterns(MARK))
+            shutil.copytree(
+                kept_model(context, f"{kind}-{number}"), place, ignore=shutil.ignore_patterns(MARK, OF_TRAINING)
+            )
     return dropped
 
 
@@ -220,7 +222,7 @@ def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: 
             for side in SIDES
         )
         features = experts.prompt_features([row["prompt"] for row in rows])
-        gate, _ = fit_gate(features, (chosen - rejected) / scales[:, 1])
+        gate, _ = fit_gate(features, (chosen - rejected) / scales[:, 1], **label_columns(rows))
     save_experts(out, list(domains), scales, weights=None if gate else weights, gate=gate)
 
 

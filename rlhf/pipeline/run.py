@@ -69,6 +69,8 @@ def run(
             write_text(out / ORIGIN, json.dumps(recipe.origin, indent=1) + "\n")
         if not all(done) and (versions := store.other_versions(stages)) is not None:
             say(versions)
+        if (orphans := made_of_what_is_gone(store, stages)) is not None:
+            say(orphans)
 
         # 2. The stages, one after the other, until the last round or until there is a reason to stop.
         waiting: Waiting | None = None
@@ -113,6 +115,20 @@ def _require_files(store: Store, stages: Sequence[Stage]) -> None:
             f"{store.root}: of finished stages, {', '.join(missing[:NAMED_FILES])}{more} are gone or were changed. Put the old "
             "files back, or delete the stage's folder and those after it to make them again."
         )
+
+
+def made_of_what_is_gone(store: Store, stages: Sequence[Stage]) -> str | None:
+    """Say which finished stages were made of others that are not there any more, or return None."""
+    done = {stage.folder: stage for stage in stages if store.manifest(stage) is not None}
+    made_of = [(parent.folder, stage.folder) for stage in done.values() for parent in stage.parents.values()]
+    lost = [(parent, child) for parent, child in made_of if parent not in done]
+    if not lost:
+        return None
+    parents, children = (", ".join(sorted(set(folders))) for folders in zip(*lost, strict=True))
+    return (
+        f"{parents}: gone, and {children} made of it. It is made again; if that does not give the same bits (another machine, a "
+        "GPU), the run ends behind it and asks to delete what was made of it."
+    )
 
 
 def _leave_process_group() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow.parquet as parquet
 import torch
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.rows import TIE, Compare, Pair
 from rlhf.data.sources import Row, Source
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl, write_text
-from rlhf.models.text import plain
 from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.audit import check_budget, read_audited_rows, write_page
@@ -76,11 +76,11 @@ def look_again(
 
     # 2. Noise and posteriors again, with the verdicts.
     strength = audited.strength.mean
-    before = beliefs(strength, noise, torch.zeros_like(strength))
     verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error)
     if looked.verdicts:
-        noise = estimate_noise(strength, [plain(pair["prompt"]) for pair in labelled], verdicts)
-    after = beliefs(strength, noise, verdicts)
+        noise = estimate_noise(strength, conversation_keys([pair["prompt"] for pair in labelled]), verdicts)
+    # Both by one share of wrong labels, or what the verdicts teach about that share would count as what they changed.
+    before, after = beliefs(strength, noise, torch.zeros_like(strength)), beliefs(strength, noise, verdicts)
     after[looked.is_tie] = TIE
 
     # 3. The next pairs, and what they are expected to add.
@@ -96,7 +96,7 @@ def look_again(
         "budget": budget,
         "expert_error": expert_error,
         **looked.counts(),
-        "noise_rate": {"mean": noise.fitted, "low": noise.low},
+        "noise_rate": {"mean": noise.likeliest, "low": noise.low},
         **gains(before, after, looked.is_tie),
         "next": expected_gain(strength, noise, after, chosen, expert_error=expert_error),
     }

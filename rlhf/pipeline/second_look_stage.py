@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, read_questions
 from rlhf.data.rows import TIE, Pair
@@ -54,14 +55,13 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     rounds, seed = context.recipe.rounds, context.recipe.seed
     read: list[Pair] = read_jsonl(context.pairs)
     labelled = [pair for pair in read if pair.get("confidence") != TIE]
-    clusters = [plain(pair["prompt"]) for pair in labelled]
+    clusters = conversation_keys([pair["prompt"] for pair in labelled])
     settings, shape = context.trl_settings("vote"), context.recipe.vote.shape()
     work = context.folder / CHECKPOINTS
     votes, noise, _ = vote(context.sft_model, labelled, settings, work, seed=seed, say=context.say, **shape)
     if not context.is_main:
         return {}
     strength = votes.mean
-    before = beliefs(strength, noise, torch.zeros_like(strength))
 
     # 2. What experts said in earlier rounds, and the pairs whose second look is expected to teach most now.
     questions, verdicts = _earlier_looks(context)
@@ -87,7 +87,8 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     looked = count_opinions(labelled, [*questions, *asked], [*verdicts, *answers])
     odds = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=EXPERT_ERROR)
     noise = estimate_noise(strength, clusters, odds)
-    after = beliefs(strength, noise, odds)
+    # Both by one share of wrong labels, or what the verdicts teach about that share would count as what they changed.
+    before, after = beliefs(strength, noise, torch.zeros_like(strength)), beliefs(strength, noise, odds)
     after[looked.is_tie] = TIE
     made, flipped = relabelled(read, labelled, after, looked, proved=noise.fitted > 0)
     _hand_on(context, made)

@@ -32,6 +32,7 @@ from rlhf.models.text import plain
 from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
+from rlhf.pipeline.demonstrations import read_lengths
 from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
 from rlhf.pipeline.sampling import sampling_settings
 from rlhf.pipeline.store import CHECKPOINTS
@@ -190,9 +191,9 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     trainer = StageSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     checks = CheckBook()
     require_reachable_end(checks, tokenizer, end_token_ids(model, tokenizer), stage="sft", is_trained_here=True)
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    dropped = len(rows) - len(lengths)
-    if not lengths:
+    lengths = read_lengths(trainer.train_dataset)
+    dropped = lengths.without_answer if args.packing else len(rows) - len(lengths.tokens)
+    if dropped == len(rows):
         raise UserError(
             f"sft: the prompts of all {len(rows)} demonstrations alone fill max_length={args.max_length}; raise sft.max_length."
         )
@@ -200,11 +201,12 @@ def run_sft(context: StageContext) -> dict[str, Any]:
         context.say(
             f"sft: {dropped} of {len(rows)} demonstrations were left out: their prompts alone fill max_length={args.max_length}."
         )
-    cut = sum(args.max_length is not None and length >= args.max_length for length in lengths)
-    if cut:
-        context.say(
-            f"sft: {cut} of {len(lengths)} demonstrations reach max_length={args.max_length} and may have been cut."
-        )
+    kept = len(rows) - dropped
+    cut = sum(args.max_length is not None and length >= args.max_length for length in lengths.tokens)
+    if args.packing and args.packing_strategy == "wrapped":
+        context.say("sft: packing_strategy=wrapped cuts demonstrations wherever a row is full; nobody counts how many.")
+    elif cut:
+        context.say(f"sft: {cut} of {kept} demonstrations reach max_length={args.max_length} and may have been cut.")
     train(trainer, context.folder, label="sft", say=context.say)
 
     # 3. Save, and show what it says now.
@@ -214,10 +216,10 @@ def run_sft(context: StageContext) -> dict[str, Any]:
         model = load_policy(out, model_config, trainable=False) if is_sharded(trainer.model) else trainer.model
         show_samples(context, model, tokenizer)
     return {
-        "demonstrations": len(lengths),
+        "demonstrations": kept,
         "dropped": dropped,
         "cut": cut,
-        "tokens": sum(lengths),
+        "tokens": sum(lengths.tokens),
         "checks": checks.entries,
     }
 

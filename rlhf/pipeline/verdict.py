@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +24,15 @@ class Verdicts(NamedTuple):
     Attributes:
         human, judge: [n] of the rows with a label, in the file's order.
         judge_alone: [N] of the others.
+        is_mixed: whether rows without a label stand before some with one, so that the order is not that of labelling.
+        codes: columns whose numbers are 0 and 1 only, and so may be meant as numbers of answers.
     """
 
     human: list[float]
     judge: list[float]
     judge_alone: list[float]
+    is_mixed: bool
+    codes: list[str]
 
 
 def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -45,8 +50,12 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
         check_result_file(out, "--out", key="win_rate_any_look_ci")
 
     # 1. What the file says, and whether its labelled rows may be a random draw.
-    verdicts = read_verdicts(file)
-    human, judge, alone = verdicts
+    human, judge, alone, is_mixed, codes = read_verdicts(file)
+    if codes:
+        say(
+            f"{' and '.join(f'`{name}`' for name in codes)}: 1 is read as 'the first answer is better', and 0 as 'the second'. If "
+            "these numbers are the answers' places, write first and second; otherwise every rate here is turned round."
+        )
     surprise = _surprise(judge, alone)
     if abs(surprise) > ODD_DRAW:
         say(
@@ -54,10 +63,19 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
             "were not drawn at random, no interval here holds."
         )
 
+    if is_mixed:
+        order = random.Random(0).sample(range(len(human)), len(human))
+        human, judge = [human[i] for i in order], [judge[i] for i in order]
+        say(
+            "Rows with and without a label stand mixed, so this is not the order of labelling. For the interval of any look the "
+            "labels are taken in an order drawn at random, once; to look again and again put labelled rows first, in the order of "
+            "labelling."
+        )
+
     # 2. The rate by people, by the judge, and by both; for one look, and for any number.
     everything = [*judge, *alone]
     by_people, by_both = human_rate(human), powered_rate(human, judge, alone)
-    low, high = rate_at_any_look(human, judge, alone)[-1]
+    any_look = list(rate_at_any_look(human, judge, alone)[-1])
     result = {
         "labels": len(human),
         "rows": len(everything),
@@ -65,7 +83,7 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
         "judge": sum(everything) / len(everything),
         "win_rate": by_both.mean,
         "win_rate_ci": _interval(by_both, human),
-        "win_rate_any_look_ci": [low, high],
+        "win_rate_any_look_ci": None if math.isnan(any_look[0]) else any_look,
         "judge_weight": by_both.judge_weight,
         "draw_z": surprise,
     }
@@ -93,7 +111,15 @@ def sentences(result: dict[str, Any]) -> list[str]:
         width = (interval[1] - interval[0]) / (people["rate_ci"][1] - people["rate_ci"][0])
         lines.append(f"The interval is {width:.2f} times as wide as that of people alone.")
     any_look = result["win_rate_any_look_ci"]
-    lines.append(f"If you look again with more labels, and stop when it is clear:{_shown(any_look)}, for these rows.")
+    if any_look is None:
+        lines.append(
+            "No rate is left that fits these labels in the order in which they stand, so they are no random draw in it (sorted "
+            "rows?): nothing holds at every look. Put them in the order in which people labelled, or shuffle them."
+        )
+    else:
+        lines.append(
+            f"If you look again with more labels, and stop when it is clear:{_shown(any_look)}, for these rows."
+        )
     return lines
 
 
@@ -113,10 +139,15 @@ def read_verdicts(file: str) -> Verdicts:
         UserError: as `verdict`.
     """
     report = ReadReport(file)
-    verdicts = Verdicts([], [], [])
+    human, of_labelled, alone = list[float](), list[float](), list[float]()
+    is_mixed = False
     problems: list[str] = []
+    numbers: dict[str, set[float]] = {"judge": set(), "label": set()}
     for number, row in read_rows(file, report):
         judge, label = (_value(row.get(name)) if isinstance(row, dict) else None for name in ("judge", "label"))
+        if isinstance(row, dict):
+            for name, seen in numbers.items():
+                seen |= {float(row[name])} if isinstance(row.get(name), int | float) else set()
         is_blank = not isinstance(row, dict) or row.get("label") in (None, "", "skip")
         if judge is None:
             problems.append(
@@ -127,17 +158,19 @@ def read_verdicts(file: str) -> Verdicts:
                 f"{file}: row {number}: `label` is {row['label']!r}; it must be first, second, tie or a number from 0 to 1."
             )
         elif label is None:
-            verdicts.judge_alone.append(judge)
+            alone.append(judge)
         else:
-            verdicts.human.append(label)
-            verdicts.judge.append(judge)
+            is_mixed |= bool(alone)
+            human.append(label)
+            of_labelled.append(judge)
+    codes = [name for name, seen in numbers.items() if seen and seen <= {0.0, 1.0}]
     problems += report.sentences()[1:] if report.dropped else []
-    if not problems and len(verdicts.human) < FEWEST:
-        problems.append(f"{file}: {len(verdicts.human)} of its rows have a `label`; at least {FEWEST} are needed.")
+    if not problems and len(human) < FEWEST:
+        problems.append(f"{file}: {len(human)} of its rows have a `label`; at least {FEWEST} are needed.")
     if problems:
         more = len(problems) - SHOWN
         raise UserError(problems[:SHOWN] + ([f"{file}: {more} more rows like these."] if more > 0 else []))
-    return verdicts
+    return Verdicts(human, of_labelled, alone, is_mixed, codes)
 
 
 def _value(verdict: object) -> float | None:

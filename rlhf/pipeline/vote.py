@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import SIDES, Pair, answer, asked, label_digest
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.score import position_limit
 from rlhf.models.templates import end_at_end_token
-from rlhf.models.text import encode_answers, plain
+from rlhf.models.text import encode_answers
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.context import StageContext
@@ -41,6 +42,7 @@ from rlhf.statistics import auroc
 
 STRENGTH = "strength.jsonl"
 DIFFERENCES = "differences.safetensors"
+IN_SAMPLE = "They were trained on these labels and agree with them, so this says nothing of how many are wrong."
 
 
 def run_vote(context: StageContext) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     ]
     write_jsonl(context.folder / STRENGTH, votes)
     contradicted = (strength.mean < 0).float().mean()
-    sentences = " ".join(wrong_labels(asdict(noise)))
+    sentences = IN_SAMPLE if shape["in_sample"] else " ".join(wrong_labels(asdict(noise)))
     context.say(f"vote: {shape['members']} members contradict {contradicted:.1%} of the labels. {sentences}")
     gold = gold_differences(rows, load_true_reward(recipe))
     area = None
@@ -106,7 +108,7 @@ class Voted(NamedTuple):
 
     Attributes:
         strength: of each pair, in the order of the rows.
-        noise: how many labels are wrong.
+        noise: how many labels are wrong; of votes in sample, which can't say it, 0 and a scale of 0.
         parts: what members trained on parts of the labels say, where that was asked for.
     """
 
@@ -175,7 +177,9 @@ def vote(
     votes = collect_votes(plan, member_differences)
     parts = measure_parts(plan, prompts, votes, member_differences) if on_parts else None
     strength, decided = vote_strength(votes), decided_rows(rows)
-    noise = estimate_noise(strength.mean[decided], [plain(rows[i]["prompt"]) for i in decided])
+    if in_sample:
+        return Voted(strength, NoiseEstimate(0.0, 0.0, 0.0, 0.0, 0.5), parts)
+    noise = estimate_noise(strength.mean[decided], conversation_keys([rows[i]["prompt"] for i in decided]))
     return Voted(strength, noise, parts)
 
 

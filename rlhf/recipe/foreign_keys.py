@@ -17,6 +17,8 @@ REFUSED_KEYS = {
     "auto_find_batch_size": "it would change the recipe silently",
     "load_best_model_at_end": "the last model is the result; nothing is chosen by looking",
     "lora_task_type": "the stage decides it",
+    "save_only_model": "a stage that is interrupted goes on with its optimizer, which is in its checkpoints",
+    "ignore_data_skip": "a stage that is interrupted goes on with the rows that it has not seen",
 }
 REFUSED_SCRATCH_KEYS = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer decides it"),

@@ -24,7 +24,7 @@ from rlhf.recipe.schema import (
     stage_keys,
     trl_keys,
 )
-from rlhf.recipe.unused import unused_keys
+from rlhf.recipe.unused import corrected_twice, unused_keys
 
 TYPE_NAMES = {
     "bool": "true or false",
@@ -268,7 +268,7 @@ def _check_together(recipe: Recipe, document: Document) -> Iterable[str]:
             f"{document.place(('vote', 'members'))}: vote.members is {vote.members} and vote.folds {vote.folds}: votes on pairs "
             "that the voter was not trained on need two members or more, and one a fold; raise vote.members or lower vote.folds."
         )
-    for path, sentence in unused_keys(recipe):
+    for path, sentence in (*corrected_twice(recipe), *unused_keys(recipe)):
         yield f"{document.place(path)}: {sentence}"
 
 
@@ -328,7 +328,7 @@ def _check_rounds(recipe: Recipe, document: Document) -> Iterable[str]:
         )
     if rounds.labels_from == "dataset" and rounds.first == "sampled":
         yield f"{document.place(('rounds', 'first'))}: rounds.first is sampled, but labels_from: dataset samples nothing."
-    if rounds.age_weight < 1 and recipe.reward.objective in ("scaled", "weight"):
+    if rounds.age_weight < 1 and recipe.reward.objective == "scaled":
         yield (
             f"{document.place(('rounds', 'age_weight'))}: rounds.age_weight weighs pairs by their age, and reward.objective: "
             f"{recipe.reward.objective} by something else, of which a pair keeps one; leave one of both out."

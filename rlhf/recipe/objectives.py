@@ -79,6 +79,7 @@ class Objective:
         apply: dotted name of the function that makes the pairs that it trains on, `(rows, config)`, or
             `(rows, config, strength, noise)` where it needs a vote, to `Denoised`; None where pairs stay as they are.
         loss: what it trains with.
+        sets_confidence: whether that function says of each label how likely it is right.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Objective:
     needs: Needs = Needs()
     apply: str | None = None
     loss: Loss = PAIR_LOSS
+    sets_confidence: bool = False
 
 
 VOTE, RANKINGS = Needs(vote=True), Needs(rankings=True)
@@ -113,6 +115,7 @@ OBJECTIVES: dict[str, Objective] = {
             "P(label) = 1 - `smoothing` on all but ties",
             "arXiv:2401.06080 eq. 5",
             apply="rlhf.reward.denoise.smooth_all",
+            sets_confidence=True,
         ),
         Objective("soft", "the file's confidence as P(label)", needs=Needs(column="confidence")),
         Objective(
@@ -142,24 +145,28 @@ OBJECTIVES: dict[str, Objective] = {
             "arXiv:2401.06080 section 2.5",
             needs=VOTE,
             apply="rlhf.reward.denoise.smooth_with_margin",
+            sets_confidence=True,
         ),
         Objective(
             "vote_soft",
             "the share of votes that agree, as P(label)",
             needs=VOTE,
             apply="rlhf.reward.denoise.share_as_confidence",
+            sets_confidence=True,
         ),
         Objective(
             "vote_sigmoid",
             "σ of the calibrated mean strength, as P(label)",
             needs=VOTE,
             apply="rlhf.reward.denoise.strength_as_confidence",
+            sets_confidence=True,
         ),
         Objective(
             "posterior",
             "P(label) given the pair's votes and the share of wrong labels",
             needs=VOTE,
             apply="rlhf.reward.denoise.posterior_as_confidence",
+            sets_confidence=True,
         ),
         Objective(
             "weight",

@@ -1,4 +1,4 @@
-"""Keys that a recipe sets and that no stage would use: each is an error that names what decides instead."""
+"""Keys that a recipe sets and that no stage would use, or that another key takes back: each is an error that names the other."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,25 @@ FLIPS, MARGINS = ("flip", "flip_margin", "drop"), ("margin", "adaptive_margin", 
 SMOOTHS = ("smoothing", "soft_margin")
 ASKING = ("labels", "prompts", "responses", "select")
 ASKS_NOBODY = "no round asks for labels, as rounds.count is 1 and rounds.first offline"
+NEEDS_NOISE = ("vote_sigmoid", "posterior", "weight")  # what they make of a label rests on how many labels are wrong
 RATED = tuple(objective.name for objective in OBJECTIVES.values() if objective.needs.ratings)
+
+
+def corrected_twice(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield keys by which labels would be corrected twice, or by voters who know nothing of what is wrong."""
+    reward, rounds = recipe.reward, recipe.rounds
+    if reward.flip_rate > 0 and OBJECTIVES[reward.objective].sets_confidence:
+        yield (
+            ("reward", "flip_rate"),
+            f"reward.flip_rate is a share of wrong labels in the loss, and reward.objective: {reward.objective} already says how "
+            "likely each label is right; the two take each other back. Leave out one of them.",
+        )
+    if recipe.vote.in_sample and (reward.objective in NEEDS_NOISE or rounds.max_noise is not None):
+        yield (
+            ("vote", "in_sample"),
+            "vote.in_sample lets voters vote on what they were trained on, and they agree with it, so nobody knows how many labels "
+            f"are wrong; reward.objective: {', '.join(NEEDS_NOISE)} and rounds.max_noise want that. Leave out vote.in_sample.",
+        )
 
 
 @dataclass(frozen=True)
@@ -171,6 +189,13 @@ def unused_keys(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
         yield from _not_used(
             recipe, name, ("model_init_kwargs",), f"the stage loads its model itself; set {name}.dtype or the like"
         )
+        if name in ("vote", "reward") and values["label_smoothing_factor"]:
+            other = (
+                "set reward.objective: smoothing and reward.smoothing"
+                if name == "reward"
+                else "voters have vote.flip_rate"
+            )
+            yield from _not_used(recipe, name, ("label_smoothing_factor",), f"no loss on pairs reads it; {other}")
         if written.get("use_peft") is None and not values["use_peft"]:
             yield from _not_used(recipe, name, ADAPTER_KEYS, f"{name}.use_peft is not true")
     yield from _decided_by_sft(recipe)

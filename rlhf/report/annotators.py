@@ -35,7 +35,8 @@ def annotator_sentences(report: Mapping[str, Any], *, has_gold: bool = False) ->
     unknown = [name for name, entry in report.items() if entry["accuracy"] is None and "few" not in entry["flags"]]
     if unknown:
         sentences.append(
-            f"Of unknown accuracy, for nothing else is known of the pairs that they labelled: {', '.join(unknown)}."
+            f"Of unknown accuracy, for of the pairs that they labelled nothing is known but one other's labels, or none: "
+            f"{', '.join(unknown)}."
         )
     return sentences
 

@@ -94,7 +94,7 @@ def _models(report: Facts) -> list[tuple[str, str, str]]:
         note = "the first"
         if "difference" in entry:
             difference = with_interval(entry["difference"], entry["difference_ci"], sign=True)
-            note = f"{difference} from A, p = {entry['p_value']:.2g} (paired over prompts)"
+            note = f"{difference} from A, p = {entry['p_value']:.2g} (paired over conversations)"
         rows.append((letter, with_interval(entry["accuracy"], entry["accuracy_ci"]), note))
     return rows
 

@@ -90,7 +90,7 @@ def with_interval(value: float, interval: Sequence[float], *, sign: bool = False
 
 
 def _overview(result: Facts) -> Table:
-    table = Table(title="95 % intervals over prompts; ties are wrong")
+    table = Table(title="95 % intervals over conversations; ties are wrong")
     several = len(result["models"]) > 1
     headings = (
         "data",

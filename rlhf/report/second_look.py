@@ -11,12 +11,13 @@ def second_look_sentences(facts: Facts) -> list[str]:
     """
     sentences = [f"Second look: {facts['asked']} pairs are asked about, {facts['open']} of them have no verdict yet."]
     if facts["answered"]:
-        worth, wrong = facts["worth"], facts["wrong"]
+        worth, wrong, rate = facts["worth"], facts["wrong"], facts["noise_rate"]
+        proved = f"; at least {rate['low']:.1%} are proved" if rate["low"] > 0 else ", which is not proved"
         sentences += [
             f"Of {facts['answered']} pairs, experts agree with the label of {facts['agree']}, contradict that of "
             f"{facts['contradict']}, call the answers of {facts['ties']} equal (kept as ties), and skip {facts['skipped']}.",
-            f"An expert is taken to be wrong in {facts['expert_error']:.0%}. With the verdicts, {facts['noise_rate']['mean']:.1%} "
-            f"of the labels are estimated to be wrong as they stand in the file, and {facts['flipped']} labels are flipped.",
+            f"An expert is taken to be wrong in {facts['expert_error']:.0%}. With the verdicts, {rate['mean']:.1%} of the "
+            f"labels are estimated to be wrong as they stand in the file{proved}; {facts['flipped']} labels are flipped.",
             f"Expected wrong labels: {wrong['file']:.0f} as the file has them, {wrong['before']:.0f} if each is flipped to the "
             f"side that the votes make likelier, {wrong['after']:.0f} with the verdicts too.",
             f"All labels together are worth {worth['before']:.0f} sure ones before the verdicts and {worth['after']:.0f} after.",

@@ -56,7 +56,8 @@ class AnnotatorReport(TypedDict):
 
     Attributes:
         labels, ties: how many labels, and how many of them are ties.
-        accuracy: share of labels that are right, ties left out, with its 95 % likelihood interval.
+        accuracy: share of labels that are right where the votes are sure, ties left out, with its 95 % likelihood interval; on
+            close pairs everybody errs more.
         error_rate: what posterior labels take: 1 - accuracy, drawn towards that of all labels.
         left: share of labels that choose the answer on the left, ties left out, with its 95 % interval.
         drift: accuracy in the later half of the labels minus that in the earlier, with its 95 % interval.
@@ -243,6 +244,8 @@ def report_annotators(
     # 1. Accuracy, by maximum likelihood given what all others say, and by the fit that posterior labels take.
     accuracy = fit_accuracy(labelled.labels, labelled.groups)
     others = others_log_odds(labelled.labels, accuracy)
+    if labelled.groups <= 2 and not labelled.labels.prior.any():  # how often two agree does not say which of them errs
+        others = torch.zeros_like(others)
     by_name, counts = _decided(labelled), Counter(labelled.names)
     group_of = dict(zip(labelled.names, labelled.labels.annotator.tolist(), strict=True))
     report = {

@@ -104,7 +104,7 @@ def certify(reward: RewardModel) -> Certificate:
         raise UserError(
             "certify: the scores of golden texts are not finite numbers; the weights or their dtype are bad."
         )
-    largest = max(1.0, *map(abs, scores))
+    largest = max(map(abs, scores)) or 1.0
     if exact:
         with computed_in(reward.model, torch.bfloat16):
             measured = [i for i, text in enumerate(texts) if text.name != "long" or len(texts) == 1]

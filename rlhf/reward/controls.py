@@ -49,8 +49,8 @@ def report_gold(verdicts: Sequence[Verdict], right: Mapping[str, str]) -> dict[s
 
 
 def report_repeats(repeats: Sequence[Repeat]) -> dict[str, RepeatReport]:
-    """Report how often every annotator agrees with themselves, in the order of their names."""
-    twice = [repeat for repeat in repeats if "skip" not in (repeat.label, repeat.label_again)]
+    """Report how often every annotator agrees with themselves where both times one answer was better, in the order of names."""
+    twice = [repeat for repeat in repeats if not {repeat.label, repeat.label_again} & {"skip", "tie"}]
     answered = Counter(repeat.annotator for repeat in twice)
     alike = Counter(repeat.annotator for repeat in twice if repeat.label == repeat.label_again)
     report: dict[str, RepeatReport] = {}

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import RewardConfig
 
-from rlhf.data.rows import prompt_key
+from rlhf.data.conversations import conversation_keys
 from rlhf.errors import UserError
 from rlhf.objectives.strength import STRENGTH_COLUMNS, VoteStrength
 from rlhf.recipe.objectives import OBJECTIVES, Needs
@@ -132,7 +132,8 @@ class VotedRewardTrainer(DeclaredRewardTrainer):
         strength = VoteStrength(*(torch.tensor([float(row[name]) for row in rows]) for name in STRENGTH_COLUMNS))
         if self.noise is None:
             decided = decided_rows(rows)
-            self.noise = estimate_noise(strength.mean[decided], [prompt_key(rows[i]["prompt"]) for i in decided])
+            clusters = conversation_keys([rows[i]["prompt"] for i in decided])
+            self.noise = estimate_noise(strength.mean[decided], clusters)
         pairs = denoised(rows, config, strength, self.noise).rows
         return Dataset.from_list(training_columns(pairs, OBJECTIVES[config.objective].loss.columns))
 

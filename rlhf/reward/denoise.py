@@ -4,7 +4,6 @@ One function for each `apply` of the table (`rlhf.recipe.objectives`). A pair wi
 annotators: no vote makes one of its answers the better one, so no column of a vote is set there.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -231,9 +230,12 @@ def posterior_as_confidence(
 def posterior_as_weight(
     rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
 ) -> Denoised:
-    """Set the weight to the confidence of `posterior_as_confidence`; where the votes prove no noise, nothing is set."""
+    """Multiply the weight by the confidence of `posterior_as_confidence`; where the votes prove no noise, nothing is set."""
     posterior = _posterior(rows, strength, noise)
-    return Denoised(rows if posterior is None else _with_columns(rows, weight=posterior.right))
+    if posterior is None:
+        return Denoised(rows)
+    weights = torch.tensor([1.0 if row.get("weight") is None else float(row["weight"]) for row in rows])
+    return Denoised(_with_columns(rows, weight=weights * posterior.right))
 
 
 def drop(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
@@ -262,18 +264,26 @@ def _posterior(rows: Sequence[Pair], strength: VoteStrength, noise: NoiseEstimat
 
 
 def _with_columns(rows: list[Pair], **columns: Tensor) -> list[Pair]:
-    """Set columns [n] of a vote; a pair that annotators called equal keeps its own."""
+    """Set columns [n] of a vote; a pair that annotators called equal keeps its own.
+
+    Where a confidence p is set and no margin, the file's margin m becomes (2p - 1) m: it is that of the order that is likelier.
+    """
     lists = {name: values.tolist() for name, values in columns.items()}
-    return [
-        row if row.get("confidence") == TIE else cast(Pair, {**row, **{name: lists[name][i] for name in lists}})
-        for i, row in enumerate(rows)
-    ]
+    made = []
+    for i, row in enumerate(rows):
+        values = {name: column[i] for name, column in lists.items()}
+        if "confidence" in values and "margin" not in values and row.get("margin") is not None:
+            values["margin"] = (2 * values["confidence"] - 1) * float(row["margin"])
+        made.append(row if row.get("confidence") == TIE else cast(Pair, {**row, **values}))
+    return made
 
 
 def _flips(rows: Sequence[Pair], config: DenoiseConfig, strength: VoteStrength) -> Tensor:
-    """Choose the labels that are flipped or dropped, [n] bool; a tie is no label that could be wrong."""
-    is_tie = torch.tensor([row.get("confidence") == TIE for row in rows])
-    return config.flips(strength.mean.masked_fill(is_tie, math.inf)) & ~is_tie
+    """Choose the labels that are flipped or dropped, [n] bool; a tie is no label that could be wrong, and counts as none."""
+    decided = torch.tensor([row.get("confidence") != TIE for row in rows])
+    flips = torch.zeros_like(decided)
+    flips[decided] = config.flips(strength.mean[decided])
+    return flips
 
 
 def _flip_pairs(rows: list[Pair], flips: Tensor) -> list[Pair]:

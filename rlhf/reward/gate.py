@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
+from rlhf.data.rows import Pair
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
+from rlhf.objectives.pairwise import pair_loss
 
 GATE = "gate.safetensors"
+LABEL_COLUMNS = {"confidence": 1.0, "weight": 1.0}
 
 
 @dataclass
@@ -35,12 +37,20 @@ class Gate:
         return torch.softmax(z @ self.weight.T + self.bias, dim=1), is_unfamiliar
 
 
-def fit_gate(features: Tensor, differences: Tensor, *, decay: float = 0.01) -> tuple[Gate, float]:
+def fit_gate(
+    features: Tensor,
+    differences: Tensor,
+    *,
+    confidence: Tensor | float = 1.0,
+    weight: Tensor | float = 1.0,
+    decay: float = 0.01,
+) -> tuple[Gate, float]:
     """Fit the gate under which the mixture of scores explains the pairs best: Bradley-Terry on s · Σ_e w_e d_e.
 
     Args:
         features: [n, h] features of each pair's prompt.
         differences: [n, E] how much higher each score is for the chosen answer than for the rejected one.
+        confidence, weight: [n] how likely each label is right, and what it counts (`rlhf.objectives.pairwise.pair_loss`).
         decay: penalty on W, times its squared length; b and s are free.
 
     Returns:
@@ -48,21 +58,31 @@ def fit_gate(features: Tensor, differences: Tensor, *, decay: float = 0.01) -> t
     """
     mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     z = (features - mean) / scale
-    weight = torch.zeros(differences.shape[1], z.shape[1], requires_grad=True)
+    matrix = torch.zeros(differences.shape[1], z.shape[1], requires_grad=True)
     bias = torch.zeros(differences.shape[1], requires_grad=True)
     log_sharpness = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias, log_sharpness], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([matrix, bias, log_sharpness], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        mixed = (torch.softmax(z @ weight.T + bias, dim=1) * differences).sum(dim=1)
-        value = softplus(-mixed * log_sharpness.exp()).mean() + decay * weight.pow(2).sum()
+        mixed = (torch.softmax(z @ matrix.T + bias, dim=1) * differences).sum(dim=1)
+        nats = mixed * log_sharpness.exp()
+        losses = pair_loss(nats, torch.zeros_like(nats), confidence=confidence, weight=weight)
+        value = losses.mean() + decay * matrix.pow(2).sum()
         value.backward()
         return value
 
     optimizer.step(loss)
     radius = z.pow(2).mean(dim=1).sqrt().quantile(0.999)
-    return Gate(mean, scale, weight.detach(), bias.detach(), radius), log_sharpness.exp().item()
+    return Gate(mean, scale, matrix.detach(), bias.detach(), radius), log_sharpness.exp().item()
+
+
+def label_columns(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """Return `confidence` and `weight` of pairs, [n] each, as `fit_gate` takes them; 1 where a pair has none."""
+    return {
+        name: torch.tensor([usual if (value := row.get(name)) is None else value for row in pairs])
+        for name, usual in LABEL_COLUMNS.items()
+    }
 
 
 @torch.no_grad()

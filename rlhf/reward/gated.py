@@ -21,7 +21,7 @@ from rlhf.models.heads import combine_labels, label_layer
 from rlhf.models.load import load_scorer
 from rlhf.models.open import one_sentence
 from rlhf.objectives.gated import gated_score, length_multiple, ridge, spearman
-from rlhf.reward.gate import GATE, Gate, fit_gate, mean_states
+from rlhf.reward.gate import GATE, Gate, fit_gate, label_columns, mean_states
 from rlhf.reward.model import Network, RewardModel
 
 GATED = "gated.json"
@@ -203,7 +203,7 @@ def fit_gated(
         for side in SIDES
     )
     of_prompts = prompt_features(reward, [row["prompt"] for row in pairs])
-    gate, sharpness = fit_gate(of_prompts, ((chosen - rejected) @ head.T).float())
+    gate, sharpness = fit_gate(of_prompts, ((chosen - rejected) @ head.T).float(), **label_columns(pairs))
     usual = gate(of_prompts)[0].mean(dim=0)
 
     # 4. The head.

@@ -301,7 +301,8 @@ def _check(reward: RewardModel, card: Card, folder: Path) -> None:
     tolerance = score_tolerance(computed_dtype(reward.model))
     difference = (scores - expected).abs().max().item()
     changed = ", ".join(changed_files(folder, card.get("files", {})))
-    if not difference <= tolerance * max(1.0, card["std"]):
+    allowed = tolerance * max(card["std"], expected.abs().max().item())
+    if not difference <= allowed:
         cause = (
             f"{changed} changed since"
             if changed
@@ -309,7 +310,7 @@ def _check(reward: RewardModel, card: Card, folder: Path) -> None:
         )
         raise UserError(
             f"{folder}: the reward model does not give the scores it was saved with (largest difference {difference:.3g}, "
-            f"allowed {tolerance:.3g}); {cause}. Copy it again."
+            f"allowed {allowed:.3g}); {cause}. Copy it again."
         )
     if changed:
         raise UserError(

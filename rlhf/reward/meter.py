@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.data.rows import Prompt, prompt_key
+from rlhf.data.conversations import conversation_keys
+from rlhf.data.rows import Prompt
 from rlhf.objectives.learning_curve import (
     TRAINING_SPREAD,
     Curves,
@@ -53,7 +54,7 @@ def too_few_labels(pairs: int, folds: int) -> str | None:
 def measure_parts(plan: VotePlan, prompts: Sequence[Prompt], votes: Tensor, train: Train) -> Measured:
     """Train voters on parts of what the first voter of each fold was trained on, and let them vote on the pairs it votes on.
 
-    A part is the pairs of the first prompts in an order by their keys, so that parts lie within each other.
+    A part is the pairs of the first conversations in an order by their keys, so that parts lie within each other.
 
     Args:
         plan: of a vote out of fold.
@@ -62,7 +63,7 @@ def measure_parts(plan: VotePlan, prompts: Sequence[Prompt], votes: Tensor, trai
         train: as `collect_votes` takes it; parts' voters have numbers from M on.
     """
     folds = len(set(plan.folds))
-    keys = [prompt_key(prompt) for prompt in prompts]
+    keys = conversation_keys(prompts)
     differences = torch.full((len(PARTS) + 1, len(prompts)), torch.nan)
     sizes = [0.0] * (len(PARTS) + 1)
     for fold in range(folds):

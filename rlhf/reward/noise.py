@@ -66,9 +66,9 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
       sure as it is of an average label, the share that it contradicts; 0.5 at most.
     - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap.
 
-    Pairs of one prompt are not independent, so prompts are counted and resampled, not pairs. Votes that agree with labels
-    no more than chance (`high` reaches 0.5) say nothing: then ε is 0 and the scale 0, which leaves every label as it is,
-    and a warning.
+    Pairs of one conversation are not independent, so conversations are counted and resampled, not pairs. Votes that agree
+    with labels no more than chance (`high` reaches 0.5) say nothing: then the scale is 0, ε is what experts' verdicts alone
+    say, 0 without any, which leaves every label as it is, and a warning.
 
     Experts' verdicts enter the likelihood of `low`, `fitted` and `scale`: with v = σ(verdicts) a label and its verdicts have
     probability (1 - ε) σ(b d) v + ε σ(-b d) (1 - v), up to a factor. Which pairs were asked about may depend on labels and
@@ -76,24 +76,27 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
 
     Args:
         differences: [n] mean difference of models that did not see the label, in nats.
-        clusters: [n] the prompt of each pair, or anything that is equal for pairs of one prompt.
+        clusters: [n] what is equal for pairs that are not independent: the conversation of each.
         verdicts: [n] log-odds of the verdicts that the label is right, nats; 0 where there are none.
     """
     contradicted = ((differences < 0).double() + 0.5 * (differences == 0).double()).tolist()
     high = clustered_mean(contradicted, clusters)[1][1]
-    temperature = best_temperature(differences.tolist())
+    odds = torch.zeros_like(differences) if verdicts is None else verdicts
+    agrees_with_all = not any(contradicted)
+    temperature = 1.0 if agrees_with_all else best_temperature(differences.tolist())
     if temperature is None or high >= 0.5:
         warnings.warn(
             "vote: the votes agree with the labels no more than chance, so they say nothing about them; every label is left "
             "as it is. Use a larger base model, more pairs, or another learning rate.",
             stacklevel=2,
         )
-        return NoiseEstimate(0.0, 0.0, 0.0, 0.0, high)
+        low, likeliest, _ = _fit(torch.zeros_like(differences), clusters, odds)
+        return NoiseEstimate(0.0, likeliest if low > 0 else 0.0, 0.0, low, high, likeliest)
     agree = torch.sigmoid(differences.double() / temperature)
     average = agree.mean()
     surely_wrong, surely_right = int((1 - agree >= average).sum()), int((agree >= average).sum())
-    low, fitted, scale = _fit(differences, clusters, torch.zeros_like(differences) if verdicts is None else verdicts)
-    flip_rate = min(surely_wrong / (surely_wrong + surely_right), 0.5)
+    low, fitted, scale = _fit(differences, clusters, odds)
+    flip_rate = 0.0 if agrees_with_all else min(surely_wrong / (surely_wrong + surely_right), 0.5)
     return NoiseEstimate(flip_rate, fitted if low > 0 else 0.0, scale, low, high, fitted)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig
 
 from rlhf.data.read import BadRow
-from rlhf.data.rows import SIDES, Messages, Pair, Prompt, answer, asked, prompt_key
+from rlhf.data.rows import SIDES, Messages, Pair, Prompt, answer, asked, pair_digest, prompt_key
 from rlhf.errors import UserError
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.objectives.rankings import is_best
@@ -78,7 +78,20 @@ def ranking_rows(pairs: Sequence[Pair], *, objective: str = "plackett_luce") -> 
         key = ("row", number) if row.get("group") is None else ("group", row["group"])
         groups.setdefault(key, []).append(row)
     has_weights = any(row.get("weight") is not None for row in pairs)
-    return [_ranking(group, has_weights=has_weights) for group in groups.values()]
+    return [_ranking(part, has_weights=has_weights) for group in groups.values() for part in _by_annotator(group)]
+
+
+def _by_annotator(group: Sequence[Pair]) -> list[list[Pair]]:
+    """Return the pairs of a group as one ranking; as one of each annotator where several compared the same two answers.
+
+    In one ranking four people of one mind would count as much as a fifth of another.
+    """
+    if len({pair_digest(row) for row in group}) == len(group):
+        return [list(group)]
+    rankings: dict[object, list[Pair]] = {}
+    for row in group:
+        rankings.setdefault(row.get("annotator"), []).append(row)
+    return list(rankings.values())
 
 
 def _ranking(pairs: Sequence[Pair], *, has_weights: bool) -> RankingRow:

@@ -148,6 +148,10 @@ class PairRewardTrainer(RewardTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = RewardConfig(f"{name.split('/')[-1]}-Reward", num_train_epochs=1)
+        if args.label_smoothing_factor:
+            raise UserError(
+                "reward: label_smoothing_factor is for labels of tokens; smooth labels of pairs with the objective `smoothing`."
+            )
         if args.num_train_epochs > 1 and args.max_steps <= 0:
             warnings.warn(
                 f"num_train_epochs={args.num_train_epochs}: reward models overfit after one epoch (arXiv:2203.02155, 2401.06080).",

@@ -6,9 +6,10 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
-from scipy.stats import norm
+from scipy.stats import t as students_t
 from torch import Tensor, as_tensor
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import SIDES, Pair, told
 from rlhf.data.traits import TRAITS, trait_table
 from rlhf.models.text import plain
@@ -16,7 +17,7 @@ from rlhf.statistics import clustered_mean
 
 Array = NDArray[np.float64]
 
-FEWEST = 20  # pairs whose answers differ in a trait, below which nothing is said about it
+FEWEST = 20  # conversations with pairs whose answers differ in a trait, below which nothing is said about it
 LARGEST = 3.0  # a difference counts as this many usual ones at most, so that a few odd answers do not decide
 RIDGE = 1.0  # a standard normal prior on each effect: finite where a trait decides every label
 FOLDS = 5
@@ -76,23 +77,26 @@ def find_wants(pairs: Sequence[Pair]) -> Wants:
 
         P(chosen is preferred) = σ(β · x)
 
-    fitted with a standard normal prior on β. Its covariance is the sandwich over prompts, since pairs of one prompt are not
-    independent. A want is no fault: labels may be right to want it.
+    fitted with a standard normal prior on β. Its covariance is the sandwich over conversations, whose pairs are not
+    independent, and its intervals are Student's, with a degree of freedom for each conversation beyond the traits. A want is
+    no fault: labels may be right to want it.
 
     Args:
         pairs: labelled pairs without ties.
     """
     prompts = [row["prompt"][-1]["content"] for row in pairs]
-    clusters = [plain(row["prompt"]) for row in pairs]
+    clusters = conversation_keys([row["prompt"] for row in pairs])
     raw = trait_table(prompts, [told(row, "chosen") for row in pairs])
     raw -= trait_table(prompts, [told(row, "rejected") for row in pairs])
     usual = np.sqrt((raw**2).mean(axis=0)) if len(pairs) else np.zeros(len(TRAITS))
     differences = np.clip(raw / np.where(usual > 0, usual, 1.0), -LARGEST, LARGEST)
     differ = (raw != 0).sum(axis=0)
-    tried = np.flatnonzero(differ >= FEWEST)
+    varied = [len({clusters[i] for i in np.flatnonzero(column).tolist()}) for column in raw.T]
+    tried = np.flatnonzero(np.array(varied) >= FEWEST)
 
     effects, errors = fit_effects(differences[:, tried], clusters)
-    wide = float(norm.ppf(1 - (1 - CONFIDENCE) / 2 / max(1, len(tried))))
+    freedom = max(1, len(set(clusters)) - len(tried))
+    wide = float(students_t.ppf(1 - (1 - CONFIDENCE) / 2 / max(1, len(tried)), freedom))
     traits: dict[str, Want] = {}
     for k, (name, trait) in enumerate(TRAITS.items()):
         want = Want(
@@ -126,7 +130,7 @@ def fit_effects(differences: Array, clusters: Sequence[Hashable]) -> tuple[Array
     """Return β of P = σ(β · x) for pairs of which the first is always preferred, and its standard errors over clusters.
 
     Newton's method on Σ log σ(β · x) - |β|² / 2, which is concave. With H the negative Hessian and g_c the gradient of a
-    cluster's pairs, the covariance is H⁻¹ (Σ_c g_c g_cᵀ) H⁻¹.
+    cluster's pairs, the covariance is H⁻¹ (Σ_c g_c g_cᵀ) H⁻¹ · G / (G - 1) for G clusters.
 
     Args:
         differences: [pairs, traits].
@@ -148,8 +152,8 @@ def fit_effects(differences: Array, clusters: Sequence[Hashable]) -> tuple[Array
     names = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
     summed = np.zeros((len(names), count))
     np.add.at(summed, [names[cluster] for cluster in clusters], slopes)
-    bread = np.linalg.inv(hessian)
-    return effects, np.sqrt(np.diag(bread @ (summed.T @ summed) @ bread))
+    bread, spread = np.linalg.inv(hessian), summed.T @ summed * len(names) / max(1, len(names) - 1)
+    return effects, np.sqrt(np.diag(bread @ spread @ bread))
 
 
 def held_out_accuracy(differences: Array, clusters: Sequence[Hashable]) -> tuple[float, list[float]]:

@@ -11,11 +11,13 @@ import pytest
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.prepare import DataSources, prepare_data
+from rlhf.data.ratings import RatingScale
 from rlhf.data.read import ReadReport
-from rlhf.data.repeats import BOTH_ORDERS, REPEATED, TIE_BESIDE
+from rlhf.data.repeats import BOTH_ORDERS, OUTVOTED, REPEATED, TIE_BESIDE
 from rlhf.data.rows import Pair, answer
 from rlhf.data.sources import Source, read_pairs, read_sources, to_demonstrations, to_pairs
 from rlhf.data.tidy import INTERLEAVED, PARSED, SPEAKERS_APART, UNLIKELY
+from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
 
 PAIR = {"prompt": "say it", "chosen": "yes", "rejected": "no"}
@@ -331,3 +333,55 @@ def test_a_column_for_pictures_may_be_empty(tmp_path: Path, value: Any) -> None:
     full = Source(str(file), columns={"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"})
     file.write_text(json.dumps({**PAIR, "image": "a.png"}))
     assert len(read_pairs(full)[0]) == 1, "whoever names the columns knows them"
+
+
+# ---- Several annotators ----
+
+
+@pytest.mark.fault("common layouts")
+def test_pairs_on_which_annotators_disagree_are_judged_by_most_of_them(tmp_path: Path) -> None:
+    """Only pairs on which all agreed were left to judge by, which are the easy ones."""
+    turned = {"prompt": PAIR["prompt"], "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+    by = lambda row, name: {**row, **({} if name is None else {"annotator": name})}  # noqa: E731
+    for rows, kept, reasons in (
+        ([by(turned, "a"), by(PAIR, "b"), by(PAIR, "c")], ["yes"], {OUTVOTED: 1, REPEATED: 1}),
+        ([by(PAIR, "a"), by(turned, "b"), by(turned, "c"), by(turned, "d")], ["no"], {OUTVOTED: 1, REPEATED: 2}),
+        ([by(PAIR, "a"), by(turned, "b")], [], {BOTH_ORDERS: 2}),
+        ([by(PAIR, "a"), by(turned, "a"), by(turned, "b")], ["no"], {OUTVOTED: 1, REPEATED: 1}),
+        ([by(PAIR, None), by(PAIR, None), by(turned, None)], [], {BOTH_ORDERS: 3}),
+    ):
+        write_jsonl(tmp_path / "crowd.jsonl", rows)
+        if not kept:
+            with pytest.raises(UserError, match="holds no usable pair"):
+                read_pairs(str(tmp_path / "crowd.jsonl"), split="test")
+            continue
+        pairs, report = read_pairs(str(tmp_path / "crowd.jsonl"), split="test")
+        assert [answer(row, "chosen") for row in pairs] == kept
+        assert report.dropped == reasons
+        assert len(read_pairs(str(tmp_path / "crowd.jsonl"), split="train")[0]) >= 1
+
+
+@pytest.mark.fault("common layouts")
+def test_ratings_and_pairs_of_a_row_have_one_prompt(tmp_path: Path) -> None:
+    """`instruction` and `input` are two parts of it; the ratings had lost the second, and with it the hold-out."""
+    rows = [
+        {
+            "instruction": "Translate.",
+            "input": f"Guten Tag {i}",
+            "responses": [
+                {"text": "Good day", "score": 2, "attributes": {"helpfulness": 4}},
+                {"text": "Good bye", "score": 1, "attributes": {"helpfulness": 1}},
+            ],
+        }
+        for i in range(20)
+    ]
+    write_jsonl(tmp_path / "k.jsonl", rows)
+    scale = RatingScale(("helpfulness",), 0.0, 4.0)
+    prepare_data(tmp_path / "d", DataSources(preferences=[Source(str(tmp_path / "k.jsonl"))], ratings=scale), seed=0)
+    prompts = {
+        name: {row["prompt"][0]["content"] for row in read_jsonl(tmp_path / f"d/{name}.jsonl")}
+        for name in ("pairs", "test_pairs", "ratings")
+    }
+    assert prompts["ratings"] == prompts["pairs"]
+    assert not prompts["ratings"] & prompts["test_pairs"]
+    assert all("Guten Tag" in prompt for prompt in prompts["ratings"])

@@ -10,6 +10,7 @@ import torch
 
 from rlhf.data.rankings import Answer, Ranking
 from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs, score_rankings
+from rlhf.statistics import clustered_mean
 
 
 class Lengths:
@@ -48,6 +49,30 @@ def test_pair_report() -> None:
     )
     assert sum(entry["n"] for entry in report["by_length"]) == 4
     assert report["by_length"][0]["low"] == -4
+
+
+def test_intervals_draw_whole_conversations() -> None:
+    """Six turns of a conversation that agree are one observation: as many as a sixth of the pairs, and the same accuracy."""
+    opening = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}] for i in range(30)]
+    turns = [
+        [
+            *opening[i],
+            *({"role": r, "content": f"{k}"} for r in ("user", "assistant")),
+            {"role": "user", "content": f"{k}"},
+        ]
+        for i in range(30)
+        for k in range(6)
+    ]
+    rows = [{**row("", "aa", "b"), "prompt": turn} for turn in turns]
+    right = [float(i % 3 > 0) for i in range(30) for _ in range(6)]
+    pairs = ScoredPairs(rows, [str(i) for i in range(180)], np.array(right), np.full(180, 0.5))
+    report, alone = pair_report(pairs), clustered_mean(right[::6])
+    assert len(set(pairs.clusters)) == 30
+    assert report["accuracy"] == pytest.approx(2 / 3)
+    assert report["accuracy_ci"] == pytest.approx(alone[1], abs=1e-12)
+    low, high = clustered_mean(right)[1]
+    assert high - low < 0.5 * (alone[1][1] - alone[1][0]), "by pairs it would be narrower by the root of six"
+    assert compare(pairs, pairs)["difference"] == 0
 
 
 def test_strict_ties_as_in_rewardbench() -> None:

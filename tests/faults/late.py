@@ -65,7 +65,7 @@ reward.per_device_train_batch_size=1000
 reward.max_length=64
 reward.bf16=true
 vote.trunk=1 reward.objective=posterior
-vote.in_sample=true reward.objective=weight
+vote.in_sample=true reward.objective=soft_margin
 sft.packing=true
 sft.gradient_checkpointing=true
 sft.neftune_noise_alpha=5

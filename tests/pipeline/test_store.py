@@ -10,6 +10,7 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.pipeline.callbacks import drop_torn_line
+from rlhf.pipeline.run import made_of_what_is_gone
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.store import (
     MARK,
@@ -91,8 +92,15 @@ def test_what_was_made_of_a_stage_is_refused_where_that_was_made_anew_with_other
         UserError, match=r"round-1/ppo: was made of another .*round-0/sft than lies there now, which was made"
     ):
         store.is_done(ppo)
+    shutil.rmtree(store.path(ppo))
+    store.open(ppo)
+    store.finish(ppo, {}, 1.0)
+    assert made_of_what_is_gone(store, [sft, ppo]) is None
     shutil.rmtree(store.path(sft))
     assert store.is_done(ppo), "what is gone is no other one"
+    said = made_of_what_is_gone(store, [sft, ppo])
+    assert said is not None
+    assert said.startswith("round-0/sft: gone, and round-1/ppo made of it."), said
 
 
 @pytest.mark.fault("kill at any moment")

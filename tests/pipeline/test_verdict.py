@@ -65,6 +65,20 @@ def test_all_forms_of_a_verdict(tmp_path: Path) -> None:
     assert found.judge_alone == [1.0, 0.0, 0.0]
 
 
+def test_what_nought_and_one_mean_is_said(tmp_path: Path) -> None:
+    """`rlhf label --import` takes 0 and 1 as places of answers; here they are probabilities."""
+    rows = [{"judge": "first", "label": i % 2} for i in range(8)]
+    for values, names in (
+        (rows, "`label`"),
+        ([{"judge": i % 2, "label": i % 2} for i in range(8)], "`judge` and `label`"),
+        ([{"judge": "first", "label": 0.5}, *rows], None),
+        (verdicts(20, 8), None),
+    ):
+        said: list[str] = []
+        verdict(written(tmp_path, values), None, say=said.append)
+        assert said[0].startswith(f"{names}: 1 is read as 'the first answer is better'") == (names is not None)
+
+
 def test_labels_that_were_picked_are_said_to_be(tmp_path: Path) -> None:
     """People labelled what the judge called wins: no interval holds for that."""
     rows = verdicts(400, 0)
@@ -125,3 +139,35 @@ def test_peoples_labels_are_never_the_result(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no earlier result of this command"):
         verdict(str(file), file, say=print)
     assert file.read_bytes() == before
+
+
+def test_labels_that_are_sorted_have_no_interval_of_any_look(tmp_path: Path) -> None:
+    """All first answers, then all second ones: no rate of the whole file fits what the first sixty say."""
+    rows: list[object] = [{"judge": 0.5, "label": "first" if i < 100 else "second"} for i in range(200)]
+    said: list[str] = []
+    result = verdict(written(tmp_path, rows), tmp_path / "v.json", say=said.append)
+    assert result["win_rate_any_look_ci"] is None
+    assert json.loads((tmp_path / "v.json").read_text())["win_rate_any_look_ci"] is None
+    assert said[-1].startswith("No rate is left that fits these labels in the order in which they stand")
+    random.Random(0).shuffle(rows)
+    low, high = verdict(written(tmp_path, rows), None, say=said.append)["win_rate_any_look_ci"]
+    assert low <= 0.5 <= high
+
+
+def test_labels_in_the_order_of_the_data_are_drawn_in_another(tmp_path: Path) -> None:
+    """Two kinds of rows, one behind the other, half of each labelled: read in this order the interval misses the rate nearly always."""
+    held = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        wins = [rng.random() < (0.9 if i < 150 else 0.3) for i in range(300)]
+        rows: list[object] = [
+            {"judge": 0.5, "label": ("first" if win else "second") if rng.random() < 0.5 else ""} for win in wins
+        ]
+        said: list[str] = []
+        interval = verdict(written(tmp_path, rows), None, say=said.append)["win_rate_any_look_ci"]
+        held += interval is not None and interval[0] <= sum(wins) / 300 <= interval[1]
+        assert "stand mixed" in said[0]
+    assert held >= 34, "0.95 of 40 are 38; fewer than 34 have a chance of 0.003"
+    said.clear()
+    verdict(written(tmp_path, verdicts(100, 40)), None, say=said.append)
+    assert not any("mixed" in sentence for sentence in said)

@@ -48,6 +48,7 @@ def test_pairs_have_the_models_label_and_its_confidence(
     for place in (folder, parents["data"] / "data", parents["select"]):
         place.mkdir(parents=True)
     write_jsonl(parents["select"] / "questions.jsonl", [q.as_row() for q in asked])
+    write_jsonl(parents["data"] / "data/prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     made = recipe(tmp_path, base_folder, verdict_folder)
     facts = run_label(StageContext(made, folder, parents, said.append))
     pairs = [*read_jsonl(folder / "fresh.jsonl"), *read_jsonl(folder / "test_pairs.jsonl")]
@@ -90,6 +91,32 @@ def test_labels_that_are_all_equal_are_said(
         monkeypatch.setattr(label_module, "_verdicts", lambda *_, given=verdicts: given)
         run_label(context)
         assert [line for line in said if "verdicts are" in line] == sentences
+
+
+def test_labels_are_held_out_by_conversation(
+    base_folder: Path, verdict_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second prompt of a conversation has the first one in it, so both are on one side."""
+    run = tmp_path / "x"
+    folder, parents = run / "round-1/label", {"data": run / "round-0/data", "select": run / "round-1/select"}
+    for place in (folder, parents["data"] / "data", parents["select"]):
+        place.mkdir(parents=True)
+    first = [[{"role": "user", "content": f"Question {i}"}] for i in range(40)]
+    more = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "and then?"}]
+    prompts = [prompt for opening in first for prompt in (opening, [*opening, *more])]
+    asked = [Question(question_id(1, prompt, ["a", "b"]), 1, prompt, "a", "b") for prompt in prompts]
+    write_jsonl(parents["data"] / "data/prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    write_jsonl(parents["select"] / "questions.jsonl", [q.as_row() for q in asked])
+    monkeypatch.setattr(label_module, "_verdicts", lambda *_: [Verdict(q.id, "first", "ann") for q in asked])
+    facts = run_label(StageContext(recipe(tmp_path, base_folder, verdict_folder), folder, parents, lambda _: None))
+    held, kept = (
+        [row["prompt"][0]["content"] for row in read_jsonl(folder / name)]
+        for name in ("test_pairs.jsonl", "fresh.jsonl")
+    )
+    assert (len(held), len(kept)) == (facts["held_out"], facts["fresh"])
+    assert len(held) + len(kept) == 80
+    assert held
+    assert not set(held) & set(kept)
 
 
 def test_what_cannot_label_is_refused_before_a_run(

@@ -107,7 +107,7 @@ def test_the_guides_have_the_tables(guide: str, name: str) -> None:
 MEAN = torch.tensor([-2.0, -0.5, 1.0, 3.0, 0.4])
 STRENGTH = VoteStrength(MEAN, torch.ones(5), torch.tensor([0.0, 0.25, 0.5, 1.0, 0.75]), torch.full((5,), 4))
 NOISE = NoiseEstimate(flip_rate=0.25, fitted=0.2, scale=0.5, low=0.15, high=0.3)
-SMALL = {"flip_fraction": 0.4, "margin_scale": 0.5}
+SMALL = {"flip_fraction": 0.5, "margin_scale": 0.5}  # of four labels, two
 POSTERIOR = [1 / (1 + math.exp(-0.5 * d) * 0.2 / 0.8) for d in MEAN.tolist()]
 
 
@@ -281,7 +281,7 @@ def test_the_table_is_written_with_its_needs() -> None:
     ("members: 2, folds: 2", True), ("members: 2, in_sample: true", True)])  # fmt: skip
 def test_fewer_members_than_folds_are_refused_before_a_run(tmp_path: Path, shape: str, is_fine: bool) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text(f"name: x\nlab: {{}}\nvote: {{{shape}}}\nreward: {{objective: posterior}}\n", encoding="utf-8")
+    file.write_text(f"name: x\nlab: {{}}\nvote: {{{shape}}}\nreward: {{objective: flip}}\n", encoding="utf-8")
     if is_fine:
         load_recipe(file)
     else:

@@ -65,11 +65,45 @@ def test_a_number_that_begins_with_a_zero_is_refused(tmp_path: Path) -> None:
         loaded(tmp_path, BASE, overrides=("seed=010",))
 
 
-@pytest.mark.parametrize("objective", ["scaled", "weight"])
-def test_a_pair_is_not_weighed_by_its_age_and_by_something_else(tmp_path: Path, objective: str) -> None:
-    """It has one weight, of which either would overwrite the other."""
+def test_a_pair_is_not_weighed_by_its_age_and_by_something_else(tmp_path: Path) -> None:
+    """It has one weight, of which either would overwrite the other; a posterior is multiplied into it."""
     asking = {**BASE, "rounds": {"count": 2, "labels_from": "lab", "age_weight": 0.5}}
     with pytest.raises(
-        UserError, match=f"rounds.age_weight weighs pairs by their age, and reward.objective: {objective} by"
+        UserError, match=r"rounds.age_weight weighs pairs by their age, and reward.objective: scaled by"
     ):
-        loaded(tmp_path, asking, overrides=(f"reward.objective={objective}",))
+        loaded(tmp_path, asking, overrides=("reward.objective=scaled",))
+    assert loaded(tmp_path, asking, overrides=("reward.objective=weight",)).rounds.age_weight == 0.5
+
+
+def test_labels_are_not_corrected_twice(tmp_path: Path) -> None:
+    """A rate in the loss says of an objective's P(label) what it is of P(truth): the two take each other back."""
+    for objective in ("smoothing", "soft_margin", "vote_soft", "vote_sigmoid", "posterior"):
+        with pytest.raises(UserError, match=rf"reward.flip_rate is .* and reward.objective: {objective} already says"):
+            loaded(tmp_path, BASE, overrides=(f"reward.objective={objective}", "reward.flip_rate=0.2"))
+    for objective in ("bt", "flip", "drop"):
+        assert loaded(tmp_path, BASE, overrides=(f"reward.objective={objective}", "reward.flip_rate=0.2"))
+
+
+def test_voters_that_know_the_labels_say_nothing_of_how_many_are_wrong(tmp_path: Path) -> None:
+    for objective in ("posterior", "weight", "vote_sigmoid"):
+        with pytest.raises(UserError, match=r"vote.in_sample lets voters vote on what they were trained on"):
+            loaded(tmp_path, BASE, overrides=(f"reward.objective={objective}", "vote.in_sample=true"))
+    limit = ("rounds.count=2", "rounds.labels_from=lab", "rounds.max_noise=0.2")
+    with pytest.raises(UserError, match=r"rounds.max_noise want that"):
+        loaded(tmp_path, BASE, overrides=("reward.objective=flip", "vote.in_sample=true", *limit))
+    assert loaded(tmp_path, BASE, overrides=("reward.objective=soft_margin", "vote.in_sample=true"))
+
+
+@pytest.mark.parametrize("section", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip"])
+def test_a_stage_that_is_interrupted_can_go_on(tmp_path: Path, section: str, key: str) -> None:
+    """Without its optimizer, or from the first row on, it went on as if it were a new one, and said nothing."""
+    with pytest.raises(UserError, match="a stage that is interrupted goes on with"):
+        loaded(tmp_path, BASE, overrides=(f"{section}.{key}=true",))
+
+
+def test_smoothing_of_tokens_is_no_smoothing_of_pairs(tmp_path: Path) -> None:
+    for section, other in (("reward", "set reward.objective: smoothing"), ("vote", "voters have vote.flip_rate")):
+        overrides = (f"{section}.label_smoothing_factor=0.1", "reward.objective=flip")
+        with pytest.raises(UserError, match=rf"{section}.label_smoothing_factor is 0.1, which is not used: .*{other}"):
+            loaded(tmp_path, BASE, overrides=overrides)

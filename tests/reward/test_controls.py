@@ -26,8 +26,8 @@ def test_gold_questions_are_counted_without_ties_and_skips() -> None:
 
 
 def test_agreement_with_oneself_bounds_accuracy() -> None:
-    repeats = [Repeat("ann", "first", "first")] * 9 + [Repeat("ann", "first", "tie"), Repeat("ann", "skip", "first")]
-    report = report_repeats(repeats)["ann"]
+    repeats = [Repeat("ann", "first", "first")] * 9 + [Repeat("ann", "first", "second"), Repeat("ann", "skip", "first")]
+    report = report_repeats([*repeats, *[Repeat("ann", "first", "tie"), Repeat("ann", "tie", "tie")]])["ann"]
     high = binomtest(9, 10).proportion_ci(0.95).high
     assert (report["answered"], report["alike"]) == (10, 0.9)
     assert report["most_accuracy"] == pytest.approx((1 + (2 * high - 1) ** 0.5) / 2)
@@ -36,6 +36,13 @@ def test_agreement_with_oneself_bounds_accuracy() -> None:
     easy_and_hard = [1.0] * 50 + [0.6] * 50
     alike = sum(q * q + (1 - q) ** 2 for q in easy_and_hard) / 100
     assert most_accuracy(alike) > sum(easy_and_hard) / 100, "else a bound"
+
+
+def test_who_calls_close_pairs_equal_now_and_then_may_be_right_in_all_others() -> None:
+    """The bound is on labels without ties, and so is what it rests on."""
+    repeats = [Repeat("ann", "first", "first")] * 30 + [Repeat("ann", "first", "tie")] * 15
+    assert report_repeats(repeats)["ann"]["most_accuracy"] == 1.0
+    assert report_repeats([Repeat("bob", "tie", "first")]) == {}
 
 
 def test_gold_questions_tell_a_coin_from_one_who_is_alone() -> None:
@@ -68,6 +75,24 @@ def test_an_annotator_with_one_label_is_said_to_have_too_few() -> None:
     assert control_sentences(report_gold(verdicts, {"g": "first"}), {}) == [
         "ann: 100% of 1 gold questions right [0.03, 1.00]."
     ]
-    assert control_sentences({}, report_repeats([Repeat("ann", "tie", "tie")])) == [
+    assert control_sentences({}, report_repeats([Repeat("ann", "first", "first")])) == [
         "ann: 100% of 1 repeated questions answered alike [0.03, 1.00], so an accuracy of 1.00 at most."
     ]
+
+
+def test_two_annotators_without_gold_questions_are_not_told_apart() -> None:
+    """One is right in 98 %, the other in 70 %: all that shows is how often they agree, and both were given the mean."""
+    rng = random.Random(0)
+
+    def verdict(number: int, annotator: str, accuracy: float) -> Verdict:
+        right = ("first", "second")[number % 2]
+        return Verdict(f"q{number}", right if rng.random() < accuracy else OTHER[right], annotator)
+
+    pair = [verdict(i, name, q) for i in range(200) for name, q in (("ann", 0.98), ("bob", 0.7))]
+    report = report_verdicts(pair, right={})
+    assert [(entry["accuracy"], entry["flags"]) for entry in report.values()] == [(None, []), (None, [])]
+    assert "but one other's labels, or none: ann, bob." in annotator_sentences(report)[-1]
+    three = [*pair, *(verdict(i, "cid", 0.9) for i in range(200))]
+    for name, accuracy in (("ann", 0.98), ("bob", 0.7), ("cid", 0.9)):
+        low, high = report_verdicts(three, right={})[name]["accuracy_ci"] or (0.0, 0.0)
+        assert low < accuracy < high + 0.03

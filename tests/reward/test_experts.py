@@ -118,6 +118,21 @@ def test_the_gate_finds_who_knows_what_without_being_told() -> None:
     assert is_unfamiliar.sum() <= 20, "99.9 % of the training prompts are familiar, so about two of these are not"
 
 
+def test_the_gate_reads_how_likely_a_label_is_right_and_what_it_counts() -> None:
+    """Labels that are held for wrong teach the other side; pairs without weight teach nothing."""
+    features, differences, _ = planted(2000, seed=0)
+    gate, sharpness = fit_gate(features, differences)
+    turned = torch.arange(2000) % 3 == 0
+    signs = torch.where(turned, -1.0, 1.0)
+    doubted, _ = fit_gate(features, signs[:, None] * differences, confidence=(~turned).float())
+    torch.testing.assert_close(doubted(features)[0], gate(features)[0], atol=0.02, rtol=0)
+    wrong = torch.cat([differences, -differences])
+    twice = torch.cat([features, features])
+    weighed, sharp = fit_gate(twice, wrong, weight=torch.cat([torch.full((2000,), 2.0), torch.zeros(2000)]))
+    torch.testing.assert_close(weighed(features)[0], gate(features)[0], atol=0.02, rtol=0)
+    assert sharp == pytest.approx(sharpness, rel=0.05)
+
+
 def test_prompts_of_another_world_are_counted_and_said(folder: Path, tokenizer: Any) -> None:
     gate = Gate(torch.zeros(64), torch.ones(64), torch.zeros(2, 64), torch.zeros(2), torch.tensor(1e-3))
     save_experts(folder, ["a", "b"], SCALES, weights=None, gate=gate)

@@ -1,6 +1,8 @@
 """What once went wrong with reward models and labels without a word."""
 
+import warnings
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +10,19 @@ import pytest
 import torch
 from trl import RewardConfig
 
+from rlhf.data.labels import Question, Verdict, question_id
 from rlhf.data.rows import assistant_turn, user_turn
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.audit import _key
+from rlhf.pipeline.looked import beliefs, count_opinions
 from rlhf.reward.annotators import annotators_differ
 from rlhf.reward.denoise import DenoiseConfig, denoised, flip_pair
 from rlhf.reward.frozen_trunk import Trunk
 from rlhf.reward.gated import fit_gated
 from rlhf.reward.noise import NoiseEstimate, decided_rows, estimate_noise
+from rlhf.reward.rankings import ranking_rows
 from tests.conftest import PROMPTS, WORDS
 from tests.reward.test_frozen_trunk import plain_loss, shared
 
@@ -62,7 +67,7 @@ def test_ties_tell_nothing_of_wrong_labels() -> None:
 def test_a_tie_is_neither_flipped_nor_dropped_in_place_of_a_label(objective: str, by: str) -> None:
     rows = [pair(0, confidence=0.5), pair(1, confidence=0.5), pair(2), pair(3), pair(4)]
     strength = torch.tensor([-9.0, -8.0, -2.0, 1.0, 2.0])
-    config = DenoiseConfig(objective, flip_by=by, flip_fraction=0.2)
+    config = DenoiseConfig(objective, flip_by=by, flip_fraction=0.4)  # of three labels, one
     found = denoised(rows, config, votes(strength), NOISE)
     by_prompt = {row["prompt"][0]["content"]: row for row in found.rows}
     assert [by_prompt[name]["chosen"] for name in ("p0", "p1")] == [assistant_turn("a")] * 2
@@ -78,7 +83,7 @@ def test_ties_are_kept_where_more_would_be_flipped_than_there_are_labels() -> No
     rows = [pair(0, confidence=0.5), pair(1, confidence=0.5), pair(2), pair(3), pair(4)]
     config = DenoiseConfig("drop", flip_by="rank", flip_fraction=0.9)
     kept = denoised(rows, config, votes(torch.tensor([-9.0, -8.0, -2.0, 1.0, 2.0])), NOISE).rows
-    assert [row["prompt"][0]["content"] for row in kept] == ["p0", "p1"]
+    assert [row["prompt"][0]["content"] for row in kept] == ["p0", "p1", "p4"], "nine tenths of three labels are two"
 
 
 def test_a_flipped_pair_is_rated_the_other_way_round() -> None:
@@ -181,3 +186,103 @@ def test_an_audit_of_another_seed_is_another_audit() -> None:
     source = Source("x.jsonl")
     keys = [_key(source, "answers", "model", {}, {"members": 2}, seed) for seed in (0, 1, 2)]
     assert len(set(keys)) == 3
+
+
+# ---- What votes and verdicts say ----
+
+
+def test_votes_that_agree_with_every_label_are_not_taken_for_chance() -> None:
+    """One wrong label of 200 was fine, and none at all was said to be no better than chance."""
+    strength = torch.linspace(0.5, 6, 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noise = estimate_noise(strength, range(200))
+    assert (noise.flip_rate, noise.fitted, noise.low) == (0.0, 0.0, 0.0)
+    assert noise.scale > 0
+    assert noise.high == 0.0
+    strength[0] = -0.5
+    assert estimate_noise(strength, range(200)).flip_rate < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:vote")
+def test_where_votes_say_nothing_verdicts_alone_tell_how_many_labels_are_wrong() -> None:
+    """They were left out, the labels taken to be right with 0.99, and an expert could turn none of them."""
+    generator = torch.Generator().manual_seed(1)
+    strength, clusters = torch.randn(400, generator=generator), range(400)
+    odds = torch.zeros(400)
+    odds[:140], odds[140:200] = 2.94, -2.94  # an expert who is wrong in 5 %: 60 of 200 labels contradicted
+    noise = estimate_noise(strength, clusters, odds)
+    assert noise.scale == 0
+    assert noise.likeliest == noise.fitted == pytest.approx((0.3 - 0.05) / 0.9, abs=0.01)
+    assert 0.1 < noise.low < noise.fitted
+    right = beliefs(strength, noise, odds)
+    assert (right[140:200] < 0.5).all(), "what an expert contradicts is more likely wrong"
+    assert right[200:].tolist() == pytest.approx([1 - noise.fitted] * 200, abs=1e-6)
+    assert estimate_noise(strength, clusters) == NoiseEstimate(0.0, 0.0, 0.0, 0.0, noise.high)
+
+
+@pytest.mark.parametrize("objective", ["flip", "drop", "flip_margin"])
+def test_a_share_of_the_labels_is_one_of_those_that_decide(objective: str) -> None:
+    rows = [pair(i, **({"confidence": 0.5} if i % 2 else {})) for i in range(100)]
+    made = denoised(rows, DenoiseConfig(objective, flip_fraction=0.1), votes(torch.linspace(-2, 5, 100)), NOISE)
+    changed = 100 - len(made.rows) if objective == "drop" else made.flipped
+    assert changed == 5, "a tenth of fifty labels; fifty are ties"
+
+
+def test_a_margin_goes_with_the_order_that_is_likelier_and_a_weight_stays() -> None:
+    rows = [pair(0, margin=3.0, weight=4.0), pair(1, margin=3.0), pair(2), pair(3, margin=3.0, confidence=0.5)]
+    strength = votes(torch.tensor([-6.0, 6.0, 0.0, 0.0]))
+    config = DenoiseConfig("posterior")
+    soft = denoised(rows, config, strength, NOISE).rows
+    for row in soft[:2]:
+        assert row["margin"] == pytest.approx(3 * (2 * row["confidence"] - 1))
+    assert soft[0]["margin"] < -2.9, "as a flip has it"
+    assert soft[3] == rows[3]
+    assert "margin" not in soft[2]
+    weighted = denoised(rows, DenoiseConfig("weight"), strength, NOISE).rows
+    assert weighted[0]["weight"] == pytest.approx(4 * soft[0]["confidence"])
+    assert weighted[1]["weight"] == pytest.approx(soft[1]["confidence"])
+    assert weighted[0]["margin"] == 3.0
+
+
+def test_everybodys_ranking_of_a_prompt_counts() -> None:
+    """Four people of one mind and a fifth of another were one ranking in which neither won."""
+
+    def ranked(annotator: str, *order: str) -> list[Any]:
+        return [
+            {**pair(0, group="g", annotator=annotator), "chosen": assistant_turn(one), "rejected": assistant_turn(two)}
+            for one, two in combinations(order, 2)
+        ]
+
+    rows = [row for name in "abcd" for row in ranked(name, "x", "y", "z")] + ranked("e", "z", "y", "x")
+    rankings = ranking_rows(rows, objective="plackett_luce")
+    assert len(rankings) == 5
+    wins = [
+        {
+            (r["responses"][i]["content"][0]["content"], r["responses"][j]["content"][0]["content"])
+            for i, j in r["beats"]
+        }
+        for r in rankings
+    ]
+    assert sum(("x", "z") in won for won in wins) == 4
+    assert sum(("z", "x") in won for won in wins) == 1
+    once = [{**row, "annotator": name} for row, name in zip(ranked("a", "x", "y", "z"), "abc", strict=True)]
+    (whole,) = ranking_rows(once, objective="plackett_luce")
+    assert len(whole["beats"]) == 3, "who compared which two answers makes no rankings of its own"
+
+
+def test_a_pair_that_several_people_labelled_is_one_question() -> None:
+    """Its rows were counted, so more pairs had an answer than were asked about, and fewer than none were open."""
+    turned = {**pair(0), "chosen": assistant_turn("b"), "rejected": assistant_turn("a")}
+    rows = [row for i in range(3) for row in ({**pair(i), "annotator": "x"}, {**pair(i), "annotator": "y"})]
+    rows[1] = {**turned, "annotator": "y"}
+    asked = [
+        Question(question_id(1, user_turn(f"p{i}"), ["a", "b"]), 1, user_turn(f"p{i}"), "a", "b") for i in range(3)
+    ]
+    verdicts = [Verdict(asked[0].id, "second", "expert"), Verdict(asked[1].id, "tie", "expert")]
+    looked = count_opinions(rows, asked, verdicts)
+    assert looked.counts() == {
+        "asked": 3, "answered": 2, "open": 1, "skipped": 0, "ties": 1, "agree": 0, "contradict": 1,
+    }  # fmt: skip
+    assert looked.contradict.tolist()[:2] == [1.0, 0.0], "the verdict is about what each row says"
+    assert looked.agree.tolist()[:2] == [0.0, 1.0]

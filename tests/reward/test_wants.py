@@ -133,3 +133,19 @@ def test_few_pairs_say_nothing() -> None:
     assert find_wants([]).traits["length"]["pairs"] == 0
     decided = find_wants(planted(60, {"apology": 50.0}, seed=10)).traits["apology"]
     assert 0 < decided["effect"] < 10, "a trait that decides every label has a finite effect"
+
+
+@pytest.mark.parametrize("prompts", [1, 8, 24])
+def test_random_labels_of_few_prompts_want_nothing(prompts: int) -> None:
+    """Forty pairs a prompt, whose labels go together: with as many slopes as prompts a sandwich has no spread."""
+    found = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        likes_long, pairs = rng.random(prompts) < 0.5, []
+        for i, row in enumerate(planted(40 * prompts, {}, seed)):
+            short, long = sorted((row["chosen"], row["rejected"]), key=lambda turn: len(turn[0]["content"]))
+            chosen, rejected = (long, short) if likes_long[i % prompts] else (short, long)
+            prompt = [{"role": "user", "content": f"prompt {i % prompts}"}]
+            pairs.append(cast(Pair, {"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+        found += bool(find_wants(pairs).wanted)
+    assert found <= 6, "5 % of 40 draws are 2; more than 6 have a chance of 0.003"
