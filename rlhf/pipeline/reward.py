@@ -222,7 +222,8 @@ def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: 
             for side in SIDES
         )
         features = experts.prompt_features([row["prompt"] for row in rows])
-        gate, _ = fit_gate(features, (chosen - rejected) / scales[:, 1], **label_columns(rows))
+        confidence, weight = label_columns(rows)
+        gate, _ = fit_gate(features, (chosen - rejected) / scales[:, 1], confidence=confidence, weight=weight)
     save_experts(out, list(domains), scales, weights=None if gate else weights, gate=gate)
 
 

@@ -11,7 +11,6 @@ from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.objectives.pairwise import pair_loss
 
 GATE = "gate.safetensors"
-LABEL_COLUMNS = {"confidence": 1.0, "weight": 1.0}
 
 
 @dataclass
@@ -77,12 +76,11 @@ def fit_gate(
     return Gate(mean, scale, matrix.detach(), bias.detach(), radius), log_sharpness.exp().item()
 
 
-def label_columns(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """Return `confidence` and `weight` of pairs, [n] each, as `fit_gate` takes them; 1 where a pair has none."""
-    return {
-        name: torch.tensor([usual if (value := row.get(name)) is None else value for row in pairs])
-        for name, usual in LABEL_COLUMNS.items()
-    }
+def label_columns(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Return confidence and weight of pairs, [n] each, as `fit_gate` takes them; 1 where a pair has none."""
+    confidence = torch.tensor([1.0 if (value := row.get("confidence")) is None else value for row in pairs])
+    weight = torch.tensor([1.0 if (value := row.get("weight")) is None else value for row in pairs])
+    return confidence, weight
 
 
 @torch.no_grad()

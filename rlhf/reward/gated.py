@@ -203,7 +203,9 @@ def fit_gated(
         for side in SIDES
     )
     of_prompts = prompt_features(reward, [row["prompt"] for row in pairs])
-    gate, sharpness = fit_gate(of_prompts, ((chosen - rejected) @ head.T).float(), **label_columns(pairs))
+    confidence, weight = label_columns(pairs)
+    differences = ((chosen - rejected) @ head.T).float()
+    gate, sharpness = fit_gate(of_prompts, differences, confidence=confidence, weight=weight)
     usual = gate(of_prompts)[0].mean(dim=0)
 
     # 4. The head.
