@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from rlhf.data.rows import Prompt, prompt_key, user_turn
+from rlhf.data.rows import Prompt, prefix_keys, user_turn
 
 MOST_BRANCHES = 10  # next turns after one opening: people's conversations branch less, and a template's questions more
 
@@ -14,14 +14,14 @@ def conversation_keys(prompts: Sequence[Prompt]) -> list[str]:
     That is the key of its turns up to the user's first; or, where an opening that ends with an answer is followed by more than
     `MOST_BRANCHES` different turns among these prompts, and so is a template that they share, of its turns up to the one behind it.
 
+    >>> from rlhf.data.rows import prompt_key
     >>> first, reply = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
     >>> keys = conversation_keys([[first], [first, reply, {"role": "user", "content": "Bye"}]])
     >>> keys[0] == keys[1] == prompt_key([first])
     True
     """
     conversations = [user_turn(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    # [prompt][i]: the key of its turns up to the i-th; of one turn, which most prompts have, no more than one is needed.
-    keys = [[prompt_key(turns[: i + 1]) for i in range(len(turns))] for turns in conversations]
+    keys = [prefix_keys(turns) for turns in conversations]  # [prompt][i]: of its turns up to the i-th
     followers: defaultdict[str, set[str]] = defaultdict(set)
     for turns, prefixes in zip(conversations, keys, strict=True):
         for i, turn in enumerate(turns[:-1]):

@@ -41,6 +41,9 @@ Parts = Mapping[str, Sequence[Row[PromptRow]]]
 class DataSources:
     """Sources of a run. Without `preferences` there must be `prompts`; their answers are sampled and labelled later.
 
+    With `shuffle`, rows are written in an order drawn at random: sources lie one behind the other, and files are often sorted, so
+    the first rows, on which policies are evaluated and scores put on their scale, would be of one kind.
+
     With `ratings`, the answers of `preferences` are read with their ratings too, and need not make pairs. With `critiques`, some
     pairs must have critiques of both answers.
     """
@@ -58,6 +61,7 @@ class DataSources:
     max_characters: int | None = None
     leakage: Literal["refuse", "drop", "allow"] = "refuse"
     compare: Compare = "answers"
+    shuffle: bool = True
     ratings: RatingScale | None = None
     critiques: bool = False
 
@@ -124,6 +128,9 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     count_kept(reports, written.values())
     if sources.critiques:
         _check_critiques(written.get("pairs", []))
+    if sources.shuffle:
+        order = random.Random(f"order of {seed}")
+        written = {name: order.sample(rows, len(rows)) for name, rows in written.items()}
     _write(folder, written, reports)
     return {
         "rows": {name: len(rows) for name, rows in written.items()},

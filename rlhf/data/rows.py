@@ -154,11 +154,26 @@ def prompt_key(prompt: Prompt) -> str:
     >>> prompt_key([{"role": "user", "content": "Hi  there"}]) == prompt_key("hi there ")
     True
     """
-    turns = user_turn(prompt) if isinstance(prompt, str) else prompt
-    text = "\x1f".join(f"{turn['role']}\x1e{' '.join(turn['content'].split()).casefold()}" for turn in turns)
-    if any("tool_calls" in turn for turn in turns):
-        text += json.dumps([turn.get("tool_calls") for turn in turns], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return prefix_keys(user_turn(prompt) if isinstance(prompt, str) else prompt)[-1]
+
+
+def prefix_keys(turns: Messages) -> list[str]:
+    """Return the identity of each beginning of a conversation, from its first turn alone to the whole, as `prompt_key` has it.
+
+    >>> turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    >>> prefix_keys(turns) == [prompt_key(turns[:1]), prompt_key(turns)]
+    True
+    """
+    text, calls, keys = hashlib.sha256(), list[object](), []
+    for i, turn in enumerate(turns):
+        words = f"{turn['role']}\x1e{' '.join(turn['content'].split()).casefold()}"
+        text.update((f"\x1f{words}" if i else words).encode())
+        calls.append(turn.get("tool_calls"))
+        whole = text.copy()
+        if any("tool_calls" in before for before in turns[: i + 1]):
+            whole.update(json.dumps(calls, sort_keys=True).encode())
+        keys.append(whole.hexdigest())
+    return keys or [text.hexdigest()]
 
 
 def group_key(prompt: Prompt) -> str:

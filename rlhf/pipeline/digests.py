@@ -91,7 +91,7 @@ def _module_files(folder: Path, name: tuple[str, ...]) -> Iterator[Path]:
 
 def _model_files(name: str) -> dict[str, Path]:
     folder = Path(name).expanduser()
-    if folder.suffix == GGUF_SUFFIX and folder.is_file():
+    if folder.suffix in (GGUF_SUFFIX, ".jinja") and folder.is_file():
         return {name: folder}
     if not folder.is_dir():
         return {}

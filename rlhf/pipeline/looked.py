@@ -250,7 +250,7 @@ def relabelled(
         read: all pairs; those that are not in `pairs`, which their annotators call ties, are kept as they are.
         pairs: [n] the very objects of `read` that have a label.
         right: [n] P(chosen is better).
-        proved: some labels are known to be wrong; else only the pairs that were looked at get a confidence.
+        proved: some labels are known to be wrong; else only the pairs that were looked at get a confidence below 1.
 
     Returns:
         the pairs, and how many labels are flipped.
@@ -261,8 +261,8 @@ def relabelled(
     flipped = 0
     for pair in read:
         i = place.get(id(pair))
-        if i is None or not (proved or is_answered[i]):
-            made.append(pair)
+        if i is None or not (proved or is_answered[i]):  # with a confidence too, or the file could not be trained on
+            made.append(pair if pair.get("confidence") is not None else {**pair, "confidence": 1.0})
             continue
         believed: Pair = {**pair, "confidence": right[i].item()}
         flipped += believed["confidence"] < TIE

@@ -10,7 +10,7 @@ from rlhf.models.gguf import gguf_file
 from rlhf.pipeline.digests import known_digest, named_digests
 from rlhf.pipeline.store import Stage
 from rlhf.ppo.source_kinds import verdict_model
-from rlhf.recipe.schema import DATA_SOURCES, Recipe
+from rlhf.recipe.schema import DATA_SOURCES, Recipe, StageSection
 
 
 class Add(Protocol):
@@ -82,7 +82,7 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
     if not recipe.has_sft:
         return {"data": data} | origins  # the backbone can answer already, and takes SFT's place
     settings = recipe.sft.model_dump() | {"backbone": backbone} | _sampling(recipe) | _gold(recipe)
-    settings |= _files(recipe.backbone.model, recipe.evaluate.gold)
+    settings |= _files(recipe.backbone.model, recipe.evaluate.gold, _template(recipe.sft))
     return {"data": data, "sft": add("sft", "round-0/sft", settings, data=data, **origins)}
 
 
@@ -115,9 +115,9 @@ def _round(
     labelled = {"label": look["second_look"]} if look else label
     vote: dict[str, Stage] = {}
     if config.needs_vote:
-        settings = voting | backbone | gold | _files(model, function)
+        settings = voting | backbone | gold | _files(model, function, _template(config))
         vote = {"vote": add("vote", f"{folder}/vote", settings, **start, **labelled)}
-    settings = config.model_dump() | backbone | sampling | gold | _files(model, function)
+    settings = config.model_dump() | backbone | sampling | gold | _files(model, function, _template(config))
     if config.meta and not samples_for_meta:
         settings["meta_sha256"] = known_digest(Path(str(config.meta_samples)).expanduser())
     evaluations: dict[str, Stage] = {
@@ -225,6 +225,12 @@ def _files(*names: str | None) -> dict[str, dict[str, str]]:
     """Return the digests of the code files and local models that a stage reads by these names, if there are any."""
     digests = named_digests(names)
     return {"files": digests} if digests else {}
+
+
+def _template(section: StageSection) -> str | None:
+    """Return the chat template that a section names, if it does."""
+    path = section.trl_settings().get("chat_template_path")
+    return None if path is None else str(path)
 
 
 def _local_digests(recipe: Recipe) -> dict[str, str]:

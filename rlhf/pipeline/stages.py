@@ -97,6 +97,7 @@ def run_data(context: StageContext) -> dict[str, Any]:
         name: [Source(**entry.model_dump()) for entry in data.sources(name)] for name in DATA_SOURCES
     }
     others: dict[str, Any] = data.model_dump(exclude=set(DATA_SOURCES))
+    others["shuffle"] = any(named.values())  # the lab's rows come in an order drawn at random
     if lab is not None:
         if data.prompts is None:
             named["test_prompts"] = [Source(str(lab / "data" / "test_prompts.jsonl"))]

@@ -20,6 +20,7 @@ from rlhf.errors import OtherProcessError, TrainingError, is_out_of_memory
 from rlhf.files import read_jsonl
 from rlhf.invariants.checks import CheckBook, CheckEntry
 from rlhf.invariants.tensors import nothing_lost
+from rlhf.models.coarse import coarse_weights
 from rlhf.models.load import model_settings
 from rlhf.models.save import save_model
 from rlhf.models.sharding import check_sharding, gathered_weights
@@ -109,10 +110,16 @@ def train(trainer: InStage, folder: Path, *, label: str, say: Callable[[str], No
         stop_at: whether a signal stops training after the next step, or only after the next epoch.
 
     Raises:
-        TrainingError: a loss, gradient, reward or KL is not finite; nothing was updated, and the batch lies in the folder.
+        TrainingError: a loss, gradient, reward or KL is not finite; nothing was updated, and the batch lies in the folder. Or
+            training ended before its last step, and nothing here asked for that.
         UserError: sharding was asked for that is not at work, or that loses something.
     """
     check_sharding(trainer, stage=label)
+    if (
+        label != "ppo"
+        and (sentence := coarse_weights(f"{label}: the", trainer.model, trainer.args.learning_rate)) is not None
+    ):
+        say(sentence)
     checkpoint, broken = newest_checkpoint(folder / CHECKPOINTS)
     if broken and trainer.is_world_process_zero():
         names = ", ".join(path.name for path in broken)
@@ -146,6 +153,12 @@ def train(trainer: InStage, folder: Path, *, label: str, say: Callable[[str], No
         if is_out_of_memory(error) and (sizes := trainer.latest_sizes()) is not None:
             error.add_note(f" at {label}, with {sizes[0]} rows of {sizes[1]} tokens")
         raise
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if step < steps and getattr(trainer, "stopped", None) is None:
+        raise TrainingError(
+            f"{label}: training ended at step {step} of {steps}, and nothing here asked for it: a setting or callback of the "
+            "Trainer did. What was trained is no finished stage; leave that out and run the same command again."
+        )
 
 
 def _with_other_processes(trainer: InStage) -> str:

@@ -219,20 +219,31 @@ def _shared_trunk(setup: VoteSetup, folder: Path, top_layers: int) -> SharedTrun
     model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)
     trunk = Trunk(model.to(args.device), top_layers=top_layers)
     longest = min(args.max_length or position_limit(model, tokenizer), position_limit(model, tokenizer))
-    chosen, rejected = (
+    (chosen, cut_chosen), (rejected, cut_rejected) = (
         encode_answers(
             tokenizer,
             [asked(row, side) for row in setup.rows],
             [answer(row, side) for row in setup.rows],
             max_length=longest,
-        )[0]
+        )
         for side in SIDES
     )
+    _say_cut(setup, cut_chosen + cut_rejected, longest)
     features = trunk.features(list(zip(chosen, rejected, strict=True)), folder, pad_token_id=tokenizer.pad_token_id)
     trunk.check(features)
     rows = training_columns(setup.rows)
     columns = {name: torch.tensor([row[name] for row in rows]) for name in PAIR_COLUMNS if name in rows[0]}
     return SharedTrunk(trunk, features, columns)
+
+
+def _say_cut(setup: VoteSetup, cut: int, longest: int) -> None:
+    """Say how many answers are longer than what voters read: they are learnt from and voted on by what is left."""
+    if cut:
+        setup.say(
+            f"vote: {cut} of {2 * len(setup.rows)} answers, with their prompts, are longer than the {longest} tokens that voters "
+            "read: of these only the end is read, so votes on their pairs say less. Take a model that reads more, or raise "
+            "reward.max_length."
+        )
 
 
 def _on_trunk(

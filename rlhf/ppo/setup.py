@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.models.coarse import coarse_weights
 from rlhf.models.critiques import drop_output_layer
 from rlhf.models.load import score_head
 from rlhf.models.text import check_tokenizer
@@ -121,19 +122,9 @@ def rewards_and_critic(
     if not isinstance(critic, AdapterHead):
         critic = _check_critic(critic or _copy_of_reward_model(sources[0], processing_class))
     for role, network in (("policy", policy), ("critic", critic)):
-        _warn_of_coarse_weights(role, network)
+        if (sentence := coarse_weights(f"ppo: the {role}'s", network, args.learning_rate)) is not None:
+            warnings.warn(sentence, stacklevel=3)
     return sources, critic
-
-
-def _warn_of_coarse_weights(role: str, network: nn.Module) -> None:
-    """Warn where a role's trained weights have 16 bits."""
-    coarse = {p.dtype for p in network.parameters() if p.requires_grad and p.is_floating_point() and p.itemsize == 2}
-    if coarse:
-        warnings.warn(
-            f"ppo: the {role}'s trained weights are {str(coarse.pop()).removeprefix('torch.')}, in which most steps of PPO's size "
-            "are rounded away, so hardly anything is learnt. Load them in float32; `bf16: true` computes in bfloat16 all the same.",
-            stacklevel=3,
-        )
 
 
 def longest_prompt(policy: PreTrainedModel | PeftModel, args: PPOConfig) -> int | None:

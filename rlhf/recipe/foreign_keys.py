@@ -18,6 +18,8 @@ REFUSED_KEYS = {
     "load_best_model_at_end": "the last model is the result; nothing is chosen by looking",
     "lora_task_type": "the stage decides it",
     "save_only_model": "a stage that is interrupted goes on with its optimizer, which is in its checkpoints",
+    "enable_jit_checkpoint": "the first SIGTERM already saves a checkpoint and stops, and the same command goes on from it",
+    "pad_token": "the tokenizer decides it; a padding token that also ends answers has scores read at another token",
     "ignore_data_skip": "a stage that is interrupted goes on with the rows that it has not seen",
 }
 REFUSED_SCRATCH_KEYS = {

@@ -276,6 +276,13 @@ def _stage_problems(stage: str, settings: Mapping[str, Any]) -> Iterable[tuple[s
     """Yield the key and the rest of the sentence where two of TRL's settings of a stage can't be together."""
     if settings.get("load_in_4bit") and not settings.get("use_peft"):
         yield "load_in_4bit", f"needs {stage}.use_peft: true; 4-bit weights can't be trained themselves."
+    template = settings.get("chat_template_path")
+    if template is not None and settings.get("use_peft") and Path(str(template)).suffix != ".jinja":
+        yield (
+            "chat_template_path",
+            "names another model, whose new tokens an adapter does not learn; name a .jinja file, or give backbone.model these "
+            "tokens first.",
+        )
     if settings.get("dataloader_prefetch_factor") is not None and not settings.get("dataloader_num_workers"):
         yield (
             "dataloader_prefetch_factor",

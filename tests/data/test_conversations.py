@@ -10,10 +10,12 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig
 
+from rlhf.data import rows as rows_module
 from rlhf.data.canonical import pair
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.read import BadRow
-from rlhf.data.rows import answer, asked, parting_turn, told
+from rlhf.data.rows import answer, asked, parting_turn, prefix_keys, prompt_key, told
 from rlhf.data.sources import Source, read_pair_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import score_pairs
@@ -168,3 +170,36 @@ def test_an_audit_takes_them(base_folder: Path, tmp_path: Path) -> None:
     assert all(abs(strength) > 0 for strength in strengths), "their last turns alone are the same"
     with pytest.raises(UserError, match="holds no usable pair"):
         audit(file, str(base_folder), tmp_path / "no", members=2, recipe=None, say=lambda _: None)
+
+
+def test_keys_of_long_conversations_take_time_in_proportion() -> None:
+    """Every beginning was hashed anew: 41 turns took 400 times as long as one."""
+    texts: list[Any] = [
+        {
+            "role": ("user", "assistant")[i % 2],
+            "content": f"Turn  {i} ",
+            **({"tool_calls": [{"id": i}]} if i == 5 else {}),
+        }
+        for i in range(9)
+    ]
+    assert prefix_keys(texts) == [prompt_key(texts[: i + 1]) for i in range(9)]
+    assert len(set(prefix_keys(texts))) == 9
+    hashed = []
+
+    class Counted:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def update(self, data: bytes) -> None:
+            hashed.append(len(data))
+            self.inner.update(data)
+
+        def copy(self) -> Any:
+            return self.inner.copy()
+
+    plain = [{"role": "user", "content": "x" * 100}] * 41
+    original = rows_module.hashlib.sha256
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module.hashlib, "sha256", lambda *data: Counted(original(*data)))
+        conversation_keys([plain])
+    assert sum(hashed) < 41 * 110

@@ -385,3 +385,27 @@ def test_ratings_and_pairs_of_a_row_have_one_prompt(tmp_path: Path) -> None:
     assert prompts["ratings"] == prompts["pairs"]
     assert not prompts["ratings"] & prompts["test_pairs"]
     assert all("Guten Tag" in prompt for prompt in prompts["ratings"])
+
+
+# ---- Several sources ----
+
+
+@pytest.mark.fault("common layouts")
+def test_the_first_rows_are_of_all_sources(tmp_path: Path) -> None:
+    """Policies are evaluated on the first prompts of the test side, and scores get their scale on the first prompts: of a
+    mixture they were of its first source alone."""
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name} {i}", "chosen": "yes", "rejected": "no"} for i in range(600)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    both = [Source(str(tmp_path / f"{name}.jsonl")) for name in ("a", "b")]
+    for folder in ("x", "y"):
+        prepare_data(tmp_path / folder, DataSources(preferences=both, test_fraction=0.3), seed=0)
+    for name in ("prompts", "test_prompts", "pairs", "test_pairs"):
+        rows = read_jsonl(tmp_path / f"x/{name}.jsonl")
+        first = [row["prompt"][0]["content"][0] for row in rows[:100]]
+        assert 25 < first.count("a") < 75, "five deviations of 100 draws"
+        assert rows == read_jsonl(tmp_path / f"y/{name}.jsonl"), "by the seed"
+    prepare_data(tmp_path / "z", DataSources(preferences=both, test_fraction=0.3, shuffle=False), seed=0)
+    for name in ("prompts", "test_pairs"):
+        shuffled, sorted_rows = read_jsonl(tmp_path / f"x/{name}.jsonl"), read_jsonl(tmp_path / f"z/{name}.jsonl")
+        assert sorted(map(str, shuffled)) == sorted(map(str, sorted_rows))

@@ -30,6 +30,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rec
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
     (tmp_path / "gold.py").write_text("def score(p, c): return [1.0 for _ in c]\n")
     (tmp_path / "rules.py").write_text("def score(p, c): return [1.0 for _ in c]\n")
+    for name in ("turns", "scored"):
+        (tmp_path / f"{name}.jinja").write_text("{{ messages }}")
     for name in ("sft", "pairs", "meta"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n")
 
@@ -38,7 +40,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rec
             "name": "t",
             "backbone": {"model": "lm"},
             "data": {"sft": "sft.jsonl", "preferences": "pairs.jsonl"},
-            "reward": {"meta": True, "meta_samples": "meta.jsonl"},
+            "sft": {"chat_template_path": "turns.jinja"},
+            "reward": {"chat_template_path": "scored.jinja", "meta": True, "meta_samples": "meta.jsonl"},
             "ppo": {"extra_rewards": ["rules.py:score", "other", "adapter", "http://localhost:1/get_reward"]},
             "evaluate": {"gold": "gold.py:score"},
         }
@@ -66,6 +69,8 @@ CHANGED = {
     "lm/model.safetensors": "round-0/sft",
     "lm/config.json": "round-0/sft",
     "lm/tokenizer.json": "round-0/sft",
+    "turns.jinja": "round-0/sft",
+    "scored.jinja": "round-1/reward",
     "sft.jsonl": "round-0/data",
     "meta.jsonl": "round-1/reward",
 }
@@ -167,6 +172,7 @@ def test_cards_are_no_part_of_a_model_and_names_elsewhere_have_no_digest(
 
 def test_a_recipe_that_names_nothing_local_keeps_its_keys(recipe: Callable[..., Recipe]) -> None:
     overrides = ("backbone.model=hub/model", "ppo.extra_rewards=[]", "evaluate.gold=null", "reward.meta=false")
+    overrides += ("sft.chat_template_path=null", "reward.chat_template_path=null")
     stages = plan(recipe(*overrides, "reward.meta_samples=null"))
     assert not any("files" in stage.settings for stage in stages)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState
 from trl import RewardConfig, SFTConfig
 
 from rlhf import PPOConfig, build_reward_model
@@ -173,3 +173,24 @@ def test_an_overflow_under_fp16_is_its_scalers_business(fp16: bool) -> None:
         return
     with pytest.raises(TrainingError, match="sft: the gradient is not finite at step 4; nothing was updated"):
         callback.on_pre_optimizer_step(*arguments, model=layer)
+
+
+@pytest.mark.fault("refused after hours")
+def test_training_that_ends_early_unasked_is_no_finished_stage(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """A callback of somebody stops the Trainer, which returns as if it were done; and weights of 16 bits are said."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: object) -> None:
+            control.should_training_stop = state.global_step == 2
+
+    arguments = {**cpu_arguments, "num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-7}
+    model = build_reward_model(base_folder, pad_token_id=tokenizer.pad_token_id).bfloat16()
+    trainer = StagePairRewardTrainer(
+        model, RewardConfig(**arguments), train_dataset=pairs, processing_class=tokenizer, callbacks=[Stop()]
+    )
+    said: list[str] = []
+    with pytest.raises(TrainingError, match=r"reward: training ended at step 2 of \d+, and nothing here asked for it"):
+        train(trainer, tmp_path, label="reward", say=said.append)
+    assert any("reward: the trained weights are bfloat16, in which most steps of the size of" in line for line in said)

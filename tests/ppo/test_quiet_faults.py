@@ -70,7 +70,13 @@ def test_weights_of_16_bits_that_somebody_hands_over_are_said(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_folder).bfloat16()
     with pytest.warns(UserWarning, match="the policy's trained weights are bfloat16, in which most steps"):
-        PPOTrainer(model, str(reward_folder), args_of(cpu_arguments), DATA, processing_class=tokenizer)
+        PPOTrainer(
+            model,
+            str(reward_folder),
+            args_of({**cpu_arguments, "learning_rate": 1e-6}),
+            DATA,
+            processing_class=tokenizer,
+        )
 
 
 def test_no_clipping_is_no_multiplication_by_zero(

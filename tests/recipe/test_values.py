@@ -95,10 +95,11 @@ def test_voters_that_know_the_labels_say_nothing_of_how_many_are_wrong(tmp_path:
 
 
 @pytest.mark.parametrize("section", ["sft", "reward", "ppo"])
-@pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip"])
+@pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip", "enable_jit_checkpoint"])
 def test_a_stage_that_is_interrupted_can_go_on(tmp_path: Path, section: str, key: str) -> None:
-    """Without its optimizer, or from the first row on, it went on as if it were a new one, and said nothing."""
-    with pytest.raises(UserError, match="a stage that is interrupted goes on with"):
+    """Without its optimizer, or from the first row on, it went on as if it were a new one, and said nothing; and transformers'
+    own checkpoint at SIGTERM ended training as if that were done."""
+    with pytest.raises(UserError, match=r"a stage that is interrupted goes on with|the same command goes on from it"):
         loaded(tmp_path, BASE, overrides=(f"{section}.{key}=true",))
 
 
@@ -107,3 +108,12 @@ def test_smoothing_of_tokens_is_no_smoothing_of_pairs(tmp_path: Path) -> None:
         overrides = (f"{section}.label_smoothing_factor=0.1", "reward.objective=flip")
         with pytest.raises(UserError, match=rf"{section}.label_smoothing_factor is 0.1, which is not used: .*{other}"):
             loaded(tmp_path, BASE, overrides=overrides)
+
+
+def test_padding_and_templates_are_the_tokenizers(tmp_path: Path) -> None:
+    for section in ("sft", "reward", "ppo"):
+        with pytest.raises(UserError, match="the tokenizer decides it"):
+            loaded(tmp_path, BASE, overrides=(f"{section}.pad_token=<|end|>",))
+    for section in ("sft", "reward"):
+        with pytest.raises(UserError, match=rf"{section}.chat_template_path names another model, whose new tokens"):
+            loaded(tmp_path, BASE, overrides=(f"{section}.chat_template_path=org/name", f"{section}.use_peft=true"))
