@@ -207,7 +207,7 @@ def vote_worth(differences: Tensor, annotator: Tensor, annotators: int) -> float
 
     >>> sure, blunt = torch.full((80,), 4.0), torch.tensor([4.0, -4.0] * 40)
     >>> alone = vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 160), 1)
-    >>> vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 80 + [1] * 80), 2) > 2 * alone
+    >>> vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 80 + [1] * 80), 2) > 1.5 * alone
     True
     """
     fits = fit_scales(differences, annotator, annotators)
