@@ -32,6 +32,7 @@ from rlhf.files import write_jsonl
 
 HELD_OUT = "held out: its prompt, or another of its conversation, is on the test side"
 UNTESTABLE = "a tie, which nothing can be tested on"
+SHOWN_NAMES = 5
 LEAK = "its prompt is on the test side that was given"
 # Rows by what they are: pairs, prompts, demonstrations; or by file.
 Parts = Mapping[str, Sequence[Row[PromptRow]]]
@@ -166,6 +167,7 @@ def _read_pairs(
             read.test = [row for row in read.train if _is_held_out(row, sources.test_fraction, seed)]
             held_out |= {row.conversation for row in read.test}
             read.train = [row for row in read.train if row.conversation not in held_out]
+        _say_same_names(source, pairs, read, reports)
         pairs = Rows(pairs.train + read.train, pairs.test + read.test)
     if sources.test:
         drop_rows(pairs.test, "marked as test, but data.test is given")
@@ -176,6 +178,20 @@ def _read_pairs(
     decided = [row for row in pairs.test if row.values.get("confidence") != TIE]
     train, test = deduplicated(pairs.train, by_annotator=True), keep_only(pairs.test, decided, UNTESTABLE)
     return Rows(train, deduplicated(test)), held_out, split
+
+
+def _say_same_names(source: Source, before: Rows[Pair], read: Rows[Pair], reports: list[ReadReport]) -> None:
+    """Say where annotators of a source have the names of others': numbers of two tools may be two people."""
+    known, names = (
+        {row.values.get("annotator") for row in [*rows.train, *rows.test]} - {None} for rows in (before, read)
+    )
+    if known & names:
+        shown = ", ".join(sorted(map(str, known & names))[:SHOWN_NAMES])
+        reports[-1].direct(
+            "annotator",
+            f"{len(known & names)} names of {source.source} stand in an earlier source too ({shown}), and are taken for the same "
+            "people; rename them if they are not",
+        )
 
 
 def _read_ratings(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import TrainingError, UserError
 from rlhf.files import write_text
-from rlhf.models.merge import adapts_tied_embeddings, merged_weights
+from rlhf.models.merge import merged_weights, trains_tied_embeddings
 
 MODEL, REQUESTS, ANSWERS = "model", "requests.json", "answers.json"
 # What `torchrun` tells a process, which an engine would take for its own launch.
@@ -52,7 +52,7 @@ def engine_answers(
         raise UserError("sampling.engine: vLLM is not installed (how to: recipes/guides/ppo.md).")
     if getattr(model, "is_loaded_in_4bit", False):
         raise UserError("sampling.engine: vllm wants whole weights, not 4-bit ones; set sampling.engine=transformers.")
-    if adapts_tied_embeddings(model):
+    if trains_tied_embeddings(model):
         raise UserError(
             "sampling.engine: vllm wants the adapter merged, and this one trains embeddings that input and output share; set "
             "sampling.engine=transformers."

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -88,12 +89,22 @@ def _merged(layer: nn.Module) -> Iterator[None]:
 
 def adapts_tied_embeddings(model: nn.Module) -> bool:
     """Return whether input and output embeddings share a weight and an adapter has factors for either."""
+    return any(isinstance(module, BaseTunerLayer) for module in _tied_embeddings(model))
+
+
+def trains_tied_embeddings(model: nn.Module) -> bool:
+    """Return whether they share a weight and an adapter has factors for either, or a copy of either that it trains whole."""
+    return any(isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in _tied_embeddings(model))
+
+
+def _tied_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return an adapted model's input and output embeddings where they share a weight; else nothing."""
     if not isinstance(model, PeftModel):
-        return False
+        return []
     source, target = _embeddings(model.get_base_model())
     if source is None or target is None or _base_layer(source).weight is not _base_layer(target).weight:
-        return False
-    return isinstance(source, BaseTunerLayer) or isinstance(target, BaseTunerLayer)
+        return []
+    return [source, target]
 
 
 def _embeddings(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:

@@ -196,22 +196,21 @@ def fit_scales(differences: Tensor, annotator: Tensor, annotators: int) -> Accur
 def vote_worth(differences: Tensor, annotator: Tensor, annotators: int) -> float:
     """Return what a vote is worth, b in nats per unit, where every annotator has an accuracy of their own.
 
-        b = argmax_b Σ_j max_a ℓ_j(a, b) - (log b)² / 2
+        b = argmax_b Σ_j max_a ℓ_j(a, b)
 
-    Voters are trained by Bradley-Terry, in nats, so log b has a standard normal prior: few labels leave b open. One accuracy
-    for all can't explain that some labels are contradicted more often than others, and takes it for blunt votes.
+    One accuracy for all can't explain that some labels are contradicted more often than others, and takes it for blunt votes.
 
     Args:
         differences: [n] votes on each label, above 0 where they agree with it.
         annotator: [n] int64, who gave it.
 
-    >>> sure, blunt = torch.full((80,), 4.0), torch.tensor([4.0, -4.0] * 40)
-    >>> alone = vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 160), 1)
-    >>> vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 80 + [1] * 80), 2) > 1.5 * alone
+    >>> sure, blunt = torch.full((8,), 4.0), torch.tensor([4.0, -4.0] * 4)
+    >>> alone = vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 16), 1)
+    >>> vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 8 + [1] * 8), 2) > 2 * alone
     True
     """
     fits = fit_scales(differences, annotator, annotators)
-    return fits.scales[(fits.separate - fits.scales.log().square() / 2).argmax()].item()
+    return fits.scales[fits.separate.argmax()].item()
 
 
 def difference_statistic(differences: Tensor, annotator: Tensor, annotators: int) -> float:

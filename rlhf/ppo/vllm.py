@@ -11,7 +11,7 @@ from rlhf._trl import vllm_generation
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.generate import Completions, completions_of, encode_prompts, end_token_ids
-from rlhf.models.merge import adapts_tied_embeddings, merged_weights
+from rlhf.models.merge import merged_weights, trains_tied_embeddings
 from rlhf.ppo.config import PPOConfig
 
 
@@ -34,10 +34,11 @@ class VllmSampler:
     ):
         if getattr(policy, "is_loaded_in_4bit", False):
             raise UserError("ppo.use_vllm: the engine wants whole weights, not 4-bit ones; leave load_in_4bit out.")
-        if adapts_tied_embeddings(policy):
+        if trains_tied_embeddings(policy):
             raise UserError(
                 "ppo.use_vllm: the engine wants the adapter merged, and this one trains embeddings that input and output share, "
-                "which then get each other's updates. Take lm_head and embed_tokens out of lora_target_modules."
+                "which then get each other's updates. Take lm_head and embed_tokens out of lora_target_modules"
+                " and lora_modules_to_save."
             )
         self.policy, self.tokenizer, self.args = policy, tokenizer, args
         try:

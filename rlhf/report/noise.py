@@ -8,8 +8,10 @@ NO_BETTER_THAN_CHANCE = "The votes agree with the labels no more than chance, so
 def wrong_labels(noise: Facts) -> list[str]:
     """Return sentences on how many labels are wrong.
 
-    What sure votes contradict is proved (`low`, 95 %). All contradictions are labels' faults only if no vote errs (`high`).
-    The estimate by confident learning rests on how sure the votes say they are, which nothing here tests: it is no headline.
+    What sure votes contradict is proved (`low`, 95 %), as far as votes are right where they are sure: voters of one base may
+    all be wrong about one kind of pairs. All contradictions are labels' faults only if no vote errs (`high`), and labels that
+    err as the votes do are contradicted by none. The estimate by confident learning rests on how sure the votes say they are,
+    which nothing here tests: it is no headline.
 
     Args:
         noise: `flip_rate`, `low`, `high` and `scale` as in `rlhf.reward.noise.NoiseEstimate`.
@@ -17,15 +19,16 @@ def wrong_labels(noise: Facts) -> list[str]:
     >>> wrong_labels({"flip_rate": 0.31, "low": 0.0, "high": 0.36, "scale": 1.2})[0]
     'The votes do not show that any label is wrong: their own errors can explain all their contradictions (95 % interval).'
     >>> wrong_labels({"flip_rate": 0.24, "low": 0.12, "high": 0.3, "scale": 1.2})[0]
-    'At least 12.0% of the labels are wrong (95 % interval): sure votes contradict them.'
+    'At least 12.0% of the labels are wrong (95 % interval), if votes are right where they are sure: read the most suspicious rows.'
     """
     if noise["scale"] == 0:
         return [NO_BETTER_THAN_CHANCE]
-    most = f"If every contradiction were the label's fault, {noise['high']:.1%} would be wrong at most"
+    most = f"If every contradiction were the label's fault, {noise['high']:.1%} would be wrong at most, if labels err at random"
     estimate = f"{noise['flip_rate']:.1%}, the estimate by confident learning"
     if noise["low"] > 0:
         return [
-            f"At least {noise['low']:.1%} of the labels are wrong (95 % interval): sure votes contradict them.",
+            f"At least {noise['low']:.1%} of the labels are wrong (95 % interval), if votes are right where they are sure: "
+            "read the most suspicious rows.",
             f"{most}; {estimate}, is not proved.",
         ]
     return [

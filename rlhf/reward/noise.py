@@ -101,11 +101,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
 
 
 def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> tuple[float, float, float]:
-    """Return the smallest ε whose profile is within 1.92 of the best, the best ε, and the best b.
-
-    Voters are trained by Bradley-Terry, in nats, so log b has a standard normal prior. A few hundred labels alone leave b open, and
-    noise takes over what votes contradict: b would run to the end of its grid, and coins be called certain.
-    """
+    """Return the smallest ε whose profile likelihood is within 1.92 of the best, the best ε, and the best b."""
     values = differences.double()
     spread = values.abs().mean().clamp(min=1e-12)
     rates = torch.linspace(0.0, 0.495, RATES, dtype=torch.float64)
@@ -116,8 +112,7 @@ def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) ->
         agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
         right, wrong = agree * confirmed, (1 - agree) * (1 - confirmed)
         likelihood[i] = torch.stack([(2 * ((1 - rate) * right + rate * wrong)).log().mean() for rate in rates])
-    total = likelihood * len(set(clusters)) - scales.log()[:, None].square() / 2
-    best_scale, best_rate = divmod(int(total.argmax()), RATES)
-    profile = total.max(dim=0).values
+    best_scale, best_rate = divmod(int(likelihood.argmax()), RATES)
+    profile = likelihood.max(dim=0).values * len(set(clusters))
     low = rates[profile >= profile.max() - CHI_SQUARE_95 / 2].min()
     return low.item(), rates[best_rate].item(), scales[best_scale].item()

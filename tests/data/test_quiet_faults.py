@@ -20,7 +20,8 @@ from rlhf.data.tidy import INTERLEAVED, PARSED, SPEAKERS_APART, UNLIKELY
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
 
-PAIR = {"prompt": "say it", "chosen": "yes", "rejected": "no"}
+ANSWERS = {"chosen": "yes", "rejected": "no"}
+PAIR = {"prompt": "say it", **ANSWERS}
 ASKED, BETTER, WORSE = "What is in the picture?", "A cat.", "A dog."
 
 
@@ -409,3 +410,16 @@ def test_the_first_rows_are_of_all_sources(tmp_path: Path) -> None:
     for name in ("prompts", "test_pairs"):
         shuffled, sorted_rows = read_jsonl(tmp_path / f"x/{name}.jsonl"), read_jsonl(tmp_path / f"z/{name}.jsonl")
         assert sorted(map(str, shuffled)) == sorted(map(str, sorted_rows))
+
+
+def test_annotators_of_two_sources_with_one_name_are_said(tmp_path: Path) -> None:
+    """Worker 7 of two tools: one error rate would be fitted for two people."""
+    for name, workers in (("a", (1, 2, 3)), ("b", (3, 4)), ("c", (9,))):
+        rows = [{"prompt": f"{name} {i}", **ANSWERS, "annotator": w} for i in range(30) for w in workers]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    sources = [Source(str(tmp_path / f"{name}.jsonl")) for name in "abc"]
+    said = prepare_data(tmp_path / "d", DataSources(preferences=sources), seed=0)["sentences"]
+    assert [line for line in said if "earlier source" in line] == [
+        line for line in said if "1 names of" in line and "b.jsonl stand in an earlier source too (3)" in line
+    ]
+    assert sum("earlier source" in line for line in said) == 1

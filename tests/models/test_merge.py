@@ -16,7 +16,7 @@ from rlhf.invariants.tensors import nothing_lost
 from rlhf.models import merge
 from rlhf.models.load import build_reward_model, load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
-from rlhf.models.merge import merged_weights
+from rlhf.models.merge import merged_weights, trains_tied_embeddings
 from rlhf.models.save import save_model
 from rlhf.pipeline.model_commands import export_model
 from rlhf.ppo.roles import make_reference
@@ -183,3 +183,19 @@ def test_adding_an_adapter_and_taking_it_off_moves_the_base(base_folder: Path) -
         model.merge_adapter()
         model.unmerge_adapter()
     assert not all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_embeddings_that_are_trained_whole_and_shared_are_no_engines_business(
+    names: list[str], is_tied: bool, base_folder: Path
+) -> None:
+    """A shared weight has one name, that of the copy's original, so the output embeddings would be left out or tied again."""
+    config = AutoModelForCausalLM.from_pretrained(base_folder).config
+    config.tie_word_embeddings = is_tied
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(config),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=names, task_type="CAUSAL_LM"),
+    )
+    assert trains_tied_embeddings(model) == is_tied
+    assert not merge.adapts_tied_embeddings(model), "PEFT merges these itself"

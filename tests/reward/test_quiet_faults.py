@@ -286,25 +286,3 @@ def test_a_pair_that_several_people_labelled_is_one_question() -> None:
     }  # fmt: skip
     assert looked.contradict.tolist()[:2] == [1.0, 0.0], "the verdict is about what each row says"
     assert looked.agree.tolist()[:2] == [0.0, 1.0]
-
-
-def test_few_labels_do_not_make_coins_certain() -> None:
-    """Votes worth a nat a unit, a fifth of 150 labels wrong: at the end of its grid b called labels surely wrong that were right
-    every second time."""
-    surely_wrong, were_wrong, largest = 0, 0, 0.0
-    for seed in range(60):
-        generator = torch.Generator().manual_seed(seed)
-        better = 1.2 * torch.randn(150, generator=generator)  # nats by which the first answer seems better
-        first = torch.rand(150, generator=generator) < torch.sigmoid(better)
-        wrong = torch.rand(150, generator=generator) < 0.2
-        differences = torch.where(first ^ wrong, better, -better)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            noise = estimate_noise(differences, range(150))
-        largest = max(largest, noise.scale)
-        right = beliefs(differences, noise, torch.zeros(150))
-        sure = right < 0.02
-        surely_wrong, were_wrong = surely_wrong + int(sure.sum()), were_wrong + int(wrong[sure].sum())
-    assert largest < 5
-    assert surely_wrong < 60, "some 500 without the prior on b"
-    assert were_wrong / surely_wrong > 0.6, "28 of 38; without the prior fewer than half"
