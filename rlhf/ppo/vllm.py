@@ -88,7 +88,10 @@ class VllmSampler:
 
         # 3. As tensors.
         ends, device = end_token_ids(self.policy, self.tokenizer), self.policy.device
-        completions = completions_of(self.tokenizer, rows, answers, end_ids=ends, device=device)
+        conversational = not isinstance(prompts[0], str)
+        completions = completions_of(
+            self.tokenizer, rows, answers, end_ids=ends, conversational=conversational, device=device
+        )
         sampled = [torch.tensor([token[0] for token in row]) for row in logprobs]
         completions.logprobs_sampler = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).float().to(device)
         return completions
