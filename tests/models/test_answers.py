@@ -8,8 +8,9 @@ import torch
 from rlhf.models.critiques import critique_ids
 from rlhf.models.generate import completions_of, encode_demonstrations, texts_of
 from rlhf.models.scratch import train_tokenizer
-from rlhf.models.templates import frame, rendered, turn_end_ids
-from rlhf.models.text import PLAIN_TEMPLATE, encode_answers, give_plain_template
+from rlhf.models.templates import end_at_end_token, frame, rendered, turn_end_ids
+from rlhf.models.text import PLAIN_TEMPLATE, check_tokenizer, encode_answers, give_plain_template
+from rlhf.ppo.ptx import Demonstrations
 from tests.models.test_templates import CHATML, MISTRAL, ZEPHYR, with_template
 from tests.recipes import templates
 from tests.reward.families import FAMILIES
@@ -32,9 +33,7 @@ def scratch(template: str) -> Any:
 
 def pieces() -> Any:
     """A base whose decoder leaves a blank at the beginning out."""
-    tokenizer = with_template(templates.llama_2(TEXTS), PLAIN_TEMPLATE)
-    tokenizer.pad_token = tokenizer.unk_token
-    return tokenizer
+    return with_template(templates.llama_2(TEXTS), PLAIN_TEMPLATE)
 
 
 ENDED = {"ChatML": CHATML, "Zephyr": ZEPHYR, "Mistral": MISTRAL}
@@ -50,15 +49,21 @@ MADE = {
 def build(name: str) -> Any:
     tokenizer = MADE[name]()
     give_plain_template(tokenizer)
+    check_tokenizer(tokenizer, conversational=True, name=name)
     return tokenizer
+
+
+def demonstration(tokenizer: Any, answer: str) -> tuple[list[int], list[int]]:
+    """The ids that SFT reads, and those that it learns."""
+    batch: Any = {"prompt": [PROMPT], "completion": [[{"role": "assistant", "content": answer}]]}
+    columns = encode_demonstrations(batch, tokenizer)
+    (row,), (mask,) = columns["input_ids"], columns["completion_mask"]
+    return row, row[mask.index(1) :]
 
 
 def taught(tokenizer: Any, answer: str) -> tuple[list[int], list[int]]:
     """The ids of a demonstration, and those of its answer to the first end token, where sampling stops."""
-    batch: Any = {"prompt": [PROMPT], "completion": [[{"role": "assistant", "content": answer}]]}
-    columns = encode_demonstrations(batch, tokenizer)
-    (row,), (mask,) = columns["input_ids"], columns["completion_mask"]
-    learnt = row[mask.index(1) :]
+    row, learnt = demonstration(tokenizer, answer)
     stops = [learnt.index(x) + 1 for x in (tokenizer.eos_token_id, *turn_end_ids(tokenizer)) if x in learnt]
     return row, learnt[: min(stops)] if stops else learnt
 
@@ -115,3 +120,17 @@ def test_a_critique_is_read_as_the_ids_that_were_written(name: str) -> None:
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     assert texts == [ANSWER, ANSWER]
     assert critique_ids(tokenizer, texts, [True, False]) == rows
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_ptx_counts_the_tokens_that_sft_learns(name: str) -> None:
+    """Also the first one of an answer, and an empty thought, that stand behind the prompt; also in rows that are cut."""
+    tokenizer = build(name)
+    end_at_end_token(tokenizer)
+    completion = [{"role": "assistant", "content": ANSWER}]
+    row, learnt = demonstration(tokenizer, ANSWER)
+    for limit in (None, len(row) - 3):
+        drawn = Demonstrations(tokenizer, [{"prompt": PROMPT, "completion": completion}], max_length=limit)
+        ids, counts = drawn.draw(1, torch.device("cpu"))
+        assert ids[0, 4 - len(row) :].tolist() == row[4:]
+        assert ids[counts].tolist() == learnt
