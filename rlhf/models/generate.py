@@ -55,17 +55,28 @@ def completions_of(
     """Return answers that an engine gave as ids to prompts' ids, as tensors and texts.
 
     Args:
-        answers: at least one token each; an end token, where one was sampled, is the last.
+        answers: at least one token each; what an engine sampled behind the first end token is left out.
         end_ids: ids that end an answer.
         conversational: whether the prompts are conversations.
         device: of the tensors.
     """
     assert isinstance(tokenizer.pad_token_id, int), "check_tokenizer wants one"
     prompt_ids, prompt_mask = (x.to(device) for x in pad_left(rows, tokenizer.pad_token_id))
+    answers = [until_end(answer, end_ids) for answer in answers]
     response_ids, response_mask = (x.to(device) for x in pad_batch(answers, pad_token_id=tokenizer.pad_token_id))
     ended = torch.tensor([answer[-1] in end_ids for answer in answers], device=device)
     texts = texts_of(tokenizer, answers, conversational=conversational)
     return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
+
+
+def until_end(answer: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """Return an answer's ids up to and including the first end token; all where there is none.
+
+    >>> until_end([5, 1, 7], [1]), until_end([5, 6], [1])
+    ([5, 1], [5, 6])
+    """
+    stop = next((place + 1 for place, token in enumerate(answer) if token in end_ids), len(answer))
+    return list(answer[:stop])
 
 
 def texts_of(

@@ -104,6 +104,26 @@ def test_the_blank_that_the_template_writes_is_learnt_once_and_read_once(name: s
     assert texts_of(tokenizer, [[]], conversational=True) == [""]
 
 
+def test_an_answer_ends_at_its_first_end_token_whatever_sampled_it() -> None:
+    """An engine that does not stop there gives more; none of it is trained or read."""
+    tokenizer = scratch(PLAIN_TEMPLATE)
+    end = tokenizer.eos_token_id
+    words, more = (tokenizer(text)["input_ids"] for text in (" The Danube.", " And the Rhine."))
+    found = completions_of(
+        tokenizer,
+        [[5], [5, 6]],
+        [[*words, end, *more, end], more],
+        end_ids=[2, end],
+        conversational=True,
+        device=torch.device("cpu"),
+    )
+    pads = [tokenizer.pad_token_id] * (len(more) - len(words) - 1)
+    assert found.response_ids.tolist() == [[*words, end, *pads], more]
+    assert found.response_mask.sum(dim=1).tolist() == [len(words) + 1, len(more)]
+    assert found.ended.tolist() == [True, False]
+    assert found.texts == ["The Danube.", "And the Rhine."]
+
+
 def test_what_follows_a_plain_text_keeps_its_blank() -> None:
     tokenizer = scratch(PLAIN_TEMPLATE)
     prompt = "Name a river:"
