@@ -11,9 +11,10 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf.data.rows import Messages, Prompt
+from rlhf.data.rows import Messages, Prompt, user_turn
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.engine import engine_answers
+from rlhf.models.templates import frame
 from rlhf.models.text import encode, encode_answers, prompt_text, without_beginning
 from rlhf.models.typed import as_words
 
@@ -29,7 +30,7 @@ class Completions:
         prompt_ids, prompt_mask: [b, p] left-padded.
         response_ids, response_mask: [b, r] right-padded; the end token, where one was sampled, is the last under the mask.
         ended: [b] bool, whether the answer stopped by itself.
-        texts: the answers without special tokens.
+        texts: the answers without special tokens, and without white space that the chat template writes before each.
         logprobs_sampler: [b, r] what another engine says it sampled with, nats; None where this model sampled itself.
     """
 
@@ -48,21 +49,59 @@ def completions_of(
     answers: Sequence[Sequence[int]],
     *,
     end_ids: Sequence[int],
+    conversational: bool,
     device: torch.device,
 ) -> Completions:
     """Return answers that an engine gave as ids to prompts' ids, as tensors and texts.
 
     Args:
-        answers: at least one token each; an end token, where one was sampled, is the last.
+        answers: at least one token each; what an engine sampled behind the first end token is left out.
         end_ids: ids that end an answer.
+        conversational: whether the prompts are conversations.
         device: of the tensors.
     """
     assert isinstance(tokenizer.pad_token_id, int), "check_tokenizer wants one"
     prompt_ids, prompt_mask = (x.to(device) for x in pad_left(rows, tokenizer.pad_token_id))
+    answers = [until_end(answer, end_ids) for answer in answers]
     response_ids, response_mask = (x.to(device) for x in pad_batch(answers, pad_token_id=tokenizer.pad_token_id))
     ended = torch.tensor([answer[-1] in end_ids for answer in answers], device=device)
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    texts = texts_of(tokenizer, answers, conversational=conversational)
     return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
+
+
+def until_end(answer: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """Return an answer's ids up to and including the first end token; all where there is none.
+
+    >>> until_end([5, 1, 7], [1]), until_end([5, 6], [1])
+    ([5, 1], [5, 6])
+    """
+    stop = next((place + 1 for place, token in enumerate(answer) if token in end_ids), len(answer))
+    return list(answer[:stop])
+
+
+def texts_of(
+    tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]], *, conversational: bool
+) -> list[str]:
+    """Return the texts of sampled answers, so that `encode_answers` reads of each what SFT would have trained.
+
+    They are without special tokens. A policy whose prompts end in "Assistant:", and whose chat template writes "Assistant: yes",
+    learns to begin with the blank; it is left out here, because the template writes it before every answer.
+
+    Args:
+        answers: ids of whole answers, or of their beginnings.
+        conversational: whether they answer conversations; what follows a plain text is read as it stands.
+    """
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    lead = frame(tokenizer).lead if conversational else ""
+    if not lead.isspace():
+        return texts
+    # Some tokenizers leave a blank at the beginning out when they decode; then none is to be taken away.
+    prompts = [user_turn("x")]
+    rows, _ = encode_answers(tokenizer, prompts, ["x"])
+    (start,) = answer_starts(tokenizer, prompts, rows)
+    if not tokenizer.decode(rows[0][start:], skip_special_tokens=True).startswith(lead):
+        return texts
+    return [text.removeprefix(lead) for text in texts]
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -158,7 +197,7 @@ def generate(
     )
     response_mask, ended = mask_after_end(response_ids, end_ids)
     kept = [row[mask].tolist() for row, mask in zip(response_ids, response_mask.bool(), strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    texts = texts_of(tokenizer, kept, conversational=not isinstance(prompts[0], str))
     return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
 
 
@@ -262,10 +301,15 @@ def completer(
             max_prompt_length=max_prompt_length,
         )
     rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
-    ends = end_token_ids(model, tokenizer)
+    ends, conversational = end_token_ids(model, tokenizer), not isinstance(prompts[0], str)
     answers = engine_answers(model, rows, end_ids=ends, max_new_tokens=max_new_tokens)
     return lambda batch: completions_of(
-        tokenizer, [rows[i] for i in batch], [answers[i] for i in batch], end_ids=ends, device=model.device
+        tokenizer,
+        [rows[i] for i in batch],
+        [answers[i] for i in batch],
+        end_ids=ends,
+        conversational=conversational,
+        device=model.device,
     )
 
 

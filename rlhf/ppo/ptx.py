@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Demonstration, Prompt
+from rlhf.models.generate import answer_starts
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers, last_turn
@@ -32,12 +33,11 @@ class Demonstrations:
         answers = [last_turn(row["completion"]) for row in rows]
         self.texts: list[tuple[Prompt, str]] = list(zip(prompts, answers, strict=True))
         self.rows, _ = encode_answers(tokenizer, prompts, answers, max_length=max_length)
-        prompt_rows, _ = encode_answers(tokenizer, prompts, [""] * len(rows), ended=[False] * len(rows))
         # What was cut off a row's beginning is missing from its prompt.
         uncut_rows, _ = encode_answers(tokenizer, prompts, answers)
-        self.prompt_lengths = [
-            len(prompt) - (len(uncut) - len(row))
-            for prompt, uncut, row in zip(prompt_rows, uncut_rows, self.rows, strict=True)
+        starts = answer_starts(tokenizer, prompts, uncut_rows)
+        self.answer_starts = [
+            start - (len(uncut) - len(row)) for start, uncut, row in zip(starts, uncut_rows, self.rows, strict=True)
         ]
         assert isinstance(tokenizer.pad_token_id, int)
         self.pad_token_id = tokenizer.pad_token_id
@@ -53,7 +53,7 @@ class Demonstrations:
             [torch.tensor(self.rows[i]) for i in drawn], batch_first=True, padding_value=self.pad_token_id
         )
         places = torch.arange(ids.shape[1])
-        starts = torch.tensor([self.prompt_lengths[i] for i in drawn])[:, None]
+        starts = torch.tensor([self.answer_starts[i] for i in drawn])[:, None]
         ends = torch.tensor([len(self.rows[i]) for i in drawn])[:, None]
         return ids.to(device), ((places >= starts) & (places < ends)).to(device)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from rlhf.models.generate import Completions
+from rlhf.models.generate import Completions, texts_of
 from rlhf.objectives.advantage import token_rewards
 from rlhf.objectives.adversarial import fit_discriminator
 from rlhf.objectives.intrinsic import mean_over_tokens, novelty
@@ -60,12 +60,12 @@ def _potentials(trainer: "PPOTrainer", rows: Sequence[PromptRow], completions: C
     lengths = mask.sum(dim=1).tolist()
     places = [(row, start) for row, length in enumerate(lengths) for start in range(0, length, step)]
     beginnings = [completions.response_ids[row, :start].tolist() for row, start in places]
-    texts = trainer.processing_class.batch_decode(beginnings, skip_special_tokens=True)
+    prompts = [rows[row]["prompt"] for row, _ in places]
+    texts = texts_of(trainer.processing_class, beginnings, conversational=not isinstance(prompts[0], str))
 
     # 2. Their scores, each from its place to the next.
     reward = cast(RewardModel, trainer.rewards.sources[0].function)
     mean, std = trainer.rewards.scale
-    prompts = [rows[row]["prompt"] for row, _ in places]
     scores = (reward.score(prompts, texts, ended=[False] * len(texts)) - mean) / std
     potentials = torch.zeros(mask.shape)
     for (row, start), score in zip(places, scores.tolist(), strict=True):

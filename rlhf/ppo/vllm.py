@@ -41,6 +41,7 @@ class VllmSampler:
                 " and lora_modules_to_save."
             )
         self.policy, self.tokenizer, self.args = policy, tokenizer, args
+        self.end_ids = end_token_ids(policy, tokenizer)
         try:
             self.engine = vllm_generation(merged_weights)(
                 model=policy,
@@ -57,6 +58,8 @@ class VllmSampler:
                 repetition_penalty=1.0,
                 max_completion_length=args.max_completion_length,
                 logprobs=0,
+                # The engine's own are those of the folder that it loaded, the base's where the policy is an adapter.
+                generation_kwargs={"stop_token_ids": self.end_ids},
             )
         except ImportError as error:
             raise UserError(f"ppo.use_vllm: {error} (how to install it: recipes/guides/ppo.md)") from error
@@ -88,8 +91,12 @@ class VllmSampler:
             raise TrainingError("vLLM returned answers without the log-probability of each token; nothing was updated.")
 
         # 3. As tensors.
-        ends, device = end_token_ids(self.policy, self.tokenizer), self.policy.device
-        completions = completions_of(self.tokenizer, rows, answers, end_ids=ends, device=device)
-        sampled = [torch.tensor([token[0] for token in row]) for row in logprobs]
+        device, conversational = self.policy.device, not isinstance(prompts[0], str)
+        completions = completions_of(
+            self.tokenizer, rows, answers, end_ids=self.end_ids, conversational=conversational, device=device
+        )
+        # An answer that went on behind its end is cut there, and so are its log-probabilities.
+        lengths = completions.response_mask.sum(dim=1).tolist()
+        sampled = [torch.tensor([x[0] for x in row[:n]]) for row, n in zip(logprobs, lengths, strict=True)]
         completions.logprobs_sampler = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).float().to(device)
         return completions

@@ -44,6 +44,10 @@ class Engine:
             said = response_logprobs(self.model, *both, keep.shape[1], 1.0) - self.shift
         answers = [row[k].tolist() for row, k in zip(found.response_ids, keep, strict=True)]
         logprobs = [[[x] for x in row[k].tolist()] for row, k in zip(said, keep, strict=True)]
+        if self.broken == "late":  # it goes on behind the end token
+            more = [[9, 8] if has_ended else [] for has_ended in found.ended]
+            answers = [answer + rest for answer, rest in zip(answers, more, strict=True)]
+            logprobs = [row + [[-9.0]] * len(rest) for row, rest in zip(logprobs, more, strict=True)]
         if self.broken == "empty":
             answers[0], logprobs[0] = [], []
         return prompts, answers, None if self.broken == "silent" else logprobs, None
@@ -77,6 +81,24 @@ def test_an_engine_that_is_the_policy_changes_nothing(
     assert expected in used.asked, "ids of the rendered conversation, not padded"
     assert all(row["sampler_difference"] < 1e-4 for row in rows.rows)
     assert rows.rows[0]["ratio_first"] == pytest.approx(1, abs=1e-5)
+
+
+def test_what_an_engine_samples_behind_an_end_token_is_left_out(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    """It is told at which tokens to stop; one that goes on all the same gives the rollout of one that stops."""
+    trainer, _ = make(base_folder, str(reward_folder), cpu_arguments, use_vllm=True, max_completion_length=48)
+    found = {}
+    for broken in (None, "late"):
+        Engine.broken = broken
+        torch.manual_seed(3)
+        found[broken] = trainer.vllm((PROMPTS * 8)[:64], version=0, max_prompt_length=None)
+    stops, goes_on = found[None], found["late"]
+    assert 0 < stops.ended.sum() < len(stops.ended)
+    assert Engine.made[0].settings["generation_kwargs"] == {"stop_token_ids": [trainer.processing_class.eos_token_id]}
+    assert goes_on.texts == stops.texts
+    for name in ("response_ids", "response_mask", "ended", "logprobs_sampler"):
+        assert torch.equal(getattr(goes_on, name), getattr(stops, name)), name
 
 
 def test_tokens_of_an_engine_that_rounds_count_by_how_likely_they_were(
