@@ -11,6 +11,8 @@ from rlhf.cli.console import Out, Overrides, RecipeFile, app, errors, output, sa
 from rlhf.errors import UserError
 from rlhf.recipe import Recipe, load_recipe
 
+BUSY = 0.4  # load a core, before this program begins its work, from which its clock can't be believed
+
 
 @app.command("run")
 def run_command(
@@ -79,6 +81,7 @@ def plan_command(
 
     recipe = load_recipe(recipe_file, overrides or [])
     check_sources(recipe)
+    busy = busy_sentence(os.getloadavg()[0], os.cpu_count() or 1)
     with errors.status("counting the data, timing one and two layers of the model …"):
         check_arguments(recipe, until=until)
         from rlhf.cost.memory import Processes
@@ -88,8 +91,22 @@ def plan_command(
     output.print(estimates_table(recipe.name, estimates))
     if processes is not None:
         output.print(memory_table(recipe.name, estimates, processes=processes, sharding=sharding))
-    for note in notes:
+    for note in [*([busy] if busy else []), *notes]:
         say(note)
+
+
+def busy_sentence(load: float, cores: int) -> str:
+    """Return what a load of other programs does to times that are measured; empty where there is hardly any.
+
+    >>> busy_sentence(0.4, 2), busy_sentence(2.0, 2)[:54]
+    ('', 'Other programs are at work here (load 2.0 on 2 cores),')
+    """
+    if load < BUSY * cores:
+        return ""
+    return (
+        f"Other programs are at work here (load {load:.1f} on {cores} cores), which lengthens what is measured on a processor by "
+        "more than its share: two layers are timed, and their difference stands for all. Run this on a quiet machine."
+    )
 
 
 @app.command("doctor")
