@@ -22,6 +22,7 @@ from rlhf.data.sources import (
     keep_only,
     read_sources,
     share_of,
+    share_of_text,
     to_demonstrations,
     to_pairs,
     to_prompts,
@@ -130,8 +131,7 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     if sources.critiques:
         _check_critiques(written.get("pairs", []))
     if sources.shuffle:
-        order = random.Random(f"order of {seed}")
-        written = {name: order.sample(rows, len(rows)) for name, rows in written.items()}
+        written = {name: _in_drawn_order(rows, name, seed) for name, rows in written.items()}
     _write(folder, written, reports)
     return {
         "rows": {name: len(rows) for name, rows in written.items()},
@@ -358,6 +358,16 @@ def _per_prompt(rows: Sequence[Row[Canonical]], most: int | None, rng: random.Ra
         places.setdefault(row.key, []).append(index)
     chosen = {i for group in places.values() for i in (group if len(group) <= most else rng.sample(group, most))}
     return keep_only(rows, [row for i, row in enumerate(rows) if i in chosen], f"over data.max_pairs_per_prompt {most}")
+
+
+def _in_drawn_order(rows: Sequence[Row[Canonical]], name: str, seed: int) -> list[Row[Canonical]]:
+    """Return rows in an order drawn at random; of the test side always in the same one, whatever is trained on and by which seed.
+
+    So runs that differ in these are evaluated on the same prompts, and more test rows leave the others' order as it was.
+    """
+    if name.startswith("test_"):
+        return sorted(rows, key=lambda row: share_of_text(row.key, f"order of {name}"))
+    return random.Random(f"order of {name} {seed}").sample(rows, len(rows))
 
 
 # ---- Writing ----

@@ -66,7 +66,7 @@ def _label(row: "Row[Pair]", *, by_annotator: bool) -> _Label:
 def _majority(labels: Sequence[_Label]) -> str | None:
     """Return the answer that most annotators of a pair call the better one; None where no named ones are more than the others.
 
-    Who says both has said nothing; ties are votes for neither.
+    Who says both has said nothing; ties are votes for neither. A row without a name may be of anybody, so none may contradict.
     """
     said: defaultdict[str, set[str]] = defaultdict(set)
     for label in labels:
@@ -75,4 +75,5 @@ def _majority(labels: Sequence[_Label]) -> str | None:
     votes = Counter(better for each in said.values() if len(each) == 1 for better in each).most_common(2)
     if not votes or (len(votes) == 2 and votes[0][1] == votes[1][1]):
         return None
-    return votes[0][0]
+    others = {label.better for label in labels if label.annotator is None} - {None, votes[0][0]}
+    return None if others else votes[0][0]

@@ -6,7 +6,7 @@ from torch import Tensor
 from rlhf.invariants.checks import Check
 
 ALONE, RENDERED = "score alone = in a batch", "score as its template renders"
-# Of the largest score in size. Another layout of a batch moves a float32 score by about 1e-5 of that and a
+# Of the scale of the scores (`score_scale`). Another layout of a batch moves a float32 score by about 1e-5 of that and a
 # 16-bit one by a few of its own roundings (2^-8, 2^-11), once a layer; a score that is read at another token, or of
 # another text, moves by 0.1 to 3.
 SCORE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -15,6 +15,19 @@ SCORE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05
 def score_tolerance(dtype: torch.dtype) -> float:
     """Return how far two computations of one score may lie apart, as a share of the largest score in size."""
     return SCORE_TOLERANCE.get(dtype, 0.1)
+
+
+def score_scale(scores: Tensor) -> float:
+    """Return what a difference of scores is measured by: the largest in size, and up to three times that where it is below 1.
+
+    Rounding is a share of what a score is a sum of, and not of the score: the largest of a few small ones may be small by chance.
+    Scores of at least 1/3 so have the scale that scores around 1 have.
+
+    >>> [round(score_scale(torch.tensor([x, -x / 2])), 3) for x in (5.0, 0.5, 0.01)]
+    [5.0, 1.0, 0.03]
+    """
+    largest = scores.abs().max().item()
+    return float(max(largest, min(1.0, 3 * largest)))
 
 
 def alone_in_batch(alone: Tensor, together: Tensor, *, dtype: torch.dtype) -> Check:
@@ -49,8 +62,8 @@ def as_rendered(scores: Tensor, expected: Tensor, *, dtype: torch.dtype) -> Chec
 
 
 def _agreement(name: str, first: Tensor, second: Tensor, dtype: torch.dtype, sentence: str) -> Check:
-    """Return the check of the largest difference of two rows of scores, as a share of the largest score in size."""
+    """Return the check of the largest difference of two rows of scores, as a share of their scale."""
     difference = (first - second).abs().max().item()
     if difference > 0:
-        difference /= max(first.abs().max().item(), second.abs().max().item())
+        difference /= max(score_scale(first), score_scale(second))
     return Check(name, difference, score_tolerance(dtype), "of the largest score", sentence)

@@ -200,9 +200,13 @@ def fit_and_keep(
     """
     kept = kept_model(context, name)
     folder, beside = kept.parent, kept.parent / "unfinished"
-    if is_whole(kept) and (kept / OF_TRAINING).is_file():
+    if is_whole(kept):
         context.say(f"reward: {label} was trained before")
-        facts = json.loads((kept / OF_TRAINING).read_text(encoding="utf-8"))
+        file = kept / OF_TRAINING
+        # None is there where an earlier version trained it, which is no reason to train it again.
+        facts = (
+            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"checks": {}, "dropped_too_long": 0}
+        )
         book.merge(facts["checks"])
         return int(facts["dropped_too_long"])
     folder.mkdir(parents=True, exist_ok=True)

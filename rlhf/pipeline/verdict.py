@@ -140,7 +140,7 @@ def read_verdicts(file: str) -> Verdicts:
     """
     report = ReadReport(file)
     human, of_labelled, alone = list[float](), list[float](), list[float]()
-    is_mixed = False
+    is_mixed = has_open = False
     problems: list[str] = []
     numbers: dict[str, set[float]] = {"judge": set(), "label": set()}
     for number, row in read_rows(file, report):
@@ -159,8 +159,9 @@ def read_verdicts(file: str) -> Verdicts:
             )
         elif label is None:
             alone.append(judge)
+            has_open |= row.get("label") != "skip"  # who skips has seen the row in its turn
         else:
-            is_mixed |= bool(alone)
+            is_mixed |= has_open
             human.append(label)
             of_labelled.append(judge)
     codes = [name for name, seen in numbers.items() if seen and seen <= {0.0, 1.0}]

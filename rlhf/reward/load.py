@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.invariants.checks import Check
-from rlhf.invariants.scores import alone_in_batch, as_rendered, score_tolerance
+from rlhf.invariants.scores import alone_in_batch, as_rendered, score_scale, score_tolerance
 from rlhf.models.critiques import CritiqueForm, load_writer
 from rlhf.models.load import computed_dtype, load_scorer, load_tokenizer
 from rlhf.models.open import expand, one_sentence, open_tokenizer
@@ -301,7 +301,7 @@ def _check(reward: RewardModel, card: Card, folder: Path) -> None:
     tolerance = score_tolerance(computed_dtype(reward.model))
     difference = (scores - expected).abs().max().item()
     changed = ", ".join(changed_files(folder, card.get("files", {})))
-    allowed = tolerance * max(card["std"], expected.abs().max().item())
+    allowed = tolerance * max(card["std"], score_scale(expected))
     if not difference <= allowed:
         cause = (
             f"{changed} changed since"

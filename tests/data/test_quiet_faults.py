@@ -350,6 +350,8 @@ def test_pairs_on_which_annotators_disagree_are_judged_by_most_of_them(tmp_path:
         ([by(PAIR, "a"), by(turned, "b")], [], {BOTH_ORDERS: 2}),
         ([by(PAIR, "a"), by(turned, "a"), by(turned, "b")], ["no"], {OUTVOTED: 1, REPEATED: 1}),
         ([by(PAIR, None), by(PAIR, None), by(turned, None)], [], {BOTH_ORDERS: 3}),
+        ([by(PAIR, "a"), by(turned, None), by(turned, None)], [], {BOTH_ORDERS: 3}),
+        ([by(PAIR, "a"), by(PAIR, "b"), by(turned, "c"), by(PAIR, None)], ["yes"], {OUTVOTED: 1, REPEATED: 2}),
     ):
         write_jsonl(tmp_path / "crowd.jsonl", rows)
         if not kept:
@@ -406,6 +408,18 @@ def test_the_first_rows_are_of_all_sources(tmp_path: Path) -> None:
         first = [row["prompt"][0]["content"][0] for row in rows[:100]]
         assert 25 < first.count("a") < 75, "five deviations of 100 draws"
         assert rows == read_jsonl(tmp_path / f"y/{name}.jsonl"), "by the seed"
+    more = [{"prompt": f"a {i}", "chosen": "yes", "rejected": "no"} for i in range(600)]
+    test = [Source(str(tmp_path / "a.jsonl"))]
+    write_jsonl(tmp_path / "c.jsonl", [{**row, "prompt": f"c {i}"} for i, row in enumerate(more)])
+    files = []
+    for seed, most in ((0, None), (0, 100), (1, None)):
+        sources = DataSources(preferences=[Source(str(tmp_path / "c.jsonl"))], test=test, max_pairs=most)
+        prepare_data(tmp_path / f"{seed}{most}", sources, seed=seed)
+        files.append([(tmp_path / f"{seed}{most}/{name}.jsonl").read_text() for name in ("test_pairs", "test_prompts")])
+    assert files[0] == files[1] == files[2], (
+        "runs that differ in seed or training pairs are evaluated on the same prompts"
+    )
+    assert files[0][0].splitlines() != sorted(files[0][0].splitlines())
     prepare_data(tmp_path / "z", DataSources(preferences=both, test_fraction=0.3, shuffle=False), seed=0)
     for name in ("prompts", "test_pairs"):
         shuffled, sorted_rows = read_jsonl(tmp_path / f"x/{name}.jsonl"), read_jsonl(tmp_path / f"z/{name}.jsonl")

@@ -171,3 +171,7 @@ def test_labels_in_the_order_of_the_data_are_drawn_in_another(tmp_path: Path) ->
     said.clear()
     verdict(written(tmp_path, verdicts(100, 40)), None, say=said.append)
     assert not any("mixed" in sentence for sentence in said)
+    skipped = verdicts(100, 40)
+    skipped[10]["label"] = "skip"
+    verdict(written(tmp_path, skipped), None, say=said.append)
+    assert not any("mixed" in sentence for sentence in said), "who skips has seen the row in its turn"
