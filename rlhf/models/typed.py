@@ -35,7 +35,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Return what nobody may type: the special tokens, and the added ones that the chat template writes around turns.
 
     Checkpoints declare `<|im_start|>` as a token that is not special, too. What a template writes inside an answer, such as
-    `<think>`, is no end of a turn: answers hold it, and it stays the token that it is.
+    `<think>`, is no end of a turn: answers hold it, and it stays the token that it is, also where a template writes an empty
+    thought before every answer.
     """
     added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
@@ -45,8 +46,24 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
             text = tokenizer.apply_chat_template(_TURNS, tokenize=False)
         except Exception:  # a template may raise anything; where it matters, `template_problems` says so
             text = ""
-        special |= {token for token in others if token in text}
+        special |= {token for token in others if token in text} - _empty_thought(others, text)
     return special
+
+
+def _empty_thought(tokens: Sequence[str], text: str) -> set[str]:
+    """Return the tokens of pairs, such as `<think></think>`, that stand before an answer and nowhere else.
+
+    What opens an answer's turn comes alone, `<|assistant|>`, or stands before other turns as well.
+
+    Args:
+        text: what the chat template writes of `_TURNS`.
+    """
+    if text.count(MARKS[0]) != len(_TURNS):
+        return set()
+    before, opening, *behind = text.split(MARKS[0])
+    inside = {token for token in tokens if token in opening and not any(token in part for part in (before, *behind))}
+    closing = {token for token in inside if "/" in token and token.replace("/", "", 1) in inside}
+    return closing | {token.replace("/", "", 1) for token in closing}
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

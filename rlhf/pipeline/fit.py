@@ -12,13 +12,15 @@ from transformers import set_seed
 from trl import RewardConfig
 
 from rlhf.data.read import ReadReport, read_rows
-from rlhf.data.rows import CRITIQUES, SIDES, Messages, Pair, asked
+from rlhf.data.rows import CRITIQUES, SIDES, Messages, Pair, answer, asked
 from rlhf.files import read_jsonl, write_text
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.heads import language_head
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.save import load_weights
 from rlhf.models.score import position_limit
+from rlhf.models.text import last_turn
+from rlhf.models.thoughts import lost_thoughts
 from rlhf.pipeline.callbacks import drop_torn_line
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.ends import refuse_unreadable_turns
@@ -122,7 +124,10 @@ def fit_reward_model(
 
     # 1. Tokenizer, model and the rows as the objective counts them.
     tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
-    refuse_unreadable_turns(tokenizer, _conversations(rows), source="reward: pairs")
+    conversations, answers = _conversations(rows)
+    refuse_unreadable_turns(tokenizer, conversations, source="reward: pairs")
+    for sentence in lost_thoughts(tokenizer, conversations, answers):
+        context.say(f"reward: {sentence}")
     labels = list(section.attribute_weights) if section.needs_ratings else LABELS.get(section.extra_kind)
     head = {} if labels is None else {"labels": labels}
     model = resolve(loss.head)(sft, model_config, pad_token_id=tokenizer.pad_token_id, **head)
@@ -251,10 +256,16 @@ def trained_on(trainer: StageTrainer) -> dict[str, int]:
     return {elements: len(dataset), **pairs}
 
 
-def _conversations(rows: Sequence[Any]) -> list[Messages]:
-    """Return the conversations that are answered: one for each side of a pair, or that of a rated answer."""
-    both = [[asked(row, side) for side in SIDES] if "chosen" in row else [row["prompt"]] for row in rows]
-    return [turns for conversations in both for turns in conversations]
+def _conversations(rows: Sequence[Any]) -> tuple[list[Messages], list[str]]:
+    """Return the conversations that are answered, and the answers: one for each side of a pair, or a rated answer."""
+    both = [
+        [(asked(row, side), answer(row, side)) for side in SIDES]
+        if "chosen" in row
+        else [(row["prompt"], last_turn(row["completion"]))]
+        for row in rows
+    ]
+    pairs = [pair for of_row in both for pair in of_row]
+    return [conversation for conversation, _ in pairs], [text for _, text in pairs]
 
 
 def _elements(context: StageContext, rows: Sequence[Any], label: str) -> list[Any]:

@@ -28,7 +28,8 @@ from rlhf.models.load import find_source, load_policy, load_tokenizer
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.models.sharding import gathered_weights, is_sharded
-from rlhf.models.text import plain
+from rlhf.models.text import last_turn, plain
+from rlhf.models.thoughts import lost_thoughts, trained_unlike_sampled
 from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
@@ -184,7 +185,11 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(base, conversational=True, revision=context.recipe.backbone.revision)
     model = load_policy(base, model_config)
     demonstrations = read_jsonl(context.data / "sft.jsonl")
-    refuse_unreadable_turns(tokenizer, [row["prompt"] for row in demonstrations], source="data.sft")
+    prompts = [row["prompt"] for row in demonstrations]
+    refuse_unreadable_turns(tokenizer, prompts, source="data.sft")
+    answers = [last_turn(row["completion"]) for row in demonstrations]
+    for sentence in (*lost_thoughts(tokenizer, prompts, answers), *trained_unlike_sampled(tokenizer, prompts, answers)):
+        context.say(f"sft: {sentence}")
     rows = Dataset.from_list(demonstrations)
 
     # 2. Train.

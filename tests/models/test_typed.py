@@ -202,6 +202,58 @@ def test_tokens_around_turns_are_guarded_though_not_declared_special_and_thought
     assert counts == [2, 1]
 
 
+# An empty thought before every answer that has none: closed at once, or on lines of its own behind a turn's opening token.
+EMPTY_THOUGHTS = {
+    "nemotron": (
+        CHATML.replace(
+            "+ m['content']",
+            "+ ('<think></think>' if m['role'] == 'assistant' and '<think>' not in m['content'] else '') + m['content']",
+        ),
+        "<|im_start|>",
+    ),
+    "glm": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% if m['role'] == 'assistant' %}"
+        "{% set thought, _, words = m['content'].rpartition('</think>') %}"
+        "{{ '<think>' + thought.replace('<think>', '').strip() + '</think>\n' + words.strip() }}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+        "<|assistant|>",
+    ),
+}
+
+
+@pytest.mark.fault("chat template")
+@pytest.mark.parametrize("name", EMPTY_THOUGHTS)
+def test_thoughts_stay_tokens_where_a_template_writes_an_empty_one_around_every_answer(name: str) -> None:
+    """What opens a turn is guarded, and a pair that stands before answers alone is not."""
+    template, opening = EMPTY_THOUGHTS[name]
+    tokenizer = tokenizer_of("zephyr", "byte-level BPE", template)
+    for token in (opening, "<think>", "</think>", "<tool>"):
+        tokenizer.add_tokens(AddedToken(token, special=False))
+    assert special_tokens(tokenizer) == {"<pad>", "<unk>", "<s>", "</s>", opening}
+    thinks, closes = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    prompt: Any = [{"role": "user", "content": "list pear"}]
+    for answer, thought in (("<think>\nyes\n</think>\n\npear", "yes"), ("pear", "")):
+        turns = [*prompt, {"role": "assistant", "content": answer}]
+        (row,), _ = encode_answers(tokenizer, [prompt], [answer])
+        assert row == tokenizer.apply_chat_template(turns)["input_ids"], "the ids that the publisher's own code reads"
+        assert (row.count(thinks), row.count(closes)) == (1, 1)
+        assert tokenizer.decode(row[row.index(thinks) + 1 : row.index(closes)]).strip() == thought
+    typed: Any = [{"role": "user", "content": f"yes{opening}no"}]
+    (row,) = encode_prompts(tokenizer, [typed], max_prompt_length=None)
+    (harmless,) = encode_prompts(tokenizer, [prompt], max_prompt_length=None)
+    opens = tokenizer.convert_tokens_to_ids(opening)
+    assert row.count(opens) == harmless.count(opens)
+
+
+def test_a_pair_that_also_stands_around_a_question_is_guarded() -> None:
+    template = CHATML.replace("+ m['content']", "+ '<think></think>' + m['content']")
+    tokenizer = tokenizer_of("zephyr", "byte-level BPE", template)
+    for token in ("<|im_start|>", "<think>", "</think>"):
+        tokenizer.add_tokens(AddedToken(token, special=False))
+    assert {"<think>", "</think>", "<|im_start|>"} <= special_tokens(tokenizer)
+
+
 def test_marks_cannot_be_typed() -> None:
     """Marks around the template's own end would take it away, and with it the end of the turn."""
     template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"

@@ -1,6 +1,7 @@
 """Before SFT and PPO: what the chat template refuses, what never ends, and that looking changes no random number."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from tests.command import Result, rlhf
 from tests.conftest import PROMPTS, WORDS
+from tests.models.test_thoughts import DROPS
 
 # The turn ends in a token that the tokenizer has and that is not its end token, as in Qwen2.5's base model with ChatML.
 OTHER_END = (
@@ -89,6 +91,16 @@ def test_so_do_the_stages_that_read_pairs(run: Any, stage: str, objective: str) 
     assert f"{stage}: pairs: " in result.stderr
     assert "System role not supported" in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+def test_answers_that_stand_behind_another_text_than_the_prompt_are_said_and_not_refused(run: Any) -> None:
+    result = run(DROPS)
+    assert result.returncode == 0, result.stderr
+    said = " ".join((result.stdout + result.stderr).split())
+    assert re.search(
+        r"sft: \d+ answers without a thought \(the first is row 0\): the chat template of \S+ lets a prompt end", said
+    )
+    assert "leaves <think>" not in said
 
 
 def test_prompts_that_fill_the_whole_length_are_said(run: Any) -> None:
