@@ -164,13 +164,14 @@ def prefix_keys(turns: Messages) -> list[str]:
     >>> prefix_keys(turns) == [prompt_key(turns[:1]), prompt_key(turns)]
     True
     """
-    text, calls, keys = hashlib.sha256(), list[object](), []
+    text, calls, keys, has_calls = hashlib.sha256(), list[object](), list[str](), False
     for i, turn in enumerate(turns):
         words = f"{turn['role']}\x1e{' '.join(turn['content'].split()).casefold()}"
         text.update((f"\x1f{words}" if i else words).encode())
         calls.append(turn.get("tool_calls"))
+        has_calls |= "tool_calls" in turn
         whole = text.copy()
-        if any("tool_calls" in before for before in turns[: i + 1]):
+        if has_calls:
             whole.update(json.dumps(calls, sort_keys=True).encode())
         keys.append(whole.hexdigest())
     return keys or [text.hexdigest()]

@@ -270,7 +270,7 @@ def ppe_correctness(items: Sequence[Item]) -> Arithmetic:
         "pairs": np.concatenate([pairs.figures[OVERALL], np.zeros(len(items))]),
         "best of K": np.concatenate([np.zeros(count), share]),
     }
-    return Arithmetic(outcomes, [*pairs.clusters, *_clusters(items)], figures)
+    return Arithmetic(outcomes, _clusters([*(item for item in items for _ in item.pairs), *items]), figures)
 
 
 def _mean(weights: Sequence[Array]) -> Array:

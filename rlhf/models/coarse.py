@@ -6,7 +6,7 @@ from torch import nn
 
 @torch.no_grad()
 def coarse_weights(whose: str, network: nn.Module, learning_rate: float) -> str | None:
-    """Return a sentence where a network's trained weights have 16 bits, and steps of the learning rate's size are lost in them.
+    """Return a sentence where most of a network's trained weights have 16 bits, in which steps of the learning rate are lost.
 
     AdamW moves a weight by about the learning rate. A 16-bit weight w takes that only if it is more than half of the distance to
     the next number, about 2⁻⁹ |w| in bfloat16: the root mean square of the weights stands for w.
@@ -15,11 +15,13 @@ def coarse_weights(whose: str, network: nn.Module, learning_rate: float) -> str 
     >>> coarse_weights("sft: the", layer, 1e-5)[:43], coarse_weights("sft: the", layer, 0.1)
     ('sft: the trained weights are bfloat16, in w', None)
     """
-    trained = [p for p in network.parameters() if p.requires_grad and p.is_floating_point() and p.itemsize == 2]
-    if not trained:
+    every = [p for p in network.parameters() if p.requires_grad and p.is_floating_point()]
+    trained = [p for p in every if p.itemsize == 2]
+    count = sum(p.numel() for p in trained)
+    if 2 * count <= sum(p.numel() for p in every):
         return None
-    dtype, count = trained[0].dtype, sum(p.numel() for p in trained)
-    size = (sum(p.float().square().sum().item() for p in trained) / max(1, count)) ** 0.5
+    dtype = trained[0].dtype
+    size = (sum(p.float().square().sum().item() for p in trained) / count) ** 0.5
     if learning_rate > size * torch.finfo(dtype).eps / 4:
         return None
     return (

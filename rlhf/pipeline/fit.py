@@ -209,11 +209,10 @@ def fit_and_keep(
         context.say(f"reward: {label} was trained before")
         file = kept / OF_TRAINING
         # None is there where an earlier version trained it, which is no reason to train it again.
-        facts = (
-            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"checks": {}, "dropped_too_long": 0}
-        )
-        book.merge(facts["checks"])
-        return int(facts["dropped_too_long"])
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        book.merge(known.get("checks", {}))
+        dropped: int = known.get("dropped_too_long", 0)
+        return dropped
     folder.mkdir(parents=True, exist_ok=True)
     made = CheckBook()
     trainer = fit_reward_model(context, rows, folder, label, seed, made)

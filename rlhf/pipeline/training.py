@@ -115,8 +115,10 @@ def train(trainer: InStage, folder: Path, *, label: str, say: Callable[[str], No
         UserError: sharding was asked for that is not at work, or that loses something.
     """
     check_sharding(trainer, stage=label)
+    # PPO looks by itself, and FSDP trains float32 copies.
+    is_plain = label != "ppo" and not trainer.is_fsdp_enabled
     if (
-        label != "ppo"
+        is_plain
         and (sentence := coarse_weights(f"{label}: the", trainer.model, trainer.args.learning_rate)) is not None
     ):
         say(sentence)

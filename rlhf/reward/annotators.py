@@ -24,6 +24,7 @@ from rlhf.objectives.annotators import (
     vote_worth,
 )
 from rlhf.reward.noise import NoiseEstimate
+from rlhf.reward.overlap import told_by_others
 from rlhf.reward.wants import trait_differences
 from rlhf.statistics import unpaired_difference
 
@@ -244,8 +245,8 @@ def report_annotators(
     # 1. Accuracy, by maximum likelihood given what all others say, and by the fit that posterior labels take.
     accuracy = fit_accuracy(labelled.labels, labelled.groups)
     others = others_log_odds(labelled.labels, accuracy)
-    if labelled.groups <= 2 and not labelled.labels.prior.any():  # how often two agree does not say which of them errs
-        others = torch.zeros_like(others)
+    told = told_by_others(labelled.labels, labelled.names)
+    others[torch.tensor([name not in told for name in labelled.names])] = 0.0
     by_name, counts = _decided(labelled), Counter(labelled.names)
     group_of = dict(zip(labelled.names, labelled.labels.annotator.tolist(), strict=True))
     report = {

@@ -96,6 +96,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     average = agree.mean()
     surely_wrong, surely_right = int((1 - agree >= average).sum()), int((agree >= average).sum())
     low, fitted, scale = _fit(differences, clusters, odds)
+    scale = min(scale, 1.0) if agrees_with_all else scale  # no likelihood bounds it; voters are trained in nats
     flip_rate = 0.0 if agrees_with_all else min(surely_wrong / (surely_wrong + surely_right), 0.5)
     return NoiseEstimate(flip_rate, fitted if low > 0 else 0.0, scale, low, high, fitted)
 

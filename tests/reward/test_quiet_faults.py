@@ -198,8 +198,13 @@ def test_votes_that_agree_with_every_label_are_not_taken_for_chance() -> None:
         warnings.simplefilter("error")
         noise = estimate_noise(strength, range(200))
     assert (noise.flip_rate, noise.fitted, noise.low) == (0.0, 0.0, 0.0)
-    assert noise.scale > 0
+    assert 0 < noise.scale <= 1
     assert noise.high == 0.0
+    twice = torch.zeros(200)
+    twice[0] = -2 * 2.94
+    assert beliefs(strength, estimate_noise(strength, range(200), twice), twice)[0] < 0.5, (
+        "two experts turn a label of a weak vote"
+    )
     strength[0] = -0.5
     assert estimate_noise(strength, range(200)).flip_rate < 0.05
 
