@@ -82,8 +82,7 @@ def test_an_answer_is_scored_as_the_ids_that_sft_teaches(name: str) -> None:
         if lead.isspace():
             assert text == answer
             asked = rendered(tokenizer, PROMPT, asks=True)
-            said = lead + answer
-            assert encode_answers(tokenizer, [asked], [said], conversational=True)[0] == [row], said
+            assert encode_answers(tokenizer, [asked], [text], conversational=True)[0] == [row], text
     asked = rendered(tokenizer, PROMPT, asks=True)
     assert encode_answers(tokenizer, [asked], [ANSWER], conversational=True)[0] == [taught(tokenizer, ANSWER)[0]]
 
