@@ -104,6 +104,15 @@ def texts_of(
     return [text.removeprefix(lead) for text in texts]
 
 
+def has_hidden_tokens(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> Tensor:
+    """Tell of which answers the text leaves out special tokens other than their end, [b] bool: nobody who reads it sees them."""
+    added = (x for x, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special = torch.tensor(sorted({*added, *tokenizer.all_special_ids}), device=completions.response_ids.device)
+    before_end = completions.response_mask.sum(dim=1) - completions.ended.long()
+    places = torch.arange(completions.response_ids.shape[1], device=special.device)
+    return (torch.isin(completions.response_ids, special) & (places < before_end[:, None])).any(dim=1)
+
+
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every id that ends an answer: the tokenizer's, and those of the model's generation configuration."""
     declared = getattr(model, "generation_config", None) and model.generation_config.eos_token_id

@@ -53,13 +53,12 @@ def continued_text(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str,
     """Return the text that the reward model reads of an answer to a prompt that a chat template has rendered already.
 
     It is what the template writes of the whole conversation, whether or not the prompt has its begin token, and its end the
-    white space that the template writes there; and whether or not the answer has the white space that stands before it.
+    white space that the template writes there.
     """
     around = frame(tokenizer)
     bare = prompt.rstrip()
     if bare.endswith(around.asks.rstrip()):
         prompt = bare + around.asks[len(around.asks.rstrip()) :]
-        answer = answer.removeprefix(around.lead) if around.lead.isspace() else answer
         answer = behind_question(tokenizer, answer) if around.lead else answer.lstrip() if around.trims else answer
     return closed_text(tokenizer, prompt + answer, conversational=True, ended=ended)
 

@@ -14,7 +14,7 @@ from rlhf.data.rows import Prompt
 from rlhf.errors import TrainingError
 from rlhf.invariants.sampler import halves_of_rows
 from rlhf.models.batching import run_batches
-from rlhf.models.generate import Completions
+from rlhf.models.generate import Completions, has_hidden_tokens
 from rlhf.models.logprobs import ExpectedCounts
 from rlhf.models.text import plain
 from rlhf.objectives.advantage import generalized_advantage, nearest_line, token_rewards
@@ -227,6 +227,8 @@ def _report(
         longest_prompt=trainer.longest_prompt,
         monitored=monitored,
     )
+    hidden = has_hidden_tokens(trainer.processing_class, completions)
+    trainer.metrics.count("special_tokens", hidden.sum(), len(hidden))
     _count_outside(trainer, prompts, completions)
     mask, kl = experience.response_mask.bool(), experience.kl
     kl_sequence = torch.where(mask, kl, torch.zeros_like(kl)).sum(dim=1)

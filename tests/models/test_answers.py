@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf.models.critiques import critique_ids
-from rlhf.models.generate import completions_of, encode_demonstrations, texts_of
+from rlhf.models.generate import completions_of, encode_demonstrations, has_hidden_tokens, texts_of
 from rlhf.models.scratch import train_tokenizer
 from rlhf.models.templates import end_at_end_token, frame, rendered, turn_end_ids
 from rlhf.models.text import PLAIN_TEMPLATE, check_tokenizer, encode_answers, give_plain_template
@@ -82,8 +82,7 @@ def test_an_answer_is_scored_as_the_ids_that_sft_teaches(name: str) -> None:
         if lead.isspace():
             assert text == answer
             asked = rendered(tokenizer, PROMPT, asks=True)
-            said = lead + answer
-            assert encode_answers(tokenizer, [asked], [said], conversational=True)[0] == [row], said
+            assert encode_answers(tokenizer, [asked], [text], conversational=True)[0] == [row], text
     asked = rendered(tokenizer, PROMPT, asks=True)
     assert encode_answers(tokenizer, [asked], [ANSWER], conversational=True)[0] == [taught(tokenizer, ANSWER)[0]]
 
@@ -122,6 +121,20 @@ def test_an_answer_ends_at_its_first_end_token_whatever_sampled_it() -> None:
     assert found.response_mask.sum(dim=1).tolist() == [len(words) + 1, len(more)]
     assert found.ended.tolist() == [True, False]
     assert found.texts == ["The Danube.", "And the Rhine."]
+
+
+def test_special_tokens_that_no_text_shows_are_counted_but_for_the_end() -> None:
+    tokenizer = build("ChatML")
+    tokenizer.add_tokens(["<think>"])
+    end, pad, thinks = tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer) - 1
+    other = tokenizer.convert_tokens_to_ids("<|user|>")
+    words = tokenizer("The Danube")["input_ids"]
+    answers = [[*words, end], words, [other, *words, end], [*words, other], [pad, *words], [thinks, *words, end], [end]]
+    found = completions_of(
+        tokenizer, [[5]] * 7, answers, end_ids=[end], conversational=True, device=torch.device("cpu")
+    )
+    assert has_hidden_tokens(tokenizer, found).tolist() == [False, False, True, True, True, False, False]
+    assert found.texts == ["The Danube"] * 5 + ["<think>The Danube", ""]
 
 
 def test_what_follows_a_plain_text_keeps_its_blank() -> None:

@@ -68,6 +68,11 @@ def test_an_engine_that_is_the_policy_changes_nothing(
     keep = rollout.response_mask.bool()
     torch.testing.assert_close(rollout.sampler_weights[keep], torch.ones(int(keep.sum())), atol=1e-4, rtol=0)
     assert rollout.logprobs_old[keep].max() < 0
+    special, end = set(trainer.processing_class.all_special_ids), trainer.processing_class.eos_token_id
+    response_ids = rollout.input_ids[:, -keep.shape[1] :]
+    rows_of_ids = [row[k].tolist() for row, k in zip(response_ids, keep, strict=True)]
+    inside = [bool(special & set(row[:-1] if row[-1] == end else row)) for row in rows_of_ids]
+    assert trainer.metrics.take()["special_tokens"] == pytest.approx(sum(inside) / len(inside))
     trainer, rows = make(base_folder, str(reward_folder), cpu_arguments, use_vllm=True)
     trainer.train()
     (used,) = Engine.made[1:]
