@@ -12,6 +12,7 @@ set -euo pipefail
 recipe=${1:?a recipe} run=${2:?the folder of the run}
 shift 2
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 # torchrun kills after 30 seconds else, before a large model is saved
 export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP
 export FSDP_STATE_DICT_TYPE=FULL_STATE_DICT FSDP_CPU_RAM_EFFICIENT_LOADING=false ACCELERATE_MIXED_PRECISION=bf16
 

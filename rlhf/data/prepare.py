@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.data.order import in_drawn_order
 from rlhf.data.ratings import RatingReader, RatingScale
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.repeats import deduplicated
+from rlhf.data.repeats import deduplicated, say_same_names
 from rlhf.data.rows import CRITIQUES, TIE, Compare, Messages, Pair, PromptRow, Rated
 from rlhf.data.sources import (
     Canonical,
@@ -22,7 +23,6 @@ from rlhf.data.sources import (
     keep_only,
     read_sources,
     share_of,
-    share_of_text,
     to_demonstrations,
     to_pairs,
     to_prompts,
@@ -33,7 +33,6 @@ from rlhf.files import write_jsonl
 
 HELD_OUT = "held out: its prompt, or another of its conversation, is on the test side"
 UNTESTABLE = "a tie, which nothing can be tested on"
-SHOWN_NAMES = 5
 LEAK = "its prompt is on the test side that was given"
 # Rows by what they are: pairs, prompts, demonstrations; or by file.
 Parts = Mapping[str, Sequence[Row[PromptRow]]]
@@ -131,7 +130,7 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     if sources.critiques:
         _check_critiques(written.get("pairs", []))
     if sources.shuffle:
-        written = {name: _in_drawn_order(rows, name, seed) for name, rows in written.items()}
+        written = {name: in_drawn_order(rows, name, seed) for name, rows in written.items()}
     _write(folder, written, reports)
     return {
         "rows": {name: len(rows) for name, rows in written.items()},
@@ -167,7 +166,7 @@ def _read_pairs(
             read.test = [row for row in read.train if _is_held_out(row, sources.test_fraction, seed)]
             held_out |= {row.conversation for row in read.test}
             read.train = [row for row in read.train if row.conversation not in held_out]
-        _say_same_names(source, pairs, read, reports)
+        say_same_names(source, pairs, read, reports)
         pairs = Rows(pairs.train + read.train, pairs.test + read.test)
     if sources.test:
         drop_rows(pairs.test, "marked as test, but data.test is given")
@@ -178,20 +177,6 @@ def _read_pairs(
     decided = [row for row in pairs.test if row.values.get("confidence") != TIE]
     train, test = deduplicated(pairs.train, by_annotator=True), keep_only(pairs.test, decided, UNTESTABLE)
     return Rows(train, deduplicated(test)), held_out, split
-
-
-def _say_same_names(source: Source, before: Rows[Pair], read: Rows[Pair], reports: list[ReadReport]) -> None:
-    """Say where annotators of a source have the names of others': numbers of two tools may be two people."""
-    known, names = (
-        {row.values.get("annotator") for row in [*rows.train, *rows.test]} - {None} for rows in (before, read)
-    )
-    if known & names:
-        shown = ", ".join(sorted(map(str, known & names))[:SHOWN_NAMES])
-        reports[-1].direct(
-            "annotator",
-            f"{len(known & names)} names of {source.source} stand in an earlier source too ({shown}), and are taken for the same "
-            "people; rename them if they are not",
-        )
 
 
 def _read_ratings(
@@ -358,16 +343,6 @@ def _per_prompt(rows: Sequence[Row[Canonical]], most: int | None, rng: random.Ra
         places.setdefault(row.key, []).append(index)
     chosen = {i for group in places.values() for i in (group if len(group) <= most else rng.sample(group, most))}
     return keep_only(rows, [row for i, row in enumerate(rows) if i in chosen], f"over data.max_pairs_per_prompt {most}")
-
-
-def _in_drawn_order(rows: Sequence[Row[Canonical]], name: str, seed: int) -> list[Row[Canonical]]:
-    """Return rows in an order drawn at random; of the test side always in the same one, whatever is trained on and by which seed.
-
-    So runs that differ in these are evaluated on the same prompts, and more test rows leave the others' order as it was.
-    """
-    if name.startswith("test_"):
-        return sorted(rows, key=lambda row: share_of_text(row.key, f"order of {name}"))
-    return random.Random(f"order of {name} {seed}").sample(rows, len(rows))
 
 
 # ---- Writing ----

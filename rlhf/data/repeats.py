@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from rlhf.data.rows import TIE, Pair, told
 
 if TYPE_CHECKING:
-    from rlhf.data.sources import Row
+    from rlhf.data.read import ReadReport
+    from rlhf.data.sources import Row, Rows, Source
 
 BOTH_ORDERS, REPEATED = "stands in both orders", "repeats another pair"
+SHOWN_NAMES = 5
 OUTVOTED = "most annotators of this pair say the opposite"
 TIE_BESIDE = "a tie, and the same pair is decided in another row"
 
@@ -68,12 +70,26 @@ def _majority(labels: Sequence[_Label]) -> str | None:
 
     Who says both has said nothing; ties are votes for neither. A row without a name may be of anybody, so none may contradict.
     """
-    said: defaultdict[str, set[str]] = defaultdict(set)
+    answers: defaultdict[str, set[str]] = defaultdict(set)
     for label in labels:
         if label.annotator is not None and label.better is not None:
-            said[label.annotator].add(label.better)
-    votes = Counter(better for each in said.values() if len(each) == 1 for better in each).most_common(2)
+            answers[label.annotator].add(label.better)
+    votes = Counter(better for each in answers.values() if len(each) == 1 for better in each).most_common(2)
     if not votes or (len(votes) == 2 and votes[0][1] == votes[1][1]):
         return None
     others = {label.better for label in labels if label.annotator is None} - {None, votes[0][0]}
     return None if others else votes[0][0]
+
+
+def say_same_names(source: "Source", before: "Rows[Pair]", read: "Rows[Pair]", reports: Sequence["ReadReport"]) -> None:
+    """Say where annotators of a source have the names of others': numbers of two tools may be two people."""
+    known, names = (
+        {row.values.get("annotator") for row in [*rows.train, *rows.test]} - {None} for rows in (before, read)
+    )
+    if known & names:
+        shown = ", ".join(sorted(map(str, known & names))[:SHOWN_NAMES])
+        reports[-1].direct(
+            "annotator",
+            f"{len(known & names)} names of {source.source} stand in an earlier source too ({shown}), and are taken for the same "
+            "people; rename them if they are not",
+        )

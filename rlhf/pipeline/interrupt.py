@@ -1,8 +1,14 @@
-"""SIGTERM and Ctrl-C: the first asks a training stage to save and stop, the second ends it at once."""
+"""SIGTERM and Ctrl-C: the first asks a training stage to save and stop, the second ends it at once.
+
+A manager of processes sends SIGTERM to all of a step, and torchrun to its workers once more: within seconds that is one wish.
+"""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+ONE_WISH_SECONDS = 5.0
 
 
 class Interrupted(BaseException):
@@ -17,6 +23,7 @@ class _State:
     """One a process, as signals are."""
 
     requested: int | None = None
+    since: float = 0.0
     patient: bool = False
 
 
@@ -35,8 +42,10 @@ def ignore() -> None:
 def _on_signal(signum: int, _: object) -> None:
     """Note the signal where somebody has patience, else raise it."""
     if _State.patient and _State.requested is None:
-        _State.requested = signum
-    else:
+        _State.requested, _State.since = signum, time.monotonic()
+        return
+    is_repeated = signum == signal.SIGTERM == _State.requested and time.monotonic() - _State.since < ONE_WISH_SECONDS
+    if not (_State.patient and is_repeated):
         raise Interrupted(signum)
 
 

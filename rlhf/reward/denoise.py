@@ -230,7 +230,7 @@ def posterior_as_confidence(
 def posterior_as_weight(
     rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
 ) -> Denoised:
-    """Multiply the weight by the confidence of `posterior_as_confidence`; where the votes prove no noise, nothing is set."""
+    """Set the weight to its product with the confidence of `posterior_as_confidence`; where no noise is proved, nothing is set."""
     posterior = _posterior(rows, strength, noise)
     if posterior is None:
         return Denoised(rows)

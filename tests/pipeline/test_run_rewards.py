@@ -175,5 +175,5 @@ def test_experts_that_were_trained_are_not_trained_again(tmp_path: Path) -> None
     ]
     assert probes[0] == probes[1]
     facts = [json.loads((tmp_path / f"{run}/round-1/reward/manifest.json").read_text()) for run in ("whole", "cut")]
-    assert facts[0]["metrics"]["pairs"] == facts[1]["metrics"]["pairs"]
-    assert set(facts[0]["metrics"]["checks"]) == set(facts[1]["metrics"]["checks"]), "the kept expert's too"
+    assert facts[0]["facts"]["pairs"] == facts[1]["facts"]["pairs"]
+    assert set(facts[0]["facts"]["checks"]) == set(facts[1]["facts"]["checks"]), "the kept expert's too"
