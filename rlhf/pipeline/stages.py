@@ -198,7 +198,9 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     checks = CheckBook()
     require_reachable_end(checks, tokenizer, end_token_ids(model, tokenizer), stage="sft", is_trained_here=True)
     lengths = read_lengths(trainer.train_dataset)
-    dropped = lengths.without_answer if args.packing else len(rows) - len(lengths.tokens)
+    # Without packing TRL leaves them out; packed in pieces, the other pieces of one may hold its answer.
+    packed_whole = lengths.without_answer if args.packing_strategy == "bfd" else 0
+    dropped = packed_whole if args.packing else len(rows) - len(lengths.tokens)
     if dropped == len(rows):
         raise UserError(
             f"sft: the prompts of all {len(rows)} demonstrations alone fill max_length={args.max_length}; raise sft.max_length."

@@ -72,8 +72,11 @@ def test_an_audit_says_what_more_labels_would_bring(
 
 def test_what_cannot_be_measured_is_a_sentence(base_folder: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl")
-    for override in ("vote.trunk=null", "vote.in_sample=true"):
-        with pytest.raises(UserError, match=r"--meter: .* set vote.trunk in --recipe and leave out vote.in_sample"):
+    for override, said in (
+        ("vote.trunk=null", r"--meter: .* set vote.trunk in --recipe and leave out vote.in_sample"),
+        ("vote.in_sample=true", r"--recipe: vote.in_sample: voters agree with labels that they were trained on"),
+    ):
+        with pytest.raises(UserError, match=said):
             run(tmp_path, base_folder, recipe=recipe(tmp_path, override))
         assert not (tmp_path / "out").exists(), "nothing is made"
     result, _ = run(tmp_path, base_folder)
