@@ -70,7 +70,9 @@ def _kinds(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answer
         try:
             asked = rendered(tokenizer, prompt, asks=True)
             whole = rendered(tokenizer, [*prompt, Message(role="assistant", content=answer)])
-        except Exception:  # a template may raise anything
+        except (
+            Exception
+        ):  # a template may raise anything; `template_problems` says so, before SFT and rewards are trained
             continue
         words = f"{1 + len(others)} answers {'with' if thinks else 'without'} a thought (the first is row {first})"
         yield _Kind(words, thought_of(answer), asked, whole)
