@@ -1,7 +1,8 @@
 """Tool calls and tools' turns, where a model's own chat template has a place for them.
 
 A turn is a role and a text everywhere in this package, so a call becomes the text that the template writes for it. What a
-model reads stays the same to the last character, which is compared row by row.
+model reads stays the same to the last character, which is compared row by row. A special token that the template writes into
+a call (Mistral's `[TOOL_CALLS]`) would be letters in a text, so such calls are refused.
 """
 
 import copy
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Message, Messages
 from rlhf.models.templates import closing, rendered
+from rlhf.models.typed import spelled
 
 # Stand for a function's name, its arguments and a tool's words, so that it is seen whether a template writes them.
 NAME, ARGUMENT, WORDS = "rlhf_marked_name", "rlhf_marked_argument", "rlhf marked words"
@@ -34,7 +36,8 @@ class ToolTemplate:
         """Return a row whose turns are texts: every call is what the template writes for it.
 
         Raises:
-            BadRow: the template leaves out calls or tools' turns, or a call can't be written as a turn's text.
+            BadRow: the template leaves out calls or tools' turns, or a call can't be written as a turn's text, as where the
+                template writes special tokens in it.
         """
         if self._tokenizer is None:
             self._tokenizer = self._load()
@@ -62,13 +65,23 @@ class ToolTemplate:
         """Return a turn with nothing but role and content; a call is what stands between the beginning and close of an answer."""
         if "tool_calls" not in turn:
             return Message(role=turn["role"], content=turn["content"])
+        content = self._written(before, turn)
+        as_text = Message(role="assistant", content=content)
+        if not content.strip() or self._rendered([*before, as_text]) != self._rendered([*before, turn]):
+            raise self._unwritable()
+        tokens = spelled(self._require_tokenizer()).findall(self._written(before, _marked([turn])[0][0]))
+        if len(tokens) > len(spelled(self._require_tokenizer()).findall(turn["content"])):
+            raise BadRow(
+                f"the chat template of {self._name} writes the special token {tokens[0]!r} in its tool calls, which the text of "
+                "a turn can't hold"
+            )
+        return as_text
+
+    def _written(self, before: Messages, turn: Message) -> str:
+        """Return what the template writes for an assistant's turn between the beginning and the close of an answer."""
         tokenizer = self._require_tokenizer()
         whole = self._rendered([*before, turn])
-        head, close = rendered(tokenizer, before, asks=True), closing(tokenizer, before)
-        as_text = Message(role="assistant", content=whole.removeprefix(head).removesuffix(close))
-        if not as_text["content"].strip() or self._rendered([*before, as_text]) != whole:
-            raise self._unwritable()
-        return as_text
+        return whole.removeprefix(rendered(tokenizer, before, asks=True)).removesuffix(closing(tokenizer, before))
 
     def _rendered(self, turns: Messages) -> str:
         return rendered(self._require_tokenizer(), turns)

@@ -89,3 +89,17 @@ def test_a_template_that_raises_or_trims_is_refused(with_tools: Any) -> None:
     with_tools.chat_template = TEMPLATE.replace("{{ m.content or '' }}", "{{ (m.content or '') | upper }}")
     with pytest.raises(BadRow, match="can't write its tool calls as the text of a turn"):
         ToolTemplate(lambda: with_tools, "m")({**ROW, "prompt": ROW["prompt"][:1]})
+
+
+def test_a_special_token_of_the_template_is_no_text(with_tools: Any) -> None:
+    """A typed one, in a call's arguments or beside it, is words and stays."""
+    token = "[TOOL_CALLS]"
+    typed = {**ROW, "chosen": [{**call(city=f"Rome {token}"), "content": f"I call {token}"}]}
+    with_special = copy.deepcopy(with_tools)
+    with_special.add_special_tokens({"additional_special_tokens": [token]})
+    fitted = ToolTemplate(lambda: with_special, "m")(typed)
+    assert fitted["chosen"][0]["content"].count(token) == 2
+    with_special.chat_template = TEMPLATE.replace("<tool_call>", token)
+    for row in (ROW, typed, {**ROW, "prompt": ROW["prompt"][:1]}):
+        with pytest.raises(BadRow, match=r"writes the special token '\[TOOL_CALLS\]' in its tool calls"):
+            ToolTemplate(lambda: with_special, "m")(row)
