@@ -37,6 +37,7 @@ from rlhf.models.open import (
     put_adapter,
 )
 from rlhf.models.save import check_base
+from rlhf.models.scalar_head import restore_exact, score_head
 from rlhf.models.templates import check_template
 from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_template, give_plain_template
 
@@ -332,15 +333,6 @@ def encoder_type(model: str | Path, revision: str | None = None) -> str | None:
     return kind if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else None
 
 
-def score_head(model: torch.nn.Module) -> torch.nn.Linear | None:
-    """Return the linear head of a decoder reward model; None for encoders, whose classifier has layers of its own."""
-    inner = model.base_model.model if isinstance(model, PeftModel) else model
-    head = getattr(inner, "score", None)
-    if head is not None and not isinstance(head, torch.nn.Linear):  # PEFT wraps a saved module
-        head = head.modules_to_save[head.active_adapter]
-    return head
-
-
 def copy_adapter(folder: str, model: PeftModel) -> None:
     """Copy what a causal adapter trained into the same places of another model's adapter: LoRA factors, DoRA's magnitudes, and
     whole modules, such as embeddings. What it trained of the output layer has no place there and is left out.
@@ -389,6 +381,7 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False, labels: int = 1
             base = _prepare_for_4_bit(base)
         base.config.problem_type = "regression"
         model = put_adapter(base, source.adapter)
+        restore_exact(model, saved)
         model.config.get_text_config().pad_token_id = open_tokenizer(path).pad_token_id
     else:
         wanted = "one label" if labels == 1 else f"{labels} labels here"

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.models.load import score_head
+from rlhf.models.scalar_head import score_head
 
 MEGABATCH = 50
 LONG_ROW = 6  # hidden sizes: the length of a row at which attention costs as much as all else in a layer, about

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Prompt
 from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, pad_batch, run_batches
-from rlhf.models.load import score_head
+from rlhf.models.scalar_head import score_head
 from rlhf.models.unpadded import token_states
 
 

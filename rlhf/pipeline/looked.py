@@ -16,7 +16,8 @@ from rlhf.data.labelbook import BOOK
 from rlhf.data.labels import Question, Verdict, all_alike, question_id
 from rlhf.data.rows import SIDES, TIE, Pair, answer, asked, told
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, load_tokenizer, score_head
+from rlhf.models.load import build_reward_model, load_tokenizer
+from rlhf.models.scalar_head import score_head
 from rlhf.objectives.second_look import (
     expected_change,
     posterior_of_observations,

@@ -16,7 +16,8 @@ from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import encoder_type, load_policy, load_tokenizer, score_head
+from rlhf.models.load import encoder_type, load_policy, load_tokenizer
+from rlhf.models.scalar_head import score_head
 from rlhf.models.score import Scorer
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.critiques import critique_form, own_critiques

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rlhf.errors import UserError
 from rlhf.models.coarse import coarse_weights
 from rlhf.models.critiques import drop_output_layer
-from rlhf.models.load import score_head
+from rlhf.models.scalar_head import make_exact, score_head
 from rlhf.models.text import check_tokenizer
 from rlhf.ppo.backbone import add_to_backbone, sharing_obstacle
 from rlhf.ppo.config import PPOConfig
@@ -208,6 +208,8 @@ def _copy_of_reward_model(source: RewardSource, processing_class: PreTrainedToke
         for name in set(critic.peft_config) - {POLICY_ADAPTER}:
             critic.delete_adapter(name)  # of experts, the critic starts from the first
         critic.set_adapter(POLICY_ADAPTER)
+        if (head := score_head(critic)) is not None:
+            make_exact(head)
     for name, parameter in critic.named_parameters():
         adapter_part = "lora_" in name or "modules_to_save" in name
         parameter.requires_grad_(adapter_part or not isinstance(critic, PeftModel))

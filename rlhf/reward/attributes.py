@@ -15,7 +15,7 @@ from trl import RewardConfig
 from rlhf.data.ratings import ratings_of
 from rlhf.data.rows import SIDES, Pair
 from rlhf.errors import UserError
-from rlhf.models.load import score_head
+from rlhf.models.scalar_head import score_head
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.objectives.pairwise import bradley_terry
 from rlhf.recipe.objectives import OBJECTIVES, Loss

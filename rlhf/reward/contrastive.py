@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trl import RewardConfig
 
 from rlhf.errors import UserError
-from rlhf.models.load import score_head
+from rlhf.models.scalar_head import score_head
 from rlhf.objectives.contrastive import info_nce, swapped_prediction, with_negatives
 from rlhf.recipe.objectives import EXTRAS
 from rlhf.reward.beside import BesideRewardTrainer

@@ -12,7 +12,7 @@ from trl import RewardConfig
 from rlhf.data.rows import CRITIQUES, SIDES
 from rlhf.errors import UserError
 from rlhf.models.critiques import critique_ids, request_ids, writer_on
-from rlhf.models.load import score_head
+from rlhf.models.scalar_head import score_head
 from rlhf.objectives.critiques import critique_loss, joint_loss
 from rlhf.recipe.objectives import EXTRAS
 from rlhf.reward.answer_logprobs import AnswerLogprobsRewardTrainer

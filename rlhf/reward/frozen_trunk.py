@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, run_batches
-from rlhf.models.load import score_head
 from rlhf.models.packing import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
+from rlhf.models.scalar_head import score_head
 from rlhf.progress import track
 
 FEATURES = "features.npy"

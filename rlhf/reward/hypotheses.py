@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Message
-from rlhf.models.load import score_head
+from rlhf.models.scalar_head import score_head
 from rlhf.models.score import score_rows
 from rlhf.models.templates import affixes, closing, rendered
 from rlhf.models.text import encode, prompt_text

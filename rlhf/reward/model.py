@@ -13,7 +13,7 @@ from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import UserError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, pad_batch, run_batches
-from rlhf.models.load import score_head
+from rlhf.models.scalar_head import score_head
 from rlhf.models.score import position_limit, score_rows
 from rlhf.models.text import closed_text, encode_answers, encode_texts, is_rendered
 from rlhf.models.typed import is_typed

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from trl import RewardConfig
 
 from rlhf.errors import UserError
-from rlhf.models.load import score_head
+from rlhf.models.scalar_head import score_head
 from rlhf.objectives.text import mixed, text_loss
 from rlhf.recipe.objectives import EXTRAS
 from rlhf.reward.answer_logprobs import AnswerLogprobsRewardTrainer

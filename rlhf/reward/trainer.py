@@ -21,7 +21,6 @@ from trl import RewardConfig, RewardTrainer
 from rlhf.errors import TrainingError, UserError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
-from rlhf.models.load import score_head
 from rlhf.models.packing import (
     LONG_ROW,
     GroupedByLength,
@@ -32,6 +31,7 @@ from rlhf.models.packing import (
     tolerance,
     unpack,
 )
+from rlhf.models.scalar_head import make_exact, score_head
 from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
@@ -163,8 +163,8 @@ class PairRewardTrainer(RewardTrainer):
         if args.disable_dropout:
             switch_off_dropout(self.model)  # TRL's own switch reaches modules, not probabilities that layers hold
         head = score_head(self.model)
-        if head is not None and getattr(self.model, "is_loaded_in_4bit", False):
-            head.float()  # TRL casts all that is trained on 4-bit weights to bfloat16, too coarse for a score
+        if head is not None and head.weight.requires_grad and isinstance(self.model, PeftModel):
+            make_exact(head)  # on a base of 16 bits PEFT leaves it in these, and on 4-bit weights TRL casts it to them
         collator = self.data_collator
         self._grouped = share_prompts and args.train_sampling_strategy == "random"
         reason = obstacle(self.model) if share_prompts else None

@@ -29,9 +29,9 @@ from rlhf.models.load import (
     load_tokenizer,
     model_settings,
     reward_model_on,
-    score_head,
 )
 from rlhf.models.save import base_fingerprint, save_model
+from rlhf.models.scalar_head import score_head
 from rlhf.models.text import answer_text, encode_answers, plain
 from rlhf.models.unpadded import position_ids
 from tests.conftest import PROMPTS, WORDS

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from rlhf import (
@@ -21,6 +21,7 @@ from rlhf import (
 )
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
+from rlhf.models.scalar_head import score_head
 from rlhf.recipe.objectives import Loss
 from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import check_columns, training_columns
@@ -173,6 +174,33 @@ def test_lora_trains_and_saves_the_head(
     in_memory = RewardModel(trainer.model, tokenizer).score(prompts, answers)
     assert (scores - in_memory).abs().max().item() < (0.1 * saved.std if four_bit else 1e-6)
     assert load_scorer(tmp_path / "rm", load_in_4bit=four_bit).config.problem_type == "regression"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_head_is_exact_on_a_base_of_16_bits(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path, autocast: bool
+) -> None:
+    """At a learning rate of LoRA every weight of it moves; in bfloat16 four of five stay. What is loaded is what was trained."""
+    from rlhf.reward.load import save_reward_model
+
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = build(base, tokenizer, use_peft=True, lora_r=4, dtype="bfloat16")
+    start = score_head(model).weight.detach().float().clone()
+    trainer = train(
+        PairRewardTrainer, model, tokenizer, pairs, {**cpu_arguments, "bf16": autocast}, learning_rate=1e-5
+    )
+    head = score_head(trainer.model)
+    assert head.weight.dtype == torch.float32 and model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert (head.weight != start).float().mean().item() > 0.95
+    samples = [(prompt, f"{word} dog") for prompt in PROMPTS for word in ("yes", "no")]
+    save_reward_model(tmp_path / "rm", trainer.model, tokenizer, samples=samples)
+    loaded = load_scorer(tmp_path / "rm")
+    assert loaded.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert torch.equal(score_head(loaded).weight, head.weight)
+    scores = RewardModel(loaded, tokenizer).score(*zip(*samples, strict=True))
+    assert not torch.equal(scores, scores.bfloat16().float()), "they are no multiples of 2^-8 of their size"
 
 
 @pytest.mark.fault("rows too long")
