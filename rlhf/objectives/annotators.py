@@ -5,10 +5,13 @@ Annotator j is right with probability a_j in each label that is no tie, whicheve
 say of the pair. A tie says nothing about which answer is better.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from rlhf.objectives.strength import nearest_line, scale_prior
 
 MOST_SURE = 0.999  # an accuracy beyond this, or below 1 - this, is more than labels can show
 PSEUDO_LABELS = 10.0
@@ -158,7 +161,7 @@ def most_accuracy(alike: float) -> float:
 
 
 class AccuracyFits(NamedTuple):
-    """Largest log-likelihoods of labels at each worth of a vote, on a grid of accuracies.
+    """Log-likelihoods of labels at each worth of a vote, on a grid of accuracies.
 
         ℓ_j(a, b) = Σ_i log( a σ(b d_i) + (1 - a) σ(-b d_i) ),   i the labels of annotator j
 
@@ -166,11 +169,13 @@ class AccuracyFits(NamedTuple):
         scales: [s] b, what a vote is worth.
         separate: [s] Σ_j max_a ℓ_j(a, b): every annotator with an accuracy of their own.
         common: [s] max_a Σ_j ℓ_j(a, b): all with the same.
+        mean: [s] Σ_j log mean_a exp ℓ_j(a, b): every accuracy between 0 and 1 as likely as any.
     """
 
     scales: Tensor
     separate: Tensor
     common: Tensor
+    mean: Tensor
 
 
 def fit_scales(differences: Tensor, annotator: Tensor, annotators: int) -> AccuracyFits:
@@ -183,34 +188,39 @@ def fit_scales(differences: Tensor, annotator: Tensor, annotators: int) -> Accur
     accuracies = torch.linspace(0, 1, ACCURACIES, dtype=torch.float64)[:, None]
     values = differences.double()
     scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / values.abs().mean().clamp(min=1e-12)
-    separate, common = [], []
+    separate, common, mean = [], [], []
     for scale in scales:
         right = torch.sigmoid(scale * values)
         likelihood = (accuracies * right + (1 - accuracies) * (1 - right)).clamp(min=1e-12).log()
         sums = torch.zeros(ACCURACIES, annotators, dtype=torch.float64).index_add(1, annotator, likelihood)
         separate.append(sums.max(dim=0).values.sum())
         common.append(sums.sum(dim=1).max())
-    return AccuracyFits(scales, torch.stack(separate), torch.stack(common))
+        mean.append((sums.logsumexp(dim=0) - math.log(ACCURACIES)).sum())
+    return AccuracyFits(scales, torch.stack(separate), torch.stack(common), torch.stack(mean))
 
 
 def vote_worth(differences: Tensor, annotator: Tensor, annotators: int) -> float:
     """Return what a vote is worth, b in nats per unit, where every annotator has an accuracy of their own.
 
-        b = argmax_b Σ_j max_a ℓ_j(a, b)
+        b: σ(b d_i) ≈ Σ_b p(b | labels) σ(b d_i),   p(b | labels) ∝ p(b) Π_j mean_a exp ℓ_j(a, b)
 
-    One accuracy for all can't explain that some labels are contradicted more often than others, and takes it for blunt votes.
+    One accuracy for all can't explain that some labels are contradicted more often than others, and takes it for blunt votes. Of
+    few labels the likeliest b may be a hundred times too large, and makes every label sure; the mean over all does not.
 
     Args:
         differences: [n] votes on each label, above 0 where they agree with it.
         annotator: [n] int64, who gave it.
 
-    >>> sure, blunt = torch.full((8,), 4.0), torch.tensor([4.0, -4.0] * 4)
-    >>> alone = vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 16), 1)
-    >>> vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 8 + [1] * 8), 2) > 2 * alone
+    >>> sure, blunt = torch.full((40,), 4.0), torch.tensor([4.0, -4.0] * 20)
+    >>> alone = vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 80), 1)
+    >>> vote_worth(torch.cat([sure, blunt]), torch.tensor([0] * 40 + [1] * 40), 2) > 2 * alone
     True
     """
     fits = fit_scales(differences, annotator, annotators)
-    return fits.scales[fits.separate.argmax()].item()
+    posterior = torch.softmax(fits.mean + scale_prior(fits.scales, differences), dim=0)
+    values = differences.double()
+    agree = posterior @ torch.sigmoid(fits.scales[:, None] * values)
+    return nearest_line(values, agree, through_origin=True)[1]
 
 
 def difference_statistic(differences: Tensor, annotator: Tensor, annotators: int) -> float:

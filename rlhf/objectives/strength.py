@@ -11,6 +11,8 @@ from torch import Tensor
 
 SmoothingMask = Literal["negative", "all", "negative+strong"]
 STRONG_FRACTION = 0.1
+LOG_SCALE_DEVIATION = 2.0
+CLOSEST = 1e-9  # probabilities are no closer to 0 and 1, where log-odds have no end
 STRENGTH_COLUMNS = ("strength_mean", "strength_std", "strength_share", "strength_votes")  # of `VoteStrength`, in files
 
 
@@ -90,6 +92,48 @@ def smoothing_confidence(strength: Tensor, *, alpha: float = 0.2, mask: Smoothin
     if mask == "negative+strong":
         smoothed = smoothed | lowest_fraction(-strength, STRONG_FRACTION)
     return torch.where(smoothed, torch.full_like(strength, 1.0 - alpha), torch.ones_like(strength))
+
+
+def scale_prior(scale: Tensor, differences: Tensor) -> Tensor:
+    """Return the logarithm of the prior density of what a vote is worth, up to a constant, [s].
+
+        log p(b) = -½ ( log( b mean |d| ) / 2 )²
+
+    A usual vote is worth about a nat, and 1/50 to 50 nats with 95 %: so wide a prior decides only where labels hardly do. Votes in
+    another unit have another b and the same b d.
+
+    Args:
+        scale: [s] b > 0.
+        differences: [n] d.
+    """
+    usual = differences.double().abs().mean().clamp(min=CLOSEST**2)
+    return -0.5 * ((scale * usual).log() / LOG_SCALE_DEVIATION) ** 2
+
+
+def nearest_line(differences: Tensor, probability: Tensor, *, through_origin: bool = False) -> tuple[float, float]:
+    """Return the constant c and the slope b for which σ(c + b d) is nearest to given probabilities.
+
+        c, b = argmin Σ_i p_i (1 - p_i) ( log( p_i / (1 - p_i) ) - c - b d_i )²
+
+    So a mean over many b and c becomes one that says nearly the same of each pair. Where all d are equal, b is 0.
+
+    Args:
+        differences: [n] d.
+        probability: [n] p in [0, 1].
+        through_origin: c is 0.
+
+    >>> d = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
+    >>> [round(x, 6) for x in nearest_line(d, torch.sigmoid(0.5 + 3 * d))]
+    [0.5, 3.0]
+    """
+    p = probability.double().clamp(CLOSEST, 1 - CLOSEST)
+    weight, values, odds = p * (1 - p), differences.double(), torch.logit(p)
+    weight = weight / weight.sum()
+    center = torch.zeros(()) if through_origin else (weight * values).sum()
+    height = torch.zeros(()) if through_origin else (weight * odds).sum()
+    spread = (weight * (values - center) ** 2).sum()
+    slope = (weight * (values - center) * (odds - height)).sum() / spread if spread > 0 else torch.zeros(())
+    return (height - slope * center).item(), slope.item()
 
 
 def posterior_confidence(strength: Tensor, *, flip_rate: float, scale: float = 1.0) -> Tensor:

@@ -1,5 +1,6 @@
 """How many labels are wrong, from out-of-fold votes."""
 
+import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from rlhf.data.rows import TIE
 from rlhf.errors import UserError
+from rlhf.objectives.strength import nearest_line, scale_prior
 from rlhf.statistics import best_temperature, clustered_mean
 
 RATES, SCALES = 100, 61
 CHI_SQUARE_95 = 3.841
+LEAST_WEIGHT = 1e-7  # what adds less to a mean over the grid is left out
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,11 @@ class NoiseEstimate:
 
     Attributes:
         flip_rate: ε, by confident learning.
-        fitted: ε, by maximum likelihood; 0 where `low` is.
-        scale: b of that fit, so that σ(b d) is how often a vote of d has the true order.
+        fitted: ε of the nearest model to all that the labels leave likely; 0 where `low` is.
+        scale: b of that model, so that σ(b d) is how often a vote of d has the true order.
         low: what the sure votes alone prove: the lower end of ε's likelihood interval.
         high: the upper end of the share of contradicted labels, as if every contradiction were the label's fault.
-        likeliest: ε of the fit that `scale` is of, also where no wrong label is proved.
+        likeliest: ε of the model that `scale` is of, also where no wrong label is proved.
     """
 
     flip_rate: float
@@ -60,8 +63,10 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
 
     - `low`: if a pair's true order is "chosen is better" with probability σ(b d), it has this label with probability
       (1 - ε) σ(b d) + ε σ(-b d): far from 0, where votes are sure, contradictions are ε. Profile likelihood on a grid,
-      95 % (χ² of one degree); it misses noise that sits where votes are unsure. `fitted` and `scale` are the best
-      fit, by which labels are denoised if `low` is above 0; blunt votes prove nothing and change nothing.
+      95 % (χ² of one degree); it misses noise that sits where votes are unsure. `fitted` and `scale` are those of which
+      σ(b d + log((1 - ε) / ε)) is nearest to the mean over the posterior of both, with all ε equally likely and b as
+      `scale_prior` says: some hundred labels leave many b likely, and the likeliest may be a hundred times too large, which
+      makes every label sure. By them labels are denoised if `low` is above 0; blunt votes prove nothing and change nothing.
     - `flip_rate`: confident learning (Northcutt et al., arXiv:1911.00068): among pairs on which the vote is at least as
       sure as it is of an average label, the share that it contradicts; 0.5 at most.
     - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap.
@@ -90,6 +95,8 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
             "as it is. Use a larger base model, more pairs, or another learning rate.",
             stacklevel=2,
         )
+        if not odds.any():
+            return NoiseEstimate(0.0, 0.0, 0.0, 0.0, high)
         low, likeliest, _ = _fit(torch.zeros_like(differences), clusters, odds)
         return NoiseEstimate(0.0, likeliest if low > 0 else 0.0, 0.0, low, high, likeliest)
     agree = torch.sigmoid(differences.double() / temperature)
@@ -102,7 +109,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
 
 
 def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> tuple[float, float, float]:
-    """Return the smallest ε whose profile likelihood is within 1.92 of the best, the best ε, and the best b."""
+    """Return the smallest ε whose profile likelihood is within 1.92 of the best, and ε and b nearest to the posterior's mean."""
     values = differences.double()
     spread = values.abs().mean().clamp(min=1e-12)
     rates = torch.linspace(0.0, 0.495, RATES, dtype=torch.float64)
@@ -113,7 +120,19 @@ def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) ->
         agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
         right, wrong = agree * confirmed, (1 - agree) * (1 - confirmed)
         likelihood[i] = torch.stack([(2 * ((1 - rate) * right + rate * wrong)).log().mean() for rate in rates])
-    best_scale, best_rate = divmod(int(likelihood.argmax()), RATES)
-    profile = likelihood.max(dim=0).values * len(set(clusters))
+    independent = len(set(clusters))
+    profile = likelihood.max(dim=0).values * independent
     low = rates[profile >= profile.max() - CHI_SQUARE_95 / 2].min()
-    return low.item(), rates[best_rate].item(), scales[best_scale].item()
+    posterior = torch.softmax((likelihood * independent + scale_prior(scales, values)[:, None]).flatten(), 0).view_as(
+        likelihood
+    )
+    posterior[posterior < LEAST_WEIGHT] = 0
+    right = torch.zeros_like(values)
+    for weights, scale in zip(posterior, scales, strict=True):
+        agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
+        likely = weights.nonzero().flatten()
+        for weight, rate in zip(weights[likely], rates[likely], strict=True):
+            right += weight / (1 + rate / (1 - rate) * (1 - agree) / agree)
+    constant, scale = nearest_line(values, right / posterior.sum())
+    likeliest = max(1 / (1 + math.exp(constant)), low.item())
+    return low.item(), min(likeliest, 0.5), max(scale, 0.0)

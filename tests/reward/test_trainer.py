@@ -188,11 +188,10 @@ def test_the_head_is_exact_on_a_base_of_16_bits(
     tokenizer.save_pretrained(base)
     model = build(base, tokenizer, use_peft=True, lora_r=4, dtype="bfloat16")
     start = score_head(model).weight.detach().float().clone()
-    trainer = train(
-        PairRewardTrainer, model, tokenizer, pairs, {**cpu_arguments, "bf16": autocast}, learning_rate=1e-5
-    )
+    trainer = train(PairRewardTrainer, model, tokenizer, pairs, {**cpu_arguments, "bf16": autocast}, learning_rate=1e-5)
     head = score_head(trainer.model)
-    assert head.weight.dtype == torch.float32 and model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert head.weight.dtype == torch.float32
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert (head.weight != start).float().mean().item() > 0.95
     samples = [(prompt, f"{word} dog") for prompt in PROMPTS for word in ("yes", "no")]
     save_reward_model(tmp_path / "rm", trainer.model, tokenizer, samples=samples)
