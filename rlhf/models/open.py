@@ -119,19 +119,34 @@ def _check_layers(name: str | Path, file: Path) -> None:
 def open_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Read a tokenizer, padding on the right, as it was saved.
 
+    A Mistral checkpoint's is read as transformers reads it, also where vLLM has brought the package mistral-common along, whose
+    tokenizer has no chat template.
+
     Raises:
         UserError: it can't be read, wants code of its own, or has no number as its length.
     """
     with one_sentence(name):
         place, arguments = _place(name)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            place, padding_side="right", revision=revision or "main", trust_remote_code=False, **arguments
+            place,
+            trust_remote_code=False,
+            padding_side="right",
+            revision=revision or "main",
+            mistral_format=False,
+            **arguments,
         )
         # Half a character is read, but can't be written again, which would be found out after training.
         json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()
     if not (isinstance(tokenizer.model_max_length, int | float) and tokenizer.model_max_length >= 1):
         raise UserError(
             f"{name}: model_max_length in its tokenizer_config.json is {tokenizer.model_max_length!r:.40}, no number of tokens."
+        )
+    if getattr(tokenizer, "fix_mistral_regex", None) is False:
+        warnings.warn(
+            f"{name}: transformers says that this tokenizer may split words by a pattern that Mistral has corrected since, so that "
+            "texts are read as other tokens than in pretraining. If the checkpoint's publisher says so too, load its tokenizer "
+            "once with fix_mistral_regex=True, save it into a copy of the folder, and name that.",
+            stacklevel=2,
         )
     return tokenizer
 

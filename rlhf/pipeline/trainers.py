@@ -1,6 +1,7 @@
 """The trainers of the stages: TRL's and ours, each keeping its latest micro-batches, and resuming what other processes saved."""
 
 import math
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.models.generate import encode_demonstrations
 from rlhf.models.packing import Packed, unpack
@@ -37,6 +39,7 @@ from rlhf.reward.text import TextRewardTrainer
 from rlhf.reward.trainer import PairRewardTrainer
 
 FAILED_BATCH = "failed_batch"
+CHECK_SETTINGS = ("trl", "transformers", "accelerate", "peft")
 
 
 class InStage(Trainer):
@@ -45,10 +48,19 @@ class InStage(Trainer):
     It remembers the micro-batches of the latest optimizer step. And it goes on from a checkpoint that another number of
     processes wrote, sharded or whole: the weights are then read before this trainer shards its model, the optimizer's
     state after.
+
+    Raises:
+        UserError: TRL, or a library below it, refuses the settings or has no package for them.
     """
 
     def __init__(self, *arguments: Any, **named: Any):
-        super().__init__(*arguments, **named)
+        try:
+            super().__init__(*arguments, **named)
+        except (ValueError, ImportError) as error:
+            if not _is_raised_by_library(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"the trainer refuses the stage's settings: {reason}") from error
         self.latest_batches: deque[dict[str, Any]] = deque(maxlen=self.args.gradient_accumulation_steps)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Tensor:
@@ -113,6 +125,12 @@ class InStage(Trainer):
         file = folder / f"{FAILED_BATCH}.jsonl"
         write_jsonl(file, rows)
         return file
+
+
+def _is_raised_by_library(error: Exception) -> bool:
+    """Tell whether an error comes from TRL or a library below it, which check settings, and not from this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(f"/site-packages/{library}/" in Path(frames[-1].filename).as_posix() for library in CHECK_SETTINGS)
 
 
 def _token_rows(batch: Mapping[str, Tensor]) -> list[list[int]]:

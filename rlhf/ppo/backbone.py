@@ -16,12 +16,13 @@ from peft import LoraConfig, PeftModel, TaskType
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.errors import UserError
 from rlhf.models.adapters import saved_name
 from rlhf.models.load import computed_dtype, find_source
+from rlhf.models.open import open_tokenizer
 from rlhf.models.save import base_fingerprint
 from rlhf.ppo.roles import CRITIC_ADAPTER, POLICY_ADAPTER, REWARD_ADAPTER, AdapterHead
 from rlhf.reward.load import RewardModel, is_gated, load_reward_model, reward_card
@@ -82,7 +83,7 @@ def sharing_obstacle(policy: PeftModel, folder: str, tokenizer: PreTrainedTokeni
         return "it was trained on another base than the policy's"
     if bool(reward_card(folder).get("load_in_4bit")) != bool(getattr(policy, "is_loaded_in_4bit", False)):
         return "one of the two has 4-bit weights and the other has not"
-    if AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab() != tokenizer.get_vocab():
+    if open_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         return "it has another vocabulary"
     return None
 

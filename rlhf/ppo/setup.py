@@ -7,11 +7,12 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.models.coarse import coarse_weights
 from rlhf.models.critiques import drop_output_layer
+from rlhf.models.open import open_tokenizer
 from rlhf.models.scalar_head import make_exact, score_head
 from rlhf.models.text import check_tokenizer
 from rlhf.ppo.backbone import add_to_backbone, sharing_obstacle
@@ -57,7 +58,7 @@ def policy_and_tokenizer(
             raise UserError("ppo: the model has an adapter already, which PPO will train; drop peft_config.")
         model = get_peft_model(model, peft_config)
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
+        processing_class = open_tokenizer(model.config._name_or_path)
     check_tokenizer(processing_class, conversational=conversational, name="ppo")
     model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     return model, processing_class

@@ -17,6 +17,8 @@ REFUSED_KEYS = {
     "auto_find_batch_size": "it would change the recipe silently",
     "load_best_model_at_end": "the last model is the result; nothing is chosen by looking",
     "lora_task_type": "the stage decides it",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the verb decides what is done"),
+    **dict.fromkeys(("dataset_kwargs", "dataset_text_field"), "the stage prepares the rows itself"),
     "save_only_model": "a stage that is interrupted goes on with its optimizer, which is in its checkpoints",
     "enable_jit_checkpoint": "the first SIGTERM already saves a checkpoint and stops, and the same command goes on from it",
     "pad_token": "the tokenizer decides it; a padding token that also ends answers has scores read at another token",

@@ -302,7 +302,7 @@ def ask_folder(folder: str, certificate: Certificate) -> Iterator[Answers]:
     """
     golden = certificate["golden"]
     with one_sentence(folder):
-        tokenizer: Any = AutoTokenizer.from_pretrained(expand(folder), trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(expand(folder), trust_remote_code=False, mistral_format=False)
         model = _plain_model(folder)
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, find_source, load_policy, load_scorer, load_tokenizer, model_settings
@@ -200,6 +200,27 @@ def test_a_home_folder(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_policy("~/model", PLAIN)
     load_tokenizer("~/model", conversational=True)
     assert os.path.expanduser("~/model") == str(copied)
+
+
+def test_a_mistral_tokenizer_is_read_as_transformers_reads_it(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """With vLLM comes mistral-common, whose tokenizer has no chat template; what transformers only logs is a warning here."""
+    given: dict[str, Any] = {}
+    read = AutoTokenizer.from_pretrained
+
+    def patched(*arguments: Any, **settings: Any) -> Any:
+        given.update(settings)
+        tokenizer = read(*arguments, **settings)
+        tokenizer.fix_mistral_regex = False
+        return tokenizer
+
+    open_tokenizer(copied)
+    assert not recwarn.list
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", patched)
+    with pytest.warns(UserWarning, match=r"split words by a pattern that Mistral has corrected since"):
+        open_tokenizer(copied)
+    assert given["mistral_format"] is False
 
 
 @pytest.mark.fault("code in a folder")

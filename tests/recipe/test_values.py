@@ -117,3 +117,14 @@ def test_padding_and_templates_are_the_tokenizers(tmp_path: Path) -> None:
     for section in ("sft", "reward"):
         with pytest.raises(UserError, match=rf"{section}.chat_template_path names another model, whose new tokens"):
             loaded(tmp_path, BASE, overrides=(f"{section}.chat_template_path=org/name", f"{section}.use_peft=true"))
+
+
+@pytest.mark.parametrize("section", ["sft", "reward", "ppo"])
+def test_what_a_stage_does_is_no_setting(tmp_path: Path, section: str) -> None:
+    """`do_train: false` trained all the same."""
+    with pytest.raises(UserError, match=rf"{section}.do_train can't be set in a recipe: the verb decides what is done"):
+        loaded(tmp_path, BASE, overrides=(f"{section}.do_train=false",))
+    if section == "sft":
+        for key, value in (("dataset_kwargs", "{skip_prepare_dataset: true}"), ("dataset_text_field", "other")):
+            with pytest.raises(UserError, match="the stage prepares the rows itself"):
+                loaded(tmp_path, BASE, overrides=(f"sft.{key}={value}",))

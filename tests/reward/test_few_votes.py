@@ -41,7 +41,9 @@ def test_posteriors_of_few_labels_are_not_surer_than_they_may_be(labels: int, ra
     loss, least = surprise(all_said, all_right), surprise(torch.cat(exact), all_right)
     assert loss < least + 0.08, "nats a label above knowing rate and worth"
     sure = all_said < 0.02
-    assert (sure & all_right).float().mean().item() < 0.005, "said to be wrong for sure, and right: 0.03 by the likeliest"
+    assert (sure & all_right).float().mean().item() < 0.005, (
+        "said to be wrong for sure, and right: 0.03 by the likeliest"
+    )
 
 
 @pytest.mark.parametrize("labels", [60, 150])
