@@ -33,7 +33,12 @@ class Scorer(Protocol):
 
 @torch.no_grad()
 def score_rows(
-    model: nn.Module, rows: Sequence[Sequence[int]], *, pad_token_id: int | None, batch_size: int = 64
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int | None,
+    batch_size: int = 64,
+    batch_tokens: int = TOKENS_TOGETHER,
 ) -> Tensor:
     """Return the raw scores of token rows, computed in batches of similar length.
 
@@ -42,6 +47,7 @@ def score_rows(
         rows: token ids, without padding.
         pad_token_id: the tokenizer's; None where it has none.
         batch_size: rows that are scored together, fewer where they are long.
+        batch_tokens: most tokens in a forward, padding included; a row alone may be longer.
 
     Returns:
         [n] float32 on the CPU, in the order of the rows.
@@ -56,7 +62,7 @@ def score_rows(
         return logits.squeeze(-1).float().tolist()
 
     lengths = [len(row) for row in rows]
-    return torch.tensor(run_batches(score, batches_by_length(lengths, batch_size, most_tokens=TOKENS_TOGETHER)))
+    return torch.tensor(run_batches(score, batches_by_length(lengths, batch_size, most_tokens=batch_tokens)))
 
 
 @contextmanager

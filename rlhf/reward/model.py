@@ -35,7 +35,7 @@ class RewardModel:
         mean, std: mean and deviation of raw scores on SFT samples; `(score - mean) / std` has unit scale there.
         conversational: whether it was trained on conversations; a prompt that is a string is then read as one user turn.
         max_length: in tokens; longer texts lose the beginning of their prompt. Default: the model's positions.
-        batch_size: texts in a forward.
+        batch_size, batch_tokens: most texts and most tokens in a forward.
         cut: how many texts have lost the beginning of their prompt so far.
         cut_answers: how many of these have lost the beginning of their answer too.
         checks: what was checked when it was opened.
@@ -60,7 +60,7 @@ class RewardModel:
         self.mean, self.std = mean, std
         self.conversational = conversational
         self.max_length = position_limit(model, tokenizer) if max_length is None else max_length
-        self.batch_size = batch_size
+        self.batch_size, self.batch_tokens = batch_size, TOKENS_TOGETHER
         self.cut = self.cut_answers = 0
         self.checks = CheckBook()
         self.cloud: LatentCloud | None = None
@@ -111,7 +111,13 @@ class RewardModel:
         """Return raw scores [n] of token rows, as `encode` and `encode_texts` give them, float32 on the CPU."""
         was_training = self.model.training
         self.model.eval()
-        scores = score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
+        scores = score_rows(
+            self.model,
+            rows,
+            pad_token_id=self.tokenizer.pad_token_id,
+            batch_size=self.batch_size,
+            batch_tokens=self.batch_tokens,
+        )
         self.model.train(was_training)
         return scores
 

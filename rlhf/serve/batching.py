@@ -98,7 +98,7 @@ class Worker:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"model {model.name}", daemon=True)
         for member in model.members:
-            member.batch_size = batch_texts
+            member.batch_size, member.batch_tokens = batch_texts, batch_tokens
         metrics.queue.labels(model.name).set_function(lambda: self.waiting)
 
     def start(self) -> None:

@@ -61,15 +61,16 @@ class ServedModel:
         name: in requests.
         members: one model, or all of an ensemble; the score of an ensemble is the mean over its members, each counted
             from its own mean on SFT samples.
-        mean, std: of scores on SFT samples; the deviation of an ensemble's scores was not measured.
+        mean, std: of scores on SFT samples; None where nobody measured them: for a model that was trained elsewhere, and the
+            deviation of an ensemble's scores.
         label: what the model's configuration calls its only score.
     """
 
-    def __init__(self, name: str, members: Sequence[RewardModel]):
+    def __init__(self, name: str, members: Sequence[RewardModel], *, has_scale: bool = True):
         self.name, self.members = name, list(members)
         is_single = len(self.members) == 1
-        self.mean = self.members[0].mean if is_single else 0.0
-        self.std = self.members[0].std if is_single else None
+        self.mean = None if not has_scale else self.members[0].mean if is_single else 0.0
+        self.std = self.members[0].std if has_scale and is_single else None
         labels = getattr(self.members[0].model.config, "id2label", None) or {}
         self.label: str | None = labels.get(0)
 
@@ -103,7 +104,7 @@ class ServedModel:
         counts = [(member.cut, member.cut_answers) for member in self.members]
         try:
             rows = [self._rows(member, texts) for member in self.members]
-        except REFUSALS as error:
+        except Exception as error:  # a chat template may raise anything
             if len(texts) == 1:
                 return [_refusal(error)]
             rows = []
@@ -164,6 +165,8 @@ class ServedModel:
 def _refusal(error: Exception) -> str:
     if isinstance(error, TemplateError):
         return f"the chat template refuses these turns: {error}"
+    if not isinstance(error, REFUSALS):
+        return f"can't be read ({type(error).__name__})"
     return f"can't be scored: {str(error) or type(error).__name__}".splitlines()[0]
 
 
@@ -181,7 +184,7 @@ def open_models(names: Sequence[str]) -> list[ServedModel]:
     twice = sorted({name for name, _ in places if sum(other == name for other, _ in places) > 1})
     if twice:
         raise UserError(f"serve: several models are called {', '.join(twice)}; give them names, NAME=FOLDER.")
-    return [ServedModel(name, _open_members(folder)) for name, folder in places]
+    return [_open_model(name, folder) for name, folder in places]
 
 
 def _split_name(argument: str) -> tuple[str, str]:
@@ -189,8 +192,8 @@ def _split_name(argument: str) -> tuple[str, str]:
     return (name, folder) if sign and name and folder and not Path(argument).exists() else (argument, argument)
 
 
-def _open_members(folder: str) -> list[RewardModel]:
+def _open_model(name: str, folder: str) -> ServedModel:
     members = member_folders(Path(folder).expanduser())
     if (members[0] / CARD).is_file():
-        return [load_reward_model(member) for member in members]
-    return [open_reward_model(folder)]
+        return ServedModel(name, [load_reward_model(member) for member in members])
+    return ServedModel(name, [open_reward_model(folder)], has_scale=(Path(folder).expanduser() / CARD).is_file())

@@ -1,6 +1,7 @@
 """What clients send and what they get: the bodies of requests and replies, and the texts in them."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
@@ -87,13 +88,14 @@ class RankBody(BaseModel):
 
 
 class RewardBody(BaseModel):
-    """Answers to score, in one of two forms; what OpenRLHF's clients send beside them is not looked at.
+    """Answers to score, in one of two forms; what OpenRLHF's clients send beside them (`labels`) is not looked at.
 
     Ours: `prompts` (strings, or conversations) with `responses`, and `ended` where some answers were cut off; a client that
     must keep `prompts` to texts, for other servers, sends conversations as `messages`, which count then. OpenRLHF's: `query` =
     prompt and answer in one text, with `prompts` beside them or not.
     """
 
+    model_config = ConfigDict(extra="allow")
     model: ModelName = None
     prompts: Many[Asked] | None = None
     messages: Many[Asked] | None = None
@@ -109,9 +111,13 @@ class RewardBody(BaseModel):
         is laid around the two.
 
         Raises:
-            Refused: 422, with a sentence, where there are none of either form, lengths differ, or a query does not begin
-                with its prompt.
+            Refused: 422, with a sentence, where there are none of either form, lengths differ, a query does not begin with its
+                prompt, or a field is all but called like one of ours.
         """
+        for name in self.model_extra or {}:
+            meant = get_close_matches(name, type(self).model_fields, n=1)
+            if meant:
+                raise Refused(422, f"unknown field `{name}`; did you mean `{meant[0]}`?")
         answers = self.query if self.responses is None else self.responses
         if answers is None or (self.responses is not None and self.prompts is None and self.messages is None):
             raise Refused(422, "send `prompts` and `responses`, or `query`.")
@@ -170,6 +176,9 @@ class ClassifyBody(BaseModel):
     add_generation_prompt: StrictBool = False
     continue_final_message: StrictBool = False
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    softmax: StrictBool | None = None
+    normalize: StrictBool | None = None
 
     def texts(self) -> list[Text]:
         """Return the texts to score.
@@ -184,6 +193,9 @@ class ClassifyBody(BaseModel):
             "add_generation_prompt",
             "continue_final_message",
             "chat_template",
+            "chat_template_kwargs",
+            "softmax",
+            "normalize",
         ):
             if getattr(self, wish):
                 raise Refused(422, f"`{wish}` is not offered here: a text has one score, raw, of the saved template.")

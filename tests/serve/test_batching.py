@@ -1,5 +1,6 @@
 """The thread that owns a model: fair turns, batches of similar length, one bad text does not take others along."""
 
+import shutil
 import threading
 from collections.abc import Sequence
 from typing import Any, cast
@@ -9,6 +10,8 @@ import torch
 
 from rlhf import load_reward_model
 from rlhf.reward.ensemble import RewardEnsemble
+from rlhf.reward.load import CARD
+from rlhf.reward.model import RewardModel
 from rlhf.serve.batching import Refused, Worker, neighbours
 from rlhf.serve.metrics import Metrics
 from rlhf.serve.models import Answer, Encoded, Rendered, ServedModel, Text, open_models
@@ -148,6 +151,49 @@ def test_models_are_opened_under_their_names(reward_folder: Any, tmp_path: Any) 
     mean = RewardEnsemble(both.members).score(PROMPTS[:2], ["yes", "no no"], ended=[True, False])
     of_both = both.score(texts, cast(list[Encoded], both.encode(texts)))
     assert of_both[:2] == pytest.approx(mean.tolist(), abs=1e-6)
+
+
+def test_a_scale_that_nobody_measured_is_none(reward_folder: Any, tmp_path: Any) -> None:
+    """They were 0 and 1, as if they had been measured."""
+    shutil.copytree(reward_folder, tmp_path / "theirs")
+    (tmp_path / "theirs" / CARD).unlink()
+    with pytest.warns(UserWarning, match="its scores are not checked"):
+        theirs, ours = open_models([str(tmp_path / "theirs"), str(reward_folder)])
+    assert (theirs.mean, theirs.std) == (None, None)
+    assert ours.std is not None
+    assert ours.std > 0
+
+
+def test_a_text_that_raises_what_nobody_foresaw_fails_alone(
+    reward_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended the model's thread, and every other request waited until its time was up."""
+    served = ServedModel("x", [load_reward_model(reward_folder)])
+    encode = RewardModel.encode
+
+    def fails(self: RewardModel, prompts: Any, responses: Any, ended: Any = None) -> Any:
+        if "bad" in responses:
+            raise AttributeError("a person's text")
+        return encode(self, prompts, responses, ended)
+
+    monkeypatch.setattr(RewardModel, "encode", fails)
+    first, second, third = served.encode([Answer("a", "b"), Answer("a", "bad"), Answer("a", "c")])
+    assert second == "can't be read (AttributeError)"
+    assert isinstance(first, Encoded)
+    assert isinstance(third, Encoded)
+
+
+def test_a_batch_is_one_forward(reward_folder: Any) -> None:
+    """Whatever the server was told of its size: beyond 8,192 tokens they were two."""
+    served = ServedModel("x", [load_reward_model(reward_folder)])
+    model, forwards = served.members[0].model, []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    rows = [[5] * 200] * 60
+    for limit, expected in ((16_384, 1), (8_192, 2)):
+        start(cast(Pretended, served), batch_tokens=limit, batch_texts=64).stop()
+        forwards.clear()
+        served.members[0].score_rows(rows)
+        assert len(forwards) == expected
 
 
 def test_the_text_that_was_cut_is_the_one_that_says_so(reward_folder: Any) -> None:

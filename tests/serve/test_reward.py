@@ -120,6 +120,10 @@ def test_requests_that_make_no_sense_get_a_sentence(address: str) -> None:
         ({"prompts": ["a"], "responses": ["x"], "ended": [True, False]}, "1 answers and 2 values of `ended`"),
         ({"prompts": ["a"]}, "send `prompts` and `responses`, or `query`"),
         ({"responses": ["a"]}, "send `prompts` and `responses`, or `query`"),
+        (
+            {"prompts": ["a"], "responses": ["x"], "is_ended": [False]},
+            "unknown field `is_ended`; did you mean `ended`?",
+        ),
     ):
         reply = requests.post(f"{address}/get_reward", json=body, timeout=10)
         assert reply.status_code == 422
@@ -166,6 +170,15 @@ def test_every_endpoint_gives_the_models_own_score(address: str, reward_folder: 
         "completion_tokens": 0,
         "prompt_tokens_details": None,
     }
+
+
+def test_wishes_that_would_change_a_score_are_refused(address: str) -> None:
+    """What OpenRLHF's clients send beside their queries is none."""
+    for wish in ({"chat_template_kwargs": {"enable_thinking": False}}, {"softmax": True}, {"normalize": True}):
+        reply = ask(f"{address}/classify", {"input": "x", **wish})
+        assert (reply.status_code, next(iter(wish)) in reply.text) == (422, True)
+    body = {"prompts": ["a"], "query": ["a x"], "labels": ["b"], "images": [None]}
+    assert ask(f"{address}/get_reward", body).status_code == 200
 
 
 def test_a_request_names_its_model(address: str) -> None:
