@@ -201,8 +201,9 @@ def _reliability(book: LabelBook, number: int) -> Iterator[str]:
     from rlhf.reward.controls import report_gold, report_repeats
 
     verdicts, gold = book.verdicts(number, with_gold=True), {one.question.id: one.label for one in book.gold(number)}
+    questions = [*book.questions(number), *(one.question for one in book.gold(number))]
     yield from control_sentences(report_gold(verdicts, gold), report_repeats(book.repeats(number)))
-    report = report_verdicts(verdicts, right=gold)
+    report = report_verdicts(verdicts, right=gold, questions=questions)
     yardstick = "by gold questions and the others' verdicts" if gold else "by the others' verdicts on the same pairs"
     for name, entry in report.items():
         if entry["accuracy"] is not None and entry["accuracy_ci"] is not None:
