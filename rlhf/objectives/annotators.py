@@ -161,7 +161,7 @@ def _independent_share(others: Tensor, clusters: Tensor, accuracy: float) -> flo
 
 def _sum_clusters(values: Tensor, clusters: Tensor) -> tuple[Tensor, int]:
     """Return the sums of rows over each cluster, [clusters, k], and how many clusters there are."""
-    names, number = clusters.unique(return_inverse=True)
+    names, number = torch.unique(clusters, return_inverse=True)
     return values.new_zeros(len(names), values.shape[1]).index_add(0, number, values), len(names)
 
 

@@ -269,9 +269,9 @@ def report_annotators(
 
     # 3. What a person should look at.
     for name, entry in report.items():
-        mine = judged.get(name)
+        labels = judged.get(name)
         entry["flags"] = (
-            ["few"] if mine is None else _flags(report, name, others[mine], conversation[mine], len(judged))
+            ["few"] if labels is None else _flags(report, name, others[labels], conversation[labels], len(judged))
         )
     return report
 

@@ -134,7 +134,9 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     if say is not None:
         for sentence in _reading(report, verdicts, asked):
             say(f"{file}: {sentence}")
-    earlier = {(verdict.id, verdict.annotator) for verdict in book.verdicts(number, with_gold=True)}
+    earlier = {(verdict.id, verdict.annotator): verdict.label for verdict in book.verdicts(number, with_gold=True)}
+    behind = [v for v in verdicts if v.label == "skip" and earlier.get((v.id, v.annotator), "skip") != "skip"]
+    verdicts = [verdict for verdict in verdicts if verdict not in behind]
     book.record([verdict for verdict in verdicts if verdict.id in asked and verdict.id not in gold])
     for verdict in (verdict for verdict in verdicts if verdict.id in gold):
         book.record_control(Control(gold[verdict.id], verdict.id), verdict)
@@ -152,6 +154,8 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
         counts["of them on gold questions"] = sum(verdict.id in gold for verdict in verdicts)
     if again := sum((verdict.id, verdict.annotator) in earlier for verdict in verdicts):
         counts["of them in place of an earlier verdict of the same annotator"] = again
+    if behind:
+        counts["skips beside an earlier verdict of the same annotator, which stays"] = len(behind)
     for row in quarantine:
         counts[row["reason"]] = counts.get(row["reason"], 0) + 1
     return counts
