@@ -116,17 +116,24 @@ class Interval(NamedTuple):
     high: float
 
 
-def accuracy_interval(others: Tensor, *, confidence: float = 0.95) -> Interval:
+def accuracy_interval(others: Tensor, clusters: Tensor | None = None, *, confidence: float = 0.95) -> Interval:
     """Return one annotator's accuracy by maximum likelihood, and its likelihood interval.
 
-        ℓ(a) = Σ_i log( a σ(o_i) + (1 - a) σ(-o_i) ),   { a : 2 (max ℓ - ℓ(a)) ≤ χ²_1 }
+        ℓ(a) = Σ_i log( a σ(o_i) + (1 - a) σ(-o_i) ),   { a : 2 κ (max ℓ - ℓ(a)) ≤ χ²_1 }
+
+    Labels of one cluster c, of G, are not independent; with the slopes g_i of their terms at the best a they count as
+
+        κ = min( 1, Σ_i g_i² / ( G / (G - 1) · Σ_c ( Σ_{i in c} g_i )² ) ),   1 where every label is its own cluster
 
     Concave in a. Special cases: where the others are sure (o → ±∞) it is the interval of a share; where they know nothing
     (o = 0, or no label) it is [0, 1] around 1/2.
 
     Args:
         others: [n] log-odds that each of the annotator's labels is right, without it, nats (`others_log_odds`).
+        clusters: [n] int64, equal for labels that are not independent; None where all are.
         confidence: of the interval.
+
+    Reference: Chandler and Bate, Biometrika 94 (2007), the likelihood of independent labels adjusted for clusters.
 
     >>> accuracy_interval(torch.zeros(9))
     Interval(best=0.5, low=0.0, high=1.0)
@@ -137,10 +144,28 @@ def accuracy_interval(others: Tensor, *, confidence: float = 0.95) -> Interval:
         mixed = grid[:, None] * right + (1 - grid[:, None]) * (1 - right)
         likelihood += mixed.clamp(min=1e-300).log().sum(dim=1)
     quantile = torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)) ** 2
-    inside = grid[2 * (likelihood.max() - likelihood) <= quantile]
     flat = bool(likelihood.max() - likelihood.min() < 1e-9)
     best = 0.5 if flat else grid[likelihood.argmax()].item()
+    share = 1.0 if clusters is None or flat else _independent_share(others, clusters, best)
+    inside = grid[2 * share * (likelihood.max() - likelihood) <= quantile]
     return Interval(best, inside.min().item(), inside.max().item())
+
+
+def _independent_share(others: Tensor, clusters: Tensor, accuracy: float) -> float:
+    """Return κ of `accuracy_interval`."""
+    right = torch.sigmoid(others.double())
+    slopes = (2 * right - 1) / (accuracy * right + (1 - accuracy) * (1 - right)).clamp(min=1e-12)
+    sums, count = _sum_clusters(slopes[:, None], clusters)
+    if count == len(others):
+        return 1.0
+    together = sums.square().sum() * count / max(1, count - 1)
+    return 0.0 if count == 1 else min(1.0, (slopes.square().sum() / together).item())
+
+
+def _sum_clusters(values: Tensor, clusters: Tensor) -> tuple[Tensor, int]:
+    """Return the sums of rows over each cluster, [clusters, k], and how many clusters there are."""
+    names, number = torch.unique(clusters, return_inverse=True)
+    return values.new_zeros(len(names), values.shape[1]).index_add(0, number, values), len(names)
 
 
 def most_accuracy(alike: float) -> float:
@@ -249,16 +274,22 @@ class Slopes(NamedTuple):
     covariance: Tensor
 
 
-def label_slopes(features: Tensor, *, ridge: float = 1.0) -> Slopes:
+def label_slopes(features: Tensor, clusters: Tensor | None = None, *, ridge: float = 1.0) -> Slopes:
     """Fit what moves an annotator's choice: P(chosen is chosen) = σ(x · w), x = features of chosen minus those of rejected.
 
-        w = argmax Σ_i log σ(x_i · w) - (ridge / 2) |w|²,   covariance = ( Σ_i σ(x w) σ(-x w) x xᵀ + ridge I )⁻¹
+        w = argmax Σ_i log σ(x_i · w) - (ridge / 2) |w|²,   covariance = H⁻¹ = ( Σ_i σ(x w) σ(-x w) x xᵀ + ridge I )⁻¹
+
+    Where labels of a cluster are not independent, it is H⁻¹ + H⁻¹ E H⁻¹, with E what slopes g_i = σ(-x_i w) x_i of one cluster
+    have in common, without its negative directions, and G the number of clusters:
+
+        E = G / (G - 1) Σ_c ( Σ_{i in c} g_i ) ( Σ_{i in c} g_i )ᵀ - Σ_i g_i g_iᵀ
 
     No intercept: turned round, a pair has features and label of the other sign. The ridge is a standard normal prior on each
     slope, which keeps them finite where a feature decides every label.
 
     Args:
         features: [n, k] differences, each column scaled to usual size 1.
+        clusters: [n] int64, equal for labels that are not independent; None where all are.
         ridge: > 0.
 
     >>> label_slopes(torch.tensor([[1.0], [-1.0]])).slope.abs() < 1e-6
@@ -274,4 +305,11 @@ def label_slopes(features: Tensor, *, ridge: float = 1.0) -> Slopes:
         slope = slope + step
         if step.abs().max() < TOLERANCE:
             break
-    return Slopes(slope, torch.linalg.inv(information))
+    covariance = torch.linalg.inv(information)
+    if clusters is not None and len(x):
+        slopes = x * torch.sigmoid(-(x @ slope))[:, None]
+        sums, count = _sum_clusters(slopes, clusters)
+        if count < len(x):
+            values, vectors = torch.linalg.eigh(sums.T @ sums * count / max(1, count - 1) - slopes.T @ slopes)
+            covariance = covariance + covariance @ (vectors * values.clamp(min=0)) @ vectors.T @ covariance
+    return Slopes(slope, covariance)

@@ -130,13 +130,14 @@ def audit(
 
     # 3. What the votes say about each label, and about all of them.
     wants = find_wants(values)
-    audited, suspicious = _judged(rows, strength, noise, wants)
+    audited, suspicious, by_annotator = _judged(rows, strength, noise, wants)
     result = {
         "pairs": source.source,
         "model": model,
         **_counted(report, rows, ties=len(read) - len(rows)),
         **_found(audited, suspicious, noise, wants),
-        "vote": {**shape, **asdict(noise), "settings": settings},
+        "by_annotator": by_annotator,
+        "vote": {**shape, "voters_flip_rate": shape["flip_rate"], **asdict(noise), "settings": settings},
         "key": key,
     }
     if result["length"]["alarm"] is not None:
@@ -191,21 +192,26 @@ def _check_voter(model: str) -> None:
 
 def _judged(
     rows: list[Row[Pair]], strength: VoteStrength, noise: NoiseEstimate, wants: Wants
-) -> tuple[Audited, list[int]]:
+) -> tuple[Audited, list[int], bool]:
     """Say of each label what the votes and its annotator's own error rate make of it.
 
     Returns:
-        that, and the labels that are wrong rather than right, the most suspicious first.
+        that; the labels that are wrong rather than right, the most suspicious first; and whether each was judged by the error
+            rate of who gave it.
     """
     values = [row.values for row in rows]
-    right = torch.ones(len(rows))
+    right, by_annotator = torch.ones(len(rows)), None
     if noise.flip_rate > 0:
         right = posterior_confidence(strength.mean, flip_rate=noise.flip_rate, scale=noise.scale)
         by_annotator = posterior_by_annotator(values, strength.mean, noise)
         right = right if by_annotator is None else by_annotator.right
     suspicious = [i for i in torch.argsort(right, stable=True).tolist() if right[i] < 0.5]
     wrong_without_wants = probability_wrong_without_wants(strength.mean, wants, values)
-    return Audited(rows, strength, 1 - right, wrong_without_wants, frozenset(suspicious)), suspicious
+    return (
+        Audited(rows, strength, 1 - right, wrong_without_wants, frozenset(suspicious)),
+        suspicious,
+        (by_annotator is not None),
+    )
 
 
 def _counted(report: ReadReport, rows: list[Row[Pair]], *, ties: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is refused before a folder is made: files that are not there, settings that can't be. Loads torch only to ask TRL."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from rlhf.ppo.source_kinds import (
 )
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe, RoundsSection
+from rlhf.recipe.unused import mixed_bits
 
 CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")  # torch's own keys
 FIRST_ROWS = 100  # of a file whose layout is looked at before a run
@@ -248,6 +250,8 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
     from rlhf.pipeline.training import quiet_libraries
 
     quiet_libraries()
+    for sentence in mixed_bits(recipe):
+        warnings.warn(sentence, stacklevel=2)
     problems: list[str] = []
     model = recipe.backbone.model
     try:

@@ -219,6 +219,30 @@ def _decided_by_sft(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
                 )
 
 
+def mixed_bits(recipe: Recipe) -> Iterator[str]:
+    """Yield a sentence for each stage in which SFT's adapter stands on other weights than it was trained on.
+
+    Some want that, as vLLM takes whole weights only: it is no error.
+    """
+    sft = _values(recipe, "sft")
+    if not recipe.has_sft or not sft["use_peft"]:
+        return
+    for name in ("reward", "ppo"):
+        values = _values(recipe, name)
+        if _set_keys(recipe, name).get("use_peft") is not False and _bits(values) != _bits(sft):
+            yield (
+                f"{name}: SFT's adapter was trained on {_bits(sft)} weights and stands on {_bits(values)} ones here, so this stage "
+                f"does not start from the model that SFT made; give sft and {name} the same load_in_4bit and bnb_4bit_quant_type."
+            )
+
+
+def _bits(values: Mapping[str, Any]) -> str:
+    """Return in words how a stage loads the weights of its base."""
+    if values["load_in_4bit"]:
+        return f"4-bit ({values['bnb_4bit_quant_type']})"
+    return "8-bit" if values["load_in_8bit"] else "whole"
+
+
 def _not_used(
     recipe: Recipe, section: str, keys: tuple[str, ...], reason: str
 ) -> Iterator[tuple[tuple[str, str], str]]:

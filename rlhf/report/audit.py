@@ -98,7 +98,7 @@ def _verdict(result: Facts) -> list[str]:
     noise, longer = result["vote"], result["length"]["longer_is_chosen"]
     sentences = wrong_labels(noise)
     if noise["scale"] != 0:
-        sentences.append(suspects(noise, len(result["suspicious"])))
+        sentences.append(suspects(noise, len(result["suspicious"]), by_annotator=result.get("by_annotator", False)))
     sentences += worth(result)
     dropped = sum(result["dropped"].values())
     sentences.append(

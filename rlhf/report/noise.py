@@ -37,12 +37,19 @@ def wrong_labels(noise: Facts) -> list[str]:
     ]
 
 
-def suspects(noise: Facts, count: int) -> str:
+def suspects(noise: Facts, count: int, *, by_annotator: bool = False) -> str:
     """Return a sentence on the rows that an audit lists, and leaves out of `cleaned.jsonl`.
+
+    Args:
+        by_annotator: each label was judged by the error rate of who gave it, not by one for all.
 
     >>> suspects({"flip_rate": 0.24, "low": 0.12}, 7)
     '7 rows are more likely wrong than right, if 24.0% of all labels are wrong.'
+    >>> suspects({"flip_rate": 0.24, "low": 0.12}, 9, by_annotator=True)
+    '9 rows are more likely wrong than right, by the error rate of who labelled each and all labels of its pair.'
     """
+    if noise["low"] > 0 and by_annotator:
+        return f"{count} rows are more likely wrong than right, by the error rate of who labelled each and all labels of its pair."
     if noise["low"] > 0:
         return f"{count} rows are more likely wrong than right, if {noise['flip_rate']:.1%} of all labels are wrong."
     return f"{count} rows are the ones to read first; neither is shown: that they are wrong, nor that cleaned.jsonl is better."

@@ -264,9 +264,8 @@ def audit_lines(result: Facts) -> list[str]:
     noise, suspicious = result["vote"], result["suspicious"]
     sentences = wrong_labels(noise)
     if noise["scale"] != 0:
-        sentences.append(
-            f"{suspects(noise, len(suspicious))} The first: {', '.join(map(str, suspicious[:10])) or 'none'}."
-        )
+        listed = suspects(noise, len(suspicious), by_annotator=result.get("by_annotator", False))
+        sentences.append(f"{listed} The first: {', '.join(map(str, suspicious[:10])) or 'none'}.")
     sentences += [*annotator_sentences(result["annotators"]), *worth(result), *wanted(result["wants"])]
     sentences += meter_sentences(result["meter"]) if "meter" in result else []
     return [f"{result['kept_pairs']} pairs.", *sentences]

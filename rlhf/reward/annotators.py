@@ -6,11 +6,12 @@ from statistics import fmean, median
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
-from scipy.stats import binomtest, chi2, norm
+from scipy.stats import binomtest, chi2
 from torch import Tensor
 
-from rlhf.data.labels import Verdict, shows_second_on_the_left
-from rlhf.data.rows import TIE, Pair, pair_digest, prompt_key, told
+from rlhf.data.conversations import conversation_keys
+from rlhf.data.labels import Question, Verdict, shows_second_on_the_left
+from rlhf.data.rows import TIE, Pair, pair_digest, told
 from rlhf.objectives.annotators import (
     MOST_SURE,
     Interval,
@@ -18,38 +19,19 @@ from rlhf.objectives.annotators import (
     accuracy_interval,
     difference_statistic,
     fit_accuracy,
-    label_slopes,
     others_log_odds,
     pair_log_odds,
     vote_worth,
 )
 from rlhf.reward.noise import NoiseEstimate
 from rlhf.reward.overlap import told_by_others
+from rlhf.reward.tastes import CONFIDENCE, TASTES, Taste, all_together, find_tastes
 from rlhf.reward.wants import trait_differences
 from rlhf.statistics import unpaired_difference
 
 ENOUGH = 20  # labels, ties left out; who gave fewer is not judged, and shares one error rate with all others who did
-CONFIDENCE = 0.95
-LARGEST = 3.0  # a difference counts as this many usual ones at most, so that a few odd answers do not decide
 UNNAMED = "(not named)"
-TASTES = ("length", "flattery")  # of `rlhf.data.traits`
 SIGN = {"first": 1.0, "second": -1.0}
-
-
-class Taste(TypedDict):
-    """How far one annotator's choices follow a feature of the answers, beside which answer is better.
-
-    Attributes:
-        slope: nats that a usual difference in the feature (root of the mean square) adds to the log-odds of being chosen.
-        slope_ci: its 95 % interval.
-        beyond: slope minus that of all other annotators together.
-        beyond_ci: its interval, which holds for all annotators and features together (Bonferroni).
-    """
-
-    slope: float
-    slope_ci: list[float]
-    beyond: float
-    beyond_ci: list[float]
 
 
 class AnnotatorReport(TypedDict):
@@ -86,12 +68,14 @@ class Labelled(NamedTuple):
         labels: `annotator` numbers the groups that share an error rate.
         side: [n] 1 where the pair's first answer is chosen, -1 where it is not, also in a tie.
         names: [n] who gave each label.
+        conversation: [n] int64, equal for labels that are not independent: on pairs of one conversation.
         groups: how many error rates there are.
     """
 
     labels: PairLabels
     side: Tensor
     names: Sequence[str]
+    conversation: Tensor
     groups: int
 
 
@@ -109,7 +93,9 @@ def labels_of_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate)
     pair, side = torch.tensor(numbers), torch.tensor(sides, dtype=torch.float64)
     is_tie = torch.tensor([row.get("confidence") == TIE for row in rows])
     votes = torch.bincount(pair)
-    labelled = grouped(pair, side, side * ~is_tie, who_labelled(rows), torch.zeros(len(votes), dtype=torch.float64))
+    conversation = numbered(conversation_keys([row["prompt"] for row in rows]))
+    prior = torch.zeros(len(votes), dtype=torch.float64)
+    labelled = grouped(pair, side, side * ~is_tie, who_labelled(rows), conversation, prior)
     scale = noise.scale
     if scale > 0 and labelled.groups > 1 and not is_tie.all():
         scale = vote_worth(strength[~is_tie], labelled.labels.annotator[~is_tie], labelled.groups)
@@ -138,14 +124,22 @@ def pair_numbers(rows: Sequence[Pair]) -> tuple[list[int], list[float]]:
     return pair, sign
 
 
-def grouped(pair: Tensor, side: Tensor, sign: Tensor, names: Sequence[str], prior: Tensor) -> Labelled:
+def numbered(names: Sequence[str]) -> Tensor:
+    """Return a number for each name, as they come, [n] int64: equal ones have the same."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names], dtype=torch.long)
+
+
+def grouped(
+    pair: Tensor, side: Tensor, sign: Tensor, names: Sequence[str], conversation: Tensor, prior: Tensor
+) -> Labelled:
     """Return labels with their annotators numbered; those with fewer than `ENOUGH` labels that are no tie are one group."""
     decided = Counter(name for name, value in zip(names, sign.tolist(), strict=True) if value)
     known = sorted(name for name in set(names) if decided[name] >= ENOUGH)
     number = {name: place for place, name in enumerate(known)}
     group = [number.get(name, len(known)) for name in names]
     groups = len(known) + (len(known) in group)
-    return Labelled(PairLabels(pair, torch.tensor(group), sign, prior), side, names, groups)
+    return Labelled(PairLabels(pair, torch.tensor(group), sign, prior), side, names, conversation, groups)
 
 
 class LabelPosterior(NamedTuple):
@@ -182,13 +176,13 @@ def posterior_by_annotator(rows: Sequence[Pair], strength: Tensor, noise: NoiseE
 def annotators_differ(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> bool:
     """Tell whether the votes show that some annotators are right more often than others, at 5 %; ties are left out.
 
-    An annotator's labels on one prompt are not independent, so they count as one, with the mean of their votes.
+    An annotator's labels on one conversation are not independent, so they count as one, with the mean of their votes.
     """
     labelled = labels_of_rows(rows, strength, noise)
     annotator, sign = labelled.labels.annotator.tolist(), labelled.labels.sign.tolist()
-    votes: dict[tuple[str, int], list[float]] = {}
+    votes: dict[tuple[int, int], list[float]] = {}
     for i in (i for i in range(len(rows)) if sign[i] != 0):
-        votes.setdefault((prompt_key(rows[i]["prompt"]), annotator[i]), []).append(strength[i].item())
+        votes.setdefault((int(labelled.conversation[i]), annotator[i]), []).append(strength[i].item())
     if labelled.groups < 2 or not votes:
         return False
     means, who = torch.tensor([fmean(x) for x in votes.values()]), torch.tensor([who for _, who in votes])
@@ -211,7 +205,9 @@ def report_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) ->
     return report_annotators(labels_of_rows(rows, strength, noise), features)
 
 
-def report_verdicts(verdicts: Sequence[Verdict], *, right: Mapping[str, str]) -> dict[str, AnnotatorReport]:
+def report_verdicts(
+    verdicts: Sequence[Verdict], *, right: Mapping[str, str], questions: Sequence[Question] = ()
+) -> dict[str, AnnotatorReport]:
     """Report the annotators of verdicts, oldest first, by gold questions and those that several answered; skips are left out.
 
     Places are those of the labelling page. A verdict that was read from a file was given elsewhere: its place is as good as
@@ -219,6 +215,7 @@ def report_verdicts(verdicts: Sequence[Verdict], *, right: Mapping[str, str]) ->
 
     Args:
         right: the right label of each gold question, by its id.
+        questions: what the verdicts are on; one that is not among them counts as a conversation of its own.
     """
     verdicts = [verdict for verdict in verdicts if verdict.label != "skip"]
     if not verdicts:
@@ -229,7 +226,10 @@ def report_verdicts(verdicts: Sequence[Verdict], *, right: Mapping[str, str]) ->
     pair = torch.tensor([numbers[verdict.id] for verdict in verdicts])
     known = torch.tensor([SIGN.get(right.get(name, ""), 0.0) for name in numbers], dtype=torch.float64)
     prior = known * torch.logit(torch.tensor(MOST_SURE, dtype=torch.float64))
-    labelled = grouped(pair, sign, sign, [verdict.annotator for verdict in verdicts], prior)
+    keys = conversation_keys([question.prompt for question in questions])
+    of = dict(zip([question.id for question in questions], keys, strict=True))
+    conversation = numbered([of.get(verdict.id, verdict.id) for verdict in verdicts])
+    labelled = grouped(pair, sign, sign, [verdict.annotator for verdict in verdicts], conversation, prior)
     return report_annotators(labelled, {}, left=torch.where(swapped, -sign, sign))
 
 
@@ -247,16 +247,16 @@ def report_annotators(
     others = others_log_odds(labelled.labels, accuracy)
     told = told_by_others(labelled.labels, labelled.names)
     others[torch.tensor([name not in told for name in labelled.names])] = 0.0
-    by_name, counts = _decided(labelled), Counter(labelled.names)
+    by_name, counts, conversation = _decided(labelled), Counter(labelled.names), labelled.conversation
     group_of = dict(zip(labelled.names, labelled.labels.annotator.tolist(), strict=True))
     report = {
-        name: _entry(counts[name], others[mine], error_rate=1 - accuracy[group_of[name]].item())
+        name: _entry(counts[name], others[mine], conversation[mine], error_rate=1 - accuracy[group_of[name]].item())
         for name, mine in by_name.items()
     }
 
     # 2. Places, drift and tastes, of those who gave enough labels.
     judged = {name: mine for name, mine in by_name.items() if len(mine) >= ENOUGH}
-    tastes = _tastes(others, features, judged) if len(judged) > 1 else {}
+    tastes = find_tastes(others, features, judged, conversation) if len(judged) > 1 else {}
     for name, mine in judged.items():
         entry = report[name]
         entry["tastes"] = tastes.get(name, {})
@@ -264,18 +264,21 @@ def report_annotators(
             share = share_interval(int((left[mine] > 0).sum()), len(mine))
             entry["left"], entry["left_ci"] = share.best, [share.low, share.high]
         if entry["accuracy"] is not None:
-            drift = _drift(others[mine], CONFIDENCE)
+            drift = _drift(others[mine], conversation[mine], CONFIDENCE)
             entry["drift"], entry["drift_ci"] = drift.best, [drift.low, drift.high]
 
     # 3. What a person should look at.
     for name, entry in report.items():
-        entry["flags"] = _flags(report, name, others[judged[name]], len(judged)) if name in judged else ["few"]
+        labels = judged.get(name)
+        entry["flags"] = (
+            ["few"] if labels is None else _flags(report, name, others[labels], conversation[labels], len(judged))
+        )
     return report
 
 
-def _entry(count: int, others: Tensor, *, error_rate: float) -> AnnotatorReport:
+def _entry(count: int, others: Tensor, conversation: Tensor, *, error_rate: float) -> AnnotatorReport:
     """Return the report of an annotator of `count` labels, of whom only accuracy and error rate are known so far."""
-    best, low, high = accuracy_interval(others)
+    best, low, high = accuracy_interval(others, conversation)
     is_known = (low, high) != (0.0, 1.0)
     return {
         "labels": count,
@@ -301,54 +304,17 @@ def _decided(labelled: Labelled) -> dict[str, Tensor]:
     return {name: torch.tensor(mine, dtype=torch.long) for name, mine in indices.items()}
 
 
-def _drift(others: Tensor, confidence: float) -> Interval:
+def _drift(others: Tensor, conversation: Tensor, confidence: float) -> Interval:
     """Return the accuracy in the later half of an annotator's labels minus that in the earlier half, with its interval."""
     half = len(others) // 2
-    earlier, later = (accuracy_interval(part, confidence=confidence) for part in (others[:half], others[half:]))
+    parts = ((others[:half], conversation[:half]), (others[half:], conversation[half:]))
+    earlier, later = (accuracy_interval(*part, confidence=confidence) for part in parts)
     return Interval(*unpaired_difference(later, earlier))
 
 
-def _tastes(
-    others: Tensor, features: Mapping[str, Sequence[float]], judged: Mapping[str, Tensor]
-) -> dict[str, dict[str, Taste]]:
-    """Return the tastes of every judged annotator, by name and feature; features that never differ are left out.
-
-    Beside the features the regression has tanh(o / 2), what the others' log-odds o say of which answer is better: it lies
-    between -1 and 1, as the choices of an annotator who is careless now and then do not follow it beyond a point.
-    """
-    # 1. Every feature in usual differences.
-    columns = {}
-    for name, values in features.items():
-        column = torch.tensor(values, dtype=torch.float64)
-        usual = column.square().mean().sqrt()
-        if usual > 0:
-            columns[name] = (column / usual).clamp(-LARGEST, LARGEST)
-    if not columns or not judged:
-        return {}
-    table = torch.stack([torch.tanh(others.double() / 2), *columns.values()], dim=1)
-
-    # 2. Every annotator against all others.
-    everybody = torch.cat(list(judged.values()))
-    z, z_together = _quantile(CONFIDENCE), _quantile(_together(len(judged) * len(columns)))
-    tastes: dict[str, dict[str, Taste]] = {}
-    for name, rows in judged.items():
-        mine = label_slopes(table[rows])
-        rest = label_slopes(table[everybody[~torch.isin(everybody, rows)]])
-        tastes[name] = {}
-        for place, feature in enumerate(columns, start=1):
-            slope, variance = mine.slope[place].item(), mine.covariance[place, place].item()
-            beyond = slope - rest.slope[place].item()
-            half, wide = z * variance**0.5, z_together * (variance + rest.covariance[place, place].item()) ** 0.5
-            tastes[name][feature] = {
-                "slope": slope,
-                "slope_ci": [slope - half, slope + half],
-                "beyond": beyond,
-                "beyond_ci": [beyond - wide, beyond + wide],
-            }
-    return tastes
-
-
-def _flags(report: Mapping[str, AnnotatorReport], name: str, others: Tensor, judged: int) -> list[str]:
+def _flags(
+    report: Mapping[str, AnnotatorReport], name: str, others: Tensor, conversation: Tensor, judged: int
+) -> list[str]:
     """Return what a person should look at, by intervals that hold for all judged annotators together, but for `coin`.
 
     - `coin`: not shown better than one, and shown worse than the median of those who are shown better.
@@ -366,7 +332,7 @@ def _flags(report: Mapping[str, AnnotatorReport], name: str, others: Tensor, jud
     if entry["accuracy_ci"] is not None and better:
         low, high = entry["accuracy_ci"]
         flags += ["coin"] * (low <= 0.5 and high < median(better))
-    together = _together(judged)
+    together = all_together(judged)
     if entry["left"] is not None:
         count = entry["labels"] - entry["ties"]
         _, low, high = share_interval(round(entry["left"] * count), count, together)
@@ -375,7 +341,7 @@ def _flags(report: Mapping[str, AnnotatorReport], name: str, others: Tensor, jud
         (low, high), slope = taste["beyond_ci"], taste["slope"]
         flags += [f"more {feature}"] * (low > 0 and slope > 0) + [f"less {feature}"] * (high < 0 and slope < 0)
     if entry["drift"] is not None:
-        _, low, high = _drift(others, together)
+        _, low, high = _drift(others, conversation, together)
         flags += ["worse"] * (high < 0) + ["better"] * (low > 0)
     return flags
 
@@ -388,12 +354,3 @@ def share_interval(count: int, total: int, confidence: float = CONFIDENCE) -> In
     """
     interval = binomtest(count, total).proportion_ci(confidence)
     return Interval(count / total, float(interval.low), float(interval.high))
-
-
-def _together(tests: int) -> float:
-    """Return the confidence of each of some intervals that hold all together (Bonferroni)."""
-    return 1 - (1 - CONFIDENCE) / max(1, tests)
-
-
-def _quantile(confidence: float) -> float:
-    return float(norm.ppf((1 + confidence) / 2))

@@ -134,7 +134,9 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     if say is not None:
         for sentence in _reading(report, verdicts, asked):
             say(f"{file}: {sentence}")
-    earlier = {(verdict.id, verdict.annotator) for verdict in book.verdicts(number, with_gold=True)}
+    earlier = {(verdict.id, verdict.annotator): verdict.label for verdict in book.verdicts(number, with_gold=True)}
+    behind = [v for v in verdicts if v.label == "skip" and earlier.get((v.id, v.annotator), "skip") != "skip"]
+    verdicts = [verdict for verdict in verdicts if verdict not in behind]
     book.record([verdict for verdict in verdicts if verdict.id in asked and verdict.id not in gold])
     for verdict in (verdict for verdict in verdicts if verdict.id in gold):
         book.record_control(Control(gold[verdict.id], verdict.id), verdict)
@@ -152,6 +154,8 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
         counts["of them on gold questions"] = sum(verdict.id in gold for verdict in verdicts)
     if again := sum((verdict.id, verdict.annotator) in earlier for verdict in verdicts):
         counts["of them in place of an earlier verdict of the same annotator"] = again
+    if behind:
+        counts["skips beside an earlier verdict of the same annotator, which stays"] = len(behind)
     for row in quarantine:
         counts[row["reason"]] = counts.get(row["reason"], 0) + 1
     return counts
@@ -201,8 +205,9 @@ def _reliability(book: LabelBook, number: int) -> Iterator[str]:
     from rlhf.reward.controls import report_gold, report_repeats
 
     verdicts, gold = book.verdicts(number, with_gold=True), {one.question.id: one.label for one in book.gold(number)}
+    questions = [*book.questions(number), *(one.question for one in book.gold(number))]
     yield from control_sentences(report_gold(verdicts, gold), report_repeats(book.repeats(number)))
-    report = report_verdicts(verdicts, right=gold)
+    report = report_verdicts(verdicts, right=gold, questions=questions)
     yardstick = "by gold questions and the others' verdicts" if gold else "by the others' verdicts on the same pairs"
     for name, entry in report.items():
         if entry["accuracy"] is not None and entry["accuracy_ci"] is not None:

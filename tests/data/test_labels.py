@@ -271,6 +271,15 @@ def test_one_annotators_verdicts_on_a_question_count_once_and_it_is_said(tmp_pat
     assert labels == {(0, "ann"): "tie", (1, "ann"): "tie", (2, "ann"): "first"}
 
 
+def test_a_skip_never_replaces_a_verdict_of_an_earlier_file(tmp_path: Path) -> None:
+    earlier = [row_of(0, "first", annotator="ann"), row_of(1, "skip", annotator="ann")]
+    skips = [row_of(i, "skip", annotator="ann") for i in range(3)]
+    counts, labels = imported(tmp_path, earlier, skips)
+    stays = "skips beside an earlier verdict of the same annotator, which stays"
+    assert counts[1] == {"taken": 2, "of them in place of an earlier verdict of the same annotator": 1, stays: 1}
+    assert labels == {(0, "ann"): "first", (1, "ann"): "skip", (2, "ann"): "skip"}
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_skip_never_replaces_a_verdict_of_its_file(tmp_path: Path, is_first: bool) -> None:
     (task,) = export_questions(FIVE[:1], "label-studio")

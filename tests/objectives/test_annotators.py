@@ -164,6 +164,39 @@ def test_a_coin_among_them_is_a_difference() -> None:
     assert np.mean([chi2.sf(x, 3) < 0.05 for x in found]) >= 0.9
 
 
+@pytest.mark.parametrize(("answers", "prompts"), [(6, 12), (8, 10)])
+def test_pairs_of_one_ranking_are_not_counted_as_independent(answers: int, prompts: int) -> None:
+    """Somebody who ranks by the true reward and noise: the interval holds how often they are right in 93 % of draws or more."""
+    rng = np.random.default_rng(7)
+    first, second = np.triu_indices(answers, 1)
+    prompt = torch.arange(prompts).repeat_interleave(len(first))
+    drawn = []
+    for _ in range(300):
+        truth = rng.standard_normal((prompts, answers))
+        ranked = truth + 0.8 * rng.standard_normal((prompts, answers))
+        is_right = ((truth[:, first] > truth[:, second]) == (ranked[:, first] > ranked[:, second])).ravel()
+        drawn.append(torch.tensor(np.where(is_right, 7.0, -7.0)))
+    share = torch.cat(drawn).sign().mean().item() / 2 + 0.5
+    alone, clustered = (
+        np.mean([low <= share <= high for _, low, high in (accuracy_interval(x, *of) for x in drawn)])
+        for of in ([], [prompt])
+    )
+    assert alone < 0.92 < 0.93 <= clustered
+
+
+def test_labels_of_their_own_cluster_are_independent_and_one_cluster_tells_nothing() -> None:
+    others = torch.tensor([4.0, -4.0, 4.0, 1.0, 4.0])
+    assert accuracy_interval(others, torch.arange(5)) == accuracy_interval(others)
+    assert accuracy_interval(others, torch.zeros(5, dtype=torch.long))[1:] == (0.0, 1.0)
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(label_slopes(x, torch.arange(40)).covariance, label_slopes(x).covariance)
+    repeated, of = x.repeat_interleave(6, dim=0), torch.arange(40).repeat_interleave(6)
+    ratio = label_slopes(repeated, of).covariance.diagonal() / label_slopes(repeated).covariance.diagonal()
+    assert (ratio > 4).all(), "six times the same label is one label"
+    sixfold = accuracy_interval(others.repeat_interleave(6), torch.arange(5).repeat_interleave(6))
+    assert sixfold.high - sixfold.low > accuracy_interval(others).high - accuracy_interval(others).low - 0.01
+
+
 def test_slopes_are_a_logistic_regressions() -> None:
     """The optimum and the curvature there, by scipy on the same penalised likelihood, written in numpy."""
     rng = np.random.default_rng(2)

@@ -90,7 +90,7 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
         0.1: [
             "At least 10.0% of the labels are wrong",
             "30.0%, the estimate by confident learning, is not proved",
-            "if 30.0% of all labels are",
+            "by the error rate of who labelled each",
         ],
     }
     for low, parts in headline.items():
@@ -119,6 +119,15 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
     assert annotators["careless"]["accuracy"] < 0.5 < annotators["careful"]["accuracy_ci"][0]
     assert annotators["careful"]["accuracy"] == pytest.approx(120 / 135, abs=0.06)
     assert annotators["careless"]["flags"] == ["few"]
+    assert result["vote"]["voters_flip_rate"] == 0.0
+    assert result["vote"]["flip_rate"] == result["noise_rate"]["mean"] > 0
+    assert result["by_annotator"]
+    proved = {**result, "vote": {**result["vote"], "low": 0.1}}
+    assert any("by the error rate of who labelled each" in line for line in audit_lines(proved))
+    one_rate = {**proved, "by_annotator": False}
+    assert any(
+        f"if {result['vote']['flip_rate']:.1%} of all labels are wrong" in line for line in audit_lines(one_rate)
+    )
     section = whole_page.split("Who labelled")[1].split("<h2>")[0]
     assert section.count("<tr>") == 3
     assert "Too few labels to be judged: careless (1 of 2)." in section

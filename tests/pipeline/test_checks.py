@@ -1,5 +1,6 @@
 """What is refused before anything is made."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -80,6 +81,13 @@ def test_what_is_near_to_it_is_not_refused(tmp_path: Path, monkeypatch: pytest.M
         check_here(load_recipe(Path("r.yaml"), overrides.split()))
     Path("r.yaml").write_text("name: x\nlab: {}\n")
     check_arguments(load_recipe(Path("r.yaml")), until="reward")  # no PPO, no answers of it
+
+
+def test_an_adapter_on_other_weights_is_warned_of() -> None:
+    qlora = Path(__file__).parents[2] / "recipes" / "models" / "llama-3.1-8b-qlora.yaml"
+    recipe = load_recipe(qlora, ["ppo.load_in_4bit=false"])
+    with pytest.warns(UserWarning, match=r"ppo: SFT's adapter was trained on 4-bit"), contextlib.suppress(UserError):
+        check_here(recipe)
 
 
 def rows(*codes: object, column: str = "preference") -> str:

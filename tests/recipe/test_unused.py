@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
-from rlhf.recipe.unused import ADAPTER_KEYS, NEEDS
+from rlhf.recipe.unused import ADAPTER_KEYS, NEEDS, mixed_bits
 
 VALUES: dict[str, Any] = {
     "lora_r": 4,
@@ -229,3 +229,25 @@ def test_rounds_that_deal_out_a_file_ask_for_nothing(tmp_path: Path, key: str) -
 def test_a_judges_address_that_is_not_used_is_shown_without_its_secrets(tmp_path: Path) -> None:
     said = problem(recipe(tmp_path, rounds={**PEOPLE, "judge_url": "http://me:hush@host/v1?key=mum"}))
     assert "rounds.judge_url is 'http://me:***@host/v1?key=***', which is not used" in said
+
+
+QLORA = Path(__file__).parents[2] / "recipes" / "models" / "llama-3.1-8b-qlora.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], []),
+        (["ppo.load_in_4bit=false"], [("ppo", "4-bit (nf4)", "whole")]),
+        (["reward.bnb_4bit_quant_type=fp4"], [("reward", "4-bit (nf4)", "4-bit (fp4)")]),
+        (["sft.load_in_4bit=false"], [("reward", "whole", "4-bit (nf4)"), ("ppo", "whole", "4-bit (nf4)")]),
+    ],
+)
+def test_an_adapter_on_other_weights_than_it_was_trained_on_is_named(
+    overrides: list[str], expected: list[tuple[str, str, str]]
+) -> None:
+    sentences = list(mixed_bits(load_recipe(QLORA, overrides)))
+    starts = [
+        f"{name}: SFT's adapter was trained on {a} weights and stands on {b} ones here" for name, a, b in expected
+    ]
+    assert [sentence.partition(", so")[0] for sentence in sentences] == starts

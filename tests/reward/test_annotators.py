@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from rlhf.data.labels import Verdict, shows_second_on_the_left
+from rlhf.data.labels import Question, Verdict, shows_second_on_the_left
 from rlhf.data.rows import assistant_turn, pair_digest, user_turn
 from rlhf.objectives.annotators import vote_worth
 from rlhf.objectives.strength import VoteStrength
@@ -157,6 +157,37 @@ def test_a_drift_is_seen() -> None:
     assert report["ann"]["drift"] == pytest.approx(-0.45, abs=0.15)
     assert report["bob"]["flags"] == []
     assert any("ann is worse in the later half" in line for line in annotator_sentences(report))
+
+
+def test_labels_on_one_conversation_make_intervals_wide() -> None:
+    """Every label six times: on six turns of one conversation it tells less than on six prompts."""
+    rows, strength = crowd({"ann": 0.9, "bob": 0.8}, 30, seed=13, length_fan="long")
+    six = [{**row, "prompt": user_turn(f"{row['prompt'][0]['content']} {i}")} for row in rows for i in range(6)]
+    together = [
+        {**row, "prompt": [*rows[i // 6]["prompt"], assistant_turn("x")[0], *row["prompt"]]}
+        for i, row in enumerate(six)
+    ]
+    apart, of_one = (report_rows(data, strength.repeat_interleave(6), NOISE) for data in (six, together))
+    for name in ("ann", "bob", "long"):
+        for figure in ("accuracy_ci", "drift_ci"):
+            (low, high), (low_apart, high_apart) = of_one[name][figure], apart[name][figure]
+            assert high - low > 1.5 * (high_apart - low_apart), (name, figure)
+        for figure in ("slope_ci", "beyond_ci"):
+            taste, taste_apart = of_one[name]["tastes"]["length"][figure], apart[name]["tastes"]["length"][figure]
+            assert taste[1] - taste[0] > 1.5 * (taste_apart[1] - taste_apart[0]), (name, figure)
+
+
+def test_questions_on_one_conversation_make_intervals_of_verdicts_wide() -> None:
+    rng = random.Random(0)
+    right = {f"q{i}-{j}": "first" for i in range(30) for j in range(6)}
+    wrong = {f"q{i}" for i in range(30) if rng.random() < 0.2}
+    verdicts = [Verdict(name, "second" if name.partition("-")[0] in wrong else "first", "ann") for name in right]
+    questions = [Question(name, 1, user_turn(name.partition("-")[0]), "a", f"b{name}") for name in right]
+    of_one = report_verdicts(verdicts, right=right, questions=questions)["ann"]["accuracy_ci"]
+    apart = report_verdicts(verdicts, right=right)["ann"]["accuracy_ci"]
+    assert of_one is not None
+    assert apart is not None
+    assert of_one[1] - of_one[0] > 2 * (apart[1] - apart[0])
 
 
 # ---- Posterior labels ----
