@@ -115,7 +115,7 @@ class RewardBody(BaseModel):
                 prompt, or a field is all but called like one of ours.
         """
         for name in self.model_extra or {}:
-            meant = get_close_matches(name, type(self).model_fields, n=1)
+            meant = get_close_matches(name, type(self).model_fields, n=1, cutoff=0.75)
             if meant:
                 raise Refused(422, f"unknown field `{name}`; did you mean `{meant[0]}`?")
         answers = self.query if self.responses is None else self.responses
