@@ -291,3 +291,27 @@ def test_a_pair_that_several_people_labelled_is_one_question() -> None:
     }  # fmt: skip
     assert looked.contradict.tolist()[:2] == [1.0, 0.0], "the verdict is about what each row says"
     assert looked.agree.tolist()[:2] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("objective", "column"), [("scaled", "weight"), ("margin", "margin")])
+def test_ratings_in_other_units_are_said(objective: str, column: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Of ratings of 1 to 10 beside those of 0 to 4 the former count more; of one source nothing is said, nor of few gaps."""
+    rows = [pair(i, rating_gap=1.0 + i % 3, source="stars") for i in range(60)]
+    tens = [pair(i, rating_gap=3.0 + i % 6, source="tens") for i in range(60)]
+    denoised(rows, DenoiseConfig(objective))
+    denoised([*rows, *tens[:20]], DenoiseConfig(objective))
+    denoised([*rows, *({**row, "source": "stars"} for row in tens)], DenoiseConfig(objective))
+    denoised([*rows, *({**row, column: 1.0} for row in tens)], DenoiseConfig(objective))
+    assert not recwarn.list
+    with pytest.warns(
+        UserWarning, match=r"gaps of 'tens' are 5.5 on average and those of 'stars' 2, .* 2.8 times as much"
+    ):
+        denoised([*rows, *tens], DenoiseConfig(objective))
+
+
+def test_a_confidence_that_is_not_used_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    rows = [pair(0, confidence=0.67), pair(1, confidence=0.5), pair(2, confidence=1.0), pair(3)]
+    denoised(rows, DenoiseConfig("bt"))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="says how likely each label is right, and 1 of 4 pairs bring a `confidence`"):
+        denoised(rows, DenoiseConfig("smoothing"))
