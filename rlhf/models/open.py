@@ -188,8 +188,9 @@ def open_network(
             f"{name}: the checkpoint has no {_names(random)}, so these weights would be random; it is not whole, or not a "
             f"model of this kind ({type(model).__name__})."
         )
-    if new_head:  # the old head is left behind on purpose
-        unused = {key for key in unused if key.startswith(prefix)}
+    if new_head:  # an old head is left behind on purpose; of one that is used, what it has beside its weight is not
+        has_head = not any("score" in key or "classifier" in key for key in missing)
+        unused = {key for key in unused if key.startswith(prefix) or (has_head and not key.startswith("lm_head"))}
     if unused:
         warnings.warn(f"{name}: {type(model).__name__} has no place for {_names(unused)}; not used.", stacklevel=3)
     check_finite(name, {key: value for key, value in model.named_parameters() if key not in missing})

@@ -131,6 +131,14 @@ def test_a_new_head_is_no_missing_tensor(copied: Path, recwarn: pytest.WarningsR
     assert not [w for w in recwarn if "no place for" in str(w.message)]
 
 
+def test_what_a_scoring_head_has_beside_its_weight_is_said(reward_folder: Path, tmp_path: Path) -> None:
+    """A public reward model's head may have a bias, which the class of transformers has not; it was dropped in silence."""
+    shutil.copytree(reward_folder, tmp_path / "theirs")
+    weights(tmp_path / "theirs", lambda tensors: tensors.update({"score.bias": torch.ones(1)}))
+    with pytest.warns(UserWarning, match=r"has no place for score.bias; not used"):
+        load_scorer(tmp_path / "theirs")
+
+
 @pytest.fixture
 def adapter(copied: Path, tokenizer: Any, tmp_path: Path) -> Path:
     torch.manual_seed(0)
