@@ -242,18 +242,22 @@ def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> tupl
 
 
 def gap_closed(
-    values: Sequence[float], start: Sequence[float], best: Sequence[float]
+    values: Sequence[float],
+    start: Sequence[float],
+    best: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
 ) -> tuple[float | None, list[float] | None]:
     """Return which part of the way from `start` to `best` the values go, and its 95 % percentile interval.
 
         (mean values - mean start) / (mean best - mean start)
 
-    Prompts are drawn with replacement, the three values of one together (a paired bootstrap): a hard prompt is hard for all
-    three, and the same draw stands above and below the line. The delta method would need the same covariances and takes a
-    ratio for normal, which it is not where the gap below the line is narrow.
+    Prompts, or clusters of them, are drawn with replacement, the three values of one together (a paired bootstrap): a hard prompt
+    is hard for all three, and the same draw stands above and below the line. The delta method would need the same covariances and
+    takes a ratio for normal, which it is not where the gap below the line is narrow.
 
     Args:
         values, start, best: [prompts] each; the best of several answers of which `start` is one, so that best ≥ start.
+        clusters: which prompts belong together; None if every one stands alone.
 
     Returns:
         the ratio and its interval; None where there is no way to go.
@@ -270,17 +274,22 @@ def gap_closed(
     value, low, high = (columns.sum(axis=0) / len(columns)).tolist()
     if not high > low:
         return None, None
-    return (value - low) / (high - low), clustered_statistic(columns, None, ratio)[1]
+    return (value - low) / (high - low), clustered_statistic(columns, clusters, ratio)[1]
 
 
-def win_rate(first: Sequence[float], second: Sequence[float]) -> tuple[float, list[float]]:
+def win_rate(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> tuple[float, list[float]]:
     """Return how often `first` is better than `second` on the same prompts, ties half, with its interval.
+
+    Args:
+        clusters: which prompts belong together; None if every one stands alone.
 
     >>> win_rate([1.0, 0.0], [0.0, 0.0])[0]
     0.75
     """
     values, others = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    return clustered_mean(((values > others) + 0.5 * (values == others)).tolist())
+    return clustered_mean(((values > others) + 0.5 * (values == others)).tolist(), clusters)
 
 
 def _cluster_numbers(clusters: Sequence[Hashable]) -> NDArray[np.int64]:

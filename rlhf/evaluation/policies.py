@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import Prompt
 from rlhf.evaluation.gold import GoldFunction
 from rlhf.models.generate import Completions, Engine, completer, sample_texts
@@ -26,7 +27,8 @@ class PolicyEvaluation(NamedTuple):
     Attributes:
         facts: `sft`, `policy`, `best_of_16`, `gold_gap_closed` and its interval as in `summary.json`; and `best_of_n`, the true
             reward of the best of n of SFT's answers and its KL (unbiased over all subsets of the 16).
-        samples: the answers of SFT and of the policy to each prompt, side by side, for people.
+        samples: the answers of SFT and of the policy to each prompt, side by side, for people; prompts of one `conversation` are
+            not independent.
         sft_answers: all of SFT's answers, each with whether it ended.
     """
 
@@ -81,6 +83,8 @@ def evaluate_policies(
         "engine": engine,
     }
     texts = [plain(prompt) for prompt in prompts]
+    numbers: dict[str, int] = {}
+    clusters = [numbers.setdefault(key, len(numbers)) for key in conversation_keys(prompts)]
 
     # 1. SFT's answers to each prompt; first, so that they are the same whatever the policy became.
     repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(per_prompt)]
@@ -100,8 +104,13 @@ def evaluate_policies(
     # 3. What is known without a true reward, and the true reward of all answers where there is one.
     facts: dict[str, Any] = {
         "n": len(prompts),
-        "sft": {"gold": None, **_mean("proxy", sft_scores[:, 0].tolist())},
-        "policy": {**_mean("proxy", answers.proxies), "gold": None, **_mean("kl", answers.kls), "win_rate": None},
+        "sft": {"gold": None, **_mean("proxy", sft_scores[:, 0].tolist(), clusters)},
+        "policy": {
+            **_mean("proxy", answers.proxies, clusters),
+            "gold": None,
+            **_mean("kl", answers.kls, clusters),
+            "win_rate": None,
+        },
         "best_of_16": {"by_reward": {"gold": None, "kl": None}, "by_gold": {"gold": None}},
         "gold_gap_closed": None,
         "gold_gap_closed_ci": None,
@@ -112,7 +121,7 @@ def evaluate_policies(
     if gold is not None:
         golds = gold(texts, answers.texts)
         sft_golds = torch.tensor(gold([text for text in texts for _ in range(BEST_OF)], sft_texts)).view(-1, BEST_OF)
-        for name, known in _by_true_reward(golds, sft_golds, sft_scores).items():
+        for name, known in _by_true_reward(golds, sft_golds, sft_scores, clusters).items():
             facts[name] = facts[name] | known if isinstance(known, dict) else known
         gold_policy, gold_sft = golds, sft_golds[:, 0].tolist()
 
@@ -120,6 +129,7 @@ def evaluate_policies(
     samples = [
         {
             "prompt": texts[i],
+            "conversation": clusters[i],
             "sft": sft_texts[i * per_prompt],
             "policy": answers.texts[i],
             "ended_sft": sft_answers[i * per_prompt][1],
@@ -155,24 +165,27 @@ def _answers(
     return answers
 
 
-def _by_true_reward(policy: Sequence[float], sft: Tensor, sft_scores: Tensor) -> dict[str, Any]:
+def _by_true_reward(
+    policy: Sequence[float], sft: Tensor, sft_scores: Tensor, clusters: Sequence[int]
+) -> dict[str, Any]:
     """Return the facts that a true reward adds.
 
     Args:
         policy: [n] true rewards of the policy's answers.
         sft: [n, 16] true rewards of SFT's answers.
         sft_scores: [n, 16] their raw scores by the reward model.
+        clusters: [n] the conversation of each prompt.
     """
     first, best = sft[:, 0].tolist(), sft.max(dim=1).values.tolist()
     picked = sft.gather(1, sft_scores.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
-    rate, interval = win_rate(policy, first)
-    of_policy, of_sft, of_best = _mean("gold", policy), _mean("gold", first), _mean("gold", best)
-    closed, closed_interval = gap_closed(policy, first, best)
+    rate, interval = win_rate(policy, first, clusters)
+    of_policy, of_sft, of_best = (_mean("gold", values, clusters) for values in (policy, first, best))
+    closed, closed_interval = gap_closed(policy, first, best, clusters)
     return {
         "sft": of_sft,
         "policy": {**of_policy, "win_rate": rate, "win_rate_ci": interval},
         "best_of_16": {
-            "by_reward": {"gold": None, "kl": best_of_n_kl(BEST_OF), **_mean("gold", picked)},
+            "by_reward": {"gold": None, "kl": best_of_n_kl(BEST_OF), **_mean("gold", picked, clusters)},
             "by_gold": of_best,
         },
         "gold_gap_closed": closed,
@@ -200,6 +213,6 @@ def sequence_kl(policy: PreTrainedModel, reference: PreTrainedModel, completions
     return torch.where(completions.response_mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
 
 
-def _mean(name: str, values: Sequence[float]) -> dict[str, Any]:
-    mean, interval = clustered_mean(values)
+def _mean(name: str, values: Sequence[float], clusters: Sequence[int]) -> dict[str, Any]:
+    mean, interval = clustered_mean(values, clusters)
     return {name: mean, f"{name}_ci": interval}

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import set_seed
 from trl import ModelConfig
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, answer, asked, completion
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
@@ -143,7 +144,7 @@ def _hindsight(context: StageContext, reward: Scorer) -> dict[str, Any] | None:
         reward.score(prompts, [row[who] for row in rows], ended=[row[f"ended_{who}"] for row in rows]).tolist()
         for rows, who in sides
     ]
-    rate, interval = win_rate(*scores)
+    rate, interval = win_rate(scores[0], scores[1], conversation_keys(prompts))
     return {"round": context.round - 1, "win_rate": rate, "win_rate_ci": interval}
 
 

@@ -1,6 +1,6 @@
 """When rounds should end before their number is up: rules on what the manifests say, so that a resumed run decides alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from rlhf.files import read_jsonl
@@ -85,15 +85,23 @@ def change_since_last_round(stage: Stage, stages: Sequence[Stage], store: Store)
     place = evaluations.index(stage)
     if place == 0:
         return None
-    columns = []
+    columns: list[list[Any]] = []
+    clusters: list[Hashable] = []
     for evaluation in (stage, evaluations[place - 1]):
         file = store.path(evaluation) / "samples.jsonl"
         if store.manifest(evaluation) is None or not file.is_file():
             return None
-        columns.append([row["gold_policy"] for row in read_jsonl(file)])
+        rows = read_jsonl(file)
+        columns.append([row["gold_policy"] for row in rows])
+        clusters = conversations_of(rows)
     if any(value is None for column in columns for value in column):
         return None
-    return paired_difference(columns[0], columns[1]) | {"win_tie_lose": win_tie_lose(columns[0], columns[1])}
+    return paired_difference(columns[0], columns[1], clusters) | {"win_tie_lose": win_tie_lose(columns[0], columns[1])}
+
+
+def conversations_of(samples: Sequence[Mapping[str, Any]]) -> list[Hashable]:
+    """Return which rows of an evaluation's `samples.jsonl` are of one conversation; of earlier versions', of one prompt."""
+    return [row.get("conversation", row["prompt"]) for row in samples]
 
 
 def win_tie_lose(first: Sequence[float], second: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.files import read_jsonl, write_text
 from rlhf.invariants.checks import Check, CheckEntry
-from rlhf.pipeline.stopping import change_since_last_round, is_worse, win_tie_lose
+from rlhf.pipeline.stopping import change_since_last_round, conversations_of, is_worse, win_tie_lose
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import Recipe
 from rlhf.report.records import sealed_summary
@@ -156,7 +156,7 @@ def _change_from_start(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str
     if not rows:
         return {f"{name}_change": None, f"{name}_change_ci": None}
     policy, start = ([row[f"{name}_{who}"] for row in rows] for who in ("policy", "sft"))
-    change = paired_difference(policy, start, [row["prompt"] for row in rows])
+    change = paired_difference(policy, start, conversations_of(rows))
     return {f"{name}_change": change["difference"], f"{name}_change_ci": change["difference_ci"]}
 
 

@@ -24,7 +24,9 @@ class Lengths:
         return torch.tensor([float(len(text)) for text in responses])
 
 
-def evaluate(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(
+    base: Path, tokenizer: Any, gold: Any, prompts: Sequence[Prompt] = PROMPTS[:10]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     facts, samples, _ = evaluate_policies(
@@ -33,7 +35,7 @@ def evaluate(base: Path, tokenizer: Any, gold: Any) -> tuple[dict[str, Any], lis
         tokenizer=tokenizer,
         reward=Lengths(),
         gold=gold,
-        prompts=PROMPTS[:10],
+        prompts=prompts,
         batch_size=7,
         max_new_tokens=6,
     )
@@ -64,3 +66,28 @@ def test_gold_figures_are_those_of_the_samples(base_folder: Path, tokenizer: Any
     assert facts["gold_gap_closed"] == pytest.approx(expected)
     low, high = facts["gold_gap_closed_ci"]
     assert low <= expected <= high
+
+
+def test_turns_of_one_conversation_are_one_draw(base_folder: Path, tokenizer: Any) -> None:
+    """Ten prompts of one conversation are one observation, of which no interval can be made; they had one like ten others."""
+
+    def gold(prompts: list[str], texts: list[str]) -> list[float]:
+        return [float(len(text) % 7) for text in texts]
+
+    turns: list[Any] = [{"role": "user", "content": "red"}]
+    prompts = [turns]
+    for _ in range(9):
+        turns = [*turns, {"role": "assistant", "content": "dog"}, {"role": "user", "content": "red"}]
+        prompts.append(turns)
+    alone, samples = evaluate(base_folder, tokenizer, gold)
+    facts, of_one = evaluate(base_folder, tokenizer, gold, prompts)
+    assert [row["conversation"] for row in samples] == list(range(10))
+    assert [row["conversation"] for row in of_one] == [0] * 10
+    for name in ("proxy_ci", "gold_ci", "win_rate_ci"):
+        low, high = alone["policy"][name]
+        assert low < high
+        low, high = facts["policy"][name]
+        assert low == high
+    mixed, _ = evaluate(base_folder, tokenizer, gold, [*prompts[:5], *PROMPTS[:5]])
+    low, high = mixed["policy"]["proxy_ci"]
+    assert low < high
