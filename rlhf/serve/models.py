@@ -1,5 +1,7 @@
 """The models that a server scores with: opened by name; each text is encoded for every member of its model."""
 
+import logging
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from rlhf.reward.ensemble import member_folders
 from rlhf.reward.load import CARD, load_reward_model, open_reward_model
 from rlhf.reward.model import RewardModel
 
+log = logging.getLogger("rlhf.serve")
 # A CPU is busy with a thousand tokens, and more of them leave its cache; a GPU wants as many as there are.
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1024, 16_384
 # What tokenizers and chat templates raise at texts that they can't take.
@@ -166,6 +169,8 @@ def _refusal(error: Exception) -> str:
     if isinstance(error, TemplateError):
         return f"the chat template refuses these turns: {error}"
     if not isinstance(error, REFUSALS):
+        # The message may hold a person's text; the lines of code do not.
+        log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
         return f"can't be read ({type(error).__name__})"
     return f"can't be scored: {str(error) or type(error).__name__}".splitlines()[0]
 

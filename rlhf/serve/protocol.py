@@ -114,10 +114,7 @@ class RewardBody(BaseModel):
             Refused: 422, with a sentence, where there are none of either form, lengths differ, a query does not begin with its
                 prompt, or a field is all but called like one of ours.
         """
-        for name in self.model_extra or {}:
-            meant = get_close_matches(name, type(self).model_fields, n=1, cutoff=0.75)
-            if meant:
-                raise Refused(422, f"unknown field `{name}`; did you mean `{meant[0]}`?")
+        _refuse_misspelt(self)
         answers = self.query if self.responses is None else self.responses
         if answers is None or (self.responses is not None and self.prompts is None and self.messages is None):
             raise Refused(422, "send `prompts` and `responses`, or `query`.")
@@ -167,6 +164,7 @@ Input = Annotated[
 class ClassifyBody(BaseModel):
     """What vLLM's clients send to `/classify`: `input`, rendered texts or token ids, or one conversation as `messages`."""
 
+    model_config = ConfigDict(extra="allow")
     model: ModelName = None
     input: Input | None = None
     messages: Conversation | None = None
@@ -184,8 +182,10 @@ class ClassifyBody(BaseModel):
         """Return the texts to score.
 
         Raises:
-            Refused: 422, with a sentence: neither or both of the two, or a wish that would change the score.
+            Refused: 422, with a sentence: neither or both of the two, a wish that would change the score, or a field that is all
+                but called like one of ours.
         """
+        _refuse_misspelt(self)
         for wish in (
             "truncate_prompt_tokens",
             "use_activation",
@@ -209,6 +209,14 @@ class ClassifyBody(BaseModel):
         if rows and isinstance(rows[0], int):
             return [Ids(rows)]
         return [Rendered(row) if isinstance(row, str) else Ids(row) for row in rows]
+
+
+def _refuse_misspelt(body: RewardBody | ClassifyBody) -> None:
+    """Refuse fields that are all but called like one of ours; others are other servers' own, and change no score."""
+    for name in body.model_extra or {}:
+        meant = get_close_matches(name, type(body).model_fields, n=1, cutoff=0.75)
+        if meant:
+            raise Refused(422, f"unknown field `{name}`; did you mean `{meant[0]}`?")
 
 
 def _answers(prompts: Sequence[Any], responses: Sequence[str], ended: Sequence[bool] | None) -> list[Text]:

@@ -177,6 +177,9 @@ def test_wishes_that_would_change_a_score_are_refused(address: str) -> None:
     for wish in ({"chat_template_kwargs": {"enable_thinking": False}}, {"softmax": True}, {"normalize": True}):
         reply = ask(f"{address}/classify", {"input": "x", **wish})
         assert (reply.status_code, next(iter(wish)) in reply.text) == (422, True)
+    reply = ask(f"{address}/classify", {"input": "x", "activations": True})
+    assert (reply.status_code, "did you mean `activation`?" in reply.text) == (422, True)
+    assert ask(f"{address}/classify", {"input": "x", "add_special_tokens": False, "priority": 0}).status_code == 200
     body = {"prompts": ["a"], "query": ["a x"], "labels": ["b"], "images": [None]}
     assert ask(f"{address}/get_reward", body).status_code == 200
 
