@@ -15,6 +15,7 @@ from trl import ModelConfig
 from rlhf.errors import UserError
 from rlhf.models.load import REWARD_LABEL, load_policy
 from rlhf.models.logprobs import reads_states
+from rlhf.models.scalar_head import make_exact
 
 
 @torch.no_grad()
@@ -51,6 +52,8 @@ def _combined(linear: nn.Linear, weights: Tensor) -> nn.Linear:
     single.weight.copy_((exact @ linear.weight.double())[None])
     if linear.bias is not None:
         single.bias.copy_((exact @ linear.bias.double())[None])
+    if linear.weight.dtype == torch.float32:
+        make_exact(single)  # also on layers of 16 bits, as the head in its place was
     return single.train(linear.training)
 
 

@@ -141,7 +141,7 @@ def open_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         raise UserError(
             f"{name}: model_max_length in its tokenizer_config.json is {tokenizer.model_max_length!r:.40}, no number of tokens."
         )
-    if getattr(tokenizer, "fix_mistral_regex", None) is False:
+    if getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
         warnings.warn(
             f"{name}: transformers says that this tokenizer may split words by a pattern that Mistral has corrected since, so that "
             "texts are read as other tokens than in pretraining. If the checkpoint's publisher says so too, load its tokenizer "

@@ -28,6 +28,7 @@ def make_exact(head: nn.Linear) -> None:
     """
     if head.weight.dtype != torch.float32:
         head.float()
+    if _read_any_type not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(_read_any_type)
 
 

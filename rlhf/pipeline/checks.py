@@ -250,7 +250,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
     from rlhf.pipeline.training import quiet_libraries
 
     quiet_libraries()
-    for sentence in mixed_bits(recipe):
+    for sentence in mixed_bits(recipe, until):
         warnings.warn(sentence, stacklevel=2)
     problems: list[str] = []
     model = recipe.backbone.model

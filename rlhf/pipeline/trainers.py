@@ -9,7 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import peft
 import torch
+import transformers
+import trl
 from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,7 +43,7 @@ from rlhf.reward.text import TextRewardTrainer
 from rlhf.reward.trainer import PairRewardTrainer
 
 FAILED_BATCH = "failed_batch"
-CHECK_SETTINGS = ("trl", "transformers", "accelerate", "peft")
+CHECK_SETTINGS = [Path(str(library.__file__)).parent for library in (accelerate, peft, transformers, trl)]
 
 
 class InStage(Trainer):
@@ -130,7 +134,7 @@ class InStage(Trainer):
 def _is_raised_by_library(error: Exception) -> bool:
     """Tell whether an error comes from TRL or a library below it, which check settings, and not from this package."""
     frames = traceback.extract_tb(error.__traceback__)
-    return any(f"/site-packages/{library}/" in Path(frames[-1].filename).as_posix() for library in CHECK_SETTINGS)
+    return any(Path(frames[-1].filename).is_relative_to(folder) for folder in CHECK_SETTINGS)
 
 
 def _token_rows(batch: Mapping[str, Tensor]) -> list[list[int]]:

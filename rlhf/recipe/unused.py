@@ -219,17 +219,21 @@ def _decided_by_sft(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
                 )
 
 
-def mixed_bits(recipe: Recipe) -> Iterator[str]:
+def mixed_bits(recipe: Recipe, until: str | None = None) -> Iterator[str]:
     """Yield a sentence for each stage in which SFT's adapter stands on other weights than it was trained on.
 
     Some want that, as vLLM takes whole weights only: it is no error.
+
+    Args:
+        until: the last stage that will run, if it is not the plan's.
     """
     sft = _values(recipe, "sft")
     if not recipe.has_sft or not sft["use_peft"]:
         return
-    for name in ("reward", "ppo"):
+    stages = {"sft": (), "vote": (), "reward": ("reward",)}.get(until or "", ("reward", "ppo"))
+    for name in stages:
         values = _values(recipe, name)
-        if _set_keys(recipe, name).get("use_peft") is not False and _bits(values) != _bits(sft):
+        if _bits(values) != _bits(sft):
             yield (
                 f"{name}: SFT's adapter was trained on {_bits(sft)} weights and stands on {_bits(values)} ones here, so this stage "
                 f"does not start from the model that SFT made; give sft and {name} the same load_in_4bit and bnb_4bit_quant_type."

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
 from rlhf.models.load import load_scorer
-from rlhf.models.open import one_sentence
+from rlhf.models.open import adapter_weights, one_sentence
 from rlhf.models.save import ADAPTER_BASE, check_base
+from rlhf.models.scalar_head import restore_exact
 from rlhf.models.score import score_rows
 from rlhf.reward.gate import GATE, Gate, mean_states
 from rlhf.reward.model import NO_FEATURES, RewardModel
@@ -79,9 +80,14 @@ class ExpertRewards(RewardModel):
         columns = []
         for number in range(len(self.names)):
             self._activate(number)
-            columns.append(
-                score_rows(self.model, rows, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
+            scores = score_rows(
+                self.model,
+                rows,
+                pad_token_id=self.tokenizer.pad_token_id,
+                batch_size=self.batch_size,
+                batch_tokens=self.batch_tokens,
             )
+            columns.append(scores)
         self._activate(0)
         return (torch.stack(columns, dim=1) - self.scales[:, 0]) / self.scales[:, 1]
 
@@ -145,6 +151,9 @@ def open_experts(
         for number, adapter in enumerate(folders[1:], start=1):
             check_base(str(adapter), base, model.peft_config["default"].revision)
             model.load_adapter(adapter, adapter_name(number))
+            model.set_adapter(adapter_name(number))
+            restore_exact(model, adapter_weights(str(adapter)))
+        model.set_adapter(adapter_name(0))
         model.eval().requires_grad_(False)
         weights = None if facts["weights"] is None else torch.tensor(facts["weights"])
         gate = Gate(**load_file(folder / GATE)) if facts["weights"] is None else None

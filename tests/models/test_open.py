@@ -220,7 +220,7 @@ def test_a_mistral_tokenizer_is_read_as_transformers_reads_it(
     def patched(*arguments: Any, **settings: Any) -> Any:
         given.update(settings)
         tokenizer = read(*arguments, **settings)
-        tokenizer.fix_mistral_regex = False
+        tokenizer.backend_tokenizer.fix_mistral_regex = False  # where transformers leaves what it found
         return tokenizer
 
     open_tokenizer(copied)

@@ -241,6 +241,7 @@ QLORA = Path(__file__).parents[2] / "recipes" / "models" / "llama-3.1-8b-qlora.y
         (["ppo.load_in_4bit=false"], [("ppo", "4-bit (nf4)", "whole")]),
         (["reward.bnb_4bit_quant_type=fp4"], [("reward", "4-bit (nf4)", "4-bit (fp4)")]),
         (["sft.load_in_4bit=false"], [("reward", "whole", "4-bit (nf4)"), ("ppo", "whole", "4-bit (nf4)")]),
+        (["reward.load_in_4bit=false", "reward.use_peft=false"], [("reward", "4-bit (nf4)", "whole")]),
     ],
 )
 def test_an_adapter_on_other_weights_than_it_was_trained_on_is_named(
@@ -251,3 +252,9 @@ def test_an_adapter_on_other_weights_than_it_was_trained_on_is_named(
         f"{name}: SFT's adapter was trained on {a} weights and stands on {b} ones here" for name, a, b in expected
     ]
     assert [sentence.partition(", so")[0] for sentence in sentences] == starts
+
+
+def test_a_stage_that_does_not_run_stands_on_nothing() -> None:
+    recipe = load_recipe(QLORA, ["sft.load_in_4bit=false"])
+    assert [sentence.partition(":")[0] for sentence in mixed_bits(recipe, "reward")] == ["reward"]
+    assert list(mixed_bits(recipe, "sft")) == []

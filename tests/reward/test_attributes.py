@@ -137,6 +137,16 @@ def test_the_saved_model_scores_the_weighted_sum_in_plain_transformers(
     assert json.loads((tmp_path / "rm/reward_model.json").read_text())["probe"]
 
 
+def test_a_merged_head_reads_states_of_16_bits(base_folder: Any, tokenizer: Any, pairs: Dataset) -> None:
+    model = build(base_folder, tokenizer, use_peft=True, lora_r=K, dtype="bfloat16")
+    trainer = AttributeRewardTrainer(
+        model, arguments(), weights=WEIGHTS, train_dataset=Dataset.from_list(rated()), processing_class=tokenizer
+    )
+    trainer.merge_head()
+    scores = RewardModel(trainer.model.eval(), tokenizer).score(pairs["prompt"][:3], ["yes", "no", "dog"])
+    assert scores.isfinite().all()
+
+
 def test_held_out_pairs_are_compared_by_the_weighted_score(base_folder: Any, tokenizer: Any, pairs: Dataset) -> None:
     model = build(base_folder, tokenizer)
     trainer = AttributeRewardTrainer(

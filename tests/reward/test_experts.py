@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rlhf import load_reward_model
 from rlhf.errors import UserError
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
 from rlhf.models.save import save_model
+from rlhf.models.scalar_head import make_exact, score_head
 from rlhf.reward.experts import ExpertRewards, merge_experts, open_experts, save_experts
 from rlhf.reward.gate import Gate, fit_gate
 from rlhf.reward.load import calibrate_reward_model
@@ -54,6 +56,28 @@ def test_each_expert_scores_as_it_does_alone_and_weights_add_up(folder: Path, to
     order = [3, 0, 5, 1, 4, 2]
     shuffled = experts.score([PROMPTS[i] for i in order], [ANSWERS[i] for i in order])
     torch.testing.assert_close(shuffled, expected[order], atol=1e-5, rtol=1e-5)
+
+
+def test_every_head_is_exact_on_a_base_of_16_bits(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The first expert's was, and all others' were rounded to eight bits."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    heads = []
+    for number in range(2):
+        torch.manual_seed(number)
+        settings = model_settings({"use_peft": True, "lora_r": 4, "dtype": "bfloat16"})
+        model = build_reward_model(base, settings, pad_token_id=tokenizer.pad_token_id)
+        head: Any = score_head(model)
+        make_exact(head)
+        torch.nn.init.normal_(head.weight)
+        heads.append(head.weight.detach().clone())
+        save_model(model, tokenizer, tmp_path / f"expert-{number}")
+    save_experts(tmp_path, ["a", "b"], SCALES, weights=[0.25, 0.75], gate=None)
+    experts = open_experts(tmp_path, tokenizer, conversational=True)
+    for name, expected in zip(("default", "expert-1"), heads, strict=True):
+        experts.model.set_adapter(name)
+        assert torch.equal(score_head(experts.model).weight, expected)
 
 
 def test_saved_experts_are_a_reward_model_like_any_other(folder: Path, tokenizer: Any) -> None:
