@@ -21,7 +21,6 @@ from rlhf.models.load import load_scorer
 from rlhf.models.open import adapter_weights, one_sentence
 from rlhf.models.save import ADAPTER_BASE, check_base
 from rlhf.models.scalar_head import restore_exact
-from rlhf.models.score import score_rows
 from rlhf.reward.gate import GATE, Gate, mean_states
 from rlhf.reward.model import NO_FEATURES, RewardModel
 
@@ -80,14 +79,7 @@ class ExpertRewards(RewardModel):
         columns = []
         for number in range(len(self.names)):
             self._activate(number)
-            scores = score_rows(
-                self.model,
-                rows,
-                pad_token_id=self.tokenizer.pad_token_id,
-                batch_size=self.batch_size,
-                batch_tokens=self.batch_tokens,
-            )
-            columns.append(scores)
+            columns.append(self.score_rows(rows))
         self._activate(0)
         return (torch.stack(columns, dim=1) - self.scales[:, 0]) / self.scales[:, 1]
 
