@@ -1,5 +1,6 @@
 """The meter: what some labels are worth, and what more of them would bring, from voters trained on parts of them."""
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from rlhf.objectives.learning_curve import (
     mix_curves,
 )
 from rlhf.objectives.second_look import expected_change, verdicts_in_labels, worth_in_sure_labels
+from rlhf.objectives.strength import scale_prior
 from rlhf.reward.vote import Train, VotePlan
 
 PARTS = (0.125, 0.25, 0.5)  # of what a voter trains on, each within the next
@@ -81,9 +83,9 @@ def measure_parts(plan: VotePlan, prompts: Sequence[Prompt], votes: Tensor, trai
 def estimate_accuracies(differences: Tensor, clusters: Sequence[Hashable], flip_rate: float) -> tuple[Tensor, Tensor]:
     """Return how often voters have the true order, [s], and the covariance of these estimates, [s, s].
 
-    With b fitted to labels of which a share ε is wrong, so that a label has probability (1 - ε) σ(b d) + ε σ(-b d), a voter is
-    right in the mean of σ(b |d|). This has a smaller error than counting how often it agrees, which sure and unsure votes enter
-    alike. Covariance by a bootstrap of prompts, the same draws for all voters.
+    Of labels of which a share ε is wrong, one has probability (1 - ε) σ(b d) + ε σ(-b d), and a voter is right in the mean of
+    σ(b |d|), of which the mean over the posterior of b (`scale_prior`) is taken. This has a smaller error than counting how often
+    it agrees, which sure and unsure votes enter alike. Covariance by a bootstrap of prompts, the same draws for all voters.
 
     Args:
         differences: [s, n] nats, out of fold.
@@ -101,20 +103,26 @@ def estimate_accuracies(differences: Tensor, clusters: Sequence[Hashable], flip_
     weights = weights / weights.sum(dim=1, keepdim=True)
     estimates = []
     for row in differences.double():
-        agree = torch.sigmoid(SCALES[:, None] * row / row.abs().mean().clamp(min=1e-12)).clamp(1e-12, 1 - 1e-12)
-        likelihood = weights @ ((1 - flip_rate) * agree + flip_rate * (1 - agree)).log().T
+        scales = _scales(row)
+        agree = torch.sigmoid(scales[:, None] * row).clamp(1e-12, 1 - 1e-12)
+        likelihood = len(names) * (weights @ ((1 - flip_rate) * agree + flip_rate * (1 - agree)).log().T)
         right = weights @ torch.maximum(agree, 1 - agree).T
-        estimates.append(right.gather(1, likelihood.argmax(dim=1, keepdim=True)).squeeze(1))
+        estimates.append((torch.softmax(likelihood + scale_prior(scales, row), dim=1) * right).sum(dim=1))
     table = torch.stack(estimates)
     return table[:, 0], torch.cov(table[:, 1:])
+
+
+def _scales(differences: Tensor) -> Tensor:
+    """Return what votes of these differences may be worth: b on the grid, per nat."""
+    return SCALES / differences.abs().mean().clamp(min=1e-12)
 
 
 class Rates(NamedTuple):
     """How likely each share of wrong labels in `RATES` is, and what the vote is worth if it is so.
 
     Attributes:
-        log_likelihood: [r] at the best scale, nats.
-        scales: [r] b, so that σ(b d) is how often a vote of d has the true order.
+        log_likelihood: [r] with b integrated over its prior, nats, up to a constant.
+        scales: [r] b, so that σ(b d) is how often a vote of d has the true order: the geometric mean of its posterior.
     """
 
     log_likelihood: Tensor
@@ -122,7 +130,7 @@ class Rates(NamedTuple):
 
 
 def fit_rates(strength: Tensor, clusters: Sequence[Hashable]) -> Rates:
-    """Fit what the vote is worth under each share of wrong labels.
+    """Find how likely each share of wrong labels is, and what the vote is worth under it, b having the prior `scale_prior`.
 
     Where no vote is sure, contradictions are as likely the votes' fault as the labels', and all rates are about as likely.
 
@@ -131,11 +139,12 @@ def fit_rates(strength: Tensor, clusters: Sequence[Hashable]) -> Rates:
         clusters: [n] the prompt of each pair; prompts are counted, not pairs.
     """
     values = strength.double()
-    scales = SCALES / values.abs().mean().clamp(min=1e-12)
+    scales = _scales(values)
     agree = torch.sigmoid(scales[:, None] * values).clamp(1e-12, 1 - 1e-12)
     fits = torch.stack([((1 - rate) * agree + rate * (1 - agree)).log().mean(dim=1) for rate in RATES])
-    best = fits.max(dim=1)
-    return Rates(best.values * len(set(clusters)), scales[best.indices])
+    posterior = fits * len(set(clusters)) + scale_prior(scales, values)
+    typical = (torch.softmax(posterior, dim=1) * scales.log()).sum(dim=1).exp()
+    return Rates(torch.logsumexp(posterior, dim=1) - math.log(len(scales)), typical)
 
 
 def fit_meter(measured: Measured, strength: Tensor, clusters: Sequence[Hashable]) -> Curves:

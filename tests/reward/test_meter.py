@@ -121,10 +121,26 @@ def test_the_share_of_wrong_labels_is_as_sure_as_the_votes_are() -> None:
     assert abs(RATES[sure.argmax()].item() - 0.25) <= 0.025
     assert (sure > sure.max() - 1.92).sum() <= 5
     assert (unsure > unsure.max() - 1.92).sum() >= 12
-    # By hand, at a rate of 0 and one scale: the mean of log σ(b d) over prompts.
+    # By hand, at a rate of 0: Π σ(b d), integrated over log(b mean |d|) ~ N(0, 2²).
     row = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
-    by_hand = max((torch.sigmoid(b * row / (4 / 3)).log().mean() * 3).item() for b in SCALES)
-    assert fit_rates(row, ["a", "b", "c"]).log_likelihood[0].item() == pytest.approx(by_hand)
+    each = [
+        torch.sigmoid(b * row / (4 / 3)).prod().item() * math.exp(-0.5 * (math.log(b) / 2) ** 2)
+        for b in SCALES.tolist()
+    ]
+    found = fit_rates(row, ["a", "b", "c"])
+    assert math.exp(found.log_likelihood[0].item()) == pytest.approx(sum(each) / len(each))
+    typical = sum(weight * math.log(b * 3 / 4) for weight, b in zip(each, SCALES.tolist(), strict=True)) / sum(each)
+    assert math.log(found.scales[0].item()) == pytest.approx(typical)
+
+
+def test_few_labels_make_no_vote_infallible() -> None:
+    """Thirty labels that a blunt voter agrees with may have any worth; the likeliest is the end of the grid."""
+    row = torch.linspace(0.2, 1.0, 30)
+    accuracies, _ = estimate_accuracies(row[None], list(range(30)), 0.0)
+    blunt = 1 / (1 + np.exp(-SCALES.numpy()[:, None] * row.numpy() / row.mean().item()))
+    weight = blunt.prod(axis=1) * np.exp(-0.5 * (np.log(SCALES.numpy()) / 2) ** 2)
+    assert accuracies.item() == pytest.approx((weight * blunt.mean(axis=1)).sum() / weight.sum(), rel=1e-5)
+    assert accuracies.item() < 0.995
 
 
 def test_a_verdict_is_priced_by_the_information_of_labels_on_pairs_as_they_are() -> None:
