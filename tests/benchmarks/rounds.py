@@ -130,7 +130,7 @@ def main() -> None:
         "--quick", action="store_true", help="two rounds of nothing much, the first seed: whether it runs"
     )
     arguments = parser.parse_args()
-    folder = arguments.json.with_suffix("")
+    folder = arguments.json.resolve().with_suffix("")  # runs are started in another folder
     if arguments.quick:
         folder = folder.with_name(folder.name + "-quick")
     folder.mkdir(parents=True, exist_ok=True)
