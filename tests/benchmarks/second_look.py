@@ -107,6 +107,7 @@ class Scene(NamedTuple):
 def scene(folder: Path, seed: int, *, quick: bool, crowd: bool = False) -> Scene:
     """The pairs of a seed, a quarter of them flipped, or as the crowd labelled them, run through the trunk."""
     base, pairs, test = splits(folder / "world", quick=quick)
+    assert seed < SEEDS, f"no pairs are left for seed {seed}"
     size = TRAIN // (10 if quick else 1)
     mine = pairs[seed * size : (seed + 1) * size]
     rows = mine if crowd else planted(mine, seed)
