@@ -61,7 +61,7 @@ def lowest_fraction(strength: Tensor, fraction: float) -> Tensor:
     >>> lowest_fraction(torch.tensor([0.3, -1.0, 0.3, 2.0]), 0.5)
     tensor([ True,  True, False, False])
     """
-    count = math.floor(fraction * len(strength))
+    count = math.floor(fraction * len(strength) + 1e-9)  # 0.29 * 100 is below 29
     lowest = torch.zeros(len(strength), dtype=torch.bool)
     lowest[torch.argsort(strength, stable=True)[:count]] = True
     return lowest

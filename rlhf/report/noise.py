@@ -27,7 +27,7 @@ def wrong_labels(noise: Facts) -> list[str]:
     estimate = f"{noise['flip_rate']:.1%}, the estimate by confident learning"
     if noise["low"] > 0:
         return [
-            f"At least {noise['low']:.1%} of the labels are wrong (95 % interval), if votes are right where they are sure: "
+            f"At least {noise['low']:.{1 if noise['low'] >= 0.001 else 2}%} of the labels are wrong (95 % interval), if votes are right where they are sure: "
             "read the most suspicious rows.",
             f"{most}; {estimate}, is not proved.",
         ]

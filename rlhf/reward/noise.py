@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.stats import beta
 from torch import Tensor
 
 from rlhf.data.rows import TIE
@@ -14,7 +15,12 @@ from rlhf.errors import UserError
 from rlhf.objectives.strength import nearest_line, scale_prior
 from rlhf.statistics import best_temperature, clustered_mean
 
-RATES, SCALES = 100, 61
+# Rates of which 0.1 % can be told from 0, and steps of 0.5 % above.
+RATES = torch.cat(
+    [torch.arange(0, 0.02, 0.0005, dtype=torch.float64), torch.linspace(0.02, 0.495, 96, dtype=torch.float64)]
+)
+STEPS = torch.gradient(RATES)[0]  # what each of them stands for
+SCALES = 61
 CHI_SQUARE_95 = 3.841
 LEAST_WEIGHT = 1e-7  # what adds less to a mean over the grid is left out
 
@@ -61,19 +67,21 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     A vote contradicts a label because the label is wrong or because the vote is, and votes alone cannot say which, so
     `low` and `high` are bounds for both readings and not just for chance:
 
-    - `low`: if a pair's true order is "chosen is better" with probability σ(b d), it has this label with probability
-      (1 - ε) σ(b d) + ε σ(-b d): far from 0, where votes are sure, contradictions are ε. Profile likelihood on a grid,
-      95 % (χ² of one degree); it misses noise that sits where votes are unsure. `fitted` and `scale` are those of which
-      σ(b d + log((1 - ε) / ε)) is nearest to the mean over the posterior of both, with all ε equally likely and b as
-      `scale_prior` says: some hundred labels leave many b likely, and the likeliest may be a hundred times too large, which
-      makes every label sure. By them labels are denoised if `low` is above 0; blunt votes prove nothing and change nothing.
+    - `low`: if a pair's true order is "chosen is better" with probability σ(b d), it has this label with probability (1 - ε)
+      σ(b d) + ε σ(-b d): far from 0, where votes are sure, contradictions are ε. Profile likelihood on a grid, 95 % (χ² of
+      one degree), between the points on a straight line; it misses noise that sits where votes are unsure. `fitted` and
+      `scale` are those of which σ(b d + log((1 - ε) / ε)) is nearest to the mean over the posterior of both, with all ε
+      equally likely and b as `scale_prior` says: some hundred labels leave many b likely, and the likeliest may be a hundred
+      times too large, which makes every label sure. By them labels are denoised if `low` is above 0; blunt votes prove
+      nothing and change nothing.
     - `flip_rate`: confident learning (Northcutt et al., arXiv:1911.00068): among pairs on which the vote is at least as
       sure as it is of an average label, the share that it contradicts; 0.5 at most.
-    - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap.
+    - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap, or the exact one of as many conversations
+      where that is higher (of few labels, none contradicted, a bootstrap knows only 0).
 
     Pairs of one conversation are not independent, so conversations are counted and resampled, not pairs. Votes that agree
-    with labels no more than chance (`high` reaches 0.5) say nothing: then the scale is 0, ε is what experts' verdicts alone
-    say, 0 without any, which leaves every label as it is, and a warning.
+    with labels no more than chance (`high` reaches 0.5, or the fit finds b = 0) say nothing: then the scale is 0, ε is what
+    experts' verdicts alone say, 0 without any, which leaves every label as it is, and a warning.
 
     Experts' verdicts enter the likelihood of `low`, `fitted` and `scale`: with v = σ(verdicts) a label and its verdicts have
     probability (1 - ε) σ(b d) v + ε σ(-b d) (1 - v), up to a factor. Which pairs were asked about may depend on labels and
@@ -85,11 +93,12 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
         verdicts: [n] log-odds of the verdicts that the label is right, nats; 0 where there are none.
     """
     contradicted = ((differences < 0).double() + 0.5 * (differences == 0).double()).tolist()
-    high = clustered_mean(contradicted, clusters)[1][1]
+    share, (_, high) = clustered_mean(contradicted, clusters)
+    high = max(high, _exact_end(share, len(set(clusters))))
     odds = torch.zeros_like(differences) if verdicts is None else verdicts
+    low, fitted, scale = _fit(differences, clusters, odds)
     agrees_with_all = not any(contradicted)
-    temperature = 1.0 if agrees_with_all else best_temperature(differences.tolist())
-    if temperature is None or high >= 0.5:
+    if high >= 0.5 or scale == 0:
         warnings.warn(
             "vote: the votes agree with the labels no more than chance, so they say nothing about them; every label is left "
             "as it is. Use a larger base model, more pairs, or another learning rate.",
@@ -99,40 +108,54 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
             return NoiseEstimate(0.0, 0.0, 0.0, 0.0, high)
         low, likeliest, _ = _fit(torch.zeros_like(differences), clusters, odds)
         return NoiseEstimate(0.0, likeliest if low > 0 else 0.0, 0.0, low, high, likeliest)
+    # Where contradicted votes are the surest no temperature fits all labels, and what a vote is worth says how sure it is.
+    temperature = 1.0 if agrees_with_all else best_temperature(differences.tolist()) or 1 / scale
     agree = torch.sigmoid(differences.double() / temperature)
     average = agree.mean()
     surely_wrong, surely_right = int((1 - agree >= average).sum()), int((agree >= average).sum())
-    low, fitted, scale = _fit(differences, clusters, odds)
     scale = min(scale, 1.0) if agrees_with_all else scale  # no likelihood bounds it; voters are trained in nats
     flip_rate = 0.0 if agrees_with_all else min(surely_wrong / (surely_wrong + surely_right), 0.5)
     return NoiseEstimate(flip_rate, fitted if low > 0 else 0.0, scale, low, high, fitted)
 
 
+def _exact_end(share: float, independent: int) -> float:
+    """Return the upper end of the exact 95 % interval (Clopper-Pearson) of a share of so many independent units, at most 1."""
+    count = share * independent
+    return float(beta.ppf(0.975, count + 1, independent - count)) if count < independent else 1.0
+
+
 def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> tuple[float, float, float]:
-    """Return the smallest ε whose profile likelihood is within 1.92 of the best, and ε and b nearest to the posterior's mean."""
+    """Return the ε from which on the profile likelihood is within 1.92 of the best, and ε and b nearest to the posterior's mean."""
     values = differences.double()
     spread = values.abs().mean().clamp(min=1e-12)
-    rates = torch.linspace(0.0, 0.495, RATES, dtype=torch.float64)
-    likelihood = torch.empty(SCALES, RATES, dtype=torch.float64)
+    likelihood = torch.empty(SCALES, len(RATES), dtype=torch.float64)
     scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread
     confirmed = torch.sigmoid(verdicts.double())
     for i, scale in enumerate(scales):
         agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
         right, wrong = agree * confirmed, (1 - agree) * (1 - confirmed)
-        likelihood[i] = torch.stack([(2 * ((1 - rate) * right + rate * wrong)).log().mean() for rate in rates])
+        likelihood[i] = torch.stack([(2 * ((1 - rate) * right + rate * wrong)).log().mean() for rate in RATES])
     independent = len(set(clusters))
     profile = likelihood.max(dim=0).values * independent
-    low = rates[profile >= profile.max() - CHI_SQUARE_95 / 2].min()
-    posterior = torch.softmax((likelihood * independent + scale_prior(scales, values)[:, None]).flatten(), 0).view_as(
-        likelihood
-    )
+    low = _first_reaching(RATES, profile, profile.max() - CHI_SQUARE_95 / 2)
+    prior = scale_prior(scales, values)[:, None] + STEPS.log()
+    posterior = torch.softmax((likelihood * independent + prior).flatten(), 0).view_as(likelihood)
     posterior[posterior < LEAST_WEIGHT] = 0
     right = torch.zeros_like(values)
     for weights, scale in zip(posterior, scales, strict=True):
         agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
         likely = weights.nonzero().flatten()
-        for weight, rate in zip(weights[likely], rates[likely], strict=True):
+        for weight, rate in zip(weights[likely], RATES[likely], strict=True):
             right += weight / (1 + rate / (1 - rate) * (1 - agree) / agree)
     constant, scale = nearest_line(values, right / posterior.sum())
-    likeliest = max(1 / (1 + math.exp(constant)), low.item())
-    return low.item(), min(likeliest, 0.5), max(scale, 0.0)
+    likeliest = max(1 / (1 + math.exp(constant)), low)
+    return low, min(likeliest, 0.5), max(scale, 0.0)
+
+
+def _first_reaching(grid: Tensor, values: Tensor, least: Tensor) -> float:
+    """Return where values on a grid first reach the least, between two points on a straight line."""
+    first = int((values >= least).nonzero()[0])
+    if first == 0:
+        return grid[0].item()
+    before, after = values[first - 1], values[first]
+    return torch.lerp(grid[first - 1], grid[first], (least - before) / (after - before)).item()

@@ -88,7 +88,8 @@ def voted(base: Path, labels: Rows, folder: Path, seed: int) -> tuple[VoteStreng
     """The vote on some labels; members that were trained before are not trained again."""
     shape: dict[str, Any] = {"members": MEMBERS, "folds": FOLDS, "in_sample": False, "trunk": None}
     settings = reward_settings(5e-4, 2)
-    return vote(base, labels, settings, folder, seed=seed, say=lambda _: None, flip_rate=MEMBER_FLIP_RATE, **shape)
+    found = vote(base, labels, settings, folder, seed=seed, say=lambda _: None, flip_rate=MEMBER_FLIP_RATE, **shape)
+    return found.strength, found.noise
 
 
 def flagged(labels: Rows, strength: torch.Tensor, noise: NoiseEstimate) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
     seeds = [int(seed) for seed in arguments.seeds.split(",")][: 1 if arguments.quick else None]
-    folder = arguments.json.with_suffix("")
+    folder = arguments.json.resolve().with_suffix("")  # runs are started in another folder
     folder.mkdir(parents=True, exist_ok=True)
     last = "ppo" if arguments.policies else "reward"
     results = [measured(folder, seed, last, quick=arguments.quick) for seed in seeds]

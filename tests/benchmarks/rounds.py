@@ -80,6 +80,9 @@ def run(variant: str, seed: int, folder: Path, *, quick: bool) -> dict[str, Any]
     """A run's summary; what the variants of one seed have in common before round 1 is made once."""
     out = folder / f"{variant}-{seed}"
     summary = out / "summary.json"
+    if summary.is_file():  # whose models are deleted, so that it can't be run again
+        finished: dict[str, Any] = json.loads(summary.read_text())
+        return finished
     settings = [*BASE, *VARIANTS[variant], f"seed={seed}"]
     if quick:
         settings += [

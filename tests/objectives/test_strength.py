@@ -203,14 +203,38 @@ def test_the_bounds_hold_the_noise_rate(epsilon: float, sharpness: float) -> Non
 
 
 def test_votes_that_know_nothing_change_nothing() -> None:
-    differences = -torch.randn(2000, generator=torch.Generator().manual_seed(0)).abs() + 0.7
+    differences = torch.randn(2000, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="no more than chance"):
-        noise = estimate_noise(differences - differences.mean() - 0.01, range(2000))
+        noise = estimate_noise(differences, range(2000))
     assert (noise.flip_rate, noise.fitted, noise.scale, noise.low) == (0.0, 0.0, 0.0, 0.0)
-    assert noise.high > 0.3
+    assert noise.high > 0.5
     votes = VoteStrength(torch.zeros(20), torch.ones(20), torch.ones(20), torch.full((20,), 2))
     made, _ = denoised(rows(20), DenoiseConfig("posterior"), votes, noise)
     assert "confidence" not in made[0]
+
+
+def test_a_vote_that_is_sure_and_wrong_hides_nothing() -> None:
+    """The mean vote is below 0 then, though 88 % of the labels agree, and nothing was said of any of them."""
+    differences, _ = simulated(500, 0.1, sharpness=6.0)
+    before = estimate_noise(differences, range(500))
+    differences[0] = -differences.sum() - 100
+    after = estimate_noise(differences, range(500))
+    assert (differences > 0).double().mean() > 0.8
+    assert differences.sum() < 0
+    assert before.low > 0.05
+    assert after.low == pytest.approx(before.low, abs=0.02)
+    assert 0.05 < after.flip_rate < 0.2
+
+
+@pytest.mark.parametrize(("wrong", "n"), [(1, 1000), (3, 3000), (0, 500)])
+def test_nearly_clean_labels_are_not_called_worse_than_they_are(wrong: int, n: int) -> None:
+    """The lower end was the first point of a grid of 0.5 %; it is between two points now, and never above the upper end."""
+    differences = torch.full((n,), 8.0)
+    differences[:wrong] *= -1
+    noise = estimate_noise(differences, range(n))
+    assert noise.low <= wrong / n
+    assert noise.low <= noise.high
+    assert noise.high >= 1 - 0.025 ** (1 / n), "the exact end where none is contradicted"
 
 
 def test_votes_that_may_be_chance_are_taken_for_it() -> None:
