@@ -179,7 +179,7 @@ def test_a_loaded_reward_model_lives_where_it_was_asked_to(reward_folder: Path) 
 
 RECIPE = """
 name: small
-lab: {demonstrations: 100, pairs: 60, test_pairs: 20, hidden_size: 32, num_hidden_layers: 1}
+lab: {demonstrations: 100, pairs: 100, test_pairs: 50, hidden_size: 32, num_hidden_layers: 1}
 sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 50, num_train_epochs: 1, use_peft: true, lora_r: 4}
 vote: {members: 2, folds: 2}
 reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 30, objective: posterior, members: 2, use_peft: true, lora_r: 4}

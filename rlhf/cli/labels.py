@@ -65,7 +65,7 @@ def audit_command(
     from rlhf.report.terminal import audit_lines
 
     settings = load_recipe(recipe) if recipe else None
-    if budget is not None:
+    if budget is not None or meter:
         from rlhf.pipeline.second_look import check_expert_error
 
         check_expert_error(expert_error)  # before the vote, which takes hours
@@ -79,6 +79,7 @@ def audit_command(
         compare=compare,
         budget=budget,
         meter=meter,
+        expert_error=expert_error,
     )
     for line in audit_lines(result):
         say(line)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from rlhf.objectives.selection import greedy_design, weighted_covariance
 
+SHARES = 201  # points of the grid of `shared_error`
+SUREST = 1e-15  # at 1 no verdict could change anything
+
 
 def log_odds_of_verdicts(agree: Tensor, contradict: Tensor, *, error_rate: float) -> Tensor:
     """Return what verdicts say about a label, [n] nats: (a - c) log((1 - e) / e).
@@ -49,6 +52,43 @@ def posterior_of_observations(strength: Tensor, verdicts: Tensor, *, flip_rate: 
     """
     assert 0 < flip_rate <= 0.5, "a flip rate in (0, 0.5]"
     return torch.sigmoid(scale * strength + math.log((1 - flip_rate) / flip_rate) + verdicts)
+
+
+def shared_error(right: Tensor, verdicts: Tensor) -> float:
+    """Return the share h of pairs on which label and vote together say nothing, by what verdicts say of them, in [0, 1].
+
+        h = argmax Σ_i log( r_i v_i + (1 - r_i) (1 - v_i) ),    r_i = (1 - h) p_i + h / 2,    v_i = σ(verdicts_i)
+
+    p takes label and vote to err independently. Voters learn from labels: where these follow what is no part of the reward, such
+    as length, both are wrong of the same pairs, p is sure there, and experts contradict it more often than p allows. Which pairs
+    were asked about may depend on p. Special cases: no verdicts are h = 0, verdicts as p foretells them about 0; verdicts that
+    contradict half of the surest pairs 1.
+
+    Args:
+        right: [n] p = P(label is right) by label and vote.
+        verdicts: [n] log-odds of the verdicts, nats; 0 where there are none.
+
+    >>> shared_error(torch.full((4,), 0.999), torch.tensor([3.0, 3.0, -3.0, -3.0]))
+    1.0
+    """
+    p, confirmed = right.double(), torch.sigmoid(verdicts.double())
+    shares = torch.linspace(0, 1, SHARES, dtype=torch.float64)
+    believed = (1 - shares[:, None]) * p + shares[:, None] / 2
+    likelihood = (believed * confirmed + (1 - believed) * (1 - confirmed)).log().sum(dim=1)
+    return shares[likelihood.argmax()].item()
+
+
+def with_verdicts(right: Tensor, verdicts: Tensor) -> Tensor:
+    """Return P(chosen is better) once there are verdicts, [n]: σ( log( p / (1 - p) ) + verdicts ).
+
+    Args:
+        right: [n] p, by all that is known but the verdicts.
+        verdicts: [n] log-odds of the verdicts, nats; 0 where there are none.
+
+    >>> with_verdicts(torch.tensor([0.95]), torch.tensor([-math.log(19)]))
+    tensor([0.5000])
+    """
+    return torch.sigmoid(torch.logit(right.double(), eps=SUREST) + verdicts.double()).to(right)
 
 
 def expected_change(right: Tensor, *, error_rate: Tensor | float) -> Tensor:

@@ -67,6 +67,7 @@ def audit(
     compare: Compare | None = None,
     budget: int | None = None,
     meter: bool = False,
+    expert_error: float = EXPERT_ERROR,
 ) -> dict[str, Any]:
     """Vote on every pair out of fold and write what follows from it.
 
@@ -88,6 +89,7 @@ def audit(
             recipe's `data.compare`.
         budget: how many of the pairs are to be looked at again afterwards (`rlhf.pipeline.second_look`).
         meter: also say what the labels are worth and what more would bring (`rlhf.reward.meter`); needs a shared trunk.
+        expert_error: how often the experts err whose verdicts the meter prices.
 
     Raises:
         UserError: nothing usable in the file, or fewer pairs than the budget; the model can't be opened; the folder holds
@@ -144,7 +146,9 @@ def audit(
         say(f"audit: {result['length']['alarm']}")
     if meter:
         result["meter"] = (
-            {"reason": unmeasured} if parts is None else _meter(parts, values, noise, strength.mean, budget)
+            {"reason": unmeasured}
+            if parts is None
+            else _meter(parts, values, noise, strength.mean, budget, expert_error)
         )
 
     # 4. Files; the JSON, which says that all is there, last.
@@ -262,7 +266,12 @@ def _why_no_meter(pairs: int, shape: dict[str, Any]) -> str | None:
 
 
 def _meter(
-    parts: Measured, pairs: list[Any], noise: NoiseEstimate, strength: torch.Tensor, budget: int | None
+    parts: Measured,
+    pairs: list[Any],
+    noise: NoiseEstimate,
+    strength: torch.Tensor,
+    budget: int | None,
+    expert_error: float,
 ) -> dict[str, Any]:
     """Return what the labels are worth and what more would bring; the reason, where that can't be said."""
     if noise.scale == 0:
@@ -271,7 +280,7 @@ def _meter(
         }
     curves = fit_meter(parts, strength, conversation_keys([pair["prompt"] for pair in pairs]))
     verdicts = budget or max(1, round(LOOKED_AT * len(pairs)))
-    return read_meter(curves, len(pairs), strength, verdicts=verdicts, expert_error=EXPERT_ERROR)
+    return read_meter(curves, len(pairs), strength, verdicts=verdicts, expert_error=expert_error)
 
 
 def read_audited_rows(source: Source, model: str, compare: Compare) -> tuple[list[Row[Pair]], ReadReport]:

@@ -20,10 +20,14 @@ from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.scalar_head import score_head
 from rlhf.objectives.second_look import (
     expected_change,
+    log_odds_of_verdicts,
     posterior_of_observations,
+    shared_error,
     verdicts_in_labels,
+    with_verdicts,
     worth_in_sure_labels,
 )
+from rlhf.reward.annotators import pair_numbers
 from rlhf.reward.denoise import flip_pair
 from rlhf.reward.model import RewardModel
 from rlhf.reward.noise import NoiseEstimate
@@ -130,45 +134,104 @@ def count_opinions(pairs: Sequence[Pair], questions: Iterable[Question], verdict
     return Looked(agree, contradict, equal, is_asked, is_first, verdicts, len(by_name), skipped, looks)
 
 
-def check_verdicts(looked: Looked, folder: Path) -> None:
+def check_verdicts(looked: Looked, folder: Path, *, asks_more: bool) -> None:
     """Refuse verdicts from which nothing can be learnt.
 
     Args:
         folder: the one that `rlhf label` takes.
+        asks_more: further pairs are asked about, so that it is no end to have learnt nothing of these.
 
     Raises:
-        UserError: there are none, or none on these pairs; all are ties, or all are for the same of two random sides.
+        UserError: they are on other pairs, or all for the same of two random sides; where nothing more is asked, also: there are
+            none, all are skips, or all are ties.
     """
     labels = Counter(verdict.label for verdict in looked.verdicts if verdict.label != "skip")
-    if not labels:
+    if labels and looked.counts()["answered"] == 0:
+        raise UserError(
+            f"{folder / BOOK}: its {labels.total()} verdicts are on other pairs than the {looked.asked} asked about; label these."
+        )
+    if not asks_more and not labels and looked.skipped == looked.asked:
+        raise UserError(
+            f"{folder}: all {looked.asked} pairs were skipped; ask about more of them with a larger --budget."
+        )
+    if not asks_more and not labels:
         raise UserError(
             f"{folder}: none of the {looked.asked} pairs has a verdict yet: `rlhf label {folder}`; then run the same command "
             "again."
         )
-    if looked.counts()["answered"] == 0:
+    if not asks_more and set(labels) == {"tie"}:
         raise UserError(
-            f"{folder / BOOK}: its {labels.total()} verdicts are on other pairs than the {looked.asked} asked about; label these."
-        )
-    if set(labels) == {"tie"}:
-        raise UserError(
-            f"{folder}: all {labels['tie']} verdicts are ties, so they say of no label that it is wrong; label more."
+            f"{folder}: all {labels['tie']} verdicts are ties, so they say of no label that it is wrong; ask about more pairs with "
+            "a larger --budget."
         )
     alike = all_alike(looked.verdicts)
-    if alike is not None:
+    if alike is not None and set(labels) != {"tie"}:
         raise UserError(f"{folder}: {alike} Label again.")
 
 
 # ---- What is known after them ----
 
 
-def beliefs(strength: Tensor, noise: NoiseEstimate, verdicts: Tensor) -> Tensor:
-    """Return P(chosen is better) of every pair, [n], at the likeliest rate of wrong labels.
+def beliefs(strength: Tensor, noise: NoiseEstimate, others: Tensor) -> Tensor:
+    """Return P(chosen is better) of every row by its label, the vote and what else is known, [n], at the likeliest rate of wrong
+    labels.
 
     Args:
         strength: [n] of the vote, nats.
-        verdicts: [n] their log-odds that the label is right, nats.
+        others: [n] log-odds of what else says that the label is right, nats: other labels of the same pair, or verdicts.
     """
-    return posterior_of_observations(strength, verdicts, flip_rate=_flip_rate(noise), scale=noise.scale)
+    return posterior_of_observations(strength, others, flip_rate=_flip_rate(noise), scale=noise.scale)
+
+
+def other_labels(pairs: Sequence[Pair], noise: NoiseEstimate) -> Tensor:
+    """Return the log-odds that each label is right by the other labels of the same two answers, [n] nats; each errs alike."""
+    numbers, sides = pair_numbers(pairs)
+    pair, side = torch.tensor(numbers), torch.tensor(sides)
+    rate = _flip_rate(noise)
+    others = side * torch.zeros(len(pairs)).index_add(0, pair, side)[pair] - 1
+    return others * math.log((1 - rate) / rate)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of every row without and with the experts' verdicts.
+
+    Attributes:
+        before, after: [n] P(chosen is better); no order is believed of answers that experts call equal.
+        shared: h of `shared_error`, by the pairs that have verdicts, and applied to these alone.
+        foreseen: how many of the pairs that have a verdict label and vote expect experts to contradict, and its deviation.
+    """
+
+    before: Tensor
+    after: Tensor
+    shared: float
+    foreseen: tuple[float, float]
+
+
+def weigh_verdicts(
+    pairs: Sequence[Pair], strength: Tensor, noise: NoiseEstimate, looked: Looked, *, expert_error: float
+) -> Known:
+    """Join labels, vote and verdicts.
+
+    Without and with the verdicts by the same noise and the same h, or what verdicts teach of these would count as what they
+    changed. h is not applied to other pairs: those that are asked about are chosen for their doubt, and tell little of the rest.
+
+    Args:
+        pairs: [n] as they were labelled, no ties.
+        strength: [n] of the vote, nats.
+        noise: estimated with the verdicts.
+        expert_error: how often experts are wrong.
+    """
+    verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error).double()
+    right = beliefs(strength.double(), noise, other_labels(pairs, noise))
+    answered = looked.is_first & (looked.agree != looked.contradict)
+    agrees = (right * (1 - expert_error) + (1 - right) * expert_error)[answered]
+    foreseen = (1 - agrees).sum().item(), (agrees * (1 - agrees)).sum().sqrt().item()
+    shared = shared_error(right[answered], verdicts[answered])
+    doubted = torch.where(verdicts != 0, (1 - shared) * right + shared / 2, right)
+    after = with_verdicts(doubted, verdicts)
+    after[looked.is_tie] = TIE
+    return Known(doubted.to(strength), after.to(strength), shared, foreseen)
 
 
 def _flip_rate(noise: NoiseEstimate) -> float:
@@ -196,26 +259,25 @@ def expected_gain(
     return {"pairs": len(chosen), "worth": worth, "labels": labels if math.isfinite(labels) else None}
 
 
-def gains(before: Tensor, after: Tensor, is_tie: Tensor) -> dict[str, dict[str, float]]:
-    """Return what verdicts changed: how many labels are expected to be wrong, and how many sure ones all are worth.
-
-    Args:
-        before, after: [n] P(chosen is better) without and with the verdicts.
-        is_tie: [n] pairs whose answers experts call equal: no label of theirs is wrong.
+def gains(known: Known, looked: Looked) -> dict[str, Any]:
+    """Return what verdicts changed: how many labels are expected to be wrong, and how many sure ones all pairs are worth.
 
     Returns:
-        `wrong` {`file`: as labelled, `before`, `after`: each flipped to the likelier side}, and `worth` {`before`, `after`}.
+        `wrong` {`file`: as labelled, by all that is known, `before`, `after`: each flipped to the likelier side}, where no label
+        of a pair that experts call equal is wrong; `worth` {`before`, `after`}, in which a pair counts once however many labels
+        it has; `foreseen` {`contradict`, `deviation`}, `shared`: as of `Known`.
     """
+    decided = known.after[~looked.is_tie]
+    before, after = (worth_in_sure_labels(right)[looked.is_first].sum().item() for right in (known.before, known.after))
     return {
         "wrong": {
-            "file": (1 - before).sum().item(),
-            "before": _still_wrong(before),
-            "after": _still_wrong(after[~is_tie]),
+            "file": (1 - decided).sum().item(),
+            "before": _still_wrong(known.before),
+            "after": _still_wrong(decided),
         },
-        "worth": {
-            "before": worth_in_sure_labels(before).sum().item(),
-            "after": worth_in_sure_labels(after).sum().item(),
-        },
+        "worth": {"before": before, "after": after},
+        "foreseen": {"contradict": known.foreseen[0], "deviation": known.foreseen[1]},
+        "shared": known.shared,
     }
 
 
@@ -247,6 +309,9 @@ def relabelled(
 ) -> tuple[list[Pair], int]:
     """Return all pairs, the likelier answer as the chosen one, with P(chosen is better) as `confidence`.
 
+    A margin or rating gap m of a label that is right with probability p becomes its mean (2p - 1) m, so that neither teaches an
+    order that is not believed any more.
+
     Args:
         read: all pairs; those that are not in `pairs`, which their annotators call ties, are kept as they are.
         pairs: [n] the very objects of `read` that have a label.
@@ -265,7 +330,17 @@ def relabelled(
         if i is None or not (proved or is_answered[i]):  # with a confidence too, or the file could not be trained on
             made.append(pair if pair.get("confidence") is not None else {**pair, "confidence": 1.0})
             continue
-        believed: Pair = {**pair, "confidence": right[i].item()}
+        believed = _believed(pair, right[i].item())
         flipped += believed["confidence"] < TIE
         made.append(flip_pair(believed) if believed["confidence"] < TIE else believed)
     return made, flipped
+
+
+def _believed(pair: Pair, right: float) -> Pair:
+    """Return a pair whose label is right with this probability, its order kept."""
+    made: Pair = {**pair, "confidence": right}
+    if pair.get("margin") is not None:
+        made["margin"] = (2 * right - 1) * pair["margin"]
+    if pair.get("rating_gap") is not None:
+        made["rating_gap"] = (2 * right - 1) * pair["rating_gap"]
+    return made

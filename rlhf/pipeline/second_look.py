@@ -21,7 +21,6 @@ from rlhf.pipeline.audit import check_budget, read_audited_rows, write_page
 from rlhf.pipeline.audited import Audited
 from rlhf.pipeline.looked import (
     Looked,
-    beliefs,
     blind_questions,
     check_verdicts,
     count_opinions,
@@ -30,6 +29,7 @@ from rlhf.pipeline.looked import (
     open_pairs,
     pair_features,
     relabelled,
+    weigh_verdicts,
 )
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.wants import find_wants
@@ -76,29 +76,29 @@ def look_again(
 
     # 2. Noise and posteriors again, with the verdicts.
     strength = audited.strength.mean
-    verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error)
     if looked.verdicts:
+        verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error)
         noise = estimate_noise(strength, conversation_keys([pair["prompt"] for pair in labelled]), verdicts)
-    # Both by one share of wrong labels, or what the verdicts teach about that share would count as what they changed.
-    before, after = beliefs(strength, noise, torch.zeros_like(strength)), beliefs(strength, noise, verdicts)
-    after[looked.is_tie] = TIE
+    known = weigh_verdicts(labelled, strength, noise, looked, expert_error=expert_error)
 
     # 3. The next pairs, and what they are expected to add.
     chosen = second_look(
         pair_features(model, labelled),
         noise.scale * strength,
-        after,
+        known.after,
         budget - looked.asked or budget,
         error_rate=expert_error,
         is_open=open_pairs(labelled, looked.is_asked),
     )
+    changed = gains(known, looked)
     facts: dict[str, Any] = {
         "budget": budget,
         "expert_error": expert_error,
         **looked.counts(),
-        "noise_rate": {"mean": noise.likeliest, "low": noise.low},
-        **gains(before, after, looked.is_tie),
-        "next": expected_gain(strength, noise, after, chosen, expert_error=expert_error),
+        "noise_rate": {"mean": changed["wrong"]["file"] / len(labelled), "low": noise.low},
+        "flip_rate": noise.likeliest,
+        **changed,
+        "next": expected_gain(strength, noise, known.after, chosen, expert_error=expert_error),
     }
 
     # 4. Ask, or write; and say it.
@@ -107,7 +107,7 @@ def look_again(
         facts |= {"asked": looked.asked + len(chosen), "open": len(chosen)}
     if looked.verdicts:
         everything = [row.values for row in read]
-        made, facts["flipped"] = relabelled(everything, labelled, after, looked, proved=noise.fitted > 0)
+        made, facts["flipped"] = relabelled(everything, labelled, known.after, looked, proved=noise.fitted > 0)
         write_jsonl(out / RELABELLED, made)
     result["second_look"] = facts
     write_page(out, result, audited, find_wants(labelled))
@@ -164,7 +164,7 @@ def _looked_so_far(out: Path, labelled: Sequence[Pair], budget: int) -> Looked:
             f"{out}: {unanswered} of {looked.asked} pairs are not labelled yet; label them before asking for more."
         )
     if looked.asked == budget or looked.verdicts:
-        check_verdicts(looked, out)
+        check_verdicts(looked, out, asks_more=looked.asked < budget)
     return looked
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, read_questions
@@ -21,7 +19,6 @@ from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
 from rlhf.pipeline.looked import (
     EXPERT_ERROR,
-    beliefs,
     blind_questions,
     check_verdicts,
     count_opinions,
@@ -30,6 +27,7 @@ from rlhf.pipeline.looked import (
     open_pairs,
     pair_features,
     relabelled,
+    weigh_verdicts,
 )
 from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.store import CHECKPOINTS
@@ -67,17 +65,17 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     questions, verdicts = _earlier_looks(context)
     looked = count_opinions(labelled, questions, verdicts)
     odds = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=EXPERT_ERROR)
-    known = noise if not looked.verdicts else estimate_noise(strength, clusters, odds)
-    right = beliefs(strength, known, odds)
+    now = noise if not looked.verdicts else estimate_noise(strength, clusters, odds)
+    right = weigh_verdicts(labelled, strength, now, looked, expert_error=EXPERT_ERROR).after
     chosen = second_look(
         pair_features(context.sft_model, labelled),
-        known.scale * strength,
+        now.scale * strength,
         right,
         rounds.looked_at,
         error_rate=EXPERT_ERROR,
         is_open=open_pairs(labelled, looked.is_asked),
     )
-    expected = expected_gain(strength, known, right, chosen, expert_error=EXPERT_ERROR)
+    expected = expected_gain(strength, now, right, chosen, expert_error=EXPERT_ERROR)
     context.say(f"second look: {gain_sentence(expected)}")
     asked, answers = _ask(context, blind_questions(labelled, chosen, context.round, seed=str(seed)))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in [*questions, *asked]])
@@ -87,10 +85,8 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     looked = count_opinions(labelled, [*questions, *asked], [*verdicts, *answers])
     odds = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=EXPERT_ERROR)
     noise = estimate_noise(strength, clusters, odds)
-    # Both by one share of wrong labels, or what the verdicts teach about that share would count as what they changed.
-    before, after = beliefs(strength, noise, torch.zeros_like(strength)), beliefs(strength, noise, odds)
-    after[looked.is_tie] = TIE
-    made, flipped = relabelled(read, labelled, after, looked, proved=noise.fitted > 0)
+    known = weigh_verdicts(labelled, strength, noise, looked, expert_error=EXPERT_ERROR)
+    made, flipped = relabelled(read, labelled, known.after, looked, proved=noise.fitted > 0)
     _hand_on(context, made)
 
     # 4. Say it; and how many labels are wrong before and after, where that can be known.
@@ -106,7 +102,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
         **counts,
         "flipped": flipped,
         "noise": asdict(noise),
-        **gains(before, after, looked.is_tie),
+        **gains(known, looked),
         "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made)},
     }
 
@@ -158,7 +154,7 @@ def _ask(context: StageContext, questions: Sequence[Question]) -> tuple[list[Que
         )
     asked, verdicts = book.questions(number), book.verdicts(number)
     pairs: list[Pair] = read_jsonl(context.pairs)
-    check_verdicts(count_opinions(pairs, asked, verdicts), folder)
+    check_verdicts(count_opinions(pairs, asked, verdicts), folder, asks_more=True)  # in the next round
     return asked, verdicts
 
 

@@ -23,7 +23,7 @@ def meter_sentences(meter: Facts) -> list[str]:
         f"A reward model trained on them as these voters are has {_percent(meter['accuracy'])} of such pairs in the true order. "
         f"With labels of the same kind: {more}; however many, {_percent(meter['limit'])}.",
         f"{look['verdicts']:,} expert verdicts on the pairs in most doubt would do what {_count(look['labels'])} more such labels "
-        f"do: {_percent(look['accuracy'])}.",
+        f"do: {_percent(look['accuracy'])} (experts who err in {look['expert_error']:.0%}).",
     ]
 
 

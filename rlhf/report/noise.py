@@ -26,9 +26,10 @@ def wrong_labels(noise: Facts) -> list[str]:
     most = f"If every contradiction were the label's fault, {noise['high']:.1%} would be wrong at most, if labels err at random"
     estimate = f"{noise['flip_rate']:.1%}, the estimate by confident learning"
     if noise["low"] > 0:
+        low = f"{noise['low']:.{1 if noise['low'] >= 0.001 else 2}%}"
         return [
-            f"At least {noise['low']:.{1 if noise['low'] >= 0.001 else 2}%} of the labels are wrong (95 % interval), if votes are right where they are sure: "
-            "read the most suspicious rows.",
+            f"At least {low} of the labels are wrong (95 % interval), if votes are right where they are sure: read the most "
+            "suspicious rows.",
             f"{most}; {estimate}, is not proved.",
         ]
     return [

@@ -2,6 +2,8 @@
 
 from rlhf.report.records import Facts
 
+SURPRISE = 3.0  # deviations
+
 
 def second_look_sentences(facts: Facts) -> list[str]:
     """Say how far experts are, what their verdicts changed, and what the next pairs are expected to add.
@@ -22,6 +24,13 @@ def second_look_sentences(facts: Facts) -> list[str]:
             f"side that the votes make likelier, {wrong['after']:.0f} with the verdicts too.",
             f"All labels together are worth {worth['before']:.0f} sure ones before the verdicts and {worth['after']:.0f} after.",
         ]
+        foreseen = facts["foreseen"]
+        if facts["contradict"] > foreseen["contradict"] + SURPRISE * foreseen["deviation"]:
+            sentences.append(
+                f"Labels and votes foresaw {foreseen['contradict']:.0f} contradictions. So they share an error, such as a taste, "
+                "which experts see and no vote does: labels that nobody looked at may be wrong more often than is said here. Look "
+                "at more of them, and read what these labels want."
+            )
     verb = "The next" if facts["answered"] else "These"
     sentences.append(f"{verb} {gain_sentence(facts['next'])}")
     return sentences

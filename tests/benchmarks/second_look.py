@@ -42,12 +42,13 @@ from transformers import set_seed
 from trl import RewardConfig
 from worlds import Rows, fitted_line, in_true_order, is_wrong, planted, planted_line, reward_settings, world
 
+from rlhf.data.rows import SIDES, assistant_turn, user_turn
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
 from rlhf.objectives.strength import vote_strength
-from rlhf.pipeline.looked import beliefs
+from rlhf.pipeline.looked import Looked, beliefs, weigh_verdicts
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.model import RewardModel
@@ -188,14 +189,20 @@ def believed(here: Voted, way: str) -> tuple[Tensor, dict[str, Any]]:
     agrees = (torch.rand(n, generator=torch.Generator().manual_seed(here.seed)) >= EXPERT_ERROR) != wrong
     seen = torch.zeros(n, dtype=torch.bool)
     seen[looked_at(here, way, right)] = True
-    verdicts = log_odds_of_verdicts((seen & agrees).int(), (seen & ~agrees).int(), error_rate=EXPERT_ERROR)
+    agree, contradict, each = (seen & agrees).float(), (seen & ~agrees).float(), torch.ones(n, dtype=torch.bool)
+    verdicts = log_odds_of_verdicts(agree, contradict, error_rate=EXPERT_ERROR)
     again = estimate_noise(strength, here.clusters, verdicts)
-    belief = beliefs(strength, again, verdicts)
+    apart: Any = [{"prompt": user_turn(str(i)), **dict.fromkeys(SIDES, assistant_turn("a"))} for i in range(n)]
+    looked = Looked(agree, contradict, torch.zeros(n), seen, each, [], int(seen.sum()), 0, 1)
+    known = weigh_verdicts(apart, strength, again, looked, expert_error=EXPERT_ERROR)
+    belief = known.after
     if again.fitted == 0:  # as `rlhf.pipeline.looked.relabelled`
         belief[~seen] = 1.0
     facts = {
         "found": float((seen & wrong).sum() / wrong.sum()),
         "fitted": [again.low, again.fitted, again.scale],
+        "shared": known.shared,
+        "contradicted": [int(contradict.sum()), *known.foreseen],
         "auroc_after": auroc((1 - belief[~seen]).tolist(), wrong[~seen].tolist()),
     }
     return belief, facts

@@ -108,8 +108,9 @@ def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: Any) -> None:
     assert len(relabelled) == 121
     assert relabelled[-1]["confidence"] == 0.5, "the file's own tie is kept"
     table = parquet.read_table(look.out / "pairs.parquet").to_pydict()
-    d, rate = np.array(table["strength_mean"]), facts["noise_rate"]["mean"]
+    d, rate, shared = np.array(table["strength_mean"]), facts["flip_rate"], facts["shared"]
     assert 0.05 < rate < 0.4
+    assert facts["noise_rate"]["mean"] == pytest.approx(facts["wrong"]["file"] / 120)
     by_prompt = {q.prompt[0]["content"]: i for i, q in enumerate(questions)}
     scales, looked_at = [], 0
     for i, row in enumerate(relabelled[:-1]):
@@ -123,11 +124,13 @@ def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: Any) -> None:
             continue
         if not 1e-4 < right < 1 - 1e-4:  # beyond, float32 has no digits for the odds
             continue
-        odds = np.log(right / (1 - right)) - np.log((1 - rate) / rate)
+        odds = np.log(right / (1 - right))
         if place is not None and place > 1:
-            odds -= (-1 if wrong else 1) * np.log((1 - ERROR) / ERROR)
+            without = 1 / (1 + np.exp((-1 if wrong else 1) * np.log((1 - ERROR) / ERROR) - odds))
+            by_label = (without - shared / 2) / (1 - shared)  # what the label and the vote said
+            odds = np.log(by_label / (1 - by_label))
             looked_at += 1
-        scales.append(odds / d[i])
+        scales.append((odds - np.log((1 - rate) / rate)) / d[i])
     assert looked_at >= 5
     assert len(scales) >= 8
     np.testing.assert_allclose(scales, np.median(scales), rtol=0.02, err_msg="label, vote and verdicts add")
@@ -199,13 +202,22 @@ def test_what_cannot_be_used_is_a_sentence(look: Any, tmp_path: Path) -> None:
     book.record([Verdict("r1-0123456789abcdef", "first", "x")])
     with pytest.raises(UserError, match="its 1 verdicts are on other pairs"):
         look(12)
-    for label, sentence in (("skip", "has a verdict yet"), ("tie", "all 12 verdicts are ties"), ("first", "one key")):
+    sentences = (
+        ("skip", "all 12 pairs were skipped; .* a larger --budget"),
+        ("tie", "all 12 verdicts are ties, .* a larger --budget"),
+        ("first", "one key"),
+    )
+    for label, sentence in sentences:
         (look.out / BOOK).unlink()
         look(12)
         answer_all(look.out, lambda i, q, label=label: label)
         with pytest.raises(UserError, match=sentence):
             look(12)
         assert not (look.out / RELABELLED).exists()
+        if label != "first":
+            facts = look(15)
+            assert (facts["asked"], facts["open"]) == (15, 3), "the way out that the sentence names"
+            (look.out / RELABELLED).unlink()
 
 
 def test_what_verdicts_are_expected_to_add() -> None:
