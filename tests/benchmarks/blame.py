@@ -170,7 +170,8 @@ def main() -> None:
         "accuracy": {n: statistics.fmean(r["reward"][n]["accuracy"] for r in results) for n in results[0]["reward"]},
     }
     if arguments.policies:
-        found["policy"] = compared([result["policy"] for result in results])
+        policies = results[0]["policy"]  # no share that is left: what was planted may not be seen in policies at all
+        found["policy"] = {name: interval([result["policy"][name] for result in results]) for name in policies}
     arguments.json.write_text(json.dumps(found, indent=1))
     print(json.dumps({name: found[name] for name in found if name != "seeds"}, indent=1))
 
