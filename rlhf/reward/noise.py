@@ -153,7 +153,11 @@ def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) ->
 
 
 def _first_reaching(grid: Tensor, values: Tensor, least: Tensor) -> float:
-    """Return where values on a grid first reach the least, between two points on a straight line."""
+    """Return where values on a grid first reach the least, between two points on a straight line.
+
+    >>> _first_reaching(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([-2.0, 0.0, 1.0]), torch.tensor(-1.0))
+    0.25
+    """
     first = int((values >= least).nonzero()[0])
     if first == 0:
         return grid[0].item()
