@@ -228,7 +228,7 @@ def weigh_verdicts(
     agrees = (right * (1 - expert_error) + (1 - right) * expert_error)[answered]
     foreseen = (1 - agrees).sum().item(), (agrees * (1 - agrees)).sum().sqrt().item()
     shared = shared_error(right[answered], verdicts[answered])
-    doubted = torch.where(verdicts != 0, (1 - shared) * right + shared / 2, right)
+    doubted = torch.where(looked.agree + looked.contradict > 0, (1 - shared) * right + shared / 2, right)
     after = with_verdicts(doubted, verdicts)
     after[looked.is_tie] = TIE
     return Known(doubted.to(strength), after.to(strength), shared, foreseen)
