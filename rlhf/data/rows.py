@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NotRequired, TypedDict, cast
 
 Side = Literal["chosen", "rejected"]
@@ -184,8 +184,12 @@ def group_key(prompt: Prompt) -> str:
 
 def pair_digest(row: Pair) -> str:
     """Return what identifies a pair, whichever of its answers is called the chosen one: 24 characters of a sha256."""
-    answers = sorted((told(row, "chosen"), told(row, "rejected")))
-    text = "\x1f".join((prompt_key(row["prompt"]), *answers))
+    return answers_digest(row["prompt"], (told(row, "chosen"), told(row, "rejected")))
+
+
+def answers_digest(prompt: Prompt, answers: Sequence[str]) -> str:
+    """Return what identifies some answers to a prompt, in any order: 24 characters of a sha256."""
+    text = "\x1f".join((prompt_key(prompt), *sorted(answers)))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

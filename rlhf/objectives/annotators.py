@@ -186,20 +186,16 @@ def most_accuracy(alike: float) -> float:
 
 
 class AccuracyFits(NamedTuple):
-    """Log-likelihoods of labels at each worth of a vote, on a grid of accuracies.
+    """Log-likelihood of labels at each worth of a vote, on a grid of accuracies.
 
         ℓ_j(a, b) = Σ_i log( a σ(b d_i) + (1 - a) σ(-b d_i) ),   i the labels of annotator j
 
     Attributes:
         scales: [s] b, what a vote is worth.
-        separate: [s] Σ_j max_a ℓ_j(a, b): every annotator with an accuracy of their own.
-        common: [s] max_a Σ_j ℓ_j(a, b): all with the same.
         mean: [s] Σ_j log mean_a exp ℓ_j(a, b): every accuracy between 0 and 1 as likely as any.
     """
 
     scales: Tensor
-    separate: Tensor
-    common: Tensor
     mean: Tensor
 
 
@@ -213,15 +209,13 @@ def fit_scales(differences: Tensor, annotator: Tensor, annotators: int) -> Accur
     accuracies = torch.linspace(0, 1, ACCURACIES, dtype=torch.float64)[:, None]
     values = differences.double()
     scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / values.abs().mean().clamp(min=1e-12)
-    separate, common, mean = [], [], []
+    mean = []
     for scale in scales:
         right = torch.sigmoid(scale * values)
         likelihood = (accuracies * right + (1 - accuracies) * (1 - right)).clamp(min=1e-12).log()
         sums = torch.zeros(ACCURACIES, annotators, dtype=torch.float64).index_add(1, annotator, likelihood)
-        separate.append(sums.max(dim=0).values.sum())
-        common.append(sums.sum(dim=1).max())
         mean.append((sums.logsumexp(dim=0) - math.log(ACCURACIES)).sum())
-    return AccuracyFits(scales, torch.stack(separate), torch.stack(common), torch.stack(mean))
+    return AccuracyFits(scales, torch.stack(mean))
 
 
 def vote_worth(differences: Tensor, annotator: Tensor, annotators: int) -> float:
@@ -246,25 +240,6 @@ def vote_worth(differences: Tensor, annotator: Tensor, annotators: int) -> float
     values = differences.double()
     agree = posterior @ torch.sigmoid(fits.scales[:, None] * values)
     return nearest_line(values, agree, through_origin=True)[1]
-
-
-def difference_statistic(differences: Tensor, annotator: Tensor, annotators: int) -> float:
-    """Return the likelihood ratio statistic of "every annotator has an accuracy of their own" against "all have the same".
-
-        2 ( max_b Σ_j max_a ℓ_j(a, b) - max_(b, a) Σ_j ℓ_j(a, b) )
-
-    It is χ² with annotators - 1 degrees of freedom where they are equally good. What votes are worth, b, is fitted on both sides,
-    so votes that err more than they say, which do so for all annotators alike, make no difference.
-
-    Args:
-        differences: [n] votes on each label, above 0 where they agree with it.
-        annotator: [n] int64, who gave it.
-
-    >>> difference_statistic(torch.tensor([2.0, -2.0, 2.0, -2.0]), torch.tensor([0, 0, 1, 1]), 2)
-    0.0
-    """
-    fits = fit_scales(differences, annotator, annotators)
-    return 2 * (fits.separate.max() - fits.common.max()).item()
 
 
 class Slopes(NamedTuple):

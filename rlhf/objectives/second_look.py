@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf.objectives.selection import greedy_design, weighted_covariance
 
 SHARES = 201  # points of the grid of `shared_error`
+DOUBTED = 9  # its prior (1 - h)^9: a tenth of the pairs, before there are verdicts
 SUREST = 1e-15  # at 1 no verdict could change anything
 
 
@@ -57,25 +58,31 @@ def posterior_of_observations(strength: Tensor, verdicts: Tensor, *, flip_rate: 
 def shared_error(right: Tensor, verdicts: Tensor) -> float:
     """Return the share h of pairs on which label and vote together say nothing, by what verdicts say of them, in [0, 1].
 
-        h = argmax Σ_i log( r_i v_i + (1 - r_i) (1 - v_i) ),    r_i = (1 - h) p_i + h / 2,    v_i = σ(verdicts_i)
+        h = ∫ h p(h | verdicts) dh,    p(h | verdicts) ∝ (1 - h)^9 Π_i ( r_i v_i + (1 - r_i) (1 - v_i) )
+        r_i = (1 - h) p_i + h / 2,    v_i = σ(verdicts_i)
 
     p takes label and vote to err independently. Voters learn from labels: where these follow what is no part of the reward, such
     as length, both are wrong of the same pairs, p is sure there, and experts contradict it more often than p allows. Which pairs
-    were asked about may depend on p. Special cases: no verdicts are h = 0, verdicts as p foretells them about 0; verdicts that
-    contradict half of the surest pairs 1.
+    were asked about may depend on p. Special cases: many verdicts as p foretells them are about 0; many that contradict half of
+    the surest pairs about 1; none are 0. The prior keeps a few verdicts from deciding: with one contradiction of a sure pair the
+    likeliest h is 1.
 
     Args:
         right: [n] p = P(label is right) by label and vote.
         verdicts: [n] log-odds of the verdicts, nats; 0 where there are none.
 
-    >>> shared_error(torch.full((4,), 0.999), torch.tensor([3.0, 3.0, -3.0, -3.0]))
-    1.0
+    >>> sure = torch.full((400,), 0.999)
+    >>> round(shared_error(sure, torch.tensor([3.0, -3.0] * 200)), 1), shared_error(sure[:0], sure[:0])
+    (0.9, 0.0)
     """
+    if not verdicts.any():
+        return 0.0
     p, confirmed = right.double(), torch.sigmoid(verdicts.double())
     shares = torch.linspace(0, 1, SHARES, dtype=torch.float64)
     believed = (1 - shares[:, None]) * p + shares[:, None] / 2
     likelihood = (believed * confirmed + (1 - believed) * (1 - confirmed)).log().sum(dim=1)
-    return shares[likelihood.argmax()].item()
+    prior = DOUBTED * torch.log1p(-shares)
+    return (torch.softmax(likelihood + prior, dim=0) @ shares).item()
 
 
 def with_verdicts(right: Tensor, verdicts: Tensor) -> Tensor:

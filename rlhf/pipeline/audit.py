@@ -42,6 +42,7 @@ from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
 from rlhf.report.audit import write_audit_page
+from rlhf.report.meter import priced_before
 from rlhf.report.result_file import check_new_folder
 from rlhf.reward.annotators import posterior_by_annotator, report_rows
 from rlhf.reward.meter import LOOKED_AT, PARTS, Measured, fit_meter, read_meter, too_few_labels
@@ -54,6 +55,7 @@ DEFAULTS: dict[str, Any] = {"learning_rate": 1e-4, "per_device_train_batch_size"
 MEMBERS, FOLDS, TOP_LAYERS = 10, 5, 2
 SHOWN = 50  # suspicious pairs on the page
 WORK = "work"
+VERSION = 2  # of what audit.json says of noise
 
 
 def audit(
@@ -104,6 +106,9 @@ def audit(
     finished = _finished(out, key, meter=meter)
     if finished is not None:
         say(f"{out}: done before")
+        if meter:
+            for sentence in priced_before(finished["meter"], budget, expert_error):
+                say(f"{out}: {sentence}")
         return finished
 
     # 1. Read and count; what can't be done is said before anything is made.
@@ -278,9 +283,10 @@ def _meter(
         return {
             "reason": "the votes agree with the labels no more than chance, so nothing says what more labels would bring."
         }
-    curves = fit_meter(parts, strength, conversation_keys([pair["prompt"] for pair in pairs]))
+    clusters = conversation_keys([pair["prompt"] for pair in pairs])
+    curves = fit_meter(parts, strength, clusters)
     verdicts = budget or max(1, round(LOOKED_AT * len(pairs)))
-    return read_meter(curves, len(pairs), strength, verdicts=verdicts, expert_error=expert_error)
+    return read_meter(curves, strength, clusters, verdicts=verdicts, expert_error=expert_error)
 
 
 def read_audited_rows(source: Source, model: str, compare: Compare) -> tuple[list[Row[Pair]], ReadReport]:
@@ -360,7 +366,9 @@ def _key(
     identity = _identity(source) if compare == "answers" else [_identity(source), compare]
     drawn = {"seed": seed} if seed else {}  # which fold a pair is in; without it, that of audits of before
     files = {"model_files": files} if (files := named_digests([model])) else {}
-    return digest({"pairs": identity, "model": model, "settings": settings, "shape": shape, **drawn, **files})
+    return digest(
+        {"version": VERSION, "pairs": identity, "model": model, "settings": settings, "shape": shape, **drawn, **files}
+    )
 
 
 def _finished(out: Path, key: str, *, meter: bool) -> dict[str, Any] | None:
@@ -372,7 +380,7 @@ def _finished(out: Path, key: str, *, meter: bool) -> dict[str, Any] | None:
     file = out / "audit.json"
     if file.is_file():
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if result.get("key") == key and "likeliest" in result["vote"]:
+        if result.get("key") == key:
             if meter and "meter" not in result:
                 raise UserError(f"{out}: was made without --meter, and its voters are gone; choose another --out.")
             return result

@@ -95,7 +95,7 @@ def training_rows(context: StageContext) -> TrainingRows:
         strength = attach_strength(pairs, read_jsonl(vote / STRENGTH))
         manifest = read_record(vote / MANIFEST)
         assert manifest is not None, "a parent is done"
-        noise = NoiseEstimate(**manifest["facts"]["noise"])
+        noise = NoiseEstimate.read(manifest["facts"]["noise"])
     return TrainingRows(*denoised(pairs, DenoiseConfig(**context.recipe.reward.denoise_config()), strength, noise))
 
 

@@ -2,25 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
 import torch
 
-from rlhf.data.conversations import conversation_keys
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.rows import TIE, Compare, Pair
 from rlhf.data.sources import Row, Source
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl, write_text
-from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
+from rlhf.objectives.second_look import second_look
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.audit import check_budget, read_audited_rows, write_page
 from rlhf.pipeline.audited import Audited
 from rlhf.pipeline.looked import (
     Looked,
+    believed_rate,
     blind_questions,
     check_verdicts,
     count_opinions,
@@ -31,7 +30,6 @@ from rlhf.pipeline.looked import (
     relabelled,
     weigh_verdicts,
 )
-from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.wants import find_wants
 
 RELABELLED = "relabelled.jsonl"
@@ -49,7 +47,7 @@ def look_again(
     """Ask about the pairs that are worth a second look; once they are labelled, say what is known of all pairs.
 
     The first call writes questions for `rlhf label OUT`, blind and in random order. The next takes the verdicts: noise and
-    posteriors are estimated again, and `relabelled.jsonl` holds all pairs, the likelier answer as the chosen one, with
+    posteriors are estimated again, and `relabelled.jsonl` holds a row for each pair, the likelier answer as the chosen one, with
     P(chosen is better) as `confidence`. A larger budget asks about further pairs, by what the verdicts so far say.
     `audit.json` gets the key `second_look`, and the page a section.
 
@@ -67,7 +65,6 @@ def look_again(
     """
     # 1. What is known: the audit, the questions so far and their verdicts.
     result = _read_result(out, pairs, budget, expert_error)
-    noise = NoiseEstimate(**{field.name: result["vote"][field.name] for field in fields(NoiseEstimate)})
     read, _ = read_audited_rows(pairs, model, compare)
     rows = [row for row in read if row.values.get("confidence") != TIE]
     labelled = [row.values for row in rows]
@@ -76,10 +73,8 @@ def look_again(
 
     # 2. Noise and posteriors again, with the verdicts.
     strength = audited.strength.mean
-    if looked.verdicts:
-        verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error)
-        noise = estimate_noise(strength, conversation_keys([pair["prompt"] for pair in labelled]), verdicts)
-    known = weigh_verdicts(labelled, strength, noise, looked, expert_error=expert_error)
+    known = weigh_verdicts(labelled, strength, looked, expert_error=expert_error)
+    noise = known.noise
 
     # 3. The next pairs, and what they are expected to add.
     chosen = second_look(
@@ -95,8 +90,8 @@ def look_again(
         "budget": budget,
         "expert_error": expert_error,
         **looked.counts(),
-        "noise_rate": {"mean": changed["wrong"]["file"] / len(labelled), "low": noise.low},
-        "flip_rate": noise.likeliest,
+        "noise_rate": {"mean": changed["wrong"]["file"] / max(1, int((~looked.is_tie).sum())), "low": noise.low},
+        "flip_rate": believed_rate(noise),
         **changed,
         "next": expected_gain(strength, noise, known.after, chosen, expert_error=expert_error),
     }
@@ -106,9 +101,9 @@ def look_again(
         LabelBook(out / BOOK).ask(blind_questions(labelled, chosen, looked.looks + 1, seed=result["key"]))
         facts |= {"asked": looked.asked + len(chosen), "open": len(chosen)}
     if looked.verdicts:
-        everything = [row.values for row in read]
-        made, facts["flipped"] = relabelled(everything, labelled, known.after, looked, proved=noise.fitted > 0)
-        write_jsonl(out / RELABELLED, made)
+        made = relabelled([row.values for row in read], labelled, known.after)
+        facts |= {"flipped": made.flipped, "joined": made.joined}
+        write_jsonl(out / RELABELLED, made.pairs)
     result["second_look"] = facts
     write_page(out, result, audited, find_wants(labelled))
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -154,7 +149,11 @@ def _looked_so_far(out: Path, labelled: Sequence[Pair], budget: int) -> Looked:
     book = LabelBook(out / BOOK) if (out / BOOK).is_file() else None
     questions = [] if book is None else [question for look in book.rounds() for question in book.questions(look)]
     looked = count_opinions(labelled, questions, [] if book is None else book.verdicts())
-    unanswered = looked.counts()["open"]
+    unanswered, distinct = looked.counts()["open"], int(looked.is_first.sum())
+    if budget > distinct:
+        raise UserError(
+            f"--budget {budget}: the {len(labelled)} labels are of {distinct} pairs; name a number from 1 to {distinct}."
+        )
     if looked.asked > budget:
         raise UserError(
             f"{out}: --budget {budget}, but {looked.asked} pairs were asked about already; name that many or more."

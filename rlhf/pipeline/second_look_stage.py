@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rlhf.data.conversations import conversation_keys
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, read_questions
 from rlhf.data.rows import TIE, Pair
@@ -15,7 +14,7 @@ from rlhf.files import read_jsonl, write_jsonl
 from rlhf.lab.annotators import simulate_expert
 from rlhf.lab.worlds import WORLDS
 from rlhf.models.text import plain
-from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
+from rlhf.objectives.second_look import second_look
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
 from rlhf.pipeline.looked import (
     EXPERT_ERROR,
@@ -33,8 +32,7 @@ from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.pipeline.vote import vote
-from rlhf.report.second_look import gain_sentence
-from rlhf.reward.noise import estimate_noise
+from rlhf.report.second_look import alarm, gain_sentence, joined_sentence
 
 VERDICTS = "verdicts.jsonl"
 LOOKS = "second_look"  # in the run: the folder of the experts' book, apart from that of the annotators
@@ -53,10 +51,9 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     rounds, seed = context.recipe.rounds, context.recipe.seed
     read: list[Pair] = read_jsonl(context.pairs)
     labelled = [pair for pair in read if pair.get("confidence") != TIE]
-    clusters = conversation_keys([pair["prompt"] for pair in labelled])
     settings, shape = context.trl_settings("vote"), context.recipe.vote.shape()
     work = context.folder / CHECKPOINTS
-    votes, noise, _ = vote(context.sft_model, labelled, settings, work, seed=seed, say=context.say, **shape)
+    votes, _, _ = vote(context.sft_model, labelled, settings, work, seed=seed, say=context.say, **shape)
     if not context.is_main:
         return {}
     strength = votes.mean
@@ -64,18 +61,16 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     # 2. What experts said in earlier rounds, and the pairs whose second look is expected to teach most now.
     questions, verdicts = _earlier_looks(context)
     looked = count_opinions(labelled, questions, verdicts)
-    odds = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=EXPERT_ERROR)
-    now = noise if not looked.verdicts else estimate_noise(strength, clusters, odds)
-    right = weigh_verdicts(labelled, strength, now, looked, expert_error=EXPERT_ERROR).after
+    known = weigh_verdicts(labelled, strength, looked, expert_error=EXPERT_ERROR)
     chosen = second_look(
         pair_features(context.sft_model, labelled),
-        now.scale * strength,
-        right,
+        known.noise.scale * strength,
+        known.after,
         rounds.looked_at,
         error_rate=EXPERT_ERROR,
         is_open=open_pairs(labelled, looked.is_asked),
     )
-    expected = expected_gain(strength, now, right, chosen, expert_error=EXPERT_ERROR)
+    expected = expected_gain(strength, known.noise, known.after, chosen, expert_error=EXPERT_ERROR)
     context.say(f"second look: {gain_sentence(expected)}")
     asked, answers = _ask(context, blind_questions(labelled, chosen, context.round, seed=str(seed)))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in [*questions, *asked]])
@@ -83,27 +78,28 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
 
     # 3. Noise and posteriors with all verdicts.
     looked = count_opinions(labelled, [*questions, *asked], [*verdicts, *answers])
-    odds = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=EXPERT_ERROR)
-    noise = estimate_noise(strength, clusters, odds)
-    known = weigh_verdicts(labelled, strength, noise, looked, expert_error=EXPERT_ERROR)
-    made, flipped = relabelled(read, labelled, known.after, looked, proved=noise.fitted > 0)
-    _hand_on(context, made)
+    known = weigh_verdicts(labelled, strength, looked, expert_error=EXPERT_ERROR)
+    made = relabelled(read, labelled, known.after)
+    _hand_on(context, made.pairs)
 
     # 4. Say it; and how many labels are wrong before and after, where that can be known.
-    counts = looked.counts()
+    counts, changed = looked.counts(), gains(known, looked)
     context.say(
         f"second look: {len(asked)} pairs, {counts['asked']} in all rounds; experts agree with the label of {counts['agree']}, "
-        f"contradict that of {counts['contradict']}; {flipped} of {len(labelled)} labels are flipped."
+        f"contradict that of {counts['contradict']}; of {len(made.pairs)} pairs {made.flipped} are flipped."
     )
+    for sentence in [*joined_sentence(made.joined), *alarm(counts["contradict"], changed["foreseen"])]:
+        context.say(f"second look: {sentence}")
     return {
-        "pairs": len(made),
+        "pairs": len(made.pairs),
         "looked_at": len(asked),
         "expected": expected,
         **counts,
-        "flipped": flipped,
-        "noise": asdict(noise),
-        **gains(known, looked),
-        "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made)},
+        "flipped": made.flipped,
+        "joined": made.joined,
+        "noise": asdict(known.noise),
+        **changed,
+        "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made.pairs)},
     }
 
 

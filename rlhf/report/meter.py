@@ -40,3 +40,22 @@ def _count(values: Sequence[float]) -> str:
     """
     mean, low, high = (float(f"{max(value, 0):.2g}") for value in values)
     return f"{mean:,.0f} [{low:,.0f}, {high:,.0f}]"
+
+
+def priced_before(meter: Facts, budget: int | None, expert_error: float) -> list[str]:
+    """Say that a finished meter prices other verdicts than those that are asked for; nothing where it does not.
+
+    Args:
+        meter: as of `audit.json`.
+        budget: how many verdicts are asked for; None for any.
+
+    >>> priced_before({"second_look": {"verdicts": 50, "expert_error": 0.05}}, None, 0.05)
+    []
+    """
+    priced = meter.get("second_look")
+    if priced is None or (budget in (None, priced["verdicts"]) and expert_error == priced["expert_error"]):
+        return []
+    return [
+        f"its meter prices {priced['verdicts']} verdicts that are wrong in {priced['expert_error']:.0%}, as was asked when it had "
+        "its voters; choose another --out for another price."
+    ]

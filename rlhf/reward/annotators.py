@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median
+from statistics import median
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
-from scipy.stats import binomtest, chi2
+from scipy.stats import binomtest
 from torch import Tensor
 
 from rlhf.data.conversations import conversation_keys
@@ -17,7 +17,6 @@ from rlhf.objectives.annotators import (
     Interval,
     PairLabels,
     accuracy_interval,
-    difference_statistic,
     fit_accuracy,
     others_log_odds,
     pair_log_odds,
@@ -171,23 +170,6 @@ def posterior_by_annotator(rows: Sequence[Pair], strength: Tensor, noise: NoiseE
     for i in sorted(range(len(rows)), key=lambda i: rows[i].get("confidence") == TIE):
         first.setdefault(int(labels.pair[i]), i)
     return LabelPosterior(torch.sigmoid(labelled.side * odds).to(strength), sorted(first.values()))
-
-
-def annotators_differ(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> bool:
-    """Tell whether the votes show that some annotators are right more often than others, at 5 %; ties are left out.
-
-    An annotator's labels on one conversation are not independent, so they count as one, with the mean of their votes.
-    """
-    labelled = labels_of_rows(rows, strength, noise)
-    annotator, sign = labelled.labels.annotator.tolist(), labelled.labels.sign.tolist()
-    votes: dict[tuple[int, int], list[float]] = {}
-    for i in (i for i in range(len(rows)) if sign[i] != 0):
-        votes.setdefault((int(labelled.conversation[i]), annotator[i]), []).append(strength[i].item())
-    if labelled.groups < 2 or not votes:
-        return False
-    means, who = torch.tensor([fmean(x) for x in votes.values()]), torch.tensor([who for _, who in votes])
-    statistic = difference_statistic(means.to(strength), who, labelled.groups)
-    return bool(chi2.sf(statistic, labelled.groups - 1) < 1 - CONFIDENCE)
 
 
 def report_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> dict[str, AnnotatorReport]:

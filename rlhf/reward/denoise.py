@@ -25,7 +25,7 @@ from rlhf.objectives.strength import (
     smoothing_confidence,
 )
 from rlhf.recipe.objectives import OBJECTIVES, Objective, resolve
-from rlhf.reward.annotators import LabelPosterior, annotators_differ, posterior_by_annotator
+from rlhf.reward.annotators import LabelPosterior, posterior_by_annotator
 from rlhf.reward.noise import NoiseEstimate
 
 # Mean rating gaps of this many pairs that differ by more than this are in other units.
@@ -249,7 +249,7 @@ def strength_as_confidence(
     rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
 ) -> Denoised:
     """Set the confidence to p = σ(b μ); where the votes prove no noise, nothing is set (Bradley-Terry)."""
-    if noise.fitted <= 0:
+    if noise.low <= 0:
         return Denoised(rows)
     return Denoised(_with_columns(rows, confidence=torch.sigmoid(noise.scale * strength.mean)))
 
@@ -257,11 +257,10 @@ def strength_as_confidence(
 def posterior_as_confidence(
     rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
 ) -> Denoised:
-    """Set the confidence by Bayes: p = σ(b μ + log((1 - ε) / ε)); where the votes prove no noise, nothing is set.
+    """Set the confidence by Bayes: p = σ(b μ + log((1 - ε) / ε)); where the votes say nothing, nothing is set.
 
-    Noise is also proved where some annotators are shown to be right more often than others. Where the rows name annotators, ε
-    is the annotator's own, and a pair that several labelled becomes one row, with what all its labels say
-    (`rlhf.reward.annotators.posterior_by_annotator`).
+    Where the rows name annotators, ε is the annotator's own, and a pair that several labelled becomes one row, with what all its
+    labels say (`rlhf.reward.annotators.posterior_by_annotator`).
     """
     posterior = _posterior(rows, strength, noise)
     if posterior is None:
@@ -273,7 +272,7 @@ def posterior_as_confidence(
 def posterior_as_weight(
     rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate
 ) -> Denoised:
-    """Set the weight to its product with the confidence of `posterior_as_confidence`; where no noise is proved, nothing is set."""
+    """Set the weight to its product with the confidence of `posterior_as_confidence`; nothing, where the votes say nothing."""
     posterior = _posterior(rows, strength, noise)
     if posterior is None:
         return Denoised(rows)
@@ -296,8 +295,8 @@ def drop(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise:
 
 
 def _posterior(rows: Sequence[Pair], strength: VoteStrength, noise: NoiseEstimate) -> LabelPosterior | None:
-    """Return what is known of each label; None where the votes prove no noise, neither of all nor of some annotators."""
-    if noise.fitted <= 0 and not (noise.scale > 0 and annotators_differ(rows, strength.mean, noise)):
+    """Return what is known of each label; None where the votes say nothing."""
+    if noise.scale == 0:
         return None
     by_annotator = posterior_by_annotator(rows, strength.mean, noise)
     if by_annotator is not None:

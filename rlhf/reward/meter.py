@@ -164,15 +164,16 @@ def fit_meter(measured: Measured, strength: Tensor, clusters: Sequence[Hashable]
     return mix_curves(fits, shares[likely] / shares[likely].sum())
 
 
-def price_verdicts(strength: Tensor, count: int, *, expert_error: float) -> Tensor:
+def price_verdicts(strength: Tensor, clusters: Sequence[Hashable], count: int, *, expert_error: float) -> Tensor:
     """Return how many more labels do what verdicts on the pairs in most doubt do, under each share of wrong labels, [r].
 
     Args:
         strength: [n] mean difference of the whole vote, nats.
+        clusters: [n] the conversation of each pair; conversations are counted, not pairs.
         count: how many verdicts.
         expert_error: how often they are wrong.
     """
-    believed = fit_rates(strength, range(len(strength))).scales[:, None] * strength.double()
+    believed = fit_rates(strength, clusters).scales[:, None] * strength.double()
     right = torch.sigmoid(believed + torch.logit(1 - RATES)[:, None])
     doubted = expected_change(right, error_rate=expert_error).topk(count, dim=1).indices
     return verdicts_in_labels(
@@ -182,8 +183,8 @@ def price_verdicts(strength: Tensor, count: int, *, expert_error: float) -> Tens
 
 def read_meter(
     curves: Curves,
-    pairs: int,
     strength: Tensor,
+    clusters: Sequence[Hashable],
     *,
     verdicts: int,
     expert_error: float,
@@ -195,15 +196,15 @@ def read_meter(
     (`verdicts_in_labels`).
 
     Args:
-        pairs: how many labels there are.
-        strength: [pairs] mean difference of the whole vote, nats.
+        strength: [n] mean difference of the whole vote on each label, nats.
+        clusters: [n] the conversation of each pair.
         verdicts: how many pairs experts would look at again.
         expert_error: how often they are wrong.
         more: how many labels are added, in times those that there are.
     """
-    worth = worth_in_sure_labels(1 - curves.flip_rate)
+    pairs, worth = len(strength), worth_in_sure_labels(1 - curves.flip_rate)
     place = torch.searchsorted(RATES, curves.flip_rate)
-    instead = price_verdicts(strength, verdicts, expert_error=expert_error)[place]
+    instead = price_verdicts(strength, clusters, verdicts, expert_error=expert_error)[place]
     return {
         "labels": pairs,
         "wrong": list(expect(curves.weight, curves.flip_rate)),

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -31,11 +31,10 @@ class NoiseEstimate:
 
     Attributes:
         flip_rate: ε, by confident learning.
-        fitted: ε of the nearest model to all that the labels leave likely; 0 where `low` is.
+        fitted: ε of the nearest model to all that the labels leave likely, proved or not; 0 where votes and verdicts say nothing.
         scale: b of that model, so that σ(b d) is how often a vote of d has the true order.
         low: what the sure votes alone prove: the lower end of ε's likelihood interval.
         high: the upper end of the share of contradicted labels, as if every contradiction were the label's fault.
-        likeliest: ε of the model that `scale` is of, also where no wrong label is proved.
     """
 
     flip_rate: float
@@ -43,7 +42,11 @@ class NoiseEstimate:
     scale: float
     low: float
     high: float
-    likeliest: float = 0.0
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> "NoiseEstimate":
+        """Return the estimate that a record holds, whatever else it holds."""
+        return cls(**{field.name: facts[field.name] for field in fields(cls)})
 
 
 def decided_rows(rows: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -72,8 +75,8 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
       one degree), between the points on a straight line; it misses noise that sits where votes are unsure. `fitted` and
       `scale` are those of which σ(b d + log((1 - ε) / ε)) is nearest to the mean over the posterior of both, with all ε
       equally likely and b as `scale_prior` says: some hundred labels leave many b likely, and the likeliest may be a hundred
-      times too large, which makes every label sure. By them labels are denoised if `low` is above 0; blunt votes prove
-      nothing and change nothing.
+      times too large, which makes every label sure. By them labels are denoised, also where `low` is 0: blunt votes prove
+      nothing, and what they leave likely changes little.
     - `flip_rate`: confident learning (Northcutt et al., arXiv:1911.00068): among pairs on which the vote is at least as
       sure as it is of an average label, the share that it contradicts; 0.5 at most.
     - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap, or the exact one of as many conversations
@@ -106,8 +109,8 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
         )
         if not odds.any():
             return NoiseEstimate(0.0, 0.0, 0.0, 0.0, high)
-        low, likeliest, _ = _fit(torch.zeros_like(differences), clusters, odds)
-        return NoiseEstimate(0.0, likeliest if low > 0 else 0.0, 0.0, low, high, likeliest)
+        low, fitted, _ = _fit(torch.zeros_like(differences), clusters, odds)
+        return NoiseEstimate(0.0, fitted, 0.0, low, high)
     # Where contradicted votes are the surest no temperature fits all labels, and what a vote is worth says how sure it is.
     temperature = 1.0 if agrees_with_all else best_temperature(differences.tolist()) or 1 / scale
     agree = torch.sigmoid(differences.double() / temperature)
@@ -115,7 +118,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     surely_wrong, surely_right = int((1 - agree >= average).sum()), int((agree >= average).sum())
     scale = min(scale, 1.0) if agrees_with_all else scale  # no likelihood bounds it; voters are trained in nats
     flip_rate = 0.0 if agrees_with_all else min(surely_wrong / (surely_wrong + surely_right), 0.5)
-    return NoiseEstimate(flip_rate, fitted if low > 0 else 0.0, scale, low, high, fitted)
+    return NoiseEstimate(flip_rate, fitted, scale, low, high)
 
 
 def _exact_end(share: float, independent: int) -> float:
@@ -148,8 +151,8 @@ def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) ->
         for weight, rate in zip(weights[likely], RATES[likely], strict=True):
             right += weight / (1 + rate / (1 - rate) * (1 - agree) / agree)
     constant, scale = nearest_line(values, right / posterior.sum())
-    likeliest = max(1 / (1 + math.exp(constant)), low)
-    return low, min(likeliest, 0.5), max(scale, 0.0)
+    nearest = max(1 / (1 + math.exp(constant)), low)
+    return low, min(nearest, 0.5), max(scale, 0.0)
 
 
 def _first_reaching(grid: Tensor, values: Tensor, least: Tensor) -> float:

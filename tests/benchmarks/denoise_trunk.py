@@ -80,10 +80,10 @@ def lines(seed: int) -> Lines:
 
 
 def posterior_of_votes(here: Scene | Lines, strength: Tensor) -> tuple[Tensor, float]:
-    """P(label is right) of every pair, [n], and the estimated share of wrong labels; 1 and 0 where votes prove no wrong label."""
+    """P(label is right) of every pair, [n], and the estimated share of wrong labels; 1 and 0 where votes say nothing."""
     noise = estimate_noise(strength, [plain(row["prompt"]) for row in here.rows])
     none = torch.zeros(len(here.rows))
-    return (beliefs(strength, noise, none) if noise.fitted > 0 else none + 1), noise.fitted
+    return (beliefs(strength, noise, none) if noise.scale > 0 else none + 1), noise.fitted
 
 
 def voted_again(here: Scene | Lines, right: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def predictions(
     count = round(LOOKED_AT / scale)
     more = [n / LABELS for n in MORE]
     curves = fit_meter(parts, strength, clusters)
-    meter = read_meter(curves, len(wrong), strength, verdicts=count, expert_error=EXPERT_ERROR, more=more)
+    meter = read_meter(curves, strength, clusters, verdicts=count, expert_error=EXPERT_ERROR, more=more)
     predicted = {"0": meter["accuracy"], "look": meter["second_look"]["accuracy"]}
     predicted |= {str(n): entry["accuracy"] for n, entry in zip(MORE, meter["more"], strict=True)}
     agrees = (torch.rand(len(wrong), generator=torch.Generator().manual_seed(seed)) >= EXPERT_ERROR) != wrong

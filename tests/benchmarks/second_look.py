@@ -46,7 +46,7 @@ from rlhf.data.rows import SIDES, assistant_turn, user_turn
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
-from rlhf.objectives.second_look import log_odds_of_verdicts, second_look
+from rlhf.objectives.second_look import second_look
 from rlhf.objectives.strength import vote_strength
 from rlhf.pipeline.looked import Looked, beliefs, weigh_verdicts
 from rlhf.pipeline.training import quiet_libraries
@@ -153,7 +153,7 @@ class Voted(NamedTuple):
 
     Attributes:
         strength: [n] of the vote, nats.
-        clusters: [n] the prompt of each pair.
+        rows: [n] the pairs.
         noise: as the vote estimates it.
         wrong: [n] which labels are.
         features: gives [n, h], what the choice reads.
@@ -161,7 +161,7 @@ class Voted(NamedTuple):
     """
 
     strength: Tensor
-    clusters: list[str]
+    rows: Rows
     noise: NoiseEstimate
     wrong: Tensor
     features: Callable[[], Tensor]
@@ -182,22 +182,16 @@ def believed(here: Voted, way: str) -> tuple[Tensor, dict[str, Any]]:
     n, wrong, strength, noise = len(here.wrong), here.wrong, here.strength, here.noise
     right = beliefs(strength, noise, torch.zeros(n))
     if way not in RELABELLED:
-        # Where votes prove no wrong label, posterior labels are the labels.
-        posterior = right if noise.fitted > 0 else torch.ones(n)
+        posterior = right if noise.scale > 0 else torch.ones(n)
         return {"bt": torch.ones(n), "clean": 1.0 - wrong.float(), "posterior": posterior}[way], {}
     # An expert's error belongs to the pair, whoever asks.
     agrees = (torch.rand(n, generator=torch.Generator().manual_seed(here.seed)) >= EXPERT_ERROR) != wrong
     seen = torch.zeros(n, dtype=torch.bool)
     seen[looked_at(here, way, right)] = True
     agree, contradict, each = (seen & agrees).float(), (seen & ~agrees).float(), torch.ones(n, dtype=torch.bool)
-    verdicts = log_odds_of_verdicts(agree, contradict, error_rate=EXPERT_ERROR)
-    again = estimate_noise(strength, here.clusters, verdicts)
-    apart: Any = [{"prompt": user_turn(str(i)), **dict.fromkeys(SIDES, assistant_turn("a"))} for i in range(n)]
     looked = Looked(agree, contradict, torch.zeros(n), seen, each, [], int(seen.sum()), 0, 1)
-    known = weigh_verdicts(apart, strength, again, looked, expert_error=EXPERT_ERROR)
-    belief = known.after
-    if again.fitted == 0:  # as `rlhf.pipeline.looked.relabelled`
-        belief[~seen] = 1.0
+    known = weigh_verdicts(here.rows, strength, looked, expert_error=EXPERT_ERROR)
+    belief, again = known.after, known.noise
     facts = {
         "found": float((seen & wrong).sum() / wrong.sum()),
         "fitted": [again.low, again.fitted, again.scale],
@@ -220,7 +214,7 @@ def measured(folder: Path, seed: int, *, quick: bool, crowd: bool) -> dict[str, 
             torch.save(voted(here), kept)
         strength, clusters = torch.load(kept), [plain(row["prompt"]) for row in here.rows]
         noise = estimate_noise(strength, clusters)
-        known = Voted(strength, clusters, noise, here.wrong, partial(head_features, here), seed)
+        known = Voted(strength, here.rows, noise, here.wrong, partial(head_features, here), seed)
         area = auroc((-strength).tolist(), here.wrong.tolist())
         test = list(range(n, n + TEST // (10 if quick else 1)))
     for way, file in files.items():
@@ -256,7 +250,8 @@ def measured_linear(seed: int, *, crowd: bool) -> dict[str, Any]:
 
     strength = vote_strength(collect_votes(plan, vote)).mean
     noise = estimate_noise(strength, clusters)
-    known = Voted(strength, clusters, noise, wrong[:TRAIN], lambda: labelled.float(), seed)
+    apart: Any = [{"prompt": user_turn(str(i)), **dict.fromkeys(SIDES, assistant_turn("a"))} for i in range(TRAIN)]
+    known = Voted(strength, apart, noise, wrong[:TRAIN], lambda: labelled.float(), seed)
     result = {}
     for way in WAYS:
         belief, facts = believed(known, way)

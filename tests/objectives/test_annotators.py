@@ -11,7 +11,6 @@ from scipy.stats import chi2
 from rlhf.objectives.annotators import (
     PairLabels,
     accuracy_interval,
-    difference_statistic,
     fit_accuracy,
     label_slopes,
     others_log_odds,
@@ -137,31 +136,6 @@ def test_the_interval_covers() -> None:
         interval = accuracy_interval(torch.tensor(np.where(truth == right, prior, -prior)))
         covered += interval.low <= 0.8 <= interval.high
     assert 0.92 <= covered / 400 <= 0.985, "95 % within three standard errors, 0.011 each"
-
-
-def one_label_each(
-    accuracies: list[float], each: int, *, seed: int, scale: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Votes oriented to each label, worth `scale` times what they say."""
-    labels = simulated([1.0], each * len(accuracies), share=1.0, seed=seed, sharpness=2.0)
-    rng = np.random.default_rng(seed)
-    annotator = np.arange(each * len(accuracies)) % len(accuracies)
-    right = rng.random(len(annotator)) < np.array(accuracies)[annotator]
-    truth = labels.sign.numpy() * labels.prior.numpy() / scale
-    return torch.tensor(np.where(right, truth, -truth)), torch.tensor(annotator)
-
-
-def test_equal_annotators_differ_as_chance_has_it() -> None:
-    """At most 5 % of 200 files by four annotators of accuracy 0.8 (within three standard errors), however blunt the votes."""
-    for scale in (1.0, 5.0):
-        statistics = [difference_statistic(*one_label_each([0.8] * 4, 60, seed=i, scale=scale), 4) for i in range(100)]
-        assert np.mean([chi2.sf(x, 3) < 0.05 for x in statistics]) <= 0.05 + 3 * 0.022
-        assert min(statistics) >= 0
-
-
-def test_a_coin_among_them_is_a_difference() -> None:
-    found = [difference_statistic(*one_label_each([0.9, 0.9, 0.9, 0.5], 100, seed=i), 4) for i in range(20)]
-    assert np.mean([chi2.sf(x, 3) < 0.05 for x in found]) >= 0.9
 
 
 @pytest.mark.parametrize(("answers", "prompts"), [(6, 12), (8, 10)])

@@ -351,16 +351,19 @@ def test_dropping_everything_is_refused() -> None:
         denoised(rows(20), DenoiseConfig("drop", flip_by="sign"), votes, NOISE)
 
 
-def test_blunt_votes_correct_nothing() -> None:
-    """Votes that are right 56 % of the time: nothing is proven, and the posterior is Bradley-Terry."""
+def test_blunt_votes_correct_little() -> None:
+    """Votes that are right 56 % of the time: nothing is proved, and of 600 labels at most one in fifty is turned."""
     generator = torch.Generator().manual_seed(0)
     differences = 0.3 * torch.randn(600, generator=generator) + 0.045
     noise = estimate_noise(differences, range(600))
-    assert noise.low == noise.fitted == 0.0
-    assert noise.flip_rate > 0.3, "what confident learning would have made of it"
+    assert noise.low == 0.0
+    assert noise.fitted < 0.2 < 0.3 < noise.flip_rate, "what confident learning would have made of it"
     votes = VoteStrength(differences, torch.ones(600), torch.ones(600), torch.full((600,), 2))
     made, _ = denoised(rows(600), DenoiseConfig("posterior"), votes, noise)
-    assert not any("confidence" in row for row in made)
+    believed = [row["confidence"] for row in made]
+    assert sum(p < 0.5 for p in believed) <= 12
+    assert sum(p < 0.2 for p in believed) == 0
+    assert denoised(rows(600), DenoiseConfig("vote_sigmoid"), votes, noise)[0] == rows(600)
 
 
 def test_a_label_turned_twice_is_itself() -> None:

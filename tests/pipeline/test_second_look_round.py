@@ -147,10 +147,12 @@ def check_bayes(run: Path, number: int, facts: dict[str, Any], looks: set[str]) 
         is_wrong, says_yes = i % 5 == 0, row["chosen"][0]["content"].startswith("yes")
         right = 1 - row["confidence"] if is_wrong == says_yes else row["confidence"]
         assert row["confidence"] >= 0.5
-        seen = row["prompt"][0]["content"] in looks
-        odds = (-1 if is_wrong else 1) * np.log((1 - EXPERT_ERROR) / EXPERT_ERROR) if seen else 0.0
         sure = not 1e-4 < right < 1 - 1e-4  # float32 has no digits for the odds there
-        implied.append(np.nan if sure else (np.log(right / (1 - right)) - np.log((1 - rate) / rate) - odds) / scale)
+        if row["prompt"][0]["content"] in looks and not sure:
+            verdict = (-1 if is_wrong else 1) * np.log((1 - EXPERT_ERROR) / EXPERT_ERROR)
+            without = 1 / (1 + np.exp(verdict) * (1 - right) / right)
+            right = (without - facts["shared"] / 2) / (1 - facts["shared"])  # what the label and the vote said
+        implied.append(np.nan if sure else (np.log(right / (1 - right)) - np.log((1 - rate) / rate)) / scale)
     # Two members vote on every pair: those of its fold.
     members = [
         load_file(file)["differences"] for file in sorted((folder / CHECKPOINTS).rglob("differences.safetensors"))

@@ -34,7 +34,7 @@ def test_posteriors_of_few_labels_are_not_surer_than_they_may_be(labels: int, ra
         noise = estimate_noise(votes, range(labels))
         if noise.scale == 0:
             continue  # no better than chance: every label is left as it is
-        said.append(posterior_confidence(votes, flip_rate=max(noise.likeliest, 0.01), scale=noise.scale))
+        said.append(posterior_confidence(votes, flip_rate=max(noise.fitted, 0.01), scale=noise.scale))
         exact.append(posterior_confidence(votes, flip_rate=rate, scale=1.0))
         right.append(is_right)
     all_said, all_right = torch.cat(said).clamp(1e-9, 1 - 1e-9), torch.cat(right)

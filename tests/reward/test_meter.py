@@ -91,7 +91,7 @@ def test_it_finds_a_planted_curve_and_its_sentences_follow() -> None:
         spreads.append(candidates[np.argmin(np.abs(np.array(right) - accuracy))])
     differences = torch.stack([planted(0.25, s, n=4000, seed=i)[0] for i, s in enumerate(spreads)])
     curves = fit_meter(Measured(sizes, differences, 5), differences[-1], list(range(4000)))
-    meter = read_meter(curves, 2000, torch.zeros(2000), verdicts=100, expert_error=0.05)
+    meter = read_meter(curves, torch.zeros(2000), range(2000), verdicts=100, expert_error=0.05)
 
     for entry, labels in ((meter["accuracy"], 2000.0), (meter["more"][1]["accuracy"], 4000.0)):
         mean, low, high = entry
@@ -147,7 +147,7 @@ def test_a_verdict_is_priced_by_the_information_of_labels_on_pairs_as_they_are()
     """Bits counted by numbers: log-likelihoods of all outcomes, differentiated at the difference that the vote believes."""
     spread, rate, error = 3.0, 0.25, 0.05
     strength, _ = planted(rate, spread)
-    price = price_verdicts(strength, 200, expert_error=error)
+    price = price_verdicts(strength, range(len(strength)), 200, expert_error=error)
     at = int((RATES - rate).abs().argmin())
     assert RATES[at].item() == pytest.approx(rate), "the planted rate is on the grid"
 

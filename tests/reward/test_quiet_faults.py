@@ -17,7 +17,6 @@ from rlhf.errors import UserError
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.audit import _key
 from rlhf.pipeline.looked import beliefs, count_opinions
-from rlhf.reward.annotators import annotators_differ
 from rlhf.reward.denoise import DenoiseConfig, denoised, flip_pair
 from rlhf.reward.frozen_trunk import Trunk
 from rlhf.reward.gated import fit_gated
@@ -120,26 +119,6 @@ def test_a_gate_learns_nothing_of_ties(base_folder: Path, tokenizer: Any) -> Non
         gate(ties)
 
 
-# ---- Pairs of a prompt are not independent ----
-
-
-def test_six_labels_on_one_prompt_are_no_six_annotators_labels() -> None:
-    """Four annotators who are equally good; all pairs of a prompt are right or wrong together. 5 % may be taken for different."""
-    found = 0
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        rows, strength = [], []
-        for prompt in range(80):
-            is_wrong = torch.rand(1, generator=generator).item() < 0.25
-            vote = (torch.randn(1, generator=generator).abs() + 0.5).item()
-            for copy in range(6):
-                row = pair(prompt, annotator=f"ann{prompt % 4}")
-                rows.append({**row, "chosen": assistant_turn(f"a{copy}"), "rejected": assistant_turn(f"b{copy}")})
-                strength.append(-vote if is_wrong else vote)
-        found += annotators_differ(rows, torch.tensor(strength), NOISE)
-    assert found <= 4, "of 20, of which one is expected; 5 or more are had by chance in 3 of 1000"
-
-
 # ---- Numbers ----
 
 
@@ -197,7 +176,8 @@ def test_votes_that_agree_with_every_label_are_not_taken_for_chance() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         noise = estimate_noise(strength, range(200))
-    assert (noise.flip_rate, noise.fitted, noise.low) == (0.0, 0.0, 0.0)
+    assert (noise.flip_rate, noise.low) == (0.0, 0.0)
+    assert 0 < noise.fitted < 0.005
     assert 0 < noise.scale <= 1
     assert noise.high == pytest.approx(1 - 0.025 ** (1 / 200)), "none of 200 contradicted: the exact interval"
     twice = torch.zeros(200)
@@ -218,7 +198,7 @@ def test_where_votes_say_nothing_verdicts_alone_tell_how_many_labels_are_wrong()
     odds[:140], odds[140:200] = 2.94, -2.94  # an expert who is wrong in 5 %: 60 of 200 labels contradicted
     noise = estimate_noise(strength, clusters, odds)
     assert noise.scale == 0
-    assert noise.likeliest == noise.fitted == pytest.approx((0.3 - 0.05) / 0.9, abs=0.01)
+    assert noise.fitted == pytest.approx((0.3 - 0.05) / 0.9, abs=0.01)
     assert 0.1 < noise.low < noise.fitted
     right = beliefs(strength, noise, odds)
     assert (right[140:200] < 0.5).all(), "what an expert contradicts is more likely wrong"
