@@ -76,7 +76,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
       `scale` are those of which σ(b d + log((1 - ε) / ε)) is nearest to the mean over the posterior of both, with all ε
       equally likely and b as `scale_prior` says: some hundred labels leave many b likely, and the likeliest may be a hundred
       times too large, which makes every label sure. By them labels are denoised, also where `low` is 0: blunt votes prove
-      nothing, and what they leave likely changes little.
+      nothing, and what they leave likely changes little. `fitted` is no more than `high`, but where verdicts prove more.
     - `flip_rate`: confident learning (Northcutt et al., arXiv:1911.00068): among pairs on which the vote is at least as
       sure as it is of an average label, the share that it contradicts; 0.5 at most.
     - `high`: the share of all labels contradicted, upper end of its 95 % bootstrap, or the exact one of as many conversations
@@ -118,7 +118,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     surely_wrong, surely_right = int((1 - agree >= average).sum()), int((agree >= average).sum())
     scale = min(scale, 1.0) if agrees_with_all else scale  # no likelihood bounds it; voters are trained in nats
     flip_rate = 0.0 if agrees_with_all else min(surely_wrong / (surely_wrong + surely_right), 0.5)
-    return NoiseEstimate(flip_rate, fitted, scale, low, high)
+    return NoiseEstimate(flip_rate, min(fitted, max(high, low)), scale, low, high)
 
 
 def _exact_end(share: float, independent: int) -> float:

@@ -63,6 +63,12 @@ def test_an_audit_says_what_more_labels_would_bring(
     assert "6 expert verdicts on the pairs in most doubt" in page
     assert any(line.startswith("Meter: 120 labels, ") for line in audit_lines(result))
 
+    # It is priced once; another price is not had by asking again.
+    again, said = run(tmp_path, base_folder, budget=30, expert_error=0.2)
+    assert again["meter"] == meter
+    assert "its meter prices 6 verdicts that are wrong in 5%" in said[-1]
+    assert len(run(tmp_path, base_folder, budget=6)[1]) == 1, "only that it was done before"
+
     # A second look keeps it, on the page too.
     source = Source(str(tmp_path / "pairs.jsonl"))
     look_again(source, str(base_folder), tmp_path / "out", budget=12, expert_error=0.05, compare="answers")

@@ -2,6 +2,8 @@
 
 import math
 import random
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from rlhf.objectives.second_look import log_odds_of_verdicts, shared_error
 from rlhf.pipeline.looked import (
     Looked,
     beliefs,
+    believed_rate,
     blind_questions,
     count_opinions,
     gains,
@@ -192,6 +195,19 @@ def test_what_several_experts_say_of_a_pair_is_foreseen_as_one() -> None:
     agree = says_right.sum(dim=1).float()
     known = weigh_verdicts([pair(i) for i in range(len(vote))], vote, looked(agree, 3 - agree), expert_error=0.25)
     assert abs(int((agree < 1.5).sum()) - known.foreseen[0]) < 2.5 * known.foreseen[1]
+
+
+def test_pairs_are_weighed_by_no_more_wrong_labels_than_there_can_be() -> None:
+    """Of 2,000 labels that all votes agree with at most 0.2 % are wrong; 0.6 % were expected."""
+    rows = [pair(i) for i in range(2000)]
+    agree = (torch.arange(2000) < 20).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        known = weigh_verdicts(rows, torch.full((2000,), 2.0), looked(agree, 0 * agree), expert_error=ERROR)
+    assert believed_rate(known.noise) == pytest.approx(1 - 0.025 ** (1 / 2000))
+    assert gains(known, looked(agree, 0 * agree))["wrong"]["file"] < 4
+    few = NoiseEstimate(flip_rate=0.0, fitted=0.001, scale=1.0, low=0.0, high=0.1)
+    assert [believed_rate(few), believed_rate(replace(few, fitted=0.6))] == [0.01, 0.5]
 
 
 def test_a_few_verdicts_do_not_decide_that_labels_and_votes_share_an_error() -> None:

@@ -15,7 +15,7 @@ from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl
 from rlhf.pipeline.audit import audit
-from rlhf.pipeline.looked import beliefs, expected_gain
+from rlhf.pipeline.looked import Looked, beliefs, check_verdicts, expected_gain
 from rlhf.pipeline.second_look import RELABELLED, look_again
 from rlhf.recipe import load_recipe
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
@@ -189,6 +189,9 @@ def test_what_cannot_be_used_is_a_sentence(look: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no questions yet"):
         open_book(look.out)
     assert sorted(path.name for path in look.out.iterdir()) == listing, "nothing is created"
+    skipped = Looked(*torch.zeros(3, 120), *torch.ones(2, 120, dtype=torch.bool), [], asked=120, skipped=120, looks=1)
+    with pytest.raises(UserError, match="all 120 pairs were skipped; there are no others to ask about"):
+        check_verdicts(skipped, look.out, asks_more=False)
 
     look(12)
     with pytest.raises(UserError, match="none of the 12 pairs has a verdict yet: `rlhf label"):
@@ -285,3 +288,10 @@ def test_unproved_noise_is_taken_as_the_fit_has_it() -> None:
     rate = max(noise.fitted, 0.01)
     np.testing.assert_allclose(right.numpy(), 1 / (1 + rate / (1 - rate) * np.exp(-noise.scale * d.numpy())), rtol=1e-6)
     assert rate < noise.flip_rate - 0.1, "confident learning takes errors of blunt votes for those of labels"
+
+
+def test_a_budget_is_of_pairs_and_not_of_labels(look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty labels of thirty pairs: a budget of 50 asked about 30, without a word."""
+    monkeypatch.setattr("rlhf.pipeline.looked.pair_digest", lambda row: row["prompt"][0]["content"][-1])
+    with pytest.raises(UserError, match=r"--budget 12: the 120 labels are of \d+ pairs; name a number from 1 to \d+\."):
+        look(12)

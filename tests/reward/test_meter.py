@@ -180,3 +180,17 @@ def test_too_few_labels_is_a_sentence() -> None:
     assert too_few_labels(250, 5) is None
     assert too_few_labels(249, 5) == "249 labels are too few to say what more would bring; the meter needs 250."
     assert math.isclose(0.125 * 0.8 * 250, 25)
+
+
+def test_alike_pairs_of_a_conversation_are_one_opinion() -> None:
+    """Forty conversations of 25 alike pairs: the price of verdicts is that of forty votes, whatever there are of each."""
+    generator = torch.Generator().manual_seed(0)
+    one = 1.5 * torch.randn(40, generator=generator) + 0.7
+    rows, conversations = one.repeat_interleave(25), [i // 25 for i in range(1000)]
+    alone, alike = (
+        price_verdicts(one, range(40), 2, expert_error=0.05),
+        price_verdicts(rows, conversations, 50, expert_error=0.05),
+    )
+    torch.testing.assert_close(alike, 25 * alone, rtol=1e-4, atol=0)
+    counted = price_verdicts(rows, range(1000), 50, expert_error=0.05)
+    assert (counted[1:] / alike[1:] - 1).abs().max() > 0.5
