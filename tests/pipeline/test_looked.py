@@ -16,6 +16,7 @@ from rlhf.data.rows import Pair, assistant_turn, user_turn
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.second_look import log_odds_of_verdicts, shared_error
 from rlhf.pipeline.looked import (
+    Known,
     Looked,
     beliefs,
     believed_rate,
@@ -257,3 +258,12 @@ def test_more_contradictions_than_foreseen_are_said() -> None:
     assert "foresaw 8 contradictions" in said[0]
     facts["foreseen"] = {"contradict": 17.0, "deviation": 2.5}
     assert not any("foresaw" in s for s in second_look_sentences(facts))
+
+
+def test_what_would_be_wrong_without_the_verdicts_is_judged_with_them() -> None:
+    """A label that votes would flip and experts confirm: "1 as the file has them, 10 if each is flipped" mixed two knowledges."""
+    views = looked(torch.tensor([2.0, 0, 0]), torch.zeros(3), torch.tensor([0.0, 0, 1]))
+    noise = NoiseEstimate(0.25, 0.25, 1.0, 0.2, 0.3)
+    known = Known(noise, torch.tensor([0.4, 0.9, 0.2]), torch.tensor([0.95, 0.9, 0.5]), 0.0, (0.0, 0.0))
+    expected = gains(known, views)["wrong"]
+    assert [expected[key] for key in ("file", "before", "after")] == pytest.approx([0.05 + 0.1, 0.95 + 0.1, 0.05 + 0.1])
