@@ -31,7 +31,7 @@ from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.recipe.objectives import PAIR_COLUMNS
-from rlhf.report.noise import wrong_labels
+from rlhf.report.noise import taken_to_be_wrong, wrong_labels
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.meter import Measured, measure_parts
 from rlhf.reward.model import RewardModel
@@ -68,14 +68,17 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     ]
     write_jsonl(context.folder / STRENGTH, votes)
     contradicted = (strength.mean < 0).float().mean()
-    sentences = IN_SAMPLE if shape["in_sample"] else " ".join(wrong_labels(asdict(noise)))
+    found = asdict(noise)
+    sentences = IN_SAMPLE
+    if not shape["in_sample"]:
+        sentences = " ".join([*wrong_labels(found), *taken_to_be_wrong(found, recipe.reward.objective)])
     context.say(f"vote: {shape['members']} members contradict {contradicted:.1%} of the labels. {sentences}")
     gold = gold_differences(rows, load_true_reward(recipe))
     area = None
     if gold is not None:
         wrong = [difference < 0 for difference in gold]
         area = auroc((-strength.mean).tolist(), wrong) if any(wrong) and not all(wrong) else None
-    return {"pairs": len(rows), "noise": asdict(noise), "auroc_of_wrong_labels": area, **shape}
+    return {"pairs": len(rows), "noise": found, "auroc_of_wrong_labels": area, **shape}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,19 @@ def wrong_labels(noise: Facts) -> list[str]:
     ]
 
 
+def taken_to_be_wrong(noise: Facts, objective: str) -> list[str]:
+    """Say how many labels an objective takes to be wrong though the votes prove none; nothing where they do, or it takes none.
+
+    >>> taken_to_be_wrong({"fitted": 0.171, "low": 0.0, "scale": 1.2}, "posterior")
+    ['`posterior` takes 17.1% to be wrong all the same: that is what they leave likely.']
+    >>> taken_to_be_wrong({"fitted": 0.171, "low": 0.1, "scale": 1.2}, "posterior")
+    []
+    """
+    if objective not in ("posterior", "weight") or noise["low"] > 0 or noise["scale"] == 0:
+        return []
+    return [f"`{objective}` takes {noise['fitted']:.1%} to be wrong all the same: that is what they leave likely."]
+
+
 def suspects(noise: Facts, count: int, *, by_annotator: bool = False) -> str:
     """Return a sentence on the rows that an audit lists, and leaves out of `cleaned.jsonl`.
 
