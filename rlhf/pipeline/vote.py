@@ -68,17 +68,17 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     ]
     write_jsonl(context.folder / STRENGTH, votes)
     contradicted = (strength.mean < 0).float().mean()
-    found = asdict(noise)
+    estimate = asdict(noise)
     sentences = IN_SAMPLE
     if not shape["in_sample"]:
-        sentences = " ".join([*wrong_labels(found), *taken_to_be_wrong(found, recipe.reward.objective)])
+        sentences = " ".join([*wrong_labels(estimate), *taken_to_be_wrong(estimate, recipe.reward.objective)])
     context.say(f"vote: {shape['members']} members contradict {contradicted:.1%} of the labels. {sentences}")
     gold = gold_differences(rows, load_true_reward(recipe))
     area = None
     if gold is not None:
         wrong = [difference < 0 for difference in gold]
         area = auroc((-strength.mean).tolist(), wrong) if any(wrong) and not all(wrong) else None
-    return {"pairs": len(rows), "noise": found, "auroc_of_wrong_labels": area, **shape}
+    return {"pairs": len(rows), "noise": estimate, "auroc_of_wrong_labels": area, **shape}
 
 
 @dataclass(frozen=True)
