@@ -64,7 +64,7 @@ def shared_error(right: Tensor, verdicts: Tensor) -> float:
     p takes label and vote to err independently. Voters learn from labels: where these follow what is no part of the reward, such
     as length, both are wrong of the same pairs, p is sure there, and experts contradict it more often than p allows. Which pairs
     were asked about may depend on p. Special cases: many verdicts as p foretells them are about 0; many that contradict half of
-    the surest pairs about 1; none are 0. The prior keeps a few verdicts from deciding: with one contradiction of a sure pair the
+    the surest pairs near 1; none are 0. The prior keeps a few verdicts from deciding: with one contradiction of a sure pair the
     likeliest h is 1.
 
     Args:
@@ -73,7 +73,7 @@ def shared_error(right: Tensor, verdicts: Tensor) -> float:
 
     >>> sure = torch.full((400,), 0.999)
     >>> round(shared_error(sure, torch.tensor([3.0, -3.0] * 200)), 1), shared_error(sure[:0], sure[:0])
-    (0.9, 0.0)
+    (0.8, 0.0)
     """
     if not verdicts.any():
         return 0.0
