@@ -57,17 +57,6 @@ def blind_questions(pairs: Sequence[Pair], chosen: Sequence[int], look: int, *, 
     return [_question(pairs[i], look, swapped=rng.random() < 0.5) for i in rng.sample(chosen, len(chosen))]
 
 
-def open_pairs(pairs: Sequence[Pair], is_asked: Tensor) -> Tensor:
-    """Tell which pairs may be asked about, [n] bool: not asked yet, and of a pair that stands in several rows the first."""
-    seen: set[str] = set()
-    is_open = ~is_asked
-    for i, pair in enumerate(pairs):
-        name = pair_digest(pair)
-        is_open[i] &= name not in seen
-        seen.add(name)
-    return is_open
-
-
 # ---- Verdicts ----
 
 
@@ -97,6 +86,11 @@ class Looked:
     def is_tie(self) -> Tensor:
         """Tell which pairs experts called equal and nothing else, [n] bool."""
         return (self.equal > 0) & (self.agree + self.contradict == 0)
+
+    @property
+    def is_open(self) -> Tensor:
+        """Tell which rows may be asked about, [n] bool: of every pair that was not asked about the first."""
+        return self.is_first & ~self.is_asked
 
     def counts(self) -> dict[str, int]:
         """Count questions by what became of them; `agree` and `contradict` are about the label of a pair's first row."""

@@ -25,7 +25,6 @@ from rlhf.pipeline.looked import (
     count_opinions,
     expected_gain,
     gains,
-    open_pairs,
     pair_features,
     relabelled,
     weigh_verdicts,
@@ -83,7 +82,7 @@ def look_again(
         known.after,
         budget - looked.asked or budget,
         error_rate=expert_error,
-        is_open=open_pairs(labelled, looked.is_asked),
+        is_open=looked.is_open,
     )
     changed = gains(known, looked)
     facts: dict[str, Any] = {

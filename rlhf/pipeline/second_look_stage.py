@@ -23,7 +23,6 @@ from rlhf.pipeline.looked import (
     count_opinions,
     expected_gain,
     gains,
-    open_pairs,
     pair_features,
     relabelled,
     weigh_verdicts,
@@ -68,7 +67,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
         known.after,
         rounds.looked_at,
         error_rate=EXPERT_ERROR,
-        is_open=open_pairs(labelled, looked.is_asked),
+        is_open=looked.is_open,
     )
     expected = expected_gain(strength, known.noise, known.after, chosen, expert_error=EXPERT_ERROR)
     context.say(f"second look: {gain_sentence(expected)}")

@@ -23,7 +23,6 @@ from rlhf.pipeline.looked import (
     blind_questions,
     count_opinions,
     gains,
-    open_pairs,
     other_labels,
     relabelled,
     weigh_verdicts,
@@ -161,7 +160,7 @@ def test_a_pair_has_one_name_for_labels_questions_and_verdicts() -> None:
     assert found.agree.tolist() == [0, 2, 0]
     assert found.contradict.tolist() == [2, 0, 0]
     assert found.is_first.tolist() == [True, False, True]
-    assert open_pairs(rows, found.is_asked).tolist() == [False, False, True]
+    assert found.is_open.tolist() == [False, False, True]
     asked_twice = [*questions, *blind_questions(rows, [1], 2, seed="t")]
     second = Verdict(asked_twice[1].id, "first" if asked_twice[1].first == "yes 0" else "second", "cat")
     assert count_opinions(rows, asked_twice, [*verdicts, second]).agree.tolist() == [1, 2, 0]
