@@ -81,17 +81,29 @@ def audit_command(
         meter=meter,
         expert_error=expert_error,
     )
+    before = "Before the verdicts: " if result.get("second_look", {}).get("answered") else ""
     for line in audit_lines(result):
-        say(line)
+        say(before + line)
     if budget is not None:
-        from rlhf.pipeline.second_look import look_again
+        from rlhf.pipeline.second_look import RELABELLED, look_again
 
         compared = compare or ("answers" if settings is None else settings.data.compare)
-        facts = look_again(source, model, out, budget=budget, expert_error=expert_error, compare=compared)
+        facts = look_again(
+            source,
+            model,
+            out,
+            budget=budget,
+            expert_error=expert_error,
+            compare=compared,
+            seed=0 if settings is None else settings.seed,
+            say=say_aside,
+        )
         for line in second_look_sentences(facts):
             say(line)
         if facts["open"]:
             say(f"rlhf label {out}; then the same command again.")
+        if facts["answered"]:
+            say(f"{out / RELABELLED}: a row for each pair, with what is known of it.")
     say(f"{out / 'audit.html'}   {out / 'cleaned.jsonl'}   {out / 'pairs.parquet'}")
 
 

@@ -35,7 +35,7 @@ def pair_loss(
     margin: Tensor | float = 0.0,
     confidence: Tensor | float = 1.0,
     weight: Tensor | float = 1.0,
-    flip_rate: float = 0.0,
+    flip_rate: Tensor | float = 0.0,
 ) -> Tensor:
     """Return the weighted cross-entropy of a margin-shifted Bradley-Terry preference against a soft label.
 
@@ -44,7 +44,8 @@ def pair_loss(
 
     With ε = 0, as in all that follows, it is w · [ bradley_terry(d - m) + (1 - p) (d - m) ]. ε > 0 is the likelihood of
     labels of which a share ε is flipped at random ("forward correction"): bounded by -log ε, so a label that the model
-    is sure is wrong stops teaching, where Bradley-Terry pulls on it hardest and smoothing pulls on every sure pair.
+    is sure is wrong stops teaching, where Bradley-Terry pulls on it hardest and smoothing pulls on every sure pair. With
+    an ε for each pair, a label with ε = 1/2 teaches nothing, and one with more teaches the other order.
 
     Special cases: Bradley-Terry (m=0, p=1, w=1); Llama-2 margin (m from ratings); adaptive margin (m = mean strength
     of a vote); label smoothing (p = 1 - α everywhere); soft labels (p per pair); flipped label (p = 0, m of the other
@@ -56,7 +57,7 @@ def pair_loss(
         margin: [b] or a number, nats, any sign; a constant (no gradient flows into it).
         confidence: [b] or a number, P(chosen is better), in [0, 1].
         weight: [b] or a number, ≥ 0. Weights are not renormalised.
-        flip_rate: ε in [0, 0.5).
+        flip_rate: ε in [0, 0.5), of all labels; or [b] of each, P(label is wrong), in (0, 1).
 
     Returns:
         [b] nats per pair, unreduced.
@@ -69,23 +70,32 @@ def pair_loss(
     """
     shifted = chosen - margin
     surplus = shifted - rejected
-    if flip_rate > 0:
+    if isinstance(flip_rate, Tensor) or flip_rate > 0:
         agree = log_flipped(surplus, flip_rate)
         return -weight * (confidence * agree + (1.0 - confidence) * log_flipped(-surplus, flip_rate))
     return weight * (bradley_terry(shifted, rejected) + (1.0 - confidence) * surplus)
 
 
-def log_flipped(difference: Tensor, flip_rate: float) -> Tensor:
+def log_flipped(difference: Tensor, flip_rate: Tensor | float) -> Tensor:
     """Return the log-probability of a label under Bradley-Terry when a share ε of labels is flipped, [b] nats.
 
         log q(d) = log( (1 - ε) σ(d) + ε σ(-d) ),    from log ε at d = -∞ to log(1 - ε) at d = ∞
+
+    Special case: ε = 1/2 is log 1/2 whatever d is.
+
+    Args:
+        difference: [b] d.
+        flip_rate: ε in (0, 0.5); or [b] of each label, in (0, 1).
 
     Reference: arXiv:1609.03683 (Theorem 2, two classes).
 
     >>> log_flipped(torch.tensor([0.0, -100.0]), 0.25).exp()
     tensor([0.5000, 0.2500])
+    >>> log_flipped(torch.tensor([9.0, -100.0]), torch.tensor([0.5, 0.75])).exp()
+    tensor([0.5000, 0.7500])
     """
+    kept, flipped = torch.nn.functional.logsigmoid(difference), torch.nn.functional.logsigmoid(-difference)
+    if isinstance(flip_rate, Tensor):
+        return torch.logaddexp(kept + torch.log1p(-flip_rate), flipped + flip_rate.log())
     assert 0 < flip_rate < 0.5, "a flip rate in (0, 0.5)"
-    kept = torch.nn.functional.logsigmoid(difference) + math.log1p(-flip_rate)
-    flipped = torch.nn.functional.logsigmoid(-difference) + math.log(flip_rate)
-    return torch.logaddexp(kept, flipped)
+    return torch.logaddexp(kept + math.log1p(-flip_rate), flipped + math.log(flip_rate))

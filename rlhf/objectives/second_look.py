@@ -14,6 +14,7 @@ from rlhf.objectives.selection import greedy_design, weighted_covariance
 SHARES = 201  # points of the grid of `shared_error`
 DOUBTED = 9  # its prior (1 - h)^9: a tenth of the pairs, before there are verdicts
 SUREST = 1e-15  # at 1 no verdict could change anything
+BY_CHANCE = 0.025  # what a lower end of 95 % leaves to chance
 
 
 def log_odds_of_verdicts(agree: Tensor, contradict: Tensor, *, error_rate: float) -> Tensor:
@@ -83,6 +84,33 @@ def shared_error(right: Tensor, verdicts: Tensor) -> float:
     likelihood = (believed * confirmed + (1 - believed) * (1 - confirmed)).log().sum(dim=1)
     prior = DOUBTED * torch.log1p(-shares)
     return (torch.softmax(likelihood + prior, dim=0) @ shares).item()
+
+
+def least_wrong(contradicted: int, answered: int, *, error_rate: float) -> int:
+    """Return how many of the labels that experts judged are wrong at least, at 97.5 % confidence.
+
+        the smallest w with P( Binomial(m - w, e) ≥ c - w ) > 0.025
+
+    c of m labels are contradicted; were w of them wrong and all of these contradicted, errors of experts would have to explain
+    the rest. It takes no vote and no model of the labels, so it holds also where these err as the votes do. Special cases: none
+    contradicted is 0; e near 0 is c.
+
+    Args:
+        contradicted, answered: c and m.
+        error_rate: e in (0, 0.5].
+
+    >>> least_wrong(20, 40, error_rate=0.05), least_wrong(2, 40, error_rate=0.05)
+    (16, 0)
+    """
+    e = torch.tensor(error_rate, dtype=torch.float64)
+    for wrong in range(contradicted):
+        right = torch.tensor(answered - wrong, dtype=torch.float64)
+        errors = torch.arange(contradicted - wrong, answered - wrong + 1, dtype=torch.float64)
+        ways = torch.lgamma(right + 1) - torch.lgamma(errors + 1) - torch.lgamma(right - errors + 1)
+        by_errors = (ways + errors * e.log() + (right - errors) * torch.log1p(-e)).exp().sum()
+        if by_errors > BY_CHANCE:
+            return wrong
+    return contradicted
 
 
 def with_verdicts(right: Tensor, verdicts: Tensor) -> Tensor:

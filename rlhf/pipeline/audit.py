@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.read import ReadReport, is_local
-from rlhf.data.rows import TIE, Compare, Pair
+from rlhf.data.rows import TIE, Compare, Pair, pair_digest
 from rlhf.data.sources import Row, Source, read_pair_rows
 from rlhf.data.tables import local_files
 from rlhf.errors import UserError
@@ -120,7 +120,7 @@ def audit(
     read, rows, report = _read_labelled(source, model, compare, say)
     _check_voter(model)
     if budget is not None:
-        check_budget(budget, len(rows), source.source)
+        check_budget(budget, [row.values for row in rows], source.source)
     unmeasured = _why_no_meter(len(rows), shape) if meter else None
     values: list[Any] = [row.values for row in rows]
     prompts = [pair["prompt"] for pair in values]
@@ -295,15 +295,17 @@ def read_audited_rows(source: Source, model: str, compare: Compare) -> tuple[lis
     return read_pair_rows(source, fit=template, compare=compare)
 
 
-def check_budget(budget: int, pairs: int, source: str) -> None:
-    """Refuse to look again at no pair, or at more pairs than there are.
+def check_budget(budget: int, pairs: Sequence[Pair], source: str) -> None:
+    """Refuse to look again at no pair, or at more pairs than there are, however many labels each has.
 
     Raises:
         UserError: with both numbers.
     """
-    if not 1 <= budget <= pairs:
+    distinct = len({pair_digest(pair) for pair in pairs})
+    if not 1 <= budget <= distinct:
+        several = f"{len(pairs)} labels of " if distinct < len(pairs) else ""
         raise UserError(
-            f"--budget {budget}: {source} holds {pairs} pairs with a label to look at again; name a number from 1 to {pairs}."
+            f"--budget {budget}: {source} holds {several}{distinct} pairs to look at again; name a number from 1 to {distinct}."
         )
 
 

@@ -248,6 +248,7 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig, processe
         case "vote" | "second_look":
             share = 1.0 if recipe.vote.in_sample else 1 - 1 / recipe.vote.folds
             pairs = training_pairs(stage, recipe, rows)
+            votes = 2 if stage.name == "second_look" else 1  # the second with the experts' verdicts
             # A member scores the pairs that it was not trained on, or all of them where there are none.
             scored = pairs * (1 - share or 1)
             return PairWork(
@@ -256,7 +257,7 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig, processe
                 pairs,
                 trained=round(pairs * share),
                 scored=scored,
-                models=recipe.vote.members,
+                models=votes * recipe.vote.members,
                 top_layers=recipe.vote.trunk,
             )
         case "reward":

@@ -1,37 +1,41 @@
 """The second look of an audit: which of its pairs experts label again, and what is known of all labels once they have."""
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.rows import TIE, Compare, Pair
 from rlhf.data.sources import Row, Source
 from rlhf.errors import UserError
-from rlhf.files import write_jsonl, write_text
+from rlhf.files import digest, write_jsonl, write_text
 from rlhf.objectives.second_look import second_look
 from rlhf.objectives.strength import VoteStrength
-from rlhf.pipeline.audit import check_budget, read_audited_rows, write_page
+from rlhf.pipeline.audit import WORK, check_budget, read_audited_rows, write_page
 from rlhf.pipeline.audited import Audited
-from rlhf.pipeline.looked import (
-    Looked,
+from rlhf.pipeline.known import (
     believed_rate,
-    blind_questions,
-    check_verdicts,
-    count_opinions,
     expected_gain,
     gains,
     pair_features,
     relabelled,
     weigh_verdicts,
+    what_voters_learn,
 )
+from rlhf.pipeline.looked import Looked, blind_questions, check_verdicts, count_opinions
+from rlhf.pipeline.vote import vote_again
+from rlhf.report.second_look import unused_confidence
 from rlhf.reward.wants import find_wants
 
 RELABELLED = "relabelled.jsonl"
+SECOND_VOTE = "second_vote.safetensors"
 
 
 def look_again(
@@ -42,19 +46,22 @@ def look_again(
     budget: int,
     expert_error: float,
     compare: Compare,
+    seed: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Ask about the pairs that are worth a second look; once they are labelled, say what is known of all pairs.
 
-    The first call writes questions for `rlhf label OUT`, blind and in random order. The next takes the verdicts: noise and
-    posteriors are estimated again, and `relabelled.jsonl` holds a row for each pair, the likelier answer as the chosen one, with
-    P(chosen is better) as `confidence`. A larger budget asks about further pairs, by what the verdicts so far say.
-    `audit.json` gets the key `second_look`, and the page a section.
+    The first call writes questions for `rlhf label OUT`, blind and in random order. The next takes the verdicts: voters vote
+    again, now with these, noise and posteriors are estimated again, and `relabelled.jsonl` holds a row for each pair, the
+    likelier answer as the chosen one, with P(chosen is better) as `confidence`. A larger budget asks about further pairs, by
+    what the verdicts so far say. `audit.json` gets the key `second_look`, and the page a section.
 
     Args:
-        pairs, model, compare: of the finished audit.
+        pairs, model, compare, seed: of the finished audit.
         out: its folder.
         budget: how many pairs are looked at again in all.
         expert_error: how often an expert's verdict is wrong.
+        say: tell the person at the terminal.
 
     Returns:
         the key `second_look`.
@@ -63,16 +70,24 @@ def look_again(
         UserError: an impossible budget or error rate, no usable verdicts, votes that say nothing.
     """
     # 1. What is known: the audit, the questions so far and their verdicts.
-    result = _read_result(out, pairs, budget, expert_error)
+    result = _read_result(out, expert_error)
     read, _ = read_audited_rows(pairs, model, compare)
     rows = [row for row in read if row.values.get("confidence") != TIE]
     labelled = [row.values for row in rows]
+    check_budget(budget, labelled, result["pairs"])
+    for sentence in unused_confidence(labelled):
+        say(f"second look: {sentence}")
     audited = _read_audited(out, rows)
     looked = _looked_so_far(out, labelled, budget)
 
-    # 2. Noise and posteriors again, with the verdicts.
+    # 2. Votes, noise and posteriors again, with the verdicts.
     strength = audited.strength.mean
     known = weigh_verdicts(labelled, strength, looked, expert_error=expert_error)
+    votes_again = looked.teaches and known.noise.scale > 0
+    if votes_again:
+        wrong = what_voters_learn(labelled, looked, known.noise, expert_error=expert_error)
+        again = _vote_again(out, result, labelled, wrong, seed=seed, say=say)
+        known, strength = weigh_verdicts(labelled, strength, looked, expert_error=expert_error, again=again), again
     noise = known.noise
 
     # 3. The next pairs, and what they are expected to add.
@@ -89,7 +104,8 @@ def look_again(
         "budget": budget,
         "expert_error": expert_error,
         **looked.counts(),
-        "noise_rate": {"mean": changed["wrong"]["file"] / max(1, int((~looked.is_tie).sum())), "low": noise.low},
+        "noise_rate": {"mean": changed["wrong"]["file"] / max(1, int((~looked.is_tie).sum())), "low": known.low},
+        "voted_again": votes_again,
         "flip_rate": believed_rate(noise),
         **changed,
         "next": expected_gain(strength, noise, known.after, chosen, expert_error=expert_error),
@@ -99,7 +115,7 @@ def look_again(
     if looked.asked < budget:
         LabelBook(out / BOOK).ask(blind_questions(labelled, chosen, looked.looks + 1, seed=result["key"]))
         facts |= {"asked": looked.asked + len(chosen), "open": len(chosen)}
-    if looked.verdicts:
+    if looked.counts()["answered"]:
         made = relabelled([row.values for row in read], labelled, known.after)
         facts |= {"flipped": made.flipped, "joined": made.joined}
         write_jsonl(out / RELABELLED, made.pairs)
@@ -107,6 +123,33 @@ def look_again(
     write_page(out, result, audited, find_wants(labelled))
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return facts
+
+
+def _vote_again(
+    out: Path,
+    result: dict[str, Any],
+    labelled: Sequence[Pair],
+    wrong: list[float],
+    *,
+    seed: int,
+    say: Callable[[str], None],
+) -> torch.Tensor:
+    """Let the audit's voters vote again, or read what they said of the same labels and verdicts, [n] nats."""
+    vote, file = result["vote"], out / SECOND_VOTE
+    key = digest([result["key"], wrong])
+    if file.is_file():
+        with safe_open(file, "pt") as kept:
+            if (kept.metadata() or {}).get("key") == key:
+                strength: torch.Tensor = kept.get_tensor("strength")
+                return strength
+    say(f"second look: {vote['members']} voters vote again, now with the verdicts.")
+    shape = {name: vote[name] for name in ("members", "folds", "trunk")}
+    work = out / WORK / key[:12]
+    strength = vote_again(result["model"], labelled, vote["settings"], work, wrong=wrong, seed=seed, say=say, **shape)
+    save_file({"strength": strength}, file.with_suffix(".tmp"), metadata={"key": key})
+    file.with_suffix(".tmp").replace(file)
+    shutil.rmtree(out / WORK)
+    return strength
 
 
 def check_expert_error(expert_error: float) -> None:
@@ -121,15 +164,14 @@ def check_expert_error(expert_error: float) -> None:
         )
 
 
-def _read_result(out: Path, pairs: Source, budget: int, expert_error: float) -> dict[str, Any]:
+def _read_result(out: Path, expert_error: float) -> dict[str, Any]:
     """Read the finished audit, if its pairs can be looked at again.
 
     Raises:
-        UserError: an impossible budget or error rate, votes that say nothing.
+        UserError: an impossible error rate, votes that say nothing.
     """
     check_expert_error(expert_error)
     result: dict[str, Any] = json.loads((out / "audit.json").read_text(encoding="utf-8"))
-    check_budget(budget, result["kept_pairs"], result["pairs"])
     if result["vote"]["scale"] == 0:
         raise UserError(
             f"{out}: the votes agree with the labels no more than chance, so nothing says which pairs to look at again; audit "
@@ -148,11 +190,7 @@ def _looked_so_far(out: Path, labelled: Sequence[Pair], budget: int) -> Looked:
     book = LabelBook(out / BOOK) if (out / BOOK).is_file() else None
     questions = [] if book is None else [question for look in book.rounds() for question in book.questions(look)]
     looked = count_opinions(labelled, questions, [] if book is None else book.verdicts())
-    unanswered, distinct = looked.counts()["open"], int(looked.is_first.sum())
-    if budget > distinct:
-        raise UserError(
-            f"--budget {budget}: the {len(labelled)} labels are of {distinct} pairs; name a number from 1 to {distinct}."
-        )
+    unanswered = looked.counts()["open"]
     if looked.asked > budget:
         raise UserError(
             f"{out}: --budget {budget}, but {looked.asked} pairs were asked about already; name that many or more."

@@ -3,8 +3,11 @@
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, read_questions
@@ -16,48 +19,112 @@ from rlhf.lab.worlds import WORLDS
 from rlhf.models.text import plain
 from rlhf.objectives.second_look import second_look
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
-from rlhf.pipeline.looked import (
-    EXPERT_ERROR,
-    blind_questions,
-    check_verdicts,
-    count_opinions,
+from rlhf.pipeline.known import (
+    Known,
     expected_gain,
     gains,
     pair_features,
     relabelled,
     weigh_verdicts,
+    what_voters_learn,
 )
+from rlhf.pipeline.launch import number_of_processes
+from rlhf.pipeline.looked import EXPERT_ERROR, Looked, blind_questions, check_verdicts, count_opinions
 from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
-from rlhf.pipeline.vote import vote
-from rlhf.report.second_look import alarm, gain_sentence, joined_sentence
+from rlhf.pipeline.vote import vote, vote_again
+from rlhf.report.second_look import alarm, gain_sentence, joined_sentence, unused_confidence
 
 VERDICTS = "verdicts.jsonl"
 LOOKS = "second_look"  # in the run: the folder of the experts' book, apart from that of the annotators
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a round's second look asked, and what is known then.
+
+    Attributes:
+        count: pairs of this round.
+        expected: what they were expected to add; None where votes say nothing.
+        looked: verdicts of all rounds.
+        known: by the vote that knew none of them.
+    """
+
+    count: int
+    expected: dict[str, Any] | None
+    looked: Looked
+    known: Known
+
+
 def run_second_look(context: StageContext) -> dict[str, Any]:
     """Ask experts about some pairs again, and write all pairs with P(chosen is better), the likelier answer as the chosen one.
 
-    The label stage's pairs stay as they were labelled; every round's vote is on those, so that a verdict is independent of it.
+    The label stage's pairs stay as they were labelled. The first vote is on those; the second knows all verdicts, each learnt by
+    voters who don't vote on its pair, so that what is known of a pair is independent of its own verdicts.
 
     Raises:
         Waiting: experts have not answered all questions yet.
         UserError: nothing can be learnt from their verdicts.
     """
     # 1. All pairs as they were labelled, and a vote on them.
-    rounds, seed = context.recipe.rounds, context.recipe.seed
+    seed, settings, shape = context.recipe.seed, context.trl_settings("vote"), context.recipe.vote.shape()
     read: list[Pair] = read_jsonl(context.pairs)
     labelled = [pair for pair in read if pair.get("confidence") != TIE]
-    settings, shape = context.trl_settings("vote"), context.recipe.vote.shape()
+    for sentence in unused_confidence(labelled):
+        context.say(f"second look: {sentence}")
     work = context.folder / CHECKPOINTS
     votes, _, _ = vote(context.sft_model, labelled, settings, work, seed=seed, say=context.say, **shape)
-    if not context.is_main:
-        return {}
-    strength = votes.mean
 
-    # 2. What experts said in earlier rounds, and the pairs whose second look is expected to teach most now.
+    # 2. Ask about pairs, and vote again with the verdicts. One process asks; all of them train voters.
+    asked = _choose_and_ask(context, labelled, votes.mean) if context.is_main else None
+    wrong = [None if asked is None else _what_to_learn(asked, labelled)]
+    if number_of_processes() > 1:
+        broadcast_object_list(wrong)
+    again = None
+    if wrong[0] is not None:
+        context.say("second look: the voters vote again, now with the verdicts.")
+        shape = {name: shape[name] for name in ("members", "folds", "trunk")}
+        work, rates = work / "again", wrong[0]
+        again = vote_again(
+            context.sft_model, labelled, settings, work, wrong=rates, seed=seed, say=context.say, **shape
+        )
+    if asked is None:
+        return {}
+
+    # 3. Noise and posteriors with all verdicts.
+    looked = asked.looked
+    known = weigh_verdicts(labelled, votes.mean, looked, expert_error=EXPERT_ERROR, again=again)
+    made = relabelled(read, labelled, known.after)
+    _hand_on(context, made.pairs)
+
+    # 4. Say it; and how many labels are wrong before and after, where that can be known.
+    counts, changed = looked.counts(), gains(known, looked)
+    context.say(
+        f"second look: {asked.count} pairs, {counts['asked']} in all rounds; experts agree with the label of {counts['agree']}, "
+        f"contradict that of {counts['contradict']}; of {len(made.pairs)} pairs {made.flipped} are flipped."
+    )
+    for sentence in [
+        *joined_sentence(made.joined),
+        *alarm(counts["contradict"], changed["foreseen"], EXPERT_ERROR),
+    ]:
+        context.say(f"second look: {sentence}")
+    return {
+        "pairs": len(made.pairs),
+        "looked_at": asked.count,
+        "expected": asked.expected,
+        "voted_again": again is not None,
+        **counts,
+        "flipped": made.flipped,
+        "joined": made.joined,
+        "noise": asdict(known.noise) | {"low": known.low},
+        **changed,
+        "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made.pairs)},
+    }
+
+
+def _choose_and_ask(context: StageContext, labelled: Sequence[Pair], strength: Tensor) -> Asked:
+    """Ask about the pairs whose second look is expected to teach most, by the vote and what experts said in earlier rounds."""
     questions, verdicts = _earlier_looks(context)
     looked = count_opinions(labelled, questions, verdicts)
     known = weigh_verdicts(labelled, strength, looked, expert_error=EXPERT_ERROR)
@@ -65,41 +132,27 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
         pair_features(context.sft_model, labelled),
         known.noise.scale * strength,
         known.after,
-        rounds.looked_at,
+        context.recipe.rounds.looked_at,
         error_rate=EXPERT_ERROR,
         is_open=looked.is_open,
     )
-    expected = expected_gain(strength, known.noise, known.after, chosen, expert_error=EXPERT_ERROR)
-    context.say(f"second look: {gain_sentence(expected)}")
-    asked, answers = _ask(context, blind_questions(labelled, chosen, context.round, seed=str(seed)))
+    expected = None
+    if known.noise.scale > 0 and chosen:
+        expected = expected_gain(strength, known.noise, known.after, chosen, expert_error=EXPERT_ERROR)
+        context.say(f"second look: {gain_sentence(expected)}")
+    asked, answers = _ask(context, blind_questions(labelled, chosen, context.round, seed=str(context.recipe.seed)))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in [*questions, *asked]])
     write_jsonl(context.folder / VERDICTS, [asdict(verdict) for verdict in [*verdicts, *answers]])
-
-    # 3. Noise and posteriors with all verdicts.
     looked = count_opinions(labelled, [*questions, *asked], [*verdicts, *answers])
     known = weigh_verdicts(labelled, strength, looked, expert_error=EXPERT_ERROR)
-    made = relabelled(read, labelled, known.after)
-    _hand_on(context, made.pairs)
+    return Asked(len(asked), expected, looked, known)
 
-    # 4. Say it; and how many labels are wrong before and after, where that can be known.
-    counts, changed = looked.counts(), gains(known, looked)
-    context.say(
-        f"second look: {len(asked)} pairs, {counts['asked']} in all rounds; experts agree with the label of {counts['agree']}, "
-        f"contradict that of {counts['contradict']}; of {len(made.pairs)} pairs {made.flipped} are flipped."
-    )
-    for sentence in [*joined_sentence(made.joined), *alarm(counts["contradict"], changed["foreseen"])]:
-        context.say(f"second look: {sentence}")
-    return {
-        "pairs": len(made.pairs),
-        "looked_at": len(asked),
-        "expected": expected,
-        **counts,
-        "flipped": made.flipped,
-        "joined": made.joined,
-        "noise": asdict(known.noise),
-        **changed,
-        "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made.pairs)},
-    }
+
+def _what_to_learn(asked: Asked, labelled: Sequence[Pair]) -> list[float] | None:
+    """Return what voters learn of each label; None where verdicts or votes say nothing, so that they need not vote again."""
+    if not asked.looked.teaches or asked.known.noise.scale == 0:
+        return None
+    return what_voters_learn(labelled, asked.looked, asked.known.noise, expert_error=EXPERT_ERROR)
 
 
 def _hand_on(context: StageContext, pairs: Sequence[Pair]) -> None:

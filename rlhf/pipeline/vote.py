@@ -30,18 +30,20 @@ from rlhf.pipeline.store import CHECKPOINTS, free_checkpoints, read_seconds, wri
 from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
-from rlhf.recipe.objectives import PAIR_COLUMNS
+from rlhf.recipe.objectives import PAIR_COLUMNS, Loss
 from rlhf.report.noise import taken_to_be_wrong, wrong_labels
+from rlhf.reward.annotators import posterior_by_annotator
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.meter import Measured, measure_parts
 from rlhf.reward.model import RewardModel
 from rlhf.reward.noise import NoiseEstimate, decided_rows, estimate_noise
 from rlhf.reward.trainer import training_columns
-from rlhf.reward.vote import collect_votes, plan_vote
+from rlhf.reward.vote import Train, collect_votes, plan_vote
 from rlhf.statistics import auroc
 
 STRENGTH = "strength.jsonl"
 DIFFERENCES = "differences.safetensors"
+MEMBER_LOSS = Loss(columns={**PAIR_COLUMNS, "flip_rate": 0.0})
 IN_SAMPLE = "They were trained on these labels and agree with them, so this says nothing of how many are wrong."
 
 
@@ -71,7 +73,9 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     estimate = asdict(noise)
     sentences = IN_SAMPLE
     if not shape["in_sample"]:
-        sentences = " ".join([*wrong_labels(estimate), *taken_to_be_wrong(estimate, recipe.reward.objective)])
+        one_rate = posterior_by_annotator(rows, strength.mean, noise) is None
+        taken = taken_to_be_wrong(estimate, recipe.reward.objective) if one_rate else []
+        sentences = " ".join([*wrong_labels(estimate), *taken])
     context.say(f"vote: {shape['members']} members contradict {contradicted:.1%} of the labels. {sentences}")
     gold = gold_differences(rows, load_true_reward(recipe))
     area = None
@@ -90,6 +94,7 @@ class VoteSetup:
         rows: the pairs, canonical; members are told by index which of them are theirs.
         settings: TRL's flat keys of a reward model.
         flip_rate: share of wrong labels in the members' likelihood; 0 is Bradley-Terry.
+        wrong: [n] P(label is wrong) of each row, in place of `flip_rate`; None where nothing is known of single labels.
         say: tell the person at the terminal.
     """
 
@@ -97,7 +102,21 @@ class VoteSetup:
     rows: Sequence[Pair]
     settings: Mapping[str, Any]
     flip_rate: float
+    wrong: Sequence[float] | None
     say: Callable[[str], None]
+
+    def training_rows(self) -> list[dict[str, Any]]:
+        """Return the pairs with the columns that the members' loss reads.
+
+        A margin m of a label that is wrong with probability ε becomes its mean (1 - 2ε) m.
+        """
+        rows: list[dict[str, Any]] = training_columns(self.rows)
+        if self.wrong is None:
+            return rows
+        rows = [{**row, "flip_rate": rate} for row, rate in zip(rows, self.wrong, strict=True)]
+        return [
+            row | {"margin": (1 - 2 * row["flip_rate"]) * row["margin"]} if "margin" in row else row for row in rows
+        ]
 
     def arguments(self, folder: Path, seed: int) -> tuple[ModelConfig, RewardConfig]:
         """Return the model's settings and the trainer's, one epoch unless the keys say otherwise."""
@@ -151,7 +170,51 @@ def vote(
     """
     prompts = [row["prompt"] for row in rows]
     plan = plan_vote(prompts, members=members, folds=folds, in_sample=in_sample, seed=seed)
-    setup = VoteSetup(base, rows, settings, flip_rate, say)
+    setup = VoteSetup(base, rows, settings, flip_rate, None, say)
+    member_differences = _members(setup, folder, members=members, trunk=trunk, seed=seed)
+    votes = collect_votes(plan, member_differences)
+    parts = measure_parts(plan, prompts, votes, member_differences) if on_parts else None
+    strength, decided = vote_strength(votes), decided_rows(rows)
+    if in_sample:
+        return Voted(strength, NoiseEstimate(0.0, 0.0, 0.0, 0.0, 0.5), parts)
+    noise = estimate_noise(strength.mean[decided], conversation_keys([rows[i]["prompt"] for i in decided]))
+    return Voted(strength, noise, parts)
+
+
+def vote_again(
+    base: str | Path,
+    rows: Sequence[Pair],
+    settings: Mapping[str, Any],
+    folder: Path,
+    *,
+    wrong: Sequence[float],
+    members: int,
+    folds: int,
+    trunk: int | None,
+    seed: int,
+    say: Callable[[str], None],
+) -> Tensor:
+    """Vote with members that learn from what is known of each label beside votes, and return the mean strengths, [n] nats.
+
+    They have the likelihood of a label that is wrong with its own probability. Folds are those of `vote`, so that whatever is
+    known of a pair, a member that votes on it has not learnt from it.
+
+    Args:
+        wrong: [n] P(label is wrong), without any vote; 1/2 teaches nothing.
+        base, rows, settings, members, folds, trunk: as in `vote`.
+        folder: another one than that of the first vote.
+
+    Raises:
+        TrainingError: a member diverged.
+    """
+    prompts = [row["prompt"] for row in rows]
+    plan = plan_vote(prompts, members=members, folds=folds, in_sample=False, seed=seed)
+    setup = VoteSetup(base, rows, settings, 0.0, wrong, say)
+    return vote_strength(collect_votes(plan, _members(setup, folder, members=members, trunk=trunk, seed=seed))).mean
+
+
+def _members(setup: VoteSetup, folder: Path, *, members: int, trunk: int | None, seed: int) -> Train:
+    """Return the function that trains a member on some pairs and lets it judge others, or reads what it said before."""
     shared = None if trunk is None else _shared_trunk(setup, folder, trunk)
 
     def member_differences(member: int, trained: list[int], judged: list[int]) -> Tensor:
@@ -177,13 +240,7 @@ def vote(
             free_checkpoints(place)
         return differences
 
-    votes = collect_votes(plan, member_differences)
-    parts = measure_parts(plan, prompts, votes, member_differences) if on_parts else None
-    strength, decided = vote_strength(votes), decided_rows(rows)
-    if in_sample:
-        return Voted(strength, NoiseEstimate(0.0, 0.0, 0.0, 0.0, 0.5), parts)
-    noise = estimate_noise(strength.mean[decided], conversation_keys([rows[i]["prompt"] for i in decided]))
-    return Voted(strength, noise, parts)
+    return member_differences
 
 
 def _kept_differences(file: Path) -> Tensor | None:
@@ -234,8 +291,8 @@ def _shared_trunk(setup: VoteSetup, folder: Path, top_layers: int) -> SharedTrun
     _say_cut(setup, cut_chosen + cut_rejected, longest)
     features = trunk.features(list(zip(chosen, rejected, strict=True)), folder, pad_token_id=tokenizer.pad_token_id)
     trunk.check(features)
-    rows = training_columns(setup.rows)
-    columns = {name: torch.tensor([row[name] for row in rows]) for name in PAIR_COLUMNS if name in rows[0]}
+    rows = setup.training_rows()
+    columns = {name: torch.tensor([row[name] for row in rows]) for name in MEMBER_LOSS.columns if name in rows[0]}
     return SharedTrunk(trunk, features, columns)
 
 
@@ -263,7 +320,8 @@ def _on_trunk(
 
     def objective(rewards_chosen: Tensor, rewards_rejected: Tensor, pairs: list[int]) -> Tensor:
         columns = {name: column[pairs].to(rewards_chosen.device) for name, column in shared.columns.items()}
-        return pair_loss(rewards_chosen, rewards_rejected, flip_rate=setup.flip_rate, **columns)
+        numbers: dict[str, Any] = {"flip_rate": setup.flip_rate}
+        return pair_loss(rewards_chosen, rewards_rejected, **(numbers | columns))
 
     _, args = setup.arguments(folder, seed)
     set_seed(seed)
@@ -283,11 +341,13 @@ def _independent(
     model = build_reward_model(setup.base, model_config, pad_token_id=tokenizer.pad_token_id)
     if args.max_length is not None:
         args.max_length = min(args.max_length, position_limit(model, tokenizer))
+    training_rows = setup.training_rows()
     trainer = StagePairRewardTrainer(
         model,
         args,
-        train_dataset=Dataset.from_list(training_columns([setup.rows[i] for i in trained])),
+        train_dataset=Dataset.from_list([training_rows[i] for i in trained]),
         processing_class=tokenizer,
+        loss=MEMBER_LOSS,
         flip_rate=setup.flip_rate,
     )
     train(trainer, folder, label=label, say=setup.say)

@@ -19,7 +19,7 @@ class Needs:
     """What an objective needs beside pairs.
 
     Attributes:
-        vote: preference strength of every pair, and the noise that the votes prove.
+        vote: preference strength of every pair, and how many labels are wrong by it.
         column: a column of the file that every pair must have.
         or_rating_gap: a pair without that column may have `rating_gap` in its place.
         rankings: K answers to a prompt that were compared; a pair is a ranking of two.

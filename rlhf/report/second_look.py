@@ -1,5 +1,8 @@
 """What a second look cost and gained, in sentences: for the audit's page and the terminal."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rlhf.report.records import Facts
 
 SURPRISE = 3.0  # deviations
@@ -17,23 +20,34 @@ def second_look_sentences(facts: Facts) -> list[str]:
         worth, wrong, rate = facts["worth"], facts["wrong"], facts["noise_rate"]
         apart = facts["answered"] - facts["agree"] - facts["contradict"] - facts["ties"]
         divided = f", and are divided on {apart}" if apart else ""
-        proved = f"; at least {rate['low']:.1%} are proved" if rate["low"] > 0 else ", which is not proved"
+        proved = f"; at least {percent(rate['low'])} are proved" if rate["low"] > 0 else ", which is not proved"
         sentences += [
             f"Of {facts['answered']} pairs with a verdict, experts agree with the label of {facts['agree']}, contradict that of "
             f"{facts['contradict']}, call the answers of {facts['ties']} equal (kept as ties){divided}; "
             f"{facts['skipped']} more are skipped.",
-            f"An expert is taken to be wrong in {facts['expert_error']:.0%}. With the verdicts, {rate['mean']:.1%} of the "
+            *(["The voters voted again with these verdicts."] if facts.get("voted_again") else []),
+            f"An expert is taken to be wrong in {percent(facts['expert_error'])}. With the verdicts, {rate['mean']:.1%} of the "
             f"labels are estimated to be wrong as they stand in the file{proved}; {facts['flipped']} labels are flipped.",
             f"Wrong labels to expect by all that is known: {_count(wrong['file'])} as the file has them, {_count(wrong['before'])} "
             f"if each is flipped to the side that the votes make likelier, {_count(wrong['after'])} with the verdicts too.",
-            f"All labels together are worth {worth['before']:.0f} sure ones before the verdicts and {worth['after']:.0f} after.",
+            f"All labels together, with the votes, were worth {worth['before']:.0f} sure ones before the verdicts and are worth "
+            f"{worth['after']:.0f} after.",
             *joined_sentence(facts["joined"]),
-            *alarm(facts["contradict"], facts["foreseen"]),
+            *alarm(facts["contradict"], facts["foreseen"], facts["expert_error"]),
         ]
     verb = "The next" if facts["answered"] else "These"
     if facts["next"]["pairs"]:
         sentences.append(f"{verb} {gain_sentence(facts['next'])}")
     return sentences
+
+
+def percent(share: float) -> str:
+    """Write a share with a decimal, with two where it is small, with none where it needs none.
+
+    >>> percent(0.05), percent(0.127), percent(0.0003)
+    ('5%', '12.7%', '0.03%')
+    """
+    return f"{round(100 * share, 1 if share >= 0.001 else 2):g}%"
 
 
 def _count(expected: float) -> str:
@@ -54,18 +68,36 @@ def joined_sentence(joined: int) -> list[str]:
     return [f"{joined} rows are further labels of a pair: its one row holds what all its labels say."] if joined else []
 
 
-def alarm(contradicted: int, foreseen: Facts) -> list[str]:
+def unused_confidence(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say that labels have a confidence of their own, which a second look overwrites; nothing where none has.
+
+    >>> unused_confidence([{"confidence": 0.7}, {"confidence": 1.0}, {}])
+    ['1 of 3 labels has a `confidence` of its own, which is not used: each counts as a plain label until somebody looks at it.']
+    """
+    count = sum(0 < (pair.get("confidence") or 1.0) < 1 for pair in pairs)
+    if not count:
+        return []
+    have = "has a `confidence` of its own" if count == 1 else "have a `confidence` of their own"
+    return [
+        f"{count} of {len(pairs)} labels {have}, which is not used: each counts as a plain label until "
+        "somebody looks at it."
+    ]
+
+
+def alarm(contradicted: int, foreseen: Facts, expert_error: float) -> list[str]:
     """Say that experts contradict more labels than these and the votes foresaw, by two at least; nothing where they do not.
 
     Args:
         foreseen: how many labels they foresaw to be contradicted, `contradict`, and its `deviation`.
+        expert_error: how often experts are taken to be wrong.
     """
     if contradicted <= foreseen["contradict"] + max(SURPRISE * foreseen["deviation"], LEAST_SURPRISE):
         return []
     return [
-        f"Labels and votes foresaw {_count(foreseen['contradict'])} contradictions. So they share an error, such as a taste, which "
-        "experts see and no vote does: labels that nobody looked at may be wrong more often than is said here. Look at more of "
-        "them, and read what these labels want."
+        f"Labels and votes foresaw {_count(foreseen['contradict'])} contradictions. Either they share an error, such as a taste, "
+        "which experts see and no vote does; then labels that nobody looked at may be wrong more often than is said here: look at "
+        f"more of them, and read what these labels want. Or these experts are wrong in more than {percent(expert_error)}: read "
+        "some of the contradicted pairs yourself."
     ]
 
 

@@ -209,7 +209,7 @@ def smooth_all(rows: list[Pair], config: DenoiseConfig) -> Denoised:
     )
 
 
-# ---- By a vote: μ the mean strength of a pair, ε the share of wrong labels that the votes prove, b what a vote is worth ----
+# ---- By a vote: μ the mean strength of a pair, ε the share of wrong labels (`NoiseEstimate.fitted`), b what a vote is worth ----
 
 
 def flip(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise: NoiseEstimate) -> Denoised:
@@ -295,8 +295,8 @@ def drop(rows: list[Pair], config: DenoiseConfig, strength: VoteStrength, noise:
 
 
 def _posterior(rows: Sequence[Pair], strength: VoteStrength, noise: NoiseEstimate) -> LabelPosterior | None:
-    """Return what is known of each label; None where the votes say nothing."""
-    if noise.scale == 0:
+    """Return what is known of each label; None where the votes say nothing, or take no label to be wrong."""
+    if noise.scale == 0 or noise.fitted == 0:
         return None
     by_annotator = posterior_by_annotator(rows, strength.mean, noise)
     if by_annotator is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf.data.rows import TIE
 from rlhf.errors import UserError
+from rlhf.objectives.second_look import DOUBTED
 from rlhf.objectives.strength import nearest_line, scale_prior
 from rlhf.statistics import best_temperature, clustered_mean
 
@@ -22,6 +23,7 @@ RATES = torch.cat(
 STEPS = torch.gradient(RATES)[0]  # what each of them stands for
 SCALES = 61
 CHI_SQUARE_95 = 3.841
+SHARES = 20  # steps of h
 LEAST_WEIGHT = 1e-7  # what adds less to a mean over the grid is left out
 
 
@@ -86,8 +88,10 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     with labels no more than chance (`high` reaches 0.5, or the fit finds b = 0) say nothing: then the scale is 0, ε is what
     experts' verdicts alone say, 0 without any, which leaves every label as it is, and a warning.
 
-    Experts' verdicts enter the likelihood of `low`, `fitted` and `scale`: with v = σ(verdicts) a label and its verdicts have
-    probability (1 - ε) σ(b d) v + ε σ(-b d) (1 - v), up to a factor. Which pairs were asked about may depend on labels and
+    Experts' verdicts enter the likelihood of `low`, `fitted` and `scale`: with v = σ(verdicts) and q = σ(b d) a label and its
+    verdicts have probability (1 - h) [ (1 - ε) q v + ε (1 - q) (1 - v) ] + h/2 [ (1 - ε) q + ε (1 - q) ], up to a factor, and
+    h is integrated over its prior (`rlhf.objectives.second_look.shared_error`). Without h, sure votes whose labels experts
+    contradict would be explained by votes that say nothing of any pair. Which pairs were asked about may depend on labels and
     votes, since both are in it. `flip_rate` and `high` are of labels and votes alone.
 
     Args:
@@ -103,8 +107,8 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     agrees_with_all = not any(contradicted)
     if high >= 0.5 or scale == 0:
         warnings.warn(
-            "vote: the votes agree with the labels no more than chance, so they say nothing about them; every label is left "
-            "as it is. Use a larger base model, more pairs, or another learning rate.",
+            "vote: the votes agree with the labels no more than chance, so they say nothing about them. Use a larger base model, "
+            "more pairs, or another learning rate.",
             stacklevel=2,
         )
         if not odds.any():
@@ -131,18 +135,13 @@ def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) ->
     """Return the ε from which on the profile likelihood is within 1.92 of the best, and ε and b nearest to the posterior's mean."""
     values = differences.double()
     spread = values.abs().mean().clamp(min=1e-12)
-    likelihood = torch.empty(SCALES, len(RATES), dtype=torch.float64)
     scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread
-    confirmed = torch.sigmoid(verdicts.double())
-    for i, scale in enumerate(scales):
-        agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
-        right, wrong = agree * confirmed, (1 - agree) * (1 - confirmed)
-        likelihood[i] = torch.stack([(2 * ((1 - rate) * right + rate * wrong)).log().mean() for rate in RATES])
-    independent = len(set(clusters))
-    profile = likelihood.max(dim=0).values * independent
+    effective = len(set(clusters)) / len(values)  # of each pair, where those of a conversation are not independent
+    likelihood = torch.stack([_log_likelihood(scale * values, verdicts.double(), effective) for scale in scales])
+    profile = likelihood.max(dim=0).values
     low = _first_reaching(RATES, profile, profile.max() - CHI_SQUARE_95 / 2)
     prior = scale_prior(scales, values)[:, None] + STEPS.log()
-    posterior = torch.softmax((likelihood * independent + prior).flatten(), 0).view_as(likelihood)
+    posterior = torch.softmax((likelihood + prior).flatten(), 0).view_as(likelihood)
     posterior[posterior < LEAST_WEIGHT] = 0
     right = torch.zeros_like(values)
     for weights, scale in zip(posterior, scales, strict=True):
@@ -153,6 +152,32 @@ def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) ->
     constant, scale = nearest_line(values, right / posterior.sum())
     nearest = max(1 / (1 + math.exp(constant)), low)
     return low, min(nearest, 0.5), max(scale, 0.0)
+
+
+def _log_likelihood(strength: Tensor, verdicts: Tensor, effective: float) -> Tensor:
+    """Return the log-likelihood of labels and verdicts at each rate, [rates] nats, at one scale of the votes.
+
+    Args:
+        strength: [n] b d, nats.
+        verdicts: [n] their log-odds that the label is right, nats; 0 where there are none.
+        effective: what each pair counts.
+    """
+    agree, has_verdict = torch.sigmoid(strength).clamp(1e-12, 1 - 1e-12), verdicts != 0
+    rates = RATES[:, None]
+    of_label = (1 - rates) * agree + rates * (1 - agree)  # [rates, n]
+    total = effective * of_label.log().sum(dim=1)
+    if not has_verdict.any():
+        return total
+    confirmed = torch.sigmoid(verdicts[has_verdict])
+    agree, of_label = agree[has_verdict], of_label[:, has_verdict]
+    as_believed = ((1 - rates) * agree * confirmed + rates * (1 - agree) * (1 - confirmed)) / of_label
+    # The prior of h is 0 at 1; where there is no vote, there is no error that labels could share with it.
+    shares = torch.linspace(0, 1, SHARES + 1, dtype=torch.float64)[: SHARES if strength.any() else 1]
+    joint = [
+        DOUBTED * torch.log1p(-share) + effective * ((1 - share) * as_believed + share / 2).log().sum(dim=1)
+        for share in shares
+    ]
+    return total + torch.logsumexp(torch.stack(joint), dim=0)
 
 
 def _first_reaching(grid: Tensor, values: Tensor, least: Tensor) -> float:

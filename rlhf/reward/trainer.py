@@ -38,7 +38,7 @@ from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
 from rlhf.reward.collator import PairCollator
 
 RANGES = {
-    "confidence": (0.0, 1.0), "weight": (0.0, inf),
+    "confidence": (0.0, 1.0), "weight": (0.0, inf), "flip_rate": (0.0, 1.0),
     "strength_std": (0.0, inf), "strength_share": (0.0, 1.0), "strength_votes": (1, inf),
 }  # fmt: skip
 

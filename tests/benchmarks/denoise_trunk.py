@@ -45,7 +45,7 @@ from rlhf.models.packing import GroupedByLength
 from rlhf.models.text import plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import lowest_fraction, vote_strength
-from rlhf.pipeline.looked import beliefs
+from rlhf.pipeline.known import beliefs
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.noise import estimate_noise
 from rlhf.reward.vote import collect_votes, plan_vote

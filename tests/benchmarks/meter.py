@@ -40,7 +40,7 @@ from rlhf.models.text import plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.second_look import expected_change, log_odds_of_verdicts, posterior_of_observations
 from rlhf.objectives.strength import vote_strength
-from rlhf.pipeline.looked import beliefs
+from rlhf.pipeline.known import beliefs
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.meter import Measured, fit_meter, measure_parts, read_meter
 from rlhf.reward.noise import estimate_noise

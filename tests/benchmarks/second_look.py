@@ -11,13 +11,13 @@ and for what is compared. All ways see the same vote (five members, five folds, 
 labels of which a fifth is flipped) and the same expert, who is wrong in 5 % of the pairs, always in the same ones.
 
 `bt` trains on the noisy labels, `clean` on true ones, `posterior` on what labels and vote say; `10` and `20` relabel so many
-per cent of the pairs, chosen by `rlhf.objectives.second_look`, `10_random` and `20_random` as many at random; then noise and
-posteriors are estimated again from labels, vote and verdicts, and one model is trained on these.
+per cent of the pairs, chosen by `rlhf.objectives.second_look`, `10_random` and `20_random` as many at random; then voters vote
+again with the verdicts, noise and posteriors are estimated again, and one model is trained on these.
 
 `gap_closed` is (way - bt) / (clean - bt) of accuracies over all seeds, `above_random` the paired difference at the same
 budget; intervals are bootstraps over seeds and test pairs. `found` is the share of the wrong labels that were looked at again,
-`auroc` how well the vote orders wrong labels, `auroc_after` the posterior after the verdicts, on the pairs that nobody looked
-at. Finished parts are kept beside FILE, so a killed run goes on.
+`auroc` how well the vote orders wrong labels, `auroc_again` the vote that knows the verdicts, `auroc_after` the posterior after
+them, on the pairs that nobody looked at. Finished parts are kept beside FILE, so a killed run goes on.
 
 `--crowd` takes the labels of the lab's own annotators in place of random flips: wrong on close pairs, and by tastes that they share.
 `--linear` asks the same of linear models on planted features, which train in no time: every seed draws how many features there
@@ -48,7 +48,8 @@ from rlhf.models.text import encode_answers, plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.second_look import second_look
 from rlhf.objectives.strength import vote_strength
-from rlhf.pipeline.looked import Looked, beliefs, weigh_verdicts
+from rlhf.pipeline.known import beliefs, weigh_verdicts, what_voters_learn
+from rlhf.pipeline.looked import Looked
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.model import RewardModel
@@ -87,8 +88,8 @@ class Scene(NamedTuple):
     features: Features
     seed: int
 
-    def trained(self, pairs: list[int], confidence: Tensor, judged: list[int], seed: int, **loss: Any) -> Tensor:
-        """Differences on some pairs of a member trained on others, with P(chosen is better) of each."""
+    def trained(self, pairs: list[int], judged: list[int], seed: int, **columns: Tensor) -> Tensor:
+        """Differences on some pairs of a member trained on others, with columns [n] of the pair loss."""
         set_seed(seed)
         member = self.trunk.member()
         settings = reward_settings(LEARNING_RATE, EPOCHS)
@@ -99,7 +100,9 @@ class Scene(NamedTuple):
             self.features,
             pairs,
             args,
-            objective=lambda chosen, rejected, batch: pair_loss(chosen, rejected, confidence=confidence[batch], **loss),
+            objective=lambda chosen, rejected, batch: pair_loss(
+                chosen, rejected, **{name: column[batch] for name, column in columns.items()}
+            ),
             label=f"seed {self.seed}",
         )
         return member.differences(self.features, judged)
@@ -126,14 +129,13 @@ def scene(folder: Path, seed: int, *, quick: bool, crowd: bool = False) -> Scene
     return Scene(base, rows, torch.tensor(is_wrong(rows)), trunk, features, seed)
 
 
-def voted(here: Scene) -> Tensor:
-    """What members that were not trained on a pair say of it, [n] nats."""
+def voted(here: Scene, wrong: Tensor) -> Tensor:
+    """What members that were not trained on a pair say of it, [n] nats; each label is wrong with its own probability."""
     prompts = [row["prompt"] for row in here.rows]
     plan = plan_vote(prompts, members=MEMBERS, folds=FOLDS, in_sample=False, seed=here.seed)
-    sure = torch.ones(len(here.rows))
 
     def train(member: int, trained: list[int], judged: list[int]) -> Tensor:
-        return here.trained(trained, sure, judged, here.seed * 1000 + member + 1, flip_rate=MEMBER_FLIP_RATE)
+        return here.trained(trained, judged, here.seed * 1000 + member + 1, flip_rate=wrong)
 
     return vote_strength(collect_votes(plan, train)).mean
 
@@ -157,6 +159,7 @@ class Voted(NamedTuple):
         noise: as the vote estimates it.
         wrong: [n] which labels are.
         features: gives [n, h], what the choice reads.
+        again: gives [n] the strength of a vote that knows how likely each label is wrong, [n].
         seed: of experts and random choices.
     """
 
@@ -165,6 +168,7 @@ class Voted(NamedTuple):
     noise: NoiseEstimate
     wrong: Tensor
     features: Callable[[], Tensor]
+    again: Callable[[Tensor], Tensor]
     seed: int
 
 
@@ -190,11 +194,15 @@ def believed(here: Voted, way: str) -> tuple[Tensor, dict[str, Any]]:
     seen[looked_at(here, way, right)] = True
     agree, contradict, each = (seen & agrees).float(), (seen & ~agrees).float(), torch.ones(n, dtype=torch.bool)
     looked = Looked(agree, contradict, torch.zeros(n), seen, each, [], int(seen.sum()), 0, 1)
-    known = weigh_verdicts(here.rows, strength, looked, expert_error=EXPERT_ERROR)
-    belief, again = known.after, known.noise
+    weighed = partial(weigh_verdicts, here.rows, strength, looked, expert_error=EXPERT_ERROR)
+    learnt = torch.tensor(what_voters_learn(here.rows, looked, weighed().noise, expert_error=EXPERT_ERROR))
+    again = here.again(learnt)
+    known = weighed(again=again)
+    belief = known.after
     facts = {
         "found": float((seen & wrong).sum() / wrong.sum()),
-        "fitted": [again.low, again.fitted, again.scale],
+        "fitted": [known.noise.low, known.noise.fitted, known.noise.scale],
+        "auroc_again": auroc((-again[~seen]).tolist(), wrong[~seen].tolist()),
         "shared": known.shared,
         "contradicted": [int(contradict.sum()), *known.foreseen],
         "auroc_after": auroc((1 - belief[~seen]).tolist(), wrong[~seen].tolist()),
@@ -211,10 +219,10 @@ def measured(folder: Path, seed: int, *, quick: bool, crowd: bool) -> dict[str, 
         n = len(here.rows)
         kept = folder / f"{seed}-vote{ending}.pt"
         if not kept.is_file():
-            torch.save(voted(here), kept)
+            torch.save(voted(here, torch.full((n,), MEMBER_FLIP_RATE)), kept)
         strength, clusters = torch.load(kept), [plain(row["prompt"]) for row in here.rows]
         noise = estimate_noise(strength, clusters)
-        known = Voted(strength, here.rows, noise, here.wrong, partial(head_features, here), seed)
+        known = Voted(strength, here.rows, noise, here.wrong, partial(head_features, here), partial(voted, here), seed)
         area = auroc((-strength).tolist(), here.wrong.tolist())
         test = list(range(n, n + TEST // (10 if quick else 1)))
     for way, file in files.items():
@@ -222,7 +230,7 @@ def measured(folder: Path, seed: int, *, quick: bool, crowd: bool) -> dict[str, 
             continue
         begin = time.monotonic()
         belief, facts = believed(known, way)
-        right = here.trained(list(range(n)), belief, test, 100 * seed) > 0
+        right = here.trained(list(range(n)), test, 100 * seed, confidence=belief) > 0
         facts |= {
             "auroc": area,
             "wrong": float(here.wrong.float().mean()),
@@ -245,13 +253,16 @@ def measured_linear(seed: int, *, crowd: bool) -> dict[str, Any]:
     clusters = list(map(str, range(TRAIN)))
     plan = plan_vote(clusters, members=MEMBERS, folds=FOLDS, in_sample=False, seed=seed)
 
-    def vote(_: int, of: list[int], on: list[int]) -> Tensor:
-        return (labelled[on] @ fitted_line(labelled[of], partial(pair_loss, flip_rate=MEMBER_FLIP_RATE))).float()
+    def votes(flip_rate: Tensor) -> Tensor:
+        def vote(_: int, of: list[int], on: list[int]) -> Tensor:
+            return (labelled[on] @ fitted_line(labelled[of], partial(pair_loss, flip_rate=flip_rate[of]))).float()
 
-    strength = vote_strength(collect_votes(plan, vote)).mean
+        return vote_strength(collect_votes(plan, vote)).mean
+
+    strength = votes(torch.full((TRAIN,), MEMBER_FLIP_RATE, dtype=torch.float64))
     noise = estimate_noise(strength, clusters)
     apart: Any = [{"prompt": user_turn(str(i)), **dict.fromkeys(SIDES, assistant_turn("a"))} for i in range(TRAIN)]
-    known = Voted(strength, apart, noise, wrong[:TRAIN], lambda: labelled.float(), seed)
+    known = Voted(strength, apart, noise, wrong[:TRAIN], lambda: labelled.float(), votes, seed)
     result = {}
     for way in WAYS:
         belief, facts = believed(known, way)
@@ -325,6 +336,7 @@ def main() -> None:
         },
         "found": {way: float(np.mean([r[way]["found"] for r in results.values()])) for way in RELABELLED},
         "auroc": float(np.mean([r["bt"]["auroc"] for r in results.values()])),
+        "auroc_again": {way: float(np.mean([r[way]["auroc_again"] for r in results.values()])) for way in RELABELLED},
         "auroc_after": {way: float(np.mean([r[way]["auroc_after"] for r in results.values()])) for way in RELABELLED},
         "estimated_noise": {way: [r[way]["fitted"] for r in results.values()] for way in RELABELLED},
         "wrong": float(np.mean([r["10"]["wrong"] for r in results.values()])),
@@ -338,7 +350,7 @@ def main() -> None:
         value, low, high = found["gap_closed"][way]
         share = f"{found['found'][way]:.2f}" if way in RELABELLED else ""
         print(f"| {way} | {mean[way]:.4f} | {value:.2f} | {low:.2f} to {high:.2f} | {share} |")
-    print({key: found[key] for key in ("accuracy", "above_random", "auroc", "auroc_after")})
+    print({key: found[key] for key in ("accuracy", "above_random", "auroc", "auroc_again", "auroc_after")})
 
 
 if __name__ == "__main__":

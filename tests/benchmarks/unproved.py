@@ -21,7 +21,7 @@ from worlds import fitted_line, planted_line
 
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import vote_strength
-from rlhf.pipeline.looked import beliefs
+from rlhf.pipeline.known import beliefs
 from rlhf.reward.noise import estimate_noise
 from rlhf.reward.vote import collect_votes, plan_vote
 

@@ -93,6 +93,24 @@ def test_labels_that_say_nothing_or_the_opposite_have_no_likelihood(epsilon: flo
         pair_loss(D, ZERO, flip_rate=epsilon)
 
 
+def test_every_label_may_have_a_rate_of_its_own() -> None:
+    """As the one rate where all are equal; 1/2 teaches nothing; 1 - ε is the other label; certainty either way has no nan."""
+    rates = torch.linspace(0.01, 0.99, len(D), dtype=torch.float64)
+    q = (1 - rates) * torch.sigmoid(D) + rates * torch.sigmoid(-D)
+    torch.testing.assert_close(pair_loss(D, ZERO, flip_rate=rates), -q.log())
+    torch.testing.assert_close(pair_loss(D, ZERO, flip_rate=1 - rates), pair_loss(-D, ZERO, flip_rate=rates))
+    torch.testing.assert_close(
+        pair_loss(D, ZERO, flip_rate=torch.full_like(D, 0.25)), pair_loss(D, ZERO, flip_rate=0.25)
+    )
+    d = D.clone().requires_grad_()
+    pair_loss(d, ZERO, flip_rate=torch.full_like(D, 0.5)).sum().backward()
+    assert d.grad.abs().max() < 1e-15
+    for rate, sign in ((0.0, 1), (1.0, -1)):
+        d = D.clone().requires_grad_()
+        pair_loss(d, ZERO, flip_rate=torch.full_like(D, rate)).sum().backward()
+        torch.testing.assert_close(d.grad, -sign * torch.sigmoid(-sign * D))
+
+
 def test_flipped_likelihood_has_its_minimum_at_the_truth() -> None:
     """Labels drawn by σ(d) and then flipped with ε: the expected loss is least at d; Bradley-Terry's is not."""
     truth, epsilon = 1.5, 0.2

@@ -71,7 +71,8 @@ def test_an_audit_says_what_more_labels_would_bring(
 
     # A second look keeps it, on the page too.
     source = Source(str(tmp_path / "pairs.jsonl"))
-    look_again(source, str(base_folder), tmp_path / "out", budget=12, expert_error=0.05, compare="answers")
+    arguments: dict[str, Any] = {"expert_error": 0.05, "compare": "answers", "seed": 0, "say": print}
+    look_again(source, str(base_folder), tmp_path / "out", budget=12, **arguments)
     assert json.loads((tmp_path / "out/audit.json").read_text())["meter"] == meter
     assert "What more labels would bring" in (tmp_path / "out/audit.html").read_text()
 

@@ -16,7 +16,8 @@ from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.audit import _key
-from rlhf.pipeline.looked import beliefs, count_opinions
+from rlhf.pipeline.known import beliefs
+from rlhf.pipeline.looked import count_opinions
 from rlhf.reward.denoise import DenoiseConfig, denoised, flip_pair
 from rlhf.reward.frozen_trunk import Trunk
 from rlhf.reward.gated import fit_gated
