@@ -149,8 +149,14 @@ def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: Any) -> None:
     assert "The most suspicious pairs" in page
     assert f"or what {facts['next']['labels']:,.0f} more labels like these do." in page
 
-    # A larger budget asks about other pairs.
+    # The same verdicts need no second vote again; a larger budget asks about other pairs.
+    assert [line for line in look.said if "vote again" in line] == [
+        "second look: 4 voters vote again, now with the verdicts."
+    ]
+    assert look(12) == facts
+    assert "The voters voted again with these verdicts." in page
     more = look(20)
+    assert len([line for line in look.said if "vote again" in line]) == 1
     assert (more["asked"], more["open"]) == (20, 8)
     book = LabelBook(look.out / BOOK)
     prompts = [q.prompt[0]["content"] for number in book.rounds() for q in book.questions(number)]

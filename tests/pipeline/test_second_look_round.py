@@ -67,7 +67,7 @@ def stage(base_folder: Path, tmp_path: Path) -> Any:
     made = recipe(tmp_path, PEOPLE, f"evaluate.gold={tmp_path / 'gold.py'}:gold")
     (run / "recipe.yaml").write_text("")
 
-    def look(number: int) -> dict[str, Any]:
+    def look(number: int, *, is_main: bool = True) -> dict[str, Any]:
         label, folder = run / f"round-{number}/label", run / f"round-{number}/second_look"
         for place in (label, folder):
             place.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def stage(base_folder: Path, tmp_path: Path) -> Any:
         parents = {"data": run / "data", "sft": run / "sft", "label": label}
         if number > 2:
             parents["earlier"] = run / f"round-{number - 1}/second_look"
-        return run_second_look(StageContext(made, folder, parents, lambda _: None))
+        return run_second_look(StageContext(made, folder, parents, lambda _: None, is_main))
 
     look.run = run  # type: ignore[attr-defined]
     return look
@@ -162,6 +162,34 @@ def check_bayes(run: Path, number: int, facts: dict[str, Any], looks: set[str]) 
     assert len(known) >= 40
     nearest = np.abs(voted[None, :] - known[:, None]).min(axis=1)
     assert nearest.max() < 0.02 * np.abs(voted).max(), "each is the vote on some pair"
+
+
+def test_all_processes_vote_again_with_what_one_of_them_asked(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others ask nobody and write nothing, but a vote that trains over processes needs them."""
+    with pytest.raises(Waiting):
+        stage(2)
+    answer(stage.run, 12)
+    sent: list[Any] = []
+    monkeypatch.setattr(second_look_stage, "number_of_processes", lambda: 2)
+    monkeypatch.setattr(second_look_stage, "broadcast_object_list", sent.extend)
+    assert stage(2)["voted_again"]
+    assert len(sent) == 1
+    assert len(sent[0]) == 80
+
+    def receive(place: list[Any]) -> None:
+        assert place == [None]
+        place[:] = sent
+
+    folder = stage.run / "round-2/second_look"
+    made = {file: file.read_bytes() for file in folder.glob("*.jsonl")}
+    votes = {file: file.read_bytes() for file in folder.rglob("again/member-*/differences.safetensors")}
+    assert len(votes) == 4
+    for file in [*made, *votes]:
+        file.unlink()
+    monkeypatch.setattr(second_look_stage, "broadcast_object_list", receive)
+    assert stage(2, is_main=False) == {}
+    assert {file: file.read_bytes() for file in votes} == votes
+    assert not any(file.exists() for file in made)
 
 
 def test_verdicts_that_teach_nothing_are_refused(stage: Any) -> None:
