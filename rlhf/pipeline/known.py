@@ -1,7 +1,8 @@
 """What is known of labels by themselves, by a vote and by experts' verdicts, before and after a second look."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def weigh_verdicts(
     conversations = conversation_keys([pair["prompt"] for pair in pairs])
     decided = ~looked.is_tie if not looked.is_tie.all() else torch.ones_like(looked.is_tie)
     clusters = [conversations[i] for i in decided.nonzero().flatten().tolist()]
-    noise = estimate_noise(strength[decided], clusters)
+    noise = _quiet_noise(strength[decided], clusters)
     before = beliefs(strength.double(), noise, other_labels(pairs, noise))
 
     # 2. How many contradictions these foresee, and how many wrong labels the verdicts prove.
@@ -112,7 +113,7 @@ def weigh_verdicts(
     # 3. The noise with the verdicts, and how far they bear label and vote out.
     latest = strength if again is None else again
     if answered.any():
-        noise = estimate_noise(latest[decided], clusters, verdicts[decided].to(latest))
+        noise = _quiet_noise(latest[decided], clusters, verdicts[decided].to(latest))
     right = beliefs(latest.double(), noise, other_labels(pairs, noise))
     shared = shared_error(right[answered], verdicts[answered])
 
@@ -123,6 +124,13 @@ def weigh_verdicts(
     after = torch.where(verdicts < 0, torch.minimum(after, right), after)
     after[looked.is_tie] = TIE
     return Known(noise, max(noise.low, proved), before.to(strength), after.to(strength), shared, foreseen)
+
+
+def _quiet_noise(strength: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None) -> NoiseEstimate:
+    """Estimate the noise, and leave it to the vote to say that it says nothing: that was said before anybody looked again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return estimate_noise(strength, clusters, verdicts)
 
 
 def what_voters_learn(
