@@ -81,9 +81,8 @@ def audit_command(
         meter=meter,
         expert_error=expert_error,
     )
-    before = "Before the verdicts: " if result.get("second_look", {}).get("answered") else ""
     for line in audit_lines(result):
-        say(before + line)
+        say(line)
     if budget is not None:
         from rlhf.pipeline.second_look import RELABELLED, look_again
 

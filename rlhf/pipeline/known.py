@@ -108,7 +108,7 @@ def weigh_verdicts(
     agrees = (before * sure + (1 - before) * (1 - sure))[answered]
     foreseen = (1 - agrees).sum().item(), (agrees * (1 - agrees)).sum().sqrt().item()
     contradicted = int((answered & (verdicts < 0)).sum())
-    proved = least_wrong(contradicted, int(answered.sum()), error_rate=expert_error) / len(pairs)
+    proved = least_wrong(contradicted, int(answered.sum()), error_rate=expert_error) / len(clusters)
 
     # 3. The noise with the verdicts, and how far they bear label and vote out.
     latest = strength if again is None else again

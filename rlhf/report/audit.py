@@ -14,7 +14,7 @@ from rlhf.report.meter import meter_sentences
 from rlhf.report.noise import suspects, wanted, worth, wrong_labels
 from rlhf.report.records import Facts
 from rlhf.report.render import render
-from rlhf.report.second_look import second_look_sentences
+from rlhf.report.second_look import before_verdicts, second_look_sentences
 
 MARKED_CHARACTERS = 1200
 
@@ -96,7 +96,7 @@ def mark(first: str, second: str) -> tuple[Markup, Markup]:
 
 def _verdict(result: Facts) -> list[str]:
     noise, longer = result["vote"], result["length"]["longer_is_chosen"]
-    sentences = wrong_labels(noise)
+    sentences = [*before_verdicts(result), *wrong_labels(noise)]
     if noise["scale"] != 0:
         sentences.append(suspects(noise, len(result["suspicious"]), by_annotator=result.get("by_annotator", False)))
     sentences += worth(result)

@@ -9,6 +9,17 @@ SURPRISE = 3.0  # deviations
 LEAST_SURPRISE = 2  # pairs: an expert may slip on a single sure one
 
 
+def before_verdicts(result: Facts) -> list[str]:
+    """Say that an audit's first figures know no expert's verdict, once there are some.
+
+    >>> before_verdicts({"second_look": {"answered": 3}})
+    ['What follows, up to the second look, is by labels and votes alone, before the verdicts.']
+    """
+    if not result.get("second_look", {}).get("answered"):
+        return []
+    return ["What follows, up to the second look, is by labels and votes alone, before the verdicts."]
+
+
 def second_look_sentences(facts: Facts) -> list[str]:
     """Say how far experts are, what their verdicts changed, and what the next pairs are expected to add.
 
