@@ -106,16 +106,16 @@ def test_a_verdict_never_pulls_the_other_way() -> None:
 
 
 def test_voters_learn_labels_and_verdicts_by_bayes_and_each_once() -> None:
-    """Four pairs, the first with a second label that contradicts it; one is confirmed, one contradicted twice, one called equal."""
+    """Four pairs, the first with two more labels of which one contradicts; one is confirmed, one contradicted twice, one equal."""
     rows: list[Any] = [pair(i) for i in range(4)]
-    rows.append({**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]})
-    views = looked([0, 1, 0, 0, 0], [0, 0, 2, 0, 0], equal=[0, 0, 0, 1, 0], repeats=1)
+    rows += [{**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}, rows[0]]
+    views = looked([0, 1, 0, 0, 0, 0], [0, 0, 2, 0, 0, 0], equal=[0, 0, 0, 1, 0, 0], repeats=2)
     noise = NoiseEstimate(0.3, 0.2, 1.0, 0.1, 0.4)
     label = math.log(0.8 / 0.2)
-    odds = [label - label, label + ODDS, label - 2 * ODDS]
-    expected = [*(1 / (1 + math.exp(value)) for value in odds), 0.5, 0.5]
+    odds = [label - label + label, label + ODDS, label - 2 * ODDS]
+    expected = [*(1 / (1 + math.exp(value)) for value in odds), 0.5, 0.5, 0.5]
     assert what_voters_learn(rows, views, noise, expert_error=ERROR) == pytest.approx(expected, rel=1e-5)
-    assert other_labels(rows, noise)[0].item() == pytest.approx(-label, rel=1e-5)
+    assert other_labels(rows, noise)[[0, 4]].tolist() == pytest.approx([0.0, -2 * label], abs=1e-5)
     assert believed_rate(noise) == 0.2
 
 
