@@ -163,14 +163,13 @@ def _log_likelihood(strength: Tensor, verdicts: Tensor, effective: float) -> Ten
         effective: what each pair counts.
     """
     agree, has_verdict = torch.sigmoid(strength).clamp(1e-12, 1 - 1e-12), verdicts != 0
-    rates = RATES[:, None]
-    of_label = (1 - rates) * agree + rates * (1 - agree)  # [rates, n]
-    total = effective * of_label.log().sum(dim=1)
+    # One rate after the other: all of them at once would take a thousand numbers of memory for every pair.
+    total = effective * torch.stack([((1 - rate) * agree + rate * (1 - agree)).log().sum() for rate in RATES])
     if not has_verdict.any():
         return total
-    confirmed = torch.sigmoid(verdicts[has_verdict])
-    agree, of_label = agree[has_verdict], of_label[:, has_verdict]
-    as_believed = ((1 - rates) * agree * confirmed + rates * (1 - agree) * (1 - confirmed)) / of_label
+    rates, agree, confirmed = RATES[:, None], agree[has_verdict], torch.sigmoid(verdicts[has_verdict])
+    right, wrong = (1 - rates) * agree, rates * (1 - agree)  # [rates, answered]
+    as_believed = (right * confirmed + wrong * (1 - confirmed)) / (right + wrong)
     # The prior of h is 0 at 1; where there is no vote, there is no error that labels could share with it.
     shares = torch.linspace(0, 1, SHARES + 1, dtype=torch.float64)[: SHARES if strength.any() else 1]
     joint = [
