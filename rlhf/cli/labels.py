@@ -81,6 +81,8 @@ def audit_command(
         meter=meter,
         expert_error=expert_error,
     )
+    if budget is not None:
+        say("By labels and votes alone:")
     for line in audit_lines(result):
         say(line)
     if budget is not None:

@@ -16,7 +16,6 @@ from rlhf.report.meter import meter_sentences
 from rlhf.report.noise import suspects, wanted, worth, wrong_labels
 from rlhf.report.records import Facts, Summary, read_summary, start_name
 from rlhf.report.rounds import known_columns, last_evaluated, number
-from rlhf.report.second_look import before_verdicts
 
 
 def show_summary(out: Path, output: Console) -> None:
@@ -263,7 +262,7 @@ def findings_table(name: str, findings: Sequence[_Finding]) -> Table:
 def audit_lines(result: Facts) -> list[str]:
     """Return what `rlhf audit` found, a sentence a line."""
     noise, suspicious = result["vote"], result["suspicious"]
-    sentences = [*before_verdicts(result), *wrong_labels(noise)]
+    sentences = wrong_labels(noise)
     if noise["scale"] != 0:
         listed = suspects(noise, len(suspicious), by_annotator=result.get("by_annotator", False))
         sentences.append(f"{listed} The first: {', '.join(map(str, suspicious[:10])) or 'none'}.")
