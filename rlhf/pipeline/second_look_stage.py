@@ -13,7 +13,7 @@ from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, read_questions
 from rlhf.data.rows import TIE, Pair
 from rlhf.errors import Waiting
-from rlhf.files import read_jsonl, write_jsonl
+from rlhf.files import digest, read_jsonl, write_jsonl
 from rlhf.lab.annotators import simulate_expert
 from rlhf.lab.worlds import WORLDS
 from rlhf.models.text import plain
@@ -85,7 +85,8 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     if wrong[0] is not None:
         context.say("second look: the voters vote again, now with the verdicts.")
         shape = {name: shape[name] for name in ("members", "folds", "trunk")}
-        work, rates = work / "again", wrong[0]
+        rates = wrong[0]
+        work = work / f"again-{digest(rates)[:12]}"  # people may change a verdict before a killed stage goes on
         again = vote_again(
             context.sft_model, labelled, settings, work, wrong=rates, seed=seed, say=context.say, **shape
         )

@@ -80,9 +80,10 @@ def run(variant: str, seed: int, folder: Path, *, quick: bool) -> dict[str, Any]
     """A run's summary; what the variants of one seed have in common before round 1 is made once."""
     out = folder / f"{variant}-{seed}"
     summary = out / "summary.json"
-    if summary.is_file():  # whose models are deleted, so that it can't be run again
+    if summary.is_file():  # its models are deleted, so that it can't be run again
         finished: dict[str, Any] = json.loads(summary.read_text())
-        return finished
+        if finished["rounds"][-1]["policy"]["gold"] is not None:  # `--until lab` leaves a summary too
+            return finished
     settings = [*BASE, *VARIANTS[variant], f"seed={seed}"]
     if quick:
         settings += [

@@ -1,6 +1,8 @@
 """The second look of an audit: asked blind, taken as observations, and refused in sentences where nothing can be learnt."""
 
 import json
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +64,29 @@ def audited(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {"place": place, "pairs": Source(str(place / "pairs.jsonl")), "model": str(base_folder)}
 
 
+@dataclass
+class LookInCopy:
+    """Looks again in a copy of an audit's folder.
+
+    Attributes:
+        audited: the audit.
+        out: the copy.
+        said: what the person at the terminal was told.
+    """
+
+    audited: dict[str, Any]
+    out: Path
+    said: list[str] = field(default_factory=list)
+
+    def __call__(self, budget: int, error: float = ERROR) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"expert_error": error, "compare": "answers", "seed": 0, "say": self.said.append}
+        return look_again(self.audited["pairs"], self.audited["model"], self.out, budget=budget, **arguments)
+
+
 @pytest.fixture
-def look(audited: dict[str, Any], tmp_path: Path) -> Any:
-    """Look again in a copy of the audit's folder, `look.out`."""
-    out = tmp_path / "out"
-    out.mkdir()
-    for file in (audited["place"] / "out").iterdir():
-        (out / file.name).write_bytes(file.read_bytes())
-
-    def look_in_copy(budget: int, error: float = ERROR) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"expert_error": error, "compare": "answers", "seed": 0, "say": said.append}
-        return look_again(audited["pairs"], audited["model"], out, budget=budget, **arguments)
-
-    said: list[str] = []
-    look_in_copy.out, look_in_copy.said = out, said  # type: ignore[attr-defined]
-    return look_in_copy
+def look(audited: dict[str, Any], tmp_path: Path) -> LookInCopy:
+    shutil.copytree(audited["place"] / "out", tmp_path / "out")
+    return LookInCopy(audited, tmp_path / "out")
 
 
 def truth(question: Question) -> str:
@@ -91,7 +101,7 @@ def answer_all(out: Path, label: Any) -> list[Question]:
     return questions
 
 
-def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: Any) -> None:
+def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: LookInCopy) -> None:
     before = json.loads((look.out / "audit.json").read_text())
     first = look(12)
     assert (first["asked"], first["open"], first["answered"]) == (12, 12, 0)
@@ -167,7 +177,7 @@ def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: Any) -> None:
         look(5)
 
 
-def test_the_page_is_blind(look: Any) -> None:
+def test_the_page_is_blind(look: LookInCopy) -> None:
     """Neither the page nor the book says which answer was labelled the better one, nor what the votes think."""
     look(40)
     book, number, wanted = open_book(look.out)
@@ -188,7 +198,7 @@ def test_the_page_is_blind(look: Any) -> None:
         assert word not in body, word
 
 
-def test_what_cannot_be_used_is_a_sentence(look: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_a_sentence(look: LookInCopy, tmp_path: Path) -> None:
     listing = sorted(path.name for path in look.out.iterdir())
     for budget in (0, 121):
         with pytest.raises(UserError, match=f"--budget {budget}: .* 120 pairs to look at again"):
@@ -304,7 +314,7 @@ def test_unproved_noise_is_taken_as_the_fit_has_it() -> None:
     assert rate < noise.flip_rate - 0.1, "confident learning takes errors of blunt votes for those of labels"
 
 
-def test_a_budget_is_of_pairs_and_not_of_labels(look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_is_of_pairs_and_not_of_labels(look: LookInCopy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixty labels of thirty pairs: a budget of 50 asked about 30, without a word."""
     monkeypatch.setattr("rlhf.pipeline.audit.pair_digest", lambda row: row["prompt"][0]["content"][-1])
     with pytest.raises(

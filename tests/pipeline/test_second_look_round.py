@@ -182,7 +182,7 @@ def test_all_processes_vote_again_with_what_one_of_them_asked(stage: Any, monkey
 
     folder = stage.run / "round-2/second_look"
     made = {file: file.read_bytes() for file in folder.glob("*.jsonl")}
-    votes = {file: file.read_bytes() for file in folder.rglob("again/member-*/differences.safetensors")}
+    votes = {file: file.read_bytes() for file in folder.rglob("again-*/member-*/differences.safetensors")}
     assert len(votes) == 4
     for file in [*made, *votes]:
         file.unlink()
@@ -190,6 +190,11 @@ def test_all_processes_vote_again_with_what_one_of_them_asked(stage: Any, monkey
     assert stage(2, is_main=False) == {}
     assert {file: file.read_bytes() for file in votes} == votes
     assert not any(file.exists() for file in made)
+
+    # What another verdict taught is not what members of before say.
+    sent[0][0] = 1 - sent[0][0]
+    stage(2, is_main=False)
+    assert len(list(folder.rglob("again-*/member-*/differences.safetensors"))) == 8
 
 
 def test_verdicts_that_teach_nothing_are_refused(stage: Any) -> None:
