@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import SIDES, TIE, Pair, answer, asked, pair_digest
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.scalar_head import score_head
+from rlhf.objectives.annotators import fit_accuracy
 from rlhf.objectives.second_look import (
     expected_change,
     least_wrong,
@@ -26,7 +27,7 @@ from rlhf.objectives.second_look import (
     worth_in_sure_labels,
 )
 from rlhf.pipeline.looked import Looked
-from rlhf.reward.annotators import pair_numbers
+from rlhf.reward.annotators import labels_of_rows, pair_numbers
 from rlhf.reward.denoise import flip_pair
 from rlhf.reward.model import RewardModel
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
@@ -50,13 +51,40 @@ def believed_rate(noise: NoiseEstimate) -> float:
     return min(max(noise.fitted, min(LEAST_RATE, noise.high)), 0.5)
 
 
-def other_labels(pairs: Sequence[Pair], noise: NoiseEstimate) -> Tensor:
-    """Return the log-odds that each label is right by the other labels of the same two answers, [n] nats; each errs alike."""
+def label_rates(
+    pairs: Sequence[Pair], strength: Tensor, noise: NoiseEstimate, verdicts: Tensor, is_tie: Tensor
+) -> Tensor:
+    """Return how often whoever gave each label is wrong, [n]: the annotator, or the source, where two rates can be told apart.
+
+    Elsewhere it is `believed_rate` for all. Accuracies are those that `posterior` takes, fitted to the vote and the verdicts.
+
+    Args:
+        strength: [n] of the vote, nats.
+        verdicts: [n] log-odds of the verdicts that each label is right, nats; 0 where there are none.
+        is_tie: [n] answers that experts call equal, of which no label is right or wrong.
+    """
+    labelled = labels_of_rows(pairs, strength, replace(noise, scale=0.0))
+    if labelled.groups < 2:
+        return torch.full((len(pairs),), believed_rate(noise), dtype=torch.float64)
+    labels, said = labelled.labels, noise.scale * strength.double() + verdicts.double()
+    prior = labels.prior.index_add(0, labels.pair, labelled.side * said) / torch.bincount(labels.pair)
+    fitted = fit_accuracy(labels._replace(prior=prior, sign=labels.sign * ~is_tie), labelled.groups)
+    return (1 - fitted).clamp(LEAST_RATE, 1 - LEAST_RATE)[labels.annotator]
+
+
+def other_labels(pairs: Sequence[Pair], noise: NoiseEstimate, rates: Tensor) -> Tensor:
+    """Return what all labels of a pair say beyond one label at the believed rate, [n] nats: log-odds that each row's is right.
+
+    Where all have that rate, it is what the other labels of the same two answers say.
+
+    Args:
+        rates: [n] how often whoever gave each label is wrong (`label_rates`).
+    """
     numbers, sides = pair_numbers(pairs)
-    pair, side = torch.tensor(numbers), torch.tensor(sides)
+    pair, side = torch.tensor(numbers), torch.tensor(sides, dtype=torch.float64)
     rate = believed_rate(noise)
-    others = side * torch.zeros(len(pairs)).index_add(0, pair, side)[pair] - 1
-    return others * math.log((1 - rate) / rate)
+    said = torch.zeros(len(pairs), dtype=torch.float64).index_add(0, pair, side * torch.logit(1 - rates))
+    return side * said[pair] - math.log((1 - rate) / rate)
 
 
 @dataclass(frozen=True)
@@ -64,20 +92,25 @@ class Known:
     """What is known of every row without and with the experts' verdicts.
 
     Attributes:
-        noise: estimated with the verdicts.
+        noise: estimated with the verdicts, from `strength`.
+        strength: [n] of the vote that all else is by: the one that knew verdicts, unless it says nothing; nats.
+        rates: [n] how often whoever gave each label is wrong, by all that is known.
         low: the share of wrong labels that is proved, by the votes or by the verdicts alone, whichever is more.
         before, after: [n] P(chosen is better), before there was any verdict and with all; no order is believed of answers that
             experts call equal.
         shared: h of `shared_error`, by the pairs that have verdicts, and applied to these alone.
-        foreseen: how many of the pairs that have a verdict label and vote expected experts to contradict, and its deviation.
+        foreseen: how many of the pairs that have a verdict label and vote expected experts to contradict, and its deviation;
+            None where the votes say nothing, so that nothing was foreseen.
     """
 
     noise: NoiseEstimate
+    strength: Tensor
+    rates: Tensor
     low: float
     before: Tensor
     after: Tensor
     shared: float
-    foreseen: tuple[float, float]
+    foreseen: tuple[float, float] | None
 
 
 def weigh_verdicts(
@@ -92,29 +125,36 @@ def weigh_verdicts(
         pairs: [n] as they were labelled, no ties.
         strength: [n] of the vote that knew no verdict, nats.
         expert_error: how often experts are wrong.
-        again: [n] strength of the vote that knew them (`what_voters_learn`), in place of the other in what is known after them.
+        again: [n] strength of the vote that knew them (`what_voters_learn`), in place of the other in what is known after them,
+            unless labels and verdicts show that it says nothing.
     """
     # 1. What labels and vote say. A pair that experts call equal has no label that could be wrong.
     conversations = conversation_keys([pair["prompt"] for pair in pairs])
     decided = ~looked.is_tie if not looked.is_tie.all() else torch.ones_like(looked.is_tie)
     clusters = [conversations[i] for i in decided.nonzero().flatten().tolist()]
     noise = _quiet_noise(strength[decided], clusters)
-    before = beliefs(strength.double(), noise, other_labels(pairs, noise))
+    rates = label_rates(pairs, strength, noise, torch.zeros_like(strength), looked.is_tie)
+    before = beliefs(strength.double(), noise, other_labels(pairs, noise, rates))
 
     # 2. How many contradictions these foresee, and how many wrong labels the verdicts prove.
     verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error).double()
     answered = looked.is_first & (verdicts != 0)
     sure = torch.sigmoid(verdicts.abs())  # what the verdicts on a pair say together is right
     agrees = (before * sure + (1 - before) * (1 - sure))[answered]
-    foreseen = (1 - agrees).sum().item(), (agrees * (1 - agrees)).sum().sqrt().item()
+    foreseen = None
+    if noise.scale > 0:
+        foreseen = (1 - agrees).sum().item(), (agrees * (1 - agrees)).sum().sqrt().item()
     contradicted = int((answered & (verdicts < 0)).sum())
     proved = least_wrong(contradicted, int(answered.sum()), error_rate=expert_error) / len(clusters)
 
     # 3. The noise with the verdicts, and how far they bear label and vote out.
     latest = strength if again is None else again
     if answered.any():
-        noise = _quiet_noise(latest[decided], clusters, verdicts[decided].to(latest))
-    right = beliefs(latest.double(), noise, other_labels(pairs, noise))
+        noise = _quiet_noise(latest[decided], clusters, verdicts[decided].to(latest), learnt=again is not None)
+        if again is not None and noise.scale == 0:
+            latest, noise = strength, _quiet_noise(strength[decided], clusters, verdicts[decided].to(strength))
+    rates = label_rates(pairs, latest, noise, verdicts, looked.is_tie)
+    right = beliefs(latest.double(), noise, other_labels(pairs, noise, rates))
     shared = shared_error(right[answered], verdicts[answered])
 
     # 4. Each row. Doubt in label and vote turns no verdict into its opposite.
@@ -123,31 +163,37 @@ def weigh_verdicts(
     after = torch.where(verdicts > 0, torch.maximum(after, right), after)
     after = torch.where(verdicts < 0, torch.minimum(after, right), after)
     after[looked.is_tie] = TIE
-    return Known(noise, max(noise.low, proved), before.to(strength), after.to(strength), shared, foreseen)
+    low = max(noise.low, proved)
+    return Known(noise, latest, rates, low, before.to(strength), after.to(strength), shared, foreseen)
 
 
-def _quiet_noise(strength: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None) -> NoiseEstimate:
+def _quiet_noise(
+    strength: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None, *, learnt: bool = False
+) -> NoiseEstimate:
     """Estimate the noise, and leave it to the vote to say that it says nothing: that was said before anybody looked again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return estimate_noise(strength, clusters, verdicts)
+        return estimate_noise(strength, clusters, verdicts, learnt=learnt)
 
 
 def what_voters_learn(
-    pairs: Sequence[Pair], looked: Looked, noise: NoiseEstimate, *, expert_error: float
+    pairs: Sequence[Pair], looked: Looked, noise: NoiseEstimate, rates: Tensor, *, expert_error: float
 ) -> list[float]:
     """Return P(label is wrong) of every row by labels and verdicts, without votes, [n]: what voters learn who vote again.
 
     A pair's first row holds what all its labels and verdicts say; its further rows, and answers that experts call equal, say
     nothing: 1/2.
+
+    Args:
+        rates: [n] how often whoever gave each label is wrong (`label_rates`).
     """
     rate = believed_rate(noise)
     verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error)
-    right = math.log((1 - rate) / rate) + other_labels(pairs, noise) + verdicts
-    wrong = torch.sigmoid(-right.double())
+    right = math.log((1 - rate) / rate) + other_labels(pairs, noise, rates) + verdicts
+    wrong = torch.sigmoid(-right)
     wrong[~looked.is_first | looked.is_tie] = 0.5
-    learnt: list[float] = wrong.tolist()
-    return learnt
+    # What processes and resumed stages compute alike but for rounding is one and the same: votes are kept by it.
+    return [round(value, 6) for value in wrong.tolist()]
 
 
 def expected_gain(
@@ -174,9 +220,10 @@ def gains(known: Known, looked: Looked) -> dict[str, Any]:
     """Return what verdicts changed: how many labels are expected to be wrong, and how many sure ones all pairs are worth.
 
     Returns:
-        `wrong`, by all that is known, of the rows that experts do not call equal {`file`: as labelled, `before`: each flipped to
-        the side that is likelier without the verdicts, `after`: with them}; `worth` {`before`, `after`} of these, in which a pair
-        counts once however many labels it has; `foreseen` {`contradict`, `deviation`}, `shared`: as of `Known`.
+        `wrong`, by all that is known, of the rows that experts do not call equal {`file`: as labelled, and no fewer than are
+        proved, `before`: each flipped to the side that is likelier without the verdicts, `after`: with them}; `worth` {`before`,
+        `after`} of these, in which a pair counts once however many labels it has; `foreseen` {`contradict`, `deviation`},
+        `shared`: as of `Known`. `before` of `worth` and `foreseen` are None where votes said nothing before the verdicts.
     """
     decided = known.after[~looked.is_tie]
     flipped = known.before[~looked.is_tie] < TIE
@@ -184,12 +231,14 @@ def gains(known: Known, looked: Looked) -> dict[str, Any]:
     before, after = (worth_in_sure_labels(right)[counted].sum().item() for right in (known.before, known.after))
     return {
         "wrong": {
-            "file": (1 - decided).sum().item(),
+            "file": max((1 - decided).sum().item(), known.low * len(decided)),
             "before": torch.where(flipped, decided, 1 - decided).sum().item(),
             "after": torch.minimum(decided, 1 - decided).sum().item(),
         },
-        "worth": {"before": before, "after": after},
-        "foreseen": {"contradict": known.foreseen[0], "deviation": known.foreseen[1]},
+        "worth": {"before": None if known.foreseen is None else before, "after": after},
+        "foreseen": None
+        if known.foreseen is None
+        else dict(zip(("contradict", "deviation"), known.foreseen, strict=True)),
         "shared": known.shared,
     }
 

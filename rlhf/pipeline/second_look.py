@@ -3,12 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlhf.data.labelbook import BOOK, LabelBook
@@ -31,7 +33,7 @@ from rlhf.pipeline.known import (
 )
 from rlhf.pipeline.looked import Looked, blind_questions, check_verdicts, count_opinions
 from rlhf.pipeline.vote import vote_again
-from rlhf.report.second_look import unused_confidence
+from rlhf.report.second_look import unused_confidence, unused_vote
 from rlhf.reward.wants import find_wants
 
 RELABELLED = "relabelled.jsonl"
@@ -83,17 +85,23 @@ def look_again(
     # 2. Votes, noise and posteriors again, with the verdicts.
     strength = audited.strength.mean
     known = weigh_verdicts(labelled, strength, looked, expert_error=expert_error)
-    votes_again = looked.teaches and known.noise.scale > 0
-    if votes_again:
-        wrong = what_voters_learn(labelled, looked, known.noise, expert_error=expert_error)
-        again = _vote_again(out, result, labelled, wrong, seed=seed, say=say)
-        known, strength = weigh_verdicts(labelled, strength, looked, expert_error=expert_error, again=again), again
+    again = None
+    if looked.teaches and known.foreseen is not None:
+        wrong = what_voters_learn(labelled, looked, known.noise, known.rates, expert_error=expert_error)
+        answered, asked = looked.counts()["answered"], looked.asked
+        say_first = partial(
+            say, f"second look: {answered} of {asked} pairs have a verdict; the voters vote again with these."
+        )
+        again = _vote_again(out, result, labelled, wrong, seed=seed, say=say, say_first=say_first)
+        known = weigh_verdicts(labelled, strength, looked, expert_error=expert_error, again=again)
+        for sentence in unused_vote(is_used=known.strength is again):
+            say(f"second look: {sentence}")
     noise = known.noise
 
     # 3. The next pairs, and what they are expected to add.
     chosen = second_look(
         pair_features(model, labelled),
-        noise.scale * strength,
+        noise.scale * known.strength,
         known.after,
         budget - looked.asked or budget,
         error_rate=expert_error,
@@ -105,10 +113,10 @@ def look_again(
         "expert_error": expert_error,
         **looked.counts(),
         "noise_rate": {"mean": changed["wrong"]["file"] / max(1, int((~looked.is_tie).sum())), "low": known.low},
-        "voted_again": votes_again,
+        "voted_again": known.strength is again,
         "flip_rate": believed_rate(noise),
         **changed,
-        "next": expected_gain(strength, noise, known.after, chosen, expert_error=expert_error),
+        "next": expected_gain(known.strength, noise, known.after, chosen, expert_error=expert_error),
     }
 
     # 4. Ask, or write; and say it.
@@ -133,16 +141,20 @@ def _vote_again(
     *,
     seed: int,
     say: Callable[[str], None],
+    say_first: Callable[[], None],
 ) -> torch.Tensor:
-    """Let the audit's voters vote again, or read what they said of the same labels and verdicts, [n] nats."""
+    """Let the audit's voters vote again, or read what they said of the same labels and verdicts, [n] nats.
+
+    Args:
+        say_first: called where they do vote.
+    """
     vote, file = result["vote"], out / SECOND_VOTE
     key = digest([result["key"], wrong])
-    if file.is_file():
-        with safe_open(file, "pt") as kept:
-            if (kept.metadata() or {}).get("key") == key:
-                strength: torch.Tensor = kept.get_tensor("strength")
-                return strength
-    say(f"second look: {vote['members']} voters vote again, now with the verdicts.")
+    with suppress(OSError, SafetensorError), safe_open(file, "pt") as kept:  # none, or a damaged one
+        if (kept.metadata() or {}).get("key") == key:
+            strength: torch.Tensor = kept.get_tensor("strength")
+            return strength
+    say_first()
     shape = {name: vote[name] for name in ("members", "folds", "trunk")}
     work = out / WORK / key[:12]
     strength = vote_again(result["model"], labelled, vote["settings"], work, wrong=wrong, seed=seed, say=say, **shape)

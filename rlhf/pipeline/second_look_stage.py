@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, read_questions
 from rlhf.data.rows import TIE, Pair
-from rlhf.errors import Waiting
+from rlhf.errors import UserError, Waiting
 from rlhf.files import digest, read_jsonl, write_jsonl
 from rlhf.lab.annotators import simulate_expert
 from rlhf.lab.worlds import WORLDS
@@ -34,7 +34,7 @@ from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.pipeline.vote import vote, vote_again
-from rlhf.report.second_look import alarm, gain_sentence, joined_sentence, unused_confidence
+from rlhf.report.second_look import alarm, gain_sentence, joined_sentence, unused_confidence, unused_vote
 
 VERDICTS = "verdicts.jsonl"
 LOOKS = "second_look"  # in the run: the folder of the experts' book, apart from that of the annotators
@@ -77,18 +77,14 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     votes, _, _ = vote(context.sft_model, labelled, settings, work, seed=seed, say=context.say, **shape)
 
     # 2. Ask about pairs, and vote again with the verdicts. One process asks; all of them train voters.
-    asked = _choose_and_ask(context, labelled, votes.mean) if context.is_main else None
-    wrong = [None if asked is None else _what_to_learn(asked, labelled)]
-    if number_of_processes() > 1:
-        broadcast_object_list(wrong)
+    asked, wrong = _asked_by_one(context, labelled, votes.mean)
     again = None
-    if wrong[0] is not None:
+    if wrong is not None:
         context.say("second look: the voters vote again, now with the verdicts.")
         shape = {name: shape[name] for name in ("members", "folds", "trunk")}
-        rates = wrong[0]
-        work = work / f"again-{digest(rates)[:12]}"  # people may change a verdict before a killed stage goes on
+        work = work / f"again-{digest(wrong)[:12]}"  # people may change a verdict before a killed stage goes on
         again = vote_again(
-            context.sft_model, labelled, settings, work, wrong=rates, seed=seed, say=context.say, **shape
+            context.sft_model, labelled, settings, work, wrong=wrong, seed=seed, say=context.say, **shape
         )
     if asked is None:
         return {}
@@ -107,6 +103,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     )
     for sentence in [
         *joined_sentence(made.joined),
+        *unused_vote(is_used=known.strength is again or again is None),
         *alarm(counts["contradict"], changed["foreseen"], EXPERT_ERROR),
     ]:
         context.say(f"second look: {sentence}")
@@ -114,7 +111,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
         "pairs": len(made.pairs),
         "looked_at": asked.count,
         "expected": asked.expected,
-        "voted_again": again is not None,
+        "voted_again": known.strength is again,
         **counts,
         "flipped": made.flipped,
         "joined": made.joined,
@@ -122,6 +119,29 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
         **changed,
         "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made.pairs)},
     }
+
+
+def _asked_by_one(
+    context: StageContext, labelled: Sequence[Pair], strength: Tensor
+) -> tuple[Asked | None, list[float] | None]:
+    """Let one process ask, and tell all what voters learn of each label; None where they need not vote again.
+
+    Raises:
+        Waiting, UserError: in every process. Were it in one alone, the others' broken connection might be what is said.
+    """
+    asked: Asked | None = None
+    answer: list[list[float] | Waiting | UserError | None] = [None]
+    if context.is_main:
+        try:
+            asked = _choose_and_ask(context, labelled, strength)
+            answer = [_what_to_learn(asked, labelled)]
+        except (Waiting, UserError) as end:
+            answer = [end]
+    if number_of_processes() > 1:
+        broadcast_object_list(answer)
+    if isinstance(answer[0], Waiting | UserError):
+        raise answer[0]
+    return asked, answer[0]
 
 
 def _choose_and_ask(context: StageContext, labelled: Sequence[Pair], strength: Tensor) -> Asked:
@@ -138,7 +158,7 @@ def _choose_and_ask(context: StageContext, labelled: Sequence[Pair], strength: T
         is_open=looked.is_open,
     )
     expected = None
-    if known.noise.scale > 0 and chosen:
+    if known.foreseen is not None and chosen:
         expected = expected_gain(strength, known.noise, known.after, chosen, expert_error=EXPERT_ERROR)
         context.say(f"second look: {gain_sentence(expected)}")
     asked, answers = _ask(context, blind_questions(labelled, chosen, context.round, seed=str(context.recipe.seed)))
@@ -151,9 +171,10 @@ def _choose_and_ask(context: StageContext, labelled: Sequence[Pair], strength: T
 
 def _what_to_learn(asked: Asked, labelled: Sequence[Pair]) -> list[float] | None:
     """Return what voters learn of each label; None where verdicts or votes say nothing, so that they need not vote again."""
-    if not asked.looked.teaches or asked.known.noise.scale == 0:
+    known = asked.known
+    if not asked.looked.teaches or known.foreseen is None:
         return None
-    return what_voters_learn(labelled, asked.looked, asked.known.noise, expert_error=EXPERT_ERROR)
+    return what_voters_learn(labelled, asked.looked, known.noise, known.rates, expert_error=EXPERT_ERROR)
 
 
 def _hand_on(context: StageContext, pairs: Sequence[Pair]) -> None:

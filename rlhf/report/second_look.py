@@ -31,6 +31,7 @@ def second_look_sentences(facts: Facts) -> list[str]:
         worth, wrong, rate = facts["worth"], facts["wrong"], facts["noise_rate"]
         apart = facts["answered"] - facts["agree"] - facts["contradict"] - facts["ties"]
         divided = f", and are divided on {apart}" if apart else ""
+        after = "" if worth["before"] is None else " after"
         proved = f"; at least {percent(rate['low'])} are proved" if rate["low"] > 0 else ", which is not proved"
         sentences += [
             f"Of {facts['answered']} pairs with a verdict, experts agree with the label of {facts['agree']}, contradict that of "
@@ -41,8 +42,7 @@ def second_look_sentences(facts: Facts) -> list[str]:
             f"labels are estimated to be wrong as they stand in the file{proved}; {facts['flipped']} labels are flipped.",
             f"Wrong labels to expect by all that is known: {_count(wrong['file'])} as the file has them, {_count(wrong['before'])} "
             f"if each is flipped to the side that the votes make likelier, {_count(wrong['after'])} with the verdicts too.",
-            f"All labels together, with the votes, were worth {worth['before']:.0f} sure ones before the verdicts and are worth "
-            f"{worth['after']:.0f} after.",
+            f"All labels together, with the votes, {_before(worth['before'])} worth {worth['after']:.0f}{after}.",
             *joined_sentence(facts["joined"]),
             *alarm(facts["contradict"], facts["foreseen"], facts["expert_error"]),
         ]
@@ -50,6 +50,19 @@ def second_look_sentences(facts: Facts) -> list[str]:
     if facts["next"]["pairs"]:
         sentences.append(f"{verb} {gain_sentence(facts['next'])}")
     return sentences
+
+
+def _before(worth: float | None) -> str:
+    """Lead over to what labels are worth with the verdicts, from what they were worth before where votes said so.
+
+    >>> _before(120.2), _before(None)
+    ('were worth 120 sure ones before the verdicts and are', 'are, counted in sure ones,')
+    """
+    return (
+        "are, counted in sure ones,"
+        if worth is None
+        else f"were worth {worth:.0f} sure ones before the verdicts and are"
+    )
 
 
 def percent(share: float) -> str:
@@ -95,14 +108,28 @@ def unused_confidence(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def alarm(contradicted: int, foreseen: Facts, expert_error: float) -> list[str]:
+def unused_vote(*, is_used: bool) -> list[str]:
+    """Say that a second vote is not used; nothing where it is.
+
+    >>> unused_vote(is_used=True)
+    []
+    """
+    sentence = (
+        "By labels and verdicts the second vote says nothing of which answer is better, so the first one is kept."
+    )
+    return [] if is_used else [sentence]
+
+
+def alarm(contradicted: int, foreseen: Facts | None, expert_error: float) -> list[str]:
     """Say that experts contradict more labels than these and the votes foresaw, by two at least; nothing where they do not.
 
     Args:
-        foreseen: how many labels they foresaw to be contradicted, `contradict`, and its `deviation`.
+        foreseen: how many labels they foresaw to be contradicted, `contradict`, and its `deviation`; None if nothing was foreseen.
         expert_error: how often experts are taken to be wrong.
     """
-    if contradicted <= foreseen["contradict"] + max(SURPRISE * foreseen["deviation"], LEAST_SURPRISE):
+    if foreseen is None or contradicted <= foreseen["contradict"] + max(
+        SURPRISE * foreseen["deviation"], LEAST_SURPRISE
+    ):
         return []
     return [
         f"Labels and votes foresaw {_count(foreseen['contradict'])} contradictions. Either they share an error, such as a taste, "

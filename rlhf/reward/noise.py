@@ -32,10 +32,10 @@ class NoiseEstimate:
     """Share of wrong labels, and how much a vote is worth.
 
     Attributes:
-        flip_rate: ε, by confident learning.
+        flip_rate: ε, by confident learning, of labels and votes alone.
         fitted: ε of the nearest model to all that the labels leave likely, proved or not; 0 where votes and verdicts say nothing.
         scale: b of that model, so that σ(b d) is how often a vote of d has the true order.
-        low: what the sure votes alone prove: the lower end of ε's likelihood interval.
+        low: what sure votes, and verdicts where there are any, prove: the lower end of ε's likelihood interval.
         high: the upper end of the share of contradicted labels, as if every contradiction were the label's fault.
     """
 
@@ -66,7 +66,9 @@ def decided_rows(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     return decided
 
 
-def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None) -> NoiseEstimate:
+def estimate_noise(
+    differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None, *, learnt: bool = False
+) -> NoiseEstimate:
     """Estimate how many labels are wrong, as far as out-of-fold votes can tell.
 
     A vote contradicts a label because the label is wrong or because the vote is, and votes alone cannot say which, so
@@ -92,12 +94,14 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     verdicts have probability (1 - h) [ (1 - ε) q v + ε (1 - q) (1 - v) ] + h/2 [ (1 - ε) q + ε (1 - q) ], up to a factor, and
     h is integrated over its prior (`rlhf.objectives.second_look.shared_error`). Without h, sure votes whose labels experts
     contradict would be explained by votes that say nothing of any pair. Which pairs were asked about may depend on labels and
-    votes, since both are in it. `flip_rate` and `high` are of labels and votes alone.
+    votes, since both are in it. `flip_rate` and `high` read no verdicts; of voters who learnt them, their votes did.
 
     Args:
         differences: [n] mean difference of models that did not see the label, in nats.
         clusters: [n] what is equal for pairs that are not independent: the conversation of each.
         verdicts: [n] log-odds of the verdicts that the label is right, nats; 0 where there are none.
+        learnt: the voters learnt the verdicts on other pairs. Then contradicting half of the labels is no sign that they say
+            nothing: verdicts judge that, in the fit.
     """
     contradicted = ((differences < 0).double() + 0.5 * (differences == 0).double()).tolist()
     share, (_, high) = clustered_mean(contradicted, clusters)
@@ -105,7 +109,7 @@ def estimate_noise(differences: Tensor, clusters: Sequence[Hashable], verdicts: 
     odds = torch.zeros_like(differences) if verdicts is None else verdicts
     low, fitted, scale = _fit(differences, clusters, odds)
     agrees_with_all = not any(contradicted)
-    if high >= 0.5 or scale == 0:
+    if scale == 0 or (high >= 0.5 and not learnt):
         warnings.warn(
             "vote: the votes agree with the labels no more than chance, so they say nothing about them. Use a larger base model, "
             "more pairs, or another learning rate.",

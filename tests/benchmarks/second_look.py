@@ -114,7 +114,10 @@ def scene(folder: Path, seed: int, *, quick: bool, crowd: bool = False) -> Scene
     assert seed < SEEDS, f"no pairs are left for seed {seed}"
     size = TRAIN // (10 if quick else 1)
     mine = pairs[seed * size : (seed + 1) * size]
-    rows = mine if crowd else planted(mine, seed)
+    rows = [
+        {name: value for name, value in row.items() if name not in ("annotator", "source")}
+        for row in (mine if crowd else planted(mine, seed))
+    ]
     tokenizer: Any = load_tokenizer(base, conversational=True)
     set_seed(0)
     trunk = Trunk(build_reward_model(base, pad_token_id=tokenizer.pad_token_id), top_layers=TOP_LAYERS)
@@ -195,7 +198,8 @@ def believed(here: Voted, way: str) -> tuple[Tensor, dict[str, Any]]:
     agree, contradict, each = (seen & agrees).float(), (seen & ~agrees).float(), torch.ones(n, dtype=torch.bool)
     looked = Looked(agree, contradict, torch.zeros(n), seen, each, [], int(seen.sum()), 0, 1)
     weighed = partial(weigh_verdicts, here.rows, strength, looked, expert_error=EXPERT_ERROR)
-    learnt = torch.tensor(what_voters_learn(here.rows, looked, weighed().noise, expert_error=EXPERT_ERROR))
+    once = weighed()
+    learnt = torch.tensor(what_voters_learn(here.rows, looked, once.noise, once.rates, expert_error=EXPERT_ERROR))
     again = here.again(learnt)
     known = weighed(again=again)
     belief = known.after

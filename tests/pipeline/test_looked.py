@@ -75,6 +75,7 @@ def test_votes_that_share_the_labels_error_overrule_no_expert(length: float) -> 
 
     by_experts = int((wrong == (agree > 0))[asked].sum())
     assert still_wrong(known.after) <= by_experts + 2
+    assert known.foreseen is not None
     surprise = (contradict.sum().item() - known.foreseen[0]) / known.foreseen[1]
     if length == 0:
         assert known.shared < 0.1
@@ -116,12 +117,12 @@ def test_all_labels_of_a_pair_count_whichever_answer_they_call_better() -> None:
     rows = [pair(0), pair(0), pair(0, turned=True), pair(1), pair(1, turned=True), pair(2)]
     noise = NoiseEstimate(0.25, 0.25, 1.0, 0.2, 0.3)
     one = math.log(3)
-    others = other_labels(rows, noise)
-    torch.testing.assert_close(others, torch.tensor([0.0, 0.0, -2 * one, -one, -one, 0.0]))
-    strength = torch.tensor([0.4, 0.4, -0.4, 1.0, -1.0, 0.0])
+    others = other_labels(rows, noise, torch.full((6,), 0.25, dtype=torch.float64))
+    torch.testing.assert_close(others, torch.tensor([0.0, 0.0, -2 * one, -one, -one, 0.0], dtype=torch.float64))
+    strength = torch.tensor([0.4, 0.4, -0.4, 1.0, -1.0, 0.0], dtype=torch.float64)
     right = beliefs(strength, noise, others)
     torch.testing.assert_close(
-        torch.logit(right), torch.tensor([0.4 + one, 0.4 + one, -0.4 - one, 1.0, -1.0, one]), rtol=1e-5, atol=1e-5
+        torch.logit(right), torch.tensor([0.4 + one, 0.4 + one, -0.4 - one, 1.0, -1.0, one], dtype=torch.float64)
     )
 
 
@@ -183,6 +184,7 @@ def test_what_several_experts_say_of_a_pair_is_foreseen_as_one() -> None:
     says_right = torch.tensor(np.random.default_rng(2).random((len(vote), 3)) >= 0.25) != wrong[:, None]
     agree = says_right.sum(dim=1).float()
     known = weigh_verdicts([pair(i) for i in range(len(vote))], vote, looked(agree, 3 - agree), expert_error=0.25)
+    assert known.foreseen is not None
     assert abs(int((agree < 1.5).sum()) - known.foreseen[0]) < 2.5 * known.foreseen[1]
 
 
@@ -252,6 +254,7 @@ def test_what_would_be_wrong_without_the_verdicts_is_judged_with_them() -> None:
     """A label that votes would flip and experts confirm: "1 as the file has them, 10 if each is flipped" mixed two knowledges."""
     views = looked(torch.tensor([2.0, 0, 0]), torch.zeros(3), torch.tensor([0.0, 0, 1]))
     noise = NoiseEstimate(0.25, 0.25, 1.0, 0.2, 0.3)
-    known = Known(noise, 0.2, torch.tensor([0.4, 0.9, 0.2]), torch.tensor([0.95, 0.9, 0.5]), 0.0, (0.0, 0.0))
+    before, after = torch.tensor([0.4, 0.9, 0.2]), torch.tensor([0.95, 0.9, 0.5])
+    known = Known(noise, torch.zeros(3), torch.full((3,), 0.25), 0.05, before, after, 0.0, (0.0, 0.0))
     expected = gains(known, views)["wrong"]
     assert [expected[key] for key in ("file", "before", "after")] == pytest.approx([0.05 + 0.1, 0.95 + 0.1, 0.05 + 0.1])

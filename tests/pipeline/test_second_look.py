@@ -107,6 +107,7 @@ def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: LookInCopy) -> 
     assert (first["asked"], first["open"], first["answered"]) == (12, 12, 0)
     assert not (look.out / RELABELLED).exists(), "nothing is relabelled before there is a verdict"
     questions = answer_all(look.out, lambda i, q: "tie" if i == 0 else "skip" if i == 1 else truth(q))
+    (look.out / SECOND_VOTE).write_bytes(b"cut off")
     facts = look(12)
     assert (facts["answered"], facts["skipped"], facts["ties"], facts["open"]) == (11, 1, 1, 0)
     assert facts["agree"] + facts["contradict"] == 10
@@ -161,7 +162,7 @@ def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: LookInCopy) -> 
 
     # The same verdicts need no second vote again; a larger budget asks about other pairs.
     assert [line for line in look.said if "vote again" in line] == [
-        "second look: 4 voters vote again, now with the verdicts."
+        "second look: 11 of 12 pairs have a verdict; the voters vote again with these."
     ]
     assert look(12) == facts
     assert "The voters voted again with these verdicts." in page

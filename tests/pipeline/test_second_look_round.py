@@ -165,20 +165,28 @@ def check_bayes(run: Path, number: int, facts: dict[str, Any], looks: set[str]) 
 
 
 def test_all_processes_vote_again_with_what_one_of_them_asked(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others ask nobody and write nothing, but a vote that trains over processes needs them."""
-    with pytest.raises(Waiting):
-        stage(2)
-    answer(stage.run, 12)
+    """The others ask nobody and write nothing, but a vote that trains over processes needs them; and they wait as one does."""
     sent: list[Any] = []
-    monkeypatch.setattr(second_look_stage, "number_of_processes", lambda: 2)
-    monkeypatch.setattr(second_look_stage, "broadcast_object_list", sent.extend)
-    assert stage(2)["voted_again"]
-    assert len(sent) == 1
-    assert len(sent[0]) == 80
 
     def receive(place: list[Any]) -> None:
         assert place == [None]
         place[:] = sent
+
+    monkeypatch.setattr(second_look_stage, "number_of_processes", lambda: 2)
+    monkeypatch.setattr(second_look_stage, "broadcast_object_list", sent.extend)
+    with pytest.raises(Waiting) as waits:
+        stage(2)
+    monkeypatch.setattr(second_look_stage, "broadcast_object_list", receive)
+    with pytest.raises(Waiting, match="0 of 12 pairs labelled by experts") as other:
+        stage(2, is_main=False)
+    assert str(other.value) == str(waits.value)
+
+    answer(stage.run, 12)
+    sent.clear()
+    monkeypatch.setattr(second_look_stage, "broadcast_object_list", sent.extend)
+    assert stage(2)["voted_again"]
+    assert len(sent) == 1
+    assert len(sent[0]) == 80
 
     folder = stage.run / "round-2/second_look"
     made = {file: file.read_bytes() for file in folder.glob("*.jsonl")}

@@ -55,6 +55,8 @@ def test_margins_follow_what_is_known_of_the_label() -> None:
     setup = VoteSetup("x", rows, {}, 0.0, [0.0, 0.5, 0.9], print)
     assert [row["margin"] for row in setup.training_rows()] == pytest.approx([2.0, 0.0, -1.6])
     assert [row["flip_rate"] for row in setup.training_rows()] == [0.0, 0.5, 0.9]
+    doubted = VoteSetup("x", [{**rows[0], "confidence": 0.6}], {}, 0.0, [0.01], print).training_rows()[0]
+    assert (doubted["confidence"], doubted["flip_rate"]) == (1.0, 0.01), "0.6 would be learnt whatever experts say"
     plain = VoteSetup("x", rows, {}, 0.2, None, print).training_rows()
     assert [row["margin"] for row in plain] == [2.0] * 3
     assert "flip_rate" not in plain[0]
