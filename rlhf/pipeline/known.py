@@ -30,7 +30,7 @@ from rlhf.pipeline.looked import Looked
 from rlhf.reward.annotators import labels_of_rows, pair_numbers
 from rlhf.reward.denoise import flip_pair
 from rlhf.reward.model import RewardModel
-from rlhf.reward.noise import NoiseEstimate, estimate_noise
+from rlhf.reward.noise import NoiseEstimate, estimate_noise, foreseen_contradictions
 
 LEAST_RATE = 0.01  # no label is taken to be beyond doubt, or no expert could contradict it
 
@@ -134,16 +134,16 @@ def weigh_verdicts(
     clusters = [conversations[i] for i in decided.nonzero().flatten().tolist()]
     noise = _quiet_noise(strength[decided], clusters)
     rates = label_rates(pairs, strength, noise, torch.zeros_like(strength), looked.is_tie)
-    before = beliefs(strength.double(), noise, other_labels(pairs, noise, rates))
+    others = other_labels(pairs, noise, rates)
+    before = beliefs(strength.double(), noise, others)
 
     # 2. How many contradictions these foresee, and how many wrong labels the verdicts prove.
     verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error).double()
     answered = looked.is_first & (verdicts != 0)
-    sure = torch.sigmoid(verdicts.abs())  # what the verdicts on a pair say together is right
-    agrees = (before * sure + (1 - before) * (1 - sure))[answered]
+    sure = torch.sigmoid(verdicts.abs()) * answered  # what the verdicts on a pair say together is right
     foreseen = None
     if noise.scale > 0:
-        foreseen = (1 - agrees).sum().item(), (agrees * (1 - agrees)).sum().sqrt().item()
+        foreseen = foreseen_contradictions(strength[decided], clusters, others[decided], sure[decided])
     contradicted = int((answered & (verdicts < 0)).sum())
     proved = least_wrong(contradicted, int(answered.sum()), error_rate=expert_error) / len(clusters)
 

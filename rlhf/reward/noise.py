@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import beta
@@ -24,6 +24,7 @@ STEPS = torch.gradient(RATES)[0]  # what each of them stands for
 SCALES = 61
 CHI_SQUARE_95 = 3.841
 SHARES = 20  # steps of h
+AT_ONCE = 2**20  # numbers, 8 MB of them
 LEAST_WEIGHT = 1e-7  # what adds less to a mean over the grid is left out
 
 
@@ -135,24 +136,71 @@ def _exact_end(share: float, independent: int) -> float:
     return float(beta.ppf(0.975, count + 1, independent - count)) if count < independent else 1.0
 
 
-def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> tuple[float, float, float]:
-    """Return the ε from which on the profile likelihood is within 1.92 of the best, and ε and b nearest to the posterior's mean."""
-    values = differences.double()
+def foreseen_contradictions(
+    differences: Tensor, clusters: Sequence[Hashable], others: Tensor, sure: Tensor
+) -> tuple[float, float]:
+    """Return how many labels verdicts contradict, as labels and votes foresee it, and its standard deviation.
+
+    Both are over the posterior of ε and b, and over verdicts given these: of few labels ε is known to a factor of two only, and
+    pairs are looked at for the doubt that this very estimate leaves.
+
+    Args:
+        differences, clusters: [n] as of `estimate_noise`.
+        others: [n] log-odds of what else says that each label is right, nats.
+        sure: [n] P(the verdict on a pair is right), 1/2 or more; 0 where there is none.
+    """
+    values, judged = differences.double(), sure > 0
+    grid = _grid(values, clusters, torch.zeros_like(values))
+    strength, others, sure = values[judged], others.double()[judged], sure.double()[judged]
+    mean = square = within = torch.zeros((), dtype=torch.float64)
+    for weights, scale in zip(grid.posterior / grid.posterior.sum(), grid.scales, strict=True):
+        likely = weights.nonzero().flatten()
+        right = torch.sigmoid(scale * strength + others + torch.logit(1 - RATES[likely])[:, None])  # [likely, judged]
+        contradicts = right * (1 - sure) + (1 - right) * sure
+        count, weight = contradicts.sum(dim=1), weights[likely]
+        mean, square = mean + (weight * count).sum(), square + (weight * count**2).sum()
+        within = within + (weight * (contradicts * (1 - contradicts)).sum(dim=1)).sum()
+    return mean.item(), (within + square - mean**2).clamp(min=0).sqrt().item()
+
+
+class Grid(NamedTuple):
+    """What labels, votes and verdicts say of every pair of b and ε.
+
+    Attributes:
+        scales: [scales] b; the rates are `RATES`.
+        likelihood: [scales, rates] nats.
+        posterior: [scales, rates] to a sum of about 1; what adds little is 0.
+    """
+
+    scales: Tensor
+    likelihood: Tensor
+    posterior: Tensor
+
+
+def _grid(values: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> Grid:
+    """Return likelihood and posterior of ε and b, on a grid that fits the spread of the votes."""
     spread = values.abs().mean().clamp(min=1e-12)
     scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread
     effective = len(set(clusters)) / len(values)  # of each pair, where those of a conversation are not independent
     likelihood = torch.stack([_log_likelihood(scale * values, verdicts.double(), effective) for scale in scales])
-    profile = likelihood.max(dim=0).values
-    low = _first_reaching(RATES, profile, profile.max() - CHI_SQUARE_95 / 2)
     prior = scale_prior(scales, values)[:, None] + STEPS.log()
     posterior = torch.softmax((likelihood + prior).flatten(), 0).view_as(likelihood)
     posterior[posterior < LEAST_WEIGHT] = 0
+    return Grid(scales, likelihood, posterior)
+
+
+def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> tuple[float, float, float]:
+    """Return the ε from which on the profile likelihood is within 1.92 of the best, and ε and b nearest to the posterior's mean."""
+    values = differences.double()
+    scales, likelihood, posterior = _grid(values, clusters, verdicts)
+    profile = likelihood.max(dim=0).values
+    low = _first_reaching(RATES, profile, profile.max() - CHI_SQUARE_95 / 2)
     right = torch.zeros_like(values)
     for weights, scale in zip(posterior, scales, strict=True):
         agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
-        likely = weights.nonzero().flatten()
-        for weight, rate in zip(weights[likely], RATES[likely], strict=True):
-            right += weight / (1 + rate / (1 - rate) * (1 - agree) / agree)
+        for likely in weights.nonzero().flatten().split(_rates_at_once(len(values))):
+            odds = (RATES[likely] / (1 - RATES[likely]))[:, None] * ((1 - agree) / agree)
+            right += (weights[likely, None] / (1 + odds)).sum(dim=0)
     constant, scale = nearest_line(values, right / posterior.sum())
     nearest = max(1 / (1 + math.exp(constant)), low)
     return low, min(nearest, 0.5), max(scale, 0.0)
@@ -167,8 +215,8 @@ def _log_likelihood(strength: Tensor, verdicts: Tensor, effective: float) -> Ten
         effective: what each pair counts.
     """
     agree, has_verdict = torch.sigmoid(strength).clamp(1e-12, 1 - 1e-12), verdicts != 0
-    # One rate after the other: all of them at once would take a thousand numbers of memory for every pair.
-    total = effective * torch.stack([((1 - rate) * agree + rate * (1 - agree)).log().sum() for rate in RATES])
+    some = RATES.split(_rates_at_once(len(agree)))
+    total = effective * torch.cat([torch.lerp(agree, 1 - agree, rate[:, None]).log().sum(dim=1) for rate in some])
     if not has_verdict.any():
         return total
     rates, agree, confirmed = RATES[:, None], agree[has_verdict], torch.sigmoid(verdicts[has_verdict])
@@ -181,6 +229,11 @@ def _log_likelihood(strength: Tensor, verdicts: Tensor, effective: float) -> Ten
         for share in shares
     ]
     return total + torch.logsumexp(torch.stack(joint), dim=0)
+
+
+def _rates_at_once(pairs: int) -> int:
+    """Return how many rates are computed together, of so many pairs: all of few, and one of millions, for memory."""
+    return max(1, AT_ONCE // max(1, pairs))
 
 
 def _first_reaching(grid: Tensor, values: Tensor, least: Tensor) -> float:
