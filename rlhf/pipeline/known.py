@@ -66,8 +66,8 @@ def label_rates(
     labelled = labels_of_rows(pairs, strength, replace(noise, scale=0.0))
     if labelled.groups < 2:
         return torch.full((len(pairs),), believed_rate(noise), dtype=torch.float64)
-    labels, said = labelled.labels, noise.scale * strength.double() + verdicts.double()
-    prior = labels.prior.index_add(0, labels.pair, labelled.side * said) / torch.bincount(labels.pair)
+    labels, odds = labelled.labels, noise.scale * strength.double() + verdicts.double()
+    prior = labels.prior.index_add(0, labels.pair, labelled.side * odds) / torch.bincount(labels.pair)
     fitted = fit_accuracy(labels._replace(prior=prior, sign=labels.sign * ~is_tie), labelled.groups)
     return (1 - fitted).clamp(LEAST_RATE, 1 - LEAST_RATE)[labels.annotator]
 
@@ -83,8 +83,8 @@ def other_labels(pairs: Sequence[Pair], noise: NoiseEstimate, rates: Tensor) -> 
     numbers, sides = pair_numbers(pairs)
     pair, side = torch.tensor(numbers), torch.tensor(sides, dtype=torch.float64)
     rate = believed_rate(noise)
-    said = torch.zeros(len(pairs), dtype=torch.float64).index_add(0, pair, side * torch.logit(1 - rates))
-    return side * said[pair] - math.log((1 - rate) / rate)
+    odds = torch.zeros(len(pairs), dtype=torch.float64).index_add(0, pair, side * torch.logit(1 - rates))
+    return side * odds[pair] - math.log((1 - rate) / rate)
 
 
 @dataclass(frozen=True)

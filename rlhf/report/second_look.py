@@ -53,7 +53,7 @@ def second_look_sentences(facts: Facts) -> list[str]:
 
 
 def _before(worth: float | None) -> str:
-    """Lead over to what labels are worth with the verdicts, from what they were worth before where votes said so.
+    """Return what leads over to the labels' worth with the verdicts: their worth before, where votes said any.
 
     >>> _before(120.2), _before(None)
     ('were worth 120 sure ones before the verdicts and are', 'are, counted in sure ones,')
