@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +88,8 @@ def look_again(
     if looked.teaches and known.foreseen is not None:
         wrong = what_voters_learn(labelled, looked, known.noise, known.rates, expert_error=expert_error)
         answered, asked = looked.counts()["answered"], looked.asked
-        say_first = partial(
-            say, f"second look: {answered} of {asked} pairs have a verdict; the voters vote again with these."
-        )
-        again = _vote_again(out, result, labelled, wrong, seed=seed, say=say, say_first=say_first)
+        begin = f"second look: {answered} of {asked} pairs have a verdict; the voters vote again with these."
+        again = _vote_again(out, result, labelled, wrong, begin=begin, seed=seed, say=say)
         known = weigh_verdicts(labelled, strength, looked, expert_error=expert_error, again=again)
         for sentence in unused_vote(is_used=known.strength is again):
             say(f"second look: {sentence}")
@@ -139,14 +136,14 @@ def _vote_again(
     labelled: Sequence[Pair],
     wrong: list[float],
     *,
+    begin: str,
     seed: int,
     say: Callable[[str], None],
-    say_first: Callable[[], None],
 ) -> torch.Tensor:
     """Let the audit's voters vote again, or read what they said of the same labels and verdicts, [n] nats.
 
     Args:
-        say_first: called where they do vote.
+        begin: what is said where they do vote.
     """
     vote, file = result["vote"], out / SECOND_VOTE
     key = digest([result["key"], wrong])
@@ -154,7 +151,7 @@ def _vote_again(
         if (kept.metadata() or {}).get("key") == key:
             strength: torch.Tensor = kept.get_tensor("strength")
             return strength
-    say_first()
+    say(begin)
     shape = {name: vote[name] for name in ("members", "folds", "trunk")}
     work = out / WORK / key[:12]
     strength = vote_again(result["model"], labelled, vote["settings"], work, wrong=wrong, seed=seed, say=say, **shape)
