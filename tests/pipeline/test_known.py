@@ -15,7 +15,15 @@ from torch import Tensor
 from rlhf.data.rows import Pair, assistant_turn, user_turn
 from rlhf.objectives.second_look import least_wrong
 from rlhf.objectives.strength import VoteStrength, scale_prior
-from rlhf.pipeline.known import beliefs, believed_rate, gains, other_labels, weigh_verdicts, what_voters_learn
+from rlhf.pipeline.known import (
+    beliefs,
+    believed_rate,
+    gains,
+    label_rates,
+    other_labels,
+    weigh_verdicts,
+    what_voters_learn,
+)
 from rlhf.pipeline.looked import Looked
 from rlhf.report.second_look import alarm, unused_vote
 from rlhf.reward.annotators import posterior_by_annotator
@@ -200,6 +208,20 @@ def test_each_label_errs_as_its_annotator_does() -> None:
     torch.testing.assert_close(learnt[~asked], known.rates[~asked], atol=1e-6, rtol=0, check_dtype=False)
     odds = torch.logit(1 - known.rates[0]) + (-ODDS if wrong[0] else ODDS)
     assert learnt[0] == pytest.approx(torch.sigmoid(-odds).item(), abs=1e-6)
+
+
+def test_verdicts_tell_who_errs_and_ties_do_not() -> None:
+    """Votes say nothing: half of one annotator's labels are contradicted, none of the other's. Then those are called equal."""
+    rows: list[Any] = [pair(i) | {"annotator": "ann" if i < 60 else "bob"} for i in range(120)]
+    noise, none = NoiseEstimate(0.2, 0.2, 1.0, 0.1, 0.4), torch.zeros(120)
+    contradicted = torch.arange(120) < 30
+    verdicts = torch.where(contradicted, -ODDS, ODDS)
+    ann, bob = label_rates(rows, none, noise, verdicts, none.bool())[[0, -1]]
+    assert ann == pytest.approx(0.45, abs=0.08), "a half, drawn towards the quarter of all"
+    assert bob < 0.1
+    votes = torch.where(contradicted, -5.0, 0.0)
+    ann, bob = label_rates(rows, votes, noise, verdicts * ~contradicted, contradicted)[[0, -1]]
+    assert ann < 0.1
 
 
 def test_several_labels_of_a_pair_count_by_who_gave_them() -> None:
