@@ -150,6 +150,8 @@ def foreseen_contradictions(
         sure: [n] P(the verdict on a pair is right), 1/2 or more; 0 where there is none.
     """
     values, judged = differences.double(), sure > 0
+    if not judged.any():
+        return 0.0, 0.0
     grid = _grid(values, clusters, torch.zeros_like(values))
     strength, others, sure = values[judged], others.double()[judged], sure.double()[judged]
     mean = square = within = torch.zeros((), dtype=torch.float64)
