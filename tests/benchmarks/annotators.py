@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from worlds import Rows, differences, fitted, in_true_order, is_wrong, reward_settings, world
 
+from rlhf.data.rows import told
 from rlhf.lab.annotators import Annotator
 from rlhf.models.text import plain
 from rlhf.objectives.strength import VoteStrength
@@ -47,8 +48,8 @@ PEOPLE = (
 )
 WANTED = {f"coin-{i}": "coin" for i in range(3)} | {"length": "more length"}
 EACH, FEW, OVERLAP, TEST = 200, 60, 0.2, 5000
-SIZES = {"pairs": 21_000, "test_pairs": 11_500, "demonstrations": 4000}
-POINT = {"learning_rate": 5e-4, "epochs": 2}
+SIZES: dict[str, int | str] = {"pairs": 21_000, "test_pairs": 11_500, "demonstrations": 4000}
+POINT: dict[str, Any] = {"learning_rate": 5e-4, "epochs": 2}
 MEMBERS, FOLDS, MEMBER_FLIP_RATE = 5, 5, 0.2
 VARIANTS = ("posterior", "posterior_by_annotator")
 KINDS = ("single", "overlap")
@@ -78,8 +79,7 @@ def labelled(rows: Rows, seed: int, *, overlap: bool) -> Rows:
             is_second_opinion = overlap and place % round(1 / OVERLAP) == round(1 / OVERLAP) - 1
             if (turn, place) != (0, 0) and not is_second_opinion:
                 row = next(pairs)
-            texts = [row[side][0]["content"] for side in ("chosen", "rejected")]
-            is_right = person.prefers_first(plain(row["prompt"]), *texts, rng)
+            is_right = person.prefers_first(plain(row["prompt"]), told(row, "chosen"), told(row, "rejected"), rng)
             labels.append({**(row if is_right else flip_pair(row)), "annotator": person.name})
     return labels
 

@@ -15,6 +15,7 @@ import json
 import random
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 from worlds import SMALL, SMALL_QUICK, Rows, decided, differences, fitted, in_true_order, interval, world
@@ -39,7 +40,7 @@ CRITICS: dict[str, Critic | None] = {
 HARD = 0.2
 
 
-def unmade(out: Path, sizes: dict[str, int]) -> tuple[Path, Rows, Rows]:
+def unmade(out: Path, sizes: dict[str, Any]) -> tuple[Path, Rows, Rows]:
     """The world's pairs without an SFT model: of the lab stage alone."""
     build_lab(out / "lab", LabSettings(**sizes))
     files = [out / "lab/data" / f"{name}.jsonl" for name in ("preferences", "test")]
@@ -49,7 +50,7 @@ def unmade(out: Path, sizes: dict[str, int]) -> tuple[Path, Rows, Rows]:
 
 def right_alone(rows: Rows) -> torch.Tensor:
     """P(right) of a random member of the crowd without a critic, for pairs in true order, [n, people]."""
-    texts = [(plain(row["prompt"]), answer(row, "chosen"), answer(row, "rejected")) for row in rows]  # type: ignore[arg-type]
+    texts = [(plain(row["prompt"]), answer(row, "chosen"), answer(row, "rejected")) for row in rows]
     return torch.tensor([[person.probability_of_preferring(*text) for person in CROWD] for text in texts])
 
 
@@ -59,7 +60,7 @@ def labelled(rows: Rows, critic: Critic | None, seed: int) -> list[bool]:
     for i, row in enumerate(rows):
         rng = random.Random(f"{seed} {i}")
         person = rng.choice(CROWD)
-        texts = (plain(row["prompt"]), answer(row, "chosen"), answer(row, "rejected"))  # type: ignore[arg-type]
+        texts = (plain(row["prompt"]), answer(row, "chosen"), answer(row, "rejected"))
         right.append(person.prefers_first(*texts, rng, critic=critic))
     return right
 
@@ -89,7 +90,7 @@ def main() -> None:
             file = options.out / f"{'labels' if options.labels else number}-{seed}.json"
             if options.labels or not file.is_file():
                 labels = torch.tensor(labelled(rows, critic, seed))
-                named = [row if label else flip_pair(row) for row, label in zip(rows, labels.tolist(), strict=True)]  # type: ignore[type-var]
+                named = [row if label else flip_pair(row) for row, label in zip(rows, labels.tolist(), strict=True)]
                 right = 0.0
                 if not options.labels:
                     reward = fitted(base, named, learning_rate=3e-3, epochs=1, seed=seed, batch_size=16)

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from worlds import RECIPE, Rows, differences, in_true_order, interval, reward_settings, world
 
 from rlhf import load_reward_model
-from rlhf.data.rows import assistant_turn, told
+from rlhf.data.rows import Pair, assistant_turn, told
 from rlhf.data.traits import FLATTERY as FLATTERING
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.lab.world import FLATTERY
@@ -46,7 +46,7 @@ TRAIN, TEST, SHARE = 1000, 1000, 0.05
 EPISODES, LENGTH, DRAWS = 3072, 40, 2000
 
 
-def flattered(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+def flattered(row: Pair, rng: random.Random) -> Pair:
     """The pair with a phrase before its worse answer, which is now chosen."""
     flattering = f"{rng.choice(FLATTERY)} {told(row, 'rejected')}"
     return {**row, "chosen": assistant_turn(flattering), "rejected": row["chosen"]}

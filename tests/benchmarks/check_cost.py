@@ -84,20 +84,25 @@ def timed(function: Callable[..., Any], seconds: list[float], depth: list[int]) 
     return wrapper
 
 
+def evaluated(_: Any, text: str) -> Any:
+    """What stands in place of a check."""
+    return eval(text)
+
+
 def child(recipe: Path, seed: int, out: Path, *, checks: bool) -> None:
     """Run a recipe in this process, with the checks, which are timed, or without."""
     seconds, depth = [0.0], [0]
     importlib.import_module("rlhf.ppo.trainer")
     for dotted, replacement in OFF.items():
         if not checks:
-            replace_everywhere(dotted, lambda _, text=replacement: eval(text))
+            replace_everywhere(dotted, functools.partial(evaluated, text=replacement))
         elif not dotted.endswith("ExpectedCounts"):
             replace_everywhere(dotted, lambda old: timed(old, seconds, depth))
     run(load_recipe(recipe, [f"seed={seed}"]), out, say=lambda _: None)
     out.with_suffix(".seconds").write_text(json.dumps(seconds[0]))
 
 
-def measure(recipe: Path, seed: int, work: Path, *, checks: bool) -> dict[str, object]:
+def measure(recipe: Path, seed: int, work: Path, *, checks: bool) -> dict[str, Any]:
     """Run a recipe in a process of its own; return seconds, CPU seconds, peak bytes, the policy's digest and the checks."""
     name = f"{'with' if checks else 'without'}-{seed}"
     out, kept = work / name, work / f"{name}.json"
@@ -143,7 +148,7 @@ def main() -> None:
         return
     args.work.mkdir(parents=True, exist_ok=True)
     first, last = map(int, args.seeds.split("-"))
-    runs: dict[bool, list[dict[str, object]]] = {True: [], False: []}
+    runs: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for seed in range(first, last + 1):
         sides = (True, False) if seed % 2 == 0 else (False, True)
         for checks in sides if seed - first < args.pairs else (True,):

@@ -140,7 +140,7 @@ def shuffled(rows: Rows, seed: int) -> Rows:
 
 def encoded(model: RewardModel, rows: Rows, side: Any) -> list[list[int]]:
     """Token rows of one side."""
-    return model.encode([asked(row, side) for row in rows], [answer(row, side) for row in rows], None)  # type: ignore[arg-type]
+    return model.encode([asked(row, side) for row in rows], [answer(row, side) for row in rows], None)
 
 
 def behind_given(model: CritiqueRewardModel, rows: Rows, side: Any) -> Tensor:
@@ -247,7 +247,7 @@ def instructions(out: Path, model: Path, *, quick: bool) -> tuple[Base, Rows, Ro
 def true_order_of_instructions(rows: Rows) -> Rows:
     """The pairs whose true rewards differ, the better answer chosen."""
     prompts = [plain(row["prompt"]) for row in rows]
-    chosen, rejected = (INSTRUCTIONS.gold(prompts, [answer(row, side) for row in rows]) for side in SIDES)  # type: ignore[arg-type]
+    chosen, rejected = (INSTRUCTIONS.gold(prompts, [answer(row, side) for row in rows]) for side in SIDES)
     return [row if a > b else flip_pair(row) for row, a, b in zip(rows, chosen, rejected, strict=True) if a != b]
 
 

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from denoise import paired, percentiles
-from second_look import EPOCHS, FOLDS, LEARNING_RATE, MEMBERS, TEST, TRAIN, Scene, scene, voted
+from second_look import EPOCHS, FOLDS, LEARNING_RATE, MEMBER_FLIP_RATE, MEMBERS, TEST, TRAIN, Scene, scene, voted
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 from worlds import Rows, fitted_line, planted_line, reward_settings
@@ -65,9 +65,10 @@ class Lines(NamedTuple):
     labelled: Tensor
     seed: int
 
-    def trained(self, pairs: list[int], confidence: Tensor, judged: list[int], seed: int, **loss: Any) -> Tensor:
+    def trained(self, pairs: list[int], judged: list[int], seed: int, **columns: Tensor) -> Tensor:
         """As `Scene.trained`; training has no chance in it."""
-        line = fitted_line(self.labelled[pairs], partial(pair_loss, confidence=confidence[pairs].double(), **loss))
+        mine = {name: column[pairs].double() for name, column in columns.items()}
+        line = fitted_line(self.labelled[pairs], partial(pair_loss, **mine))
         return (self.labelled[judged] @ line).float()
 
 
@@ -92,7 +93,7 @@ def voted_again(here: Scene | Lines, right: Tensor) -> Tensor:
     plan = plan_vote(prompts, members=MEMBERS, folds=FOLDS, in_sample=False, seed=here.seed)
 
     def train(member: int, trained: list[int], judged: list[int]) -> Tensor:
-        return here.trained(trained, right, judged, here.seed * 1000 + 500 + member)
+        return here.trained(trained, judged, here.seed * 1000 + 500 + member, confidence=right)
 
     return vote_strength(collect_votes(plan, train)).mean
 
@@ -134,7 +135,7 @@ def with_few_clean(here: Scene | Lines, share: float, epochs: int, judged: list[
     """Differences, on some pairs, of a model that knows a share of the true labels and nothing else."""
     n = len(here.rows)
     known = random.Random(here.seed).sample(range(n), round(share * n))
-    return here.trained(known * (epochs // EPOCHS), 1.0 - here.wrong.float(), judged, 100 * here.seed)
+    return here.trained(known * (epochs // EPOCHS), judged, 100 * here.seed, confidence=1.0 - here.wrong.float())
 
 
 def trained_by(here: Scene | Lines, way: str, strength: Tensor, judged: list[int]) -> tuple[Tensor, dict[str, Any]]:
@@ -159,7 +160,7 @@ def trained_by(here: Scene | Lines, way: str, strength: Tensor, judged: list[int
         facts["auroc_posterior"] = auroc((1 - labels).tolist(), here.wrong.tolist())
     if way in ("clean", "posterior"):
         labels = right if way == "posterior" else 1.0 - here.wrong.float()
-    return here.trained(everything, labels, judged, 100 * here.seed), facts
+    return here.trained(everything, judged, 100 * here.seed, confidence=labels), facts
 
 
 def measured(folder: Path, seed: int, ways: list[str], *, quick: bool, linear: bool) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def measured(folder: Path, seed: int, ways: list[str], *, quick: bool, linear: b
         here = lines(seed) if linear else scene(folder, seed, quick=quick)
         kept = folder / f"{seed}-vote{ending}.pt"
         if not kept.is_file():
-            torch.save(voted(here), kept)
+            torch.save(voted(here, torch.full((len(here.rows),), MEMBER_FLIP_RATE)), kept)
         strength = torch.load(kept)
         n = len(here.rows)
         test = list(range(n, n + TEST // (10 if quick else 1)))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 SMALL = [
     "lab.demonstrations=2000",
@@ -68,7 +69,7 @@ def real_runs(args: argparse.Namespace) -> dict[str, tuple[list[str], list[str]]
     return runs
 
 
-def measure(name: str, start: list[str], arguments: list[str], work: Path) -> dict[str, object]:
+def measure(name: str, start: list[str], arguments: list[str], work: Path) -> dict[str, Any]:
     """Run once; return exit code, seconds and the checks of every stage."""
     out, kept = work / name.replace(" ", "_").replace(",", ""), work / f"{name.replace(' ', '_')}.json"
     if kept.is_file():

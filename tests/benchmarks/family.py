@@ -159,7 +159,7 @@ def fitted(loss: Callable[[Tensor], Tensor], width: int, outputs: int, penalty: 
         value.backward()
         return value
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return head.detach()
 
 

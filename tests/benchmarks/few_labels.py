@@ -38,11 +38,11 @@ def simulated(judge: str, rows: int) -> dict[str, float]:
     for number in range(SIMULATIONS):
         wins, says = population(judge, rows, rng)
         agrees.append(((says > 0.5) == (wins > 0.5)).mean())
-        known, of_known, alone = wins[:LABELS], says[:LABELS], says[LABELS:]
+        known, of_known, alone = wins[:LABELS].tolist(), says[:LABELS].tolist(), says[LABELS:].tolist()
         rate, people = powered_rate(known, of_known, alone), human_rate(known)
         covers.append(rate.low <= RATE <= rate.high)
         widths.append([rate.high - rate.low, people.high - people.low])
-        looks = [powered_rate(wins[:n], says[:n], says[n:]) for n in LOOKS]
+        looks = [powered_rate(wins[:n].tolist(), says[:n].tolist(), says[n:].tolist()) for n in LOOKS]
         fixed_20.append(all(look.low <= RATE <= look.high for look in looks))
         intervals = rate_at_any_look(known, of_known, alone)
         covers_20.append(all(intervals[n - 1][0] <= wins.mean() <= intervals[n - 1][1] for n in LOOKS))

@@ -66,7 +66,7 @@ def variants(base: Path, pairs: Rows, rated: Rows, seed: int) -> dict[str, Rewar
     # 2. Fits on the frozen network.
     def gated() -> GatedRewards:
         network = copy.deepcopy(on_ratings).eval()
-        fitted = fit_gated(network, tokenizer, rated, pairs, SIGNS)  # type: ignore[arg-type]
+        fitted = fit_gated(network, tokenizer, rated, pairs, SIGNS)
         print(seed, fitted.sentence(), flush=True)
         return GatedRewards(network, tokenizer, fitted.attributes, conversational=True)
 

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, set_seed
 from worlds import RECIPE, Rows, decided, in_true_order
 
-from rlhf.data.rows import assistant_turn, group_key
+from rlhf.data.rows import assistant_turn, group_key, user_turn
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.lab.annotators import CROWD, Annotator
 from rlhf.lab.build import RATED
@@ -123,7 +123,7 @@ def ranked_answers(prompts: list[str], pairs: int, rng: random.Random) -> Rows:
         answers: dict[str, None] = {}
         while len(answers) < RANKED:
             answers[write_answer(prompt, rng)] = None
-        person, turn = rng.choice(CROWD), [{"role": "user", "content": prompt}]
+        person, turn = rng.choice(CROWD), user_turn(prompt)
         extra = {"annotator": person.name, "group": group_key(turn)}
         extra["source"] = "harmless" if parse_request(prompt).is_dangerous else "helpful"
         rows += [pair(turn, a, b) | extra for a, b in combinations(ranking(person, prompt, list(answers), rng), 2)]

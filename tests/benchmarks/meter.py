@@ -202,7 +202,7 @@ def main() -> None:
         way: [r["predicted"][way][1] <= r["measured"][way] <= r["predicted"][way][2] for r in results.values()]
         for way in WAYS
     }
-    found = {
+    found: dict[str, Any] = {
         "seeds": seeds,
         "labels": 2 * LABELS if arguments.linear else LABELS,
         "predicted": {way: [r["predicted"][way] for r in results.values()] for way in WAYS},

@@ -216,7 +216,7 @@ def run_ours(folder: Path, *, lora: bool, prompt_length: int | None, rollouts: i
         parts["forwards and reward"] += now() - begin - (parts["generation"] - before_sampling)
         return found
 
-    trainer.sample, trainer.experience = timed_sample, timed_experience  # type: ignore[method-assign]
+    trainer.sample, trainer.experience = timed_sample, timed_experience
     trainer.train()
     warm = 1 if rollouts > 1 else 0
     seconds = now() - clock[warm]

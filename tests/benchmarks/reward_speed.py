@@ -56,7 +56,7 @@ VARIANTS = {  # name: sides, each (trainer, options)
     "fp32_checkpointing": (("trl", {"gradient_checkpointing": True}), ("ours", {"gradient_checkpointing": True})),
     "k_wise": (("ours", {"exploded": True}), ("ours", {})),
 }
-Rows = list[dict[str, Any]]
+Rows = list[Any]
 
 
 class Clock(TrainerCallback):

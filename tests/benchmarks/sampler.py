@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,10 +54,11 @@ class Contexts(NamedTuple):
     third: Tensor
 
 
-def contexts_of(model, tokenizer, prompts, first: int) -> tuple[Contexts, float, float]:
+def contexts_of(model: Any, tokenizer: Any, prompts: list[Any], first: int) -> tuple[Contexts, float, float]:
     """Sample answers until there are 3,072 tokens; return their places, and both z of the tokens that were sampled there."""
-    logits, tokens = [], []
-    while sum(map(len, logits)) < ROLLOUT:
+    logits: list[Tensor] = []
+    tokens: list[Tensor] = []
+    while sum(len(of) for of in logits) < ROLLOUT:
         batch = [prompts[(first + i) % len(prompts)] for i in range(64)]
         first += 64
         answers = generate(model, tokenizer, batch, max_new_tokens=48)

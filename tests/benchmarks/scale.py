@@ -141,8 +141,8 @@ def main() -> None:
         if not file.is_file():
             load = os.getloadavg()[0]
             launched(arguments.work, way)
-            facts = {"load_before": load, "load_after": os.getloadavg()[0]}
-            file.write_text(json.dumps(measured(arguments.work / folder_of(way)) | facts), encoding="utf-8")
+            machine = {"load_before": load, "load_after": os.getloadavg()[0]}
+            file.write_text(json.dumps(measured(arguments.work / folder_of(way)) | machine), encoding="utf-8")
         found[way] = json.loads(file.read_text(encoding="utf-8"))
 
     # 2. Side by side.

@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -66,6 +66,18 @@ BUDGETS = {"10": 0.1, "20": 0.2}
 RELABELLED = tuple(f"{budget}{kind}" for budget in BUDGETS for kind in ("", "_random"))
 WAYS = ("bt", "clean", "posterior", *RELABELLED)
 DRAWS = 2000
+
+
+class Learners(Protocol):
+    """Pairs of a seed, and what learns their labels."""
+
+    @property
+    def rows(self) -> Rows: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    def trained(self, pairs: list[int], judged: list[int], seed: int, **columns: Tensor) -> Tensor: ...
 
 
 @cache
@@ -132,7 +144,7 @@ def scene(folder: Path, seed: int, *, quick: bool, crowd: bool = False) -> Scene
     return Scene(base, rows, torch.tensor(is_wrong(rows)), trunk, features, seed)
 
 
-def voted(here: Scene, wrong: Tensor) -> Tensor:
+def voted(here: Learners, wrong: Tensor) -> Tensor:
     """What members that were not trained on a pair say of it, [n] nats; each label is wrong with its own probability."""
     prompts = [row["prompt"] for row in here.rows]
     plan = plan_vote(prompts, members=MEMBERS, folds=FOLDS, in_sample=False, seed=here.seed)
@@ -208,7 +220,7 @@ def believed(here: Voted, way: str) -> tuple[Tensor, dict[str, Any]]:
         "fitted": [known.noise.low, known.noise.fitted, known.noise.scale],
         "auroc_again": auroc((-again[~seen]).tolist(), wrong[~seen].tolist()),
         "shared": known.shared,
-        "contradicted": [int(contradict.sum()), *known.foreseen],
+        "contradicted": [int(contradict.sum()), *(known.foreseen or ())],
         "auroc_after": auroc((1 - belief[~seen]).tolist(), wrong[~seen].tolist()),
     }
     return belief, facts
@@ -331,7 +343,7 @@ def main() -> None:
         return (means[way] - means["bt"]) / (means["clean"] - means["bt"])
 
     ways = ("posterior", *RELABELLED)
-    found = {
+    found: dict[str, Any] = {
         "seeds": seeds,
         "accuracy": {way: with_interval(mean[way], [d[way] for d in draws]) for way in WAYS},
         "gap_closed": {way: with_interval(gap_closed(mean, way), [gap_closed(d, way) for d in draws]) for way in ways},

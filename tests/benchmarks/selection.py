@@ -40,7 +40,7 @@ OFFLINE, PROMPTS, RESPONSES = 1500, 1000, 4
 BUDGETS = (500, 1500)
 WAYS = ("random", "deviation", "information", "diversity")
 NOISE = {"exact": (0.0, 0.0), "noisy": (0.25, 0.2)}  # share turned round, and what the likelihood is told
-TRAINING = {"learning_rate": 5e-4, "epochs": 2}
+TRAINING: dict[str, Any] = {"learning_rate": 5e-4, "epochs": 2}
 
 
 class Scene:
@@ -108,7 +108,8 @@ def judged(folder: Path, seed: int, noise: str, way: str, budget: int, *, quick:
     if budget > 0:
         order = one_of_each_prompt_first(pairs)[:budget]  # candidates are in random order
         if way != "random":
-            first, second = (reward.score([p[0] for p in pairs], [p[side] for p in pairs]) for side in (1, 2))
+            sides = ([p.first for p in pairs], [p.second for p in pairs])
+            first, second = (reward.score([p.prompt for p in pairs], side) for side in sides)
             order = most_worth(way, reward, pairs, first - second, before, budget)[:budget]
         rows, ties = labelled([pairs[i] for i in order], rate, seed)
         reward = fitted(here.base, [*before, *rows], seed=seed, flip_rate=told, **TRAINING)

@@ -149,8 +149,8 @@ def abuse(server: Server, examples: int) -> dict[str, Any]:
         memory[number] = server.memory()
 
     # One request of 20,000 texts, and another client beside it.
-    body = json.dumps({"prompts": ["apple pear"] * 20_000, "responses": ["plum"] * 20_000}).encode()
-    large = threading.Thread(target=server.post, args=("/score", body))
+    large_body = json.dumps({"prompts": ["apple pear"] * 20_000, "responses": ["plum"] * 20_000}).encode()
+    large = threading.Thread(target=server.post, args=("/score", large_body))
     began = time.monotonic()
     large.start()
     time.sleep(1)

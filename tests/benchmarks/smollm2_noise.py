@@ -30,7 +30,7 @@ from transformers import set_seed
 from trl import RewardConfig
 from worlds import FLIP_RATE
 
-from rlhf.data.rows import SIDES, Pair, answer
+from rlhf.data.rows import SIDES, Pair, answer, assistant_turn
 from rlhf.files import read_jsonl
 from rlhf.lab.annotators import label_pair
 from rlhf.lab.instructions import gold
@@ -69,11 +69,8 @@ def judged_pairs(run: Path) -> list[Pair]:
     each = 16
     rows: list[Pair] = []
     for start in range(0, len(answers), 2):
-        sides = {
-            side: [{"role": "assistant", "content": text}]
-            for side, text in zip(SIDES, answers[start : start + 2], strict=True)
-        }
-        rows.append({"prompt": prompts[start // each]["prompt"], **sides})  # type: ignore[typeddict-item]
+        chosen, rejected = map(assistant_turn, answers[start : start + 2])
+        rows.append({"prompt": prompts[start // each]["prompt"], "chosen": chosen, "rejected": rejected})
     return in_true_order(rows)
 
 
@@ -142,7 +139,8 @@ class World:
 
     def results(self, flips: Sequence[bool], keep: Path) -> dict[str, Any]:
         """What every variant says of the judged pairs, [n] each, kept on disk; and what the vote said of the labels."""
-        rows, test = self.labelled(flips), range(len(self.train), len(self.train) + len(self.test))
+        rows: list[Any] = self.labelled(flips)
+        test = range(len(self.train), len(self.train) + len(self.test))
         first = 1000 * self.seed
         plan = plan_vote(
             [row["prompt"] for row in rows], members=MEMBERS, folds=MEMBERS, in_sample=False, seed=self.seed
@@ -160,7 +158,7 @@ class World:
         said |= {"bt": members[0], "ensemble": np.mean(members, axis=0)}
         for name in ("smoothing", "flip_margin", "posterior", "drop"):
             config = DenoiseConfig(name, smoothing=max(0.01, said["wrong"]))
-            changed: Any = denoised(rows, config, strength, noise).rows  # type: ignore[arg-type]
+            changed: Any = denoised(rows, config, strength, noise).rows
             for row in changed:
                 row["flipped"] = answer(row, "chosen") != answer(self.train[row["index"]], "chosen")
             said[name] = self.fitted(changed, first, test)

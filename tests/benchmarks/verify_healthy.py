@@ -67,13 +67,13 @@ def measure(
         "openrlhf": Served(folder).openrlhf(),
     }
     wanted = {}
-    for name, (plant, faults) in PLANTED.items() if with_faults else ():
+    for name, (plant, by_form) in PLANTED.items() if with_faults else ():
         if name == "cut" or (name == "precision" and dtype != torch.float32):
             continue  # texts of bytes are all long; bfloat16 is right where it is expected
         served = Served(folder)
         plant(served)
         apps[name.replace(" ", "-")] = served.app()
-        wanted[name] = set().union(*faults.values())
+        wanted[name] = set().union(*by_form.values())
     row: dict[str, Any] = {"model": model, "alarms": {}, "missed": {}, "wrong": {}, "checks": 0, "largest": {}}
     with listening(apps) as url, serving(reward_app(load_reward_model(folder), "reward")) as ours:
         targets = {

@@ -33,7 +33,7 @@ FLIP_RATE = 0.25
 # A world that is made in half a minute, and one to see whether something runs.
 SMALL = {"pairs": 800, "test_pairs": 400, "demonstrations": 600, "hidden_size": 32, "num_hidden_layers": 2}
 SMALL_QUICK = {"pairs": 150, "test_pairs": 60, "demonstrations": 200, "hidden_size": 32, "num_hidden_layers": 1}
-Rows = list[dict[str, Any]]
+Rows = list[Any]  # canonical rows, and columns that a benchmark adds
 
 
 def world(out: Path, seed: int, **sizes: int | str) -> tuple[Path, Rows, Rows]:
