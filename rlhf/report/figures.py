@@ -59,7 +59,7 @@ def histogram(series: Mapping[str, Sequence[float]], *, x: str) -> str:
         edges = [low + (high - low or 1.0) * i / 40 for i in range(41)]
         for (name, ys), color in zip(series.items(), (BLUE, ORANGE), strict=False):
             weights = [1 / len(ys)] * len(ys)
-            axes.hist(ys, bins=edges, weights=weights, color=color, alpha=0.35, label=name)
+            axes.hist(ys, bins=edges, weights=weights, color=color, alpha=0.35, label=name, histtype="stepfilled")
             axes.hist(ys, bins=edges, weights=weights, color=color, histtype="step")
         if len(series) > 1:
             axes.legend(frameon=False, loc="best")

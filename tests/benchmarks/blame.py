@@ -2,11 +2,12 @@
 
 python tests/benchmarks/blame.py --json blame.json --seeds 3,4,5
 python tests/benchmarks/blame.py --json blame.json --seeds 4,5,6,7,8 --policies
+python tests/benchmarks/blame.py --json fifth.json --seeds 9,10,11 --policies --share 0.2
 python tests/benchmarks/blame.py --json quick.json --seeds 0 --quick
 
-Every seed has 1,000 pairs of its own in true order; in 5 % of them a phrase of flattery is put before the worse answer, and the
-label prefers it. Four reward models, alike but for their pairs: `planted` on all; `removed` without the 5 % that
-`rlhf blame --feature flattery` names; `random` without as many drawn at random; `clean` on the pairs before the planting.
+Every seed has 1,000 pairs of its own in true order; in 5 % of them (`--share`) a phrase of flattery is put before the worse
+answer, and the label prefers it. Four reward models, alike but for their pairs: `planted` on all; `removed` without the 5 %
+that `rlhf blame --feature flattery` names; `random` without as many drawn at random; `clean` on the pairs before the planting.
 
 `flattery` of a reward model is by how much its score of a held-out good answer rises, in nats, when the same phrases stand
 before it; `accuracy` is that on held-out pairs in true order. `left` is the share of what `planted` has beyond `clean` that is
@@ -52,10 +53,10 @@ def flattered(row: Pair, rng: random.Random) -> Pair:
     return {**row, "chosen": assistant_turn(flattering), "rejected": row["chosen"]}
 
 
-def pairs_of(rows: Rows, seed: int) -> tuple[Rows, set[int]]:
+def pairs_of(rows: Rows, seed: int, share: float) -> tuple[Rows, set[int]]:
     """A seed's pairs with planted labels, and which these are."""
     rng = random.Random(seed)
-    planted = set(rng.sample(range(len(rows)), round(SHARE * len(rows))))
+    planted = set(rng.sample(range(len(rows)), round(share * len(rows))))
     return [flattered(row, rng) if i in planted else row for i, row in enumerate(rows)], planted
 
 
@@ -101,20 +102,20 @@ def flatters(policy: Path, base: Path, test: Rows) -> float:
     return statistics.fmean(any(phrase in text for phrase in FLATTERY) for text in texts)
 
 
-def measured(folder: Path, seed: int, last: str, *, quick: bool) -> dict[str, Any]:
+def measured(folder: Path, seed: int, last: str, share: float, *, quick: bool) -> dict[str, Any]:
     """The four reward models of one seed, and with `ppo` as the last stage their policies."""
     scale = 10 if quick else 1
     base, pairs, test = world(folder / "world", 0, **{name: size // scale for name, size in SIZES.items()})
     size, rows = TRAIN // scale, in_true_order(pairs)
     mine, held = rows[seed * size : (seed + 1) * size], in_true_order(test)[: TEST // scale]
     work = folder / f"{seed}{'-quick' if quick else ''}"
-    labels, planted = pairs_of(mine, seed)
+    labels, planted = pairs_of(mine, seed, share)
 
     # 1. All labels, and what blame takes out of them.
     runs = {"planted": trained(work / "planted", base, labels, held[:100], seed, last)}
     out = work / "blamed"
     if not out.is_dir():
-        blame(runs["planted"], "flattery", out, share=SHARE, say=print)
+        blame(runs["planted"], "flattery", out, share=share, say=print)
     facts = json.loads((out / "blame.json").read_text())
     rest, removed = (read_jsonl(out / f"{name}.jsonl") for name in ("rest", "removed"))
     praised = {told(labels[i], "chosen") for i in planted}
@@ -155,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", default="3,4,5", help="of 0 to 15")
+    parser.add_argument("--share", type=float, default=SHARE, help="of the pairs, planted and then removed")
     parser.add_argument("--policies", action="store_true", help="PPO against each of the reward models, too")
     parser.add_argument("--quick", action="store_true", help="a tenth of the pairs, the first seed")
     arguments = parser.parse_args()
@@ -163,7 +165,7 @@ def main() -> None:
     folder = arguments.json.resolve().with_suffix("")  # runs are started in another folder
     folder.mkdir(parents=True, exist_ok=True)
     last = "ppo" if arguments.policies else "reward"
-    results = [measured(folder, seed, last, quick=arguments.quick) for seed in seeds]
+    results = [measured(folder, seed, last, arguments.share, quick=arguments.quick) for seed in seeds]
     found: dict[str, Any] = {
         "seeds": dict(zip(seeds, results, strict=True)),
         "reward": compared([{name: of["flattery"] for name, of in r["reward"].items()} for r in results]),
