@@ -2,9 +2,11 @@
 
 import random
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from uuid import uuid4
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -13,7 +15,7 @@ from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, Verdict, read_questions
 from rlhf.data.rows import TIE, Pair
 from rlhf.errors import UserError, Waiting
-from rlhf.files import digest, read_jsonl, write_jsonl
+from rlhf.files import digest, read_jsonl, write_jsonl, write_text
 from rlhf.lab.annotators import simulate_expert
 from rlhf.lab.worlds import WORLDS
 from rlhf.models.text import plain
@@ -31,7 +33,7 @@ from rlhf.pipeline.known import (
 from rlhf.pipeline.launch import number_of_processes
 from rlhf.pipeline.looked import EXPERT_ERROR, Looked, blind_questions, check_verdicts, count_opinions
 from rlhf.pipeline.sampling import QUESTIONS
-from rlhf.pipeline.store import CHECKPOINTS
+from rlhf.pipeline.store import CHECKPOINTS, POLL_SECONDS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.pipeline.vote import vote, vote_again
 from rlhf.report.second_look import alarm, gain_sentence, joined_sentence, unused_confidence, unused_vote
@@ -131,12 +133,19 @@ def _asked_by_one(
     """
     asked: Asked | None = None
     answer: list[list[float] | Waiting | UserError | None] = [None]
+    launch = [uuid4().hex]
+    if number_of_processes() > 1:
+        broadcast_object_list(launch)
+    is_asked = context.folder / CHECKPOINTS / f"asked-{launch[0]}"
     if context.is_main:
         try:
             asked = _choose_and_ask(context, labelled, strength)
             answer = [_what_to_learn(asked, labelled)]
         except (Waiting, UserError) as end:
             answer = [end]
+        write_text(is_asked, "")
+    while not is_asked.is_file():  # a broadcast would wait for some minutes only
+        time.sleep(POLL_SECONDS)
     if number_of_processes() > 1:
         broadcast_object_list(answer)
     if isinstance(answer[0], Waiting | UserError):

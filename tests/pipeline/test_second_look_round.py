@@ -166,14 +166,18 @@ def check_bayes(run: Path, number: int, facts: dict[str, Any], looks: set[str]) 
 
 def test_all_processes_vote_again_with_what_one_of_them_asked(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others ask nobody and write nothing, but a vote that trains over processes needs them; and they wait as one does."""
-    sent: list[Any] = []
+    sent: list[list[Any]] = []
+    received: list[list[Any]] = []
+
+    def send(place: list[Any]) -> None:
+        sent.append(list(place))
 
     def receive(place: list[Any]) -> None:
-        assert place == [None]
-        place[:] = sent
+        received.append(list(place))
+        place[:] = sent[len(received) - 1]
 
     monkeypatch.setattr(second_look_stage, "number_of_processes", lambda: 2)
-    monkeypatch.setattr(second_look_stage, "broadcast_object_list", sent.extend)
+    monkeypatch.setattr(second_look_stage, "broadcast_object_list", send)
     with pytest.raises(Waiting) as waits:
         stage(2)
     monkeypatch.setattr(second_look_stage, "broadcast_object_list", receive)
@@ -181,12 +185,20 @@ def test_all_processes_vote_again_with_what_one_of_them_asked(stage: Any, monkey
         stage(2, is_main=False)
     assert str(other.value) == str(waits.value)
 
+    # They wait by a file of this launch, not in a broadcast, which gives up after some minutes.
     answer(stage.run, 12)
     sent.clear()
-    monkeypatch.setattr(second_look_stage, "broadcast_object_list", sent.extend)
+    received.clear()
+    monkeypatch.setattr(second_look_stage, "broadcast_object_list", send)
     assert stage(2)["voted_again"]
-    assert len(sent) == 1
-    assert len(sent[0]) == 80
+    (launch,), (learnt,) = sent
+    assert len(learnt) == 80
+    asked = stage.run / f"round-2/second_look/{CHECKPOINTS}/asked-{launch}"
+    asked.unlink()
+
+    def sleep(_: float) -> None:
+        assert len(received) == 1, "waits before the second broadcast"
+        asked.touch()
 
     folder = stage.run / "round-2/second_look"
     made = {file: file.read_bytes() for file in folder.glob("*.jsonl")}
@@ -195,12 +207,17 @@ def test_all_processes_vote_again_with_what_one_of_them_asked(stage: Any, monkey
     for file in [*made, *votes]:
         file.unlink()
     monkeypatch.setattr(second_look_stage, "broadcast_object_list", receive)
-    assert stage(2, is_main=False) == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(second_look_stage.time, "sleep", sleep)
+        assert stage(2, is_main=False) == {}
+    assert received[1] == [None]
+    assert asked.is_file()
     assert {file: file.read_bytes() for file in votes} == votes
     assert not any(file.exists() for file in made)
 
     # What another verdict taught is not what members of before say.
-    sent[0][0] = 1 - sent[0][0]
+    learnt[0] = 1 - learnt[0]
+    received.clear()
     stage(2, is_main=False)
     assert len(list(folder.rglob("again-*/member-*/differences.safetensors"))) == 8
 
