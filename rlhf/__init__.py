@@ -36,9 +36,9 @@ __all__ = sorted([*_NAMES, "__version__"])
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from rlhf.versions import version_of
 
-        return version("rlhf-pipeline")
+        return version_of("rlhf-pipeline")
     if name not in _NAMES:
         raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
     return getattr(import_module(_NAMES[name]), name)

@@ -19,6 +19,7 @@ GROUND = {
     "few_labels",
     "files",
     "progress",
+    "versions",
     "statistics",
     "_trl",
 }  # everyone may import these; they import nothing of the house

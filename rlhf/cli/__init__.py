@@ -12,7 +12,6 @@ import signal
 import sys
 import traceback
 import warnings
-from importlib import metadata
 from typing import Annotated, TextIO
 
 import typer
@@ -29,6 +28,7 @@ from rlhf.errors import OtherProcessError, TrainingError, UserError, Waiting, is
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.launch import is_first_to_stop, number_of_processes
 from rlhf.progress import Work, a_line_a_minute
+from rlhf.versions import version_of
 
 PACKAGE = "rlhf-pipeline"
 WAITING = 3
@@ -74,7 +74,7 @@ class _Verb:
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        print(f"{PACKAGE} {metadata.version(PACKAGE)}")
+        print(f"{PACKAGE} {version_of(PACKAGE)}")
         raise typer.Exit
 
 

@@ -13,6 +13,7 @@ from rlhf.objectives.selection import greedy_design, weighted_covariance
 
 SHARES = 201  # points of the grid of `shared_error`
 DOUBTED = 9  # its prior (1 - h)^9: a tenth of the pairs, before there are verdicts
+BISECTIONS = 60
 SUREST = 1e-15  # at 1 no verdict could change anything
 BY_CHANCE = 0.025  # what a lower end of 95 % leaves to chance
 
@@ -111,6 +112,32 @@ def least_wrong(contradicted: int, answered: int, *, error_rate: float) -> int:
         if by_errors > BY_CHANCE:
             return wrong
     return contradicted
+
+
+def with_least_wrong(right: Tensor, wrong: float) -> Tensor:
+    """Return the nearest probabilities by which so many labels, or more, are expected to be wrong, [n].
+
+        p'_i = σ( log(p_i / (1 - p_i)) - λ ),    λ ≥ 0 the least with Σ_i (1 - p'_i) ≥ w
+
+    Of all p' with this sum they have the least relative entropy to p. Special cases: p itself, where Σ (1 - p) ≥ w already; all
+    0 where w = n.
+
+    Args:
+        right: [n] p = P(label is right).
+        wrong: w in [0, n], a number of labels.
+
+    >>> with_least_wrong(torch.tensor([0.5, 0.9]), 1.0), with_least_wrong(torch.tensor([0.5, 0.9]), 0.3)
+    (tensor([0.2500, 0.7500]), tensor([0.5000, 0.9000]))
+    """
+    if (1 - right).sum() >= wrong:
+        return right
+    odds = torch.logit(right.double(), eps=SUREST)
+    least, most = 0.0, 100.0
+    for _ in range(BISECTIONS):
+        middle = (least + most) / 2
+        enough = torch.sigmoid(middle - odds).sum() >= wrong
+        least, most = (least, middle) if enough else (middle, most)
+    return torch.sigmoid(odds - most).to(right)
 
 
 def with_verdicts(right: Tensor, verdicts: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from rlhf.objectives.second_look import (
     posterior_of_observations,
     shared_error,
     verdicts_in_labels,
+    with_least_wrong,
     with_verdicts,
     worth_in_sure_labels,
 )
@@ -30,8 +31,18 @@ from rlhf.pipeline.looked import Looked
 from rlhf.reward.annotators import labels_of_rows, pair_numbers
 from rlhf.reward.denoise import flip_pair
 from rlhf.reward.model import RewardModel
-from rlhf.reward.noise import NoiseEstimate, estimate_noise, foreseen_contradictions
+from rlhf.reward.noise import (
+    SURE,
+    Foreseen,
+    Grid,
+    NoiseEstimate,
+    estimate_noise,
+    evidence,
+    foresee_contradictions,
+    vote_grid,
+)
 
+SUREST = 1e-6  # P(wrong) that voters learn lies between this and 1 minus this
 LEAST_RATE = 0.01  # no label is taken to be beyond doubt, or no expert could contradict it
 
 
@@ -60,16 +71,25 @@ def label_rates(
 
     Args:
         strength: [n] of the vote, nats.
+        noise: what the vote is worth where annotators differ (`noise_by_names`).
         verdicts: [n] log-odds of the verdicts that each label is right, nats; 0 where there are none.
         is_tie: [n] answers that experts call equal, of which no label is right or wrong.
     """
     labelled = labels_of_rows(pairs, strength, replace(noise, scale=0.0))
-    if labelled.groups < 2:
-        return torch.full((len(pairs),), believed_rate(noise), dtype=torch.float64)
     labels, odds = labelled.labels, noise.scale * strength.double() + verdicts.double()
+    if labelled.groups < 2 or not odds.any():
+        return torch.full((len(pairs),), believed_rate(noise), dtype=torch.float64)
     prior = labels.prior.index_add(0, labels.pair, labelled.side * odds) / torch.bincount(labels.pair)
     fitted = fit_accuracy(labels._replace(prior=prior, sign=labels.sign * ~is_tie), labelled.groups)
     return (1 - fitted).clamp(LEAST_RATE, 1 - LEAST_RATE)[labels.annotator]
+
+
+def noise_by_names(pairs: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> NoiseEstimate:
+    """Return the noise with what the vote is worth where annotators, or sources, differ; as it is where they can't be told apart.
+
+    One rate for all takes it for a blunt vote that some labels are contradicted more often than others (`vote_worth`).
+    """
+    return replace(noise, scale=labels_of_rows(pairs, strength, noise).scale)
 
 
 def other_labels(pairs: Sequence[Pair], noise: NoiseEstimate, rates: Tensor) -> Tensor:
@@ -93,14 +113,15 @@ class Known:
 
     Attributes:
         noise: estimated with the verdicts, from `strength`.
-        strength: [n] of the vote that all else is by: the one that knew verdicts, unless it says nothing; nats.
+        strength: [n] of the vote that all else is by, nats: the one that knew verdicts, unless the other surely foretells them
+            better.
         rates: [n] how often whoever gave each label is wrong, by all that is known.
         low: the share of wrong labels that is proved, by the votes or by the verdicts alone, whichever is more.
         before, after: [n] P(chosen is better), before there was any verdict and with all; no order is believed of answers that
             experts call equal.
         shared: h of `shared_error`, by the pairs that have verdicts, and applied to these alone.
-        foreseen: how many of the pairs that have a verdict label and vote expected experts to contradict, and its deviation;
-            None where the votes say nothing, so that nothing was foreseen.
+        foreseen: how many of the pairs that have a verdict label and vote expected experts to contradict; None where the votes
+            said nothing before the verdicts, so that nothing was foreseen.
     """
 
     noise: NoiseEstimate
@@ -110,7 +131,12 @@ class Known:
     before: Tensor
     after: Tensor
     shared: float
-    foreseen: tuple[float, float] | None
+    foreseen: Foreseen | None
+
+    @property
+    def says_something(self) -> bool:
+        """Tell whether votes say something of the labels, before the verdicts or by them, so that voters may vote again."""
+        return self.foreseen is not None or self.noise.scale > 0
 
 
 def weigh_verdicts(
@@ -126,54 +152,81 @@ def weigh_verdicts(
         strength: [n] of the vote that knew no verdict, nats.
         expert_error: how often experts are wrong.
         again: [n] strength of the vote that knew them (`what_voters_learn`), in place of the other in what is known after them,
-            unless labels and verdicts show that it says nothing.
+            unless the other foretells them better by odds of `SURE`. Neither has seen the verdicts on a pair that it votes on.
     """
     # 1. What labels and vote say. A pair that experts call equal has no label that could be wrong.
     conversations = conversation_keys([pair["prompt"] for pair in pairs])
     decided = ~looked.is_tie if not looked.is_tie.all() else torch.ones_like(looked.is_tie)
     clusters = [conversations[i] for i in decided.nonzero().flatten().tolist()]
-    noise = _quiet_noise(strength[decided], clusters)
+    verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error).double()
+    first = vote_grid(strength[decided], clusters, verdicts[decided])
+    noise = _quiet_noise(strength[decided], clusters, None, first.without_verdicts())
+    noise = noise_by_names(pairs, strength, noise)
     rates = label_rates(pairs, strength, noise, torch.zeros_like(strength), looked.is_tie)
     others = other_labels(pairs, noise, rates)
     before = beliefs(strength.double(), noise, others)
 
     # 2. How many contradictions these foresee, and how many wrong labels the verdicts prove.
-    verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error).double()
     answered = looked.is_first & (verdicts != 0)
     sure = torch.sigmoid(verdicts.abs()) * answered  # what the verdicts on a pair say together is right
+    contradicted = answered & (verdicts < 0)
     foreseen = None
     if noise.scale > 0:
-        foreseen = foreseen_contradictions(strength[decided], clusters, others[decided], sure[decided])
-    contradicted = int((answered & (verdicts < 0)).sum())
-    proved = least_wrong(contradicted, int(answered.sum()), error_rate=expert_error) / len(clusters)
+        foreseen = foresee_contradictions(
+            strength[decided], others[decided], sure[decided], int(contradicted.sum()), first.without_verdicts()
+        )
+    proved = least_wrong(int(contradicted.sum()), int(answered.sum()), error_rate=expert_error)
 
-    # 3. The noise with the verdicts, and how far they bear label and vote out.
-    latest = strength if again is None else again
+    # 3. The noise with the verdicts, by the second vote unless the first surely foretells them better; how far they bear label
+    # and vote out.
+    latest, grid = strength, first
+    if again is not None:
+        second = vote_grid(again[decided], clusters, verdicts[decided])
+        if evidence(first) - evidence(second) <= math.log(SURE):
+            latest, grid = again, second
     if answered.any():
-        noise = _quiet_noise(latest[decided], clusters, verdicts[decided].to(latest), learnt=again is not None)
-        if again is not None and noise.scale == 0:
-            latest, noise = strength, _quiet_noise(strength[decided], clusters, verdicts[decided].to(strength))
+        noise = _quiet_noise(latest[decided], clusters, verdicts[decided].to(latest), grid)
+        noise = noise_by_names(pairs, latest, noise)
     rates = label_rates(pairs, latest, noise, verdicts, looked.is_tie)
     right = beliefs(latest.double(), noise, other_labels(pairs, noise, rates))
     shared = shared_error(right[answered], verdicts[answered])
 
-    # 4. Each row. Doubt in label and vote turns no verdict into its opposite.
+    # 4. Each row. Doubt in label and vote turns no verdict into its opposite, and no fewer labels are wrong than are proved.
     doubted = torch.where(looked.agree + looked.contradict > 0, (1 - shared) * right + shared / 2, right)
     after = with_verdicts(doubted, verdicts)
     after = torch.where(verdicts > 0, torch.maximum(after, right), after)
     after = torch.where(verdicts < 0, torch.minimum(after, right), after)
+    after = _as_proved(pairs, after, contradicted, proved - (1 - after)[answered & ~contradicted].sum().item())
     after[looked.is_tie] = TIE
-    low = max(noise.low, proved)
+    low = max(noise.low, proved / len(clusters))
     return Known(noise, latest, rates, low, before.to(strength), after.to(strength), shared, foreseen)
 
 
-def _quiet_noise(
-    strength: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None, *, learnt: bool = False
-) -> NoiseEstimate:
+def _as_proved(pairs: Sequence[Pair], right: Tensor, contradicted: Tensor, proved: float) -> Tensor:
+    """Return P(label is right) of every row, no fewer of the contradicted ones expected to be wrong than are proved, [n].
+
+    Args:
+        contradicted: [n] first rows of the pairs whose label experts contradict.
+        proved: how many of these are wrong at least.
+    """
+    if (1 - right[contradicted]).sum() >= proved:
+        return right
+    numbers, sides = pair_numbers(pairs)
+    pair, side = torch.tensor(numbers), torch.tensor(sides, dtype=right.dtype)
+    of_first = torch.where(side > 0, right, 1 - right)  # P(the pair's first answer is better)
+    of_pair = torch.zeros_like(right)
+    of_pair[pair[contradicted]] = with_least_wrong(right[contradicted], proved)
+    is_moved = torch.zeros(len(right), dtype=torch.bool)
+    is_moved[pair[contradicted]] = True
+    moved = torch.where(is_moved[pair], of_pair[pair], of_first)
+    return torch.where(side > 0, moved, 1 - moved)
+
+
+def _quiet_noise(strength: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None, grid: Grid) -> NoiseEstimate:
     """Estimate the noise, and leave it to the vote to say that it says nothing: that was said before anybody looked again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return estimate_noise(strength, clusters, verdicts, learnt=learnt)
+        return estimate_noise(strength, clusters, verdicts, grid=grid)
 
 
 def what_voters_learn(
@@ -190,7 +243,7 @@ def what_voters_learn(
     rate = believed_rate(noise)
     verdicts = log_odds_of_verdicts(looked.agree, looked.contradict, error_rate=expert_error)
     right = math.log((1 - rate) / rate) + other_labels(pairs, noise, rates) + verdicts
-    wrong = torch.sigmoid(-right)
+    wrong = torch.sigmoid(-right).clamp(SUREST, 1 - SUREST)
     wrong[~looked.is_first | looked.is_tie] = 0.5
     # What processes and resumed stages compute alike but for rounding is one and the same: votes are kept by it.
     return [round(value, 6) for value in wrong.tolist()]
@@ -222,8 +275,9 @@ def gains(known: Known, looked: Looked) -> dict[str, Any]:
     Returns:
         `wrong`, by all that is known, of the rows that experts do not call equal {`file`: as labelled, and no fewer than are
         proved, `before`: each flipped to the side that is likelier without the verdicts, `after`: with them}; `worth` {`before`,
-        `after`} of these, in which a pair counts once however many labels it has; `foreseen` {`contradict`, `deviation`},
-        `shared`: as of `Known`. `before` of `worth` and `foreseen` are None where votes said nothing before the verdicts.
+        `after`} of these, in which a pair counts once however many labels it has; `foreseen` {`contradict`, `deviation`,
+        `chance`}, `shared`: as of `Known`. `before` of `worth` and `foreseen` are None where votes said nothing before the
+        verdicts.
     """
     decided = known.after[~looked.is_tie]
     flipped = known.before[~looked.is_tie] < TIE
@@ -236,9 +290,7 @@ def gains(known: Known, looked: Looked) -> dict[str, Any]:
             "after": torch.minimum(decided, 1 - decided).sum().item(),
         },
         "worth": {"before": None if known.foreseen is None else before, "after": after},
-        "foreseen": None
-        if known.foreseen is None
-        else dict(zip(("contradict", "deviation"), known.foreseen, strict=True)),
+        "foreseen": None if known.foreseen is None else known.foreseen._asdict(),
         "shared": known.shared,
     }
 

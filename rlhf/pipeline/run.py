@@ -94,6 +94,8 @@ def run(
             write_summary(recipe, stages, store, stopped=str(waiting) if waiting else reason)
             write_report(out)
             write_cards(out)
+        if waiting is not None:
+            _wait_for_each_other()
         _leave_process_group()
         if waiting is not None:
             raise waiting
@@ -129,6 +131,13 @@ def made_of_what_is_gone(store: Store, stages: Sequence[Stage]) -> str | None:
         f"{parents}: gone, and {children} made of it. It is made again; if that does not give the same bits (another machine, a "
         "GPU), the run ends behind it and asks to delete what was made of it."
     )
+
+
+def _wait_for_each_other() -> None:
+    """Wait until all processes of a launch are here: a launcher ends the others when the first one exits."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _leave_process_group() -> None:

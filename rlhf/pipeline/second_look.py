@@ -85,7 +85,7 @@ def look_again(
     strength = audited.strength.mean
     known = weigh_verdicts(labelled, strength, looked, expert_error=expert_error)
     again = None
-    if looked.teaches and known.foreseen is not None:
+    if looked.teaches and known.says_something:
         wrong = what_voters_learn(labelled, looked, known.noise, known.rates, expert_error=expert_error)
         answered, asked = looked.counts()["answered"], looked.asked
         begin = f"second look: {answered} of {asked} pairs have a verdict; the voters vote again with these."
@@ -111,6 +111,7 @@ def look_again(
         **looked.counts(),
         "noise_rate": {"mean": changed["wrong"]["file"] / max(1, int((~looked.is_tie).sum())), "low": known.low},
         "voted_again": known.strength is again,
+        "second_vote": None if again is None else "used" if known.strength is again else "not used",
         "flip_rate": believed_rate(noise),
         **changed,
         "next": expected_gain(known.strength, noise, known.after, chosen, expert_error=expert_error),

@@ -181,7 +181,7 @@ def _choose_and_ask(context: StageContext, labelled: Sequence[Pair], strength: T
 def _what_to_learn(asked: Asked, labelled: Sequence[Pair]) -> list[float] | None:
     """Return what voters learn of each label; None where verdicts or votes say nothing, so that they need not vote again."""
     known = asked.known
-    if not asked.looked.teaches or known.foreseen is None:
+    if not asked.looked.teaches or not known.says_something:
         return None
     return what_voters_learn(labelled, asked.looked, known.noise, known.rates, expert_error=EXPERT_ERROR)
 

@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from rlhf.invariants.files import finished_files_unchanged
 from rlhf.pipeline.digests import known_digest
 from rlhf.recipe.document import differences
 from rlhf.report.records import MANIFEST, read_record, sealed
+from rlhf.versions import version_of
 
 CHECKPOINTS = "checkpoints"
 MARK = "complete.json"
@@ -363,13 +363,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a result."""
-    by_name = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            by_name[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            by_name[name] = "absent"
-    return by_name
+    return {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
 
 
 def code_state() -> str | None:

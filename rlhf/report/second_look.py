@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf.report.records import Facts
 
-SURPRISE = 3.0  # deviations
+SURPRISE = 1 / 740  # as likely as three deviations of a normal count
 LEAST_SURPRISE = 2  # pairs: an expert may slip on a single sure one
 
 
@@ -38,6 +38,7 @@ def second_look_sentences(facts: Facts) -> list[str]:
             f"{facts['contradict']}, call the answers of {facts['ties']} equal (kept as ties){divided}; "
             f"{facts['skipped']} more are skipped.",
             *(["The voters voted again with these verdicts."] if facts.get("voted_again") else []),
+            *unused_vote(is_used=facts.get("second_vote") != "not used"),
             f"An expert is taken to be wrong in {percent(facts['expert_error'])}. With the verdicts, {rate['mean']:.1%} of the "
             f"labels are estimated to be wrong as they stand in the file{proved}; {facts['flipped']} labels are flipped.",
             f"Wrong labels to expect by all that is known: {_count(wrong['file'])} as the file has them, {_count(wrong['before'])} "
@@ -96,15 +97,14 @@ def unused_confidence(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say that labels have a confidence of their own, which a second look overwrites; nothing where none has.
 
     >>> unused_confidence([{"confidence": 0.7}, {"confidence": 1.0}, {}])
-    ['1 of 3 labels has a `confidence` of its own, which is not used: each counts as a plain label until somebody looks at it.']
+    ['1 of 3 labels has a `confidence`, which only the first vote reads; else each is a plain label until somebody looks at it.']
     """
     count = sum(0 < (pair.get("confidence") or 1.0) < 1 for pair in pairs)
     if not count:
         return []
-    have = "has a `confidence` of its own" if count == 1 else "have a `confidence` of their own"
     return [
-        f"{count} of {len(pairs)} labels {have}, which is not used: each counts as a plain label until "
-        "somebody looks at it."
+        f"{count} of {len(pairs)} labels {'has' if count == 1 else 'have'} a `confidence`, which only the first vote reads; else "
+        "each is a plain label until somebody looks at it."
     ]
 
 
@@ -114,22 +114,21 @@ def unused_vote(*, is_used: bool) -> list[str]:
     >>> unused_vote(is_used=True)
     []
     """
-    sentence = (
-        "By labels and verdicts the second vote says nothing of which answer is better, so the first one is kept."
-    )
+    sentence = "The first vote foretells the verdicts surely better than the second one, which is not used."
     return [] if is_used else [sentence]
 
 
 def alarm(contradicted: int, foreseen: Facts | None, expert_error: float) -> list[str]:
     """Say that experts contradict more labels than these and the votes foresaw, by two at least; nothing where they do not.
 
+    Pairs that were asked about for their doubt can rarely surprise: there, almost any number is foreseen.
+
     Args:
-        foreseen: how many labels they foresaw to be contradicted, `contradict`, and its `deviation`; None if nothing was foreseen.
+        foreseen: how many labels they foresaw to be contradicted, `contradict`, and the `chance` of as many as came, or more; None
+            if nothing was foreseen.
         expert_error: how often experts are taken to be wrong.
     """
-    if foreseen is None or contradicted <= foreseen["contradict"] + max(
-        SURPRISE * foreseen["deviation"], LEAST_SURPRISE
-    ):
+    if foreseen is None or foreseen["chance"] >= SURPRISE or contradicted <= foreseen["contradict"] + LEAST_SURPRISE:
         return []
     return [
         f"Labels and votes foresaw {_count(foreseen['contradict'])} contradictions. Either they share an error, such as a taste, "

@@ -69,6 +69,7 @@ class Labelled(NamedTuple):
         names: [n] who gave each label.
         conversation: [n] int64, equal for labels that are not independent: on pairs of one conversation.
         groups: how many error rates there are.
+        scale: b, what a vote is worth; 0 where it says nothing.
     """
 
     labels: PairLabels
@@ -76,6 +77,7 @@ class Labelled(NamedTuple):
     names: Sequence[str]
     conversation: Tensor
     groups: int
+    scale: float = 0.0
 
 
 def labels_of_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate) -> Labelled:
@@ -99,7 +101,7 @@ def labels_of_rows(rows: Sequence[Pair], strength: Tensor, noise: NoiseEstimate)
     if scale > 0 and labelled.groups > 1 and not is_tie.all():
         scale = vote_worth(strength[~is_tie], labelled.labels.annotator[~is_tie], labelled.groups)
     prior = labelled.labels.prior.index_add(0, pair, scale * strength.double() * side) / votes
-    return labelled._replace(labels=labelled.labels._replace(prior=prior))
+    return labelled._replace(labels=labelled.labels._replace(prior=prior), scale=scale)
 
 
 def who_labelled(rows: Sequence[Pair]) -> list[str]:

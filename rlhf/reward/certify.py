@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -19,6 +18,7 @@ from rlhf.models.critiques import CritiqueForm
 from rlhf.models.text import answer_text, encode, encode_answers
 from rlhf.reward.critique_model import CritiqueRewardModel
 from rlhf.reward.model import Network, RewardModel
+from rlhf.versions import version_of
 
 CERTIFICATE = "certificate.json"
 # In the order of their precision; half the distance of 1 to the next number.
@@ -137,7 +137,7 @@ def certify(reward: RewardModel) -> Certificate:
         dtype=dtype,
         computed_in="float32" if exact else dtype,
         tolerance=tolerance,
-        versions={name: metadata.version(name) for name in PACKAGES},
+        versions={name: version_of(name) for name in PACKAGES},
         left_out=left_out,
         golden=golden,
     )

@@ -25,6 +25,7 @@ SCALES = 61
 CHI_SQUARE_95 = 3.841
 SHARES = 20  # steps of h
 AT_ONCE = 2**20  # numbers, 8 MB of them
+SURE = 20  # to 1: odds by verdicts that make a vote count against half of the labels, or a first vote against a second
 LEAST_WEIGHT = 1e-7  # what adds less to a mean over the grid is left out
 
 
@@ -68,7 +69,7 @@ def decided_rows(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def estimate_noise(
-    differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None, *, learnt: bool = False
+    differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor | None = None, *, grid: "Grid | None" = None
 ) -> NoiseEstimate:
     """Estimate how many labels are wrong, as far as out-of-fold votes can tell.
 
@@ -88,8 +89,9 @@ def estimate_noise(
       where that is higher (of few labels, none contradicted, a bootstrap knows only 0).
 
     Pairs of one conversation are not independent, so conversations are counted and resampled, not pairs. Votes that agree
-    with labels no more than chance (`high` reaches 0.5, or the fit finds b = 0) say nothing: then the scale is 0, ε is what
-    experts' verdicts alone say, 0 without any, which leaves every label as it is, and a warning.
+    with labels no more than chance (`high` reaches 0.5, or the fit finds b = 0) say nothing, unless they foretell experts'
+    verdicts: with odds of `SURE` to 1 against knowing no vote (`evidence`). Then the scale is 0, ε is what the verdicts alone
+    say, 0 without any, which leaves every label as it is, and a warning.
 
     Experts' verdicts enter the likelihood of `low`, `fitted` and `scale`: with v = σ(verdicts) and q = σ(b d) a label and its
     verdicts have probability (1 - h) [ (1 - ε) q v + ε (1 - q) (1 - v) ] + h/2 [ (1 - ε) q + ε (1 - q) ], up to a factor, and
@@ -101,16 +103,16 @@ def estimate_noise(
         differences: [n] mean difference of models that did not see the label, in nats.
         clusters: [n] what is equal for pairs that are not independent: the conversation of each.
         verdicts: [n] log-odds of the verdicts that the label is right, nats; 0 where there are none.
-        learnt: the voters learnt the verdicts on other pairs. Then contradicting half of the labels is no sign that they say
-            nothing: verdicts judge that, in the fit.
+        grid: of these (`vote_grid`), where it is known already.
     """
     contradicted = ((differences < 0).double() + 0.5 * (differences == 0).double()).tolist()
     share, (_, high) = clustered_mean(contradicted, clusters)
     high = max(high, _exact_end(share, len(set(clusters))))
     odds = torch.zeros_like(differences) if verdicts is None else verdicts
-    low, fitted, scale = _fit(differences, clusters, odds)
+    grid = vote_grid(differences, clusters, odds) if grid is None else grid
+    low, fitted, scale = _fit(differences, grid)
     agrees_with_all = not any(contradicted)
-    if scale == 0 or (high >= 0.5 and not learnt):
+    if scale == 0 or (high >= 0.5 and not _foretells(grid, clusters, odds)):
         warnings.warn(
             "vote: the votes agree with the labels no more than chance, so they say nothing about them. Use a larger base model, "
             "more pairs, or another learning rate.",
@@ -118,7 +120,8 @@ def estimate_noise(
         )
         if not odds.any():
             return NoiseEstimate(0.0, 0.0, 0.0, 0.0, high)
-        low, fitted, _ = _fit(torch.zeros_like(differences), clusters, odds)
+        nothing = torch.zeros_like(differences)
+        low, fitted, _ = _fit(nothing, vote_grid(nothing, clusters, odds))
         return NoiseEstimate(0.0, fitted, 0.0, low, high)
     # Where contradicted votes are the surest no temperature fits all labels, and what a vote is worth says how sure it is.
     temperature = 1.0 if agrees_with_all else best_temperature(differences.tolist()) or 1 / scale
@@ -136,69 +139,125 @@ def _exact_end(share: float, independent: int) -> float:
     return float(beta.ppf(0.975, count + 1, independent - count)) if count < independent else 1.0
 
 
-def foreseen_contradictions(
-    differences: Tensor, clusters: Sequence[Hashable], others: Tensor, sure: Tensor
-) -> tuple[float, float]:
-    """Return how many labels verdicts contradict, as labels and votes foresee it, and its standard deviation.
+class Foreseen(NamedTuple):
+    """How many labels verdicts contradict, as labels and votes foresee it.
 
-    Both are over the posterior of ε and b, and over verdicts given these: of few labels ε is known to a factor of two only, and
-    pairs are looked at for the doubt that this very estimate leaves.
+    Attributes:
+        contradict, deviation: its mean and standard deviation.
+        chance: how likely as many as came are, or more.
+    """
+
+    contradict: float
+    deviation: float
+    chance: float
+
+
+def foresee_contradictions(
+    differences: Tensor, others: Tensor, sure: Tensor, contradicted: int, grid: "Grid"
+) -> Foreseen:
+    """Return how many labels verdicts contradict, as labels and votes foresee it, and how likely as many as came are.
+
+    All is over the posterior of ε and b, and over verdicts given these: of few labels ε is known to a factor of two only, and
+    pairs are looked at for the doubt that this very estimate leaves. Given ε and b a count N of unlike chances p_i has
+
+        P(N < c) ≈ Φ(x) + γ (1 - x²) φ(x) / 6,   x = (c - 1/2 - μ) / s,   γ = Σ p_i (1 - p_i) (1 - 2 p_i) / s³
+
+    (Volkova 1996).
 
     Args:
-        differences, clusters: [n] as of `estimate_noise`.
+        differences: [n] as of `estimate_noise`.
         others: [n] log-odds of what else says that each label is right, nats.
         sure: [n] P(the verdict on a pair is right), 1/2 or more; 0 where there is none.
+        contradicted: c, how many came.
+        grid: of labels and votes alone.
     """
     values, judged = differences.double(), sure > 0
     if not judged.any():
-        return 0.0, 0.0
-    grid = _grid(values, clusters, torch.zeros_like(values))
+        return Foreseen(0.0, 0.0, 1.0)
+    posterior = _posterior(grid)
     strength, others, sure = values[judged], others.double()[judged], sure.double()[judged]
-    mean = square = within = torch.zeros((), dtype=torch.float64)
-    for weights, scale in zip(grid.posterior / grid.posterior.sum(), grid.scales, strict=True):
+    mean = square = within = chance = torch.zeros((), dtype=torch.float64)
+    for weights, scale in zip(posterior / posterior.sum(), grid.scales, strict=True):
         likely = weights.nonzero().flatten()
         right = torch.sigmoid(scale * strength + others + torch.logit(1 - RATES[likely])[:, None])  # [likely, judged]
         contradicts = right * (1 - sure) + (1 - right) * sure
-        count, weight = contradicts.sum(dim=1), weights[likely]
+        weight, count, variance = weights[likely], contradicts.sum(dim=1), contradicts * (1 - contradicts)
         mean, square = mean + (weight * count).sum(), square + (weight * count**2).sum()
-        within = within + (weight * (contradicts * (1 - contradicts)).sum(dim=1)).sum()
-    return mean.item(), (within + square - mean**2).clamp(min=0).sqrt().item()
+        within = within + (weight * variance.sum(dim=1)).sum()
+        deviation = variance.sum(dim=1).sqrt().clamp(min=1e-12)
+        skew = (variance * (1 - 2 * contradicts)).sum(dim=1) / deviation**3
+        x = ((contradicted - 0.5 - count) / deviation).clamp(-30, 30)
+        fewer = torch.special.ndtr(x) + skew * (1 - x**2) * torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) / 6
+        chance = chance + (weight * (1 - fewer.clamp(0, 1))).sum()
+    return Foreseen(mean.item(), (within + square - mean**2).clamp(min=0).sqrt().item(), chance.item())
 
 
 class Grid(NamedTuple):
-    """What labels, votes and verdicts say of every pair of b and ε.
+    """What labels, votes and verdicts say of every pair of b and ε, in nats.
 
     Attributes:
         scales: [scales] b; the rates are `RATES`.
-        likelihood: [scales, rates] nats.
-        posterior: [scales, rates] to a sum of about 1; what adds little is 0.
+        prior: [scales, rates] up to a constant.
+        labels: [scales, rates] log-likelihood of the labels, given the votes.
+        verdicts: [scales, rates] that of the verdicts, given labels and votes, up to a constant; 0 where there are none.
     """
 
     scales: Tensor
-    likelihood: Tensor
-    posterior: Tensor
+    prior: Tensor
+    labels: Tensor
+    verdicts: Tensor
+
+    def without_verdicts(self) -> "Grid":
+        """Return what labels and votes say alone."""
+        return self._replace(verdicts=torch.zeros_like(self.verdicts))
 
 
-def _grid(values: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> Grid:
-    """Return likelihood and posterior of ε and b, on a grid that fits the spread of the votes."""
+def vote_grid(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> Grid:
+    """Return what labels, votes and verdicts say of ε and b, on a grid that fits the spread of the votes.
+
+    Args:
+        differences, clusters, verdicts: [n] as of `estimate_noise`.
+    """
+    values = differences.double()
     spread = values.abs().mean().clamp(min=1e-12)
     scales = torch.logspace(-1.5, 2, SCALES, dtype=torch.float64) / spread
     effective = len(set(clusters)) / len(values)  # of each pair, where those of a conversation are not independent
-    likelihood = torch.stack([_log_likelihood(scale * values, verdicts.double(), effective) for scale in scales])
-    prior = scale_prior(scales, values)[:, None] + STEPS.log()
-    posterior = torch.softmax((likelihood + prior).flatten(), 0).view_as(likelihood)
-    posterior[posterior < LEAST_WEIGHT] = 0
-    return Grid(scales, likelihood, posterior)
+    likelihood = [_log_likelihood(scale * values, verdicts.double(), effective) for scale in scales]
+    labels, of_verdicts = (torch.stack(rows) for rows in zip(*likelihood, strict=True))
+    return Grid(scales, scale_prior(scales, values)[:, None] + STEPS.log(), labels, of_verdicts)
 
 
-def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) -> tuple[float, float, float]:
+def evidence(grid: Grid) -> float:
+    """Return how well labels and votes foretell the verdicts: log p(verdicts | labels, votes), nats.
+
+    It is up to a constant of the verdicts: which of two votes is better is said by their difference. How well they fit the
+    labels is not counted: a vote that shares the labels' errors fits these better.
+    """
+    alone = (grid.prior + grid.labels).flatten()
+    return (torch.logsumexp(alone + grid.verdicts.flatten(), 0) - torch.logsumexp(alone, 0)).item()
+
+
+def _foretells(grid: Grid, clusters: Sequence[Hashable], verdicts: Tensor) -> bool:
+    """Tell whether votes foretell verdicts surely better than no vote does."""
+    if not verdicts.any():
+        return False
+    return evidence(grid) - evidence(vote_grid(torch.zeros_like(verdicts), clusters, verdicts)) > math.log(SURE)
+
+
+def _posterior(grid: Grid) -> Tensor:
+    """Return the posterior of b and ε, [scales, rates], to a sum of about 1; what adds little is 0."""
+    likelihood = grid.prior + grid.labels + grid.verdicts
+    posterior = torch.softmax(likelihood.flatten(), 0).view_as(likelihood)
+    return torch.where(posterior < LEAST_WEIGHT, 0, posterior)
+
+
+def _fit(differences: Tensor, grid: Grid) -> tuple[float, float, float]:
     """Return the ε from which on the profile likelihood is within 1.92 of the best, and ε and b nearest to the posterior's mean."""
-    values = differences.double()
-    scales, likelihood, posterior = _grid(values, clusters, verdicts)
-    profile = likelihood.max(dim=0).values
+    values, posterior = differences.double(), _posterior(grid)
+    profile = (grid.labels + grid.verdicts).max(dim=0).values
     low = _first_reaching(RATES, profile, profile.max() - CHI_SQUARE_95 / 2)
     right = torch.zeros_like(values)
-    for weights, scale in zip(posterior, scales, strict=True):
+    for weights, scale in zip(posterior, grid.scales, strict=True):
         agree = torch.sigmoid(scale * values).clamp(1e-12, 1 - 1e-12)
         for likely in weights.nonzero().flatten().split(_rates_at_once(len(values))):
             odds = (RATES[likely] / (1 - RATES[likely]))[:, None] * ((1 - agree) / agree)
@@ -208,8 +267,8 @@ def _fit(differences: Tensor, clusters: Sequence[Hashable], verdicts: Tensor) ->
     return low, min(nearest, 0.5), max(scale, 0.0)
 
 
-def _log_likelihood(strength: Tensor, verdicts: Tensor, effective: float) -> Tensor:
-    """Return the log-likelihood of labels and verdicts at each rate, [rates] nats, at one scale of the votes.
+def _log_likelihood(strength: Tensor, verdicts: Tensor, effective: float) -> tuple[Tensor, Tensor]:
+    """Return the log-likelihood of labels, and of verdicts given these, at each rate, [rates] nats, at one scale of the votes.
 
     Args:
         strength: [n] b d, nats.
@@ -220,17 +279,18 @@ def _log_likelihood(strength: Tensor, verdicts: Tensor, effective: float) -> Ten
     some = RATES.split(_rates_at_once(len(agree)))
     total = effective * torch.cat([torch.lerp(agree, 1 - agree, rate[:, None]).log().sum(dim=1) for rate in some])
     if not has_verdict.any():
-        return total
+        return total, torch.zeros_like(total)
     rates, agree, confirmed = RATES[:, None], agree[has_verdict], torch.sigmoid(verdicts[has_verdict])
     right, wrong = (1 - rates) * agree, rates * (1 - agree)  # [rates, answered]
     as_believed = (right * confirmed + wrong * (1 - confirmed)) / (right + wrong)
     # The prior of h is 0 at 1; where there is no vote, there is no error that labels could share with it.
     shares = torch.linspace(0, 1, SHARES + 1, dtype=torch.float64)[: SHARES if strength.any() else 1]
+    prior = torch.log_softmax(DOUBTED * torch.log1p(-shares), dim=0)
     joint = [
-        DOUBTED * torch.log1p(-share) + effective * ((1 - share) * as_believed + share / 2).log().sum(dim=1)
-        for share in shares
+        log_prior + effective * ((1 - share) * as_believed + share / 2).log().sum(dim=1)
+        for share, log_prior in zip(shares, prior, strict=True)
     ]
-    return total + torch.logsumexp(torch.stack(joint), dim=0)
+    return total, torch.logsumexp(torch.stack(joint), dim=0)
 
 
 def _rates_at_once(pairs: int) -> int:

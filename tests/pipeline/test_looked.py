@@ -18,7 +18,7 @@ from rlhf.objectives.second_look import log_odds_of_verdicts, shared_error
 from rlhf.pipeline.known import Known, beliefs, believed_rate, gains, other_labels, relabelled, weigh_verdicts
 from rlhf.pipeline.looked import Looked, blind_questions, count_opinions
 from rlhf.report.second_look import alarm, second_look_sentences
-from rlhf.reward.noise import NoiseEstimate, estimate_noise
+from rlhf.reward.noise import Foreseen, NoiseEstimate, estimate_noise
 
 ERROR = 0.05
 
@@ -209,8 +209,9 @@ def test_a_few_verdicts_do_not_decide_that_labels_and_votes_share_an_error() -> 
     a, b = e, (1 - 2 * e) / 2  # P(contradicted) = e + h (1 - 2e) / 2
     expected = (a * first + b * second) / (a + b * first)
     assert shared_error(sure, odds) == pytest.approx(expected, abs=2e-3)
-    assert alarm(1, {"contradict": 0.05, "deviation": 0.2}, 0.05) == []
-    assert len(alarm(3, {"contradict": 0.05, "deviation": 0.2}, 0.05)) == 1
+    assert alarm(1, {"contradict": 0.05, "chance": 0.0001}, 0.05) == []
+    assert len(alarm(3, {"contradict": 0.05, "chance": 0.0001}, 0.05)) == 1
+    assert alarm(3, {"contradict": 0.05, "chance": 0.01}, 0.05) == []
 
 
 @pytest.mark.parametrize("column", ["margin", "rating_gap"])
@@ -241,13 +242,16 @@ def test_more_contradictions_than_foreseen_are_said() -> None:
         "asked": 60, "answered": 60, "open": 0, "skipped": 0, "ties": 0, "agree": 40, "contradict": 20, "flipped": 20, "joined": 0,
         "expert_error": 0.05, "noise_rate": {"mean": 0.2, "low": 0.1}, "wrong": {"file": 40, "before": 30, "after": 20},
         "worth": {"before": 10, "after": 20}, "next": {"pairs": 60, "worth": 10, "labels": None},
-        "foreseen": {"contradict": 8.0, "deviation": 2.5}, "shared": 0.2,
+        "foreseen": {"contradict": 8.0, "deviation": 2.5, "chance": 1e-4}, "shared": 0.2,
     }  # fmt: skip
     said = [s for s in second_look_sentences(facts) if "foresaw" in s]
     assert len(said) == 1
     assert "foresaw 8 contradictions" in said[0]
-    facts["foreseen"] = {"contradict": 17.0, "deviation": 2.5}
+    facts["foreseen"] = {"contradict": 17.0, "deviation": 2.5, "chance": 0.12}
     assert not any("foresaw" in s for s in second_look_sentences(facts))
+    for second, said in (("used", False), ("not used", True), (None, False)):
+        facts |= {"second_vote": second, "voted_again": second == "used"}
+        assert any("second one, which is not used" in s for s in second_look_sentences(facts)) == said
 
 
 def test_what_would_be_wrong_without_the_verdicts_is_judged_with_them() -> None:
@@ -255,6 +259,6 @@ def test_what_would_be_wrong_without_the_verdicts_is_judged_with_them() -> None:
     views = looked(torch.tensor([2.0, 0, 0]), torch.zeros(3), torch.tensor([0.0, 0, 1]))
     noise = NoiseEstimate(0.25, 0.25, 1.0, 0.2, 0.3)
     before, after = torch.tensor([0.4, 0.9, 0.2]), torch.tensor([0.95, 0.9, 0.5])
-    known = Known(noise, torch.zeros(3), torch.full((3,), 0.25), 0.05, before, after, 0.0, (0.0, 0.0))
+    known = Known(noise, torch.zeros(3), torch.full((3,), 0.25), 0.05, before, after, 0.0, Foreseen(0.0, 0.0, 1.0))
     expected = gains(known, views)["wrong"]
     assert [expected[key] for key in ("file", "before", "after")] == pytest.approx([0.05 + 0.1, 0.95 + 0.1, 0.05 + 0.1])

@@ -211,3 +211,38 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     assert {vote["strength_votes"] for vote in votes} == {1.0}, "two members, each voting on the half it did not see"
     spread = [json.loads(line) for line in (tmp_path / "x/round-1/reward/metrics.jsonl").read_text().splitlines()]
     assert all(0.4 <= row["meta_spread"] < 0.8 for row in spread)
+
+
+WAITING_SCRIPT = """
+import importlib, time
+from pathlib import Path
+import torch.distributed as dist
+from rlhf.errors import Waiting
+from rlhf.recipe import load_recipe
+
+module = importlib.import_module("rlhf.pipeline.run")
+
+def wait(*_, **__):
+    raise Waiting("people label")
+
+def write_slowly(out):
+    time.sleep(1)
+    Path("written").touch()
+
+module._run_stage, module.write_report, module.write_cards = wait, write_slowly, lambda out: None
+dist.init_process_group("gloo")
+try:
+    module.run(load_recipe(Path("r.yaml"), []), Path("run"), say=lambda _: None)
+except Waiting:
+    assert Path("written").exists(), "a launcher ends all processes with the first"
+else:
+    raise AssertionError("it waits for people")
+"""
+
+
+def test_no_process_leaves_a_run_that_waits_before_the_first_has_written_it_up(tmp_path: Path) -> None:
+    """torchrun killed the main process before it wrote summary and report, since the other had raised `Waiting` as well."""
+    (tmp_path / "s.py").write_text(WAITING_SCRIPT)
+    (tmp_path / "r.yaml").write_text("name: waits\nlab: {}\nppo: {max_completion_length: 12}\n")
+    run_script("s.py", cwd=tmp_path, processes=2)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["stopped"] == "people label"
