@@ -95,8 +95,8 @@ def run(
             write_report(out)
             write_cards(out)
         if waiting is not None:
-            _wait_for_each_other()
-        _leave_process_group()
+            wait_for_each_other()
+        leave_process_group()
         if waiting is not None:
             raise waiting
     finally:
@@ -133,15 +133,21 @@ def made_of_what_is_gone(store: Store, stages: Sequence[Stage]) -> str | None:
     )
 
 
-def _wait_for_each_other() -> None:
+def wait_for_each_other() -> None:
     """Wait until all processes of a launch are here: a launcher ends the others when the first one exits."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
-def _leave_process_group() -> None:
-    """End the threads of a launcher's process group: a process that ends while they live is sometimes aborted."""
+def leave_process_group() -> None:
+    """End the threads of a launcher's process group: a process that ends while they live is sometimes aborted.
+
+    An engine of vLLM's in this process has groups of its own, and would look for them in vain when Python ends.
+    """
+    vllm: Any = sys.modules.get("vllm.distributed.parallel_state")
+    if vllm is not None:
+        vllm.cleanup_dist_env_and_memory()
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

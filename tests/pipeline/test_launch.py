@@ -1,13 +1,17 @@
 """The processes of a launch: steps as before where there are others, and one of them that says what went wrong."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rlhf import cli
 from rlhf.errors import OtherProcessError, UserError
 from rlhf.pipeline.launch import Launch, accumulation_as_before, check_launch, is_first_to_stop, write_launch
+from rlhf.pipeline.run import leave_process_group
 
 
 @pytest.mark.parametrize(
@@ -58,3 +62,14 @@ def test_the_first_process_that_fails_says_why(
     assert fail(OtherProcessError("ppo: another process stopped")) == 1
     assert [fail(UserError(f"mistake {i}")) for i in range(2)] == [2, 2]
     assert capsys.readouterr().err == "mistake 0\n"
+
+
+def test_an_engine_of_this_process_ends_before_the_group_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run ended with vLLM's traceback, which looked for its groups when Python ended: `Invalid process group`."""
+    ended: list[str] = []
+    engine = SimpleNamespace(cleanup_dist_env_and_memory=lambda: ended.append("engine"))
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", engine)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append("group"))
+    leave_process_group()
+    assert ended == ["engine", "group"]
