@@ -94,8 +94,8 @@ def run(
             write_summary(recipe, stages, store, stopped=str(waiting) if waiting else reason)
             write_report(out)
             write_cards(out)
-        if waiting is not None:
-            wait_for_each_other()
+        if waiting is not None and STAGES[stage.name].together:
+            wait_for_each_other()  # in other stages they wait for the file of a finished stage, until the launcher ends them
         leave_process_group()
         if waiting is not None:
             raise waiting

@@ -214,15 +214,21 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
 
 
 WAITING_SCRIPT = """
-import importlib, time
+import importlib, os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import torch.distributed as dist
 from rlhf.errors import Waiting
 from rlhf.recipe import load_recipe
 
 module = importlib.import_module("rlhf.pipeline.run")
 
-def wait(*_, **__):
+together = sys.argv[1] == "together"
+
+def wait(*_, is_main, **__):
+    if not together and not is_main:
+        time.sleep(20)  # until the launcher ends it
+        os._exit(0)
     raise Waiting("people label")
 
 def write_slowly(out):
@@ -230,19 +236,25 @@ def write_slowly(out):
     Path("written").touch()
 
 module._run_stage, module.write_report, module.write_cards = wait, write_slowly, lambda out: None
+recipe = load_recipe(Path("r.yaml"), [])
+stages = {name: SimpleNamespace(together=together) for name in module.STAGES}
 dist.init_process_group("gloo")
+begin = time.monotonic()
+module.STAGES = stages
 try:
-    module.run(load_recipe(Path("r.yaml"), []), Path("run"), say=lambda _: None)
+    module.run(recipe, Path("run"), say=lambda _: None)
 except Waiting:
+    assert time.monotonic() - begin < 15, "the other waits for a stage, not for this process"
     assert Path("written").exists(), "a launcher ends all processes with the first"
 else:
     raise AssertionError("it waits for people")
 """
 
 
-def test_no_process_leaves_a_run_that_waits_before_the_first_has_written_it_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["together", "apart"])
+def test_no_process_leaves_a_run_that_waits_before_the_first_has_written_it_up(stage: str, tmp_path: Path) -> None:
     """torchrun killed the main process before it wrote summary and report, since the other had raised `Waiting` as well."""
     (tmp_path / "s.py").write_text(WAITING_SCRIPT)
     (tmp_path / "r.yaml").write_text("name: waits\nlab: {}\nppo: {max_completion_length: 12}\n")
-    run_script("s.py", cwd=tmp_path, processes=2)
+    run_script("s.py", stage, cwd=tmp_path, processes=2)
     assert json.loads((tmp_path / "run/summary.json").read_text())["stopped"] == "people label"
