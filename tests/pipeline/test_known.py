@@ -13,6 +13,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from rlhf.data.rows import Pair, assistant_turn, user_turn
+from rlhf.objectives.annotators import vote_worth
 from rlhf.objectives.second_look import least_wrong
 from rlhf.objectives.strength import VoteStrength, scale_prior
 from rlhf.pipeline.known import (
@@ -34,6 +35,7 @@ from rlhf.reward.noise import (
     STEPS,
     NoiseEstimate,
     estimate_noise,
+    evidence,
     foresee_contradictions,
     vote_grid,
 )
@@ -257,6 +259,8 @@ def test_each_label_errs_as_its_annotator_does() -> None:
     for is_one in (bad, ~bad):
         assert known.rates[is_one].unique().item() == pytest.approx(wrong[is_one].float().mean().item(), abs=0.05)
     assert one_rate.rates.unique().item() == believed_rate(one_rate.noise)
+    who = bad.long()
+    assert known.noise.scale == pytest.approx(vote_worth(strength, who, 2))
     learnt = torch.tensor(what_voters_learn(rows, views, known.noise, known.rates, expert_error=ERROR))
     torch.testing.assert_close(learnt[~asked], known.rates[~asked], atol=1e-6, rtol=0, check_dtype=False)
     odds = torch.logit(1 - known.rates[0]) + (-ODDS if wrong[0] else ODDS)
@@ -410,6 +414,15 @@ def test_what_is_foreseen_is_the_mean_over_what_labels_leave_likely() -> None:
     assert chances == pytest.approx(exactly, rel=0.15, abs=1e-4), "an approximation, of the order 1 / variance"
 
 
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_verdicts_of_experts_who_guess_are_foretold_by_every_vote_alike(spread: float) -> None:
+    """An error rate of 1/2: each verdict has half the chance, whatever is believed, as far as all priors sum to 1."""
+    vote = spread * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    odds = torch.full((50,), 1e-12, dtype=torch.float64)
+    odds[30:] = 0
+    assert evidence(vote_grid(vote, range(50), odds)) == pytest.approx(30 * math.log(0.5), abs=1e-6)
+
+
 def test_where_votes_say_nothing_nothing_was_foreseen() -> None:
     """30 % of 200 labels wrong, votes at chance: `worth before 192, after 53`, and a false alarm of 3.5 foreseen contradictions."""
     made = torch.Generator().manual_seed(0)
@@ -419,6 +432,8 @@ def test_where_votes_say_nothing_nothing_was_foreseen() -> None:
     )
     known = weigh_verdicts([pair(i) for i in range(200)], strength, views, expert_error=ERROR)
     assert known.foreseen is None
+    assert known.noise.scale == 0, "the verdicts do not bear it out either"
+    assert not known.says_something
     changed = gains(known, views)
     assert changed["worth"]["before"] is None
     assert alarm(int(views.contradict.sum()), changed["foreseen"], ERROR) == []
