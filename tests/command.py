@@ -18,6 +18,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.undrawn import DRAW
+
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.warm"])
@@ -60,9 +62,13 @@ class Process:
         return Result(self._process.exitcode, stdout, stderr)
 
 
-def rlhf(*arguments: str, cwd: Path) -> Result:
-    """The command, run to its end; in every finished run of the suite PPO's KL and the evaluation's agree."""
-    result = Process(arguments, cwd).wait()
+def rlhf(*arguments: str, cwd: Path, draws: bool = False) -> Result:
+    """The command, run to its end; in every finished run of the suite PPO's KL and the evaluation's agree.
+
+    Args:
+        draws: its figures, which somebody looks at.
+    """
+    result = Process(arguments, cwd, **({DRAW: "1"} if draws else {})).wait()
     if "--out" in arguments and result.returncode == 0:
         summary = cwd / arguments[arguments.index("--out") + 1] / "summary.json"
         checks = json.loads(summary.read_text(encoding="utf-8"))["checks"] if summary.is_file() else {}

@@ -47,6 +47,21 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _figures_are_drawn_only_where_asked() -> None:
+    from tests.undrawn import draw_only_where_asked
+
+    draw_only_where_asked()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at figures."""
+    from tests.undrawn import DRAW
+
+    monkeypatch.setenv(DRAW, "1")
+
+
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with byte-level BPE, chat template, distinct pad and end."""

@@ -10,6 +10,9 @@ import rlhf.pipeline.reward
 import rlhf.pipeline.run
 import rlhf.pipeline.stages
 import rlhf.report.page  # noqa: F401
+from tests.undrawn import draw_only_where_asked
+
+draw_only_where_asked()
 
 gc.collect()
 gc.freeze()  # a child's garbage collector need not look through the libraries, nor copy their pages

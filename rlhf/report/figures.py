@@ -45,7 +45,7 @@ def curves(series: Series, *, x: str, y: str, points: Series | None = None, whol
             axes.plot(xs, ys, color=color, linewidth=0.8, marker="o", markersize=4, label=name)
         if whole_x:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(series) + len(points or {}) > 1:
+        if len(axes.lines) > 1:
             axes.legend(frameon=False, loc="best")
         return _svg(figure)
 

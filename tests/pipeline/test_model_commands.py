@@ -45,6 +45,7 @@ def ranking_file(tmp_path: Path) -> str:
     return write(tmp_path / "ranked.jsonl", rows)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_pairs_and_rankings_with_another_model_beside(
     reward_folder: Path, base_folder: Path, tokenizer: Any, pair_file: str, ranking_file: str, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def test_nothing_is_said_of_what_is_not_known() -> None:
     assert "5 logged rollouts are too few" in _overoptimised(training([1.0], [1.0], 0.1)[:5])
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_axis_names_what_the_kl_is_measured_to() -> None:
     """Of a round that follows the one before, PPO's KL and that of best of n are of two things, and not drawn on one axis."""
     ppo: Any = [{"episodes": 32 * i, "kl": float(i), "reward_proxy": 1.0 * i, "reward_gold": 0.1 * i} for i in range(3)]
