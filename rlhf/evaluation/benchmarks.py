@@ -101,10 +101,10 @@ class Arithmetic:
 
 
 class Value(TypedDict):
-    """A figure with its 95 % interval."""
+    """A figure with its 95 % interval; None in its place where all rows are of one conversation."""
 
     value: float
-    ci: list[float]
+    ci: list[float] | None
 
 
 def figure_values(arithmetic: Arithmetic, outcomes: Array) -> dict[str, Value]:
@@ -118,8 +118,8 @@ def figure_values(arithmetic: Arithmetic, outcomes: Array) -> dict[str, Value]:
         scale = float(weights.sum())
         columns = np.stack([weights[rows] * outcomes[rows], weights[rows]], axis=1)
         clusters = [arithmetic.clusters[i] for i in rows]
-        ratio, (low, high) = clustered_statistic(columns, clusters, lambda sums: sums[..., 0] / sums[..., 1])
-        values[name] = {"value": scale * ratio, "ci": [scale * low, scale * high]}
+        ratio, interval = clustered_statistic(columns, clusters, lambda sums: sums[..., 0] / sums[..., 1])
+        values[name] = {"value": scale * ratio, "ci": interval and [scale * end for end in interval]}
     return values
 
 

@@ -25,6 +25,7 @@ from rlhf.statistics import (
     brier_score,
     calibration_table,
     clustered_mean,
+    clustered_share,
     expected_calibration_error,
     length_controlled_accuracy,
     pair_nll,
@@ -151,7 +152,7 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
         gold_differences: [n] true reward of the chosen answer minus that of the rejected one, where it is known.
     """
     right, differences = scored.right, scored.scores_chosen - scored.scores_rejected
-    accuracy, interval = clustered_mean(right.tolist(), scored.clusters)
+    accuracy, interval = clustered_share(right.tolist(), scored.clusters)
     lengths = scored.length_differences
     confidence = (1 / (1 + np.exp(-np.minimum(np.abs(differences), 50.0)))).tolist()
     controlled, controlled_interval = length_controlled_accuracy(right.tolist(), lengths.tolist(), scored.clusters)
@@ -182,7 +183,7 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
         if decided.any():
             agrees = (np.sign(differences) == np.sign(gold))[decided].astype(float)
             kept = [cluster for cluster, keep in zip(scored.clusters, decided, strict=True) if keep]
-            report["accuracy_true"], report["accuracy_true_ci"] = clustered_mean(agrees.tolist(), kept)
+            report["accuracy_true"], report["accuracy_true_ci"] = clustered_share(agrees.tolist(), kept)
     return report
 
 
@@ -213,7 +214,7 @@ def ranking_report(labels: Sequence[Sequence[float]], scores: Sequence[Array]) -
     golds = [np.asarray(values, dtype=float) for values in labels]
     best = [float(p[g == g.max()].min() > p[g < g.max()].max()) for p, g in zip(scores, golds, strict=True)]
     taus = [tau for p, g in zip(scores, golds, strict=True) if not np.isnan(tau := kendalltau(p, g).statistic)]
-    accuracy, interval = clustered_mean(best)
+    accuracy, interval = clustered_share(best)
     return {
         "prompts": len(golds),
         "best_of_k": accuracy,
@@ -282,7 +283,7 @@ def _by(scored: ScoredPairs, grouping: _Grouping) -> dict[str, dict[str, Any]]:
     report = {}
     for label in grouping.order:
         group = [i for i, other in enumerate(grouping.labels) if other == label]
-        accuracy, interval = clustered_mean(right[group].tolist(), [scored.clusters[i] for i in group])
+        accuracy, interval = clustered_share(right[group].tolist(), [scored.clusters[i] for i in group])
         longer = float(((lengths[group] > 0) + 0.5 * (lengths[group] == 0)).mean())
         report[label] = {"n": len(group), "accuracy": accuracy, "accuracy_ci": interval, "length_baseline": longer}
     return report
@@ -296,7 +297,7 @@ def _by_length(scored: ScoredPairs, lengths: Array) -> list[dict[str, Any]]:
     report = []
     for number in sorted(set(bins.tolist())):
         group = np.nonzero(bins == number)[0]
-        accuracy, interval = clustered_mean(right[group].tolist(), [scored.clusters[i] for i in group])
+        accuracy, interval = clustered_share(right[group].tolist(), [scored.clusters[i] for i in group])
         low, high = float(lengths[group].min()), float(lengths[group].max())
         report.append({"low": low, "high": high, "n": len(group), "accuracy": accuracy, "accuracy_ci": interval})
     return report

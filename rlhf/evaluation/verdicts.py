@@ -10,7 +10,7 @@ from rlhf.data.rows import Pair, told
 from rlhf.errors import UserError
 from rlhf.models.verdicts import VerdictModel, Verdicts
 from rlhf.objectives.verdicts import first_is_better, turns_with_order
-from rlhf.statistics import clustered_mean, expected_calibration_error
+from rlhf.statistics import clustered_mean, clustered_share, expected_calibration_error
 
 
 class VerdictReport(TypedDict):
@@ -38,7 +38,7 @@ class VerdictReport(TypedDict):
     turned_ci: list[float]
     says_a: float
     bias: float
-    bias_ci: list[float]
+    bias_ci: list[float] | None
     letter_share: float
 
 
@@ -79,8 +79,8 @@ def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> Verdi
     right, turned = right_verdicts(verdicts), turns_with_order(verdicts.orders).double()[verdicts.fits].tolist()
     sure, given = first_is_better(verdicts.orders).double(), verdicts.fits
     read = [cluster for cluster, fits in zip(clusters, given.tolist(), strict=True) if fits]
-    accuracy, accuracy_ci = clustered_mean(right, clusters)
-    turned_share, turned_ci = clustered_mean(turned, read)
+    accuracy, accuracy_ci = clustered_share(right, clusters)
+    turned_share, turned_ci = clustered_share(turned, read)
     mean_bias, bias_ci = clustered_mean(bias[given].double().tolist(), read)
     says_a = np.concatenate([(bias + log_odds > 0)[given].numpy(), (bias - log_odds > 0)[given].numpy()])
     return {

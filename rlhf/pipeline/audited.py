@@ -19,7 +19,7 @@ from rlhf.objectives.strength import VoteStrength, posterior_confidence
 from rlhf.objectives.worth import worth_on_close_pairs, worth_on_sure_pairs
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
 from rlhf.reward.wants import Wants, without_wants
-from rlhf.statistics import clustered_mean
+from rlhf.statistics import clustered_share
 
 DECILES = 10
 LENGTH_ALARM = 0.4
@@ -69,7 +69,7 @@ def length_bias(pairs: Sequence[Pair], strength: VoteStrength) -> dict[str, Any]
         with the difference in characters, None where either is the same for all pairs.
     """
     differences = np.array([len(told(row, "chosen")) - len(told(row, "rejected")) for row in pairs], float)
-    mean, interval = clustered_mean(
+    mean, interval = clustered_share(
         ((differences > 0) + 0.5 * (differences == 0)).tolist(), conversation_keys([row["prompt"] for row in pairs])
     )
     votes = strength.mean.double().numpy()
@@ -152,7 +152,7 @@ def agreement_by(audited: Audited, column: str) -> dict[str, dict[str, Any]]:
     report = {}
     for group in groups:
         members = [i for i, value in enumerate(values) if value == group]
-        mean, interval = clustered_mean(agrees[members].tolist(), [clusters[i] for i in members])
+        mean, interval = clustered_share(agrees[members].tolist(), [clusters[i] for i in members])
         likely = audited.wrong[members].mean().item()
         report[group] = {"n": len(members), "agreement": mean, "agreement_ci": interval, "probability_wrong": likely}
     return report

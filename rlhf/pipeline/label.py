@@ -21,7 +21,7 @@ from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
 from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
 from rlhf.progress import track
-from rlhf.statistics import clustered_mean
+from rlhf.statistics import clustered_share
 
 FRESH, QUARANTINE = "fresh.jsonl", "quarantine.jsonl"
 
@@ -245,5 +245,5 @@ def _fresh_accuracy(questions: Sequence[Question], verdicts: Sequence[Verdict]) 
     if not rows:
         return {"fresh_accuracy": None, "fresh_accuracy_ci": None}
     clusters = conversation_keys([prompt for _, prompt in rows])
-    mean, interval = clustered_mean([right for right, _ in rows], clusters)
+    mean, interval = clustered_share([right for right, _ in rows], clusters)
     return {"fresh_accuracy": mean, "fresh_accuracy_ci": interval}

@@ -6,6 +6,7 @@ from typing import Any
 from rlhf.files import read_jsonl
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe.schema import RoundsSection
+from rlhf.report.change import FALLS, direction
 from rlhf.statistics import paired_difference
 
 
@@ -53,7 +54,7 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
                 start = "SFT" if "sft" in stage.parents else "the backbone"
                 return f"{folder}: stopped. The policy is {kl:.1f} nats from {start}, over rounds.kl_limit={rounds.kl_limit:g}."
             change = change_since_last_round(stage, stages, store)
-            if rounds.stop_when_worse and change is not None and change["difference_ci"][1] < 0:
+            if rounds.stop_when_worse and change is not None and direction(change["difference_ci"]) == FALLS:
                 low, high = change["difference_ci"]
                 return (
                     f"{folder}: stopped. On the same prompts the true reward fell by {-change['difference']:.3f} "

@@ -8,26 +8,27 @@ GOLD, SCORE = "The true reward", "The reward model's score"
 RISES, FALLS, UNCLEAR = "rises", "falls", "no clear change"
 
 
-def direction(interval: Sequence[float]) -> str:
-    """Return the word for the 95 % interval of a paired difference.
+def direction(interval: Sequence[float] | None) -> str:
+    """Return the word for the 95 % interval of a paired difference; None: nothing is known of it.
 
     >>> direction([0.1, 0.3]), direction([-0.3, -0.1]), direction([-0.1, 0.3])
     ('rises', 'falls', 'no clear change')
     """
-    low, high = interval
+    low, high = interval or (0.0, 0.0)
     return RISES if low > 0 else FALLS if high < 0 else UNCLEAR
 
 
 def change_figures(policy: Facts, name: str) -> str | None:
-    """Return the paired difference of a reward from the start with its interval; None where no samples were compared.
+    """Return the paired difference of a reward from the start, with its interval where the prompts were of more than one
+    conversation; None where no samples were compared.
 
     >>> change_figures({"proxy_change": -0.61, "proxy_change_ci": [-0.84, -0.4]}, "proxy")
     '-0.61 [-0.84, -0.40]'
     """
     difference, interval = policy.get(f"{name}_change"), policy.get(f"{name}_change_ci")
-    if difference is None or interval is None:
+    if difference is None:
         return None
-    return f"{difference:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+    return f"{difference:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
 
 
 def change_sentence(subject: str, policy: Facts, start: Facts, name: str, *, start_name: str) -> str:
@@ -47,5 +48,8 @@ def change_sentence(subject: str, policy: Facts, start: Facts, name: str, *, sta
     values = f"from {start[name]:.2f} ({start_name}) to {policy[name]:.2f}"
     if figures is None:
         return f"{subject} goes {values}; the same `rlhf run` again tests whether that is a change."
-    word = direction(policy[f"{name}_change_ci"])
+    interval = policy[f"{name}_change_ci"]
+    if interval is None:
+        return f"{subject} goes {values}: {figures}; all prompts are of one conversation, so nothing says what others would give."
+    word = direction(interval)
     return f"{subject} {'shows ' if word == UNCLEAR else ''}{word} {values}: {figures}, paired on the same prompts."

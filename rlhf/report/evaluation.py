@@ -128,7 +128,8 @@ def _probe(letter: str, entry: Facts) -> Facts:
         }
         for name, effect in entry["effects"].items()
     ]
-    drawing = effects(list(known.values()), list(known)) if known else ""
+    drawn = {name: effect for name, effect in known.items() if effect["effect_ci"] is not None}
+    drawing = effects(list(drawn.values()), list(drawn)) if drawn else ""
     note = "0 is no bias; bars are 95 % intervals."
     return {
         "model": entry["model"],

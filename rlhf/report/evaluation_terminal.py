@@ -48,13 +48,17 @@ def evaluation_lines(result: Facts) -> list[str]:
 def bias_sentence(entry: Facts) -> str:
     """Say which probes move a model's score, in words."""
     known = {name: effect for name, effect in entry["effects"].items() if effect["effect"] is not None}
-    moved = [name for name, effect in known.items() if not effect["effect_ci"][0] <= 0 <= effect["effect_ci"][1]]
+    moved = [name for name, effect in known.items() if effect["effect_ci"] and not _holds_zero(effect["effect_ci"])]
     if not known:
         return "Probes: all answers have the same score, so nothing can be said in its deviations."
     if not moved:
         return f"Probes: none of {len(known)} edits moves the score beyond its interval."
     said_of = [f"{name} {known[name]['effect']:+.2f}" for name in sorted(moved, key=lambda x: -abs(known[x]["effect"]))]
     return f"Probes: {len(moved)} of {len(known)} edits move the score, in deviations: {', '.join(said_of)}."
+
+
+def _holds_zero(interval: Sequence[float]) -> bool:
+    return interval[0] <= 0 <= interval[1]
 
 
 def length_sentence(report: Facts) -> str | None:
@@ -79,12 +83,14 @@ def verdict_sentence(entry: Facts) -> str:
     )
 
 
-def with_interval(value: float, interval: Sequence[float], *, sign: bool = False) -> str:
-    """Return a number with its interval.
+def with_interval(value: float, interval: Sequence[float] | None, *, sign: bool = False) -> str:
+    """Return a number with its interval, where it has one.
 
-    >>> with_interval(0.5, [0.4, 0.6])
-    '0.500 [0.40, 0.60]'
+    >>> with_interval(0.5, [0.4, 0.6]), with_interval(0.5, None)
+    ('0.500 [0.40, 0.60]', '0.500')
     """
+    if interval is None:
+        return f"{value:+.3f}" if sign else f"{value:.3f}"
     low, high = interval
     return f"{value:+.3f} [{low:+.2f}, {high:+.2f}]" if sign else f"{value:.3f} [{low:.2f}, {high:.2f}]"
 

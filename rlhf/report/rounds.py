@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rlhf.report.change import FALLS, direction
 from rlhf.report.figures import curves
 from rlhf.report.records import JUDGED_KEYS, Facts, JudgedPrompt, Round, Summary, read_rows, start_name
 from rlhf.report.render import Figure
@@ -48,7 +49,7 @@ def rounds_verdict(summary: Summary) -> list[str]:
     falls = [
         entry["round"]
         for entry in rounds
-        if entry["change_in_gold"] and entry["change_in_gold"]["difference_ci"][1] < 0
+        if entry["change_in_gold"] and direction(entry["change_in_gold"]["difference_ci"]) == FALLS
     ]
     if falls:
         sentences.append(f"The true reward fell in round {', '.join(map(str, falls))} (paired, 95 % interval below 0).")
@@ -72,6 +73,12 @@ def _shares(section: Facts) -> str:
     return "-" if shares is None else " / ".join(f"{100 * share:.0f}" for share in shares) + " %"
 
 
+def _change(change: Facts) -> str:
+    """Return a paired difference, with its interval where there is one."""
+    span = " [{:+.3f}, {:+.3f}]".format(*change["difference_ci"]) if change["difference_ci"] else ""
+    return f"{change['difference']:+.3f}{span}"
+
+
 def _wrong_around(look: Facts | None) -> str:
     """Return the share of all labels that contradict the true reward, before and after a second look."""
     if look is None or look["flip_rate"]["before"] is None:
@@ -85,12 +92,11 @@ def _table(rounds: Sequence[Round], start: str) -> list[dict[str, str]]:
     for entry in rounds:
         policy, labels, change = entry["policy"], entry["labels"], entry["change_in_gold"]
         look = entry.get("second_look")
-        low, high = change["difference_ci"] if change else (0.0, 0.0)
         rows.append(
             {
                 "round": str(entry["round"]),
                 "true reward": number(policy, "gold"),
-                "from the round before": f"{change['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if change else "-",
+                "from the round before": _change(change) if change else "-",
                 "win / tie / lose": _shares(change) if change else "-",
                 f"against {start}": _shares(policy),
                 "in hindsight": "-" if policy["gold"] is not None else number(entry.get("hindsight") or {}, "win_rate"),

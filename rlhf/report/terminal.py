@@ -277,11 +277,11 @@ def blame_lines(result: Facts, out: Path) -> list[str]:
     Args:
         out: the folder with `rest.jsonl`.
     """
-    low, high = result["slope_ci"]
+    span = " [{:.2f}, {:.2f}]".format(*result["slope_ci"]) if result["slope_ci"] else ""
     way = "rises" if result["slope"] > 0 else "falls"
     lines = [
         f"{result['stage']}: the score {way} by {abs(result['slope']):.2f} with a usual difference in {result['feature']} "
-        f"(slope {result['slope']:.2f} [{low:.2f}, {high:.2f}]).",
+        f"(slope {result['slope']:.2f}{span}).",
         f"{result['removed']} pairs are taken out; of all that pulls it up they have {result['influence_of_removed']:.0%}. "
         "The strongest:",
     ]

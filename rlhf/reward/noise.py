@@ -14,7 +14,7 @@ from rlhf.data.rows import TIE
 from rlhf.errors import UserError
 from rlhf.objectives.second_look import DOUBTED
 from rlhf.objectives.strength import nearest_line, scale_prior
-from rlhf.statistics import best_temperature, clustered_mean
+from rlhf.statistics import best_temperature, clustered_share
 
 # Rates of which 0.1 % can be told from 0, and steps of 0.5 % above.
 RATES = torch.cat(
@@ -106,7 +106,7 @@ def estimate_noise(
         grid: of these (`vote_grid`), where it is known already.
     """
     contradicted = ((differences < 0).double() + 0.5 * (differences == 0).double()).tolist()
-    share, (_, high) = clustered_mean(contradicted, clusters)
+    share, (_, high) = clustered_share(contradicted, clusters)
     high = max(high, _exact_end(share, len(set(clusters))))
     odds = torch.zeros_like(differences) if verdicts is None else verdicts
     grid = vote_grid(differences, clusters, odds) if grid is None else grid

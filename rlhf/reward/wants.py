@@ -13,7 +13,7 @@ from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import SIDES, Pair, told
 from rlhf.data.traits import TRAITS, trait_table
 from rlhf.models.text import plain
-from rlhf.statistics import clustered_mean
+from rlhf.statistics import clustered_share
 
 Array = NDArray[np.float64]
 
@@ -111,7 +111,7 @@ def find_wants(pairs: Sequence[Pair]) -> Wants:
         )
         rows = np.flatnonzero(raw[:, k])
         if len(rows):
-            share, interval = clustered_mean((raw[rows, k] > 0).tolist(), [clusters[i] for i in rows.tolist()])
+            share, interval = clustered_share((raw[rows, k] > 0).tolist(), [clusters[i] for i in rows.tolist()])
             want["more_is_chosen"], want["more_is_chosen_ci"] = share, interval
         if k in tried:
             place = int(np.searchsorted(tried, k))
@@ -166,7 +166,7 @@ def held_out_accuracy(differences: Array, clusters: Sequence[Hashable]) -> tuple
         effects, _ = fit_effects(differences[train], [clusters[i] for i in train.tolist()])
         predicted = differences[test] @ effects
         right[test] = (predicted > 0) + 0.5 * (predicted == 0)
-    return clustered_mean(right.tolist(), clusters)
+    return clustered_share(right.tolist(), clusters)
 
 
 def without_wants(strength: Tensor, wants: Wants) -> Tensor:
