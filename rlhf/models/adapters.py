@@ -1,6 +1,8 @@
 """Names of an adapter's weights: as PEFT holds them in a model, and as it writes them into `adapter_model.safetensors`."""
 
-from peft import PeftModel
+import copy
+
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 ADAPTER = "default"
@@ -31,6 +33,22 @@ def adapter_places(model: PeftModel, adapter: str = ADAPTER) -> dict[str, nn.Par
         for name, parameter in model.named_parameters()
         if marks[0] in name or ("lora_" in name and (marks[1] in name or name.endswith(marks[2])))
     }
+
+
+def rewrites_base(config: PeftConfig) -> bool:
+    """Tell whether making an adapter of these settings changes the base, under every adapter on it.
+
+    PiSSA, OLoRA, LoftQ and their like take the adapter's first weights out of the base's.
+    """
+    return getattr(config, "init_lora_weights", True) not in (True, False, "gaussian", "eva")
+
+
+def beside_others(config: PeftConfig) -> PeftConfig:
+    """Return an adapter's settings for a copy of it on the same base: its weights are copied in, so the base stays as it is."""
+    settings = copy.deepcopy(config)
+    if rewrites_base(config):
+        settings.init_lora_weights = True
+    return settings
 
 
 def of_backbone(name: str, model: PeftModel) -> bool:

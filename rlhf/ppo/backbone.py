@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.errors import UserError
-from rlhf.models.adapters import saved_name
+from rlhf.models.adapters import rewrites_base, saved_name
 from rlhf.models.load import computed_dtype, find_source
 from rlhf.models.open import open_tokenizer
 from rlhf.models.save import base_fingerprint
@@ -79,6 +79,8 @@ def sharing_obstacle(policy: PeftModel, folder: str, tokenizer: PreTrainedTokeni
     if any("lora_" not in name and name != HEAD for name in weights):
         return "its adapter holds more than LoRA weights and a head"
     base = policy.peft_config[POLICY_ADAPTER]
+    if rewrites_base(base) or rewrites_base(LoraConfig.from_pretrained(source.adapter)):
+        return "an adapter of one of the two (PiSSA, OLoRA, …) began by changing the base"
     if base_fingerprint(base.base_model_name_or_path, base.revision) != base_fingerprint(source.base, source.revision):
         return "it was trained on another base than the policy's"
     if bool(reward_card(folder).get("load_in_4bit")) != bool(getattr(policy, "is_loaded_in_4bit", False)):

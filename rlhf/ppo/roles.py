@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from trl import ModelConfig
 
 from rlhf.errors import UserError
+from rlhf.models.adapters import beside_others
 from rlhf.models.load import find_source, load_policy, model_settings
 from rlhf.models.logprobs import (
     ExpectedCounts,
@@ -273,7 +274,7 @@ def make_reference(policy: nn.Module, *, adapter_was_trained: bool) -> Reference
     check_adapter(policy)
     if not adapter_was_trained:
         return Reference(policy, adapter=None, shared=True, is_policy=adds_nothing(policy))
-    policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[POLICY_ADAPTER])
+    policy.add_adapter(REFERENCE_ADAPTER, beside_others(policy.peft_config[POLICY_ADAPTER]))
     for name, parameter in policy.named_parameters():
         if belongs_to(name, REFERENCE_ADAPTER):
             source = policy.get_parameter(renamed(name, REFERENCE_ADAPTER, POLICY_ADAPTER))

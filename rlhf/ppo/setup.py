@@ -23,6 +23,12 @@ from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead, Reference
 from rlhf.ppo.source_kinds import FOLDER, kind_of
 from rlhf.reward.load import RewardModel
 
+BEGINS_AT_THE_MODEL = (
+    True,
+    "gaussian",
+    "eva",
+)  # of PEFT's ways to begin, those that add nothing and leave the base alone
+
 
 def check_data(dataset: Dataset | None) -> Dataset:
     """Return the training data, if there are prompts in them.
@@ -46,7 +52,8 @@ def policy_and_tokenizer(
     """Return the policy, under a fresh adapter where one was asked for, and its tokenizer, which has a padding token.
 
     Raises:
-        UserError: a second adapter; a tokenizer without an end token, a chat template or a padding token to be had.
+        UserError: a second adapter, or one that does not begin at the model; a tokenizer without an end token, a chat template or a
+            padding token to be had.
     """
     if isinstance(model, str):
         # Not as the checkpoint is saved, which is mostly in bfloat16: it rounds away nearly all steps of PPO's size.
@@ -56,6 +63,12 @@ def policy_and_tokenizer(
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise UserError("ppo: the model has an adapter already, which PPO will train; drop peft_config.")
+        initial = getattr(peft_config, "init_lora_weights", True)
+        if initial not in BEGINS_AT_THE_MODEL:
+            raise UserError(
+                f"ppo: an adapter with init_lora_weights={initial!r} does not begin at the model that was given, and the reference "
+                "would be another model than the policy; leave it out, or train such an adapter first (SFT) and hand it over."
+            )
         model = get_peft_model(model, peft_config)
     if processing_class is None:
         processing_class = open_tokenizer(model.config._name_or_path)
