@@ -279,9 +279,7 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig, processe
                 ascent=(reward.meta_prompts, reward.meta_responses) if reward.meta else None,
             )
         case "ppo":
-            episodes = ppo.total_episodes or round(ppo.num_train_epochs * rows["prompts"])
-            rollouts = max(1, round(episodes / (ppo.local_rollout_size * processes)))
-            return PpoWork(stage.folder, rollouts, tried=min(SAMPLED, rows["prompts"]))
+            return PpoWork(stage.folder, ppo.rollouts(rows["prompts"], processes), tried=min(SAMPLED, rows["prompts"]))
         case "lab" if recipe.lab is not None and recipe.lab.is_sampled:
             lab = recipe.lab
             prompts = math.ceil(lab.pairs / math.comb(lab.answers, 2))

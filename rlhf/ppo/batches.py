@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from rlhf.errors import UserError
 from rlhf.ppo.checks import require_reference
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.processes import shard_frozen_roles, whole_roles
@@ -47,7 +48,7 @@ def steps_of(rollout: Rollout, args: PPOConfig, rollout_index: int) -> Iterator[
     """Yield the micro-batches of every optimizer step made with a rollout, reshuffled for every PPO epoch."""
     for epoch in range(args.num_ppo_epochs):
         for minibatch in shuffled_minibatches(
-            args.local_rollout_size, args.num_mini_batches, seed=args.seed, rollout=rollout_index, epoch=epoch
+            len(rollout.input_ids), args.num_mini_batches, seed=args.seed, rollout=rollout_index, epoch=epoch
         ):
             yield [rollout.rows(index) for index in minibatch.split(args.per_device_train_batch_size)]
 
@@ -57,11 +58,19 @@ def update(trainer: "PPOTrainer", rollout: Rollout) -> dict[str, float]:
 
     Returns:
         the metrics of sampling and update, and `episodes`.
+
+    Raises:
+        UserError: the rollout can't be cut into equal minibatches.
     """
     if trainer.optimizer is None:
         trainer.create_optimizer()
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         shard_frozen_roles(trainer)
+    if len(rollout.input_ids) % trainer.args.num_mini_batches:
+        raise UserError(
+            f"ppo: a rollout of {len(rollout.input_ids)} rows is no whole number of num_mini_batches="
+            f"{trainer.args.num_mini_batches} minibatches; give `rollout` as many rows as `prompts_of` does."
+        )
     index = trainer.state.global_step // trainer.args.steps_per_rollout
     for micro_batches in steps_of(rollout, trainer.args, index):
         tokens = trainer._get_num_items_in_batch(micro_batches, trainer.accelerator.device)

@@ -62,5 +62,7 @@ def read_checkpoint(trainer: "PPOTrainer", folder: Path, model: nn.Module) -> No
             weight.data.copy_(saved[name])
     trainer.latest_samples = [Sample(**row) for row in read_jsonl(folder / SAMPLES)]
     trainer.progress = PPOState.load(folder)
+    if trainer.args.kl_target is None:  # nothing but the setting moves it
+        trainer.progress.kl_coef = trainer.args.kl_coef
     if trainer.progress.stop_rules != trainer.args.stop_rules:
         trainer.progress.stopped = None

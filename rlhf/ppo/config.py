@@ -1,6 +1,7 @@
 """The settings of PPO: TRL's training arguments with the values that PPO needs, and PPO's own."""
 
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 from rlhf._trl import BaseConfig
@@ -189,6 +190,20 @@ class PPOConfig(BaseConfig):
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
         self._refuse_what_rollouts_have_not()
+        if self.total_episodes is not None:
+            self.check_warmup(self.rollouts(0, self.world_size))
+
+    def check_warmup(self, rollouts: int) -> None:
+        """Refuse a warm-up of the critic that lasts as long as training.
+
+        Raises:
+            ValueError: in so many rollouts the policy would never be trained.
+        """
+        if self.critic_warmup >= rollouts:
+            raise ValueError(
+                f"critic_warmup={self.critic_warmup} is no less than the {rollouts} rollouts of the run, so the policy would never "
+                "be trained; lower it, or raise total_episodes."
+            )
 
     def _refuse_what_rollouts_have_not(self) -> None:
         """Refuse arguments of the Trainer that would be ignored, or end in an error when training begins."""
@@ -217,6 +232,11 @@ class PPOConfig(BaseConfig):
     def local_rollout_size(self) -> int:
         """Return the number of episodes that a process samples for one rollout."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    def rollouts(self, prompts: int, processes: int) -> int:
+        """Return how many rollouts training makes: as many as hold all the answers that are asked for."""
+        episodes = self.total_episodes or int(self.num_train_epochs * prompts)
+        return max(1, ceil(episodes / (self.local_rollout_size * processes)))
 
     @property
     def steps_per_rollout(self) -> int:

@@ -5,14 +5,17 @@ Reward and losses do not show a collapse (arXiv:2307.04964 section 5.3); KL, len
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import ceil, log
-from statistics import fmean, pvariance
+from math import ceil, log, sqrt
+from statistics import fmean, variance
+
+from scipy.stats import t
 
 Row = dict[str, float]
 SETTLED = 10  # rollouts after which a critic should know something
 CUT = "no end"
 MOST_CUT, ACCEPTABLE_CUT = 0.5, 0.2  # the share of cut answers that is told of, and that a new limit aims at
-WINDOW, SURE = 5, 3.0  # rollouts whose mean reward is compared, and by how many standard errors it must have moved
+WINDOW = 5  # rollouts, at the least, whose mean rewards are compared
+FALSE_ALARM = 0.01  # the chance of "hacking" in a run of any length whose true reward only scatters
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,42 @@ CONCERNS = (
         "could be chance: it judges what it was not made on; raise kl_coef, or label some of them.",
     ),
     Concern(
-        "hacking", ("reward_proxy", "reward_gold", "rise_of_proxy", "fall_of_gold"),
-        lambda first, now, n: n >= SETTLED and now["rise_of_proxy"] > SURE and now["fall_of_gold"] > SURE,
-        "the reward model's score has risen from {first_reward_proxy:.2f} to {reward_proxy:.2f} and the true reward has fallen "
-        "from {first_reward_gold:.2f} to {reward_gold:.2f}: the reward model is being exploited; raise kl_coef.",
+        "constant reward", ("reward_deviation", "reward_proxy"),
+        lambda first, now, n: n > 1 and first["reward_deviation"] == now["reward_deviation"] == 0,
+        "the reward gives all answers of a rollout the same score, {reward_proxy:.2f} now and {first_reward_proxy:.2f} at the "
+        "start, so there is nothing to learn but the critic's noise: look at the reward.",
+    ),
+    Concern(
+        "hacking", ("chance_of_rise", "chance_of_fall"),
+        lambda first, now, n: n >= 2 * WINDOW and max(now["chance_of_rise"], now["chance_of_fall"]) < chance_at(n - 2 * WINDOW + 1),
+        "from the first {window:.0f} rollouts to the last {window:.0f} the reward model's score has risen from {early_proxy:.2f} "
+        "to {late_proxy:.2f} and the true reward has fallen from {early_gold:.2f} to {late_gold:.2f}, beyond chance: the reward "
+        "model seems to be exploited; raise kl_coef.",
     ),
 )  # fmt: skip
+
+
+def chance_at(look: int) -> float:
+    """Return the chance of a false alarm that the k-th of many looks may have: 1/(k (k + 1)) of `FALSE_ALARM`, which is the sum.
+
+    Args:
+        look: k, the number of the look, from 1.
+
+    >>> sum(chance_at(look) for look in range(1, 100_000)) <= FALSE_ALARM
+    True
+    """
+    return FALSE_ALARM / (look * (look + 1))
+
+
+def chance_of_rise(early: list[float], late: list[float]) -> float:
+    """Return the chance that as many rollouts of one mean differ as much: Student's t of two samples of one size, one-sided.
+
+    >>> chance_of_rise([1.0, 2.0], [1.0, 2.0]), round(chance_of_rise([1.0, 1.2], [2.0, 2.2]), 3)
+    (0.5, 0.01)
+    """
+    count = len(early)
+    error = sqrt((variance(early) + variance(late)) / count)
+    return float(t.sf((fmean(late) - fmean(early)) / max(error, 1e-9), 2 * count - 2))
 
 
 def cut_answers(share_cut: float, *, limit: int, penalty: float | None) -> str:
@@ -175,15 +208,23 @@ class Health:
         return [sentence]
 
     def _trends(self, row: Row) -> Row:
-        """Count the standard errors by which the last rollouts' scores lie above, and true rewards below, those of the first."""
+        """Compare scores and true rewards of the first rollouts with those of the last: of a quarter of all each, five at least."""
         if "reward_proxy" not in row or "reward_gold" not in row:
             return {}
         self.rewards.append([float(row["reward_proxy"]), float(row["reward_gold"])])
         if len(self.rewards) < 2 * WINDOW:
-            return {"rise_of_proxy": 0.0, "fall_of_gold": 0.0}
-        rises = []
-        for column in (0, 1):
-            early, late = ([pair[column] for pair in part] for part in (self.rewards[:WINDOW], self.rewards[-WINDOW:]))
-            error = ((pvariance(early) + pvariance(late)) / WINDOW) ** 0.5
-            rises.append((fmean(late) - fmean(early)) / max(error, 1e-9))
-        return {"rise_of_proxy": rises[0], "fall_of_gold": -rises[1]}
+            return {"chance_of_rise": 1.0, "chance_of_fall": 1.0}
+        window = max(WINDOW, len(self.rewards) // 4)
+        (early_proxy, early_gold), (late_proxy, late_gold) = (
+            tuple(list(column) for column in zip(*part, strict=True))
+            for part in (self.rewards[:window], self.rewards[-window:])
+        )
+        return {
+            "chance_of_rise": chance_of_rise(early_proxy, late_proxy),
+            "chance_of_fall": chance_of_rise(late_gold, early_gold),
+            "window": float(window),
+            "early_proxy": fmean(early_proxy),
+            "late_proxy": fmean(late_proxy),
+            "early_gold": fmean(early_gold),
+            "late_gold": fmean(late_gold),
+        }

@@ -79,6 +79,7 @@ class RolloutMetrics:
 
         # 1. Of answers.
         self.count("reward_proxy", raw.sum(), rows)
+        self.count("reward_deviation", rows * raw.std(correction=0), rows)
         self.count("kl", masked(experience.kl), rows)
         self.count("kl_k3", masked(kl_k3(logprobs, experience.logprobs_reference)), rows)
         self.count("length", mask.sum(), rows)

@@ -23,11 +23,8 @@ from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead, Reference
 from rlhf.ppo.source_kinds import FOLDER, kind_of
 from rlhf.reward.load import RewardModel
 
-BEGINS_AT_THE_MODEL = (
-    True,
-    "gaussian",
-    "eva",
-)  # of PEFT's ways to begin, those that add nothing and leave the base alone
+# Of PEFT's ways to begin, those that add nothing and leave the base alone.
+BEGINS_AT_THE_MODEL = (True, "gaussian", "eva")
 
 
 def check_data(dataset: Dataset | None) -> Dataset:
@@ -75,6 +72,27 @@ def policy_and_tokenizer(
     check_tokenizer(processing_class, conversational=conversational, name="ppo")
     model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     return model, processing_class
+
+
+def count_rollouts(args: PPOConfig, prompts: int) -> int:
+    """Return how many rollouts training makes, and say so where they hold more answers than were asked for.
+
+    Raises:
+        UserError: all of them are the critic's warm-up.
+    """
+    rollouts = args.rollouts(prompts, args.world_size)
+    answers = rollouts * args.local_rollout_size * args.world_size
+    try:
+        args.check_warmup(rollouts)
+    except ValueError as error:
+        raise UserError(f"ppo: {error}") from error
+    if args.total_episodes is not None and answers != args.total_episodes:
+        warnings.warn(
+            f"ppo: {answers} answers are sampled in place of total_episodes={args.total_episodes}: {rollouts} whole rollouts of "
+            f"{answers // rollouts}.",
+            stacklevel=3,
+        )
+    return rollouts
 
 
 def check_parallelism(args: PPOConfig, *, fsdp: bool) -> None:

@@ -41,6 +41,7 @@ from rlhf.ppo.setup import (
     check_data,
     check_parallelism,
     check_reference,
+    count_rollouts,
     longest_prompt,
     policy_and_tokenizer,
     read_demonstrations,
@@ -139,9 +140,7 @@ class PPOTrainer(BaseTrainer):
                 switch_off_dropout(part)
 
         # 4. Rollouts are the Trainer's epochs.
-        episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
-        args.num_train_epochs = max(1, round(episodes / (args.local_rollout_size * args.world_size)))
-        args.max_steps = -1
+        args.num_train_epochs, args.max_steps = count_rollouts(args, len(train_dataset)), -1
 
         super().__init__(
             model=container,

@@ -8,6 +8,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from markupsafe import Markup
+from scipy.stats import t
 
 from rlhf.errors import UserError
 from rlhf.files import write_text
@@ -33,7 +34,7 @@ from rlhf.report.render import Figure, render, reward_facts, reward_figures, wor
 from rlhf.report.rounds import last_evaluated, rounds_section, rounds_verdict
 
 SAMPLES_SHOWN = 12
-SURE = 3.0  # standard errors that the true reward must have fallen by before the page calls it a fall
+SURE = 0.99865  # that a fall of the true reward is no chance, before the page calls it a fall: three deviations of a normal one
 
 
 def write_report(run: Path) -> Path:
@@ -135,7 +136,8 @@ def _overoptimised(ppo: Sequence[Metrics]) -> str:
     best = max(gold[:2], key=fmean)
     means = f"{fmean(gold[0]):.2f}, {fmean(gold[1]):.2f}, {fmean(gold[2]):.2f}"
     error = math.sqrt(sum(variance(part) / len(part) for part in (best, gold[2])))
-    if fmean(proxy[2]) > fmean(proxy[1]) and fmean(gold[2]) < fmean(best) - SURE * error:
+    sure = float(t.ppf(SURE, len(best) + len(gold[2]) - 2))  # standard errors
+    if fmean(proxy[2]) > fmean(proxy[1]) and fmean(gold[2]) < fmean(best) - sure * error:
         return (
             f"The reward was over-optimised: in the last third of PPO the proxy rose from {fmean(proxy[1]):.2f} to "
             f"{fmean(proxy[2]):.2f} while the true reward fell to {fmean(gold[2]):.2f} from {fmean(best):.2f}."

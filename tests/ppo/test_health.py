@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf import load_reward_model
 from rlhf.ppo.health import CONCERNS, Health, longer_limit
 from rlhf.reward.cloud import latent_cloud
 from tests.ppo.test_ppo import DATA, make
 
 WELL = {
     "ratio_first": 1.0, "kl": 1.0, "kl_k3": 1.0, "length": 20.0, "share_without_eos": 0.02, "distinct_2": 0.4, "entropy": 2.0,
-    "explained_variance": 0.5, "clipped_rewards": 0.01, "reward_proxy": 0.0, "reward_gold": 0.2,
+    "explained_variance": 0.5, "clipped_rewards": 0.01, "reward_proxy": 0.0, "reward_gold": 0.2, "reward_deviation": 1.0,
     "nll_reference": 1.5, "disagreement": 0.3, "outside_cloud": 0.05, "outside_limit": 0.2,
 }  # fmt: skip
 ILL = {
@@ -30,6 +31,7 @@ ILL = {
     "reward tail": {"clipped_rewards": 0.5},
     "disagreement": {"disagreement": 0.7},
     "cloud": {"outside_cloud": 0.4},
+    "constant reward": {"reward_deviation": 0.0},
     "hacking": {"reward_proxy": 3.0, "reward_gold": -0.2},
 }
 
@@ -42,15 +44,21 @@ def test_every_concern_is_planted_here() -> None:
 @pytest.mark.parametrize("name", sorted(ILL))
 def test_each_trouble_is_said_once_and_alone(name: str) -> None:
     health = Health()
-    for _ in range(11):
-        assert health.look(dict(WELL)) == []
+    well = {
+        **WELL,
+        **({"reward_deviation": 0.0} if name == "constant reward" else {}),
+    }  # what is constant is so from the start
+    assert health.look(dict(well)) == []
+    for _ in range(10 if name != "constant reward" else 0):
+        assert health.look(dict(well)) == []
     if name == "hacking":  # a trend, which a single rollout is not
-        for _ in range(3):
+        for _ in range(4):
             assert health.look({**WELL, **ILL[name]}) == []
-    new = health.look({**WELL, **ILL[name]})
-    assert [sentence.split(":")[0] for sentence in new] == [f"ppo, rollout {15 if name == 'hacking' else 12}"]
+    rollout = health.rollouts + 1
+    new = health.look({**well, **ILL[name]})
+    assert [sentence.split(":")[0] for sentence in new] == [f"ppo, rollout {rollout}"]
     assert health.raised == [name]
-    assert health.look({**WELL, **ILL[name]}) == []
+    assert health.look({**well, **ILL[name]}) == []
     assert health.sentences == new
 
 
@@ -128,6 +136,48 @@ def test_the_new_limit_cuts_a_fifth_of_answers_that_end_anywhere_alike() -> None
     health = Health()
     assert health.look_at_ends(0.5, rollout=1, limit=40, penalty=None) == [], "half is not most"
     assert "set ppo.missing_eos_penalty to 1," in health.look_at_ends(share, rollout=3, limit=40, penalty=None)[0]
+
+
+def raised_in(runs: int, rollouts: int, fall: float) -> float:
+    """The share of runs with the alarm: the score rises steadily, the true reward scatters by 0.03 and falls by so much in all."""
+    rng, raised = random.Random(0), 0
+    for _ in range(runs):
+        health = Health()
+        for i in range(rollouts):
+            gold = rng.gauss(0.7 - fall * i / rollouts, 0.03)
+            health.look({"reward_proxy": 1 + 0.03 * i, "reward_gold": gold})
+        raised += "hacking" in health.raised
+    return raised / runs
+
+
+@pytest.mark.parametrize("rollouts", [20, 100])
+def test_a_true_reward_that_only_scatters_is_seldom_called_a_fall(rollouts: int) -> None:
+    """Scores rise in every run, so that they do not keep the alarm back: it came in 7 of 100 runs of 20 rollouts, in 23 of 100.
+
+    At 0.01, more than 7 of 200 come once in a thousand times.
+    """
+    assert raised_in(200, rollouts, 0.0) <= 7 / 200
+
+
+def test_a_fall_is_called_one() -> None:
+    """By five times what a rollout scatters, in 100 rollouts: always; the runs are independent, so 19 of 20 is no accident."""
+    assert raised_in(20, 100, 0.15) >= 19 / 20
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_a_reward_that_says_one_thing_is_told_of(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], reward: float
+) -> None:
+    """It trained on the critic's noise, 3 nats away, and all that was said was that the critic explains nothing."""
+
+    def constant(prompts: Any, completions: list[Any], **_: Any) -> list[float]:
+        return [reward] * len(completions)
+
+    critic = load_reward_model(reward_folder).model.requires_grad_(True)
+    trainer, rows = make(base_folder, constant, cpu_arguments, critic=critic, total_episodes=48)
+    with pytest.warns(UserWarning, match=f"the same score, {reward:.2f} now and {reward:.2f} at the start"):
+        trainer.train()
+    assert all(row["reward_deviation"] == 0 for row in rows.rows)
 
 
 def test_one_rollout_of_bad_luck_is_no_hacking() -> None:
