@@ -7,6 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.save import load_weights
 from rlhf.models.sharding import is_sharded, weights_of
@@ -48,7 +49,17 @@ def write_checkpoint(trainer: "PPOTrainer", folder: Path, weights: dict[str, Ten
 
 
 def read_checkpoint(trainer: "PPOTrainer", folder: Path, model: nn.Module) -> None:
-    """Put everything back that `write_checkpoint` wrote; of sharded roles all but the weights, which the Trainer reads."""
+    """Put everything back that `write_checkpoint` wrote; of sharded roles all but the weights, which the Trainer reads.
+
+    Raises:
+        UserError: a rollout had another number of optimizer steps, so that the checkpoint would lie in the middle of one.
+    """
+    progress, steps = PPOState.load(folder), trainer.args.steps_per_rollout
+    if progress.steps_per_rollout not in (0, steps):
+        raise UserError(
+            f"ppo: {folder} is of a run with {progress.steps_per_rollout} optimizer steps a rollout, where num_ppo_epochs and "
+            f"num_mini_batches now make {steps}; set them as they were, or begin anew."
+        )
     container = trainer.accelerator.unwrap_model(model)
     if not is_sharded(container):
         load_weights(container.policy, folder)
@@ -61,7 +72,7 @@ def read_checkpoint(trainer: "PPOTrainer", folder: Path, model: nn.Module) -> No
         for name, weight in trainer.reference.weights().items():
             weight.data.copy_(saved[name])
     trainer.latest_samples = [Sample(**row) for row in read_jsonl(folder / SAMPLES)]
-    trainer.progress = PPOState.load(folder)
+    trainer.progress = progress
     if trainer.args.kl_target is None:  # nothing but the setting moves it
         trainer.progress.kl_coef = trainer.args.kl_coef
     if trainer.progress.stop_rules != trainer.args.stop_rules:

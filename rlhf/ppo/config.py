@@ -128,7 +128,9 @@ class PPOConfig(BaseConfig):
             "help": "Weight of the log-odds that an answer is a demonstration, by a discriminator of each rollout."
         },
     )
-    reward_clip: float | None = field(default=5.0, metadata={"help": "Bound on the normalised score; None: off."})
+    reward_clip: float | None = field(
+        default=5.0, metadata={"help": "Bound on an answer's score, not on single tokens'; None: off."}
+    )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward function; None: all 1."})
 
     # Models
@@ -189,6 +191,10 @@ class PPOConfig(BaseConfig):
             raise ValueError("reward_weights are for a weighted sum; with reward_ensemble leave them out.")
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
+        if self.stop_when_unhealthy and self.logging_strategy == "no":
+            raise ValueError(
+                "stop_when_unhealthy looks at what is logged; logging_strategy='no' leaves nothing to look at."
+            )
         self._refuse_what_rollouts_have_not()
         if self.total_episodes is not None:
             self.check_warmup(self.rollouts(0, self.world_size))

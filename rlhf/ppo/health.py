@@ -11,7 +11,7 @@ from statistics import fmean, variance
 from scipy.stats import t
 
 Row = dict[str, float]
-SETTLED = 10  # rollouts after which a critic should know something
+SETTLED = 10  # logs after which a critic should know something
 CUT = "no end"
 MOST_CUT, ACCEPTABLE_CUT = 0.5, 0.2  # the share of cut answers that is told of, and that a new limit aims at
 WINDOW = 5  # rollouts, at the least, whose mean rewards are compared
@@ -25,7 +25,7 @@ class Concern:
     Attributes:
         name: by which it is remembered that it was raised.
         needs: metrics without which nothing is looked for.
-        applies: whether the trouble is there, by the first rollout's metrics, the latest, and the number of rollouts.
+        applies: whether the trouble is there, by the metrics of the first log, of the latest, and the number of logs.
         sentence: for a person, with the latest metrics as fields and those of the first as `first_…`.
     """
 
@@ -71,12 +71,13 @@ CONCERNS = (
     ),
     Concern(
         "critic", ("explained_variance",), lambda first, now, n: n >= SETTLED and now["explained_variance"] < 0,
-        "the critic explains nothing (explained variance {explained_variance:.2f}): raise critic_learning_rate or critic_warmup, "
-        "or set calibrate_values.",
+        "the critic explains nothing (explained variance {explained_variance:.2f}): raise critic_learning_rate or critic_warmup; "
+        "calibrate_values makes its values count for no more than they explain.",
     ),
     Concern(
         "reward tail", ("clipped_rewards",), lambda first, now, n: now["clipped_rewards"] > 0.2,
-        "{clipped_rewards:.0%} of the rewards are at reward_clip: their scale is not that of the reward model's card.",
+        "{clipped_rewards:.0%} of the rewards are at reward_clip, where they are all alike: they are on another scale than PPO takes "
+        "them for (a reward model's card, reward_weights), or reward_clip is too near.",
     ),
     Concern(
         "disagreement", ("disagreement",), lambda first, now, n: now["disagreement"] > 2 * first["disagreement"],
@@ -166,9 +167,9 @@ class Health:
     Attributes:
         sentences: those told so far.
         raised: the names of their concerns.
-        first: metrics of the first rollout.
-        rollouts: how many were looked at.
-        rewards: raw score and true reward of every rollout, where both are known.
+        first: metrics of the first log.
+        rollouts: how many logs were looked at; each is of one rollout where nothing else is asked for.
+        rewards: raw score and true reward of every log, where both are known.
     """
 
     sentences: list[str] = field(default_factory=list)
@@ -177,8 +178,12 @@ class Health:
     rollouts: int = 0
     rewards: list[list[float]] = field(default_factory=list)
 
-    def look(self, row: Row) -> list[str]:
-        """Return the sentences on what is new to worry about after a rollout with these metrics."""
+    def look(self, row: Row, *, rollout: int | None = None) -> list[str]:
+        """Return the sentences on what is new to worry about at a log of these metrics.
+
+        Args:
+            rollout: the number of the last one, from 1; by default that of the log.
+        """
         self.rollouts += 1
         row = {**row, **self._trends(row)}
         self.first = self.first or {name: float(value) for name, value in row.items()}
@@ -188,7 +193,7 @@ class Health:
             if concern.name not in self.raised and known and concern.applies(self.first, row, self.rollouts):
                 self.raised.append(concern.name)
                 values = {**row, **{f"first_{name}": value for name, value in self.first.items()}}
-                sentences.append(f"ppo, rollout {self.rollouts}: " + concern.sentence.format(**values))
+                sentences.append(f"ppo, rollout {rollout or self.rollouts}: " + concern.sentence.format(**values))
         self.sentences += sentences
         return sentences
 

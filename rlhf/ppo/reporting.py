@@ -46,7 +46,8 @@ def _tell(trainer: "PPOTrainer", sentences: Sequence[str]) -> None:
 
 def warn_of_trouble(trainer: "PPOTrainer", row: dict[str, float]) -> None:
     """Warn of what is new to worry about after a rollout with these metrics, and end training where that was asked for."""
-    sentences = trainer.progress.health.look(row)
+    rollout = trainer.state.global_step // trainer.args.steps_per_rollout
+    sentences = trainer.progress.health.look(row, rollout=rollout)
     _tell(trainer, sentences)
     if sentences and trainer.args.stop_when_unhealthy:
         trainer.control.should_save = trainer.control.should_training_stop = True

@@ -42,6 +42,7 @@ class PPOState:
         golden: what the reference must go on to say; None before the first rollout.
         stopped: why training ended before its time; None while it goes on.
         stop_rules: the settings that it was ended under, `PPOConfig.stop_rules`.
+        steps_per_rollout: of the optimizer; 0 in checkpoints that did not say.
     """
 
     episodes: int = 0
@@ -56,6 +57,7 @@ class PPOState:
     golden: GoldenBatch | None = None
     stopped: str | None = None
     stop_rules: dict[str, float | bool | None] = field(default_factory=dict)
+    steps_per_rollout: int = 0
 
     def see_rewards(self, count: float, mean: float, square: float) -> None:
         """Add a rollout's scores to the history (Chan et al.: exact, in whatever portions they come).

@@ -170,7 +170,7 @@ class PPOTrainer(BaseTrainer):
         self.rewards.to(self.accelerator.device)
 
         # 5. What is counted between two logs, and every process's own random numbers.
-        self.progress = PPOState(kl_coef=args.kl_coef)
+        self.progress = PPOState(kl_coef=args.kl_coef, steps_per_rollout=args.steps_per_rollout)
         self.metrics = RolloutMetrics(self.accelerator)
         self.latest_samples: list[Sample] = []
         set_seed(hash_seed(args.seed, self.accelerator.process_index) & 0x7FFFFFFF)

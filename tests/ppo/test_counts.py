@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rlhf import load_reward_model
 from rlhf.errors import UserError
 from rlhf.ppo.batches import steps_of
 from tests.ppo.test_ppo import make
@@ -63,3 +64,39 @@ def test_a_resumed_run_takes_the_coefficient_that_it_is_given(
         resumed, rows = make(base_folder, str(reward_folder), settings, kl_coef=5.0, kl_target=target, kl_horizon=10**9)
         resumed.train(resume_from_checkpoint=checkpoint)
         assert rows.rows[-1]["kl_coef"] == pytest.approx(expected)
+
+
+def test_a_checkpoint_lies_between_two_rollouts_of_the_settings_too(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    """With six steps a rollout in place of four, the Trainer looked for a sampler in the middle of one: AttributeError."""
+    settings = {**cpu_arguments, "save_strategy": "epoch"}
+    trainer, _ = make(base_folder, str(reward_folder), settings, total_episodes=16)
+    trainer.train()
+    other, _ = make(base_folder, str(reward_folder), settings, total_episodes=32, num_ppo_epochs=3)
+    with pytest.raises(
+        UserError, match="with 4 optimizer steps a rollout, where num_ppo_epochs and num_mini_batches now make 6"
+    ):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_the_monitor_names_rollouts_and_not_logs(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    """A log for every second rollout; the reward is constant, which shows at the second log, of rollout 4."""
+    trainer, _ = make(
+        base_folder,
+        lambda completions, **_: [1.0] * len(completions),
+        {**cpu_arguments, "logging_strategy": "steps", "logging_steps": 8},
+        critic=load_reward_model(reward_folder).model.requires_grad_(True),
+        total_episodes=64,
+    )
+    with pytest.warns(UserWarning, match="ppo, rollout 4: the reward gives all answers"):
+        trainer.train()
+
+
+def test_a_monitor_needs_something_to_look_at(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="logging_strategy='no' leaves nothing to look at"):
+        make(base_folder, str(reward_folder), cpu_arguments, stop_when_unhealthy=True, logging_strategy="no")
