@@ -191,13 +191,7 @@ class PPOConfig(BaseConfig):
             raise ValueError("reward_weights are for a weighted sum; with reward_ensemble leave them out.")
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
-        if self.stop_when_unhealthy and self.logging_strategy == "no":
-            raise ValueError(
-                "stop_when_unhealthy looks at what is logged; logging_strategy='no' leaves nothing to look at."
-            )
         self._refuse_what_rollouts_have_not()
-        if self.total_episodes is not None:
-            self.check_warmup(self.rollouts(0, self.world_size))
 
     def check_warmup(self, rollouts: int) -> None:
         """Refuse a warm-up of the critic that lasts as long as training.
@@ -223,6 +217,12 @@ class PPOConfig(BaseConfig):
             raise ValueError("neftune_noise_alpha and label_smoothing_factor are for demonstrations; leave them out.")
         if self.max_steps > 0:
             raise ValueError(f"max_steps={self.max_steps}: PPO counts answers; give total_episodes in its place.")
+        if self.stop_when_unhealthy and self.logging_strategy == "no":
+            raise ValueError(
+                "stop_when_unhealthy looks at what is logged; logging_strategy='no' leaves nothing to look at."
+            )
+        if self.total_episodes is not None:
+            self.check_warmup(self.rollouts(0, self.world_size))
 
     @property
     def reads_demonstrations(self) -> bool:

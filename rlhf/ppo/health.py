@@ -76,8 +76,8 @@ CONCERNS = (
     ),
     Concern(
         "reward tail", ("clipped_rewards",), lambda first, now, n: now["clipped_rewards"] > 0.2,
-        "{clipped_rewards:.0%} of the rewards are at reward_clip, where they are all alike: they are on another scale than PPO takes "
-        "them for (a reward model's card, reward_weights), or reward_clip is too near.",
+        "{clipped_rewards:.0%} of the rewards are at reward_clip, where they are all alike: they are on another scale than PPO "
+        "takes them for (a reward model's card, reward_weights), or reward_clip is too near.",
     ),
     Concern(
         "disagreement", ("disagreement",), lambda first, now, n: now["disagreement"] > 2 * first["disagreement"],
