@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlhf.data.rows import Messages, Prompt, user_turn
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.engine import engine_answers
+from rlhf.models.prompt_length import longest_prompt
 from rlhf.models.templates import frame
 from rlhf.models.text import encode, encode_answers, prompt_text, without_beginning
 from rlhf.models.typed import as_words
@@ -190,10 +191,14 @@ def generate(
         prompts: strings, or conversations that the tokenizer's chat template renders.
         max_new_tokens: an answer is cut after this many tokens.
         temperature: of the sampling, > 0.
-        max_prompt_length: in tokens; longer prompts lose their beginning.
+        max_prompt_length: in tokens; longer prompts lose their beginning, as do those that the answer leaves no room for.
         batch_size: rows whose keys and values are in memory at once; all where absent.
+
+    Raises:
+        UserError: an answer leaves no room for a prompt.
     """
-    rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
+    limit = longest_prompt(model.config, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
+    rows = encode_prompts(tokenizer, prompts, max_prompt_length=limit)
     prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, tokenizer.pad_token_id))
     end_ids = end_token_ids(model, tokenizer)
     settings = sampling_settings(temperature=temperature, pad_token_id=tokenizer.pad_token_id, end_ids=end_ids)
@@ -296,7 +301,7 @@ def completer(
     max_prompt_length: int | None = None,
     engine: Engine = "transformers",
 ) -> Callable[[Sequence[int]], Completions]:
-    """Return what gives one answer to each prompt of some indices, at temperature 1.
+    """Return what gives one answer to each prompt of some indices, at temperature 1; arguments as in `generate`.
 
     transformers samples them when asked, from torch's generator. vLLM samples the answers to all prompts here, since it starts
     for minutes and makes batches of its own.
@@ -309,7 +314,8 @@ def completer(
             max_new_tokens=max_new_tokens,
             max_prompt_length=max_prompt_length,
         )
-    rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
+    limit = longest_prompt(model.config, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
+    rows = encode_prompts(tokenizer, prompts, max_prompt_length=limit)
     ends, conversational = end_token_ids(model, tokenizer), not isinstance(prompts[0], str)
     answers = engine_answers(model, rows, end_ids=ends, max_new_tokens=max_new_tokens)
     return lambda batch: completions_of(
@@ -340,13 +346,15 @@ def sample_texts(
 
     Args:
         batch_size: prompts that are answered together.
+        max_new_tokens, max_prompt_length: as in `generate`.
         engine: what samples; vLLM makes batches of its own.
         label: what people know this work by; shows how far it is.
 
     Returns:
         the texts, and whether each ended by itself, in the order of the prompts.
     """
-    lengths = [len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)]
+    limit = longest_prompt(model.config, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
+    lengths = [len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=limit)]
 
     complete = completer(
         model,

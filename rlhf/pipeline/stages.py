@@ -35,7 +35,7 @@ from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.demonstrations import read_lengths
 from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
-from rlhf.pipeline.sampling import sampling_settings
+from rlhf.pipeline.sampling import sampling_settings, say_cut_prompts
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import (
@@ -80,10 +80,11 @@ def _answers_of_backbone(context: StageContext) -> Answers:
     model_config, _ = split_settings(context.trl_settings("ppo"))
     tokenizer = load_tokenizer(backbone, conversational=True, revision=recipe.backbone.revision)
     context.say(f"lab: {backbone} answers the prompts of this world.")
+    policy = load_policy(backbone, model_config, trainable=False).to(context.device).eval()
     return answers_of_model(
-        load_policy(backbone, model_config, trainable=False).to(context.device).eval(),
+        policy,
         tokenizer,
-        **sampling_settings(recipe),
+        **sampling_settings(recipe, policy.config),
         engine=recipe.sampling.engine,
         seed=recipe.seed,
         keep=context.folder / CHECKPOINTS,
@@ -302,15 +303,18 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     trained, book = context.parent("policy") / "model", CheckBook()
     policy = load_policy(trained, model_config, trainable=False)
     check_nothing_lost(context, trained, policy, book)
+    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
+    prompts = [row["prompt"] for row in rows]
+    cut = say_cut_prompts(context, policy, tokenizer, prompts, stage="evaluate")
     facts, samples, sft_answers = evaluate_policies(
         policy=policy.to(context.device).eval(),
         sft=load_policy(sft, model_config, trainable=False).to(context.device).eval(),
-        tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
+        tokenizer=tokenizer,
         reward=reward,
         gold=load_true_reward(recipe),
-        prompts=[row["prompt"] for row in rows],
+        prompts=prompts,
         sft_answers=None if sampled is None else [(row["completion"], row["ended"]) for row in sampled],
-        **sampling_settings(recipe),
+        **sampling_settings(recipe, policy.config),
         engine=recipe.sampling.engine,
     )
     write_jsonl(context.folder / "samples.jsonl", samples)
@@ -318,7 +322,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         write_jsonl(context.folder / SFT_ANSWERS, [{"completion": text, "ended": ended} for text, ended in sft_answers])
     compare_kl(context, samples, book)
     book.merge(checks_of(reward))
-    return {**facts, "checks": book.entries}
+    return {**facts, "prompts_cut": cut, "checks": book.entries}
 
 
 def show_samples(context: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -326,7 +330,8 @@ def show_samples(context: StageContext, model: PreTrainedModel, tokenizer: PreTr
     set_seed(context.recipe.seed)
     model.eval()
     prompts = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")[:SHOWN_SAMPLES]]
-    texts, ended = sample_texts(model, tokenizer, prompts, **sampling_settings(context.recipe))
+    say_cut_prompts(context, model, tokenizer, prompts, stage="sft, samples")
+    texts, ended = sample_texts(model, tokenizer, prompts, **sampling_settings(context.recipe, model.config))
     gold = load_true_reward(context.recipe)
     values: Sequence[float | None] = (
         gold([plain(prompt) for prompt in prompts], texts) if gold else [None] * len(prompts)

@@ -128,24 +128,6 @@ def rewards_and_critic(
     return sources, critic
 
 
-def longest_prompt(policy: PreTrainedModel | PeftModel, args: PPOConfig) -> int | None:
-    """Return how many tokens of a prompt are read: `max_prompt_length`, or what an answer leaves of the model's context.
-
-    Raises:
-        UserError: an answer leaves nothing.
-    """
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return args.max_prompt_length
-    room: int = positions - args.max_completion_length
-    if room < 1:
-        raise UserError(
-            f"ppo: max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
-            f"{positions} tokens."
-        )
-    return room if args.max_prompt_length is None else min(room, args.max_prompt_length)
-
-
 def check_reference(reference: Reference, args: PPOConfig) -> None:
     """Refuse to move a reference that is the shared base itself.
 
