@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf.data.rows import Messages, Prompt, user_turn
+from rlhf.errors import UserError
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.engine import engine_answers
 from rlhf.models.prompt_length import longest_prompt
@@ -256,12 +257,26 @@ def encode_prompts(
 
     Special tokens that somebody typed into messages are words; a prompt that is a string is read as it stands. Prompts of
     more than `max_prompt_length` tokens lose their beginning, but for the begin token.
+
+    Raises:
+        UserError: a prompt has no tokens. What comes before an answer's first token is then nothing, and its log-probability
+            would be read behind another row's last token.
     """
-    conversational = not isinstance(prompts[0], str)
-    texts = [p if isinstance(p, str) else prompt_text(tokenizer, as_words(tokenizer, p)) for p in prompts]
-    rows = encode(tokenizer, texts, conversational=conversational)
+    rows = _prompt_rows(tokenizer, prompts)
+    empty = [i for i, row in enumerate(rows) if not row]
+    if empty:
+        raise UserError(
+            f"prompts: {len(empty)} of {len(rows)} have no tokens (the first is index {empty[0]}: {prompts[empty[0]]!r}), and an "
+            "answer needs one before it; leave them out, or write a token that begins a text."
+        )
     most, begin = max_prompt_length, tokenizer.bos_token_id
     return rows if most is None else [without_beginning(row, most, begin) for row in rows]
+
+
+def _prompt_rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return the token rows of whole prompts, some of which may be empty."""
+    texts = [p if isinstance(p, str) else prompt_text(tokenizer, as_words(tokenizer, p)) for p in prompts]
+    return encode(tokenizer, texts, conversational=not isinstance(prompts[0], str))
 
 
 def encode_demonstrations(
@@ -285,7 +300,7 @@ def answer_starts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]
 ) -> list[int]:
     """Return where each answer begins in the ids of prompt and answer: where these and the ids of the prompt part."""
-    prompt_rows = encode_prompts(tokenizer, prompts, max_prompt_length=None)
+    prompt_rows = _prompt_rows(tokenizer, prompts)
     return [
         next((i for i, (a, b) in enumerate(zip(prompt, row, strict=False)) if a != b), len(prompt))
         for prompt, row in zip(prompt_rows, rows, strict=True)

@@ -14,7 +14,7 @@ from rlhf.models.coarse import coarse_weights
 from rlhf.models.critiques import drop_output_layer
 from rlhf.models.open import open_tokenizer
 from rlhf.models.scalar_head import make_exact, score_head
-from rlhf.models.text import check_tokenizer
+from rlhf.models.text import check_tokenizer, encode
 from rlhf.ppo.backbone import add_to_backbone, sharing_obstacle
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.ptx import Demonstrations
@@ -33,6 +33,26 @@ def check_data(dataset: Dataset | None) -> Dataset:
     if dataset is None or "prompt" not in dataset.column_names or len(dataset) == 0:
         raise UserError("ppo: train_dataset needs a column `prompt` and at least one row.")
     return dataset
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, **datasets: Dataset | None) -> None:
+    """Refuse data with a prompt of no tokens before anything is trained; `encode_prompts` would in the middle.
+
+    Args:
+        datasets: by the names of the trainer's arguments; conversations have the tokens of their chat template.
+
+    Raises:
+        UserError: naming the first such row.
+    """
+    for name, dataset in datasets.items():
+        if dataset is None or len(dataset) == 0 or not isinstance(dataset[0]["prompt"], str):
+            continue
+        for i, prompt in enumerate(dataset["prompt"]):
+            if not prompt.strip() and encode(tokenizer, [prompt], conversational=False) == [[]]:
+                raise UserError(
+                    f"ppo: row {i} of {name} has a prompt of no tokens ({prompt!r}), and an answer needs one before it; leave such "
+                    "rows out, or write a token that begins a text."
+                )
 
 
 def policy_and_tokenizer(

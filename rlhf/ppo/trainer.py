@@ -41,6 +41,7 @@ from rlhf.ppo.rollout import Experience, MicroBatch, PromptRow, Rollout, Sample,
 from rlhf.ppo.setup import (
     check_data,
     check_parallelism,
+    check_prompts,
     check_reference,
     policy_and_tokenizer,
     read_demonstrations,
@@ -122,6 +123,7 @@ class PPOTrainer(BaseTrainer):
         model, processing_class = policy_and_tokenizer(
             model, processing_class, peft_config, args, conversational=conversational
         )
+        check_prompts(processing_class, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.reference: Reference = make_reference(model, adapter_was_trained=adapter_was_trained)
         check_reference(self.reference, args)
         self.longest_prompt = longest_prompt(

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, GPT2LMHeadModel
 
 from rlhf.errors import UserError
-from rlhf.models.generate import completer, encode_prompts, generate, sample_texts
+from rlhf.models.generate import answer_starts, completer, encode_prompts, generate, sample_texts
 from rlhf.models.prompt_length import longest_prompt, room_for_prompt
 from tests.conftest import PROMPTS, WORDS
 
@@ -60,6 +60,14 @@ def test_whatever_samples_reads_no_more_of_a_prompt_than_its_answer_leaves(
     assert len(sample_texts(model, tokenizer, LONG, batch_size=1, **settings)[0]) == 2
     with pytest.raises(UserError, match="leaves no room for a prompt"):
         sample_texts(model, tokenizer, PROMPTS[:2], batch_size=1, max_new_tokens=CONTEXT)
+
+
+def test_a_prompt_of_no_tokens_is_refused(model: Any, tokenizer: Any) -> None:
+    """Nothing comes before its answer's first token, so the log-probability was read behind another row's last one."""
+    assert tokenizer("")["input_ids"] == []
+    with pytest.raises(UserError, match=r"prompts: 2 of 4 have no tokens \(the first is index 1: ''\)"):
+        sample_texts(model, tokenizer, ["list red", "", "please", ""], batch_size=1, max_new_tokens=ANSWER)
+    assert answer_starts(tokenizer, [""], [[5, 6]]) == [0], "a text that is not sampled may be all answer"
 
 
 def test_an_engine_is_given_no_more_either(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from rlhf import load_reward_model
+from rlhf import PPOConfig, PPOTrainer, load_reward_model
 from rlhf.errors import TrainingError, UserError
 from rlhf.ppo.experience import shape_scores
 from tests.conftest import PROMPTS
@@ -83,6 +84,20 @@ def test_prompts_that_fill_the_context_are_cut_and_counted(
     assert max(lengths) == room
     with pytest.raises(UserError, match="leaves no room for a prompt in the model's context"):
         make(base_folder, str(reward_folder), cpu_arguments, max_completion_length=context)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_a_prompt_of_no_tokens_is_refused_before_anything_is_trained(
+    base_folder: Path, reward_folder: Path, tokenizer: Any, cpu_arguments: dict[str, Any], name: str
+) -> None:
+    """The first token of its answer would be read behind another row's last; with one row a batch nothing notices."""
+    data = {key: Dataset.from_list([{"prompt": "list"}]) for key in ("train_dataset", "eval_dataset")}
+    data[name] = Dataset.from_list([{"prompt": text} for text in ("list red", "name blue", "")])
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    with pytest.raises(UserError, match=rf"row 2 of {name} has a prompt of no tokens \(''\)"):
+        PPOTrainer(
+            model, str(reward_folder), PPOConfig(**cpu_arguments, max_completion_length=8), processing_class=tokenizer, **data
+        )  # fmt: skip
 
 
 @pytest.mark.fault("cut or ended answer")
