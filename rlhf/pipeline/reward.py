@@ -24,7 +24,7 @@ from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.critiques import critique_form, own_critiques
 from rlhf.pipeline.first import first_on_ratings
 from rlhf.pipeline.fit import OF_TRAINING, fit_and_keep, fit_reward_model, kept_model, trained_on, training_rows
-from rlhf.pipeline.sampling import sampling_settings, say_cut_prompts
+from rlhf.pipeline.sampling import sampling_settings, say_cut_prompts, say_cut_texts
 from rlhf.pipeline.store import MARK
 from rlhf.pipeline.training import checks_of, save_trained, split_settings
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
@@ -124,8 +124,9 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     facts |= {"prompts_cut": samples.prompts_cut}
     facts |= {"flipped": flipped, "mean": models[0].mean, "std": models[0].std, **report, "checks": book.entries}
 
-    # 4. What it says of the policy of the round before, which was made against another reward model.
-    return {**facts, "hindsight": _hindsight(context, reward)}
+    # 4. What it says of the policy of the round before, which was made against another reward model; what it read cut.
+    hindsight = _hindsight(context, reward)
+    return {**facts, "hindsight": hindsight, "reward_cuts": say_cut_texts(context, reward, stage="reward")}
 
 
 def _remember_cloud(reward: RewardModel, code: Tensor, samples: Samples, out: Path) -> None:

@@ -26,6 +26,7 @@ from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.training import split_settings
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
+from rlhf.reward.ensemble import RewardEnsemble
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.model import RewardModel
 
@@ -100,6 +101,14 @@ def say_cut_prompts(
     return 0 if limit is None else sum(length > limit for length in lengths)
 
 
+def say_cut_texts(context: StageContext, reward: RewardModel | RewardEnsemble, *, stage: str) -> list[str]:
+    """Say in which ways the texts that a stage scored were too long for the reward model, and return the sentences."""
+    sentences = reward.cuts(f"{stage}: the reward model")
+    for sentence in sentences:
+        context.say(sentence)
+    return sentences
+
+
 def run_sample(context: StageContext) -> dict[str, Any]:
     """Sample several answers of the latest policy to each of some training prompts, other prompts every round. No labels."""
     # 1. The policy so far: the round before's, or SFT's.
@@ -158,6 +167,7 @@ def run_select(context: StageContext) -> dict[str, Any]:
     recipe, reward_before = context.recipe, context.find_parent("reward")
     rounds, count = recipe.rounds, int(context.settings["labels"])
     differences: list[float | None] = [None] * len(candidates)
+    cuts: list[str] = []
     order = one_of_each_prompt_first(candidates)
     if reward_before is not None:
         reward = load_reward_model(reward_before / "model", device=context.device)
@@ -168,6 +178,7 @@ def run_select(context: StageContext) -> dict[str, Any]:
         if rounds.select != "random":
             labelled: list[Pair] = read_jsonl(context.pairs)
             order = most_worth(rounds.select, reward, candidates, first - second, labelled, count)
+        cuts = say_cut_texts(context, reward, stage="select")
     elif rounds.select != "random":
         context.say(f"select: no reward model yet, so pairs are taken at random and not by {rounds.select}.")
     selected = order[:count]
@@ -189,6 +200,7 @@ def run_select(context: StageContext) -> dict[str, Any]:
         "candidates": len(candidates),
         "questions": len(questions),
         "prompts_with_one_answer": single,
+        "reward_cuts": cuts,
         "select": rounds.select,
         "seed": seed,
     }

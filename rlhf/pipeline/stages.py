@@ -35,7 +35,7 @@ from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.demonstrations import read_lengths
 from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
-from rlhf.pipeline.sampling import sampling_settings, say_cut_prompts
+from rlhf.pipeline.sampling import sampling_settings, say_cut_prompts, say_cut_texts
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import (
@@ -49,6 +49,7 @@ from rlhf.pipeline.training import (
 )
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.reporting import cuts_of_all
 from rlhf.recipe import Recipe
 from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.recipe.schema import DATA_SOURCES
@@ -277,6 +278,9 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         write_jsonl(context.folder / "samples.jsonl", [sample.as_row() for sample in trainer.latest_samples])
     if trainer.stopped is not None:
         context.say(trainer.stopped)
+    cuts = cuts_of_all(trainer)
+    for sentence in cuts:
+        context.say(sentence)
     rollouts = trainer.state.global_step // args.steps_per_rollout
     book.merge(checks_of(trainer, *(source.function for source in trainer.rewards.sources)))
     return {
@@ -284,6 +288,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         "rollouts": rollouts,
         "stopped": trainer.stopped,
         "warnings": trainer.progress.health.sentences,
+        "reward_cuts": cuts,
         "checks": book.entries,
     }
 
@@ -322,7 +327,8 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         write_jsonl(context.folder / SFT_ANSWERS, [{"completion": text, "ended": ended} for text, ended in sft_answers])
     compare_kl(context, samples, book)
     book.merge(checks_of(reward))
-    return {**facts, "prompts_cut": cut, "checks": book.entries}
+    cuts = say_cut_texts(context, reward, stage="evaluate")
+    return {**facts, "prompts_cut": cut, "reward_cuts": cuts, "checks": book.entries}
 
 
 def show_samples(context: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
