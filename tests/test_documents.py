@@ -267,10 +267,12 @@ def test_the_readme_tree_names_what_is_there() -> None:
 
 def test_the_guide_to_ppo_names_every_alarm() -> None:
     from rlhf.ppo.health import CONCERNS, CUT
+    from rlhf.ppo.reporting import UNREAD
 
     guide = text_of(Path("recipes/guides/ppo.md"))
     section = guide[guide.index("## 5. Alarms") : guide.index("## 6.")]
     assert re.findall(r"^\| ([a-zA-Z ]+) \|", section, flags=re.MULTILINE)[1:] == [
+        UNREAD,
         CUT,
         *(concern.name for concern in CONCERNS),
     ]

@@ -96,7 +96,7 @@ def prompts_too_long(lengths: Sequence[int], limit: int | None) -> str | None:
     whole = ", and the policy sees the beginning of none" if cut == len(lengths) else ""
     return (
         f"{cut} of the {len(lengths)} prompts that were looked at are longer than the {limit} tokens that are read of one (the "
-        f"longest has {max(lengths)}): they lose their beginning, a system turn first{whole}, while the reward model reads it. "
-        "Raise ppo.max_prompt_length, lower ppo.max_completion_length, take a model with a longer context, or leave long prompts "
-        "out (data.max_characters)."
+        f"longest has {max(lengths)}): they lose their beginning, a system turn first{whole}; the reward model reads of them what "
+        "fits with the answer in its own context. Raise ppo.max_prompt_length, lower ppo.max_completion_length, take a model with "
+        "a longer context, or leave long prompts out (data.max_characters)."
     )

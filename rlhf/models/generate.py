@@ -12,8 +12,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf.data.rows import Messages, Prompt, user_turn
+from rlhf.errors import UserError
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.engine import engine_answers
+from rlhf.models.prompt_length import longest_prompt
 from rlhf.models.templates import frame
 from rlhf.models.text import encode, encode_answers, prompt_text, without_beginning
 from rlhf.models.typed import as_words
@@ -190,10 +192,14 @@ def generate(
         prompts: strings, or conversations that the tokenizer's chat template renders.
         max_new_tokens: an answer is cut after this many tokens.
         temperature: of the sampling, > 0.
-        max_prompt_length: in tokens; longer prompts lose their beginning.
+        max_prompt_length: in tokens; longer prompts lose their beginning, as do those that the answer leaves no room for.
         batch_size: rows whose keys and values are in memory at once; all where absent.
+
+    Raises:
+        UserError: an answer leaves no room for a prompt.
     """
-    rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
+    limit = longest_prompt(model.config, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
+    rows = encode_prompts(tokenizer, prompts, max_prompt_length=limit)
     prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, tokenizer.pad_token_id))
     end_ids = end_token_ids(model, tokenizer)
     settings = sampling_settings(temperature=temperature, pad_token_id=tokenizer.pad_token_id, end_ids=end_ids)
@@ -251,12 +257,26 @@ def encode_prompts(
 
     Special tokens that somebody typed into messages are words; a prompt that is a string is read as it stands. Prompts of
     more than `max_prompt_length` tokens lose their beginning, but for the begin token.
+
+    Raises:
+        UserError: a prompt has no tokens. What comes before an answer's first token is then nothing, and its log-probability
+            would be read behind another row's last token.
     """
-    conversational = not isinstance(prompts[0], str)
-    texts = [p if isinstance(p, str) else prompt_text(tokenizer, as_words(tokenizer, p)) for p in prompts]
-    rows = encode(tokenizer, texts, conversational=conversational)
+    rows = _prompt_rows(tokenizer, prompts)
+    empty = [i for i, row in enumerate(rows) if not row]
+    if empty:
+        raise UserError(
+            f"prompts: {len(empty)} of {len(rows)} have no tokens (the first is index {empty[0]}: {prompts[empty[0]]!r}), and an "
+            "answer needs one before it; leave them out, or write a token that begins a text."
+        )
     most, begin = max_prompt_length, tokenizer.bos_token_id
     return rows if most is None else [without_beginning(row, most, begin) for row in rows]
+
+
+def _prompt_rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return the token rows of whole prompts, some of which may be empty."""
+    texts = [p if isinstance(p, str) else prompt_text(tokenizer, as_words(tokenizer, p)) for p in prompts]
+    return encode(tokenizer, texts, conversational=not isinstance(prompts[0], str))
 
 
 def encode_demonstrations(
@@ -280,7 +300,7 @@ def answer_starts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]
 ) -> list[int]:
     """Return where each answer begins in the ids of prompt and answer: where these and the ids of the prompt part."""
-    prompt_rows = encode_prompts(tokenizer, prompts, max_prompt_length=None)
+    prompt_rows = _prompt_rows(tokenizer, prompts)
     return [
         next((i for i, (a, b) in enumerate(zip(prompt, row, strict=False)) if a != b), len(prompt))
         for prompt, row in zip(prompt_rows, rows, strict=True)
@@ -296,7 +316,7 @@ def completer(
     max_prompt_length: int | None = None,
     engine: Engine = "transformers",
 ) -> Callable[[Sequence[int]], Completions]:
-    """Return what gives one answer to each prompt of some indices, at temperature 1.
+    """Return what gives one answer to each prompt of some indices, at temperature 1; arguments as in `generate`.
 
     transformers samples them when asked, from torch's generator. vLLM samples the answers to all prompts here, since it starts
     for minutes and makes batches of its own.
@@ -309,7 +329,8 @@ def completer(
             max_new_tokens=max_new_tokens,
             max_prompt_length=max_prompt_length,
         )
-    rows = encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)
+    limit = longest_prompt(model.config, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
+    rows = encode_prompts(tokenizer, prompts, max_prompt_length=limit)
     ends, conversational = end_token_ids(model, tokenizer), not isinstance(prompts[0], str)
     answers = engine_answers(model, rows, end_ids=ends, max_new_tokens=max_new_tokens)
     return lambda batch: completions_of(
@@ -340,13 +361,15 @@ def sample_texts(
 
     Args:
         batch_size: prompts that are answered together.
+        max_new_tokens, max_prompt_length: as in `generate`.
         engine: what samples; vLLM makes batches of its own.
         label: what people know this work by; shows how far it is.
 
     Returns:
         the texts, and whether each ended by itself, in the order of the prompts.
     """
-    lengths = [len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=max_prompt_length)]
+    limit = longest_prompt(model.config, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
+    lengths = [len(row) for row in encode_prompts(tokenizer, prompts, max_prompt_length=limit)]
 
     complete = completer(
         model,

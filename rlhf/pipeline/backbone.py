@@ -17,6 +17,7 @@ from rlhf.models.generate import encode_prompts
 from rlhf.models.load import encoder_type, find_source, load_tokenizer
 from rlhf.models.look import check_model
 from rlhf.models.open import open_config
+from rlhf.models.prompt_length import context_length, room_for_prompt
 from rlhf.models.templates import template_problems
 from rlhf.models.text import check_vocabulary
 from rlhf.pipeline.adapter_checks import adapter_problems
@@ -57,7 +58,9 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
             check_model(name, scores=until in WITHOUT_A_POLICY)
     except UserError as error:
         raise UserError([f"backbone.model: {problem}" for problem in error.problems]) from error
-    if not problems and until not in (*WITHOUT_A_POLICY, "sft"):
+    if not problems and until in ("sft", "reward") and encoder_type(name, revision) is None:
+        problems += _no_room(recipe, name, config)  # for the answers that show SFT's policy, or set the reward's scale
+    elif not problems and until not in (*WITHOUT_A_POLICY, "sft"):
         problems += _short_context(recipe, name, config, tokenizer)
     if problems:
         raise UserError([f"backbone.model: {problem}" for problem in problems])
@@ -82,22 +85,33 @@ def _misfits(name: str, revision: str | None, config: PreTrainedConfig, until: s
         )
 
 
+def _no_room(recipe: Recipe, name: str, config: PreTrainedConfig, *, default: int = 0) -> Iterator[str]:
+    """Yield a sentence where answers leave no room for a prompt.
+
+    Args:
+        default: tokens of an answer where the recipe does not say; a run that ends before PPO need not.
+    """
+    answer = recipe.ppo.trl_settings().get("max_completion_length", default)
+    room = room_for_prompt(config, max_new_tokens=answer)
+    if room is not None and room < 1:
+        yield (
+            f"{name} reads {context_length(config)} tokens, which ppo.max_completion_length={answer} leaves no prompt of; lower "
+            "it, or take a model with a longer context."
+        )
+
+
 def _short_context(
     recipe: Recipe, name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """Yield why the context is too short for PPO; warn where prompts only lose their beginning."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if problems := list(_no_room(recipe, name, config, default=PPOConfig.max_completion_length)):
+        yield from problems
+        return
     ppo = recipe.ppo.trl_settings()
     answer = ppo.get("max_completion_length", PPOConfig.max_completion_length)
     prompt = ppo.get("max_prompt_length", PPOConfig.max_prompt_length)
-    if positions is None or (prompt is not None and prompt + answer <= positions):
-        return
-    room = positions - answer
-    if room < 1:
-        yield (
-            f"{name} reads {positions} tokens, which ppo.max_completion_length={answer} leaves no prompt of; lower it, or take a "
-            "model with a longer context."
-        )
+    positions, room = context_length(config), room_for_prompt(config, max_new_tokens=answer)
+    if room is None or (prompt is not None and prompt <= room):
         return
     lengths = _prompt_lengths(recipe, tokenizer)
     if lengths and min(lengths) > room:

@@ -26,6 +26,7 @@ from rlhf.lab.answers import stand_in_answers
 from rlhf.models.generate import Completions, encode_prompts, end_token_ids, generate
 from rlhf.models.gguf import gguf_file
 from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer, reward_model_on
+from rlhf.models.prompt_length import longest_prompt
 from rlhf.models.templates import end_at_end_token, template_problems
 from rlhf.models.text import plain
 from rlhf.pipeline.affordable import ANSWERS, FEW, ROWS, TOKENS, affordable_prompts
@@ -37,7 +38,6 @@ from rlhf.pipeline.training import quiet_libraries, split_settings, training_arg
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.rewards import RewardSource, other_columns
-from rlhf.ppo.setup import longest_prompt
 from rlhf.ppo.verdict_reward import OPPONENT
 from rlhf.recipe.schema import Recipe
 from rlhf.reward.load import check_scores
@@ -191,7 +191,9 @@ def _examine_policy(examination: Examination) -> None:
     if end is not None:
         tokenizer.eos_token = end  # as SFT's trainer does
     end_ids = end_token_ids(model, tokenizer)
-    limit = longest_prompt(model, args)
+    limit = longest_prompt(
+        model.config, max_new_tokens=args.max_completion_length, max_prompt_length=args.max_prompt_length
+    )
     rows = examination.rows("prompts")[:ANSWERS]
     lengths: list[int] = []
     if is_readable:

@@ -24,7 +24,7 @@ from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.critiques import critique_form, own_critiques
 from rlhf.pipeline.first import first_on_ratings
 from rlhf.pipeline.fit import OF_TRAINING, fit_and_keep, fit_reward_model, kept_model, trained_on, training_rows
-from rlhf.pipeline.sampling import sampling_settings
+from rlhf.pipeline.sampling import sampling_settings, say_cut_prompts, say_cut_texts
 from rlhf.pipeline.store import MARK
 from rlhf.pipeline.training import checks_of, save_trained, split_settings
 from rlhf.pipeline.true_reward import gold_differences, load_true_reward
@@ -49,10 +49,12 @@ class Samples(NamedTuple):
     Attributes:
         answers: each prompt with its answer.
         ended: whether each answer came to its end.
+        prompts_cut: how many prompts had lost their beginning where the answers were sampled.
     """
 
     answers: list[tuple[Prompt, str]]
     ended: list[bool]
+    prompts_cut: int = 0
 
 
 def run_reward(context: StageContext) -> dict[str, Any]:
@@ -119,10 +121,12 @@ def run_reward(context: StageContext) -> dict[str, Any]:
         f"reward: accuracy {report['accuracy']:.3f} [{report['accuracy_ci'][0]:.3f}, {report['accuracy_ci'][1]:.3f}] on "
         f"{report['n']} held-out pairs; 'longer wins' has {report['length_baseline']:.3f}."
     )
+    facts |= {"prompts_cut": samples.prompts_cut}
     facts |= {"flipped": flipped, "mean": models[0].mean, "std": models[0].std, **report, "checks": book.entries}
 
-    # 4. What it says of the policy of the round before, which was made against another reward model.
-    return {**facts, "hindsight": _hindsight(context, reward)}
+    # 4. What it says of the policy of the round before, which was made against another reward model; what it read cut.
+    hindsight = _hindsight(context, reward)
+    return {**facts, "hindsight": hindsight, "reward_cuts": say_cut_texts(context, reward, stage="reward")}
 
 
 def _remember_cloud(reward: RewardModel, code: Tensor, samples: Samples, out: Path) -> None:
@@ -237,10 +241,10 @@ def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Sa
         policy = load_policy(sft, model_config, trainable=False).to(context.device).eval()
         tokenizer = load_tokenizer(sft, conversational=True, revision=context.recipe.backbone.revision)
         prompts = [row["prompt"] for row in read_jsonl(context.data / "prompts.jsonl")[:CALIBRATION_SAMPLES]]
-        texts, ended = sample_texts(
-            policy, tokenizer, prompts, **sampling_settings(context.recipe), label="reward: answers for the scale"
-        )
-        return Samples(list(zip(prompts, texts, strict=True)), ended)
+        cut = say_cut_prompts(context, policy, tokenizer, prompts, stage="reward, answers for the scale")
+        settings = sampling_settings(context.recipe, policy.config)
+        texts, ended = sample_texts(policy, tokenizer, prompts, **settings, label="reward: answers for the scale")
+        return Samples(list(zip(prompts, texts, strict=True)), ended, cut)
     answers: list[tuple[Prompt, str]]
     if context.recipe.reward.needs_ratings:
         rated: list[Rated] = read_jsonl(context.ratings)[:CALIBRATION_SAMPLES]

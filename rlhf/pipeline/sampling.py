@@ -9,21 +9,24 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf.data.labels import Question, question_id
-from rlhf.data.rows import SIDES, Messages, Pair, answer, asked, prompt_key
+from rlhf.data.rows import SIDES, Messages, Pair, Prompt, answer, asked, prompt_key
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
+from rlhf.invariants.ends import prompts_too_long
 from rlhf.lab.worlds import WORLDS
-from rlhf.models.generate import sample_texts
+from rlhf.models.generate import encode_prompts, sample_texts
 from rlhf.models.load import load_policy, load_tokenizer
+from rlhf.models.prompt_length import context_length, longest_prompt
 from rlhf.models.text import plain
 from rlhf.objectives.selection import difference_std, expected_information, head_covariance, most_diverse
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.training import split_settings
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.schema import Recipe
+from rlhf.reward.ensemble import RewardEnsemble
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.model import RewardModel
 
@@ -46,19 +49,64 @@ class Candidate(NamedTuple):
     second: str
 
 
-def sampling_settings(recipe: Recipe) -> SamplingSettings:
+def sampling_settings(recipe: Recipe, config: PreTrainedConfig) -> SamplingSettings:
     """Return how answers are sampled outside PPO: lengths as in PPO, and `generation_batch_size` or two rollouts at once.
 
-    Two, as no backward pass follows.
+    Two, as no backward pass follows. A run that ends before PPO need not name the length of an answer: where the default
+    leaves no room for a prompt, an answer has half of the context.
+
+    Args:
+        config: of the model that answers.
     """
     settings = recipe.ppo.trl_settings()
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
     two_rollouts = 2 * math.prod(settings.get(name, getattr(PPOConfig, name)) for name in sizes)
+    context, default = context_length(config), PPOConfig.max_completion_length
+    if context is not None and context <= default:
+        default = context // 2
     return {
         "batch_size": settings.get("generation_batch_size") or two_rollouts,
-        "max_new_tokens": settings.get("max_completion_length", PPOConfig.max_completion_length),
+        "max_new_tokens": settings.get("max_completion_length", default),
         "max_prompt_length": settings.get("max_prompt_length", PPOConfig.max_prompt_length),
     }
+
+
+def say_cut_prompts(
+    context: StageContext,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    stage: str,
+) -> int:
+    """Say how many of the prompts that a stage samples answers to lose their beginning, and return their number.
+
+    Args:
+        model: what answers them.
+        stage: its name, for the sentence.
+
+    Raises:
+        UserError: an answer leaves no room for a prompt.
+    """
+    settings = sampling_settings(context.recipe, model.config)
+    limit = longest_prompt(
+        model.config,
+        max_new_tokens=settings["max_new_tokens"],
+        max_prompt_length=settings["max_prompt_length"],
+    )
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, prompts, max_prompt_length=None)]
+    sentence = prompts_too_long(lengths, limit)
+    if sentence is not None:
+        context.say(f"{stage}: {sentence}")
+    return 0 if limit is None else sum(length > limit for length in lengths)
+
+
+def say_cut_texts(context: StageContext, reward: RewardModel | RewardEnsemble, *, stage: str) -> list[str]:
+    """Say in which ways the texts that a stage scored were too long for the reward model, and return the sentences."""
+    sentences = reward.cuts(f"{stage}: the reward model")
+    for sentence in sentences:
+        context.say(sentence)
+    return sentences
 
 
 def run_sample(context: StageContext) -> dict[str, Any]:
@@ -78,18 +126,24 @@ def run_sample(context: StageContext) -> dict[str, Any]:
     count, responses = int(context.settings["prompts"]), int(context.settings["responses"])
     first = (context.round - 1) * count
     drawn = [rows[i % len(rows)] for i in range(first, first + min(count, len(rows)))]
+    cut = say_cut_prompts(context, policy, tokenizer, [row["prompt"] for row in drawn], stage="sample")
     prompts = [row["prompt"] for row in drawn for _ in range(responses)]
     texts, ended = sample_texts(
         policy,
         tokenizer,
         prompts,
-        **sampling_settings(recipe),
+        **sampling_settings(recipe, policy.config),
         engine=recipe.sampling.engine,
         label="sample: answers",
     )
     samples = zip(prompts, texts, ended, strict=True)
     write_jsonl(context.folder / SAMPLES, [{"prompt": p, "completion": t, "ended": e} for p, t, e in samples])
-    return {"prompts": len(drawn), "samples": len(texts), "share_without_eos": 1 - sum(ended) / len(ended)}
+    return {
+        "prompts": len(drawn),
+        "prompts_cut": cut,
+        "samples": len(texts),
+        "share_without_eos": 1 - sum(ended) / len(ended),
+    }
 
 
 def run_select(context: StageContext) -> dict[str, Any]:
@@ -113,6 +167,7 @@ def run_select(context: StageContext) -> dict[str, Any]:
     recipe, reward_before = context.recipe, context.find_parent("reward")
     rounds, count = recipe.rounds, int(context.settings["labels"])
     differences: list[float | None] = [None] * len(candidates)
+    cuts: list[str] = []
     order = one_of_each_prompt_first(candidates)
     if reward_before is not None:
         reward = load_reward_model(reward_before / "model", device=context.device)
@@ -123,6 +178,7 @@ def run_select(context: StageContext) -> dict[str, Any]:
         if rounds.select != "random":
             labelled: list[Pair] = read_jsonl(context.pairs)
             order = most_worth(rounds.select, reward, candidates, first - second, labelled, count)
+        cuts = say_cut_texts(context, reward, stage="select")
     elif rounds.select != "random":
         context.say(f"select: no reward model yet, so pairs are taken at random and not by {rounds.select}.")
     selected = order[:count]
@@ -144,6 +200,7 @@ def run_select(context: StageContext) -> dict[str, Any]:
         "candidates": len(candidates),
         "questions": len(questions),
         "prompts_with_one_answer": single,
+        "reward_cuts": cuts,
         "select": rounds.select,
         "seed": seed,
     }

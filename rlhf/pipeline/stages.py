@@ -35,7 +35,7 @@ from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
 from rlhf.pipeline.demonstrations import read_lengths
 from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
-from rlhf.pipeline.sampling import sampling_settings
+from rlhf.pipeline.sampling import sampling_settings, say_cut_prompts, say_cut_texts
 from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.pipeline.trainers import StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import (
@@ -49,6 +49,7 @@ from rlhf.pipeline.training import (
 )
 from rlhf.pipeline.true_reward import load_true_reward
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.reporting import cuts_of_all
 from rlhf.recipe import Recipe
 from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.recipe.schema import DATA_SOURCES
@@ -80,10 +81,11 @@ def _answers_of_backbone(context: StageContext) -> Answers:
     model_config, _ = split_settings(context.trl_settings("ppo"))
     tokenizer = load_tokenizer(backbone, conversational=True, revision=recipe.backbone.revision)
     context.say(f"lab: {backbone} answers the prompts of this world.")
+    policy = load_policy(backbone, model_config, trainable=False).to(context.device).eval()
     return answers_of_model(
-        load_policy(backbone, model_config, trainable=False).to(context.device).eval(),
+        policy,
         tokenizer,
-        **sampling_settings(recipe),
+        **sampling_settings(recipe, policy.config),
         engine=recipe.sampling.engine,
         seed=recipe.seed,
         keep=context.folder / CHECKPOINTS,
@@ -276,6 +278,9 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         write_jsonl(context.folder / "samples.jsonl", [sample.as_row() for sample in trainer.latest_samples])
     if trainer.stopped is not None:
         context.say(trainer.stopped)
+    cuts = cuts_of_all(trainer)
+    for sentence in cuts:
+        context.say(sentence)
     rollouts = trainer.state.global_step // args.steps_per_rollout
     book.merge(checks_of(trainer, *(source.function for source in trainer.rewards.sources)))
     return {
@@ -283,6 +288,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         "rollouts": rollouts,
         "stopped": trainer.stopped,
         "warnings": trainer.progress.health.sentences,
+        "reward_cuts": cuts,
         "checks": book.entries,
     }
 
@@ -302,15 +308,18 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
     trained, book = context.parent("policy") / "model", CheckBook()
     policy = load_policy(trained, model_config, trainable=False)
     check_nothing_lost(context, trained, policy, book)
+    tokenizer = load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision)
+    prompts = [row["prompt"] for row in rows]
+    cut = say_cut_prompts(context, policy, tokenizer, prompts, stage="evaluate")
     facts, samples, sft_answers = evaluate_policies(
         policy=policy.to(context.device).eval(),
         sft=load_policy(sft, model_config, trainable=False).to(context.device).eval(),
-        tokenizer=load_tokenizer(sft, conversational=True, revision=recipe.backbone.revision),
+        tokenizer=tokenizer,
         reward=reward,
         gold=load_true_reward(recipe),
-        prompts=[row["prompt"] for row in rows],
+        prompts=prompts,
         sft_answers=None if sampled is None else [(row["completion"], row["ended"]) for row in sampled],
-        **sampling_settings(recipe),
+        **sampling_settings(recipe, policy.config),
         engine=recipe.sampling.engine,
     )
     write_jsonl(context.folder / "samples.jsonl", samples)
@@ -318,7 +327,8 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         write_jsonl(context.folder / SFT_ANSWERS, [{"completion": text, "ended": ended} for text, ended in sft_answers])
     compare_kl(context, samples, book)
     book.merge(checks_of(reward))
-    return {**facts, "checks": book.entries}
+    cuts = say_cut_texts(context, reward, stage="evaluate")
+    return {**facts, "prompts_cut": cut, "reward_cuts": cuts, "checks": book.entries}
 
 
 def show_samples(context: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -326,7 +336,8 @@ def show_samples(context: StageContext, model: PreTrainedModel, tokenizer: PreTr
     set_seed(context.recipe.seed)
     model.eval()
     prompts = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")[:SHOWN_SAMPLES]]
-    texts, ended = sample_texts(model, tokenizer, prompts, **sampling_settings(context.recipe))
+    say_cut_prompts(context, model, tokenizer, prompts, stage="sft, samples")
+    texts, ended = sample_texts(model, tokenizer, prompts, **sampling_settings(context.recipe, model.config))
     gold = load_true_reward(context.recipe)
     values: Sequence[float | None] = (
         gold([plain(prompt) for prompt in prompts], texts) if gold else [None] * len(prompts)

@@ -23,7 +23,7 @@ from rlhf.objectives.masked import whiten
 from rlhf.objectives.ppo import explained_variance, truncated_importance
 from rlhf.ppo.checks import check_policy_is_reference, check_sampling, hold_reference
 from rlhf.ppo.processes import mean_and_variance_of_all, moments_of_all, run_or_stop_all
-from rlhf.ppo.reporting import warn_of_cut_answers
+from rlhf.ppo.reporting import count_cut_texts, warn_of_cut_answers, warn_of_unread_answers
 from rlhf.ppo.rewards import Scores
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_columns
@@ -50,6 +50,7 @@ def make_rollout(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Rollout:
     check_policy_is_reference(trainer, experience)
     check_sampling(trainer, experience)
     warn_of_cut_answers(trainer, experience.ended)
+    warn_of_unread_answers(trainer)
     mask, values = experience.response_mask, experience.outputs.values
     if args.running_reward_norm:
         count, mean, variance = moments_of_all(accelerator, experience.scores)
@@ -112,7 +113,8 @@ def gather_experience(trainer: "PPOTrainer", rows: Sequence[PromptRow]) -> Exper
     completions = trainer.sample(rows)
     if trainer.rewards.compares:
         rows = _with_opponents(trainer, rows)
-    scores = trainer.rewards(rows, completions)
+    with count_cut_texts(trainer, len(rows)):
+        scores = trainer.rewards(rows, completions)
     if trainer.args.baseline_samples > 0:
         scores = scores._replace(total=scores.total - _reference_baseline(trainer, rows))
 

@@ -29,8 +29,9 @@ class RolloutMetrics:
     nats a token, where it is rewarded; `disagreement` of an ensemble's members, deviations of a score; `outside_cloud`,
     the share of answers beyond SFT's in the code of a bottleneck's reward model, and `outside_limit`, above which that
     is no chance; `length`, tokens an answer; `share_without_eos`; `special_tokens`, the share of answers with some before
-    their end; `prompts_cut`, the share of prompts that fill all the room there is; `grad_norm` of the policy,
-    0 while the critic warms up, and `grad_norm_critic`.
+    their end; `prompts_cut`, the share of prompts that fill all the room there is; `rewards_cut`, the share of texts, prompt
+    and answer, that the reward models read without their beginning; `grad_norm` of the policy, 0 while the critic warms up, and
+    `grad_norm_critic`.
     """
 
     def __init__(self, accelerator: Accelerator):

@@ -1,9 +1,11 @@
 """What people are told of a run: troubles and samples at every log, and the numbers of an evaluation."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from rlhf.ppo.scores import count_rewards
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
+
+UNREAD = "reward cut"  # the alarm's name
 
 
 def warn_of_cut_answers(trainer: "PPOTrainer", ended: Tensor) -> None:
@@ -33,6 +37,49 @@ def warn_of_cut_answers(trainer: "PPOTrainer", ended: Tensor) -> None:
         penalty=args.missing_eos_penalty,
     )
     _tell(trainer, sentences)
+
+
+@contextmanager
+def count_cut_texts(trainer: "PPOTrainer", answers: int) -> Iterator[None]:
+    """Count which of so many texts, prompt and answer, the reward models read without their beginning while they score them."""
+    models = trainer.rewards.reward_models
+    before = sum(reward.cut for reward in models)
+    yield
+    if models:
+        trainer.metrics.count("rewards_cut", sum(reward.cut for reward in models) - before, answers * len(models))
+
+
+def warn_of_unread_answers(trainer: "PPOTrainer") -> None:
+    """Warn once where answers alone are longer than a reward model reads; end training after this rollout where asked for.
+
+    Called by all processes together.
+    """
+    models, health = trainer.rewards.reward_models, trainer.progress.health
+    if not models or UNREAD in health.raised:
+        return
+    cut = torch.tensor(sum(reward.cut_answers for reward in models), device=trainer.accelerator.device)
+    if trainer.accelerator.reduce(cut, reduction="sum") == 0:
+        return
+    sentence = (
+        f"ppo, rollout {trainer.state.global_step // trainer.args.steps_per_rollout + 1}: answers are longer than the "
+        f"{min(reward.max_length for reward in models)} tokens that the reward model reads. They are scored without their own "
+        "beginning, and answers that end alike get the same score: lower ppo.max_completion_length, or take a reward model that "
+        "reads more."
+    )
+    health.raised.append(UNREAD)
+    health.sentences.append(sentence)
+    _tell(trainer, [sentence])
+
+
+def cuts_of_all(trainer: "PPOTrainer") -> list[str]:
+    """Return a sentence for each way in which texts were too long for a reward model, over all processes together."""
+    sentences = []
+    for number, reward in enumerate(trainer.rewards.reward_models, start=1):
+        counts = torch.tensor([reward.cut, reward.cut_answers], device=trainer.accelerator.device)
+        with reward.uncounted():
+            reward.cut, reward.cut_answers = trainer.accelerator.reduce(counts, reduction="sum").tolist()
+            sentences += reward.cuts(f"ppo: reward model {number}")
+    return sentences
 
 
 def _tell(trainer: "PPOTrainer", sentences: Sequence[str]) -> None:

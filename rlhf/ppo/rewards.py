@@ -186,7 +186,12 @@ class Rewards:
     @property
     def models(self) -> list[nn.Module]:
         """Return the networks of the sources that are reward models."""
-        return [source.function.model for source in self.sources if isinstance(source.function, RewardModel)]
+        return [reward.model for reward in self.reward_models]
+
+    @property
+    def reward_models(self) -> list[RewardModel]:
+        """Return the sources that are reward models."""
+        return [source.function for source in self.sources if isinstance(source.function, RewardModel)]
 
     def to(self, device: torch.device) -> None:
         """Move the sources that have weights to a device."""

@@ -14,7 +14,7 @@ from rlhf.models.coarse import coarse_weights
 from rlhf.models.critiques import drop_output_layer
 from rlhf.models.open import open_tokenizer
 from rlhf.models.scalar_head import make_exact, score_head
-from rlhf.models.text import check_tokenizer
+from rlhf.models.text import check_tokenizer, encode
 from rlhf.ppo.backbone import add_to_backbone, sharing_obstacle
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.ptx import Demonstrations
@@ -36,6 +36,26 @@ def check_data(dataset: Dataset | None) -> Dataset:
     if dataset is None or "prompt" not in dataset.column_names or len(dataset) == 0:
         raise UserError("ppo: train_dataset needs a column `prompt` and at least one row.")
     return dataset
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, **datasets: Dataset | None) -> None:
+    """Refuse data with a prompt of no tokens before anything is trained; `encode_prompts` would in the middle.
+
+    Args:
+        datasets: by the names of the trainer's arguments; conversations have the tokens of their chat template.
+
+    Raises:
+        UserError: naming the first such row.
+    """
+    for name, dataset in datasets.items():
+        if dataset is None or len(dataset) == 0 or not isinstance(dataset[0]["prompt"], str):
+            continue
+        for i, prompt in enumerate(dataset["prompt"]):
+            if not prompt.strip() and encode(tokenizer, [prompt], conversational=False) == [[]]:
+                raise UserError(
+                    f"ppo: row {i} of {name} has a prompt of no tokens ({prompt!r}), and an answer needs one before it; leave such "
+                    "rows out, or write a token that begins a text."
+                )
 
 
 def policy_and_tokenizer(
@@ -157,24 +177,6 @@ def rewards_and_critic(
         if (sentence := coarse_weights(f"ppo: the {role}'s", network, args.learning_rate)) is not None:
             warnings.warn(sentence, stacklevel=3)
     return sources, critic
-
-
-def longest_prompt(policy: PreTrainedModel | PeftModel, args: PPOConfig) -> int | None:
-    """Return how many tokens of a prompt are read: `max_prompt_length`, or what an answer leaves of the model's context.
-
-    Raises:
-        UserError: an answer leaves nothing.
-    """
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return args.max_prompt_length
-    room: int = positions - args.max_completion_length
-    if room < 1:
-        raise UserError(
-            f"ppo: max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
-            f"{positions} tokens."
-        )
-    return room if args.max_prompt_length is None else min(room, args.max_prompt_length)
 
 
 def check_reference(reference: Reference, args: PPOConfig) -> None:

@@ -66,7 +66,8 @@ def _potentials(trainer: "PPOTrainer", rows: Sequence[PromptRow], completions: C
     # 2. Their scores, each from its place to the next.
     reward = cast(RewardModel, trainer.rewards.sources[0].function)
     mean, std = trainer.rewards.scale
-    scores = (reward.score(prompts, texts, ended=[False] * len(texts)) - mean) / std
+    with reward.uncounted():  # beginnings of answers are no answers
+        scores = (reward.score(prompts, texts, ended=[False] * len(texts)) - mean) / std
     potentials = torch.zeros(mask.shape)
     for (row, start), score in zip(places, scores.tolist(), strict=True):
         potentials[row, start : start + step] = score

@@ -23,6 +23,7 @@ from rlhf.errors import TrainingError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions, generate
+from rlhf.models.prompt_length import longest_prompt
 from rlhf.models.sharding import check_sharding, whole
 from rlhf.objectives.kl import kl_k2, kl_k3
 from rlhf.objectives.ppo import clipped_policy, clipped_value
@@ -40,9 +41,9 @@ from rlhf.ppo.rollout import Experience, MicroBatch, PromptRow, Rollout, Sample,
 from rlhf.ppo.setup import (
     check_data,
     check_parallelism,
+    check_prompts,
     check_reference,
     count_rollouts,
-    longest_prompt,
     policy_and_tokenizer,
     read_demonstrations,
     rewards_and_critic,
@@ -123,9 +124,12 @@ class PPOTrainer(BaseTrainer):
         model, processing_class = policy_and_tokenizer(
             model, processing_class, peft_config, args, conversational=conversational
         )
+        check_prompts(processing_class, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.reference: Reference = make_reference(model, adapter_was_trained=adapter_was_trained)
         check_reference(self.reference, args)
-        self.longest_prompt = longest_prompt(model, args)
+        self.longest_prompt = longest_prompt(
+            model.config, max_new_tokens=args.max_completion_length, max_prompt_length=args.max_prompt_length
+        )
 
         # 3. Rewards and critic.
         self.monitors = dict(monitor_funcs or {})

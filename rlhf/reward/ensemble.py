@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from rlhf.data.rows import Prompt
-from rlhf.models.score import Scorer
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.model import RewardModel
 
@@ -49,8 +48,20 @@ class RewardEnsemble:
         scores = [member.score(prompts, responses, ended=ended) - member.mean for member in self.members]
         return torch.stack(scores).mean(dim=0)
 
+    def cuts(self, name: str) -> list[str]:
+        """Return a sentence for each way in which texts were too long for a member.
 
-def load_scorer_of(stage: Path, *, device: str | None = None) -> Scorer:
+        Args:
+            name: of the ensemble, for the sentences.
+        """
+        return [
+            sentence
+            for number, member in enumerate(self.members)
+            for sentence in member.cuts(f"{name} ({member_name(number)})")
+        ]
+
+
+def load_scorer_of(stage: Path, *, device: str | None = None) -> RewardModel | RewardEnsemble:
     """Load the reward model of a reward stage, or all of its members as one.
 
     Raises:

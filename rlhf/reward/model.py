@@ -1,7 +1,8 @@
 """A reward model as it is used: text in, raw scalar out."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -141,7 +142,8 @@ class RewardModel:
         head = score_head(self.model)
         if head is None:
             raise UserError(NO_FEATURES)
-        rows = self.rows_read(self.encode(prompts, responses, ended))
+        with self.uncounted():  # its answers are scored too, and counted there
+            rows = self.rows_read(self.encode(prompts, responses, ended))
         read: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].detach()))
         device = next(self.model.parameters()).device
@@ -207,6 +209,15 @@ class RewardModel:
             lengths = [len(row) for row in self.tokenizer(longest, add_special_tokens=False)["input_ids"]]
             self.cut_answers += sum(length >= self.max_length for length in lengths)
         return rows
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave `cut` and `cut_answers` as they are, while texts are read that count elsewhere or are nobody's answers."""
+        counts = (self.cut, self.cut_answers)
+        try:
+            yield
+        finally:
+            self.cut, self.cut_answers = counts
 
     def cuts(self, name: str) -> list[str]:
         """Return a sentence for each way in which texts were too long for the model.

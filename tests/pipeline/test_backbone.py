@@ -153,6 +153,18 @@ def test_an_encoder_is_fine_for_a_reward_model_and_refused_for_a_policy(
         check_arguments(load_recipe("r.yaml"))
 
 
+def test_answers_that_fill_the_context_are_refused_where_only_a_scale_is_sampled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SFT's samples and the reward's scale have PPO's lengths; a run that ends before PPO need not name them."""
+    configure(folder / "model", max_position_embeddings=64)
+    monkeypatch.chdir(folder)
+    for until in ("sft", "reward"):
+        check_arguments(load_recipe("r.yaml"), until=until)
+        with pytest.raises(UserError, match=r"reads 64 tokens, which ppo.max_completion_length=64 leaves no prompt of"):
+            check_arguments(load_recipe("r.yaml", ["ppo.max_completion_length=64"]), until=until)
+
+
 def test_an_unknown_token_pads_only_where_no_text_needs_it(folder: Path) -> None:
     """Words without bytes need it; nor is there one to take in a vocabulary that has none."""
     for unknown in ("<unk>", None):

@@ -1,16 +1,20 @@
 """Edges of PPO: rewards that are no numbers or all the same, answers without a token, prompts that fill the context."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from rlhf import load_reward_model
+from rlhf import PPOConfig, PPOTrainer, load_reward_model
 from rlhf.errors import TrainingError, UserError
 from rlhf.ppo.experience import shape_scores
+from rlhf.ppo.reporting import cuts_of_all, warn_of_unread_answers
+from rlhf.ppo.state import PPOState
 from tests.conftest import PROMPTS
 from tests.ppo.test_ppo import make, weights_after
 
@@ -83,6 +87,56 @@ def test_prompts_that_fill_the_context_are_cut_and_counted(
     assert max(lengths) == room
     with pytest.raises(UserError, match="leaves no room for a prompt in the model's context"):
         make(base_folder, str(reward_folder), cpu_arguments, max_completion_length=context)
+
+
+@pytest.mark.fault("rows too long")
+def test_answers_that_the_reward_model_reads_without_their_beginning_are_counted_and_told_once(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any]
+) -> None:
+    """Two that end alike get one score, so PPO learns that the beginning of an answer does not matter."""
+    settings: dict[str, Any] = {**cpu_arguments, "max_completion_length": 48, "total_episodes": 32}
+    rows = {}
+    for limit in (32, 128):
+        reward = load_reward_model(reward_folder)
+        reward.max_length = limit
+        trainer, log = make(base_folder, reward, settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        rows[limit] = [row["rewards_cut"] for row in log.rows]
+        told = [str(x.message) for x in caught if "tokens that the reward model reads" in str(x.message)]
+        assert told == [x for x in trainer.progress.health.sentences if "the reward model reads" in x]
+        if limit == 128:
+            assert (told, cuts_of_all(trainer)) == ([], [])
+            continue
+        assert len(told) == 1
+        assert told[0].startswith("ppo, rollout 1: answers are longer than the 32 tokens that the reward model reads.")
+        whole, own = cuts_of_all(trainer)
+        assert whole.startswith(f"ppo: reward model 1: {round(16 * sum(rows[32]))} texts are longer than 32 tokens")
+        assert "answers alone are longer than that" in own
+        trainer.progress.save(Path(cpu_arguments["output_dir"]))
+        resumed, _ = make(base_folder, reward, settings)
+        resumed.progress = PPOState.load(Path(cpu_arguments["output_dir"]))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warn_of_unread_answers(resumed)
+        assert caught == [], "a resumed run does not say it again"
+    assert min(rows[32]) > 0.5
+    assert rows[128] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_a_prompt_of_no_tokens_is_refused_before_anything_is_trained(
+    base_folder: Path, reward_folder: Path, tokenizer: Any, cpu_arguments: dict[str, Any], name: str
+) -> None:
+    """The first token of its answer would be read behind another row's last; with one row a batch nothing notices."""
+    data = {key: Dataset.from_list([{"prompt": "list"}]) for key in ("train_dataset", "eval_dataset")}
+    data[name] = Dataset.from_list([{"prompt": text} for text in ("list red", "name blue", "")])
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    with pytest.raises(UserError, match=rf"row 2 of {name} has a prompt of no tokens \(''\)"):
+        PPOTrainer(
+            model, str(reward_folder), PPOConfig(**cpu_arguments, max_completion_length=8), processing_class=tokenizer, **data
+        )  # fmt: skip
 
 
 @pytest.mark.fault("cut or ended answer")
