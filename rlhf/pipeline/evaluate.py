@@ -371,11 +371,10 @@ def _end_token(reward: RewardModel) -> str:
 
 def _alike_after_cut(reward: RewardModel, rows: Sequence[Pair]) -> int:
     """Count the pairs whose two answers differ, but not in what a model reads of them."""
-    cut = (reward.cut, reward.cut_answers)
     if not reward.cut_answers:
         return 0
-    sides = [reward.encode([asked(r, side) for r in rows], [answer(r, side) for r in rows], None) for side in SIDES]
-    reward.cut, reward.cut_answers = cut
+    with reward.uncounted():
+        sides = [reward.encode([asked(r, side) for r in rows], [answer(r, side) for r in rows], None) for side in SIDES]
     return sum(
         chosen == rejected and told(row, "chosen") != told(row, "rejected")
         for row, chosen, rejected in zip(rows, *sides, strict=True)

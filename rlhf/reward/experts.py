@@ -101,7 +101,8 @@ class ExpertRewards(RewardModel):
 
     def prompt_features(self, prompts: Sequence[Prompt]) -> Tensor:
         """Return the mean of the base model's last hidden states over each prompt's tokens, adapters off, [n, h]."""
-        rows = self.encode(prompts, [""] * len(prompts), [False] * len(prompts))
+        with self.uncounted():  # they are counted where prompt and answer are read together
+            rows = self.encode(prompts, [""] * len(prompts), [False] * len(prompts))
         model: Any = self.model
         inner = model.base_model.model
         backbone = getattr(inner, inner.base_model_prefix)

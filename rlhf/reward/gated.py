@@ -109,9 +109,8 @@ class GatedRewards(RewardModel):
 
 def prompt_features(reward: RewardModel, prompts: Sequence[Prompt]) -> Tensor:
     """Return the mean of a network's last hidden states over each prompt's tokens, [n, h]; no answer is read."""
-    cut = (reward.cut, reward.cut_answers)
-    rows = reward.encode(prompts, [""] * len(prompts), [False] * len(prompts))
-    reward.cut, reward.cut_answers = cut  # counted where prompt and answer are read together
+    with reward.uncounted():  # they are counted where prompt and answer are read together
+        rows = reward.encode(prompts, [""] * len(prompts), [False] * len(prompts))
     inner: Any = reward.model.base_model.model if isinstance(reward.model, PeftModel) else reward.model
     return mean_states(getattr(inner, inner.base_model_prefix), rows, reward.batch_size)
 

@@ -371,10 +371,9 @@ def score_checks(reward: RewardModel, texts: Sequence[tuple[Prompt, str]]) -> li
     ordered = sorted(texts, key=lambda text: len(plain(text[0])) + len(text[1]))
     texts = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
     prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
-    cut = (reward.cut, reward.cut_answers)
-    together = reward.score(prompts, responses)
-    alone = torch.cat([reward.score([prompt], [response]) for prompt, response in texts])
-    reward.cut, reward.cut_answers = cut
+    with reward.uncounted():
+        together = reward.score(prompts, responses)
+        alone = torch.cat([reward.score([prompt], [response]) for prompt, response in texts])
     dtype = computed_dtype(reward.model)
     checks = [alone_in_batch(alone, together, dtype=dtype)]
     if type(reward) is RewardModel:

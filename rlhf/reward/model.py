@@ -1,7 +1,8 @@
 """A reward model as it is used: text in, raw scalar out."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -207,6 +208,22 @@ class RewardModel:
             lengths = [len(row) for row in self.tokenizer(longest, add_special_tokens=False)["input_ids"]]
             self.cut_answers += sum(length >= self.max_length for length in lengths)
         return rows
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave `cut` and `cut_answers` as they are, whatever is read meanwhile: texts that were counted, or are nobody's own."""
+        counts = (self.cut, self.cut_answers)
+        try:
+            yield
+        finally:
+            self.cut, self.cut_answers = counts
+
+    def is_cut(self, prompt: Prompt, response: str) -> bool:
+        """Tell whether a text is too long for the model and loses its beginning; it is not counted."""
+        with self.uncounted():
+            before = self.cut
+            self.encode([prompt], [response], None)
+            return self.cut > before
 
     def cuts(self, name: str) -> list[str]:
         """Return a sentence for each way in which texts were too long for the model.

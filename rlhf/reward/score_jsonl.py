@@ -29,6 +29,8 @@ class _Line(NamedTuple):
 def score_lines(reward: Scorer, lines: Iterable[str | None]) -> Iterator[dict[str, Any]]:
     """Yield the object of each line plus `score`, its raw scalar; `{"error": …}` in place of a line that can't be scored.
 
+    An object whose text was too long for the model, and lost its beginning, has `"cut": true` too; no other one has.
+
     Args:
         lines: each `{"prompt": …, "response": …}` (the prompt text or messages) or `{"messages": […]}`, whose last turn is
             scored. Blank lines are errors too, so that line n of the output is line n of the input; so is None, a line that
@@ -37,13 +39,22 @@ def score_lines(reward: Scorer, lines: Iterable[str | None]) -> Iterator[dict[st
     for batch in _batches(lines):
         parsed = [_parse(line, reward) for line in batch]
         good = [line for line in parsed if isinstance(line, _Line)]
+        model = reward if isinstance(reward, RewardModel) else None
+        cut_before = 0 if model is None else model.cut
         scores = iter(_scores(reward, good))
         for line in parsed:
             score = next(scores) if isinstance(line, _Line) else line
             if isinstance(line, _Line) and isinstance(score, float):
-                yield {**line.row, "score": score}
+                is_cut = model is not None and model.cut > cut_before and model.is_cut(line.prompt, line.response)
+                yield _scored(line.row, score, is_cut=is_cut)
             else:
                 yield {"error": score}
+
+
+def _scored(row: dict[str, Any], score: float, *, is_cut: bool) -> dict[str, Any]:
+    """Return an object with its score; `cut` of an earlier model, which read less, is not of this one."""
+    others = {name: value for name, value in row.items() if name != "cut" or value is not True}
+    return {**others, "score": score, **({"cut": True} if is_cut else {})}
 
 
 def _batches(lines: Iterable[str | None]) -> Iterator[list[str | None]]:
@@ -64,6 +75,8 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
     """Return each line's score, or why it has none; where one line fails, all of its batch are scored one by one."""
     if not lines:
         return []
+    model = reward if isinstance(reward, RewardModel) else None
+    counts = (0, 0) if model is None else (model.cut, model.cut_answers)
     try:
         scores = reward.score([line.prompt for line in lines], [line.response for line in lines]).tolist()
     except TemplateError as error:
@@ -72,7 +85,11 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
         reason = f"can't be scored: {str(error) or type(error).__name__}".splitlines()[0]
     else:
         return [x if math.isfinite(x) else f"the score is not a finite number ({x})" for x in scores]
-    return [reason] if len(lines) == 1 else [_scores(reward, [line])[0] for line in lines]
+    if len(lines) == 1:
+        return [reason]
+    if model is not None:
+        model.cut, model.cut_answers = counts  # one by one they are counted again
+    return [_scores(reward, [line])[0] for line in lines]
 
 
 def _parse(line: str | None, reward: Scorer) -> _Line | str:
