@@ -302,10 +302,12 @@ def _report(data_set: _Data, models: Sequence[str], scored: Sequence[_Scored]) -
     pair_reports = [pair_report(other.pairs) for other in scored]
     report = dict(pair_reports[0])
     labels = [[ranked.score for ranked in ranking.answers] for ranking in data_set.rankings]
+    prompts = [ranking.prompt for ranking in data_set.rankings]
     if data_set.benchmark is not None:
         labels = [list(item.labels) for item in data_set.items if _is_ranking(item)]
+        prompts = [item.prompt for item in data_set.items if _is_ranking(item)]
     if labels:
-        report["rankings"] = ranking_report(labels, first.rankings)
+        report["rankings"] = ranking_report(labels, first.rankings, prompts)
     if len(scored) > 1:
         accuracy = float(scored[1].pairs.right.mean())
         report["against"] = {"accuracy": accuracy, **compare(first.pairs, scored[1].pairs)}
