@@ -14,7 +14,7 @@ def data_command(
     file: Annotated[
         str,
         typer.Argument(
-            help="A file, a pattern, a saved folder or a hub dataset; or {source: …, split: …} as in a recipe.",
+            help="A file, a pattern, a folder or a hub dataset; or {source: …, split: …} as in a recipe.",
             metavar="FILE",
             show_default=False,
         ),

@@ -39,7 +39,7 @@ def score_command(model: RewardModelName) -> None:
         sys.stdout.reconfigure(encoding="utf-8")  # JSON is, whatever the locale
     bad = 0
     with a_line_a_minute(Work("rlhf score", unit="lines")) as work:
-        for row in score_stream(model, bounded_lines(sys.stdin.readline)):
+        for row in score_stream(model, bounded_lines(sys.stdin.readline), say_aside):
             bad += "score" not in row
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
             work.done += 1

@@ -27,7 +27,7 @@ from rlhf.data.sources import (
     to_pairs,
     to_prompts,
 )
-from rlhf.data.tables import saved_splits
+from rlhf.data.tables import folder_splits
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 
@@ -249,13 +249,13 @@ def _may_have_test_side(source: Source) -> bool:
     """Tell whether a source may have a test split of its own, and was not asked for another than its training split."""
     if source.split not in (None, "train"):
         return False
-    return not is_local(source.source) or "test" in saved_splits(source.source)
+    return not is_local(source.source) or "test" in folder_splits(source.source, source.config)
 
 
 def _own_test_side(
     source: Source, reports: list[ReadReport], seed: int, fit: Fit | None, compare: Compare
 ) -> list[Row[Pair]]:
-    """Read the test split of a hub dataset or a saved folder; return no row if it has none."""
+    """Read the test split of a hub dataset or a folder; return no row if it has none."""
     before = len(reports)
     whole = replace(source, split="test", fraction=1.0, max_rows=None)
     try:

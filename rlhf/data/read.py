@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.limits import TOO_DEEP, TOO_LONG, is_too_deep, numbered_lines, open_text, read_whole
-from rlhf.data.tables import TABLES, is_pattern, is_saved, matched_files, saved_rows, table_rows
+from rlhf.data.tables import (
+    TABLES,
+    folder_rows,
+    is_folder,
+    is_folder_of_files,
+    is_pattern,
+    matched_files,
+    table_rows,
+)
 from rlhf.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", *TABLES)
@@ -104,28 +112,28 @@ def read_rows(
     """Read the rows of a source, each with its number; count unreadable lines in the report.
 
     A row is an object, or a list of messages (a ranked list). A byte order mark at the head of a line or file is no part of it.
-    Several files are read as one, in the order of their names: the numbers run on.
+    Numbers begin at 1. Several files are read as one, in the order of their names: the numbers run on.
 
     Args:
-        source: a path ending in one of `SUFFIXES`, a pattern that such paths match, a folder that `datasets` saved, or a hub
-            dataset id.
-        split: of a saved folder or hub dataset.
-        config: of a hub dataset.
+        source: a path ending in one of `SUFFIXES`, a pattern that such paths match, a folder that `datasets` saved or reads, or
+            a hub dataset id.
+        split: of a folder or hub dataset.
+        config: of a hub dataset, or a folder of data files.
         is_named: the split was asked for by name, and does not merely say what the rows are for.
 
     Raises:
-        UserError: no such file or split, or a hub dataset that cannot be had.
+        UserError: no such file or split, or a folder or hub dataset that cannot be had.
     """
     if not is_local(source):
         yield from _hub_rows(source, config, split, report)
         return
-    if config is not None or (is_named and not is_saved(source)):
+    if (config is not None and not is_folder_of_files(source)) or (is_named and not is_folder(source)):
         raise UserError(f"{source}: a local file has no config and no split; take them out.")
     if is_pattern(source):
         yield from _matched_rows(source, report)
         return
-    if is_saved(source):
-        for number, row in enumerate(saved_rows(source, split, is_named=is_named), start=1):
+    if is_folder(source):
+        for number, row in enumerate(folder_rows(source, split, config=config, is_named=is_named), start=1):
             report.rows += 1
             yield number, row
         return
@@ -146,18 +154,16 @@ def read_rows(
 
 
 def is_local(source: str) -> bool:
-    """Return whether a source names a file rather than a hub dataset: it is one, looks like a path, or ends as files do.
+    """Return whether a source names files rather than a hub dataset: it is there, looks like a path, or ends as files do.
 
-    What looks like a file is never looked up on the hub, where a misspelt name could be somebody else's data set; a folder that
-    is there is for `datasets` to read.
+    What looks like a file is never looked up on the hub, where a misspelt name could be somebody else's data set.
 
     >>> is_local("pairs.csv"), is_local("./pairs"), is_local("a/b/c"), is_local("org/name")
     (True, True, True, False)
     """
     looks_like_path = source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or "\\" in source
-    path, means_file = Path(source).expanduser(), looks_like_path or source.lower().endswith(FILE_SUFFIXES)
-    is_here = path.is_file() or is_saved(source)
-    return is_here or is_pattern(source) or (means_file and not path.is_dir())
+    is_here = Path(source).expanduser().is_file() or is_folder(source)
+    return is_here or is_pattern(source) or looks_like_path or source.lower().endswith(FILE_SUFFIXES)
 
 
 def _parquet(path: Path, report: ReadReport) -> Iterator[tuple[int, Any]]:
@@ -278,6 +284,6 @@ def _hub_rows(source: str, config: str | None, split: str, report: ReadReport) -
             f"{name}: cannot load the {split!r} split from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
             f"A local file must end in {', '.join(SUFFIXES)}."
         ) from error
-    for number, row in enumerate(dataset):
+    for number, row in enumerate(dataset, start=1):
         report.rows += 1
         yield number, row

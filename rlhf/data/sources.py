@@ -45,7 +45,7 @@ class Source:
         preference: what the values of its preference column mean, where the file itself does not say it.
         columns: our names → the file's own, dots leading into nested ones, where the file's layout is none that is known.
         label: the column that says which answer is better, where a layout has several.
-        config, split: of a hub dataset; a folder that `datasets` saved has splits too.
+        config, split: of a hub dataset; a folder that `datasets` reads has splits too.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""Sources that are no single JSON file: tables of text, folders that `datasets` saved, and several files by a pattern."""
+"""Sources that are no single JSON file: tables of text, folders that `datasets` reads, and several files by a pattern."""
 
 import csv
 import glob
@@ -31,6 +31,16 @@ def is_saved(source: str) -> bool:
     return (folder / SAVED_DATASET).is_file() or (folder / SAVED_SPLITS).is_file()
 
 
+def is_folder(source: str) -> bool:
+    """Return whether a source is a folder, which `datasets` reads: one that it saved, or one of data files."""
+    return bool(source) and Path(source).expanduser().is_dir()
+
+
+def is_folder_of_files(source: str) -> bool:
+    """Return whether a source is a folder of data files, whose names and README say which split each is of."""
+    return is_folder(source) and not is_saved(source)
+
+
 def matched_files(pattern: str) -> list[str]:
     """Return the files that a pattern stands for, by name.
 
@@ -44,45 +54,71 @@ def matched_files(pattern: str) -> list[str]:
 
 
 def local_files(source: str) -> list[Path]:
-    """Return all files that a local source consists of; none where it is not there."""
+    """Return all files that a local source consists of, by name; none where it is not there.
+
+    Of a folder these are all but hidden ones, in folders below it too, as `datasets` has it: the name of a file may say which
+    split it is of.
+    """
     path = Path(source).expanduser()
     if is_pattern(source):
         return [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
-    if is_saved(source):
-        return sorted(file for file in path.rglob("*") if file.is_file())
+    if is_folder(source):
+        return sorted(file for file in map(Path, glob.glob(f"{path}/**", recursive=True)) if file.is_file())
     return [path] if path.is_file() else []
 
 
-def saved_rows(source: str, split: str, *, is_named: bool) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a saved folder.
+def folder_rows(source: str, split: str, *, config: str | None, is_named: bool) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a folder.
 
     Args:
         split: of a folder with several; a folder with one only is read whole, unless `is_named`.
+        config: of a folder of data files whose README names several.
         is_named: the split was asked for by name.
 
     Raises:
-        UserError: it has no such split.
+        UserError: it has no such split; `datasets` can't read it.
     """
-    from datasets import load_from_disk
-
-    saved: Any = load_from_disk(str(Path(source).expanduser()))
-    if isinstance(saved, dict):
-        names = list(saved)
-        if split not in saved and (is_named or len(names) > 1):
+    loaded = _loaded(source, config)
+    if isinstance(loaded, dict):
+        names = list(loaded)
+        if split not in loaded and (is_named or len(names) > 1):
             raise UserError(f"{source}: has no split {split!r}; it has {', '.join(names)}. Name one by `split:`.")
-        saved = saved.get(split, saved[names[0]])
+        loaded = loaded.get(split, loaded[names[0]])
     elif is_named:
         raise UserError(f"{source}: is one data set without splits; take `split: {split}` out.")
-    yield from cast(Iterator[dict[str, Any]], iter(saved))
+    yield from cast(Iterator[dict[str, Any]], iter(loaded))
 
 
-def saved_splits(source: str) -> list[str]:
-    """Return the splits of a saved folder; none where it is a single data set."""
-    if not (Path(source).expanduser() / SAVED_SPLITS).is_file():
-        return []
-    from datasets import load_from_disk
+def folder_splits(source: str, config: str | None) -> list[str]:
+    """Return the splits of a folder; none where it is no folder, or a single data set that was saved.
 
-    return list(load_from_disk(str(Path(source).expanduser())))
+    Raises:
+        UserError: `datasets` can't read it.
+    """
+    loaded = _loaded(source, config) if is_folder(source) else None
+    return list(loaded) if isinstance(loaded, dict) else []
+
+
+def _loaded(source: str, config: str | None) -> Any:
+    """Return what `datasets` reads in a folder: data sets by split, or a single one that was saved.
+
+    Raises:
+        UserError: it can't read it.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    folder = str(Path(source).expanduser().resolve())  # whole: "csv" alone would be one of the library's own readers
+    if is_saved(source):
+        return load_from_disk(folder)
+    try:
+        return load_dataset(folder, config)
+    except Exception as error:  # it raises anything, the reason often behind a general one
+        reason = error.__cause__ or error
+        (words, *_) = [*str(reason).splitlines(), "no reason given"]
+        raise UserError(
+            f"{source}: `datasets` can't read the files of this folder as one data set ({type(reason).__name__}: {words}); name "
+            f"those that are meant, such as '{source.rstrip('/')}/*.jsonl'."
+        ) from error
 
 
 def table_rows(path: Path) -> Iterator[dict[str, Any] | str]:

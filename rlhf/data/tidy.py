@@ -68,7 +68,7 @@ def _tidy(row: Mapping[str, object]) -> Tidied:
         (_parse, PARSED),
         (_interleave, INTERLEAVED),
         (_cut_conversations, REPEATED),
-        (_add_system_turn, SYSTEM),
+        (with_system_turn, SYSTEM),
     )
     for step, remark in steps:
         try:
@@ -256,8 +256,14 @@ def _without_head(row: Mapping[str, object], head: str) -> Mapping[str, object]:
 # ---- The system's turn; reasoning ----
 
 
-def _add_system_turn(row: Mapping[str, object]) -> Mapping[str, object] | None:
-    """Return the row with its `system` column as the first turn of its prompt or conversations, which have none yet."""
+def with_system_turn(row: Mapping[str, object]) -> Mapping[str, object] | None:
+    """Return the row with its `system` column as the first turn of its prompt or conversations, which have none yet.
+
+    None where there is nothing to add. Two sides beside a prompt that is a text lose the blanks around them.
+
+    Raises:
+        BadRow: the prompt or conversation is none.
+    """
     system = row.get("system")
     if not isinstance(system, str) or not system.strip():
         return None

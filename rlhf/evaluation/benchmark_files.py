@@ -6,7 +6,6 @@ A benchmark's figure means something only on all of its rows, so a file with mis
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rlhf.data.messages import messages
@@ -14,6 +13,7 @@ from rlhf.data.read import BadRow, ReadReport, is_local, read_rows
 from rlhf.data.rows import Messages, user_turn
 from rlhf.data.sides import named_side
 from rlhf.data.sources import Source
+from rlhf.data.tables import folder_splits, is_folder, is_folder_of_files
 from rlhf.errors import UserError
 from rlhf.evaluation.benchmarks import (
     REWARD_BENCH,
@@ -129,11 +129,12 @@ def read_benchmark(source: str | Source) -> Benchmark | None:
 
 
 def named_split(source: Source) -> Source:
-    """Return a source with its split, where it is a hub dataset's and names none: as `choose_split` has it."""
+    """Return a source with its split, where it is a hub dataset's or a folder's and names none: as `choose_split` has it."""
     if source.split is not None:
         return source
     name, split = choose_split(source.source, config=source.config)
-    return source if is_local(name) else replace(source, source=name, split=split)
+    stays = name == source.source and is_local(name) and not is_folder_of_files(name)
+    return source if stays else replace(source, source=name, split=split)
 
 
 def choose_split(source: str, *, config: str | None = None) -> tuple[str, str]:
@@ -146,15 +147,15 @@ def choose_split(source: str, *, config: str | None = None) -> tuple[str, str]:
         UserError: a hub dataset with several splits, of which none is known to be the one.
     """
     name, colon, split = source.partition(":")
-    if is_local(source) and not (colon and Path(name).expanduser().is_dir()):
+    if is_local(source) and not is_folder_of_files(name) and not (colon and is_folder(name)):
         return source, SPLITS[0]
     if colon:
         return name, split
     from datasets import get_dataset_split_names
 
     try:
-        splits = get_dataset_split_names(name, config)
-    except Exception:  # no network or no such dataset: reading it says so
+        splits = folder_splits(name, config) if is_folder(name) else get_dataset_split_names(name, config)
+    except Exception:  # no network, no such dataset, or one that can't be read: reading it says so
         return name, SPLITS[0]
     chosen = [known for known in SPLITS if known in splits] or (splits if len(splits) == 1 else [])
     if not chosen:

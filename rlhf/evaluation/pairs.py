@@ -199,8 +199,10 @@ def score_rankings(reward: Scorer, rankings: Sequence[Ranking], *, label: str = 
     return np.split(score_answers(reward, texts, label=label), ends[:-1])
 
 
-def ranking_report(labels: Sequence[Sequence[float]], scores: Sequence[Array]) -> dict[str, Any]:
-    """Report how well a model orders the answers of K-wise data, prompt by prompt.
+def ranking_report(
+    labels: Sequence[Sequence[float]], scores: Sequence[Array], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Report how well a model orders the answers of K-wise data, ranking by ranking. The interval resamples conversations.
 
     `best_of_k` is how often every best answer is scored above every other, strictly, so a tie is wrong; chance is
     1 / C(K, number of best ones). `tau_b` is the mean rank correlation. `best_of_n` is what choosing the best of n with this
@@ -210,11 +212,12 @@ def ranking_report(labels: Sequence[Sequence[float]], scores: Sequence[Array]) -
     Args:
         labels: of each prompt's answers [K], higher is better, not all alike.
         scores: of the same answers [K].
+        prompts: what each ranking's answers answer.
     """
     golds = [np.asarray(values, dtype=float) for values in labels]
     best = [float(p[g == g.max()].min() > p[g < g.max()].max()) for p, g in zip(scores, golds, strict=True)]
     taus = [tau for p, g in zip(scores, golds, strict=True) if not np.isnan(tau := kendalltau(p, g).statistic)]
-    accuracy, interval = clustered_share(best)
+    accuracy, interval = clustered_share(best, conversation_keys(prompts))
     return {
         "prompts": len(golds),
         "best_of_k": accuracy,

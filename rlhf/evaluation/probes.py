@@ -1,7 +1,7 @@
 """Bias probes: what a reward model gives for what is no better: minimal edits of the same answers, and the change of their score.
 
 An effect is in deviations of the score: the mean change over answers, divided by the standard deviation of the scores of the
-same answers unedited. Its interval is paired: changes are of one answer each, and prompts are resampled. 0 is no bias.
+same answers unedited. Its interval is paired: changes are of one answer each, and conversations are resampled. 0 is no bias.
 """
 
 import random
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import Prompt
 from rlhf.evaluation.benchmarks import Item
 from rlhf.evaluation.pairs import score_answers
@@ -107,6 +108,7 @@ def probe(reward: Scorer, items: Sequence[Item], *, special: str, label: str = "
     texts: list[tuple[Prompt, str]] = [
         (item.prompt, item.answers[i]) for item in drawn for i in dict.fromkeys(item.pairs[0])
     ]
+    clusters = conversation_keys([prompt for prompt, _ in texts])
     scores = score_answers(reward, texts, label=label)
     effects = {}
 
@@ -115,7 +117,7 @@ def probe(reward: Scorer, items: Sequence[Item], *, special: str, label: str = "
         edited = [(i, prompt, text) for i, (prompt, old) in enumerate(texts) if (text := single.edit(old)) is not None]
         index = [i for i, _, _ in edited]
         changes = score_answers(reward, [(prompt, text) for _, prompt, text in edited], label=f"{label}, {name}")
-        effects[name] = _effect(texts, scores, index, changes - scores[index], single.meaning)
+        effects[name] = _effect(clusters, scores, index, changes - scores[index], single.meaning)
 
     # 2. The better and the worse answer as one, in both orders; the change belongs to the better one, every second text.
     both = [
@@ -126,7 +128,7 @@ def probe(reward: Scorer, items: Sequence[Item], *, special: str, label: str = "
     joined = score_answers(reward, orders, label=f"{label}, position")
     change = joined[: len(both)] - joined[len(both) :]
     meaning = "of a good and a bad half, the good one first is rewarded"
-    effects["position"] = _effect(texts, scores, list(range(0, len(texts), 2)), change, meaning)
+    effects["position"] = _effect(clusters, scores, list(range(0, len(texts), 2)), change, meaning)
 
     # 3. The same answer in one batch with the longest one, against the answer alone.
     mate_prompt, mate = max(texts, key=lambda text: len(plain(text[0])) + len(text[1]))
@@ -142,7 +144,7 @@ def probe(reward: Scorer, items: Sequence[Item], *, special: str, label: str = "
     batches = [[i] for i in range(min(MOST_ALONE, len(texts)))]
     changes = np.array(run_batches(with_mate, batches, label=f"{label}, batch mates"))
     meaning = "a long text in the same batch raises the score"
-    effects["batch mates"] = _effect(texts, scores, list(range(len(changes))), changes, meaning)
+    effects["batch mates"] = _effect(clusters, scores, list(range(len(changes))), changes, meaning)
     return {"answers": len(texts), "deviation": float(scores.std()), "effects": effects}
 
 
@@ -155,26 +157,32 @@ def _drawn(items: Sequence[Item]) -> list[Item]:
 
 
 def _effect(
-    texts: Sequence[tuple[Prompt, str]], scores: Array, index: Sequence[int], changes: Array, meaning: str
+    clusters: Sequence[str], scores: Array, index: Sequence[int], changes: Array, meaning: str
 ) -> dict[str, Any]:
-    """Return the mean change of the texts at `index` in deviations of all scores, with its interval over prompts."""
+    """Return the mean change of the texts at `index` in deviations of all scores, with its interval over conversations.
+
+    Args:
+        clusters: [n] of which conversation each text is.
+        scores: [n] of the texts as they were.
+        index: the texts that were edited.
+        changes: of their scores, in the order of `index`.
+        meaning: what a positive effect says.
+    """
     entry: dict[str, Any] = {"n": len(index), "effect": None, "effect_ci": None, "higher": None, "meaning": meaning}
     if not len(index):
         return entry
     entry["higher"] = float((changes > 0).mean())
     if float(scores.std()) == 0:
         return entry
-    edited, change = np.zeros(len(texts)), np.zeros(len(texts))
+    edited, change = np.zeros(len(scores)), np.zeros(len(scores))
     edited[index], change[index] = 1, changes
     centered = scores - scores.mean()
-    columns = np.stack([change, edited, centered, centered**2, np.ones(len(texts))], axis=1)
+    columns = np.stack([change, edited, centered, centered**2, np.ones(len(scores))], axis=1)
 
     def in_deviations(sums: Array) -> Array:
         mean = sums[..., 2] / sums[..., 4]
         deviation = np.sqrt(np.maximum(sums[..., 3] / sums[..., 4] - mean**2, 0))
         return np.asarray(sums[..., 0] / sums[..., 1] / deviation)
 
-    entry["effect"], entry["effect_ci"] = clustered_statistic(
-        columns, [plain(prompt) for prompt, _ in texts], in_deviations
-    )
+    entry["effect"], entry["effect_ci"] = clustered_statistic(columns, clusters, in_deviations)
     return entry

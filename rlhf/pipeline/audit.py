@@ -13,7 +13,7 @@ from rlhf.data.conversations import conversation_keys
 from rlhf.data.read import ReadReport, is_local
 from rlhf.data.rows import TIE, Compare, Pair, pair_digest
 from rlhf.data.sources import Row, Source, read_pair_rows
-from rlhf.data.tables import local_files
+from rlhf.data.tables import is_folder, local_files
 from rlhf.errors import UserError
 from rlhf.files import digest, file_digest, write_text
 from rlhf.models.load import find_source, load_tokenizer
@@ -331,6 +331,10 @@ def _identity(source: Source) -> object:
     files = local_files(source.source) if is_local(source.source) else []
     digests = [file_digest(file) for file in files]
     content: object = digests[0] if len(digests) == 1 else digests or source.source
+    if is_folder(source.source):  # where a file's name may say which split it is of
+        content = {
+            str(file.relative_to(Path(source.source).expanduser())): x for file, x in zip(files, digests, strict=True)
+        }
     stated = {
         name: value for name, value in asdict(source).items() if name != "source" and value != getattr(Source, name)
     }

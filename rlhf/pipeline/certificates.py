@@ -48,17 +48,18 @@ def certify_model(model: str, out: Path | None) -> tuple[Certificate, Path]:
         the certificate, and its file.
 
     Raises:
-        UserError: the model can't be opened, or is not the one that was certified; a hub id without `out`.
+        UserError: the model can't be opened, or is not the one that was certified; a hub id without `out`; `out` is there and
+            is no certificate.
     """
     quiet_libraries()
     folder = Path(expand(model))
     if out is None and not folder.is_dir():
         raise UserError(f"certify {model}: not a folder; say where the certificate shall be written (--out FILE).")
     file = out or folder / CERTIFICATE
-    if out is not None and not out.is_file():
-        check_result_file(out, "--out")
+    if out is not None:  # a certificate that a link leads to is compared, not replaced
+        check_result_file(out.resolve() if out.is_file() else out, "--out", key="golden", result="certificate")
     reward = open_reward_model(model)
-    if file.is_file():
+    if file.is_file() and (out is None or file.stat().st_size):
         certificate = read_certificate(file)
         check_certificate(reward, certificate, name=model)
         return certificate, file

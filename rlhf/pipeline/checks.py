@@ -16,7 +16,7 @@ from rlhf.data.columns import named_rows
 from rlhf.data.direction import directions, has_two_responses
 from rlhf.data.read import ReadReport, is_local, read_rows
 from rlhf.data.sources import Source
-from rlhf.data.tables import local_files
+from rlhf.data.tables import is_folder, local_files
 from rlhf.errors import UserError
 from rlhf.models.gguf import SUFFIX
 from rlhf.pipeline.reward_checks import reward_problems
@@ -143,23 +143,26 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
     }
     for name, source in entries.values():
         if not local_files(source.source):
-            yield f"data.{name}: {source.source}: no such file."
+            yield f"data.{name}: {source.source}: {'holds no file' if is_folder(source.source) else 'no such file'}."
             continue
         try:
-            check_directions(source)
+            check_directions(source, split="test" if name == "test" else "train")
         except UserError as error:
             yield from (f"data.{name}: {problem}" for problem in error.problems)
 
 
-def check_directions(source: Source) -> None:
+def check_directions(source: Source, *, split: str = "train") -> None:
     """Refuse a file of which nobody can know which of two responses is better, without keeping its rows.
 
     Of a file whose first rows have another layout, no more than these are read.
 
+    Args:
+        split: of a folder that has several, where the source names none.
+
     Raises:
         UserError: as `directions` says; or the file can't be read.
     """
-    split, is_named = source.split or "train", source.split is not None
+    split, is_named = source.split or split, source.split is not None
     report = ReadReport(source.source)
     numbered = read_rows(source.source, report, split=split, config=source.config, is_named=is_named)
     first = list(islice(numbered, FIRST_ROWS))

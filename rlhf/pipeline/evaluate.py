@@ -14,7 +14,7 @@ import numpy as np
 from rlhf.data.rankings import Ranking
 from rlhf.data.read import FILE_SUFFIXES, ReadReport
 from rlhf.data.rows import SIDES, TIE, Compare, Pair, answer, asked, parting_turn, told
-from rlhf.data.sources import Fit, Source, read_pairs, read_rankings
+from rlhf.data.sources import Fit, Row, Source, count_kept, drop_rows, read_pair_rows, read_rankings
 from rlhf.data.tables import is_pattern, is_saved
 from rlhf.errors import UserError
 from rlhf.evaluation.benchmark_files import Benchmark, named_split, read_benchmark
@@ -191,12 +191,13 @@ def evaluate_models(
     if probes:
         say("Probes: the answers are edited and scored again, seven times.")
         items = [item for data_set in data_sets for item in _edited_items(data_set)]
-        result["probes"] = [
-            {"model": model, **probe(reward, items, special=_end_token(reward), label=f"probes: {model}")}
-            for model, reward in zip(models, opened, strict=True)
-        ]
+        result["probes"] = []
+        for model, reward in zip(models, opened, strict=True):
+            with reward.uncounted():  # nobody wrote the edited answers
+                biases = probe(reward, items, special=_end_token(reward), label=f"probes: {model}")
+            result["probes"].append({"model": model, **biases})
 
-    # 4. What was cut, and the files.
+    # 4. What of the data was cut, and the files.
     for model, reward in zip(models, opened, strict=True):
         for sentence in reward.cuts(model):
             say(sentence)
@@ -247,28 +248,25 @@ def _read(name: str, source: Source, fit: Fit, compare_as: Compare) -> _Data:
     benchmark = read_benchmark(source) if is_whole else None
     if benchmark is not None:
         return _Data(name, benchmark.items, benchmark.arithmetic, [], [], benchmark, benchmark.report)
-    rows, report = _decided(source.source, *read_pairs(source, fit=fit, compare=compare_as))
+    rows, report = _decided(source.source, *read_pair_rows(source, split="test", fit=fit, compare=compare_as))
     items = [Item(row["prompt"], [answer(row, "chosen"), answer(row, "rejected")], [1, 0], [(0, 1)]) for row in rows]
     pairs = by_pairs(items)
     arithmetic = Arithmetic(pairs.outcomes, pairs.clusters, {"accuracy": pairs.figures[OVERALL]})
     return _Data(name, items, arithmetic, rows, read_rankings(source), None, report)
 
 
-def _decided(name: str, rows: list[Pair], report: ReadReport) -> tuple[list[Pair], ReadReport]:
-    """Return the pairs whose label calls one answer better, and the report, which counts the others.
+def _decided(name: str, rows: list[Row[Pair]], report: ReadReport) -> tuple[list[Pair], ReadReport]:
+    """Return the pairs whose label calls one answer better, and the report, which counts the others by their rows.
 
     Raises:
         UserError: all are ties.
     """
-    decided = [row for row in rows if row.get("confidence") != TIE]
+    decided = [row for row in rows if row.values.get("confidence") != TIE]
     if not decided:
         raise UserError(f"{name}: all of its pairs are ties, which nothing can be right about.")
-    ties = len(rows) - len(decided)
-    if ties:
-        report.dropped[UNDECIDED] = ties
-        report.examples[UNDECIDED] = []
-        report.kept -= ties
-    return decided, report
+    drop_rows((row for row in rows if row.values.get("confidence") == TIE), UNDECIDED)
+    count_kept([report], [decided])
+    return [row.values for row in decided], report
 
 
 def _score(reward: RewardModel, data_set: _Data, model: str) -> _Scored:
@@ -281,7 +279,10 @@ def _score(reward: RewardModel, data_set: _Data, model: str) -> _Scored:
     if data_set.benchmark is None:
         pairs = score_pairs(reward, data_set.rows, label=label)
         scores = list(np.stack([pairs.scores_chosen, pairs.scores_rejected], axis=1))
-        rankings = score_rankings(reward, data_set.rankings, label=f"{label}, rankings") if data_set.rankings else []
+        with reward.uncounted():  # the answers of rankings were counted in their pairs
+            rankings = (
+                score_rankings(reward, data_set.rankings, label=f"{label}, rankings") if data_set.rankings else []
+            )
     else:
         scores = score_items(reward, data_set.items, label=label)
         pairs = pairs_of_items(data_set.items, scores)
@@ -301,10 +302,12 @@ def _report(data_set: _Data, models: Sequence[str], scored: Sequence[_Scored]) -
     pair_reports = [pair_report(other.pairs) for other in scored]
     report = dict(pair_reports[0])
     labels = [[ranked.score for ranked in ranking.answers] for ranking in data_set.rankings]
+    prompts = [ranking.prompt for ranking in data_set.rankings]
     if data_set.benchmark is not None:
         labels = [list(item.labels) for item in data_set.items if _is_ranking(item)]
+        prompts = [item.prompt for item in data_set.items if _is_ranking(item)]
     if labels:
-        report["rankings"] = ranking_report(labels, first.rankings)
+        report["rankings"] = ranking_report(labels, first.rankings, prompts)
     if len(scored) > 1:
         accuracy = float(scored[1].pairs.right.mean())
         report["against"] = {"accuracy": accuracy, **compare(first.pairs, scored[1].pairs)}

@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ from rlhf.reward.load import CARD, load_reward_model, open_reward_model, reward_
 from rlhf.reward.score_jsonl import score_lines
 
 
-def score_stream(model: str, lines: Iterable[str | None]) -> Iterator[dict[str, Any]]:
-    """Score JSON lines with a reward model; None is a line that was too long to be read."""
+def score_stream(model: str, lines: Iterable[str | None], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Score JSON lines with a reward model; None is a line that was too long to be read. Say at the end what was cut."""
     quiet_libraries()
-    yield from score_lines(open_reward_model(model), lines)
+    reward = open_reward_model(model)
+    yield from score_lines(reward, lines)
+    for sentence in reward.cuts(model):
+        say(sentence)
 
 
 def export_model(model: Path, out: Path) -> None:

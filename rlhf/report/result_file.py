@@ -7,12 +7,15 @@ from pathlib import Path
 from rlhf.errors import UserError
 
 
-def check_result_file(file: Path, option: str, *, key: str | None = None) -> None:
+def check_result_file(
+    file: Path, option: str, *, key: str | None = None, result: str = "result of this command"
+) -> None:
     """Check that a result can be written to the file that a person named; before any work.
 
     Args:
         option: its name on the command line.
-        key: of such results. A file that holds one, or nothing at all, is replaced; without `key` no file is.
+        key: of such results. A file that holds one, or nothing at all, may be named; without `key` no file may.
+        result: what such a result is called.
 
     Raises:
         UserError: its folder is not there, or can't be written to; it is a folder, a link, or something else than such a result.
@@ -25,7 +28,7 @@ def check_result_file(file: Path, option: str, *, key: str | None = None) -> Non
     if file.is_symlink():  # it would be replaced, and what it leads to would stay as it is
         raise UserError(f"{option} {file}: is a link; name the file itself.")
     if file.exists() and not (key is not None and file.is_file() and _holds_result(file, key)):
-        what = "is there already" if key is None else "is there already, and is no earlier result of this command"
+        what = "is there already" if key is None else f"is there already, and is no earlier {result}"
         raise UserError(f"{option} {file}: {what}; choose a new file.")
     _check_writable(folder, f"{option} {file}")
 

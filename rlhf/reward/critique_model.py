@@ -1,6 +1,7 @@
 """`CritiqueRewardModel`: a reward model that writes a critique of every answer, and gives its score behind that."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +78,16 @@ class CritiqueRewardModel(RewardModel):
         self.critiques += len(rows)
         self.endless += written.ended.count(False)
         return written
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave the counts of texts and of critiques as they are, whatever is read and written meanwhile."""
+        counts = (self.critiques, self.endless)
+        try:
+            with super().uncounted():
+                yield
+        finally:
+            self.critiques, self.endless = counts
 
     def cuts(self, name: str) -> list[str]:
         """Return a sentence for each way in which texts, or critiques, were too long."""

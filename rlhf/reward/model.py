@@ -219,6 +219,13 @@ class RewardModel:
         finally:
             self.cut, self.cut_answers = counts
 
+    def is_cut(self, prompt: Prompt, response: str) -> bool:
+        """Tell whether a text is too long for the model and loses its beginning; it is not counted."""
+        with self.uncounted():
+            before = self.cut
+            self.encode([prompt], [response], None)
+            return self.cut > before
+
     def cuts(self, name: str) -> list[str]:
         """Return a sentence for each way in which texts were too long for the model.
 

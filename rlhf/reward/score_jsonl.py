@@ -11,11 +11,13 @@ from rlhf.data.limits import MOST_LINE, TOO_DEEP, TOO_LONG, is_too_deep
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Prompt, completion, user_turn
+from rlhf.data.tidy import with_system_turn
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.score import Scorer
 from rlhf.reward.model import RewardModel
 
 BATCH = 256
+MOST_DIGITS = 40  # of a number, in a message
 
 
 class _Line(NamedTuple):
@@ -29,21 +31,32 @@ class _Line(NamedTuple):
 def score_lines(reward: Scorer, lines: Iterable[str | None]) -> Iterator[dict[str, Any]]:
     """Yield the object of each line plus `score`, its raw scalar; `{"error": …}` in place of a line that can't be scored.
 
+    An object whose text was too long for the model, and lost its beginning, has `"cut": true` too; no other one has.
+
     Args:
         lines: each `{"prompt": …, "response": …}` (the prompt text or messages) or `{"messages": […]}`, whose last turn is
-            scored. Blank lines are errors too, so that line n of the output is line n of the input; so is None, a line that
-            was too long to be read (`bounded_lines`).
+            scored, with `system` beside them or not. Blank lines are errors too, so that line n of the output is line n of the
+            input; so is None, a line that was too long to be read (`bounded_lines`).
     """
     for batch in _batches(lines):
         parsed = [_parse(line, reward) for line in batch]
         good = [line for line in parsed if isinstance(line, _Line)]
+        model = reward if isinstance(reward, RewardModel) else None
+        cut_before = 0 if model is None else model.cut
         scores = iter(_scores(reward, good))
         for line in parsed:
             score = next(scores) if isinstance(line, _Line) else line
             if isinstance(line, _Line) and isinstance(score, float):
-                yield {**line.row, "score": score}
+                is_cut = model is not None and model.cut > cut_before and model.is_cut(line.prompt, line.response)
+                yield _scored(line.row, score, is_cut=is_cut)
             else:
                 yield {"error": score}
+
+
+def _scored(row: dict[str, Any], score: float, *, is_cut: bool) -> dict[str, Any]:
+    """Return an object with its score; `cut` of an earlier model, which read less, is not of this one."""
+    others = {name: value for name, value in row.items() if name != "cut" or value is not True}
+    return {**others, "score": score, **({"cut": True} if is_cut else {})}
 
 
 def _batches(lines: Iterable[str | None]) -> Iterator[list[str | None]]:
@@ -64,6 +77,8 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
     """Return each line's score, or why it has none; where one line fails, all of its batch are scored one by one."""
     if not lines:
         return []
+    model = reward if isinstance(reward, RewardModel) else None
+    counts = (0, 0) if model is None else (model.cut, model.cut_answers)
     try:
         scores = reward.score([line.prompt for line in lines], [line.response for line in lines]).tolist()
     except TemplateError as error:
@@ -72,7 +87,11 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
         reason = f"can't be scored: {str(error) or type(error).__name__}".splitlines()[0]
     else:
         return [x if math.isfinite(x) else f"the score is not a finite number ({x})" for x in scores]
-    return [reason] if len(lines) == 1 else [_scores(reward, [line])[0] for line in lines]
+    if len(lines) == 1:
+        return [reason]
+    if model is not None:
+        model.cut, model.cut_answers = counts  # one by one they are counted again
+    return [_scores(reward, [line])[0] for line in lines]
 
 
 def _parse(line: str | None, reward: Scorer) -> _Line | str:
@@ -80,22 +99,13 @@ def _parse(line: str | None, reward: Scorer) -> _Line | str:
     if line is None:
         return TOO_LONG
     try:
-        row = json.loads(line.removeprefix("\ufeff"), parse_constant=_refuse_constant)
+        row = json.loads(line.removeprefix("\ufeff"), parse_constant=_refuse_constant, parse_float=_finite)
         if not isinstance(row, dict):
             raise BadRow("not a JSON object")
         if is_too_deep(row):
             raise BadRow(TOO_DEEP)
         json.dumps(row, ensure_ascii=False).encode()
-        if row.get("messages") is not None:
-            turns = messages(row["messages"], "messages")
-            if len(turns) < 2 or turns[-1]["role"] != "assistant":
-                raise BadRow("messages must end with an assistant's answer to something")
-            response = completion({"prompt": turns[:-1], "completion": turns[-1:]})
-            prompt: Prompt = turns[:-1]
-        elif row.get("prompt") is not None and isinstance(row.get("response"), str):
-            prompt, response = _prompt(row["prompt"], reward), row["response"]
-        else:
-            raise BadRow("neither 'prompt' and 'response' nor 'messages'")
+        prompt, response = _asked_and_answered(row, reward)
     except UnicodeEncodeError:
         return "a lone surrogate, which is no text"
     except RecursionError:
@@ -105,6 +115,48 @@ def _parse(line: str | None, reward: Scorer) -> _Line | str:
     except ValueError as error:  # a number of more digits than Python reads
         return f"not valid JSON: {error}"
     return _Line(row, prompt, response)
+
+
+def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, str]:
+    """Return the prompt and the response of a line, its `system` as the first turn, as wherever data are read.
+
+    Raises:
+        BadRow: they are not there, not in one form, or of another type; something stands beside that has no place here.
+    """
+    if row.get("tools"):
+        raise BadRow(
+            "'tools' have no place here; write what the model read of them into a system turn, or leave them out"
+        )
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise BadRow(f"'system' is {_type(system)}, and must be a text")
+    if row.get("messages") is not None:
+        if row.get("response") is not None:
+            raise BadRow("'messages' beside 'response': two answers; leave one of them out")
+        changed = with_system_turn({"messages": row["messages"], "system": system})
+        turns = messages((changed or row)["messages"], "messages")
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise BadRow("messages must end with an assistant's answer to something")
+        return turns[:-1], completion({"prompt": turns[:-1], "completion": turns[-1:]})
+    if "prompt" not in row or "response" not in row:
+        raise BadRow("neither 'prompt' and 'response' nor 'messages'")
+    if not isinstance(row["response"], str):
+        raise BadRow(f"'response' is {_type(row['response'])}, and must be a text")
+    if not isinstance(row["prompt"], str | list | dict):
+        raise BadRow(f"'prompt' is {_type(row['prompt'])}, and must be a text or messages")
+    prompt = _prompt(row["prompt"], reward)
+    if system and system.strip() and isinstance(prompt, str):
+        raise BadRow("'system' beside a prompt that a chat template has rendered; leave it out, or send messages")
+    changed = with_system_turn({"prompt": prompt, "system": system})
+    return (prompt if changed is None else messages(changed["prompt"], "prompt")), row["response"]
+
+
+def _type(value: object) -> str:
+    """Return what a value of JSON is, as people call it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {list: "a list", dict: "an object"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "a number")
 
 
 def _prompt(prompt: object, reward: Scorer) -> Prompt:
@@ -125,3 +177,10 @@ def _prompt(prompt: object, reward: Scorer) -> Prompt:
 def _refuse_constant(name: str) -> None:
     """Refuse NaN and infinities, which JSON does not have."""
     raise BadRow(f"not valid JSON: {name}")
+
+
+def _finite(digits: str) -> float:
+    """Return a number, or refuse one that is too large for a float: it would be written as Infinity, which is no JSON."""
+    if math.isfinite(number := float(digits)):
+        return number
+    raise BadRow(f"the number {digits[:MOST_DIGITS]} is too large")

@@ -125,10 +125,8 @@ class ServedModel:
         if first.reads_prompt_apart:  # the prompt decides how much each expert or attribute counts
             answers = [text for text in texts if isinstance(text, Answer)]
             ended = [answer.ended for answer in answers]
-            cut = (first.cut, first.cut_answers)
-            scores = first.score([x.prompt for x in answers], [x.response for x in answers], ended=ended)
-            first.cut, first.cut_answers = cut
-            return scores.tolist()
+            with first.uncounted():  # they were counted when they were encoded
+                return first.score([x.prompt for x in answers], [x.response for x in answers], ended=ended).tolist()
         each = [member.score_rows([row.rows[i] for row in encoded]) for i, member in enumerate(self.members)]
         if len(each) == 1:
             return each[0].tolist()

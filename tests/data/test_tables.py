@@ -1,4 +1,4 @@
-"""Sources that are no single JSON file: tables, saved folders, patterns, hub data sets with a config and a split."""
+"""Sources that are no single JSON file: tables, folders, patterns, hub data sets with a config and a split."""
 
 import gzip
 from pathlib import Path
@@ -10,8 +10,8 @@ import pytest
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.data.rows import answer
-from rlhf.data.sources import Source, read_pairs
-from rlhf.data.tables import _check_names, _row, table_rows
+from rlhf.data.sources import Source, read_pair_rows, read_pairs
+from rlhf.data.tables import _check_names, _row, is_folder, local_files, table_rows
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 
@@ -140,6 +140,42 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             read_pairs(stated)
+
+
+def test_folders_of_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are numbered from 1, as those of files; what cannot be read is not blamed on the hub."""
+    monkeypatch.chdir(tmp_path)
+    for folder, names in (("csv", ("a", "b")), ("both", ("train", "test"))):
+        (tmp_path / folder).mkdir()
+        for i, name in enumerate(names):
+            write_jsonl(tmp_path / folder / f"{name}.jsonl", pairs(range(20 * i, 20 * i + 20 - 10 * i)))
+    rows, report = read_pair_rows("csv")
+    assert [row.number for row in rows] == list(range(1, 31)), "a folder may have the name of a reader of the library"
+    assert report.rows == 30
+    assert chosen("both") == [f"yes {i}" for i in range(20, 30)], "evaluated on the test split"
+    given = [Source("both")]
+    facts = prepare_data(tmp_path / "out", DataSources(sft=given, preferences=given), seed=0)
+    assert (facts["rows"]["pairs"], facts["rows"]["test_pairs"]) == (20, 10), "its own test split is the test side"
+    for folder in ("mixed", "empty"):
+        (tmp_path / folder).mkdir()
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / "mixed" / f"{name}.jsonl", [{name: name}])
+    for source, sentence in (
+        (Source("csv", split="dev"), "csv: has no split 'dev'; it has train"),
+        (Source("mixed"), r"mixed: `datasets` can't read the files of .*name those that are meant, such as 'mixed/\*"),
+        (Source("empty/"), r"empty/: `datasets` can't read .*such as 'empty/\*"),
+    ):
+        with pytest.raises(UserError, match=sentence) as refused:
+            read_pairs(source)
+        assert "hub" not in str(refused.value)
+
+
+def test_a_folders_files_are_those_that_are_not_hidden(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "deep/a.jsonl", ".cache/x.json", ".DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    assert [file.relative_to(tmp_path).as_posix() for file in local_files(str(tmp_path))] == ["b.jsonl", "deep/a.jsonl"]
+    assert not is_folder(""), "which is not the folder that one stands in"
 
 
 def test_a_hub_dataset_is_asked_for_its_config_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf.data.sources import Source
 from rlhf.errors import UserError
-from rlhf.evaluation.benchmark_files import choose_split, read_benchmark
+from rlhf.evaluation.benchmark_files import choose_split, named_split, read_benchmark
 from rlhf.evaluation.benchmarks import (
     REWARD_BENCH,
     REWARD_BENCH_2,
@@ -349,6 +350,7 @@ def test_splits_of_the_hub(tmp_path: Path) -> None:
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n")
     assert choose_split(str(folder)) == (str(folder), "filtered")
     assert choose_split(f"{folder}:raw") == (str(folder), "raw")
+    assert named_split(Source(f"{folder}:raw")) == Source(str(folder), split="raw")
     assert choose_split("file.jsonl") == ("file.jsonl", "test")
     (folder / "README.md").write_text((folder / "README.md").read_text().replace("split: filtered", "split: claude"))
     with pytest.raises(UserError, match=r"it has the splits raw, claude; name one, such as .*reward-bench:raw"):

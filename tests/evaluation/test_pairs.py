@@ -125,7 +125,9 @@ def test_ranking_report() -> None:
     ]
     scores = score_rankings(Lengths(), rankings)
     assert [values.tolist() for values in scores] == [[3, 2, 1], [1, 2, 3], [2, 2, 1]]
-    report = ranking_report([[ranked.score for ranked in r.answers] for r in rankings], scores)
+    report = ranking_report(
+        [[ranked.score for ranked in r.answers] for r in rankings], scores, [r.prompt for r in rankings]
+    )
     assert report["best_of_k"] == pytest.approx(1 / 3)
     assert report["best_of_k_by_chance"] == pytest.approx(1 / 3)
     assert report["tau_b"] == pytest.approx((1 - 1 + 0.5) / 3)
@@ -135,3 +137,17 @@ def test_ranking_report() -> None:
     # Pairs: a → 2, 2, 1; b → 1, 0, 0; c → (xx, yy) and the like share ½.
     assert curve[2]["by_model"] == pytest.approx((5 / 3 + 1 / 3 + 1 / 2) / 3)
     assert curve[2]["kl"] == pytest.approx(math.log(2) - 0.5)
+
+
+def test_rankings_of_one_conversation_are_one_draw() -> None:
+    """As in pairs: the same rankings eight times, or turns of one tree, make no narrower an interval."""
+    rng = np.random.default_rng(0)
+    labels, scores = [[1.0, 0.0, 0.0]] * 60, [np.array([score, 0.5, 0.2]) for score in rng.random(60)]
+    first = [{"role": "user", "content": f"q {i}"} for i in range(60)]
+    later = [{"role": "assistant", "content": "and?"}, {"role": "user", "content": "go on"}]
+    once = ranking_report(labels, scores, [[turn] for turn in first])
+    often = ranking_report(labels * 8, scores * 8, [[turn] for turn in first] * 8)
+    tree = ranking_report(labels * 2, scores * 2, [[turn, *more] for more in ([], later) for turn in first])
+    assert once["best_of_k_ci"] == often["best_of_k_ci"] == tree["best_of_k_ci"]
+    one = ranking_report(labels, scores, [first[:1]] * 60)
+    assert one["best_of_k_ci"] == [0.0, 1.0], "one conversation says nothing about others"

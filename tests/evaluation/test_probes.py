@@ -170,3 +170,17 @@ def test_edits_are_minimal() -> None:
         assert edited is not None
         rest = iter(re.findall(r"\w+", edited))
         assert all(word in rest for word in re.findall(r"\w+", text)), f"{name}: a word of the answer is missing"
+
+
+def test_turns_of_one_conversation_are_one_draw() -> None:
+    """The same answers to ten turns of each conversation as to one: the interval stays as wide."""
+    later = [{"role": "assistant", "content": "and?"}, {"role": "user", "content": "go on"}]
+    turns = [
+        Item([*item.prompt, *later * k], item.answers, item.labels, item.pairs)
+        for item in ITEMS[:20]
+        for k in range(10)
+    ]
+    rule = Toy(lambda text, _: quality(text) * (2 if text.startswith(PREFIX) else 1))
+    once, often = (probe(rule, items, special=END)["effects"]["prefix"] for items in (ITEMS[:20], turns))
+    assert often["effect"] == pytest.approx(once["effect"])
+    assert often["effect_ci"] == pytest.approx(once["effect_ci"])

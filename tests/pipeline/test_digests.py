@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf.data.sources import Source
 from rlhf.errors import UserError
+from rlhf.pipeline.audit import _identity
 from rlhf.pipeline.digests import named_digests
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.run import run
@@ -108,6 +110,37 @@ def test_the_backbone_counts_where_there_is_no_sft(recipe: Callable[..., Recipe]
     (tmp_path / "lm" / "model.safetensors").write_text("other")
     after = {stage.folder: stage.key for stage in plan(recipe("data.sft=null"))}
     assert [folder for folder in before if before[folder] == after[folder]] == ["round-0/data"]
+
+
+@pytest.mark.fault("a run that changed")
+@pytest.mark.parametrize("change", ["bytes", "name", "more"])
+def test_every_file_of_a_folder_of_data_counts(recipe: Callable[..., Recipe], tmp_path: Path, change: str) -> None:
+    """A folder's files are read as a run is made, so they are no less a part of its data than a file that is named."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("{}\n")
+    loaded = recipe("data.preferences=parts")
+    stages, out = plan(loaded), tmp_path / "out"
+    finish_all(stages, out)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(loaded.resolved()))
+    if change == "bytes":
+        (folder / "train.jsonl").write_text('{"a": 1}\n')
+    elif change == "name":
+        (folder / "train.jsonl").rename(folder / "test.jsonl")
+    else:
+        (folder / "more.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"round-0/data: made with other(.|\n)*parts/"):
+        run(recipe("data.preferences=parts"), out, say=lambda _: None)
+
+
+def test_an_audit_of_a_folder_of_data_is_one_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    identities = [_identity(Source(str(tmp_path)))]
+    (tmp_path / "train.jsonl").write_text('{"a": 1}\n')
+    identities.append(_identity(Source(str(tmp_path))))
+    (tmp_path / "train.jsonl").rename(tmp_path / "test.jsonl")
+    identities.append(_identity(Source(str(tmp_path))))
+    assert len({json.dumps(identity) for identity in identities}) == 3
 
 
 HELPERS = {

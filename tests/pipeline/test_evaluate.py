@@ -182,9 +182,21 @@ def test_columns_are_named_and_ties_are_left_out(reward_folder: Path, tmp_path: 
     report = evaluate_models([str(reward_folder)], [source], tmp_path / "e.json", say=said.append)["data"]["own"]
     assert report["n"] == 5
     assert report["read"]["dropped"] == {"ties, which nothing can be right about": 1}
-    assert any("1 left out: ties" in line for line in said), said
+    assert (report["read"]["rows"], report["read"]["kept"]) == (6, 5)
+    assert "  1 left out: ties, which nothing can be right about (row 3)" in "\n".join(said).splitlines()
     ties = write(tmp_path / "ties.jsonl", [{**row, "agree": 0.5} for row in rows])
     with pytest.raises(UserError, match="all of its pairs are ties"):
         evaluate_models([str(reward_folder)], [Source(ties, columns=columns)], tmp_path / "f.json", say=said.append)
     with pytest.raises(UserError, match="a local file has no config and no split"):
         evaluate_models([str(reward_folder)], [Source(ties, split="x")], tmp_path / "f.json", say=said.append)
+
+
+def test_texts_that_were_cut_are_those_of_the_data(reward_folder: Path, tmp_path: Path) -> None:
+    """Neither answers that probes edit, nor rankings whose answers stand in pairs already, are further texts."""
+    long = "word " * 5000
+    pairs = [{"prompt": f"q {i}", "chosen": f"yes {i}{long if i < 2 else ''}", "rejected": f"no {i}"} for i in range(6)]
+    ranked = [{"content": f"{long if k < 1 else ''}{k}", "score": k} for k in range(3)]
+    data = write(tmp_path / "long.jsonl", [*pairs, {"prompt": "q 9", "responses": ranked}])
+    said: list[str] = []
+    evaluate_models([str(reward_folder)], [data], tmp_path / "e.json", probes=True, say=said.append)
+    assert [line.split(": ")[1].split(" ")[0] for line in said if line.startswith(f"{reward_folder}: ")] == ["3", "3"]

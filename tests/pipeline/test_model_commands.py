@@ -19,6 +19,7 @@ from rlhf.pipeline.model_commands import score_stream
 from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import train
 from rlhf.recipe import load_recipe
+from rlhf.reward.score_jsonl import score_lines
 from tests.conftest import PROMPTS, WORDS
 
 
@@ -87,11 +88,48 @@ def test_a_model_from_elsewhere_is_scored_but_not_vouched_for(
     (foreign / "reward_model.json").unlink()
     line = json.dumps({"prompt": PROMPTS[0], "response": "yes"})
     with pytest.warns(UserWarning, match="not checked against stored ones"):
-        (theirs,) = score_stream(str(foreign), [line])
-    (ours,) = score_stream(str(reward_folder), [line])
+        (theirs,) = score_stream(str(foreign), [line], print)
+    (ours,) = score_stream(str(reward_folder), [line], print)
     assert theirs["score"] == ours["score"]
     with pytest.raises(UserError, match="no reward model there"):
-        list(score_stream(str(tmp_path / "nothing"), [line]))
+        list(score_stream(str(tmp_path / "nothing"), [line], print))
+
+
+def test_texts_that_are_too_long_are_named_beside_their_scores(
+    reward_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row says it, and so does a sentence at the end; a mark of an earlier model, which read less, is taken off."""
+    long = "word " * 5000
+    rows: list[dict[str, Any]] = [
+        {"prompt": PROMPTS[0], "response": "yes", "cut": True},
+        {"prompt": long, "response": "yes"},
+        {"prompt": PROMPTS[0], "response": long},
+        {"prompt": PROMPTS[0], "response": "no", "cut": "hair"},
+    ]
+    lines = [json.dumps(row) for row in rows]
+    heard: list[str] = []
+    scored = list(score_stream(str(reward_folder), lines, heard.append))
+    assert [row.get("cut") for row in scored] == [None, True, True, "hair"]
+    limit = load_reward_model(reward_folder).max_length
+    assert (
+        heard[0] == f"{reward_folder}: 2 texts are longer than {limit} tokens and lost the beginning of their prompt."
+    )
+    assert "1 answers alone are longer than that" in heard[1]
+    assert len(heard) == 2
+    reward = load_reward_model(reward_folder)
+    score_rows = reward.score_rows
+
+    def with_little_memory(rows: Any) -> Any:
+        if len(rows) > 1:
+            raise RuntimeError("out of memory")
+        return score_rows(rows)
+
+    monkeypatch.setattr(reward, "score_rows", with_little_memory)
+    again = list(score_lines(reward, lines))
+    assert [row["score"] for row in again] == pytest.approx([row["score"] for row in scored], abs=1e-5)
+    assert (reward.cut, reward.cut_answers) == (2, 1), "those of a batch that is tried again count once"
+    assert list(score_stream(str(reward_folder), lines[3:], heard.append))
+    assert len(heard) == 2, "nothing is said where nothing was cut"
 
 
 class Tracker(TrainerCallback):

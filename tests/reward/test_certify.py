@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf import load_reward_model
 from rlhf.errors import UserError
 from rlhf.pipeline.certificates import certify_model
-from rlhf.reward.certify import CERTIFICATE, ROUNDOFF, certify, computed_in
+from rlhf.reward.certify import CERTIFICATE, ROUNDOFF, certify, computed_in, read_certificate
 from tests.reward.planted import make_reward_model
 
 ALL = {
@@ -119,9 +119,25 @@ def test_certify_writes_for_any_model_once_and_refuses_another(reward_folder: Pa
 
     assert "golden scores differ by 0.01" in refused(another_score)
     assert "'short' is now another one" in refused(another_text)
-    assert "no golden" in refused(lambda certificate: certificate.pop("golden"))
+    assert "no dtype; delete it" in refused(lambda certificate: certificate.pop("dtype"))
     file.write_text("{")
     with pytest.raises(UserError, match="can't be read"):
-        certify_model(str(reward_folder), file)
+        read_certificate(file)
     with pytest.raises(UserError, match="say where the certificate shall be written"):
         certify_model("somebody/model", None)
+
+
+@pytest.mark.parametrize("content", ["{", '{"model_type": "llama"}', '{"prompt": "a"}\n{"prompt": "b"}\n'])
+def test_a_file_that_is_no_certificate_stays_as_it_is(reward_folder: Path, tmp_path: Path, content: str) -> None:
+    """Nobody is told to delete a file that is theirs; an empty one is written to, a link to a certificate is followed."""
+    file, link = tmp_path / "theirs.json", tmp_path / "link.json"
+    file.write_text(content)
+    with pytest.raises(
+        UserError, match=r"--out .*theirs.json: is there already, and is no earlier certificate; choose"
+    ):
+        certify_model(str(reward_folder), file)
+    assert file.read_text() == content
+    file.write_text("")
+    link.symlink_to(file)
+    written, _ = certify_model(str(reward_folder), file)
+    assert certify_model(str(reward_folder), link)[0] == written

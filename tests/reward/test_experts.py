@@ -103,6 +103,8 @@ def test_a_gate_sees_the_prompt_and_never_the_answer(folder: Path, tokenizer: An
     save_experts(folder, ["a", "b"], SCALES, weights=[1.0, 0.0], gate=None)
     experts = open_experts(folder, tokenizer, conversational=True)
     features = experts.prompt_features(PROMPTS[:6])
+    experts.prompt_features(["word " * 5000])
+    assert experts.cut == 0, "it is counted where its answers are read"
     assert features.shape == (6, 64)
     base = experts.model.base_model.model.model  # type: ignore[union-attr]
     ids = experts.encode(PROMPTS[:1], [""], [False])[0]

@@ -91,3 +91,58 @@ def test_odd_lines() -> None:
     assert rows[4] == {"error": "not valid JSON: -Infinity"}
     assert rows[5] == {"error": "nested deeper than 200 levels"}
     "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows).encode()
+
+
+class Heard(Lengths):
+    """Keeps what it is asked about."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Prompt] = []
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
+    ) -> torch.Tensor:
+        self.prompts += prompts
+        return super().score(prompts, responses)
+
+
+def test_a_system_column_is_the_system_turn() -> None:
+    """As wherever data are read: the same row has the same score in `rlhf score` and in `rlhf evaluate`."""
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "xx"}
+    system = {"role": "system", "content": "be nice"}
+    heard = Heard()
+    rows: list[dict[str, object]] = [
+        {"prompt": "a", "response": "xx", "system": "be nice"},
+        {"prompt": [user], "response": "xx", "system": "be nice"},
+        {"messages": [user, assistant], "system": "be nice"},
+        {"messages": [system, user, assistant], "system": "be nice"},
+        {"prompt": "a", "response": "xx", "system": " "},
+        {"prompt": "a", "response": "xx", "system": None, "tools": []},
+    ]
+    scored = list(score_lines(heard, map(json.dumps, rows)))
+    assert heard.prompts == [[system, user]] * 4 + [[user]] * 2
+    assert scored == [{**row, "score": 2.0} for row in rows], "each as it was"
+
+
+def test_what_stands_beside_or_is_of_another_type_is_named() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "xx"}]
+    pair = {"prompt": "a", "response": "x"}
+    errors = {
+        "'tools' have no place here": {**pair, "tools": [{"name": "f"}]},
+        "'system' is a number, and must be a text": {**pair, "system": 5},
+        "'messages' beside 'response'": {**pair, "messages": turns},
+        "'response' is a number, and must be a text": {**pair, "response": 5},
+        "'response' is null, and": {**pair, "response": None},
+        "'response' is true, and": {**pair, "response": True},
+        "'response' is a list, and": {**pair, "response": turns[1:]},
+        "'response' is an object, and": {**pair, "response": turns[1]},
+        "'prompt' is null, and must be a text or messages": {**pair, "prompt": None},
+        "neither 'prompt' and 'response' nor 'messages'": {"prompt": "a", "messages": None},
+    }
+    for sentence, row in errors.items():
+        (scored,) = score_lines(Lengths(), [json.dumps(row)])
+        assert scored["error"].startswith(sentence)
+    (huge,) = score_lines(Lengths(), ['{"prompt": "a", "response": "x", "n": [-1e999]}'])
+    assert huge == {"error": "the number -1e999 is too large"}, "it would be written as -Infinity, which is no JSON"
+    (beside,) = score_lines(Lengths(), [json.dumps({"prompt": "a", "messages": turns, "n": 1e300})])
+    assert beside["score"] == 2.0, "a prompt that the messages begin with is no second answer"
