@@ -3,24 +3,29 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from rlhf.data.rows import Prompt, prefix_keys, user_turn
+from rlhf.data.rows import Messages, Prompt, prefix_keys, prompt_key, user_turn
 
-MOST_BRANCHES = 10  # next turns after one opening: people's conversations branch less, and a template's questions more
+# Next turns after one opening, or system turns before one question: people's conversations have fewer, and a template's more.
+MOST_BRANCHES = 10
 
 
 def conversation_keys(prompts: Sequence[Prompt]) -> list[str]:
     """Return for each of some prompts the identity of the conversation that it is of.
 
-    That is the key of its turns up to the user's first; or, where an opening that ends with an answer is followed by more than
-    `MOST_BRANCHES` different turns among these prompts, and so is a template that they share, of its turns up to the one behind it.
+    That is the key of the user's first turn, whatever system turn stands before it: data sets repeat a question under several.
+    Where these prompts have a first turn under more than `MOST_BRANCHES` system turns, it is what a template says and they say
+    what is asked for, so they count. Where an opening that ends with an answer is followed by more than `MOST_BRANCHES` different
+    turns, and so is a template too, the key is of the turns up to the one behind it.
 
     >>> from rlhf.data.rows import prompt_key
     >>> first, reply = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
-    >>> keys = conversation_keys([[first], [first, reply, {"role": "user", "content": "Bye"}]])
-    >>> keys[0] == keys[1] == prompt_key([first])
+    >>> system = {"role": "system", "content": "Be kind."}
+    >>> keys = conversation_keys([[first], [first, reply, {"role": "user", "content": "Bye"}], [system, first]])
+    >>> keys == [prompt_key([first])] * 3
     True
     """
-    conversations = [user_turn(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    whole = [user_turn(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    conversations = _without_system(whole)
     keys = [prefix_keys(turns) for turns in conversations]  # [prompt][i]: of its turns up to the i-th
     followers: defaultdict[str, set[str]] = defaultdict(set)
     for turns, prefixes in zip(conversations, keys, strict=True):
@@ -33,3 +38,16 @@ def conversation_keys(prompts: Sequence[Prompt]) -> list[str]:
         templates = [i + 1 for i, key in enumerate(prefixes[:-1]) if len(followers[key]) > MOST_BRANCHES]
         result.append(prefixes[max([first, *templates])])
     return result
+
+
+def _without_system(conversations: Sequence[Messages]) -> list[Messages]:
+    """Return conversations from the user's first turn on; as they are where that turn has many system turns, or there is none."""
+    begins = [next((i for i, turn in enumerate(turns) if turn["role"] == "user"), 0) for turns in conversations]
+    questions = [prompt_key(turns[i : i + 1]) for turns, i in zip(conversations, begins, strict=True)]
+    before: defaultdict[str, set[str]] = defaultdict(set)
+    for turns, i, question in zip(conversations, begins, questions, strict=True):
+        before[question].add(prompt_key(turns[:i]) if i else "")
+    return [
+        turns if len(before[question]) > MOST_BRANCHES else turns[i:]
+        for turns, i, question in zip(conversations, begins, questions, strict=True)
+    ]

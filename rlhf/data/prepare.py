@@ -1,11 +1,12 @@
 """Read what a recipe names, split it by conversation, and write the files that the stages read."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from rlhf.data.leakage import Leakage, Parts, without_leaks
 from rlhf.data.order import in_drawn_order
 from rlhf.data.ratings import RatingReader, RatingScale
 from rlhf.data.read import ReadReport, is_local
@@ -33,9 +34,6 @@ from rlhf.files import write_jsonl
 
 HELD_OUT = "held out: its prompt, or another of its conversation, is on the test side"
 UNTESTABLE = "a tie, which nothing can be tested on"
-LEAK = "its prompt is on the test side that was given"
-# Rows by what they are: pairs, prompts, demonstrations; or by file.
-Parts = Mapping[str, Sequence[Row[PromptRow]]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class DataSources:
     max_prompts: int | None = None
     max_pairs_per_prompt: int | None = None
     max_characters: int | None = None
-    leakage: Literal["refuse", "drop", "allow"] = "refuse"
+    leakage: Leakage = "refuse"
     compare: Compare = "answers"
     shuffle: bool = True
     ratings: RatingScale | None = None
@@ -70,11 +68,12 @@ class DataSources:
 def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | None = None) -> dict[str, Any]:
     """Write `sft.jsonl`, `pairs.jsonl`, `test_pairs.jsonl`, `prompts.jsonl`, `test_prompts.jsonl`, and `ratings.jsonl` if wanted.
 
-    Splits are by conversation: all rows of one prompt, and of the turns that follow it, lie on one side. The test side is
-    what `data.test`, rows that say `split: test` or a hub dataset's own test split give; a source that gives none has a
-    share `test_fraction` of its conversations held out. No prompt of the test side is practised on in SFT, reward training
-    or PPO: where we hold out, the training rows of that conversation are left out; where the files
-    themselves put a prompt on both sides, that is refused, unless `leakage` says to drop those training rows or to allow them.
+    Splits are by conversation: all rows of one prompt, and of the turns that follow it, lie on one side. The test side is what
+    `data.test`, rows that say `split: test` or a hub dataset's own test split give; a source that gives none has a share
+    `test_fraction` of its conversations held out. No prompt of the test side is practised on in SFT, reward training or PPO:
+    where we hold out, the training rows of that conversation are left out; where the files put a prompt on both sides, that is
+    refused, unless `leakage` says to drop those training rows or to allow them. Other prompts of one conversation on both sides
+    are told of, and `drop` drops them too.
 
     Args:
         fit: writes tool calls as the model's chat template does (`rlhf.models.tools`); without it, their rows are left out.
@@ -101,15 +100,12 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     sft = _short_enough(sft, sources.max_characters)
 
     # 2. Nothing of the test side stays on the training side.
-    given_keys = {row.key for row in [*pairs.test, *prompts.test]}
     parts: Parts = {"pairs": pairs.train, "prompts": prompts.train, "demonstrations": sft.train}
     parts = {**parts, "ratings": rated.train} if sources.ratings is not None else parts
-    parts = {name: _without(rows, held_out, HELD_OUT, name_of=_conversation) for name, rows in parts.items()}
-    _check_leakage(
-        {n: rows for n, rows in parts.items() if n != "prompts" or sources.prompts}, given_keys, sources.leakage
-    )
-    if sources.leakage == "drop":
-        parts = {name: _without(rows, given_keys, LEAK, name_of=_key) for name, rows in parts.items()}
+    parts = {name: _without_held_out(rows, held_out) for name, rows in parts.items()}
+    derived = () if sources.prompts else ("prompts",)
+    test = [*pairs.test, *prompts.test]
+    parts = without_leaks(parts, test, sources.leakage, held_out=held_out, derived=derived)
 
     # 3. Caps, by a seeded draw, and files.
     rng = random.Random(seed)
@@ -298,36 +294,8 @@ def _is_held_out(row: Row[Canonical], fraction: float, seed: int) -> bool:
     return share_of(row, str(seed)) < fraction
 
 
-def _without(
-    rows: Sequence[Row[Canonical]], names: set[str], reason: str, *, name_of: Callable[[Row[Any]], str]
-) -> list[Row[Canonical]]:
-    return keep_only(rows, [row for row in rows if name_of(row) not in names], reason)
-
-
-def _key(row: Row[Any]) -> str:
-    return row.key
-
-
-def _conversation(row: Row[Any]) -> str:
-    return row.conversation
-
-
-def _check_leakage(parts: Parts, given: set[str], leakage: str) -> None:
-    """Refuse training rows whose prompt was given as a test prompt, or note them where they are allowed."""
-    leaks = [(name, row) for name, rows in parts.items() for row in rows if row.key in given]
-    if not leaks or leakage == "drop":
-        return
-    if leakage == "allow":
-        for _, row in leaks:
-            row.report.note(row.number, f"trained on, though {LEAK}")
-        return
-    counts = {name: count for name in parts if (count := sum(part == name for part, _ in leaks))}
-    first = leaks[0][1]
-    raise UserError(
-        f"data: {len(leaks)} training rows ({', '.join(f'{n} of {name}' for name, n in counts.items())}) have a prompt that is "
-        f"also on the given test side, first {first.report.source}, row {first.number}; results on it would be too good. Take "
-        "them out, or set data.leakage: drop (they are left out of training) or allow."
-    )
+def _without_held_out(rows: Sequence[Row[Canonical]], held_out: set[str]) -> list[Row[Canonical]]:
+    return keep_only(rows, [row for row in rows if row.conversation not in held_out], HELD_OUT)
 
 
 def _unique(rows: Sequence[Row[Canonical]]) -> list[Row[Canonical]]:

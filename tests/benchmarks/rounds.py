@@ -49,6 +49,8 @@ NOISY = ["lab.flip_rate=0.25"]
 DENOISE = ["reward.flip_rate=0.2"]
 # 200 labels of each of three rounds, a tenth of all 6,000.
 LOOK = ["rounds.second_look=0.1333", "vote.members=5", "vote.folds=5", "vote.trunk=2", "vote.flip_rate=0.2"]
+# How far a policy goes at one coefficient depends on its reward model.
+AT_KL = ["ppo.kl_target=4", "ppo.kl_horizon=1000"]
 VARIANTS: dict[str, list[str]] = {
     "best": BEST,
     "best_noisy": [*BEST, *NOISY, *DENOISE],
@@ -66,6 +68,8 @@ VARIANTS: dict[str, list[str]] = {
         f"ppo.total_episodes={EPISODES * ROUNDS}",
     ],
     # Only for choosing, on seed 0.
+    "best_at_kl": [*BEST, *AT_KL],
+    "second_look_at_kl": [*BEST, *NOISY, *LOOK, *AT_KL],
     "more_kl": [*BEST, "ppo.kl_coef=0.15"],
     "from_sft": [*BEST, "rounds.start=sft"],
     "moving": [*BEST, "rounds.reference=previous"],

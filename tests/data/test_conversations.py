@@ -203,3 +203,13 @@ def test_keys_of_long_conversations_take_time_in_proportion() -> None:
         patch.setattr(rows_module.hashlib, "sha256", lambda *data: Counted(original(*data)))
         conversation_keys([plain])
     assert sum(hashed) < 41 * 110
+
+
+def test_system_turns_that_ask_make_conversations_of_their_own() -> None:
+    """Ten before one question are still styles; eleven are what is asked for, and the question a template."""
+
+    def asked(count: int) -> list[Any]:
+        return [[{"role": "system", "content": f"task {i}"}, {"role": "user", "content": "Go."}] for i in range(count)]
+
+    assert len(set(conversation_keys(asked(10)))) == 1
+    assert len(set(conversation_keys(asked(11)))) == 11

@@ -14,6 +14,7 @@ from rlhf.data.ratings import RatingScale
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
+from rlhf.files import read_jsonl
 
 
 def source(file: Path, rows: Sequence[Any], **how: Any) -> list[Source]:
@@ -96,6 +97,47 @@ def test_rows_of_a_given_test_prompt(tmp_path: Path, leakage: Any) -> None:
     assert tuple(facts["rows"][name] for name in ("pairs", "sft", "prompts")) == kept
     said = [read["noted"] for read in facts["read"] if read["noted"]]
     assert bool(said) == (leakage == "allow")
+
+
+@pytest.mark.parametrize("leakage", ["refuse", "drop"])
+def test_other_turns_of_a_given_test_conversation_and_other_system_turns(tmp_path: Path, leakage: Any) -> None:
+    """The question under a system turn, and a turn that follows its answer: kept without a word on both sides."""
+
+    def asked(i: int, *before: dict[str, str]) -> dict[str, Any]:
+        return {"prompt": [*before, {"role": "user", "content": f"q{i}"}], **sides}
+
+    sides = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "yes"), ("rejected", "no"))}
+    follows = [*asked(1)["prompt"], *sides["chosen"], {"role": "user", "content": "sure?"}]
+    test = [asked(0, {"role": "system", "content": "be nice"}), {"prompt": follows, **sides}]
+    given = DataSources(
+        preferences=source(tmp_path / "p.jsonl", [asked(i) for i in range(10)]),
+        test=source(tmp_path / "t.jsonl", test),
+        leakage=leakage,
+    )
+    facts = prepare_data(tmp_path / "a", given, seed=0)
+    assert facts["rows"]["pairs"] == (8 if leakage == "drop" else 10)
+    (sentence,) = [line for line in facts["sentences"] if "another prompt of its conversation" in line]
+    assert sentence.strip().startswith("2 left out" if leakage == "drop" else "2 noted")
+
+
+def test_our_own_split_keeps_a_question_under_several_system_turns_on_one_side(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": s}, {"role": "user", "content": f"q{i}"}],
+            "chosen": "a",
+            "rejected": "b",
+        }
+        for i in range(40)
+        for s in ("be nice", "be brief")
+    ]
+    rows = [{**row, **{n: [{"role": "assistant", "content": row[n]}] for n in ("chosen", "rejected")}} for row in rows]
+    prepare_data(tmp_path / "a", DataSources(preferences=source(tmp_path / "p.jsonl", rows), test_fraction=0.3), seed=0)
+    train, test = (
+        {row["prompt"][-1]["content"] for row in read_jsonl(tmp_path / "a" / f"{name}.jsonl")}
+        for name in ("pairs", "test_pairs")
+    )
+    assert test
+    assert not train & test
 
 
 def test_a_source_among_others_names_its_pairs(tmp_path: Path) -> None:
