@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from rlhf.files import read_jsonl
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.reward import run_reward
-from rlhf.pipeline.sampling import run_sample, sampling_settings
+from rlhf.pipeline.sampling import SAMPLES, run_sample, run_select, sampling_settings
 from rlhf.pipeline.stages import run_evaluate, run_ppo
 from rlhf.recipe.schema import Recipe
 from tests.conftest import PROMPTS, WORDS
@@ -25,6 +25,7 @@ RECIPE = Recipe(
     data={"preferences": "p.jsonl", "prompts": "q.jsonl"},
     reward={"num_train_epochs": 1, "per_device_train_batch_size": 4, "use_cpu": True},
     ppo={"max_completion_length": 100, "per_device_train_batch_size": 4, "total_episodes": 4, "use_cpu": True},
+    rounds={"labels_from": "people"},
     evaluate={"prompts": 4},
 )
 SENTENCE = (
@@ -53,6 +54,7 @@ def stage(base_folder: Path, reward_folder: Path, tmp_path: Path) -> Callable[..
         folder = tmp_path / "round-1" / name
         folder.mkdir(parents=True)
         parents = {role: tmp_path / "round-0" / role for role in ("data", "sft", "reward")}
+        parents["sample"] = tmp_path / "round-1" / "sample"
         if name == "evaluate":
             parents["policy"] = parents["sft"]
         return StageContext(RECIPE, folder, parents, lines.append, settings=settings), lines
@@ -92,6 +94,17 @@ def assert_told_of_cut_texts(who: str, facts: dict[str, Any], lines: list[str]) 
 def test_the_training_of_a_policy(stage: Any) -> None:
     context, lines = stage("ppo")
     assert_told_of_cut_texts("ppo: reward model 1", run_ppo(context), lines)
+
+
+def test_pairs_that_a_round_selects(stage: Any) -> None:
+    context, lines = stage("select", labels=2)
+    sampled = context.parent("sample") / SAMPLES
+    sampled.parent.mkdir()
+    rows = [{"prompt": prompt, "completion": text} for prompt in (LONG, PROMPTS[0]) for text in ("yes", "no")]
+    sampled.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    facts = run_select(context)
+    assert facts["questions"] == 2
+    assert_told_of_cut_texts("select: the reward model", facts, lines)
 
 
 def test_a_reward_model_on_held_out_pairs(stage: Any) -> None:
