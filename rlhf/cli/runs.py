@@ -202,11 +202,16 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
 
 def _show_plan(recipe: Recipe, out: Path, until: str | None) -> None:
     from rlhf.pipeline.plan import plan, stages_until
+    from rlhf.pipeline.run import made_of_what_is_gone, require_files
     from rlhf.pipeline.store import Store
     from rlhf.report.terminal import plan_table
 
-    store, stages = Store(out), stages_until(plan(recipe), until)
+    store, planned = Store(out), plan(recipe)
+    require_files(store, planned)
+    stages = stages_until(planned, until)
     done = {stage.folder for stage in stages if store.is_done(stage)}
     output.print(
         plan_table(f"{recipe.name}, seed {recipe.seed}, into {out} (dry run, nothing was written)", stages, done)
     )
+    if (orphans := made_of_what_is_gone(store, planned)) is not None:
+        say(orphans)

@@ -57,7 +57,7 @@ def run(
     check_recipe_file(recipe, out)
     done = [store.is_done(stage) for stage in stages]  # asked of all of them: a later one may be of changed files
     if is_main:
-        _require_files(store, stages)
+        require_files(store, stages)
     if not all(done):
         check_arguments(recipe, until=until)
     if own_process:
@@ -104,7 +104,7 @@ def run(
             lock.release()
 
 
-def _require_files(store: Store, stages: Sequence[Stage]) -> None:
+def require_files(store: Store, stages: Sequence[Stage]) -> None:
     """Refuse a run of which files of finished stages were deleted or cut.
 
     Raises:

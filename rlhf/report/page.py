@@ -280,13 +280,13 @@ def _reproduce(origin: Mapping[str, Any], manifests: Mapping[str, Manifest]) -> 
         return ""
     last = list(manifests.values())[-1]
     names = ("torch", "trl", "transformers", "peft", "accelerate", "datasets")
-    pins = " ".join(f"{name}=={last['versions'][name]}" for name in names)
+    pins = " ".join(f"{name}=={last['versions'][name].partition('+')[0]}" for name in names)  # of no index of its own
     code = f"git checkout {last['code'].removesuffix('-dirty')}\n" if last["code"] else ""
     dirty = "# the code had uncommitted changes\n" if last["code"] and last["code"].endswith("-dirty") else ""
     overrides = "".join(f" {shlex.quote(override)}" for override in origin["overrides"])
     return (
         f"{code}{dirty}pip install {pins} . && rlhf run {shlex.quote(origin['file'])} --out NEW{overrides}\n"
-        "# or, from this folder alone: rlhf run recipe.yaml --out NEW"
+        "# or, in the folder where the run was started: rlhf run THIS_FOLDER/recipe.yaml --out NEW"
     )
 
 

@@ -283,12 +283,15 @@ def blame_lines(result: Facts, out: Path) -> list[str]:
         f"{result['stage']}: the score {way} by {abs(result['slope']):.2f} with a usual difference in {result['feature']} "
         f"(slope {result['slope']:.2f}{span}).",
         f"{result['removed']} pairs are taken out; of all that pulls it up they have {result['influence_of_removed']:.0%}. "
-        "The strongest:",
+        "The strongest:"
+        if result["pairs"][0]["influence"] > 0
+        else f"No pair pulls it up; the {result['removed']} that pull it down least are taken out. The first:",
     ]
     for row in result["pairs"][:5]:
         prompt, chosen, rejected = (_short(row[name]) for name in ("prompt", "chosen", "rejected"))
         lines.append(f"  {row['influence']:+.4f}  {prompt}: {chosen} | not: {rejected}")
-    data = f"data.preferences={out / 'rest.jsonl'} data.test={result['test_pairs']}"
+    # What was held out of the run's own files is a given test side now, and stands in its other files as before.
+    data = f"data.preferences={out / 'rest.jsonl'} data.test={result['test_pairs']} data.leakage=drop"
     return [*lines, f"Again without them, and tested on the same pairs: rlhf run RECIPE {data}"]
 
 

@@ -13,6 +13,7 @@ from rlhf.data.traits import TRAITS
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.objectives.influence import pair_pull
 from rlhf.pipeline import blame as blame_module
+from rlhf.report.terminal import blame_lines
 from rlhf.reward.denoise import flip_pair
 from tests.command import rlhf
 from tests.conftest import WORDS
@@ -62,7 +63,7 @@ def test_planted_labels_are_named(run: Path) -> None:
         (r["influence"] for r in facts["pairs"]), reverse=True
     )
     assert "the score rises by" in result.stdout
-    overrides = ["data.preferences=b/rest.jsonl", "data.test=x/round-0/data/data/test_pairs.jsonl"]
+    overrides = ["data.preferences=b/rest.jsonl", "data.test=x/round-0/data/data/test_pairs.jsonl", "data.leakage=drop"]
     assert f"rlhf run RECIPE {' '.join(overrides)}" in result.stdout
 
     # What it says to do, done: the model no longer likes flattery as much.
@@ -127,3 +128,15 @@ def test_a_label_is_blamed_as_it_was_trained_on(tmp_path: Path, monkeypatch: pyt
     assert abs(robust[1]) < 0.01 * abs(plain[1]), "of which the model is sure that it is wrong"
     (first,) = read_jsonl(tmp_path / "a/removed.jsonl")
     assert read_jsonl(tmp_path / "a/rest.jsonl") == [row for row in given if row != first], "labels as they were given"
+
+
+def test_where_no_pair_pulls_the_score_up_that_is_said() -> None:
+    """The strongest of those that pull it down were "of all that pulls it up 0 %"."""
+    pair = {"prompt": "red", "chosen": "dog", "rejected": "cat"}
+    facts = {
+        "stage": "round-1/reward", "slope": -0.4, "slope_ci": None, "feature": "length", "removed": 2, "kept": 38,
+        "influence_of_removed": 0.0, "pairs": [{**pair, "influence": -0.03}, {**pair, "influence": -0.05}], "test_pairs": "t.jsonl",
+    }  # fmt: skip
+    first, second, *_ = blame_lines(facts, Path("b"))
+    assert first.endswith("the score falls by 0.40 with a usual difference in length (slope -0.40).")
+    assert second == "No pair pulls it up; the 2 that pull it down least are taken out. The first:"

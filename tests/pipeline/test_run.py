@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -324,3 +325,14 @@ def test_export_merges_an_adapter_and_keeps_the_scores(tmp_path: Path, base_fold
     torch.testing.assert_close(merged.score(prompts, answers), saved.score(prompts, answers), atol=1e-5, rtol=0)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert plain.config.problem_type == "regression"
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(finished: Path, tmp_path: Path) -> None:
+    """Of finished stages whose files are gone it said "done"."""
+    shutil.copytree(finished / "x", tmp_path / "x")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "x/round-1/reward/model/model.safetensors").unlink()
+    for dry in ((), ("--dry-run",)):
+        result = rlhf("run", "r.yaml", "--out", "x", *dry, cwd=tmp_path)
+        assert result.returncode == 2
+        assert "round-1/reward/model/model.safetensors are gone or were changed" in " ".join(result.stderr.split())
