@@ -169,6 +169,8 @@ def to_pairs(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Pair]]:
             report.note(line.number, "pairs made of rankings", count=len(pairs))
         if pairs:
             _say_direction(line, layout, answer(pairs[0], "chosen"), report)
+        elif layout.ratings is None:  # those are compared with other rows'
+            raise BadRow("holds no two different answers of which one is better")
         return pairs
 
     yield from _converted(lines, report, pairs_of)
