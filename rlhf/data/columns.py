@@ -2,12 +2,13 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 from rlhf.data.canonical import RATINGS
 from rlhf.data.layouts import PUBLIC, find_layout
 from rlhf.data.layouts.layout import BESIDE, Layout
+from rlhf.data.rankings import PREFERENCES
 from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.rows import CRITIQUES
 from rlhf.data.tables import as_number
@@ -18,6 +19,7 @@ ANSWER_COLUMNS = ("prompt", "chosen", "rejected", "response_1", "response_2", "p
 PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 TEXT_COLUMNS = (*ANSWER_COLUMNS, *CRITIQUES)
 NUMBER_COLUMNS = ("margin", "confidence", "weight", "agree", "chosen_rating", "rejected_rating", "preference_strength")
+RESPONSES = ("response_1", "response1", "response_2", "response2")
 ANSWERS = ("chosen", "rejected", "messages", "completion", "response_1", "response_2")
 
 
@@ -128,9 +130,15 @@ def _mapped(
             problems.append(
                 f"{source}: row {number} has no column {path!r}, which columns.{name} names; it has {names}."
             )
+    taken = {path.partition(".")[0] for path in columns.values()}
+    unread = _unread_preferences(rows, columns, taken)
+    if unread and {columns.get("chosen"), columns.get("rejected")} & {*RESPONSES}:
+        problems.append(
+            f"{source}: columns: a response is named as `chosen` or `rejected`, but `{unread[0]}` says in each row which of the "
+            "two is better; leave `chosen` and `rejected` out."
+        )
     if problems:
         raise UserError(problems)
-    taken = {path.partition(".")[0] for path in columns.values()}
     mapped: list[tuple[int, object]] = []
     for number, row in rows:
         missing = next((path for path in columns.values() if not _has(row, path)), None)
@@ -141,8 +149,16 @@ def _mapped(
         values = {name: as_number(value) if name in NUMBER_COLUMNS else value for name, value in values.items()}
         mapped.append((number, {**{name: value for name, value in row.items() if name not in taken}, **values}))
     shown = ", ".join(f"`{path}` as {name}" for name, path in columns.items())
-    report.direct("columns", f"read by the columns that were named: {shown}")
+    beside = f"; `{unread[0]}` beside them is not read" if unread and "chosen" in columns else ""
+    report.direct("columns", f"read by the columns that were named: {shown}{beside}")
     return mapped
+
+
+def _unread_preferences(rows: Sequence[tuple[int, object]], columns: Mapping[str, str], taken: Set[str]) -> list[str]:
+    """Return the columns that say which of two responses is better, and that a mapping leaves aside."""
+    if "preference" in columns:
+        return []
+    return [x for x in PREFERENCES if x not in taken and any(isinstance(row, Mapping) and x in row for _, row in rows)]
 
 
 def _has(row: object, path: str) -> bool:

@@ -99,18 +99,12 @@ def best_demonstration(ranking: Ranking) -> Demonstration:
     return {"prompt": ranking.prompt, "completion": assistant_turn(best.content)}
 
 
-def group_rated(rated: Sequence[RatedAnswer]) -> tuple[list[Ranking], int]:
-    """Group rated answers by prompt.
-
-    Returns:
-        a ranking of each prompt of which two different answers differ in rating, and how many answers have nothing to be
-        compared with.
-    """
+def group_rated(rated: Sequence[RatedAnswer]) -> list[Ranking]:
+    """Group rated answers by prompt; return a ranking of each of which two different answers differ in rating."""
     groups: dict[str, Ranking] = {}
     for prompt, answer in rated:
         groups.setdefault(prompt_key(prompt), Ranking(prompt, [])).answers.append(answer)
-    decided = [ranking for ranking in groups.values() if comparisons(ranking)]
-    return decided, len(rated) - sum(len(ranking.answers) for ranking in decided)
+    return [ranking for ranking in groups.values() if comparisons(ranking)]
 
 
 # ---- The forms: each reads one row that `rlhf.data.layouts` has recognised ----

@@ -169,6 +169,8 @@ def to_pairs(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Pair]]:
             report.note(line.number, "pairs made of rankings", count=len(pairs))
         if pairs:
             _say_direction(line, layout, answer(pairs[0], "chosen"), report)
+        elif layout.ratings is None:  # those are compared with other rows'
+            raise BadRow("holds no two different answers of which one is better")
         return pairs
 
     yield from _converted(lines, report, pairs_of)
@@ -225,18 +227,16 @@ def _pairs_of_rated(rated: Sequence[tuple[Line, RatedAnswer]], report: ReadRepor
     lines_of: dict[str, list[Line]] = {}
     for line, rated_answer in rated:
         lines_of.setdefault(prompt_key(rated_answer.prompt), []).append(line)
-    rankings, alone = group_rated([rated_answer for _, rated_answer in rated])
-    if alone:
-        note = "rated answers have no other answer to their prompt to be compared with"
-        report.note(rated[0][0].number, note, count=alone)
-    for ranking in rankings:
-        line, *others = lines_of[prompt_key(ranking.prompt)]
+    for ranking in group_rated([rated_answer for _, rated_answer in rated]):
+        line, *others = lines_of.pop(prompt_key(ranking.prompt))
         pairs = comparisons(ranking)
         report.note(line.number, "pairs made of rated answers", count=len(pairs))
         _say_direction(line, find_layout(line.row), answer(pairs[0], "chosen"), report)
         numbers = [other.number for other in others]
         for canonical in pairs:
             yield Row(canonical, line.number, report, line.is_test, others=numbers)
+    for line in (line for lines in lines_of.values() for line in lines):
+        report.note(line.number, "rated answers have no other answer to their prompt to be compared with")
 
 
 def read_sources(
@@ -378,10 +378,10 @@ def capped(rows: Sequence[Row[Canonical]], most: int | None, rng: random.Random,
 
 
 def count_kept(reports: list[ReadReport], written: Iterable[Sequence[Row[PromptRow]]]) -> None:
-    """Record in every report how many of its rows ended up in a file."""
+    """Record in every report how many of its rows ended up in a file: all those that what is written was made of."""
     kept: dict[int, set[int]] = {}
     for rows in written:
         for row in rows:
-            kept.setdefault(id(row.report), set()).add(row.number)
+            kept.setdefault(id(row.report), set()).update((row.number, *row.others))
     for report in reports:
         report.kept = len(kept.get(id(report), ()))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from rlhf.data.layouts.named_prompts import prompt_under_another_name
 from rlhf.data.messages import ROLES, SPEAKERS, has_speaker_lines, messages
 from rlhf.data.rankings import is_k_wise, second_response
 from rlhf.data.read import BadRow
@@ -22,6 +23,7 @@ SPEAKERS_APART = "the prompt's turns were in one text, with lines <extra_id_1>Us
 UNLIKELY = "`confidence` is below 0.5, so the answers change sides, and it becomes 1 - confidence"
 REPEATED = "the prompt was repeated at the head of both answers, and is taken off"
 BEGINS = "kept, though both answers begin with the prompt"
+NAMED = "the prompt of two responses stands under another name (`question`, `instruction`, `input` or `query`)"
 SYSTEM = "the `system` column became the system turn"
 TEXTS = ("prompt", "context", "messages", "chosen", "rejected", "completion")
 # The beginning of a text that must be messages: a known speaker, and what was said.
@@ -65,6 +67,7 @@ def _tidy(row: Mapping[str, object]) -> Tidied:
         remarks.append(SPEAKERS_APART)
     steps = (
         (_more_likely_first, UNLIKELY),
+        (_name_prompt, NAMED),
         (_parse, PARSED),
         (_interleave, INTERLEAVED),
         (_cut_conversations, REPEATED),
@@ -106,6 +109,17 @@ def _other_side(key: str) -> str:
     """Return a column's name with `chosen` and `rejected` in each other's place."""
     sides = {"chosen": "rejected", "rejected": "chosen"}
     return re.sub("chosen|rejected", lambda side: sides[side[0]], key)
+
+
+# ---- The prompt of two responses ----
+
+
+def _name_prompt(row: Mapping[str, object]) -> Mapping[str, object] | None:
+    """Return a row of two responses with its prompt under our name, as other pairs may have it under another one."""
+    if second_response(row) is None or row.get("prompt") is not None or row.get("context") is not None:
+        return None
+    prompt = prompt_under_another_name(row)
+    return None if prompt is None else {**row, "prompt": prompt}
 
 
 # ---- Conversations as text ----

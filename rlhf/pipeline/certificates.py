@@ -57,7 +57,9 @@ def certify_model(model: str, out: Path | None) -> tuple[Certificate, Path]:
         raise UserError(f"certify {model}: not a folder; say where the certificate shall be written (--out FILE).")
     file = out or folder / CERTIFICATE
     if out is not None:  # a certificate that a link leads to is compared, not replaced
-        check_result_file(out.resolve() if out.is_file() else out, "--out", key="golden", result="certificate")
+        check_result_file(
+            out.resolve() if out.is_symlink() and out.is_file() else out, "--out", key="golden", result="certificate"
+        )
     reward = open_reward_model(model)
     if file.is_file() and (out is None or file.stat().st_size):
         certificate = read_certificate(file)

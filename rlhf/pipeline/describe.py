@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.layouts import find_layout
+from rlhf.data.rankings import second_response
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.data.repeats import deduplicated
 from rlhf.data.rows import Compare, asked, has_tools, told
@@ -116,11 +117,13 @@ def _read(source: Source, compare_as: Compare) -> ReadFile:
             row = _first_row(source)
             compares = kind != "pairs" and isinstance(row, Mapping) and {"chosen", "rejected"} <= row.keys()
             return ReadFile(kind, rows, reports[-1], reports[0].sentences() if compares else [])
-    hint = []
-    if source.columns is None and isinstance(_first_row(source), Mapping):
+    hint, row = [], _first_row(source)
+    if source.columns is None and isinstance(row, Mapping):
+        is_undecided = second_response(row) is not None  # which of the two is better, another column says
+        names = "prompt=…,preference=…" if is_undecided else "prompt=…,chosen=…,rejected=…"
         hint = [
-            f"Its {_columns(source)}. Where these are pairs, say which is which: --columns prompt=…,chosen=…,rejected=… (in a "
-            "recipe `columns:` beside the source)."
+            f"Its {_columns(source)}. Where these are pairs, say which is which: --columns {names} (in a recipe `columns:` beside "
+            "the source)."
         ]
     raise UserError([f"{source.source}: holds no usable row.", *reports[0].sentences(), *hint])
 

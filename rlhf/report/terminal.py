@@ -265,7 +265,8 @@ def audit_lines(result: Facts) -> list[str]:
     sentences = wrong_labels(noise)
     if noise["scale"] != 0:
         listed = suspects(noise, len(suspicious), by_annotator=result.get("by_annotator", False))
-        sentences.append(f"{listed} The first: {', '.join(map(str, suspicious[:10])) or 'none'}.")
+        first = ", ".join(map(str, suspicious[:10])) or "none"
+        sentences.append(f"{listed} The first, as audit.json counts rows, from 0 at the file's first: {first}.")
     sentences += [*annotator_sentences(result["annotators"]), *worth(result), *wanted(result["wants"])]
     sentences += meter_sentences(result["meter"]) if "meter" in result else []
     return [f"{result['kept_pairs']} pairs.", *sentences]

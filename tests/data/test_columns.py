@@ -64,3 +64,39 @@ def test_what_a_mapping_names_must_be_there(tmp_path: Path) -> None:
     ]
     _, report = read(tmp_path, [*ROWS, {"q": {}, "outs": [], "agreed": 1, "who": "bob"}], COLUMNS)
     assert report.dropped == {"no column 'q.text'": 1}
+
+
+TWO = [{"response_1": "good", "response_2": "bad", "preference": 1 + i % 2} for i in range(6)]
+
+
+@pytest.mark.parametrize("values", [(1, 2), ("first", "second"), (-2, 3)])
+@pytest.mark.parametrize("name", ["prompt", "context", "question", "instruction", "input", "query"])
+def test_two_responses_may_have_their_prompt_under_any_name(tmp_path: Path, name: str, values: tuple[Any, Any]) -> None:
+    rows = [{name: f"q {i}", **row, "preference": values[i % 2]} for i, row in enumerate(TWO)]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    pairs, report = read_pairs(str(tmp_path / "x.jsonl"))
+    assert [row["prompt"][0]["content"] for row in pairs] == [f"q {i}" for i in range(6)]
+    assert [answer(row, "chosen") for row in pairs] == ["good", "bad"] * 3
+    assert (report.rows, report.kept) == (6, 6)
+
+
+def test_two_responses_without_a_prompt_are_counted(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", TWO)
+    with pytest.raises(UserError, match=r"6 left out: no 'prompt' field"):
+        read_pairs(str(tmp_path / "x.jsonl"))
+    equal = {"prompt": "a", "responses": [{"content": "x", "score": 1}, {"content": "x", "score": 2}]}
+    write_jsonl(tmp_path / "x.jsonl", [equal])
+    with pytest.raises(UserError, match=r"1 left out: holds no two different answers of which one is better"):
+        read_pairs(str(tmp_path / "x.jsonl"))
+
+
+def test_a_preference_is_not_passed_over(tmp_path: Path) -> None:
+    """Where the file says row by row which response is better, none is the chosen one in all of them."""
+    rows = [{"question": f"q {i}", **row} for i, row in enumerate(TWO)]
+    with pytest.raises(UserError, match="but `preference` says in each row which of the two is better; leave"):
+        read(tmp_path, rows, {"prompt": "question", "chosen": "response_1", "rejected": "response_2"})
+    pairs, _ = read(tmp_path, rows, {"prompt": "question"})
+    assert [answer(row, "chosen") for row in pairs] == ["good", "bad"] * 3
+    named = [{"q": f"q {i}", "yes": "y", "no": "n", "strength": 3} for i in range(3)]
+    _, report = read(tmp_path, named, {"prompt": "q", "chosen": "yes", "rejected": "no"})
+    assert report.directions["columns"].endswith("; `strength` beside them is not read")

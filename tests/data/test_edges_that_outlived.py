@@ -79,13 +79,15 @@ def test_rows_of_a_table_are_counted_once(tmp_path: Path) -> None:
     assert (len(rows), report.rows, report.kept) == (2, 2, 2)
 
 
-def test_rated_answers_without_another_are_noted_at_the_first_of_them(tmp_path: Path) -> None:
-    helpfulness = {("p", "a"): 1, ("p", "b"): 2, ("alone", "c"): 3}
+def test_rated_answers_without_another_are_noted_at_their_rows(tmp_path: Path) -> None:
+    """All rows that a pair was made of are kept, not its first one alone."""
+    helpfulness = {("p", "a"): 1, ("p", "b"): 2, ("alone", "c"): 3, ("p", "d"): 3, ("too", "e"): 1}
     rows = [{"prompt": p, "response": a, "helpfulness": rating} for (p, a), rating in helpfulness.items()]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, report = read_pairs(str(tmp_path / "x.jsonl"))
     note = "rated answers have no other answer to their prompt to be compared with"
-    assert (report.noted[note], report.examples[note]) == (1, [1])
+    assert (report.noted[note], report.examples[note]) == (2, [3, 5])
+    assert (report.rows, report.kept) == (5, 3)
 
 
 def test_a_list_is_a_conversation_if_all_of_it_is() -> None:

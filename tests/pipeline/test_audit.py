@@ -109,6 +109,7 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
         assert "probably wrong" not in page
     assert 0 < result["worth"]["low"] < result["worth"]["high"] < 150
     assert f"these 150 labels are worth {result['worth']['low']:,.0f} to" in "\n".join(audit_lines(result))
+    assert "The first, as audit.json counts rows, from 0 at the file's first: " in "\n".join(audit_lines(result))
     assert set(result["wants"]["wanted"]) <= {"overlap"}, "answers differ in nothing else that is counted"
     assert result["wants"]["traits"]["length"]["pairs"] == 0
     assert len(set(result["suspicious_without_wants"]) & wrong) >= 0.6 * len(wrong)  # "yes" goes with it

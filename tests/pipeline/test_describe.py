@@ -82,7 +82,10 @@ def test_demonstrations_and_prompts_are_told_from_pairs(tmp_path: Path) -> None:
     assert described(Source(str(tmp_path / "sft.jsonl")))[1].endswith("read as demonstrations")
     assert described(Source(str(tmp_path / "prompts.jsonl")))[1].endswith("read as prompts")
     write_jsonl(tmp_path / "nothing.jsonl", [{"x": "a"}])
-    with pytest.raises(UserError, match="holds no usable row"):
+    with pytest.raises(UserError, match=r"holds no usable row.*\n(.*\n)*.*--columns prompt=…,chosen=…,rejected=… \("):
+        described(Source(str(tmp_path / "nothing.jsonl")))
+    write_jsonl(tmp_path / "nothing.jsonl", [{"x": "a", "response_1": "b", "response_2": "c", "better": 1}])
+    with pytest.raises(UserError, match=r"say which is which: --columns prompt=…,preference=… \("):
         described(Source(str(tmp_path / "nothing.jsonl")))
 
 

@@ -35,6 +35,15 @@ def named_prompt(row: Mapping[str, object]) -> Mapping[str, object]:
     return {**kept, "prompt": _prompt(row), "chosen": row[chosen], "rejected": row[rejected]}
 
 
+def prompt_under_another_name(row: Mapping[str, object]) -> object:
+    """Return the prompt of a row that has none under ours, with its `input` and `history`; None where there is none at all.
+
+    Raises:
+        BadRow: `history` is no list of [question, answer].
+    """
+    return None if _prompt_name(row) is None else _prompt(row)
+
+
 def is_alpaca(row: object) -> bool:
     """Return whether a row is an instruction with its output, or with its two outputs, the better one first."""
     return (
