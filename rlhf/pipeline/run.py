@@ -4,9 +4,11 @@ import ctypes
 import gc
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from rlhf.pipeline.memory import memory_sentence
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stopping import reason_to_stop
-from rlhf.pipeline.store import Stage, Store, is_disk_full
+from rlhf.pipeline.store import LOCK, Stage, Store, is_disk_full
 from rlhf.pipeline.summary import write_summary
 from rlhf.progress import Work, a_line_a_minute
 from rlhf.recipe.schema import Recipe
@@ -64,44 +66,57 @@ def run(
         _keep_what_is_loaded()
     lock = store.lock() if is_main else None
     try:
-        if is_main:
-            write_text(out / "recipe.yaml", recipe_text(recipe))
-            write_text(out / ORIGIN, json.dumps(recipe.origin, indent=1) + "\n")
-        if not all(done) and (versions := store.other_versions(stages)) is not None:
-            say(versions)
-        if (orphans := made_of_what_is_gone(store, stages)) is not None:
-            say(orphans)
+        with _no_run_of_a_mistake(store, stages) if is_main else nullcontext():
+            if is_main:
+                write_text(out / "recipe.yaml", recipe_text(recipe))
+                write_text(out / ORIGIN, json.dumps(recipe.origin, indent=1) + "\n")
+            if not all(done) and (versions := store.other_versions(stages)) is not None:
+                say(versions)
+            if (orphans := made_of_what_is_gone(store, stages)) is not None:
+                say(orphans)
 
-        # 2. The stages, one after the other, until the last round or until there is a reason to stop.
-        waiting: Waiting | None = None
-        reason: str | None = None
-        for stage in wanted:
-            if store.is_done(stage):
-                say(f"{stage.folder}: done before")
-            else:
-                try:
-                    _run_stage(stage, recipe, store, is_main=is_main, say=say)
-                except Waiting as state:
-                    waiting = state
+            # 2. The stages, one after the other, until the last round or until there is a reason to stop.
+            waiting: Waiting | None = None
+            reason: str | None = None
+            for stage in wanted:
+                if store.is_done(stage):
+                    say(f"{stage.folder}: done before")
+                else:
+                    try:
+                        _run_stage(stage, recipe, store, is_main=is_main, say=say)
+                    except Waiting as state:
+                        waiting = state
+                        break
+                reason = reason_to_stop(recipe.rounds, stage, stages, store)
+                if reason is not None:
+                    say(reason)
                     break
-            reason = reason_to_stop(recipe.rounds, stage, stages, store)
-            if reason is not None:
-                say(reason)
-                break
 
-        # 3. The run in numbers and as a page.
-        if is_main:
-            write_summary(recipe, stages, store, stopped=str(waiting) if waiting else reason)
-            write_report(out)
-            write_cards(out)
-        if waiting is not None and STAGES[stage.name].together:
-            wait_for_each_other()  # in other stages they wait for the file of a finished stage, until the launcher ends them
-        leave_process_group()
-        if waiting is not None:
-            raise waiting
+            # 3. The run in numbers and as a page.
+            if is_main:
+                write_summary(recipe, stages, store, stopped=str(waiting) if waiting else reason)
+                write_report(out)
+                write_cards(out)
+            if waiting is not None and STAGES[stage.name].together:
+                wait_for_each_other()  # in other stages they wait for the file of a finished stage, until the launcher ends them
+            leave_process_group()
+            if waiting is not None:
+                raise waiting
     finally:
         if lock is not None:
             lock.release()
+
+
+@contextmanager
+def _no_run_of_a_mistake(store: Store, stages: Sequence[Stage]) -> Iterator[None]:
+    """Delete a new folder in which a mistake was found before anything was finished: it would refuse the mended recipe."""
+    was_empty = {file.name for file in store.root.iterdir()} <= {LOCK}
+    try:
+        yield
+    except UserError:
+        if was_empty and not any(store.manifest(stage) for stage in stages):
+            shutil.rmtree(store.root, ignore_errors=True)
+        raise
 
 
 def require_files(store: Store, stages: Sequence[Stage]) -> None:

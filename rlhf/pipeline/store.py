@@ -25,6 +25,7 @@ from rlhf.versions import version_of
 
 CHECKPOINTS = "checkpoints"
 MARK = "complete.json"
+LOCK = ".lock"
 STARTED = "started.json"
 METRICS = "metrics.jsonl"
 SECONDS = "seconds.json"  # beside checkpoints: how long the work that they hold has taken
@@ -240,7 +241,7 @@ class Store:
         Raises:
             UserError: another process holds it, or nobody can write there.
         """
-        lock = FileLock(self.root / ".lock")
+        lock = FileLock(self.root / LOCK)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)

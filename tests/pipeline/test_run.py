@@ -336,3 +336,22 @@ def test_a_dry_run_refuses_what_the_run_refuses(finished: Path, tmp_path: Path) 
         result = rlhf("run", "r.yaml", "--out", "x", *dry, cwd=tmp_path)
         assert result.returncode == 2
         assert "round-1/reward/model/model.safetensors are gone or were changed" in " ".join(result.stderr.split())
+
+
+def test_a_mistake_in_the_data_burns_no_folder(tmp_path: Path) -> None:
+    """It had left a run of which nothing was done, and which refused the mended recipe as another one."""
+    (tmp_path / "empty.jsonl").write_text("")
+    write(tmp_path / "pairs.jsonl", [{"prompt": f"say red {i}", "chosen": "yes", "rejected": "no"} for i in range(40)])
+    (tmp_path / "r.yaml").write_text("""
+name: foreign
+backbone:
+  from_scratch: {architecture: qwen3, vocab_size: 400, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64}
+data: {sft: pairs.jsonl, preferences: pairs.jsonl}
+ppo: {total_episodes: 32, per_device_train_batch_size: 16, max_completion_length: 8}
+""")
+    wrong = rlhf("run", "r.yaml", "data.preferences=empty.jsonl", "--out", "x", cwd=tmp_path)
+    assert wrong.returncode == 2, wrong.stderr
+    assert "nothing is left for pairs" in " ".join(wrong.stderr.split())
+    assert not (tmp_path / "x").exists()
+    mended = rlhf("run", "r.yaml", "--out", "x", "--until", "data", cwd=tmp_path)
+    assert mended.returncode == 0, mended.stderr
