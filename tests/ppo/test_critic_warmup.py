@@ -106,8 +106,9 @@ def test_the_policy_keeps_every_bit_until_warm_up_ends(make: Any, name: str) -> 
 @pytest.mark.parametrize("name", ["ptx", "weight_decay"])
 def test_the_policys_optimizer_is_fresh_when_warm_up_ends(make: Any, name: str) -> None:
     """No moment and no step is counted: a bias correction that counted the warm-up would be another first step."""
-    trainer, _ = make(**SETTINGS[name], total_episodes=32)
-    trainer.train()
+    trainer, _ = make(**SETTINGS[name])
+    for rollout in range(2):
+        trainer.update(trainer.rollout(trainer.prompts_of(rollout)))
     state = trainer.optimizer.state
     container = trainer.accelerator.unwrap_model(trainer.model)
     assert not any(p in state for p in container.role_parameters("policy"))
