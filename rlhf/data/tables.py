@@ -114,7 +114,7 @@ def _loaded(source: str, config: str | None) -> Any:
         return load_dataset(folder, config)
     except Exception as error:  # it raises anything, the reason often behind a general one
         reason = error.__cause__ or error
-        (words, *_) = [*str(reason).splitlines(), "no reason given"]
+        words = str(reason).partition("\n")[0] or "no reason given"
         raise UserError(
             f"{source}: `datasets` can't read the files of this folder as one data set ({type(reason).__name__}: {words}); name "
             f"those that are meant, such as '{source.rstrip('/')}/*.jsonl'."
