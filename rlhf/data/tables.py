@@ -108,10 +108,8 @@ def _loaded(source: str, config: str | None) -> Any:
     from datasets import load_dataset, load_from_disk
 
     folder = str(Path(source).expanduser().resolve())  # whole: "csv" alone would be one of the library's own readers
-    if is_saved(source):
-        return load_from_disk(folder)
     try:
-        return load_dataset(folder, config)
+        return load_from_disk(folder) if is_saved(source) else load_dataset(folder, config)
     except Exception as error:  # it raises anything, the reason often behind a general one
         reason = error.__cause__ or error
         words = str(reason).partition("\n")[0] or "no reason given"

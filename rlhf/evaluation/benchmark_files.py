@@ -144,7 +144,7 @@ def choose_split(source: str, *, config: str | None = None) -> tuple[str, str]:
         config: of a hub dataset.
 
     Raises:
-        UserError: a hub dataset with several splits, of which none is known to be the one.
+        UserError: a dataset with several splits, of which none is known to be the one; a folder that can't be read.
     """
     name, colon, split = source.partition(":")
     if is_local(source) and not is_folder_of_files(name) and not (colon and is_folder(name)):
@@ -153,10 +153,13 @@ def choose_split(source: str, *, config: str | None = None) -> tuple[str, str]:
         return name, split
     from datasets import get_dataset_split_names
 
-    try:
-        splits = folder_splits(name, config) if is_folder(name) else get_dataset_split_names(name, config)
-    except Exception:  # no network, no such dataset, or one that can't be read: reading it says so
-        return name, SPLITS[0]
+    if is_folder(name):
+        splits = folder_splits(name, config)
+    else:
+        try:
+            splits = get_dataset_split_names(name, config)
+        except Exception:  # no network or no such dataset: reading it says so
+            return name, SPLITS[0]
     chosen = [known for known in SPLITS if known in splits] or (splits if len(splits) == 1 else [])
     if not chosen:
         raise UserError(f"{source}: it has the splits {', '.join(splits)}; name one, such as {name}:{splits[0]}.")

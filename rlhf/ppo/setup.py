@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.models.adapters import rewrites_base
 from rlhf.models.coarse import coarse_weights
 from rlhf.models.critiques import drop_output_layer
 from rlhf.models.open import open_tokenizer
@@ -22,9 +23,6 @@ from rlhf.ppo.rewards import RewardFunction, RewardSource
 from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead, Reference
 from rlhf.ppo.source_kinds import FOLDER, kind_of
 from rlhf.reward.load import RewardModel
-
-# Of PEFT's ways to begin, those that add nothing and leave the base alone.
-BEGINS_AT_THE_MODEL = (True, "gaussian", "eva")
 
 
 def check_data(dataset: Dataset | None) -> Dataset:
@@ -81,7 +79,7 @@ def policy_and_tokenizer(
         if isinstance(model, PeftModel):
             raise UserError("ppo: the model has an adapter already, which PPO will train; drop peft_config.")
         initial = getattr(peft_config, "init_lora_weights", True)
-        if initial not in BEGINS_AT_THE_MODEL:
+        if rewrites_base(peft_config) or initial is False:  # factors at random, neither of them zero
             raise UserError(
                 f"ppo: an adapter with init_lora_weights={initial!r} does not begin at the model that was given, and the reference "
                 "would be another model than the policy; leave it out, or train such an adapter first (SFT) and hand it over."

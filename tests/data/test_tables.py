@@ -232,3 +232,11 @@ def test_a_table_that_leaves_out_a_row_names_it(tmp_path: Path) -> None:
     report = ReadReport("x")
     assert [number for number, _ in read_rows(str(tmp_path / "x.csv"), report)] == [1, 3]
     assert list(report.examples.values()) == [[2]]
+
+
+def test_a_saved_folder_that_is_damaged_is_a_sentence(tmp_path: Path) -> None:
+    """It was a traceback of json's."""
+    datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]).save_to_disk(tmp_path / "s")
+    (tmp_path / "s" / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match="can't read the files of this folder"):
+        list(read_rows(str(tmp_path / "s"), ReadReport("s")))
