@@ -236,3 +236,10 @@ def test_a_signal_while_python_still_imports_is_no_traceback(
         entry()
     assert ending.value.code == 130
     assert capsys.readouterr().err == ""
+
+
+def test_a_home_folder_behind_an_equals_sign_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell writes `--out ~/x` out, and leaves `--out=~/x` as it is; a folder named `~` was made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["--out=~/x", "--out", "a=~/b", "--json=x~", "--columns=prompt=~"]
+    assert [cli._with_home(word) for word in given] == ["--out=/home/me/x", *given[1:]]

@@ -112,10 +112,17 @@ def main() -> None:
     if number_of_processes() > 1:
         # Gloo's threads sometimes abort a process in its last moment, after all is written. What is registered first runs last.
         atexit.register(lambda: os._exit(code[0]))
+    sys.argv[1:] = [_with_home(argument) for argument in sys.argv[1:]]
     code[0] = _exit_code()
     with contextlib.suppress(BrokenPipeError):
         sys.stderr.flush()
     sys.exit(code[0])
+
+
+def _with_home(argument: str) -> str:
+    """Return `--out=~/runs` with the home folder in place of `~`, which a shell leaves as it is behind `=`."""
+    name, _, value = argument.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if name.startswith("--") and value.startswith("~") else argument
 
 
 def _quieten_libraries() -> None:

@@ -126,10 +126,10 @@ def k_wise(row: Mapping[str, object]) -> list[Ranking]:
     """Return the ranking in a list of answers that have each a score, or a rank (1 is best).
 
     Raises:
-        BadRow: an answer is no mapping, or has neither.
+        BadRow: an answer is no mapping, or has neither; or some have scores and others ranks, which have no scale in common.
     """
     prompt = k_wise_prompt(row)
-    answers = []
+    answers, has_score = [], set()
     for entry in _answer_list(row) or []:
         if not isinstance(entry, dict):
             raise BadRow("an answer is no mapping with text and score")
@@ -139,6 +139,9 @@ def k_wise(row: Mapping[str, object]) -> list[Ranking]:
             raise BadRow("an answer has neither score nor rank")
         value = -_finite(entry["rank"], "rank") if score is None else _finite(score, "score")
         answers.append(Answer(content, value))
+        has_score.add(score is not None)
+    if len(has_score) > 1:
+        raise BadRow("some of its answers have a score and others a rank alone")
     return [Ranking(prompt, answers, _of_all_pairs(row))]
 
 

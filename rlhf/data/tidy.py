@@ -25,6 +25,8 @@ REPEATED = "the prompt was repeated at the head of both answers, and is taken of
 BEGINS = "kept, though both answers begin with the prompt"
 NAMED = "the prompt of two responses stands under another name (`question`, `instruction`, `input` or `query`)"
 SYSTEM = "the `system` column became the system turn"
+OTHER_SYSTEM = "the `system` column is left out: the conversation has a system turn of its own, of other words"
+NO_SYSTEM = "the `system` column is left out: it holds no text"
 TEXTS = ("prompt", "context", "messages", "chosen", "rejected", "completion")
 # The beginning of a text that must be messages: a known speaker, and what was said.
 SPEAKER = re.compile(r"\s*\[\s*\{.{0,200}?['\"](?:role|from)['\"]\s*:\s*['\"](\w+)['\"]", re.DOTALL)
@@ -82,7 +84,8 @@ def _tidy(row: Mapping[str, object]) -> Tidied:
             continue
         if changed is not None:
             row, remarks = changed, [*remarks, remark]
-    return Tidied(row, remarks)
+    unread = _unread_system(row)
+    return Tidied(row, remarks if unread is None else [*remarks, unread])
 
 
 # ---- A label that is more likely wrong than right ----
@@ -299,6 +302,19 @@ def with_system_turn(row: Mapping[str, object]) -> Mapping[str, object] | None:
             if isinstance(text := row.get(side), str):
                 changed[side] = text.strip()
     return {**row, **changed}
+
+
+def _unread_system(row: Mapping[str, object]) -> str | None:
+    """Return why the `system` column of a tidied row is not read, or None."""
+    system = row.get("system")
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return None
+    if not isinstance(system, str):
+        return NO_SYSTEM
+    conversations = (row.get(name) for name in ("messages", "chosen", "rejected", *_prompt_names(row)))
+    firsts = [turns[0] for turns in conversations if isinstance(turns, list) and turns and isinstance(turns[0], dict)]
+    turns = [first.get("content") for first in firsts if first.get("role") == "system"]
+    return OTHER_SYSTEM if turns and system not in turns else None
 
 
 def _prompt_names(row: Mapping[str, object]) -> Sequence[str]:

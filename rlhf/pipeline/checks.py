@@ -1,8 +1,10 @@
 """What is refused before a folder is made: files that are not there, settings that can't be. Loads torch only to ask TRL."""
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -220,10 +222,10 @@ def _verdict_model_problems(recipe: Recipe, *, is_only_local: bool) -> Iterator[
 
 
 def check_here(recipe: Recipe) -> None:
-    """Refuse all that a run would refuse before its first stage, but for models on a hub: they are looked at when it begins.
+    """Refuse all that a run would refuse before it trains, but for what stands on a hub: that is looked at when it begins.
 
     Raises:
-        UserError: as `check_sources` and `check_arguments` say, all at once.
+        UserError: as `check_sources` and `check_arguments` say, all at once; then as the data are refused.
     """
     problems: list[str] = []
     for check in (check_sources, partial(check_arguments, is_only_local=True)):
@@ -233,6 +235,29 @@ def check_here(recipe: Recipe) -> None:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise UserError(problems)
+    _check_data(recipe)
+
+
+class _NeedsHub(Exception):
+    """A model on a hub would have to write what stands in the data."""
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Refuse local data that the run would refuse: they are read as it will read them, in a folder that is thrown away.
+
+    Raises:
+        UserError: as the stage `data` says.
+    """
+    from rlhf.pipeline.estimate import hub_data, make_data
+
+    def written_on_hub(row: Any) -> Any:
+        raise _NeedsHub
+
+    if hub_data(recipe) or not any(recipe.data.sources(name) for name in DATA_SOURCES):
+        return
+    model = recipe.backbone.model
+    with tempfile.TemporaryDirectory() as folder, suppress(_NeedsHub):
+        make_data(recipe, Path(folder), fit=None if model is None or _is_local(model) else written_on_hub)
 
 
 def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: bool = False) -> None:

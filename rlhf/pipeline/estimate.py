@@ -16,6 +16,7 @@ from rlhf.cost.memory import Processes
 from rlhf.cost.sizes import PairTokens, Sizes, count_sizes
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.data.read import is_local
+from rlhf.data.sources import Fit
 from rlhf.errors import UserError
 from rlhf.evaluation.policies import BEST_OF
 from rlhf.invariants.ends import SAMPLED
@@ -134,15 +135,10 @@ def model_and_sizes(recipe: Recipe, folder: Path) -> tuple[PretrainedConfig, Siz
     Raises:
         UserError: the data or the model's configuration can't be read, or lie on a hub where that is not enough.
     """
-    # 1. The data: the lab's, or local files. What a model would have to answer first has the longest answers there may be.
-    longest_answer = recipe.ppo.trl_settings().get("max_completion_length", PPOConfig.max_completion_length)
-    parents, data = {}, folder / "round-0/data"
-    hub = [f"data.{name}" for name in DATA_SOURCES for s in recipe.data.sources(name) if not is_local(s.source)]
-    if recipe.lab is not None:
-        parents = {"lab": folder / "round-0/lab"}
-        run_lab(StageContext(recipe, parents["lab"], {}, lambda _: None), stand_in_answers(longest_answer))
-    if not hub:
-        run_data(StageContext(recipe, data, parents, lambda _: None))
+    # 1. The data: the lab's, or local files.
+    hub = hub_data(recipe)
+    parents = make_data(recipe, folder)
+    data, longest_answer = folder / "round-0/data", _longest_answer(recipe)
 
     # 2. The model's shape and its tokenizer.
     if recipe.backbone.from_scratch is not None:
@@ -164,6 +160,37 @@ def model_and_sizes(recipe: Recipe, folder: Path) -> tuple[PretrainedConfig, Siz
     if hub:
         return config, sizes_from_caps(recipe, hub)
     return config, count_sizes(data / "data", tokenizer, longest_answer=longest_answer)
+
+
+def hub_data(recipe: Recipe) -> list[str]:
+    """Return the keys whose data lie on a hub, "data.preferences"."""
+    return [f"data.{name}" for name in DATA_SOURCES for s in recipe.data.sources(name) if not is_local(s.source)]
+
+
+def make_data(recipe: Recipe, folder: Path, *, fit: Fit | None = None) -> dict[str, Path]:
+    """Make the lab and read the data as the run's own stages do, but for data on a hub; return the lab's folder by its name.
+
+    What a model would have to answer first has the longest answers there may be.
+
+    Args:
+        folder: stands for the run's.
+        fit: writes tool calls, in place of the run's base model.
+
+    Raises:
+        UserError: as the run's stages would refuse the data.
+    """
+    parents = {}
+    if recipe.lab is not None:
+        parents["lab"] = folder / "round-0/lab"
+        run_lab(StageContext(recipe, parents["lab"], {}, lambda _: None), stand_in_answers(_longest_answer(recipe)))
+    if not hub_data(recipe):
+        run_data(StageContext(recipe, folder / "round-0/data", parents, lambda _: None), fit)
+    return parents
+
+
+def _longest_answer(recipe: Recipe) -> int:
+    """Return how many tokens an answer may have."""
+    return int(recipe.ppo.trl_settings().get("max_completion_length", PPOConfig.max_completion_length))
 
 
 def sizes_from_caps(recipe: Recipe, hub: list[str]) -> Sizes:

@@ -12,7 +12,6 @@ from trl import ModelConfig
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, answer, asked, completion
-from rlhf.errors import UserError
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
@@ -37,6 +36,7 @@ from rlhf.reward.gate import fit_gate, label_columns
 from rlhf.reward.gated import save_gated
 from rlhf.reward.load import calibrate_reward_model
 from rlhf.reward.model import RewardModel
+from rlhf.reward.sources import by_source
 from rlhf.statistics import win_rate
 
 CALIBRATION_SAMPLES = 256
@@ -66,7 +66,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     #    pairs, or members of an ensemble, which differ in head, order and dropout.
     rows, flipped = training_rows(context)
     form = critique_form(recipe)
-    domains = _domains(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None
+    domains = by_source(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None
     members = [context.folder / member_name(number) for number in range(recipe.reward.members)]
     facts: dict[str, Any]
     code: Tensor | None = None
@@ -150,26 +150,6 @@ def _hindsight(context: StageContext, reward: Scorer) -> dict[str, Any] | None:
     ]
     rate, interval = win_rate(scores[0], scores[1], conversation_keys(prompts))
     return {"round": context.round - 1, "win_rate": rate, "win_rate_ci": interval}
-
-
-def _domains(rows: Sequence[Pair], weights: Mapping[str, float] | None) -> dict[str, list[Pair]]:
-    """Group pairs by their `source`, in alphabetical order.
-
-    Raises:
-        UserError: a pair has none, or all have the same; fixed weights are for other sources.
-    """
-    by_source: dict[str, list[Pair]] = {}
-    for row in rows:
-        by_source.setdefault(str(row.get("source") or ""), []).append(row)
-    if "" in by_source or len(by_source) < 2:
-        raise UserError(
-            f"reward.experts: an expert is trained on the pairs of one `source`; here {len(by_source.get('', []))} of {len(rows)} "
-            f"pairs have none, the others {len(set(by_source) - {''})} different ones. Name several files under data.preferences, "
-            "or give the rows a column `source`."
-        )
-    if weights is not None and set(weights) != set(by_source):
-        raise UserError(f"reward.expert_weights: names {sorted(weights)}, but the pairs come from {sorted(by_source)}.")
-    return dict(sorted(by_source.items()))
 
 
 def _fit_each(

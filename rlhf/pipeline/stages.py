@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.ratings import RatingScale
-from rlhf.data.sources import Source
+from rlhf.data.sources import Fit, Source
 from rlhf.errors import UserError
 from rlhf.evaluation.policies import evaluate_policies
 from rlhf.files import read_jsonl, write_jsonl
@@ -53,8 +53,10 @@ from rlhf.ppo.reporting import cuts_of_all
 from rlhf.recipe import Recipe
 from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.recipe.schema import DATA_SOURCES
+from rlhf.report.records import MANIFEST, read_record
 from rlhf.reward.denoise import check_needs
 from rlhf.reward.ensemble import load_scorer_of, member_folders
+from rlhf.reward.sources import by_source
 
 SHOWN_SAMPLES, SFT_ANSWERS = 64, "sft_answers.jsonl"
 
@@ -93,8 +95,15 @@ def _answers_of_backbone(context: StageContext) -> Answers:
     )
 
 
-def run_data(context: StageContext) -> dict[str, Any]:
-    """Read the data that the recipe names, check and split them; what it does not name comes from the lab."""
+def run_data(context: StageContext, fit: Fit | None = None) -> dict[str, Any]:
+    """Read the data that the recipe names, check and split them; what it does not name comes from the lab.
+
+    Args:
+        fit: writes tool calls; by default as the run's base model does.
+
+    Raises:
+        UserError: they can't be used, or are not what the reward model of this recipe is trained on.
+    """
     data, lab = context.recipe.data, context.find_parent("lab")
     named: dict[str, Any] = {
         name: [Source(**entry.model_dump()) for entry in data.sources(name)] for name in DATA_SOURCES
@@ -111,7 +120,7 @@ def run_data(context: StageContext) -> dict[str, Any]:
     reward = context.recipe.reward
     ratings = RatingScale(**reward.ratings()) if reward.reads_ratings else None
     sources = DataSources(**others, **named, ratings=ratings, critiques=reward.extra_kind == "critique")
-    fit = _tool_template(context.recipe, lab, context.find_parent("base"))
+    fit = fit or _tool_template(context.recipe, lab, context.find_parent("base"))
     facts = prepare_data(context.folder / "data", sources, seed=context.recipe.seed, fit=fit)
     for sentence in facts.pop("sentences"):
         context.say(sentence)
@@ -122,8 +131,10 @@ def run_data(context: StageContext) -> dict[str, Any]:
             "take reward.objective: regression."
         )
     pairs = context.folder / "data" / "pairs.jsonl"
-    if OBJECTIVES[reward.objective].needs.column is not None and pairs.is_file():  # before SFT is paid for
+    if pairs.is_file():  # before SFT is paid for
         check_needs(read_jsonl(pairs), OBJECTIVES[reward.objective])
+        if reward.experts is not None:
+            by_source(read_jsonl(pairs), reward.expert_weights)
     return facts
 
 
@@ -251,6 +262,13 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     if len(members) > 1 and args.reward_ensemble is None:
         args.reward_ensemble = "mean"
 
+    if args.kl_target is not None and policy_before is not None:
+        before = read_record(policy_before / MANIFEST) or {"facts": {}}
+        kl_coef = before["facts"].get("kl_coef")
+        if kl_coef is not None:  # begun anew, each round would need its first rollouts to find it again
+            args.kl_coef = kl_coef
+            context.say(f"ppo: kl_coef begins at {kl_coef:.3g}, where the round before ended (ppo.kl_target).")
+
     policy, book = load_policy(start, model_config), CheckBook()
     check_nothing_lost(context, start, policy, book)
 
@@ -286,6 +304,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     return {
         "episodes": trainer.episodes,
         "rollouts": rollouts,
+        "kl_coef": trainer.progress.kl_coef,
         "stopped": trainer.stopped,
         "warnings": trainer.progress.health.sentences,
         "reward_cuts": cuts,

@@ -390,4 +390,8 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
 
 def _sentence(document: Document, issue: ErrorDetails) -> str:
     path = tuple(str(part) for part in issue["loc"])
-    return f"{document.place(path)}: {'.'.join(path)}: {issue['msg'][0].lower()}{issue['msg'][1:]}."
+    # YAML reads `no`, 2026-01-01 and 1 as something else than text.
+    remedy = (
+        "; put it in quotes" if issue["type"] == "string_type" and not isinstance(issue["input"], list | dict) else ""
+    )
+    return f"{document.place(path)}: {'.'.join(path)}: {issue['msg'][0].lower()}{issue['msg'][1:]}{remedy}."

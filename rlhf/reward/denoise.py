@@ -119,7 +119,7 @@ def check_needs(rows: Sequence[Mapping[str, object]], objective: Objective) -> N
     missing = [number for number, row in enumerate(rows) if all(row.get(source) is None for source in sources)]
     if missing:
         raise UserError(
-            f"reward.objective is {objective.name}, but {len(missing)} of {len(rows)} pairs (the first is number {missing[0]}) "
+            f"reward.objective is {objective.name}, but {len(missing)} of {len(rows)} pairs (the first is number {missing[0] + 1}) "
             f"have no {needs.column!r}{' and no ratings' if needs.or_rating_gap else ''}; add it, or choose another objective."
         )
 

@@ -71,7 +71,7 @@ def ranking_rows(pairs: Sequence[Pair], *, objective: str = "plackett_luce") -> 
         if having:
             raise UserError(
                 f"reward.objective is {objective}, which reads no {name!r}, but {len(having)} of {len(pairs)} pairs (the first "
-                f"is number {having[0]}) have one; take the column out, or choose another objective."
+                f"is number {having[0] + 1}) have one; take the column out, or choose another objective."
             )
     groups: dict[tuple[str, object], list[Pair]] = {}
     for number, row in enumerate(pairs):

@@ -118,6 +118,7 @@ def test_equal_scores_are_no_pair() -> None:
     [
         ({"prompt": "Hi", "responses": [{"content": "a", "score": 1}]}, "no two answers of different rank"),
         ({"prompt": "Hi", "responses": [{"content": "a"}, {"content": "b", "score": 1}]}, "neither score nor rank"),
+        ({"prompt": "Hi", "responses": [{"content": "a", "rank": 1}, {"content": "b", "score": 2}]}, "others a rank alone"),
         ({"prompt": "Hi", "responses": ["a", "b"]}, "no mapping with text and score"),
         ({"prompt": "Hi", "responses": [{"content": " ", "score": 0}, {"content": "b", "score": 1}]}, "an answer is empty"),
         ({"prompt": "Hi", "responses": [{"content": "a", "score": float("nan")}, {"content": "b", "score": 1}]}, "not a finite"),

@@ -13,7 +13,7 @@ from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.read import ReadReport
 from rlhf.data.rows import Pair, answer, completion
 from rlhf.data.sources import Source, read_pair_rows, read_sources, to_demonstrations, to_pairs, to_prompts
-from rlhf.data.tidy import BEGINS, PARSED, REPEATED, SYSTEM
+from rlhf.data.tidy import BEGINS, NO_SYSTEM, OTHER_SYSTEM, PARSED, REPEATED, SYSTEM
 from rlhf.files import read_jsonl, write_jsonl
 
 N = 6
@@ -173,7 +173,12 @@ def test_a_system_turn_that_is_there_stays(tmp_path: Path) -> None:
     ]  # fmt: skip
     pairs, report = pairs_of(tmp_path, rows)
     expect(pairs, system="be brief")
+    assert report.noted == {OTHER_SYSTEM: N}, "its column goes unread, which is said"
+    pairs, report = pairs_of(tmp_path, [row | {"system": "be brief"} for row in rows])
+    expect(pairs, system="be brief")
     assert report.noted == {}
+    pairs, report = pairs_of(tmp_path, [row | {"system": {"tone": "brief"}} for row in rows])
+    assert report.noted == {NO_SYSTEM: N}
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])

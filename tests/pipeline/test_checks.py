@@ -173,5 +173,45 @@ def test_a_column_that_no_pair_has_is_said_before_sft(base_folder: Path, tmp_pat
     )
     result = rlhf("run", "r.yaml", cwd=tmp_path)
     assert result.returncode == 2, result.stdout + result.stderr
-    assert "reward.objective is soft, but 7 of 7 pairs (the first is number 0) have no 'confidence'" in result.stderr
+    assert "reward.objective is soft, but 7 of 7 pairs (the first is number 1) have no 'confidence'" in result.stderr
     assert not (tmp_path / "runs/x").exists(), "what a mistake was found in is no run"
+
+
+DEMONSTRATIONS = "".join(json.dumps({"prompt": f"p{i}", "completion": "a"}) + "\n" for i in range(20))
+PAIRS = "".join(json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(20))
+REFUSED_BY_THE_DATA = {
+    "data.test=pairs.jsonl": "also on the given test side",
+    "reward.objective=soft": "reward.objective is soft, but 1",
+    "reward.experts=gate reward.use_peft=true": "pairs have none",
+    "data.max_characters=1 data.test_fraction=0.5": "nothing is left",
+}
+
+
+@pytest.mark.fault("refused after hours")
+@pytest.mark.parametrize("overrides", REFUSED_BY_THE_DATA)
+def test_check_reads_local_data_as_a_run_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str) -> None:
+    """What the stage `data` refuses was "fine" before; a model on a hub is not asked for that."""
+    monkeypatch.chdir(tmp_path)
+    Path("sft.jsonl").write_text(DEMONSTRATIONS)
+    Path("pairs.jsonl").write_text(PAIRS)
+    Path("r.yaml").write_text(
+        "name: x\nbackbone: {model: org/name}\ndata: {sft: sft.jsonl, preferences: pairs.jsonl, test_fraction: 0.2}\n"
+    )
+    check_here(load_recipe(Path("r.yaml")))
+    with pytest.raises(UserError) as error:
+        check_here(load_recipe(Path("r.yaml"), overrides.split()))
+    assert REFUSED_BY_THE_DATA[overrides] in "\n".join(error.value.problems)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "r.yaml", "sft.jsonl"]
+
+
+def test_tool_calls_that_a_model_on_a_hub_would_write_are_left_to_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    row = {"prompt": [{"role": "user", "content": "1+1"}], "chosen": turns}
+    row["rejected"] = [{"role": "assistant", "content": "3"}]
+    Path("pairs.jsonl").write_text(json.dumps(row) + "\n")
+    Path("r.yaml").write_text("name: x\nbackbone: {model: org/name}\ndata: {preferences: pairs.jsonl}\n")
+    check_here(load_recipe(Path("r.yaml")))

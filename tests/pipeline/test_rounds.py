@@ -36,7 +36,7 @@ sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 16, num_train_epochs: 
 vote: {members: 2, folds: 2}
 reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, logging_steps: 2, objective: posterior, meta: true, meta_pool: 12}
 ppo: {total_episodes: 32, per_device_train_batch_size: 8, num_ppo_epochs: 1, learning_rate: 1.0e-3, max_completion_length: 12,
-      save_steps: 1}
+      save_steps: 1, kl_target: 4.0, kl_horizon: 100}
 rounds: {count: 2, prompts: 16, labels: 24, select: information, start: previous, age_weight: 0.5, stop_when_worse: false}
 evaluate: {prompts: 24}
 """
@@ -227,6 +227,8 @@ def test_where_ppo_starts_and_what_its_kl_is_to(finished: Path, tmp_path: Path) 
     """On from the round before it is away from SFT at once; from itself, or starting at SFT, it is not."""
     first = rows(finished / "x/round-2/ppo/metrics.jsonl")[0]
     assert first["kl_k3"] > 0
+    ended_at = json.loads((finished / "x/round-1/ppo/manifest.json").read_text())["facts"]["kl_coef"]
+    assert first["kl_coef"] == ended_at < 0.05, "on from where the round before ended"
     for name, overrides in (
         ("moving", ["rounds.reference=previous"]),
         ("sft", ["rounds.start=sft"]),
@@ -237,6 +239,10 @@ def test_where_ppo_starts_and_what_its_kl_is_to(finished: Path, tmp_path: Path) 
             shutil.copytree(finished / "x/round-2" / stage, run / "round-2" / stage)
         start(recipe(tmp_path / name, *overrides), run, until="round-2/ppo")
         assert rows(run / "round-2/ppo/metrics.jsonl")[0]["kl_k3"] == 0.0, name
+        begins_at = rows(run / "round-2/ppo/metrics.jsonl")[0]["kl_coef"]
+        assert begins_at == (0.05 if name == "sft" else ended_at), (
+            "a policy that begins anew has its coefficient do so too"
+        )
 
 
 @pytest.mark.fault("labels of a round")

@@ -206,13 +206,13 @@ def test_what_is_needed_is_refused_where_it_is_missing(name: str) -> None:
         ratings = " and no ratings" if needs.or_rating_gap else ""
         first, *rest = pairs(**{needs.column: 0.7})
         sentence = (
-            f"reward.objective is {name}, but 5 of 5 pairs (the first is number 0) have no '{needs.column}'{ratings}; "
+            f"reward.objective is {name}, but 5 of 5 pairs (the first is number 1) have no '{needs.column}'{ratings}; "
             "add it, or choose another objective."
         )
         with pytest.raises(UserError) as error:
             apply(pairs())
         assert error.value.problems == [sentence]
-        with pytest.raises(UserError, match=r"2 of 6 pairs \(the first is number 1\)"):
+        with pytest.raises(UserError, match=r"2 of 6 pairs \(the first is number 2\)"):
             apply([first, *pairs()[:2], *rest[:3]])
         assert apply([first, *rest]).rows == [first, *rest]
         if needs.or_rating_gap:

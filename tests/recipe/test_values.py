@@ -128,3 +128,10 @@ def test_what_a_stage_does_is_no_setting(tmp_path: Path, section: str) -> None:
         for key, value in (("dataset_kwargs", "{skip_prepare_dataset: true}"), ("dataset_text_field", "other")):
             with pytest.raises(UserError, match="the stage prepares the rows itself"):
                 loaded(tmp_path, BASE, overrides=(f"sft.{key}={value}",))
+
+
+@pytest.mark.parametrize("name", ["no", "1", "2026-01-01"])
+def test_a_word_that_yaml_reads_as_something_else_wants_quotes(tmp_path: Path, name: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"name: {name}\nlab: {{}}\n")
+    with pytest.raises(UserError, match="name: input should be a valid string; put it in quotes"):
+        load_recipe(tmp_path / "r.yaml")

@@ -79,7 +79,7 @@ def test_pairs_without_a_group_are_rankings_of_two_and_weights_are_means() -> No
 def test_what_a_ranking_has_no_place_for_is_refused(column: str) -> None:
     rows: Any = [PAIRS[0], {**PAIRS[1], column: 0.5}]
     with pytest.raises(
-        UserError, match=rf"kwise, which reads no '{column}', but 1 of 2 pairs \(the first is number 1\)"
+        UserError, match=rf"kwise, which reads no '{column}', but 1 of 2 pairs \(the first is number 2\)"
     ):
         ranking_rows(rows, objective="kwise")
 
