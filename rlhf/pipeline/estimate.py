@@ -23,6 +23,7 @@ from rlhf.invariants.ends import SAMPLED
 from rlhf.lab.answers import stand_in_answers
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.open import open_config
+from rlhf.models.prompt_length import room_for_prompt
 from rlhf.models.scratch import design_base
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.plan import plan, stages_until
@@ -62,7 +63,7 @@ def estimate(
     training = section_training(recipe)
     stages, ppo = stages_until(plan(recipe), until), training["ppo"].args
     works = [work_of(stage, recipe, sizes, ppo, processes.count) for stage in stages]
-    estimator = Estimator(config, sizes, training, ppo_rollouts(recipe, ppo), processes)
+    estimator = Estimator(config, sizes, training, ppo_rollouts(recipe, ppo, config), processes)
     estimates = [estimator.estimate(work) for work in works if work is not None]
     alone = [
         stage.folder for stage, work in zip(stages, works, strict=True) if work and not STAGES[stage.name].together
@@ -249,11 +250,17 @@ def section_training(recipe: Recipe) -> dict[Section, Training]:
     }
 
 
-def ppo_rollouts(recipe: Recipe, args: PPOConfig) -> Rollouts:
-    """Return how PPO samples and learns."""
+def ppo_rollouts(recipe: Recipe, args: PPOConfig, config: PretrainedConfig) -> Rollouts:
+    """Return how PPO samples and learns.
+
+    Args:
+        config: of the policy, or of an encoder, which never answers.
+    """
+    room = room_for_prompt(config, max_new_tokens=args.max_completion_length)
+    longest = args.max_prompt_length if room is None or room < 1 else min(room, args.max_prompt_length or room)
     return Rollouts(
         size=args.local_rollout_size,
-        max_prompt_length=args.max_prompt_length,
+        max_prompt_length=longest,
         max_answer_length=args.max_completion_length,
         epochs=args.num_ppo_epochs,
         mini_batches=args.num_mini_batches,

@@ -66,7 +66,7 @@ def main() -> None:
         mock.patch.object(slices.Slices, "_precision", return_value=nullcontext()),
         mock.patch("transformers.masking_utils._ignore_causal_mask_sdpa", return_value=True),  # it would read the mask
     ):
-        estimator = estimate.Estimator(LLAMA, sizes, training, ppo_rollouts(recipe, ppo), processes)
+        estimator = estimate.Estimator(LLAMA, sizes, training, ppo_rollouts(recipe, ppo, LLAMA), processes)
         estimator.process = 0.0
         works = [work_of(stage, recipe, sizes, ppo, processes.count) for stage in plan(recipe)]
         stages = [estimator.estimate(work) for work in works if work is not None]

@@ -67,9 +67,10 @@ VARIANTS: dict[str, list[str]] = {
         "rounds.count=1",
         f"ppo.total_episodes={EPISODES * ROUNDS}",
     ],
-    # Only for choosing, on seed 0.
     "best_at_kl": [*BEST, *AT_KL],
+    "best_noisy_at_kl": [*BEST, *NOISY, *DENOISE, *AT_KL],
     "second_look_at_kl": [*BEST, *NOISY, *LOOK, *AT_KL],
+    # Only for choosing, on seed 0.
     "more_kl": [*BEST, "ppo.kl_coef=0.15"],
     "from_sft": [*BEST, "rounds.start=sft"],
     "moving": [*BEST, "rounds.reference=previous"],

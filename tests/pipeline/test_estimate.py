@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from rlhf.cost.estimate import ONE_PROCESS, Estimate
 from rlhf.cost.memory import Memory, Processes
@@ -15,6 +16,7 @@ from rlhf.pipeline.estimate import (
     _not_counted,
     _notes_of_processes,
     estimate,
+    ppo_rollouts,
     section_training,
     work_of,
 )
@@ -167,3 +169,17 @@ def test_an_evaluation_that_takes_long_is_said() -> None:
     (note,) = _evaluation_note(stages(30.0), 512)
     assert note.startswith("Evaluation takes 60% of this time, with evaluate.prompts=512;")
     assert _evaluation_note(stages(15.0), 512) == []
+
+
+def test_a_prompt_is_counted_as_long_as_the_context_lets_it_be(recipe_file: Path) -> None:
+    """PPO reads no more of it (`rlhf.models.prompt_length`); the plan counted all that `max_prompt_length` allows."""
+    recipe = load_recipe(recipe_file)
+
+    def longest(context: int, asked: int | None) -> int | None:
+        args = section_training(recipe)["ppo"].args
+        args.max_prompt_length, args.max_completion_length = asked, 28
+        return ppo_rollouts(recipe, args, LlamaConfig(max_position_embeddings=context)).max_prompt_length
+
+    assert longest(128, 512) == longest(128, None) == 100
+    assert longest(128, 40) == 40
+    assert longest(16, 40) == 40, "an encoder's context is no policy's"
