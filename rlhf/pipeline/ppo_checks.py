@@ -24,6 +24,11 @@ def ppo_problems(recipe: Recipe, *, until: str | None = None) -> Iterator[str]:
     for key in ("ptx_coef", "adversarial_coef"):
         if ppo.get(key, 0) > 0 and not recipe.has_sft:
             yield f"ppo.{key}: it reads demonstrations, and nobody gives any; name them under data.sft, or leave the key out."
+    if (ppo.get("lora_dropout") or 0) > 0 and ppo.get("disable_dropout", True):
+        yield (
+            "ppo.lora_dropout: ppo.disable_dropout, which is true unless you say otherwise, switches it off, since ratios would be "
+            "noise; leave lora_dropout out."
+        )
     if ppo.get("adversarial_coef", 0) > 0 and recipe.reward.experts == "gate":
         yield "ppo.adversarial_coef: it reads the features before one linear head, which gated experts have not; leave it out."
     if ppo.get("reference_mixup", 0) > 0 and ppo.get("use_peft") and not _starts_from_adapter(recipe):

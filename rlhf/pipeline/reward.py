@@ -63,7 +63,7 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     model_config, _ = split_settings(context.trl_settings("reward"))
 
     # 1. The pairs, corrected by the vote where there is one, or rated answers; then one model, one expert for each source of
-    #    pairs, or members of an ensemble, which differ in head, order and dropout.
+    #    pairs, or members of an ensemble, which differ in head and order.
     rows, flipped = training_rows(context)
     form = critique_form(recipe)
     domains = by_source(rows, recipe.reward.expert_weights) if recipe.reward.experts is not None else None

@@ -24,6 +24,14 @@ def reward_problems(recipe: Recipe) -> Iterator[str]:
     adapter = reward.trl_settings()
     for key in [name for name in ("use_rslora", "use_dora") if reward.experts == "merged" and adapter.get(name)]:
         yield f"reward.{key}: merged adds up plain LoRA, and this scales by norms of its own; leave it out, or take another way."
+    if reward.experts == "merged" and adapter.get("lora_modules_to_save"):
+        yield "reward.lora_modules_to_save: merged adds up factors and linear heads alone; leave it out, or take another way."
+    drops = (adapter.get("lora_dropout") or 0) > 0 and adapter.get("disable_dropout", True)
+    if drops and reward.extra_kind != "contrastive":  # whose own `dropout` goes where this one is
+        yield (
+            "reward.lora_dropout: reward.disable_dropout, which is true unless you say otherwise, switches it off; leave "
+            "lora_dropout out, or set disable_dropout: false."
+        )
     if reward.expert_weights is not None and reward.experts in (None, "gate"):
         yield "reward.expert_weights: weights are for experts: weights or merged; a gate finds its own."
     elements = OBJECTIVES[reward.objective].loss.elements

@@ -54,7 +54,7 @@ from rlhf.recipe import Recipe
 from rlhf.recipe.objectives import OBJECTIVES
 from rlhf.recipe.schema import DATA_SOURCES
 from rlhf.report.records import MANIFEST, read_record
-from rlhf.reward.denoise import check_needs
+from rlhf.reward.denoise import check_needs, check_scale
 from rlhf.reward.ensemble import load_scorer_of, member_folders
 from rlhf.reward.sources import by_source
 
@@ -133,6 +133,7 @@ def run_data(context: StageContext, fit: Fit | None = None) -> dict[str, Any]:
     pairs = context.folder / "data" / "pairs.jsonl"
     if pairs.is_file():  # before SFT is paid for
         check_needs(read_jsonl(pairs), OBJECTIVES[reward.objective])
+        check_scale(read_jsonl(pairs), reward.objective, reward.margin_scale)
         if reward.experts is not None:
             by_source(read_jsonl(pairs), reward.expert_weights)
     return facts

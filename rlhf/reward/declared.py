@@ -13,9 +13,10 @@ from rlhf.data.conversations import conversation_keys
 from rlhf.errors import UserError
 from rlhf.objectives.strength import STRENGTH_COLUMNS, VoteStrength
 from rlhf.recipe.objectives import OBJECTIVES, Needs
+from rlhf.reward.columns import check_columns
 from rlhf.reward.denoise import DenoiseConfig, denoised
 from rlhf.reward.noise import NoiseEstimate, decided_rows, estimate_noise
-from rlhf.reward.trainer import PairRewardTrainer, check_columns, training_columns
+from rlhf.reward.trainer import PairRewardTrainer, training_columns
 
 NUMBERS = [field.name for field in fields(DenoiseConfig) if field.name != "objective"]
 
@@ -59,7 +60,8 @@ class DeclaredRewardTrainer(PairRewardTrainer):
         needs, names = OBJECTIVES[config.objective].needs, dataset.column_names
         if needs.column is not None and names and not (needs.or_rating_gap and "rating_gap" in names):
             check_columns(dataset, (needs.column,))
-            return dataset
+            if config == DenoiseConfig(config.objective):
+                return dataset
         size = {"batch_size": None} if isinstance(dataset, Dataset) else {}  # all at once: an error counts all rows
         return dataset.map(_denoise_batch, batched=True, fn_kwargs={"config": config}, **size)
 

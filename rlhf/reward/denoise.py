@@ -7,6 +7,7 @@ annotators: no vote makes one of its answers the better one, so no column of a v
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, cast
 
@@ -41,8 +42,8 @@ class DenoiseConfig:
         flip_by: which labels are flipped: `rank`, the weakest `flip_fraction`; `sign`, those with a strength below 0.
         smoothing: α, the share of a smoothed label given to the other side.
         smoothing_mask: which labels are smoothed by a vote; without a vote all are.
-        margin_scale: nats per unit of strength, or of the ratings' gap.
-        margin_clip: largest size of a margin, nats.
+        margin_scale: nats per unit of strength, or of the ratings' gap; a file's own margins are nats already.
+        margin_clip: largest size of any margin, nats.
 
     Raises:
         UserError: the table has no such objective.
@@ -124,6 +125,19 @@ def check_needs(rows: Sequence[Mapping[str, object]], objective: Objective) -> N
         )
 
 
+def check_scale(rows: Sequence[Mapping[str, object]], objective: str, margin_scale: float) -> None:
+    """Refuse a scale of ratings where pairs bring their margins, which are nats already.
+
+    Raises:
+        UserError: with the number of such pairs.
+    """
+    is_for_ratings = OBJECTIVES[objective].needs.or_rating_gap and margin_scale != 1.0
+    if is_for_ratings and rows and all(row.get("margin") is not None for row in rows):
+        raise UserError(
+            f"reward.margin_scale is for ratings, and all {len(rows)} pairs bring a margin in nats; leave it out."
+        )
+
+
 def gaps_of_other_units(rows: Sequence[Mapping[str, Any]], objective: Objective) -> str | None:
     """Return a sentence where the rating gaps of two sources differ so much in size that their units can't be the same.
 
@@ -165,18 +179,27 @@ def overwritten_confidence(rows: Sequence[Mapping[str, Any]], objective: Objecti
 def margin_of_ratings(rows: list[Pair], config: DenoiseConfig) -> Denoised:
     """Set the margin, where the file has none, to the gap g of its ratings: m = clip(margin_scale · g), nats.
 
+    A margin of the file is clipped too.
+
+    Raises:
+        UserError: there is a `margin_scale`, and no ratings that it could scale.
+
     >>> pair: Pair = {"prompt": [], "chosen": [], "rejected": [], "rating_gap": 2.0}
-    >>> margin_of_ratings([pair], DenoiseConfig("margin", margin_scale=0.5)).rows[0]["margin"]
-    1.0
+    >>> given: Pair = {"prompt": [], "chosen": [], "rejected": [], "margin": 50.0}
+    >>> made = margin_of_ratings([pair, given], DenoiseConfig("margin", margin_scale=0.5, margin_clip=3.0))
+    >>> [row["margin"] for row in made.rows]
+    [1.0, 3.0]
     """
-    return Denoised(
-        [
-            row
-            if row.get("margin") is not None
-            else {**row, "margin": float(config.margins(torch.tensor(float(row["rating_gap"]))))}
-            for row in rows
-        ]
-    )
+    check_scale(rows, config.objective, config.margin_scale)
+    most = inf if config.margin_clip is None else config.margin_clip
+
+    def margin(row: Pair) -> float:
+        given = row.get("margin")
+        if given is not None:
+            return max(-most, min(most, given))
+        return float(config.margins(torch.tensor(float(row["rating_gap"]))))
+
+    return Denoised([{**row, "margin": margin(row)} for row in rows])
 
 
 def weight_of_ratings(rows: list[Pair], config: DenoiseConfig) -> Denoised:

@@ -20,7 +20,7 @@ from rlhf.errors import UserError
 from rlhf.models.load import load_scorer
 from rlhf.models.open import adapter_weights, one_sentence
 from rlhf.models.save import ADAPTER_BASE, check_base
-from rlhf.models.scalar_head import restore_exact
+from rlhf.models.scalar_head import SAVED_HEAD, restore_exact
 from rlhf.reward.gate import GATE, Gate, mean_states
 from rlhf.reward.model import NO_FEATURES, RewardModel
 
@@ -186,6 +186,10 @@ def merge_experts(folders: Sequence[Path], weights: Sequence[float], head_weight
         raise UserError("reward.experts: merged adds up plain LoRA; rsLoRA and DoRA scale by their own norms.")
     if any(set(adapter) != set(adapters[0]) for adapter in adapters):
         raise UserError("reward.experts: merged needs experts of the same shape.")
+    summed = ("lora_A", "lora_B", *SAVED_HEAD.values())
+    others = sorted(name for name in adapters[0] if not any(part in name for part in summed))
+    if others:  # on a scale of its own a linear head adds up, an embedding table or a head of several layers does not
+        raise UserError(f"reward.experts: merged adds up factors and linear heads; an expert also holds {others[0]}.")
     merged = {}
     for name in adapters[0]:
         if "lora_A" in name:

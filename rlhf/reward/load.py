@@ -104,6 +104,7 @@ def save_reward_model(
         facts: what else the card should say; `load_in_4bit` of a model on a 4-bit base must be there, and `critiques` of one
             that writes some.
     """
+    model.config.problem_type = "regression"  # other engines lay a sigmoid on a score otherwise
     save_model(model, tokenizer, folder)
     return calibrate_reward_model(folder, samples=samples, ended=ended, facts=facts)
 

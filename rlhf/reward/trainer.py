@@ -5,9 +5,8 @@ nothing else: TRL's own arguments pass through untouched.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -36,11 +35,8 @@ from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
 from rlhf.reward.collator import PairCollator
-
-RANGES = {
-    "confidence": (0.0, 1.0), "weight": (0.0, inf), "flip_rate": (0.0, 1.0),
-    "strength_std": (0.0, inf), "strength_share": (0.0, 1.0), "strength_votes": (1, inf),
-}  # fmt: skip
+from rlhf.reward.columns import check_columns, named_datasets
+from rlhf.reward.setup import check_head, check_task, tokenizer_of
 
 
 def training_columns(
@@ -142,9 +138,9 @@ class PairRewardTrainer(RewardTrainer):
             )
         self.flip_rate = flip_rate
         self.loss, self.loss_function = loss, resolve(loss.function)
-        dataset = arguments.get("train_dataset")
-        if dataset is not None and dataset.column_names:
-            check_columns(dataset, columns=loss.columns)
+        for rows, dataset in named_datasets(**arguments):
+            if dataset.column_names:
+                check_columns(dataset, columns=loss.columns, rows=rows)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = RewardConfig(f"{name.split('/')[-1]}-Reward", num_train_epochs=1)
@@ -159,7 +155,11 @@ class PairRewardTrainer(RewardTrainer):
             )
         self.dropped_too_long = self._evaluated_pairs = 0
         self.checks = CheckBook()
+        check_task(arguments.get("peft_config"))
+        arguments["processing_class"] = tokenizer_of(model, args, arguments.get("processing_class"))
         super().__init__(model, args, **arguments)
+        check_head(self.model)
+        self.model.config.problem_type = "regression"  # other engines lay a sigmoid on a score otherwise
         if args.disable_dropout:
             switch_off_dropout(self.model)  # TRL's own switch reaches modules, not probabilities that layers hold
         head = score_head(self.model)
@@ -361,32 +361,3 @@ class PairRewardTrainer(RewardTrainer):
                 so_far = metrics[name].pop()
                 mean = so_far + (mean - so_far) * len(chosen) / self._evaluated_pairs
             metrics[name].append(mean)
-
-
-def check_columns(dataset: Dataset, required: Sequence[str] = (), *, columns: Iterable[str] = PAIR_COLUMNS) -> None:
-    """Refuse missing columns and values outside their range, all at once, before anything is trained.
-
-    Args:
-        required: columns of numbers that must be there.
-        columns: those that may be.
-
-    Raises:
-        UserError: naming column, first bad row and value.
-    """
-    problems = [
-        f"reward: the dataset has no column {name!r}, which this objective needs."
-        for name in required
-        if name not in dataset.column_names
-    ]
-    for name in dict.fromkeys((*columns, *required)):
-        if name not in dataset.column_names:
-            continue
-        low, high = RANGES.get(name, (-inf, inf))
-        for row, value in enumerate(dataset[name]):
-            if not isinstance(value, int | float) or not isfinite(value) or not low <= value <= high:
-                problems.append(
-                    f"reward: row {row}, column {name!r}: {value!r} is not a finite number in [{low}, {high}]."
-                )
-                break
-    if problems:
-        raise UserError(problems)

@@ -336,8 +336,8 @@ def test_ratings_make_margins_and_weights() -> None:
     data = [{**row, "rating_gap": float(i)} for i, row in enumerate(rows(3))]
     made, _ = denoised(data, DenoiseConfig("margin", margin_scale=0.5))
     assert [row["margin"] for row in made] == [0.0, 0.5, 1.0]
-    made, _ = denoised([{**data[2], "margin": 7.0}], DenoiseConfig("margin", margin_scale=0.5))
-    assert made[0]["margin"] == 7.0, "the file's own margin is in nats already"
+    made, _ = denoised([{**data[2], "margin": 7.0}, data[2]], DenoiseConfig("margin", margin_scale=0.5))
+    assert [row["margin"] for row in made] == [7.0, 1.0], "the file's own margin is in nats already"
     made, _ = denoised(data, DenoiseConfig("scaled"))
     assert [row["weight"] for row in made] == [0.0, 1.0, 2.0]
     for objective, said in (("margin", "'margin' and no ratings"), ("soft", "no 'confidence'")):

@@ -39,6 +39,9 @@ LATE: dict[str, str] = {
     "ppo.save_strategy=best": "ppo.save_strategy: best keeps what looks best",
     "reward.use_peft=true reward.lora_target_modules=[query]": "its linear layers are down_proj, gate_proj, k_proj",
     "vote.trunk=3 reward.objective=flip": "vote.trunk is 3; the lab's model has 3 layers",
+    "reward.use_peft=true reward.lora_dropout=0.1": "reward.lora_dropout: reward.disable_dropout",
+    "ppo.use_peft=true ppo.lora_dropout=0.1": "ppo.lora_dropout: ppo.disable_dropout",
+    "reward.experts=merged reward.use_peft=true reward.lora_modules_to_save=[embed_tokens]": "reward.lora_modules_to_save: m",
     "lab.world=instructions backbone.model=org/name ppo.ptx_coef=0.1": "ppo.ptx_coef: it reads demonstrations",
 }
 
@@ -72,6 +75,8 @@ def test_what_is_near_to_it_is_not_refused(tmp_path: Path, monkeypatch: pytest.M
         "ppo.max_completion_length=127",
         "reward.gradient_checkpointing_kwargs.use_reentrant=true",
         "reward.experts=weights reward.use_peft=true reward.use_dora=true",
+        "reward.use_peft=true reward.lora_dropout=0.1 reward.disable_dropout=false",
+        "reward.use_peft=true reward.lora_dropout=0.1 reward.extra=simcse",
         "vote.trunk=2 reward.objective=flip",
         "reward.use_peft=true reward.lora_target_modules=[q_proj]",
         "reward.use_peft=true reward.lora_target_modules=[all-linear]",

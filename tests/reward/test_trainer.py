@@ -23,8 +23,9 @@ from rlhf.errors import TrainingError, UserError
 from rlhf.models.load import build_reward_model, load_scorer, model_settings
 from rlhf.models.scalar_head import score_head
 from rlhf.recipe.objectives import Loss
+from rlhf.reward.columns import check_columns
 from rlhf.reward.model import RewardModel
-from rlhf.reward.trainer import check_columns, training_columns
+from rlhf.reward.trainer import training_columns
 from tests.conftest import PROMPTS
 
 
