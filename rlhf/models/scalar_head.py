@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional
 
 # The head's weight in an adapter's file, and what it may have beside it.
 SAVED_HEAD = {"weight": "base_model.model.score.weight", "bias": "base_model.model.score.bias"}
@@ -32,6 +33,16 @@ def make_exact(head: nn.Linear) -> None:
         head.register_forward_pre_hook(_read_any_type)
 
 
+def score_exactly(head: nn.Linear) -> None:
+    """Let a head in float32 compute in float32 under autocast too, in place; in 16 bits scores of 2 are 0.05 nats off.
+
+    Args:
+        head: of any type; one in 16 bits stays as it is.
+    """
+    if _in_full_precision not in head._forward_hooks.values():
+        head.register_forward_hook(_in_full_precision)
+
+
 def restore_exact(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Give a loaded head, in place, the float32 that an adapter's file holds, where the base has made 16 bits of it.
 
@@ -50,3 +61,11 @@ def restore_exact(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
 def _read_any_type(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     states, *others = arguments
     return states.to(head.weight.dtype), *others
+
+
+def _in_full_precision(head: Any, arguments: tuple[Any, ...], scores: Tensor) -> Tensor:
+    states = arguments[0]
+    if head.weight.dtype != torch.float32 or scores.dtype == torch.float32:
+        return scores
+    with torch.autocast(states.device.type, enabled=False):
+        return functional.linear(states.float(), head.weight, head.bias)

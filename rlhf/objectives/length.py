@@ -8,13 +8,19 @@ from torch.nn.functional import normalize
 def correlation(values: Tensor, lengths: Tensor) -> Tensor:
     """Return Pearson's correlation of two columns, [n] and [n] → scalar in [-1, 1]; 0, without gradient, where one is constant.
 
+    Constant is what varies by no more than rounding, whose direction would be enormous and of chance.
+
     >>> correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([30.0, 20.0, 10.0]))
     tensor(-1.)
+    >>> correlation(torch.full((7,), 0.1), torch.arange(7.0))
+    tensor(0.)
     """
-    values, lengths = values - values.mean(), lengths - lengths.mean()
+    rounding = 4 * torch.finfo(values.dtype).eps
+    columns = [(column, column - column.mean()) for column in (values, lengths)]
+    if any(centred.abs().max() <= rounding * column.abs().max() for column, centred in columns):
+        return values.new_zeros(())
+    values, lengths = (centred for _, centred in columns)
     scale = (values**2).sum() * (lengths**2).sum()
-    if scale == 0:
-        return torch.zeros_like(scale)
     return (values * lengths).sum() / scale.sqrt()
 
 

@@ -63,8 +63,9 @@ def top_one(rewards: Tensor, beats: Tensor, *, weight: Tensor | float = 1.0) -> 
 
         loss = w · mean of l_i over the best
 
-    The first factor of Plackett-Luce. The best are the answers with the most wins minus losses: the one that beats all
-    others, or those that are tied above all others. K = 2 is Bradley-Terry; all tied is 0; equal rewards log K.
+    The first factor of Plackett-Luce. The best is the answer that beats all others, or those that are tied above all others;
+    of comparisons that are not complete, those that beat some and lose to none. K = 2 is Bradley-Terry; all tied is 0;
+    equal rewards log K.
 
     Args:
         rewards, beats: as in `choice_losses`.
@@ -80,14 +81,21 @@ def top_one(rewards: Tensor, beats: Tensor, *, weight: Tensor | float = 1.0) -> 
     tensor([0.4076])
     """
     best = is_best(beats)
-    return weight * (choice_losses(rewards, beats) * best).sum(dim=1) / best.sum(dim=1)
+    return weight * (choice_losses(rewards, beats) * best).sum(dim=1) / best.sum(dim=1).clamp(min=1)
 
 
 def is_best(beats: Tensor) -> Tensor:
-    """Tell which answers of each ranking have the most wins minus losses, [g, K] bool; beats: [g, K, K] bool.
+    """Tell which answers of each ranking lose the least, of those that beat another, [g, K] bool; beats: [g, K, K] bool.
+
+    Of an order these are its first. Where some comparisons are left out, most wins minus losses would take another answer.
 
     >>> is_best(torch.tensor([[[False, False, True], [False, False, True], [False, False, False]]]))
     tensor([[ True,  True, False]])
+    >>> chain = torch.zeros(1, 4, 4, dtype=torch.bool)  # 0 beats 1, which beats 2 and 3
+    >>> chain[0, 0, 1] = chain[0, 1, 2] = chain[0, 1, 3] = True
+    >>> is_best(chain)
+    tensor([[ True, False, False, False]])
     """
-    wins = beats.sum(dim=2) - beats.sum(dim=1)
-    return wins == wins.amax(dim=1, keepdim=True)
+    wins, losses = beats.sum(dim=2), beats.sum(dim=1)
+    of_winners = losses.masked_fill(wins == 0, beats.shape[1])
+    return (of_winners == of_winners.amin(dim=1, keepdim=True)) & (wins > 0)

@@ -52,6 +52,10 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
             problems.append(
                 f"{name} is an encoder, which writes no text; leave reward.extra: {recipe.reward.extra} out."
             )
+        if recipe.reward.experts == "merged" and encoder_type(name, revision) is not None:
+            problems.append(
+                f"{name} is an encoder, whose head of several layers does not add up; take another way than reward.experts: merged."
+            )
         tokenizer = load_tokenizer(name, conversational=True, revision=revision)
         check_vocabulary(tokenizer, config, name=name, pads=True)
         if not problems:

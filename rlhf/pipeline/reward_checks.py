@@ -12,28 +12,21 @@ from rlhf.recipe.schema import RATING_SCALE, Recipe, RewardSection
 def reward_problems(recipe: Recipe) -> Iterator[str]:
     """Yield what the reward section's own keys can't do together, and why MetaRM can't use its samples."""
     reward, ppo = recipe.reward, recipe.ppo.trl_settings()
-    if reward.experts is not None and not reward.trl_settings().get("use_peft"):
-        yield "reward.experts: experts are LoRA adapters on one base; set reward.use_peft: true."
-    if reward.experts is not None and reward.members > 1:
-        yield "reward.members: experts are combined in their own way; leave members out, or experts."
+    adapter = reward.trl_settings()
+    yield from _expert_problems(reward)
     if reward.members > 1 and recipe.ppo.extra_rewards:
         yield "reward.members: PPO combines an ensemble as a whole, so ppo.extra_rewards can't be added to it."
     for key in ("reward_weights", "normalize_reward"):
         if reward.members > 1 and ppo.get(key) not in (None, True):
             yield f"reward.members: members are compared on one scale and weigh the same; leave ppo.{key} out."
-    adapter = reward.trl_settings()
-    for key in [name for name in ("use_rslora", "use_dora") if reward.experts == "merged" and adapter.get(name)]:
-        yield f"reward.{key}: merged adds up plain LoRA, and this scales by norms of its own; leave it out, or take another way."
-    if reward.experts == "merged" and adapter.get("lora_modules_to_save"):
-        yield "reward.lora_modules_to_save: merged adds up factors and linear heads alone; leave it out, or take another way."
     drops = (adapter.get("lora_dropout") or 0) > 0 and adapter.get("disable_dropout", True)
     if drops and reward.extra_kind != "contrastive":  # whose own `dropout` goes where this one is
         yield (
             "reward.lora_dropout: reward.disable_dropout, which is true unless you say otherwise, switches it off; leave "
             "lora_dropout out, or set disable_dropout: false."
         )
-    if reward.expert_weights is not None and reward.experts in (None, "gate"):
-        yield "reward.expert_weights: weights are for experts: weights or merged; a gate finds its own."
+    if reward.extra == "text" and (reward.extra_weight or 0) >= 1:
+        yield f"reward.extra_weight is {reward.extra_weight}: of `text` it is a share of the loss, so it must be below 1."
     elements = OBJECTIVES[reward.objective].loss.elements
     of_pairs = ("extra", "meta", "flip_rate", "group_weight", "ratings_first")
     for key in [name for name in of_pairs if getattr(reward, name) and elements != "pairs"]:
@@ -50,6 +43,23 @@ def reward_problems(recipe: Recipe) -> Iterator[str]:
     if reward.meta and adapter.get("gradient_checkpointing", True) and checkpointing.get("use_reentrant"):
         yield "reward.gradient_checkpointing_kwargs: reentrant checkpointing can't give MetaRM's ∇J; set use_reentrant: false."
     yield from _meta_problems(reward)
+
+
+def _expert_problems(reward: RewardSection) -> Iterator[str]:
+    """Yield what experts can't do together with other keys."""
+    adapter = reward.trl_settings()
+    if reward.experts is not None and not adapter.get("use_peft"):
+        yield "reward.experts: experts are LoRA adapters on one base; set reward.use_peft: true."
+    if reward.experts is not None and reward.members > 1:
+        yield "reward.members: experts are combined in their own way; leave members out, or experts."
+    for key in [name for name in ("use_rslora", "use_dora") if reward.experts == "merged" and adapter.get(name)]:
+        yield f"reward.{key}: merged adds up plain LoRA, and this scales by norms of its own; leave it out, or take another way."
+    if reward.experts == "merged" and adapter.get("lora_modules_to_save"):
+        yield "reward.lora_modules_to_save: merged adds up factors and linear heads alone; leave it out, or take another way."
+    if reward.expert_weights is not None and not any(reward.expert_weights.values()):
+        yield "reward.expert_weights: all are 0, so all scores would be 0; give one of them a weight."
+    if reward.expert_weights is not None and reward.experts in (None, "gate"):
+        yield "reward.expert_weights: weights are for experts: weights or merged; a gate finds its own."
 
 
 def _rating_problems(recipe: Recipe) -> Iterator[str]:

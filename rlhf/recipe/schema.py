@@ -164,7 +164,7 @@ class RewardSection(StageSection):
     flip_rate: float = Field(0.0, ge=0, lt=0.5)
     flip_by: Literal["rank", "sign"] = "rank"
     flip_fraction: float = Field(0.1, gt=0, le=1)
-    smoothing: float = Field(0.2, ge=0, le=1)
+    smoothing: float = Field(0.2, ge=0, lt=0.5)
     smoothing_mask: Literal["negative", "all", "negative+strong"] = "negative"
     margin_scale: float = 1.0
     margin_clip: float | None = Field(None, gt=0)

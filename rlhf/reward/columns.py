@@ -47,7 +47,10 @@ def check_columns(
         if name not in dataset.column_names:
             continue
         low, high = RANGES.get(name, (-inf, inf))
-        for row, value in enumerate(dataset[name]):
+        values = dataset[name]
+        if name == "weight" and isinstance(dataset, Dataset) and len(values) and not any(values):
+            problems.append(f"reward: column 'weight' is 0 in all {len(values)} {rows}s, so nothing would be learnt.")
+        for row, value in enumerate(values):
             if not isinstance(value, int | float) or not isfinite(value) or not low <= value <= high:
                 problems.append(
                     f"reward: {rows} {row}, column {name!r}: {value!r} is not a finite number in [{low}, {high}]."

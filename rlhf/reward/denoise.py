@@ -46,7 +46,7 @@ class DenoiseConfig:
         margin_clip: largest size of any margin, nats.
 
     Raises:
-        UserError: the table has no such objective.
+        UserError: the table has no such objective; smoothing would turn labels round.
     """
 
     objective: str
@@ -60,6 +60,10 @@ class DenoiseConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise UserError(f"reward.objective: {self.objective!r} is none of {', '.join(OBJECTIVES)}.")
+        if not 0 <= self.smoothing < 0.5:
+            raise UserError(
+                f"reward.smoothing is {self.smoothing}: the share of a label that the other side gets, in [0, 0.5)."
+            )
 
     def margins(self, values: Tensor) -> Tensor:
         """Scale and clip values to margins, nats."""

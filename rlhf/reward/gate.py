@@ -55,7 +55,7 @@ def fit_gate(
     Returns:
         the gate, and s: nats per unit of the scores.
     """
-    mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    mean, scale = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
     z = (features - mean) / scale
     matrix = torch.zeros(differences.shape[1], z.shape[1], requires_grad=True)
     bias = torch.zeros(differences.shape[1], requires_grad=True)

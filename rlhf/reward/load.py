@@ -46,6 +46,7 @@ __all__ = [
 
 CARD = "reward_model.json"
 PROBE_SIZE = 8
+ROUNDING = 1e-6  # of the largest score
 # Texts of different lengths, for a model that has no probe.
 FIXED_TEXTS: list[tuple[Prompt, str]] = [
     ([{"role": "user", "content": question}], answer)
@@ -123,8 +124,13 @@ def calibrate_reward_model(
     4-bit base the two differ by the rounding of the adapter.
 
     Raises:
+        UserError: there are no samples.
         TrainingError: scores are not finite, depend on the batch, or are not those of what the template renders.
     """
+    if not samples:
+        raise UserError(
+            f"{folder}: no samples, so the scale of the scores can't be measured; give prompts with answers."
+        )
     facts = facts or {}
     conversational = any(not isinstance(prompt, str) for prompt, _ in samples)
     if conversational:
@@ -139,7 +145,14 @@ def calibrate_reward_model(
         )
     for check in score_checks(reward, list(zip(prompts, responses, strict=True))):
         reward.checks.require(check)
-    reward.mean, reward.std = scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
+    reward.mean, reward.std = scores.mean().item(), scores.std(correction=0).item()
+    if reward.std <= ROUNDING * scores.abs().max().item():
+        reward.std = 1.0
+        warnings.warn(
+            f"{folder}: all {len(samples)} samples have one score, so the scale of the scores is not known, and they stay as they "
+            "are; give more and other samples.",
+            stacklevel=3,
+        )
     with reward.uncounted():
         probe_scores = reward.score(prompts[:PROBE_SIZE], responses[:PROBE_SIZE]).tolist()
     probe = zip(prompts, responses, probe_scores, strict=False)

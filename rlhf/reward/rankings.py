@@ -158,6 +158,17 @@ def check_rankings(dataset: Dataset) -> None:
         raise UserError([f"reward: row {rows[0]} ({len(rows)} in all): {reason}." for reason, rows in bad.items()])
 
 
+def check_unread(dataset: Dataset) -> None:
+    """Refuse columns that a ranking has no place for.
+
+    Raises:
+        UserError: naming the first that holds anything.
+    """
+    for name in UNREAD:
+        if name in dataset.column_names and any(value is not None for value in dataset[name]):
+            raise UserError(f"reward: no ranking has a place for the column {name!r}; take it out, or train on pairs.")
+
+
 # ---- Batches ----
 
 
@@ -225,6 +236,7 @@ class RankingRewardTrainer(PairRewardTrainer):
         dataset = arguments.get("train_dataset")
         if isinstance(dataset, Dataset) and "answer_ids" not in dataset.column_names:
             check_rankings(dataset)
+            check_unread(dataset)
         super().__init__(model, args, loss=loss or OBJECTIVES[objective].loss, **arguments)
 
     @staticmethod

@@ -25,11 +25,11 @@ class TextRewardTrainer(AnswerLogprobsRewardTrainer):
 
     Args:
         language_head: a causal model of which the output layer is read.
-        extra_weight: α; the paper's is 0.01.
+        extra_weight: α, a share in [0, 1); the paper's is 0.01.
         beta: β.
 
     Raises:
-        UserError: an encoder, which writes no text.
+        UserError: an encoder, which writes no text; a share that leaves no pair loss.
     """
 
     def __init__(
@@ -43,8 +43,11 @@ class TextRewardTrainer(AnswerLogprobsRewardTrainer):
     ):
         if score_head(model) is None:
             raise UserError("reward.extra: an encoder writes no text, so `text` has nothing to keep; leave it out.")
+        share = EXTRAS["text"].weight if extra_weight is None else extra_weight
+        if not 0 <= share < 1:
+            raise UserError(f"reward.extra_weight is {share}: of `text` it is a share of the loss, in [0, 1).")
         super().__init__(model, args, **arguments)
-        self.text_share, self.beta = EXTRAS["text"].weight if extra_weight is None else extra_weight, beta
+        self.text_share, self.beta = share, beta
 
     def losses(self, scored: Scored, columns: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of each pair, [b] nats; of held-out pairs the pair loss alone."""

@@ -39,6 +39,8 @@ LATE: dict[str, str] = {
     "ppo.save_strategy=best": "ppo.save_strategy: best keeps what looks best",
     "reward.use_peft=true reward.lora_target_modules=[query]": "its linear layers are down_proj, gate_proj, k_proj",
     "vote.trunk=3 reward.objective=flip": "vote.trunk is 3; the lab's model has 3 layers",
+    "reward.extra=text reward.extra_weight=1.0": "reward.extra_weight is 1.0: of `text` it is a share of the loss",
+    "reward.experts=weights reward.use_peft=true reward.expert_weights.harmless=0 reward.expert_weights.helpful=0": "reward.expert_weights: all are 0",
     "reward.use_peft=true reward.lora_dropout=0.1": "reward.lora_dropout: reward.disable_dropout",
     "ppo.use_peft=true ppo.lora_dropout=0.1": "ppo.lora_dropout: ppo.disable_dropout",
     "reward.experts=merged reward.use_peft=true reward.lora_modules_to_save=[embed_tokens]": "reward.lora_modules_to_save: m",
@@ -220,3 +222,15 @@ def test_tool_calls_that_a_model_on_a_hub_would_write_are_left_to_the_run(
     Path("pairs.jsonl").write_text(json.dumps(row) + "\n")
     Path("r.yaml").write_text("name: x\nbackbone: {model: org/name}\ndata: {preferences: pairs.jsonl}\n")
     check_here(load_recipe(Path("r.yaml")))
+
+
+@pytest.mark.fault("refused after hours")
+def test_experts_of_an_encoder_are_not_merged(encoder_folder: Path, tmp_path: Path) -> None:
+    """Its head has two layers with a tanh between: a scale that is one's went into both."""
+    (tmp_path / "pairs.jsonl").write_text("".join(f'{{"source": "{s}", {PLAIN[1:]}' for s in "ab"))
+    (tmp_path / "r.yaml").write_text(
+        f"name: x\nbackbone: {{model: {encoder_folder}}}\ndata: {{preferences: {tmp_path / 'pairs.jsonl'}}}\n"
+        "reward: {use_peft: true, experts: merged}\n"
+    )
+    with pytest.raises(UserError, match="is an encoder, whose head of several layers does not add up"):
+        check_here(load_recipe(tmp_path / "r.yaml"))

@@ -13,11 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig
 
-from rlhf import MarginRewardTrainer, PairRewardTrainer, load_reward_model
+from rlhf import MarginRewardTrainer, PairRewardTrainer, RankingRewardTrainer, TextRewardTrainer, load_reward_model
 from rlhf.errors import UserError
+from rlhf.models.load import build_reward_model, model_settings
+from rlhf.models.scalar_head import score_exactly
+from rlhf.objectives.rankings import is_best
 from rlhf.reward.denoise import DenoiseConfig, denoised
 from rlhf.reward.experts import merge_experts
 from rlhf.reward.load import save_reward_model
+from tests.conftest import PROMPTS
 
 
 def trainer(model: Any, pairs: Dataset, arguments: dict[str, Any], cls: type = PairRewardTrainer, **extra: Any) -> Any:
@@ -138,3 +142,63 @@ def test_merged_adds_up_nothing_but_factors_and_linear_heads(tmp_path: Path, oth
         merge_experts([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], [0.25, 0.125], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert load_file(tmp_path / "a/adapter_model.safetensors"), "and nothing of them is touched"
+
+
+def test_numbers_that_would_teach_the_labels_turned_round_are_refused(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    """A text share of 2 ended at accuracy 0.00, and so did a smoothing of 0.8 that was meant as a confidence."""
+    model = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    with pytest.raises(UserError, match=r"extra_weight is 1\.0: of `text` it is a share"):
+        trainer(model, pairs, cpu_arguments, TextRewardTrainer, extra_weight=1.0)
+    with pytest.raises(UserError, match=r"reward\.smoothing is 0\.5"):
+        DenoiseConfig("smoothing", smoothing=0.5)
+
+
+def test_what_would_teach_nothing_is_refused(base_folder: Path, pairs: Dataset, cpu_arguments: dict[str, Any]) -> None:
+    nothing = pairs.add_column("weight", [0.0] * len(pairs))
+    with pytest.raises(UserError, match="column 'weight' is 0 in all 40 rows"):
+        trainer(str(base_folder), nothing, cpu_arguments)
+    unread = pairs.add_column("margin", [3.0] * len(pairs))
+    with pytest.raises(UserError, match="no ranking has a place for the column 'margin'"):
+        trainer(str(base_folder), unread, cpu_arguments, RankingRewardTrainer)
+
+
+def test_one_score_for_all_samples_is_no_scale(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """PPO multiplied rewards by a million."""
+    torch.manual_seed(0)
+    model = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    with pytest.warns(UserWarning, match="all 3 samples have one score"):
+        saved = save_reward_model(tmp_path, model, tokenizer, samples=[(PROMPTS[0], "yes")] * 3)
+    assert saved.std == 1.0
+    with pytest.raises(UserError, match="no samples, so the scale"):
+        save_reward_model(tmp_path, model, tokenizer, samples=[])
+
+
+def test_the_best_of_comparisons_that_were_drawn_is_one_that_nothing_beats() -> None:
+    """Of a seven-answer order four comparisons are left: most wins minus losses took another answer in a quarter."""
+    draws = torch.Generator().manual_seed(0)
+    places = torch.triu_indices(7, 7, offset=1)
+    for _ in range(200):
+        kept = places[:, torch.randperm(21, generator=draws)[:4]]
+        beats = torch.zeros(1, 7, 7, dtype=torch.bool)
+        beats[0, kept[0], kept[1]] = True
+        best = is_best(beats)[0]
+        assert best[kept.min()], "the first of all that are left"
+        assert not beats[0, :, best].any(), "and none of the best is beaten"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_computes_in_its_own_precision_under_autocast(bias: bool) -> None:
+    """The layers below may round; scores of 2 in 16 bits are 0.05 nats off, and their differences are what is learnt."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 1, bias=bias)
+    states = torch.randn(100, 64).bfloat16()
+    expected = head(states.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(states).dtype == torch.bfloat16
+        score_exactly(head)
+        exact = head(states)
+    torch.testing.assert_close(exact, expected, atol=1e-6, rtol=1e-6)
+    exact.sum().backward()
+    torch.testing.assert_close(head.weight.grad, states.float().sum(dim=0)[None], atol=1e-4, rtol=1e-4)
