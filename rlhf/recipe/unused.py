@@ -23,6 +23,11 @@ BITS_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_qu
 VLLM_KEYS = ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_importance_sampling_clip_max", "vllm_max_model_length")
 FLIPS, MARGINS = ("flip", "flip_margin", "drop"), ("margin", "adaptive_margin", "flip_margin", "soft_margin")
 SMOOTHS = ("smoothing", "soft_margin")
+# What a trainer of a whole model reads, and members on a shared trunk don't.
+NOT_ON_TRUNK = (
+    "use_peft", *ADAPTER_KEYS, "load_in_4bit", "load_in_8bit", "dtype", "attn_implementation", "optim", "optim_args",
+    "center_rewards_coefficient", "disable_dropout",
+)  # fmt: skip
 ASKING = ("labels", "prompts", "responses", "select")
 ASKS_NOBODY = "no round asks for labels, as rounds.count is 1 and rounds.first offline"
 NEEDS_NOISE = ("vote_sigmoid", "posterior", "weight")  # what they make of a label rests on how many labels are wrong
@@ -182,6 +187,9 @@ def unused_keys(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
         is_off_by_name = switch is not None and _set_keys(recipe, name).get(switch) == _defaults(name)[switch]
         if not needs.met(_values(recipe, name)) and not is_off_by_name:
             yield from _not_used(recipe, name, needs.keys, needs.reason)
+    if recipe.vote.trunk is not None:
+        reason = "voters on a shared trunk (vote.trunk) train all weights of their own layers, in float32, by AdamW"
+        yield from _not_used(recipe, "vote", NOT_ON_TRUNK, reason)
     for name in STAGE_SECTIONS:
         values, written = _values(recipe, name), _set_keys(recipe, name)
         if not values["load_in_4bit"] and written.get("load_in_4bit") is None:

@@ -258,3 +258,12 @@ def test_a_stage_that_does_not_run_stands_on_nothing() -> None:
     recipe = load_recipe(QLORA, ["sft.load_in_4bit=false"])
     assert [sentence.partition(":")[0] for sentence in mixed_bits(recipe, "reward")] == ["reward"]
     assert list(mixed_bits(recipe, "sft")) == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_peft", True), ("optim", "sgd"), ("dtype", "bfloat16")])
+def test_voters_on_a_shared_trunk_take_nothing_of_a_trainer(tmp_path: Path, key: str, value: object) -> None:
+    """Each of these changed no vote by a bit."""
+    file = recipe(tmp_path, reward={"objective": "posterior"}, vote={"trunk": 1, key: value})
+    assert f"vote.{key} is {value!r}, which is not used: voters on a shared trunk" in problem(file)
+    load_recipe(recipe(tmp_path, reward={"objective": "posterior"}, vote={key: value}))
+    load_recipe(recipe(tmp_path, reward={"objective": "posterior", key: value}, vote={"trunk": 1}))
