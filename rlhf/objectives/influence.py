@@ -29,9 +29,9 @@ def pair_pull(
 ) -> Tensor:
     """Return how hard each label pulls its pair's reward difference d up, [n]: -∂loss/∂d of the pair loss (`pairwise`).
 
-        pull = weight · (1 - 2ε) σ(x) σ(-x) (p / q(x) - (1 - p) / q(-x)),    x = d - m,    q(x) = (1 - ε) σ(x) + ε σ(-x)
+        pull = weight · (p g(d, m) - (1 - p) g(-d, -m)),    g = ∂ log q / ∂d,    q(d, m) = (1 - ε) σ(d - m) + ε σ(-d - m)
 
-    which is weight · (p - σ(x)) at ε = 0: near 0 for a label that the model agrees with, near 1 for one it contradicts.
+    which is weight · (p - σ(d - m)) at ε = 0: near 0 for a label that the model agrees with, near 1 for one it contradicts.
     With ε > 0 a label that the model is sure is wrong pulls no more either.
 
     >>> import torch
@@ -41,11 +41,16 @@ def pair_pull(
     >>> pair_pull(torch.tensor([0.0, -9.0]), one, zero, one, flip_rate=0.25)
     tensor([2.5000e-01, 2.4670e-04])
     """
-    right, wrong = (difference - margin).sigmoid(), (margin - difference).sigmoid()
     if flip_rate == 0:
-        return weight * (confidence - right)
-    label, other = (1 - flip_rate) * right + flip_rate * wrong, (1 - flip_rate) * wrong + flip_rate * right
-    return weight * (1 - 2 * flip_rate) * right * wrong * (confidence / label - (1 - confidence) / other)
+        return weight * (confidence - (difference - margin).sigmoid())
+
+    def slope(difference: Tensor, margin: Tensor) -> Tensor:
+        right, flipped = (difference - margin).sigmoid(), (-difference - margin).sigmoid()
+        rise_right, rise_flipped = right * (margin - difference).sigmoid(), flipped * (difference + margin).sigmoid()
+        rise = (1 - flip_rate) * rise_right - flip_rate * rise_flipped
+        return rise / ((1 - flip_rate) * right + flip_rate * flipped)
+
+    return weight * (confidence * slope(difference, margin) - (1 - confidence) * slope(-difference, -margin))
 
 
 def head_influence(features: Tensor, pull: Tensor, covariance: Tensor, direction: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def overwritten_confidence(rows: Sequence[Mapping[str, Any]], objective: Objecti
 def margin_of_ratings(rows: list[Pair], config: DenoiseConfig) -> Denoised:
     """Set the margin, where the file has none, to the gap g of its ratings: m = clip(margin_scale · g), nats.
 
-    A margin of the file is clipped too.
+    A margin of the file is clipped too; answers that were called equal have none.
 
     Raises:
         UserError: there is a `margin_scale`, and no ratings that it could scale.
@@ -198,6 +198,8 @@ def margin_of_ratings(rows: list[Pair], config: DenoiseConfig) -> Denoised:
     most = inf if config.margin_clip is None else config.margin_clip
 
     def margin(row: Pair) -> float:
+        if row.get("confidence") == TIE:
+            return 0.0
         given = row.get("margin")
         if given is not None:
             return max(-most, min(most, given))

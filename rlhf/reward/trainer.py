@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
+from rlhf.data.rows import TIE
 from rlhf.errors import TrainingError, UserError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
@@ -44,6 +45,8 @@ def training_columns(
 ) -> list[dict[str, object]]:
     """Return canonical pairs with the columns that a loss reads, and `group`: those that any pair has.
 
+    Answers that were called equal have no margin between them, whatever the file says.
+
     Args:
         columns: of the loss, each with the value that a pair without one gets.
     """
@@ -52,6 +55,7 @@ def training_columns(
     return [
         {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
         | {name: neutral[name] if row.get(name) is None else row[name] for name in used}
+        | ({"margin": 0.0} if "margin" in used and row.get("confidence") == TIE else {})
         for row in rows
     ]
 

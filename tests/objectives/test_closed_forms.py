@@ -72,9 +72,15 @@ def test_the_likelihood_of_flipped_labels(epsilon: float) -> None:
     """Against the definition; its bounds; its gradient, which lets go of labels that the model is sure are wrong."""
     q = (1 - epsilon) * torch.sigmoid(D) + epsilon * torch.sigmoid(-D)
     torch.testing.assert_close(pair_loss(D, ZERO, flip_rate=epsilon), -q.log())
+    agree = (1 - epsilon) * torch.sigmoid(D - 0.5) + epsilon * torch.sigmoid(-D - 0.5)
+    contradict = (1 - epsilon) * torch.sigmoid(0.5 - D) + epsilon * torch.sigmoid(D + 0.5)
     torch.testing.assert_close(
         pair_loss(D, ZERO, flip_rate=epsilon, confidence=0.3, weight=2.0, margin=0.5),
-        2 * pair_loss(D - 0.5, ZERO, flip_rate=epsilon) * 0.3 + 2 * pair_loss(0.5 - D, ZERO, flip_rate=epsilon) * 0.7,
+        -2 * (0.3 * agree.log() + 0.7 * contradict.log()),
+    )
+    torch.testing.assert_close(
+        pair_loss(D, ZERO, flip_rate=epsilon, confidence=0.3, margin=0.5),
+        pair_loss(ZERO, D, flip_rate=epsilon, confidence=0.7, margin=-0.5),
     )
     far = torch.tensor([-1e4, 1e4], dtype=torch.float64)
     assert pair_loss(far, torch.zeros(2), flip_rate=epsilon).tolist() == pytest.approx(
@@ -85,6 +91,21 @@ def test_the_likelihood_of_flipped_labels(epsilon: float) -> None:
     s = torch.sigmoid(D)
     torch.testing.assert_close(d.grad, -(1 - 2 * epsilon) * s * (1 - s) / q)
     assert d.grad[0].abs() < 1e-10, "Bradley-Terry has 1 here"
+
+
+@pytest.mark.parametrize("rate", [0.2, torch.tensor([0.2], dtype=torch.float64)])
+def test_a_wide_margin_teaches_the_most_where_labels_may_be_flipped(rate: float | torch.Tensor) -> None:
+    """A model that knows nothing yet must not take a margin of 6 for a label that it is sure is wrong.
+
+    The gradient was -0.3, -0.119, -0.0014: of three right labels with margins and a wrong one without, the wrong one won.
+    """
+    found = []
+    for margin in (0.0, 3.0, 6.0):
+        d = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        pair_loss(d, torch.zeros(1, dtype=torch.float64), margin=margin, flip_rate=rate).sum().backward()
+        assert d.grad is not None
+        found.append(d.grad.item())
+    assert found == pytest.approx([-0.6 / (1 + math.exp(-margin)) for margin in (0.0, 3.0, 6.0)])
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 0.7])

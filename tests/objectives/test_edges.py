@@ -213,13 +213,17 @@ def test_noise_is_finite_at_both_ends() -> None:
         assert gumbel(torch.tensor([0.0, 0.5, 1.0], dtype=dtype)).isfinite().all()
 
 
-def test_the_best_lose_less_than_they_win() -> None:
-    """Of a ring of three and one that beats nobody, nobody is alone: wins minus losses are counted, not wins."""
+def test_the_best_lose_the_least_of_those_that_win() -> None:
+    """Beside two that beat each other stands one that nothing beats; in a ring alone nobody is better than another."""
     beats = torch.zeros(1, 4, 4, dtype=torch.bool)
     for winner, loser in ((0, 1), (0, 2), (1, 0), (3, 1)):
         beats[0, winner, loser] = True
     # Wins 2, 1, 0, 1; losses 1, 2, 1, 0.
-    assert is_best(beats).tolist() == [[True, False, False, True]]
+    assert is_best(beats).tolist() == [[False, False, False, True]]
+    ring = torch.zeros(1, 4, 4, dtype=torch.bool)
+    ring[0, 0, 1] = ring[0, 1, 2] = ring[0, 2, 0] = True
+    assert is_best(ring).tolist() == [[True, True, True, False]]
+    assert not is_best(torch.zeros(1, 2, 2, dtype=torch.bool)).any()
 
 
 def test_features_are_scaled_to_a_mean_square_length_of_one() -> None:

@@ -21,6 +21,7 @@ from rlhf.objectives.rankings import is_best
 from rlhf.reward.denoise import DenoiseConfig, denoised
 from rlhf.reward.experts import merge_experts
 from rlhf.reward.load import save_reward_model
+from rlhf.reward.trainer import training_columns
 from tests.conftest import PROMPTS
 
 
@@ -123,6 +124,9 @@ def test_a_clip_is_for_every_margin(base_folder: Path, pairs: Dataset, cpu_argum
     rows: list[Any] = [{**row, "margin": 50.0}, {**row, "margin": -0.1}, {**row, "rating_gap": 50.0}]
     made = denoised(rows, DenoiseConfig("margin", margin_clip=2.0, margin_scale=0.1)).rows
     assert [pair["margin"] for pair in made] == [2.0, -0.1, 2.0]
+    tie: Any = {**row, "rating_gap": 3.0, "confidence": 0.5}
+    assert denoised([tie], DenoiseConfig("margin")).rows[0]["margin"] == 0.0, "people called them equal"
+    assert training_columns([{**tie, "margin": 3.0}])[0]["margin"] == 0.0
     data = pairs.add_column("margin", [50.0] * len(pairs))
     clipped = trainer(str(base_folder), data, cpu_arguments, MarginRewardTrainer, margin_clip=2.0)
     assert set(clipped.train_dataset["margin"]) == {2.0}
