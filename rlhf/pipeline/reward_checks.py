@@ -25,6 +25,12 @@ def reward_problems(recipe: Recipe) -> Iterator[str]:
             "reward.lora_dropout: reward.disable_dropout, which is true unless you say otherwise, switches it off; leave "
             "lora_dropout out, or set disable_dropout: false."
         )
+    pairs = adapter.get("per_device_train_batch_size", 8) * adapter.get("gradient_accumulation_steps", 1)
+    if reward.extra == "length" and pairs * number_of_processes() < 2:
+        yield (
+            "reward.extra: length: of the two answers of one pair the correlation with length is 1 or -1, whatever the model says; "
+            "set reward.per_device_train_batch_size to 2 or more."
+        )
     if reward.extra == "text" and (reward.extra_weight or 0) >= 1:
         yield f"reward.extra_weight is {reward.extra_weight}: of `text` it is a share of the loss, so it must be below 1."
     elements = OBJECTIVES[reward.objective].loss.elements
