@@ -1,6 +1,6 @@
 """Sampling answers: one function for sampling, evaluation and PPO."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf.data.rows import Messages, Prompt, user_turn
+from rlhf.data.rows import Prompt, user_turn
 from rlhf.errors import UserError
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
 from rlhf.models.engine import engine_answers
@@ -262,7 +262,7 @@ def encode_prompts(
         UserError: a prompt has no tokens. What comes before an answer's first token is then nothing, and its log-probability
             would be read behind another row's last token.
     """
-    rows = _prompt_rows(tokenizer, prompts)
+    rows = encode(tokenizer, asked_texts(tokenizer, prompts), conversational=not isinstance(prompts[0], str))
     empty = [i for i, row in enumerate(rows) if not row]
     if empty:
         raise UserError(
@@ -273,34 +273,17 @@ def encode_prompts(
     return rows if most is None else [without_beginning(row, most, begin) for row in rows]
 
 
-def _prompt_rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Return the token rows of whole prompts, some of which may be empty."""
-    texts = [p if isinstance(p, str) else prompt_text(tokenizer, as_words(tokenizer, p)) for p in prompts]
-    return encode(tokenizer, texts, conversational=not isinstance(prompts[0], str))
-
-
-def encode_demonstrations(
-    batch: Mapping[str, Sequence[Messages]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[list[int]]]:
-    """Return the columns that TRL's SFT makes of conversations: `input_ids`, and `completion_mask` with 1 on the answer.
-
-    Typed special tokens are words.
-
-    Args:
-        batch: `prompt`, and `completion`, one assistant message each.
-    """
-    answers = [completion[-1]["content"] for completion in batch["completion"]]
-    rows, _ = encode_answers(tokenizer, batch["prompt"], answers)
-    starts = answer_starts(tokenizer, batch["prompt"], rows)
-    masks = [[0] * start + [1] * (len(row) - start) for start, row in zip(starts, rows, strict=True)]
-    return {"input_ids": rows, "completion_mask": masks}
+def asked_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
+    """Return the texts behind which answers are sampled; special tokens that somebody typed into messages are marked as words."""
+    return [p if isinstance(p, str) else prompt_text(tokenizer, as_words(tokenizer, p)) for p in prompts]
 
 
 def answer_starts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]
 ) -> list[int]:
     """Return where each answer begins in the ids of prompt and answer: where these and the ids of the prompt part."""
-    prompt_rows = _prompt_rows(tokenizer, prompts)
+    conversational = not isinstance(prompts[0], str)
+    prompt_rows = encode(tokenizer, asked_texts(tokenizer, prompts), conversational=conversational)
     return [
         next((i for i, (a, b) in enumerate(zip(prompt, row, strict=False)) if a != b), len(prompt))
         for prompt, row in zip(prompt_rows, rows, strict=True)

@@ -9,6 +9,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from trl import RewardConfig, SFTConfig
 
 from rlhf.data.read import ReadReport, is_local
 from rlhf.data.sources import Source, read_sources, to_prompts
@@ -26,6 +27,7 @@ from rlhf.recipe.schema import Recipe
 
 MEASURED_PROMPTS = 256  # prompts whose lengths are looked at
 WITHOUT_A_POLICY = ("data", "vote", "reward")
+STRETCHING = ("longrope", "dynamic")  # kinds of rotary positions
 
 
 def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: bool = False) -> None:
@@ -68,6 +70,7 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
         problems += _short_context(recipe, name, config, tokenizer)
     if problems:
         raise UserError([f"backbone.model: {problem}" for problem in problems])
+    _say_stretching(recipe, name, config)
     if problems := list(adapter_problems(recipe, config)):
         raise UserError(problems)
 
@@ -129,6 +132,26 @@ def _short_context(
         warnings.warn(
             f"{name} reads {positions} tokens, of which ppo.max_completion_length={answer} leaves {room} for a prompt ({limit}); "
             "longer prompts lose their beginning.",
+            stacklevel=4,
+        )
+
+
+def _say_stretching(recipe: Recipe, name: str, config: PreTrainedConfig) -> None:
+    """Warn where a forward looks at its longest text to choose how all of its positions turn: scores depend on neighbours."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    if rope.get("rope_type") not in STRETCHING or original is None:
+        return
+    sft, reward, ppo = (section.trl_settings() for section in (recipe.sft, recipe.reward, recipe.ppo))
+    prompt, answer = (ppo.get(n, getattr(PPOConfig, n)) for n in ("max_prompt_length", "max_completion_length"))
+    asked = [sft.get("max_length", SFTConfig.max_length), reward.get("max_length", RewardConfig.max_length)]
+    asked.append(None if prompt is None else prompt + answer)
+    if any(length is None or length > original for length in asked):
+        warnings.warn(
+            f"{name} chooses its positions ({rope['rope_type']}) by the longest text of a forward, so beyond {original} tokens "
+            "scores and log-probabilities depend on what else is in the batch; keep sft.max_length, reward.max_length and "
+            f"ppo.max_prompt_length + ppo.max_completion_length within {original}.",
             stacklevel=4,
         )
 

@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
-from rlhf.models.generate import encode_demonstrations
+from rlhf.models.demonstrations import encode_demonstrations
 from rlhf.models.packing import Packed, unpack
 from rlhf.models.save import load_weights
 from rlhf.models.sharding import is_sharded_checkpoint, load_optimizer

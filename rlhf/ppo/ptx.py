@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Demonstration, Prompt
-from rlhf.models.generate import answer_starts
+from rlhf.models.demonstrations import encode_behind_prompts
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.templates import end_at_end_token
-from rlhf.models.text import encode_answers, last_turn
+from rlhf.models.text import last_turn, without_beginning
 
 
 class Demonstrations:
@@ -32,10 +32,10 @@ class Demonstrations:
         prompts = [row["prompt"] for row in rows]
         answers = [last_turn(row["completion"]) for row in rows]
         self.texts: list[tuple[Prompt, str]] = list(zip(prompts, answers, strict=True))
-        self.rows, _ = encode_answers(tokenizer, prompts, answers, max_length=max_length)
+        uncut_rows, starts = encode_behind_prompts(tokenizer, prompts, answers)
+        most = max(map(len, uncut_rows)) if max_length is None else max_length
+        self.rows = [without_beginning(row, most, tokenizer.bos_token_id) for row in uncut_rows]
         # What was cut off a row's beginning is missing from its prompt.
-        uncut_rows, _ = encode_answers(tokenizer, prompts, answers)
-        starts = answer_starts(tokenizer, prompts, uncut_rows)
         self.answer_starts = [
             start - (len(uncut) - len(row)) for start, uncut, row in zip(starts, uncut_rows, self.rows, strict=True)
         ]

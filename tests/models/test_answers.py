@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlhf.models.critiques import critique_ids
-from rlhf.models.generate import completions_of, encode_demonstrations, has_hidden_tokens, texts_of
+from rlhf.models.demonstrations import encode_demonstrations
+from rlhf.models.generate import completions_of, encode_prompts, has_hidden_tokens, texts_of
 from rlhf.models.scratch import train_tokenizer
 from rlhf.models.templates import end_at_end_token, frame, rendered, turn_end_ids
 from rlhf.models.text import PLAIN_TEMPLATE, check_tokenizer, encode_answers, give_plain_template
@@ -44,6 +45,7 @@ MADE = {
     **{f"family {name}": family.build for name, family in FAMILIES.items()},
     "Qwen3": lambda: templates.qwen_3(TEXTS),
 }
+OPENED, CLOSED = "<opened>", "<closed>"
 
 
 def build(name: str) -> Any:
@@ -167,3 +169,23 @@ def test_ptx_counts_the_tokens_that_sft_learns(name: str) -> None:
         ids, counts = drawn.draw(1, torch.device("cpu"))
         assert ids[0, 4 - len(row) :].tolist() == row[4:]
         assert ids[counts].tolist() == learnt
+
+
+@pytest.mark.fault("chat template")
+@pytest.mark.parametrize("opening", [": ", "\n\n", "\n", ":", " "])
+@pytest.mark.parametrize("name", MADE)
+def test_an_answer_is_taught_behind_the_ids_that_sampling_begins_with(name: str, opening: str) -> None:
+    """A prompt that ends in a blank melts with an answer's first word: SFT learnt by heart, and 1 of 15 answers was right."""
+    tokenizer = build(name)
+    template = (
+        "{% for m in messages %}{% if m.role != 'assistant' %}Q" + OPENED + "{{ m.content }}" + CLOSED + "{% else %}A" + OPENED
+        + "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}A" + OPENED + "{% endif %}"
+    ).replace(OPENED, opening).replace(CLOSED, "\n")  # fmt: skip
+    tokenizer.chat_template = template
+    row, learnt = demonstration(tokenizer, "apple pie")
+    (asked,) = encode_prompts(tokenizer, [PROMPT], max_prompt_length=None)
+    assert row[: len(asked)] == asked
+    assert row[len(asked) :] == learnt, "all of the answer is taught, and nothing of the prompt"
+    assert tokenizer.decode(learnt, skip_special_tokens=True).strip() == "apple pie"
+    whole = tokenizer.decode(asked) + tokenizer.decode(learnt)
+    assert "A" + opening + "apple pie" in whole.replace("  ", " "), whole

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.models.generate import encode_demonstrations, encode_prompts
+from rlhf.models.demonstrations import encode_demonstrations
+from rlhf.models.generate import encode_prompts
 from rlhf.models.load import load_tokenizer
 from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import encode_answers
