@@ -1,5 +1,6 @@
 """Sampling answers: one function for sampling, evaluation and PPO."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,9 +201,11 @@ def generate(
     """
     limit = longest_prompt(model.config, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
     rows = encode_prompts(tokenizer, prompts, max_prompt_length=limit)
-    prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, tokenizer.pad_token_id))
-    end_ids = end_token_ids(model, tokenizer)
-    settings = sampling_settings(temperature=temperature, pad_token_id=tokenizer.pad_token_id, end_ids=end_ids)
+    end_ids, padding = end_token_ids(model, tokenizer), tokenizer.pad_token_id
+    if padding >= model.config.get_text_config().vocab_size:  # added to the tokenizer alone, it has no embedding
+        padding = next(x for x in range(len(end_ids) + 1) if x not in end_ids)
+    prompt_ids, prompt_mask = (x.to(model.device) for x in pad_left(rows, padding))
+    settings = sampling_settings(temperature=temperature, pad_token_id=padding, end_ids=end_ids)
     parts = (ids.split(batch_size or len(rows)) for ids in (prompt_ids, prompt_mask))
     with without_declared_settings(model):
         answers = [_sampled(model, ids, mask, settings, max_new_tokens) for ids, mask in zip(*parts, strict=True)]
@@ -229,9 +232,11 @@ def _sampled(
     done, ended = 0, torch.zeros(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
     while done < max_new_tokens and len(rows) > 0:
         config.max_new_tokens = min(STRETCH, max_new_tokens - done)
-        output: Any = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config
-        )
+        with warnings.catch_warnings():  # from 5.24 on it is `cache`, which older versions don't know
+            warnings.filterwarnings("ignore", message=".*past_key_values.*", category=FutureWarning)
+            output: Any = model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config
+            )
         new = output.sequences[:, ids.shape[1] :]
         answers[rows, done : done + new.shape[1]] = new
         done += new.shape[1]

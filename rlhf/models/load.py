@@ -338,13 +338,16 @@ def copy_adapter(folder: str, model: PeftModel) -> None:
     whole modules, such as embeddings. What it trained of the output layer has no place there and is left out.
 
     Raises:
-        UserError: the two do not have the same places and ranks.
+        UserError: the two do not have the same places and ranks; the adapter trained the base's biases.
     """
-    weights = {
-        name: tensor
-        for name, tensor in adapter_weights(folder).items()
-        if of_backbone(name, model) and ".base_layer." not in name
-    }
+    trained = {name: tensor for name, tensor in adapter_weights(folder).items() if of_backbone(name, model)}
+    biases = sorted(name for name in trained if name.endswith(".base_layer.bias"))
+    if biases:
+        raise UserError(
+            f"{folder}: this adapter trained biases of its base ({len(biases)}, such as {biases[0]}), which a reward model can't "
+            "start from; merge it into its base first (`rlhf export`), or train SFT without `bias`."
+        )
+    weights = {name: tensor for name, tensor in trained.items() if ".base_layer." not in name}
     places = {name: place for name, place in adapter_places(model).items() if of_backbone(name, model)}
     misfits = sorted(
         name

@@ -1,5 +1,6 @@
 """Merging an adapter into its base: the one place that does it, and compares what the model says before and after."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,14 +8,16 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.errors import TrainingError
+from rlhf.errors import TrainingError, UserError
 
 # Of the largest output in size. Adding a product of factors to a weight rounds it once: about 1e-6 of the outputs in float32
 # and a few of its own roundings in 16 bits. An update that lands in another place moves them by a tenth and more.
 MERGED_WITHIN = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+LOST = 0.25  # of what an adapter changes
 TEXTS, TOKENS = 2, 24  # what is compared
 
 
@@ -28,13 +31,18 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     Raises:
         TrainingError: the merged model says something else. 4-bit weights are rounded again and not compared.
     """
-    before = None if getattr(model, "is_quantized", False) else _outputs(model)
+    before = alone = None
+    if not getattr(model, "is_quantized", False):
+        before = _outputs(model)
+        with model.disable_adapter():
+            alone = _outputs(model)
     if adapts_tied_embeddings(model):
         _untie(model.get_base_model())
     merged: PreTrainedModel = model.merge_and_unload()
-    if before is not None:
+    if before is not None and alone is not None:
         after = _outputs(merged)
-        difference = (after - before).abs().max().item() / max(1.0, before.abs().max().item())
+        error, effect = (after - before).abs().max().item(), (before - alone).abs().max().item()
+        difference = error / max(1.0, before.abs().max().item())
         allowed = MERGED_WITHIN.get(merged.dtype, 0.1)
         if not difference <= allowed:
             raise TrainingError(
@@ -43,6 +51,12 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
                 "modules share (tied embeddings), or factors that are too large for the weights' dtype. Train without these "
                 "modules in lora_target_modules, or use base and adapter as they are."
             )
+        if error > LOST * effect > 0:
+            warnings.warn(
+                f"merging the adapter of {merged.name_or_path} in {merged.dtype} rounds much of it away: "
+                f"the error is {error / effect:.0%} of what the adapter changes; merge in float32.",
+                stacklevel=2,
+            )
     return merged
 
 
@@ -50,10 +64,18 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
 def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of the base with the active adapter in them, by the base's own names, one after the other.
 
+    Raises:
+        UserError: the adapter trains rows of the embeddings, which are no weight of the base.
+
     A weight is to be used before the next is asked for. The base is what it was before, to the bit: adding an adapter and taking
     it off again, as PEFT's `unmerge_adapter` does, rounds the base a little otherwise each time.
     """
     base, active = model.get_base_model(), model.active_adapter
+    if any(isinstance(module, TrainableTokensWrapper) for module in base.modules()):
+        raise UserError(
+            "the adapter trains single tokens (trainable_token_indices), which another engine can't be given; sample with "
+            "transformers, or train whole embeddings."
+        )
     layers = dict(base.named_modules())
     for name, weight in base.named_parameters():
         if model.prefix in name or ".original_module." in name:

@@ -8,9 +8,15 @@ from rlhf.errors import UserError
 def context_length(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a causal model was made for, prompt and answer together; None where it does not say.
 
-    Beyond them a model with learnt positions fails, and one with rotary positions writes what it was never trained on.
+    Beyond them a model with learnt positions fails, and one with rotary positions writes what it was never trained on. YaRN, as
+    Qwen2.5's card tells people to write it, stretches them by a factor that `max_position_embeddings` does not hold.
     """
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if positions is None or rope.get("rope_type") != "yarn":
+        return positions
+    return max(positions, round(rope.get("factor", 1.0) * (rope.get("original_max_position_embeddings") or positions)))
 
 
 def room_for_prompt(config: PreTrainedConfig, *, max_new_tokens: int) -> int | None:

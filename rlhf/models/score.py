@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -76,20 +77,22 @@ def padding_of(model: nn.Module, pad_token_id: int | None, rows: Sequence[Sequen
     """
     config = getattr(model, "config", None)
     configs = [] if config is None else list({id(c): c for c in (config, config.get_text_config())}.values())
-    declared = configs[-1].pad_token_id if configs else None
+    declared = getattr(configs[-1], "pad_token_id", None) if configs else None
     if score_head(model) is None and isinstance(declared, int):
         yield declared
         return
     last = {row[-1] for row in rows if row}
+    size = configs[-1].vocab_size if configs else inf  # a token that was added to the tokenizer alone has no embedding
     candidates = [pad_token_id, *range(len(last) + 1)]
-    pad = next(x for x in candidates if x is not None and x not in last)
-    before = [c.pad_token_id for c in configs]
-    for c in configs:
+    pad = next(x for x in candidates if x is not None and x not in last and x < size)
+    # A configuration that wraps that of the text, as Gemma 3's, has no such id.
+    before = [(c, c.pad_token_id) for c in configs if hasattr(c, "pad_token_id")]
+    for c, _ in before:
         c.pad_token_id = pad
     try:
         yield pad
     finally:
-        for c, value in zip(configs, before, strict=True):
+        for c, value in before:
             c.pad_token_id = value
 
 
@@ -114,6 +117,13 @@ def token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
 
 
 def position_limit(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens a model can read: an encoder has no positions beyond, a decoder was not trained on them."""
+    """Return how many tokens a model can read: an encoder has no positions beyond, a decoder was not trained on them.
+
+    RoBERTa and its like count positions from behind their padding id, so of 514 there are 512 for tokens.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
+        unused = [t.padding_idx + 1 for t in tables if isinstance(t, nn.Embedding) and t.padding_idx is not None]
+        positions -= max(unused, default=0)
     return int(min(tokenizer.model_max_length, positions or tokenizer.model_max_length))

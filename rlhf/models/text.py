@@ -126,8 +126,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, conversa
     What the tokenizer would append by itself is left out: a prompt goes on, and an answer that ended has its end token.
     Special tokens are read as such, but for those that `as_words` has marked: people typed them, and they are words.
     """
-    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=not conversational)["input_ids"]
     before, appended = (0, 0) if conversational else affixes(tokenizer)
+    if before:  # a text that somebody rendered may begin with the token that is written here
+        texts = [without_begins(text, tokenizer.bos_token) for text in texts]
+    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=not conversational)["input_ids"]
     rows = [row[:-appended] for row in rows] if appended else rows
     typed = [i for i, text in enumerate(texts) if is_marked(text)]
     for i, words in zip(typed, encode_words(tokenizer, [texts[i] for i in typed]), strict=True):
@@ -266,12 +268,17 @@ def freeze_template(tokenizer: PreTrainedTokenizerBase, *, name: str) -> bool:
     Raises:
         UserError: the template computes a date in a way that cannot be frozen.
     """
-    template = tokenizer.chat_template
-    if not isinstance(template, str) or not _DATE_CALL.search(template):
-        if isinstance(template, str) and "strftime_now(" in template:
-            raise UserError(f"{name}: the chat template computes a date from a variable; write a fixed date into it.")
+    given = tokenizer.chat_template
+    templates: dict[str, str] = given if isinstance(given, dict) else {"": given or ""}
+    frozen = {
+        kind: _DATE_CALL.sub(lambda call: repr(FROZEN_DATE.strftime(call[2])), template)
+        for kind, template in templates.items()
+    }
+    if any("strftime_now(" in template for template in frozen.values()):
+        raise UserError(f"{name}: the chat template computes a date from a variable; write a fixed date into it.")
+    if frozen == templates:
         return False
-    tokenizer.chat_template = _DATE_CALL.sub(lambda call: repr(FROZEN_DATE.strftime(call[2])), template)
+    tokenizer.chat_template = frozen if isinstance(given, dict) else frozen[""]
     warnings.warn(
         f"{name}: the chat template inserts today's date; it is frozen at {FROZEN_DATE:%d %b %Y}, so that a text has one score.",
         stacklevel=3,
