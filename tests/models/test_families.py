@@ -137,11 +137,16 @@ def test_positions_that_depend_on_the_batch_are_said(
     tokenizer: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     """Phi's longrope: beyond its first length a score moved by 1.5 nats with its neighbours."""
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer)}
     base = saved(
-        Phi3Config(**{**SMALL, **ids, "max_position_embeddings": 256}, rope_parameters=rope), tokenizer, tmp_path
+        Phi3Config(
+            **{**SMALL, **ids, "max_position_embeddings": 256},
+            original_max_position_embeddings=64,
+            rope_parameters=rope,
+        ),
+        tokenizer,
+        tmp_path,
     )
     (tmp_path / "p.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
     (tmp_path / "r.yaml").write_text(
