@@ -64,11 +64,11 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
 def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of the base with the active adapter in them, by the base's own names, one after the other.
 
-    Raises:
-        UserError: the adapter trains rows of the embeddings, which are no weight of the base.
-
     A weight is to be used before the next is asked for. The base is what it was before, to the bit: adding an adapter and taking
     it off again, as PEFT's `unmerge_adapter` does, rounds the base a little otherwise each time.
+
+    Raises:
+        UserError: the adapter trains rows of the embeddings, which are no weight of the base.
     """
     base, active = model.get_base_model(), model.active_adapter
     if any(isinstance(module, TrainableTokensWrapper) for module in base.modules()):
