@@ -134,7 +134,7 @@ def rated() -> list[Any]:
 # Of each objective the columns that it sets; None where a pair keeps what it has. Flips and drops are those of pairs 0 and 1.
 COLUMNS: dict[str, dict[str, list[float | None]]] = {
     "bt": {},
-    "margin": {"margin": [0.5, 1.0, 1.5, 2.0, 2.5]},
+    "margin": {"margin": [0.5, 1.0, 1.5, 2.0, 0.0]},  # the last is a tie
     "scaled": {"weight": [1.0, 2.0, 3.0, 4.0, 5.0]},
     "smoothing": {"confidence": [0.8, 0.8, 0.8, 0.8, None]},
     "soft": {},
