@@ -102,6 +102,7 @@ def test_choices_undo_and_the_end(desk: tuple[str, LabelBook, dict[str, str]]) -
                 session.post(url, data={"id": question(5).id, "choice": good, "shown": "x"}, timeout=10)
                 page = session.get(url, timeout=10).text
         assert "Nothing left for you to label" in page
+    assert "rlhf run</code>, <code>rlhf audit" in page, "when the last of them is done; either may have asked"
     assert book.progress(2, wanted=2) == (20, 20)
     said = {(v.annotator, v.id): v for v in book.verdicts(2)}
     for i in range(20):
