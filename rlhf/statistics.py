@@ -7,7 +7,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.stats import rankdata, t
+from scipy.stats import beta, rankdata, t
 
 RESAMPLES = 2000
 SIGN_FLIPS = 20_000
@@ -54,21 +54,23 @@ def clustered_share(
 ) -> tuple[float, list[float]]:
     """Return the mean of numbers from 0 to 1 and its 95 % interval, which stays in that range and is never a point.
 
-    As `clustered_mean`; where all clusters have 0, or all have 1, which no bootstrap gets away from, the exact interval of as many
+    As `clustered_mean`; where all clusters have the same mean, which no bootstrap gets away from, the exact interval of as many
     independent rows as there are clusters (Clopper and Pearson).
 
-    >>> clustered_share([0.0] * 9)[1] == [0.0, 1 - 0.025 ** (1 / 9)]
+    >>> [round(end, 6) for end in clustered_share([0.0] * 9)[1]] == [0.0, round(1 - 0.025 ** (1 / 9), 6)]
     True
     >>> clustered_share([1.0, 0.0], ["one conversation"] * 2)
     (0.5, [0.0, 1.0])
     """
     mean, interval = clustered_mean(values, clusters, seed=seed)
-    count = len(values) if clusters is None else len(set(clusters))
-    if mean in (0.0, 1.0):
-        end = TAIL ** (1 / count)  # the share of which as many in a row come once in forty times
-        return mean, [end, 1.0] if mean else [0.0, 1 - end]
-    if interval is None:
+    if interval is None and 0 < mean < 1:
         return mean, [0.0, 1.0]
+    if interval is None or interval[1] - interval[0] < 1e-12:
+        count = len(values) if clusters is None else len(set(clusters))
+        wins = mean * count
+        low = 0.0 if mean == 0 else float(beta.ppf(TAIL, wins, count - wins + 1))
+        high = 1.0 if mean == 1 else float(beta.ppf(1 - TAIL, wins + 1, count - wins))
+        return mean, [low, high]
     return mean, [max(0.0, interval[0]), min(1.0, interval[1])]
 
 
@@ -204,8 +206,16 @@ def length_controlled_accuracy(
     It is the mean of the accuracies where the chosen answer is longer and where it is shorter. A model that looks at length
     alone has exactly 0.5. Pairs of equal length don't count.
 
+    The interval is the wider, at each end, of two: a bootstrap of clusters, which knows what the kinds have in common, and that of
+    two independent shares (as `unpaired_difference`), which knows how few pairs the rarer kind has: one pair decides half of the
+    value.
+
     Returns:
         the value and its interval; None where one of the two kinds is missing.
+
+    >>> value, (low, high) = length_controlled_accuracy([1.0, 0.0, 1.0, 1.0, 1.0], [5, 5, 5, 5, -5])
+    >>> value, round(low, 2), high
+    (0.875, 0.31, 1.0)
     """
     outcome, lengths = np.asarray(right, dtype=float), np.asarray(length_differences, dtype=float)
     longer, shorter = (lengths > 0).astype(float), (lengths < 0).astype(float)
@@ -215,7 +225,18 @@ def length_controlled_accuracy(
     value, interval = clustered_statistic(
         columns, clusters, lambda sums: (sums[..., 0] / sums[..., 1] + sums[..., 2] / sums[..., 3]) / 2
     )
-    return value, None if interval is None else [max(0.0, interval[0]), min(1.0, interval[1])]
+    if interval is None:
+        return value, None
+    names = range(len(outcome)) if clusters is None else clusters
+    shares = [
+        clustered_share(
+            outcome[kind > 0].tolist(), [name for name, is_kind in zip(names, kind, strict=True) if is_kind]
+        )
+        for kind in (longer, shorter)
+    ]
+    below = math.hypot(*(share - low for share, (low, _) in shares)) / 2
+    above = math.hypot(*(high - share for share, (_, high) in shares)) / 2
+    return value, [max(0.0, min(interval[0], value - below)), min(1.0, max(interval[1], value + above))]
 
 
 def best_of_n_kl(n: int) -> float:

@@ -26,6 +26,7 @@ class Question:
         first, second: the answers' texts.
         source: what the pair is made of, where that is known.
         difference: what the round's reward model so far thinks: reward(first) - reward(second), where there is one.
+        first_ended, second_ended: False for an answer that was cut off before its end; else None.
     """
 
     id: str
@@ -35,6 +36,8 @@ class Question:
     second: str
     source: str | None = None
     difference: float | None = None
+    first_ended: bool | None = None
+    second_ended: bool | None = None
 
     def as_row(self) -> dict[str, Any]:
         """Return the question as a row of `questions.jsonl`, without what is not known."""
@@ -161,11 +164,13 @@ def tally(questions: Sequence[Question], verdicts: Iterable[Verdict]) -> Tally:
 
 
 def _pair(question: Question, share: float, annotators: Sequence[str]) -> Pair:
-    best, other = (question.first, question.second) if share >= 0.5 else (question.second, question.first)
+    first = assistant_turn(question.first, ended=question.first_ended is not False)
+    second = assistant_turn(question.second, ended=question.second_ended is not False)
+    best, other = (first, second) if share >= 0.5 else (second, first)
     row: Pair = {
         "prompt": question.prompt,
-        "chosen": assistant_turn(best),
-        "rejected": assistant_turn(other),
+        "chosen": best,
+        "rejected": other,
         "annotator": ", ".join(annotators),
         "round": question.round,
     }

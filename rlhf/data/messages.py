@@ -123,6 +123,8 @@ def _message(entry: object, name: str) -> Message:
         calls, content = _called(content, name), ""
     text = "" if content is None and calls else _text(content, name)
     message = Message(role=role, content=text)
+    if role == "assistant" and entry.get("ended") is False:
+        message["ended"] = False
     if calls:
         message["tool_calls"] = _calls(calls, name)
     if role == "tool":

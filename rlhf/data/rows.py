@@ -21,7 +21,7 @@ class Message(TypedDict):
     """One turn of a conversation: `role` is system, user, assistant or tool.
 
     `tool_calls` are the assistant's, as chat templates read them: `{type, id, function: {name, arguments}}`; `name` and
-    `tool_call_id` say which tool answers which of them.
+    `tool_call_id` say which tool answers which of them. `ended` is False where an answer was cut off before its end.
     """
 
     role: str
@@ -29,6 +29,7 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[dict[str, object]]]
     name: NotRequired[str]
     tool_call_id: NotRequired[str]
+    ended: NotRequired[bool]
 
 
 Messages = list[Message]
@@ -99,9 +100,19 @@ def user_turn(text: str) -> Messages:
     return [Message(role="user", content=text)]
 
 
-def assistant_turn(text: str) -> Messages:
-    """Return an answer's text as the one message that it is in a canonical row."""
-    return [Message(role="assistant", content=text)]
+def assistant_turn(text: str, *, ended: bool = True) -> Messages:
+    """Return an answer's text as the one message that it is in a canonical row; only one that was cut off says so."""
+    message = Message(role="assistant", content=text)
+    return [message] if ended else [{**message, "ended": False}]
+
+
+def has_ended(completion: str | Messages) -> bool:
+    """Return whether an answer came to its end: all did but those whose last turn says `ended: false`.
+
+    >>> has_ended("yes"), has_ended(assistant_turn("yes")), has_ended(assistant_turn("ye", ended=False))
+    (True, True, False)
+    """
+    return isinstance(completion, str) or completion[-1].get("ended") is not False
 
 
 def answer(row: Pair, side: Side) -> str:

@@ -308,6 +308,8 @@ def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
         part = str(row.get("split") or "").lower() if isinstance(row, dict) else ""
         if split == "train" and part in FOR_VALIDATION:
             report.note(entry.number, f"read for training, though its `split` is {part}")
+        if split == "test" and part == "train":
+            report.note(entry.number, "read for judging, though its `split` is train")
         is_test = part == "test" and split == "train"
         if entry.layout is not None and entry.meaning is not None:
             name = f"{entry.layout.name}, ties" if entry.is_tie else entry.layout.name

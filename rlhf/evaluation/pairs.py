@@ -11,7 +11,7 @@ from scipy.stats import kendalltau
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.rankings import Ranking
-from rlhf.data.rows import SIDES, Pair, Prompt, answer, asked, assistant_turn, told
+from rlhf.data.rows import SIDES, Pair, Prompt, answer, asked, assistant_turn, has_ended, told
 from rlhf.evaluation.benchmarks import Item
 from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.score import Scorer
@@ -89,7 +89,8 @@ def score_pairs(reward: Scorer, rows: Sequence[Pair], *, label: str = "score") -
         label: what the progress bar says.
     """
     texts: list[tuple[Prompt, str]] = [(asked(row, side), answer(row, side)) for side in SIDES for row in rows]
-    scores = score_answers(reward, texts, label=label)
+    ended = [has_ended(row[side]) for side in SIDES for row in rows]
+    scores = score_answers(reward, texts, ended=ended, label=label)
     return ScoredPairs(rows, [plain(row["prompt"]) for row in rows], scores[: len(rows)], scores[len(rows) :])
 
 
@@ -114,26 +115,31 @@ def pairs_of_items(items: Sequence[Item], scores: Sequence[Array]) -> ScoredPair
     return ScoredPairs(rows, [plain(row["prompt"]) for row in rows], np.array(chosen), np.array(rejected))
 
 
-def score_answers(reward: Scorer, texts: Sequence[tuple[Prompt, str]], *, label: str = "score") -> Array:
+def score_answers(
+    reward: Scorer, texts: Sequence[tuple[Prompt, str]], *, ended: Sequence[bool] | None = None, label: str = "score"
+) -> Array:
     """Score (prompt, answer), [n]; what stands there several times is scored once. Similar lengths go together.
 
     Args:
+        ended: whether each answer came to its end; None if all did.
         label: what the progress bar says.
     """
-    places: dict[tuple[str, str], int] = {}
-    unique: list[tuple[Prompt, str]] = []
+    places: dict[tuple[str, str, bool], int] = {}
+    unique: list[tuple[Prompt, str, bool]] = []
     index = []
-    for prompt, text in texts:
-        key = (plain(prompt), text)
+    flags = [True] * len(texts) if ended is None else ended
+    for (prompt, text), flag in zip(texts, flags, strict=True):
+        key = (plain(prompt), text, flag)
         if key not in places:
             places[key] = len(unique)
-            unique.append((prompt, text))
+            unique.append((prompt, text, flag))
         index.append(places[key])
 
     def score(chunk: list[int]) -> list[float]:
-        return reward.score([unique[i][0] for i in chunk], [unique[i][1] for i in chunk]).tolist()
+        prompts, answers, ends = zip(*(unique[i] for i in chunk), strict=True)
+        return reward.score(prompts, answers, ended=ends).tolist()
 
-    lengths = [len(text) + len(plain(prompt)) for prompt, text in unique]
+    lengths = [len(text) + len(plain(prompt)) for prompt, text, _ in unique]
     scores = run_batches(score, batches_by_length(lengths, CHUNK), label=label)
     return np.array(scores, dtype=float)[index]
 

@@ -120,7 +120,10 @@ def evaluate_policies(
     gold_sft: Sequence[float | None] = [None] * len(prompts)
     if gold is not None:
         golds = gold(texts, answers.texts)
-        sft_golds = torch.tensor(gold([text for text in texts for _ in range(BEST_OF)], sft_texts)).view(-1, BEST_OF)
+        of_sft = gold([text for text in texts for _ in range(BEST_OF)], sft_texts)
+        sft_golds = torch.tensor(of_sft, dtype=torch.float64).view(
+            -1, BEST_OF
+        )  # equal rewards stay equal: a tie is half a win
         for name, known in _by_true_reward(golds, sft_golds, sft_scores, clusters).items():
             facts[name] = facts[name] | known if isinstance(known, dict) else known
         gold_policy, gold_sft = golds, sft_golds[:, 0].tolist()

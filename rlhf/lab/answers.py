@@ -43,8 +43,8 @@ def answers_of_model(
     keep.mkdir(parents=True, exist_ok=True)
     numbers = count()
 
-    def answer(prompts: Sequence[str]) -> list[str]:
-        texts: list[str] = []
+    def answer(prompts: Sequence[str]) -> list[tuple[str, bool]]:
+        answers: list[tuple[str, bool]] = []
         size = BLOCK if engine == "transformers" else len(prompts)
         for start in range(0, len(prompts), size):
             block, number = prompts[start : start + size], next(numbers)
@@ -67,8 +67,8 @@ def answers_of_model(
                 done, seconds = start + len(block), time.monotonic() - began
                 rest = seconds / len(block) * (len(prompts) - done)
                 say(f"lab: {done} of {len(prompts)} answers sampled; about {rest / 60:.0f} minutes to go with these.")
-            texts += [row["completion"] for row in read_jsonl(file)]
-        return texts
+            answers += [(row["completion"], row["ended"]) for row in read_jsonl(file)]
+        return answers
 
     return answer
 
@@ -79,4 +79,4 @@ def stand_in_answers(tokens: int) -> Answers:
     For who needs the sizes of the data, or their form, before any model runs.
     """
     numbers = count()
-    return lambda prompts: [f"{next(numbers)}" + " the" * (tokens - 2) for _ in prompts]
+    return lambda prompts: [(f"{next(numbers)}" + " the" * (tokens - 2), True) for _ in prompts]

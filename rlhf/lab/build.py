@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from rlhf.data.rows import Demonstration, Message, Messages, Pair, completion, group_key
+from rlhf.data.rows import Demonstration, Message, Messages, Pair, assistant_turn, completion, group_key
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.lab.annotators import Label, flip_rate, label_pair, simulate_label, simulate_ratings
@@ -31,7 +31,9 @@ HELD_OUT_PROMPTS = 640
 INSTRUCTION_PROMPTS = 2000  # training prompts of the world of instructions
 FEWEST_DRAWN = 16  # prompts that are answered at once, also where fewer pairs are missing
 
-Answers = Callable[[Sequence[str]], list[str]]  # prompts → an answer to each
+Answers = Callable[
+    [Sequence[str]], list[tuple[str, bool]]
+]  # prompts → an answer to each, and whether it came to its end
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
     demonstrations: list[Demonstration] = []
     for _ in range(settings.demonstrations):
         prompt = rng.choice(demonstration_prompts)
-        demonstrations.append({"prompt": _user(prompt), "completion": _assistant(write_answer(prompt, rng))})
+        demonstrations.append({"prompt": _user(prompt), "completion": assistant_turn(write_answer(prompt, rng))})
 
     # 3. Pairs of answers by the same writers, labelled by the crowd.
     labels = _as_settings_say(_label(settings.pairs, train, rng), settings, LISTS)
@@ -139,25 +141,33 @@ def build_instructions(folder: Path, settings: LabSettings, answers: Answers) ->
     shift_test = write_prompts(HELD_OUT_PROMPTS, rng, shifted=True)
 
     # 2. Pairs of the model's answers, labelled by the crowd.
-    labels = _label_answers(settings.pairs, train, answers, rng, each=settings.answers)
-    test_labels = _label_answers(settings.test_pairs, test_pair_prompts, answers, rng)
-    shift_labels = _label_answers(settings.test_pairs, shift_test, answers, rng)
+    cut_off: set[tuple[str, str]] = set()
+    labels = _label_answers(settings.pairs, train, answers, rng, cut_off, each=settings.answers)
+    test_labels = _label_answers(settings.test_pairs, test_pair_prompts, answers, rng, cut_off)
+    shift_labels = _label_answers(settings.test_pairs, shift_test, answers, rng, cut_off)
     labels = _as_settings_say(labels, settings, INSTRUCTIONS)
 
     # 3. Files.
     prompts_by_file = {"prompts": train, "test_prompts": test_prompts, "shift_prompts": shift_test}
     labels_by_file = {"preferences": labels, "test": test_labels, "shift_test": shift_labels}
     grouped = ["preferences"] if settings.answers > 2 else []
-    _write_data(folder, prompts_by_file, labels_by_file, INSTRUCTIONS, grouped, critiques=settings.critiques)
+    _write_data(folder, prompts_by_file, labels_by_file, INSTRUCTIONS, grouped, cut_off, critiques=settings.critiques)
     return _facts(labels, INSTRUCTIONS)
 
 
 def _label_answers(
-    count: int, prompts: list[str], answers: Answers, rng: random.Random, *, each: int = 2
+    count: int,
+    prompts: list[str],
+    answers: Answers,
+    rng: random.Random,
+    cut_off: set[tuple[str, str]],
+    *,
+    each: int = 2,
 ) -> list[Label]:
     """Let a model answer random prompts several times, and the crowd label every two answers to one that differ.
 
     Args:
+        cut_off: takes up (prompt, answer) of the answers that did not come to their end.
         each: answers to a prompt.
 
     Raises:
@@ -167,7 +177,10 @@ def _label_answers(
     while len(labels) < count:
         missing = math.ceil((count - len(labels)) / math.comb(each, 2))
         drawn = [rng.choice(prompts) for _ in range(max(missing, FEWEST_DRAWN))]
-        texts = answers([prompt for prompt in drawn for _ in range(each)])
+        repeated = [prompt for prompt in drawn for _ in range(each)]
+        answered = answers(repeated)
+        texts = [text for text, _ in answered]
+        cut_off |= {(prompt, text) for prompt, (text, ended) in zip(repeated, answered, strict=True) if not ended}
         before = len(labels)
         for start, prompt in zip(range(0, len(texts), each), drawn, strict=True):
             for first, second in combinations(texts[start : start + each], 2):
@@ -218,6 +231,7 @@ def _write_data(
     labels: dict[str, list[Label]],
     world: World,
     grouped: Collection[str] = (),
+    cut_off: Collection[tuple[str, str]] = (),
     *,
     critiques: bool = False,
 ) -> Path:
@@ -225,6 +239,7 @@ def _write_data(
 
     Args:
         grouped: the files of pairs that have several pairs of the same answers.
+        cut_off: (prompt, answer) of the answers that did not come to their end.
         critiques: whether pairs have critiques of both answers.
     """
     data = folder / "data"
@@ -234,7 +249,7 @@ def _write_data(
     for name, rows in labels.items():
         write_jsonl(
             data / f"{name}.jsonl",
-            [_pair(label, world, grouped=name in grouped, critiques=critiques) for label in rows],
+            [_pair(label, world, cut_off, grouped=name in grouped, critiques=critiques) for label in rows],
         )
     return data
 
@@ -249,16 +264,15 @@ def _user(content: str) -> Messages:
     return [Message(role="user", content=content)]
 
 
-def _assistant(content: str) -> Messages:
-    return [Message(role="assistant", content=content)]
-
-
-def _pair(label: Label, world: World, *, grouped: bool, critiques: bool) -> Pair:
+def _pair(label: Label, world: World, cut_off: Collection[tuple[str, str]], *, grouped: bool, critiques: bool) -> Pair:
     """Return a labelled pair as a row; with its `group`, where several pairs are of the same answers, and with critiques."""
+    chosen, rejected = (
+        assistant_turn(text, ended=(label.prompt, text) not in cut_off) for text in (label.chosen, label.rejected)
+    )
     pair: Pair = {
         "prompt": _user(label.prompt),
-        "chosen": _assistant(label.chosen),
-        "rejected": _assistant(label.rejected),
+        "chosen": chosen,
+        "rejected": rejected,
         "annotator": label.annotator,
         "source": "harmless" if world.is_dangerous(label.prompt) else "helpful",
     }

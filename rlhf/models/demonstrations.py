@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.rows import Messages, Prompt
+from rlhf.data.rows import Messages, Prompt, has_ended
 from rlhf.models.generate import answer_starts, asked_texts
 from rlhf.models.templates import end_texts, frame, without_ends
 from rlhf.models.text import answer_text, encode, encode_answers
@@ -24,15 +24,16 @@ def encode_demonstrations(
         batch: `prompt`, and `completion`, one assistant message each.
     """
     answers = [completion[-1]["content"] for completion in batch["completion"]]
-    rows, starts = encode_behind_prompts(tokenizer, batch["prompt"], answers)
+    ended = [has_ended(completion) for completion in batch["completion"]]
+    rows, starts = encode_behind_prompts(tokenizer, batch["prompt"], answers, ended)
     masks = [[0] * start + [1] * (len(row) - start) for start, row in zip(starts, rows, strict=True)]
     return {"input_ids": rows, "completion_mask": masks}
 
 
 def encode_behind_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str], ended: Sequence[bool]
 ) -> tuple[list[list[int]], list[int]]:
-    r"""Return the ids of prompts with their answers, and where each answer begins.
+    r"""Return the ids of prompts with their answers, and where each answer begins; one that was cut off has no end token.
 
     A prompt that ends in a blank, or for some tokenizers in two newlines, melts with the answer's first word where the two are
     one text. Sampling begins behind the prompt's own ids, so these stand here, and the answer's ids behind them.
@@ -40,7 +41,7 @@ def encode_behind_prompts(
     Where the template writes another text behind the prompt than it asks with (`rlhf.models.thoughts` says so), the ids are
     those of the whole text, and the answer begins where the two part.
     """
-    rows, _ = encode_answers(tokenizer, prompts, answers)
+    rows, _ = encode_answers(tokenizer, prompts, answers, ended=ended)
     starts = answer_starts(tokenizer, prompts, rows)
     asked = asked_texts(tokenizer, prompts)
     conversational = not isinstance(prompts[0], str)
@@ -51,7 +52,8 @@ def encode_behind_prompts(
             continue
         prompt = prompts[i]
         words = as_words(tokenizer, without_ends(answers[i], ends))
-        whole = answer_text(tokenizer, prompt if isinstance(prompt, str) else as_words(tokenizer, prompt), words)
+        asked_with = prompt if isinstance(prompt, str) else as_words(tokenizer, prompt)
+        whole = answer_text(tokenizer, asked_with, words, ended=ended[i])
         if whole.startswith(asked[i]):
             rows[i] = [*prompt_row, *_continuation(tokenizer, whole[len(asked[i]) :])]
             starts[i] = len(prompt_row)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.functions import load_function
-from rlhf.data.rows import SIDES, Pair, answer, asked, pair_digest, told
+from rlhf.data.rows import SIDES, Pair, pair_digest, told
 from rlhf.data.traits import TRAITS, trait_table
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl, write_text
@@ -27,6 +27,7 @@ from rlhf.report.records import MANIFEST, read_record
 from rlhf.report.result_file import check_new_folder
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.model import RewardModel
+from rlhf.reward.sides import side_features, side_scores
 from rlhf.reward.weights import prompt_balanced
 from rlhf.statistics import clustered_statistic
 
@@ -127,9 +128,9 @@ def _trait_differences(pairs: Sequence[Pair], feature: str, measure: Measure) ->
 
 def _read(reward: RewardModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Return what the head reads of each pair, [n, h], and its reward, [n] nats, both chosen minus rejected."""
-    chosen, rejected = (([asked(row, side) for row in pairs], [answer(row, side) for row in pairs]) for side in SIDES)
-    features = (reward.features(*chosen) - reward.features(*rejected)).double()
-    return features, (reward.score(*chosen) - reward.score(*rejected)).double()
+    features = side_features(reward, pairs, "chosen") - side_features(reward, pairs, "rejected")
+    differences = side_scores(reward, pairs, "chosen") - side_scores(reward, pairs, "rejected")
+    return features.double(), differences.double()
 
 
 def _influence(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.data.rows import CRITIQUES, SIDES, Pair, answer, asked, label_digest
+from rlhf.data.rows import CRITIQUES, SIDES, Pair, answer, asked, has_ended, label_digest
 from rlhf.errors import UserError
 from rlhf.files import digest, json_lines, read_jsonl, write_jsonl, write_text
 from rlhf.invariants.checks import CheckBook
@@ -98,7 +98,9 @@ def _written(context: StageContext, critic: CritiqueRewardModel, rows: Sequence[
         if not file.is_file():
             sides = [(row, side) for row in block for side in SIDES]
             encoded = critic.encode(
-                [asked(row, side) for row, side in sides], [answer(row, side) for row, side in sides], None
+                [asked(row, side) for row, side in sides],
+                [answer(row, side) for row, side in sides],
+                [has_ended(row[side]) for row, side in sides],
             )
             critiques = critic.write(encoded, sample=0, label="reward: critiques")
             texts = critic.tokenizer.batch_decode(critiques.rows, skip_special_tokens=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf.data.rankings import Ranking
 from rlhf.data.read import FILE_SUFFIXES, ReadReport
-from rlhf.data.rows import SIDES, TIE, Compare, Pair, answer, asked, parting_turn, told
+from rlhf.data.rows import SIDES, TIE, Compare, Pair, answer, parting_turn, told
 from rlhf.data.sources import Fit, Row, Source, count_kept, drop_rows, read_pair_rows, read_rankings
 from rlhf.data.tables import is_pattern, is_saved
 from rlhf.errors import UserError
@@ -48,6 +48,7 @@ from rlhf.report.evaluation import write_evaluation
 from rlhf.report.result_file import check_result_file
 from rlhf.reward.load import open_reward_model
 from rlhf.reward.model import RewardModel
+from rlhf.reward.sides import side_texts
 from rlhf.statistics import Array, paired_difference
 
 # What each model's entry has of its report on the pairs.
@@ -377,7 +378,7 @@ def _alike_after_cut(reward: RewardModel, rows: Sequence[Pair]) -> int:
     if not reward.cut_answers:
         return 0
     with reward.uncounted():
-        sides = [reward.encode([asked(r, side) for r in rows], [answer(r, side) for r in rows], None) for side in SIDES]
+        sides = [reward.encode(*side_texts(rows, side)) for side in SIDES]
     return sum(
         chosen == rejected and told(row, "chosen") != told(row, "rejected")
         for row, chosen, rejected in zip(rows, *sides, strict=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from rlhf.data.conversations import conversation_keys
-from rlhf.data.rows import SIDES, TIE, Pair, answer, asked, pair_digest
+from rlhf.data.rows import TIE, Pair, pair_digest
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.scalar_head import score_head
 from rlhf.objectives.annotators import fit_accuracy
@@ -41,6 +41,7 @@ from rlhf.reward.noise import (
     foresee_contradictions,
     vote_grid,
 )
+from rlhf.reward.sides import side_features
 
 SUREST = 1e-6  # P(wrong) that voters learn lies between this and 1 minus this
 LEAST_RATE = 0.01  # no label is taken to be beyond doubt, or no expert could contradict it
@@ -307,10 +308,7 @@ def pair_features(model: str | Path, pairs: Sequence[Pair]) -> Tensor:
     if score_head(network) is None:
         return torch.ones(len(pairs), 1)
     reward = RewardModel(network.eval(), tokenizer, conversational=True)
-    chosen, rejected = (
-        reward.features([asked(pair, side) for pair in pairs], [answer(pair, side) for pair in pairs]) for side in SIDES
-    )
-    return chosen - rejected
+    return side_features(reward, pairs, "chosen") - side_features(reward, pairs, "rejected")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from rlhf.data.conversations import conversation_keys
-from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, answer, asked, completion
+from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, answer, asked, completion, has_ended
 from rlhf.evaluation.pairs import pair_report, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
@@ -36,6 +36,7 @@ from rlhf.reward.gate import fit_gate, label_columns
 from rlhf.reward.gated import save_gated
 from rlhf.reward.load import calibrate_reward_model
 from rlhf.reward.model import RewardModel
+from rlhf.reward.sides import side_texts
 from rlhf.reward.sources import by_source
 from rlhf.statistics import win_rate
 
@@ -203,10 +204,8 @@ def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: 
     gate = None
     if section.experts == "gate":
         rows = [row for domain in domains.values() for row in domain if row.get("confidence") != TIE]
-        chosen, rejected = (
-            experts.score_each([asked(row, side) for row in rows], [answer(row, side) for row in rows])
-            for side in SIDES
-        )
+        sides = (side_texts(rows, side) for side in SIDES)
+        chosen, rejected = (experts.score_each(prompts, texts, ended=ended) for prompts, texts, ended in sides)
         features = experts.prompt_features([row["prompt"] for row in rows])
         confidence, weight = label_columns(rows)
         gate, _ = fit_gate(features, (chosen - rejected) / scales[:, 1], confidence=confidence, weight=weight)
@@ -228,8 +227,12 @@ def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Sa
     answers: list[tuple[Prompt, str]]
     if context.recipe.reward.needs_ratings:
         rated: list[Rated] = read_jsonl(context.ratings)[:CALIBRATION_SAMPLES]
-        answers = [(row["prompt"], completion(row)) for row in rated]
+        answers, ended = (
+            [(row["prompt"], completion(row)) for row in rated],
+            [has_ended(row["completion"]) for row in rated],
+        )
     else:
         pairs: list[Pair] = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
         answers = [(asked(row, side), answer(row, side)) for row in pairs for side in SIDES]
-    return Samples(answers, [True] * len(answers))
+        ended = [has_ended(row[side]) for row in pairs for side in SIDES]
+    return Samples(answers, ended)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf.data.labels import Question, question_id
-from rlhf.data.rows import SIDES, Messages, Pair, Prompt, answer, asked, prompt_key
+from rlhf.data.rows import Messages, Pair, Prompt, prompt_key
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.ends import prompts_too_long
@@ -29,6 +29,7 @@ from rlhf.recipe.schema import Recipe
 from rlhf.reward.ensemble import RewardEnsemble
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.model import RewardModel
+from rlhf.reward.sides import side_features, side_scores
 
 QUESTIONS, SAMPLES = "questions.jsonl", "samples.jsonl"
 
@@ -42,11 +43,17 @@ class SamplingSettings(TypedDict):
 
 
 class Candidate(NamedTuple):
-    """Two different answers to one prompt, which might be asked about."""
+    """Two different answers to one prompt, which might be asked about, and whether they came to their end."""
 
     prompt: Messages
     first: str
     second: str
+    first_ended: bool = True
+    second_ended: bool = True
+
+    def swapped(self) -> "Candidate":
+        """Return the same answers in the other order."""
+        return Candidate(self.prompt, self.second, self.first, self.second_ended, self.first_ended)
 
 
 def sampling_settings(recipe: Recipe, config: PreTrainedConfig) -> SamplingSettings:
@@ -153,10 +160,10 @@ def run_select(context: StageContext) -> dict[str, Any]:
         UserError: there is no pair of different answers.
     """
     # 1. Every two different answers to one prompt.
-    candidates, prompts, single = _candidates(context.parent("sample") / SAMPLES)
+    candidates, asked_about, single = _candidates(context.parent("sample") / SAMPLES)
     if not candidates:
         raise UserError(
-            f"{context.folder}: the policy gives one and the same answer to each of {prompts} prompts, so there is nothing to "
+            f"{context.folder}: the policy gives one and the same answer to each of {asked_about} prompts, so there is nothing to "
             "compare; raise ppo.kl_coef, or rounds.responses."
         )
     seed = context.recipe.seed * 1000 + context.round
@@ -171,13 +178,14 @@ def run_select(context: StageContext) -> dict[str, Any]:
     order = one_of_each_prompt_first(candidates)
     if reward_before is not None:
         reward = load_reward_model(reward_before / "model", device=context.device)
-        candidate_prompts = [candidate.prompt for candidate in candidates]
-        first = reward.score(candidate_prompts, [candidate.first for candidate in candidates])
-        second = reward.score(candidate_prompts, [candidate.second for candidate in candidates])
-        differences = (first - second).tolist()
+        prompts, firsts, seconds, firsts_ended, seconds_ended = zip(*candidates, strict=True)
+        rewards_first = reward.score(prompts, firsts, ended=firsts_ended)
+        rewards_second = reward.score(prompts, seconds, ended=seconds_ended)
+        means = rewards_first - rewards_second
+        differences = means.tolist()
         if rounds.select != "random":
             labelled: list[Pair] = read_jsonl(context.pairs)
-            order = most_worth(rounds.select, reward, candidates, first - second, labelled, count)
+            order = most_worth(rounds.select, reward, candidates, means, labelled, count)
         cuts = say_cut_texts(context, reward, stage="select")
     elif rounds.select != "random":
         context.say(f"select: no reward model yet, so pairs are taken at random and not by {rounds.select}.")
@@ -188,13 +196,14 @@ def run_select(context: StageContext) -> dict[str, Any]:
     # 3. As questions, in a random order that says nothing about why a pair was selected.
     questions = []
     for i in rng.sample(selected, len(selected)):
-        prompt, one, other = candidates[i]
-        difference = differences[i]
+        candidate, difference = candidates[i], differences[i]
         if rng.random() < 0.5:
-            one, other, difference = other, one, None if difference is None else -difference
-        source = lab_source(recipe, prompt) if rounds.labels_from == "lab" else None
-        name = question_id(context.round, prompt, [one, other])
-        questions.append(Question(name, context.round, prompt, one, other, source, difference))
+            candidate, difference = candidate.swapped(), None if difference is None else -difference
+        source = lab_source(recipe, candidate.prompt) if rounds.labels_from == "lab" else None
+        prompt, first, second, first_ended, second_ended = candidate
+        name = question_id(context.round, prompt, [first, second])
+        ends = [None if ended else False for ended in (first_ended, second_ended)]  # only a cut is noted
+        questions.append(Question(name, context.round, prompt, first, second, source, difference, *ends))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in questions])
     return {
         "candidates": len(candidates),
@@ -213,13 +222,13 @@ def _candidates(samples: Path) -> tuple[list[Candidate], int, int]:
         the pairs, the number of prompts, and the number of prompts with a single different answer.
     """
     prompts: dict[str, Messages] = {}
-    answers: dict[str, dict[str, None]] = {}  # each text once, in the order of the file
+    answers: dict[str, dict[str, bool]] = {}  # each text once, in the order of the file, and whether it ended
     for row in read_jsonl(samples):
         key = prompt_key(row["prompt"])
         prompts.setdefault(key, row["prompt"])
-        answers.setdefault(key, {})[row["completion"]] = None
+        answers.setdefault(key, {}).setdefault(row["completion"], row["ended"])
     candidates = [
-        Candidate(prompts[key], first, second)
+        Candidate(prompts[key], first, second, texts[first], texts[second])
         for key, texts in answers.items()
         for first, second in combinations(texts, 2)
         if first.strip() or second.strip()
@@ -261,17 +270,15 @@ def most_worth(
         count: how many are wanted; `diversity` ranks no more.
     """
     # 1. What the labels so far say about the head.
-    chosen, rejected = (
-        ([asked(row, side) for row in labelled], [answer(row, side) for row in labelled]) for side in SIDES
-    )
     covariance = head_covariance(
-        reward.features(*chosen) - reward.features(*rejected), reward.score(*chosen) - reward.score(*rejected)
+        side_features(reward, labelled, "chosen") - side_features(reward, labelled, "rejected"),
+        side_scores(reward, labelled, "chosen") - side_scores(reward, labelled, "rejected"),
     )
 
     # 2. What each candidate would add.
-    candidate_prompts = [candidate.prompt for candidate in candidates]
-    first = reward.features(candidate_prompts, [candidate.first for candidate in candidates])
-    second = reward.features(candidate_prompts, [candidate.second for candidate in candidates])
+    prompts, firsts, seconds, firsts_ended, seconds_ended = zip(*candidates, strict=True)
+    first = reward.features(prompts, firsts, ended=firsts_ended)
+    second = reward.features(prompts, seconds, ended=seconds_ended)
     differences = first - second
     if criterion == "diversity":
         return most_diverse(differences, means, covariance, count)

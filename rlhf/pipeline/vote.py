@@ -16,7 +16,7 @@ from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
 from rlhf.data.conversations import conversation_keys
-from rlhf.data.rows import SIDES, Pair, answer, asked, label_digest
+from rlhf.data.rows import SIDES, Pair, answer, asked, has_ended, label_digest
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.load import build_reward_model, load_tokenizer
 from rlhf.models.score import position_limit
@@ -37,6 +37,7 @@ from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.meter import Measured, measure_parts
 from rlhf.reward.model import RewardModel
 from rlhf.reward.noise import NoiseEstimate, decided_rows, estimate_noise
+from rlhf.reward.sides import side_scores
 from rlhf.reward.trainer import training_columns
 from rlhf.reward.vote import Train, collect_votes, plan_vote
 from rlhf.statistics import auroc
@@ -285,6 +286,7 @@ def _shared_trunk(setup: VoteSetup, folder: Path, top_layers: int) -> SharedTrun
             tokenizer,
             [asked(row, side) for row in setup.rows],
             [answer(row, side) for row in setup.rows],
+            ended=[has_ended(row[side]) for row in setup.rows],
             max_length=longest,
         )
         for side in SIDES
@@ -354,7 +356,4 @@ def _independent(
     train(trainer, folder, label=label, say=setup.say)
     reward = RewardModel(trainer.model.eval(), tokenizer, conversational=True)
     rows = [setup.rows[i] for i in judged]
-    chosen, rejected = (
-        reward.score([asked(row, side) for row in rows], [answer(row, side) for row in rows]) for side in SIDES
-    )
-    return chosen - rejected
+    return side_scores(reward, rows, "chosen") - side_scores(reward, rows, "rejected")

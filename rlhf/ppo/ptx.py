@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.rows import Demonstration, Prompt
+from rlhf.data.rows import Demonstration, Prompt, has_ended
 from rlhf.models.demonstrations import encode_behind_prompts
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.templates import end_at_end_token
@@ -32,7 +32,8 @@ class Demonstrations:
         prompts = [row["prompt"] for row in rows]
         answers = [last_turn(row["completion"]) for row in rows]
         self.texts: list[tuple[Prompt, str]] = list(zip(prompts, answers, strict=True))
-        uncut_rows, starts = encode_behind_prompts(tokenizer, prompts, answers)
+        ended = [has_ended(row["completion"]) for row in rows]
+        uncut_rows, starts = encode_behind_prompts(tokenizer, prompts, answers, ended)
         most = max(map(len, uncut_rows)) if max_length is None else max_length
         self.rows = [without_beginning(row, most, tokenizer.bos_token_id) for row in uncut_rows]
         # What was cut off a row's beginning is missing from its prompt.

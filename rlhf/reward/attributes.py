@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig
 
 from rlhf.data.ratings import ratings_of
-from rlhf.data.rows import SIDES, Pair
+from rlhf.data.rows import SIDES, Pair, has_ended
 from rlhf.errors import UserError
 from rlhf.models.scalar_head import score_head
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
@@ -104,7 +104,8 @@ class AttributeRewardTrainer(MergedHeadRewardTrainer):
         encoded = []
         for side in ("completion",) if "completion" in batch else SIDES:
             prompts = map(before_last_turn, batch["prompt"], batch[side])
-            encoded.append(encode_answers(tokenizer, list(prompts), [last_turn(text) for text in batch[side]])[0])
+            texts, ended = [last_turn(text) for text in batch[side]], [has_ended(text) for text in batch[side]]
+            encoded.append(encode_answers(tokenizer, list(prompts), texts, ended=ended)[0])
         return {"answer_ids": [list(answers) for answers in zip(*encoded, strict=True)]}
 
     def short_enough(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.ratings import ratings_of
-from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, answer, asked, completion
+from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, completion
 from rlhf.errors import UserError
 from rlhf.models.heads import combine_labels, label_layer
 from rlhf.models.load import load_scorer
@@ -23,6 +23,7 @@ from rlhf.models.open import one_sentence
 from rlhf.objectives.gated import gated_score, length_multiple, ridge, spearman
 from rlhf.reward.gate import GATE, Gate, fit_gate, label_columns, mean_states
 from rlhf.reward.model import Network, RewardModel
+from rlhf.reward.sides import side_features
 
 GATED = "gated.json"
 FEWEST_RATINGS = 2  # through which a line can be laid
@@ -197,10 +198,7 @@ def fit_gated(
     pairs = [row for row in pairs if row.get("confidence") != TIE]
     if not pairs:
         raise UserError("reward: all pairs are ties, so there is nothing to fit the gate to.")
-    chosen, rejected = (
-        reward.features([asked(row, side) for row in pairs], [answer(row, side) for row in pairs]).double()
-        for side in SIDES
-    )
+    chosen, rejected = (side_features(reward, pairs, side).double() for side in SIDES)
     of_prompts = prompt_features(reward, [row["prompt"] for row in pairs])
     confidence, weight = label_columns(pairs)
     differences = ((chosen - rejected) @ head.T).float()

@@ -193,16 +193,27 @@ class RewardModel:
     def encode(
         self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool] | None
     ) -> list[list[int]]:
-        """Return the token rows that the model reads, and count in `cut` the texts that were too long."""
-        conversational = self.conversational or any(not isinstance(prompt, str) for prompt in prompts)
-        rows, cut = encode_answers(
-            self.tokenizer,
-            prompts,
-            responses,
-            ended=ended,
-            max_length=self.max_length,
-            conversational=conversational,
-        )
+        """Return the token rows that the model reads, and count in `cut` the texts that were too long.
+
+        A model of plain texts reads a prompt that is a string as it stands, also beside one that is a conversation.
+        """
+        flags = [True] * len(prompts) if ended is None else ended
+        kinds = [self.conversational or not isinstance(prompt, str) for prompt in prompts]
+        rows: list[list[int]] = [[]] * len(prompts)
+        cut = 0
+        for kind in sorted(set(kinds)):
+            numbers = [i for i, other in enumerate(kinds) if other == kind]
+            encoded, too_long = encode_answers(
+                self.tokenizer,
+                [prompts[i] for i in numbers],
+                [responses[i] for i in numbers],
+                ended=[flags[i] for i in numbers],
+                max_length=self.max_length,
+                conversational=kind,
+            )
+            cut += too_long
+            for i, row in zip(numbers, encoded, strict=True):
+                rows[i] = row
         self.cut += cut
         if cut:
             longest = [response for row, response in zip(rows, responses, strict=True) if len(row) >= self.max_length]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig
 
 from rlhf.data.read import BadRow
-from rlhf.data.rows import SIDES, Messages, Pair, Prompt, answer, asked, pair_digest, prompt_key
+from rlhf.data.rows import SIDES, Messages, Pair, Prompt, answer, asked, has_ended, pair_digest, prompt_key
 from rlhf.errors import UserError
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.objectives.rankings import is_best
@@ -248,7 +248,8 @@ class RankingRewardTrainer(PairRewardTrainer):
             sides = row["responses"] if "responses" in row else [{"content": row[side]} for side in SIDES]
             contents = [side["content"] for side in sides]
             prompts = [before_last_turn(row["prompt"], turns) for turns in contents]
-            answer_ids.append(encode_answers(tokenizer, prompts, [last_turn(turns) for turns in contents])[0])
+            texts, ended = [last_turn(turns) for turns in contents], [has_ended(turns) for turns in contents]
+            answer_ids.append(encode_answers(tokenizer, prompts, texts, ended=ended)[0])
         return {"answer_ids": answer_ids, "beats": [comparisons_of(row) for row in rows]}
 
     def short_enough(

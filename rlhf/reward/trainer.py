@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
-from rlhf.data.rows import TIE
+from rlhf.data.rows import TIE, has_ended
 from rlhf.errors import TrainingError, UserError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
@@ -224,7 +224,8 @@ class PairRewardTrainer(RewardTrainer):
         rows = {}
         for side in ("chosen", "rejected"):
             prompts = map(before_last_turn, batch["prompt"], batch[side])
-            rows[f"{side}_ids"], _ = encode_answers(tokenizer, list(prompts), [last_turn(text) for text in batch[side]])
+            texts, ended = [last_turn(text) for text in batch[side]], [has_ended(text) for text in batch[side]]
+            rows[f"{side}_ids"], _ = encode_answers(tokenizer, list(prompts), texts, ended=ended)
         return rows
 
     def short_enough(

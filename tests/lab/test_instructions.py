@@ -219,10 +219,10 @@ def rows(file: Path) -> list[dict[str, object]]:
 
 
 def test_files_are_as_the_settings_say(tmp_path: Path) -> None:
-    def answers(prompts: Sequence[str]) -> list[str]:
+    def answers(prompts: Sequence[str]) -> list[tuple[str, bool]]:
         """Half of the answers are the best, half are unfinished; one call in five says the same twice."""
         texts = [best_answer(p) if i % 2 else f"{best_answer(p)[:-1]} {i}" for i, p in enumerate(prompts)]
-        return [texts[i - i % 2] if i % 10 < 2 else text for i, text in enumerate(texts)]
+        return [(texts[i - i % 2] if i % 10 < 2 else text, i % 7 > 0) for i, text in enumerate(texts)]
 
     facts = build_instructions(tmp_path / "a", LabSettings(pairs=300, test_pairs=60, annotators="exact"), answers)
     build_instructions(tmp_path / "b", LabSettings(pairs=300, test_pairs=60, annotators="exact"), answers)
@@ -241,6 +241,10 @@ def test_files_are_as_the_settings_say(tmp_path: Path) -> None:
     assert not set(prompts["test"]) & set(prompts["test_prompts"])
     pairs = rows(data / "preferences.jsonl")
     assert {row["source"] for row in pairs} == {"helpful", "harmless"}
+    turns = [row[side][0] for row in pairs for side in ("chosen", "rejected")]  # type: ignore[index]
+    cut_off = [turn for turn in turns if "ended" in turn]
+    assert {turn["ended"] for turn in cut_off} == {False}, "an answer that came to its end has nothing to say of it"
+    assert 0.08 < len(cut_off) / len(turns) < 0.25, "one in seven was cut off"
     chosen, rejected = ([row[side][0]["content"] for row in pairs] for side in ("chosen", "rejected"))  # type: ignore[index]
     differences = [
         a - b for a, b in zip(gold(prompts["preferences"], chosen), gold(prompts["preferences"], rejected), strict=True)
@@ -257,9 +261,9 @@ def test_several_answers_to_a_prompt_are_compared_two_by_two(tmp_path: Path) -> 
     """60 prompts are answered four times, and all six pairs of each are labelled; they train as one group."""
     asked: list[str] = []
 
-    def answers(prompts: Sequence[str]) -> list[str]:
+    def answers(prompts: Sequence[str]) -> list[tuple[str, bool]]:
         asked.extend(prompts)
-        return [f"{best_answer(p)[:-1]} {i}" for i, p in enumerate(prompts)]
+        return [(f"{best_answer(p)[:-1]} {i}", True) for i, p in enumerate(prompts)]
 
     build_instructions(tmp_path, LabSettings(pairs=360, answers=4, test_pairs=60), answers)
     pairs = rows(tmp_path / "data/preferences.jsonl")
@@ -274,4 +278,6 @@ def test_several_answers_to_a_prompt_are_compared_two_by_two(tmp_path: Path) -> 
 
 def test_a_model_that_says_one_thing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the same answer every time to each of 100 prompts"):
-        build_instructions(tmp_path, LabSettings(pairs=100, test_pairs=50), lambda prompts: ["no"] * len(prompts))
+        build_instructions(
+            tmp_path, LabSettings(pairs=100, test_pairs=50), lambda prompts: [("no", True)] * len(prompts)
+        )

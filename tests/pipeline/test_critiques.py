@@ -242,8 +242,8 @@ def test_critiques_of_instructions_are_true(prompt: str, answer: str, expected: 
 
 
 def test_pairs_of_instructions_have_critiques_where_they_are_asked_for(tmp_path: Path) -> None:
-    def answers(prompts: Sequence[str]) -> list[str]:
-        return [f"Answer {i}. The end." for i in range(len(prompts))]
+    def answers(prompts: Sequence[str]) -> list[tuple[str, bool]]:
+        return [(f"Answer {i}. The end.", True) for i in range(len(prompts))]
 
     for are_asked in (True, False):
         settings = LabSettings(pairs=6, test_pairs=4, critiques=are_asked)
