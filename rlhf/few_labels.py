@@ -14,7 +14,7 @@ from scipy.stats import t as students_t
 
 CONFIDENCE = 0.95
 FEWEST = 3  # labels below which a deviation is no estimate
-GRID = 2001
+GRID = 2001  # rates that are tried, at least
 BET = 0.5  # of what a bet may lose at most
 FEW_FOR_WEIGHT = 10.0  # the judge's weight is drawn to 0 as if so many labels had shown that it knows nothing
 Array = NDArray[np.float64]
@@ -44,11 +44,12 @@ def powered_rate(human: Sequence[float], judge: Sequence[float], judge_alone: Se
 
         θ = λ · mean f(alone) + mean r,   r = y - λ f,   λ = Cov(y, f) / ( (1 + n/N) Var f ), in [0, 1]
         Var θ = λ² Var(f) / N + Var(r) / n
-        Var(r) = ( Σ ( r - mean r )² + λ ( -λ - mean r )² + λ ( 1 - mean r )² ) / ( n - 1 + 2 λ )
+        Var(r) = ( Σ ( r - mean r )² + λ ( 0 - λ f⁺ - mean r )² + λ ( 1 - λ f⁻ - mean r )² ) / ( n - 1 + 2 λ )
 
-    The last two squares are of two labels that contradict the judge, one each way, each counted λ times. Without them a judge
-    that is wrong in one of 25 rows, and by chance in none of the first 20 labels, would be believed outright: the interval
-    then held the truth 57 times of 100.
+    The last two squares are of two labels that contradict the judge, each counted λ times: a loss where it says f⁺, the mean of
+    its verdicts from their mean up, and a win where it says f⁻, the mean of those below. Without them a judge that is wrong in
+    one of 25 rows, and by chance in none of the first 20 labels, would be believed outright: the interval then held the truth 57
+    times of 100.
 
     Special cases: a judge who knows nothing has λ = 0 and leaves the rate of people alone; one that is always right has λ near
     1 and makes it that of n + N labels, once n is large. The interval is Student's with n - 2 degrees of freedom, as λ is fitted
@@ -67,22 +68,28 @@ def powered_rate(human: Sequence[float], judge: Sequence[float], judge_alone: Se
     labels, verdicts, alone = (np.asarray(values, dtype=float) for values in (human, judge, judge_alone))
     n, rows = len(labels), len(alone)
     assert n >= FEWEST, "a deviation needs three labels"
-    spread = float(np.concatenate([verdicts, alone]).var(ddof=1))
+    all_verdicts = np.concatenate([verdicts, alone])
+    spread = float(all_verdicts.var(ddof=1))
     weight = 0.0
     if rows and spread > 0:
         weight = min(1.0, max(0.0, float(np.cov(labels, verdicts)[0, 1]) / ((1 + n / rows) * spread)))
     rest = labels - weight * verdicts
     mean = float(rest.mean()) + (weight * float(alone.mean()) if rows else 0.0)
     squares = float(((rest - rest.mean()) ** 2).sum())
-    contradicted = weight * float(((np.array([-weight, 1.0]) - rest.mean()) ** 2).sum())
-    of_rest = (squares + contradicted) / (n - 1 + 2 * weight)
+    if weight > 0:  # so the verdicts differ, and some lie below their mean
+        is_up = all_verdicts >= all_verdicts.mean()
+        up, down = float(all_verdicts[is_up].mean()), float(all_verdicts[~is_up].mean())
+        contradicting = np.array([0.0 - weight * up, 1.0 - weight * down])
+        squares += weight * float(((contradicting - rest.mean()) ** 2).sum())
+    of_rest = squares / (n - 1 + 2 * weight)
     variance = of_rest / n + (weight**2 * spread / rows if rows else 0.0)
     return _with_interval(mean, variance, n - 2, weight)
 
 
 def _with_interval(mean: float, variance: float, freedom: int, weight: float) -> Rate:
     half = float(students_t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
-    return Rate(mean, max(0.0, mean - half), min(1.0, mean + half), weight)
+    low, high = max(0.0, mean - half), min(1.0, mean + half)
+    return Rate(min(1.0, max(0.0, mean)), min(low, 1.0), max(high, 0.0), weight)
 
 
 def rate_at_any_look(
@@ -114,9 +121,9 @@ def rate_at_any_look(
     labels, verdicts = np.asarray(human, dtype=float), np.asarray(judge, dtype=float)
     remaining, rows = float(verdicts.sum() + np.sum(judge_alone)), len(verdicts) + len(judge_alone)
     spread = float(np.concatenate([verdicts, np.asarray(judge_alone, dtype=float)]).var())
-    candidates = np.linspace(0, 1, GRID)
-    higher, lower = np.ones(GRID), np.ones(GRID)
-    is_in = np.ones(GRID, dtype=bool)
+    candidates = _candidates(rows, len(labels))
+    higher, lower = np.ones_like(candidates), np.ones_like(candidates)
+    is_in = np.ones(len(candidates), dtype=bool)
     corrected: list[float] = []
     intervals: list[tuple[float, float]] = []
     for s in range(len(labels)):
@@ -124,7 +131,9 @@ def rate_at_any_look(
         left = rows - s
         mean_left = remaining / left
         expected = (rows * candidates - labels[:s].sum()) / left
-        is_in &= (expected >= -1e-12) & (expected <= 1 + 1e-12)  # some labels of the rest would be outside [0, 1]
+        slack = 0.5 * candidates[1] * rows / left  # half a step of the candidates: the true rate may lie between two
+        is_in &= (expected >= -slack) & (expected <= 1 + slack)  # some labels of the rest would be outside [0, 1]
+        expected = np.clip(expected, 0, 1)
         weight = _weight_so_far(labels[:s], verdicts[:s], spread)
         lowest, highest = -weight * (1 - mean_left), 1 + weight * mean_left
         stake = _stake(corrected, confidence)
@@ -143,6 +152,14 @@ def rate_at_any_look(
         inside = candidates[is_in]
         intervals.append((float(inside.min()), float(inside.max())) if len(inside) else (math.nan, math.nan))
     return intervals
+
+
+def _candidates(rows: int, labelled: int) -> Array:
+    """Return rates from 0 to 1; where most rows are labelled, all that whole and half labels of so many rows can have."""
+    steps = GRID - 1
+    if 2 * labelled > rows:
+        steps = 2 * rows * math.ceil(steps / (2 * rows))
+    return np.linspace(0, 1, steps + 1)
 
 
 def _weight_so_far(labels: Array, verdicts: Array, spread: float) -> float:

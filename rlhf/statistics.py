@@ -188,10 +188,10 @@ def best_temperature(differences: Sequence[float]) -> float | None:
     """Return the T for which σ(d / T) fits the labels best, on the very pairs it describes; above 1 the model is too sure.
 
     Returns:
-        T; None where no finite T fits: all pairs right, or no better than chance.
+        T; None where no finite T above 0 fits: no pair is wrong, or no better than chance.
     """
     values = np.asarray(differences, dtype=float)
-    if not values.any() or (values > 0).all() or values.sum() <= 0:
+    if (values >= 0).all() or values.sum() <= 0:
         return None
     scale = float(np.abs(values).mean())
     minimum = minimize_scalar(lambda log_t: pair_nll(values, scale * math.exp(log_t)), bounds=(-9, 9), method="bounded")

@@ -22,13 +22,19 @@ def population(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
 
 
 def test_the_formula_by_hand() -> None:
-    """PPI++ for a mean, eq. 2 and the tuned weight, in plain numpy."""
+    """PPI++ for a mean, eq. 2 and the tuned weight, in plain numpy, with two labels more that contradict the judge."""
     rng = np.random.default_rng(0)
     wins, judge = population("graded", rng)
     y, f, alone = wins[:30], judge[:30], judge[30:200]
     weight = ((y - y.mean()) * (f - f.mean())).sum() / 29 / ((1 + 30 / 170) * judge[:200].var(ddof=1))
     mean = weight * alone.mean() + (y - weight * f).mean()
-    variance = weight**2 * judge[:200].var(ddof=1) / 170 + (y - weight * f).var(ddof=1) / 30
+    rest, everything = y - weight * f, judge[:200]
+    above, below = (
+        everything[is_side].mean() for is_side in (everything >= everything.mean(), everything < everything.mean())
+    )
+    squares = ((rest - rest.mean()) ** 2).sum()
+    squares += weight * (-weight * above - rest.mean()) ** 2 + weight * (1 - weight * below - rest.mean()) ** 2
+    variance = weight**2 * everything.var(ddof=1) / 170 + squares / (29 + 2 * weight) / 30
     rate = powered_rate(y.tolist(), f.tolist(), alone.tolist())
     assert rate.judge_weight == pytest.approx(weight)
     assert rate.mean == pytest.approx(mean)
@@ -63,18 +69,65 @@ def simulations(kind: str, count: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["right", "graded", "binary", "knows nothing", "turned round"])
 def test_one_look_covers_whatever_the_judge_is(kind: str) -> None:
-    """500 simulations: at least 0.93, and 0.95 within three standard errors, 0.01 each."""
-    assert 0.93 <= simulations(kind, 500)["coverage"] <= 0.98
+    """500 simulations: at least 0.93, and 0.95 within three standard errors, 0.01 each.
+
+    Of a judge that is right the interval is wider than it need be: a hundred labels cannot show that it never errs.
+    """
+    assert 0.93 <= simulations(kind, 500)["coverage"] <= (1.0 if kind == "right" else 0.98)
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows", "rate", "wins_missed", "losses_called_wins"),
+    [
+        (10, 10_000, 0.6, 0.0, 0.1),
+        (20, 10_000, 0.6, 0.0, 0.1),
+        (30, 2_000, 0.5, 0.0, 0.05),
+        (100, 10_000, 0.6, 0.0, 0.1),
+        (100, 2_000, 0.5, 0.03, 0.0),
+        (20, 500, 0.8, 0.1, 0.1),
+        (50, 500, 0.9, 0.05, 0.05),
+    ],
+)
+def test_a_judge_that_seldom_errs_is_not_believed_outright(
+    labels: int, rows: int, rate: float, wins_missed: float, losses_called_wins: float
+) -> None:
+    """By chance few labels contradict it, or none; without two that do, 0.33 to 0.92 of the intervals held the truth."""
+    rng = np.random.default_rng(3)
+    covered = []
+    for _ in range(500):
+        wins = rng.random(labels + rows) < rate
+        judge = np.where(wins, rng.random(len(wins)) >= wins_missed, rng.random(len(wins)) < losses_called_wins)
+        y, f = wins[:labels].astype(float), judge.astype(float)
+        if 0 < y.mean() < 1:  # else no interval is shown
+            found = powered_rate(y.tolist(), f[:labels].tolist(), f[labels:].tolist())
+            covered.append(found.low <= rate <= found.high)
+    assert np.mean(covered) >= 0.91, "0.93 or more, within two standard errors of 500 draws"
+
+
+def test_all_rows_labelled_leave_the_rate_that_they_have() -> None:
+    """No step of the grid is wider than what the last labels leave open; 3,500 rows once had 11 of 40 without any rate."""
+    for seed in range(3):
+        wins = (np.random.default_rng(seed).random(3500) < 0.6).astype(float)
+        low, high = rate_at_any_look(wins.tolist(), [0.5] * 3500, [])[-1]
+        assert low - 1e-9 <= wins.mean() <= high + 1e-9
+        assert high - low <= 2 / 3500
+
+
+def test_a_rate_is_a_rate() -> None:
+    """The judge's wins of the rest stand on top of labels that it called losses: 1.11, cut to 1."""
+    rate = powered_rate([1.0] * 8 + [0.0] * 2, [0.7] * 8 + [0.1] * 2, [1.0] * 1000)
+    assert rate.mean == rate.high == 1.0
 
 
 def test_width_at_a_hundred_labels() -> None:
     """A judge of two verdicts that agrees on 0.8 leaves sqrt(1 - 0.6²) = 0.8 of the width, which no method can better; one that
-    says how sure it is, and agrees as often, leaves less. All of them a little more: 2,000 verdicts err too.
+    says how sure it is, and agrees as often, leaves less. All of them a little more: 2,000 verdicts err too, and two labels that
+    contradict the judge are added.
     """
-    assert simulations("binary", 200)["width"] == pytest.approx(0.81, abs=0.02)
-    assert simulations("graded", 200)["width"] == pytest.approx(0.77, abs=0.02)
-    assert simulations("binary, 0.85", 200)["width"] <= 0.75
-    assert simulations("right", 200)["width"] <= 0.3
+    assert simulations("binary", 200)["width"] == pytest.approx(0.82, abs=0.02)
+    assert simulations("graded", 200)["width"] == pytest.approx(0.79, abs=0.02)
+    assert simulations("binary, 0.85", 200)["width"] == pytest.approx(0.75, abs=0.02)
+    assert simulations("right", 200)["width"] <= 0.37
     assert simulations("knows nothing", 200)["width"] <= 1.02
 
 

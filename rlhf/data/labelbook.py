@@ -1,11 +1,13 @@
 """The book of people's verdicts: one sqlite file a run, written by the labelling page and by imports, read by the run."""
 
+import hashlib
 import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from rlhf.data.controls import Control, Gold, History, Repeat
 from rlhf.data.labels import Question, Verdict
@@ -24,6 +26,14 @@ CREATE TABLE IF NOT EXISTS control_verdicts (
     id TEXT NOT NULL, annotator TEXT NOT NULL, label TEXT NOT NULL, seconds REAL, at REAL NOT NULL, of TEXT NOT NULL,
     PRIMARY KEY (id, annotator));
 """
+
+
+class Progress(NamedTuple):
+    """How many of a round's questions are done, how many there are, and how many of those done lack verdicts, as people skipped."""
+
+    done: int
+    total: int
+    given_up: int
 
 
 class LabelBook:
@@ -115,26 +125,38 @@ class LabelBook:
         return None if row is None else str(row[0])
 
     def next_for(self, annotator: str, round_number: int, *, wanted: int) -> Question | None:
-        """Return the next question that this annotator has not answered and that has fewer than `wanted` verdicts."""
-        with self._open() as connection:
-            row = connection.execute(
-                "SELECT q.row FROM questions q WHERE q.round = ? "
-                "AND NOT EXISTS (SELECT 1 FROM verdicts v WHERE v.id = q.id AND v.annotator = ?) "
-                "AND (SELECT COUNT(*) FROM verdicts v WHERE v.id = q.id) < ? ORDER BY q.position LIMIT 1",
-                (round_number, annotator, wanted),
-            ).fetchone()
-        return None if row is None else Question(**json.loads(row[0]))
+        """Return the next question that this annotator has not answered and that has fewer than `wanted` verdicts; a skip is none.
 
-    def progress(self, round_number: int, *, wanted: int) -> tuple[int, int]:
-        """Return how many of a round's questions have as many verdicts as are wanted, and how many questions there are."""
+        Everybody has an order of their own, drawn by their name, so that people who work at once seldom get the same question.
+        """
         with self._open() as connection:
-            done = connection.execute(
-                "SELECT COUNT(*) FROM questions q WHERE q.round = ? "
-                "AND (SELECT COUNT(*) FROM verdicts v WHERE v.id = q.id) >= ?",
-                (round_number, wanted),
-            ).fetchone()[0]
-            total = connection.execute("SELECT COUNT(*) FROM questions WHERE round = ?", (round_number,)).fetchone()[0]
-        return int(done), int(total)
+            rows = connection.execute(
+                "SELECT q.id, q.row FROM questions q WHERE q.round = ? "
+                "AND NOT EXISTS (SELECT 1 FROM verdicts v WHERE v.id = q.id AND v.annotator = ?) "
+                "AND (SELECT COUNT(*) FROM verdicts v WHERE v.id = q.id AND v.label != 'skip') < ?",
+                (round_number, annotator, wanted),
+            ).fetchall()
+        if not rows:
+            return None
+        _, row = min(rows, key=lambda one: hashlib.sha256(f"{annotator}\x1f{one[0]}\x1forder".encode()).digest())
+        return Question(**json.loads(row))
+
+    def progress(self, round_number: int, *, wanted: int) -> Progress:
+        """Return how far a round's questions are.
+
+        A question is done when it has as many verdicts as are wanted, skips left out; or when it cannot get them from those who
+        label this round, as some skipped it and all who gave any verdict, at least `wanted`, have seen it.
+        """
+        with self._open() as connection:
+            counts = connection.execute(
+                "SELECT COUNT(v.id), COALESCE(SUM(v.label != 'skip'), 0) FROM questions q "
+                "LEFT JOIN verdicts v ON v.id = q.id WHERE q.round = ? GROUP BY q.id",
+                (round_number,),
+            ).fetchall()
+        people = len({verdict.annotator for verdict in self.verdicts(round_number)})
+        whole = sum(decided >= wanted for _, decided in counts)
+        given_up = sum(decided < wanted and seen >= max(wanted, people) for seen, decided in counts)
+        return Progress(whole + given_up, len(counts), given_up)
 
     def hide_gold(self, gold: Sequence[Gold]) -> None:
         """Add gold questions to a round; of those that are in the book the right answer is this one from now on."""

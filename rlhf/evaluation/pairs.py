@@ -211,9 +211,9 @@ def ranking_report(
     """Report how well a model orders the answers of K-wise data, ranking by ranking. The interval resamples conversations.
 
     `best_of_k` is how often every best answer is scored above every other, strictly, so a tie is wrong; chance is
-    1 / C(K, number of best ones). `tau_b` is the mean rank correlation. `best_of_n` is what choosing the best of n with this
-    model gives, in the unit of the labels, at which KL: the unbiased estimator over all subsets, beside choosing by the labels
-    themselves, on the prompts that have n answers.
+    1 / C(K, number of best ones). `tau_b` is the mean rank correlation, 0 where all scores are alike. `best_of_n` is what choosing
+    the best of n with this model gives, in the unit of the labels, at which KL: the unbiased estimator over all subsets, beside
+    choosing by the labels themselves, on the prompts that have n answers.
 
     Args:
         labels: of each prompt's answers [K], higher is better, not all alike.
@@ -222,14 +222,14 @@ def ranking_report(
     """
     golds = [np.asarray(values, dtype=float) for values in labels]
     best = [float(p[g == g.max()].min() > p[g < g.max()].max()) for p, g in zip(scores, golds, strict=True)]
-    taus = [tau for p, g in zip(scores, golds, strict=True) if not np.isnan(tau := kendalltau(p, g).statistic)]
+    taus = [0.0 if len(set(p)) == 1 else kendalltau(p, g).statistic for p, g in zip(scores, golds, strict=True)]
     accuracy, interval = clustered_share(best, conversation_keys(prompts))
     return {
         "prompts": len(golds),
         "best_of_k": accuracy,
         "best_of_k_ci": interval,
         "best_of_k_by_chance": float(np.mean([1 / math.comb(len(g), int((g == g.max()).sum())) for g in golds])),
-        "tau_b": float(np.mean(taus)) if taus else None,
+        "tau_b": float(np.mean(taus)),
         "best_of_n": _best_of_n(scores, golds),
     }
 

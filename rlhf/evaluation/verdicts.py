@@ -77,7 +77,7 @@ def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> Verdi
     clusters = conversation_keys([row["prompt"] for row in rows])
     log_odds, bias = verdicts.orders
     right, turned = right_verdicts(verdicts), turns_with_order(verdicts.orders).double()[verdicts.fits].tolist()
-    sure, given = first_is_better(verdicts.orders).double(), verdicts.fits
+    sure, given = first_is_better(verdicts.orders).double()[verdicts.fits], verdicts.fits
     read = [cluster for cluster, fits in zip(clusters, given.tolist(), strict=True) if fits]
     accuracy, accuracy_ci = clustered_share(right, clusters)
     turned_share, turned_ci = clustered_share(turned, read)
@@ -90,7 +90,7 @@ def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> Verdi
         "too_long": int((~verdicts.fits).sum()),
         "accuracy": accuracy,
         "accuracy_ci": accuracy_ci,
-        "ece": expected_calibration_error(sure.maximum(1 - sure).tolist(), right),
+        "ece": expected_calibration_error(sure.maximum(1 - sure).tolist(), np.array(right)[given.numpy()].tolist()),
         "turned": turned_share,
         "turned_ci": turned_ci,
         "says_a": float(says_a.mean()),

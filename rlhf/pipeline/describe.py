@@ -4,7 +4,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +12,7 @@ from rlhf.data.layouts import find_layout
 from rlhf.data.rankings import second_response
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.data.repeats import deduplicated
-from rlhf.data.rows import Compare, asked, has_tools, told
+from rlhf.data.rows import Compare, Pair, Side, asked, has_tools, told
 from rlhf.data.sources import (
     Row,
     Rows,
@@ -208,7 +208,11 @@ def _lengths(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBa
 
     unit = "characters" if tokenizer is None else "tokens"
     for part in ("prompt", *SIDES):
-        texts = [plain(row[part]) if part == "prompt" else row[part][0]["content"] for row in rows if part in row]
+        texts = [
+            plain(row["prompt"]) if part == "prompt" else told(cast(Pair, row), cast(Side, part))
+            for row in rows
+            if part in row
+        ]
         if texts:
             counts = sorted(length(text) for text in texts)
             middle, most = statistics.median_low(counts), counts[min(len(counts) - 1, int(0.95 * len(counts)))]

@@ -2,15 +2,18 @@
 
 import ast
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rlhf.files import file_digest
 from rlhf.models.gguf import SUFFIX as GGUF_SUFFIX
+from rlhf.recipe.document import differences
 
 # Of a model's folder, what a loader reads: weights, configuration, tokenizer, template, a reward model's card.
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
+DIGESTS = ("files", "sha256")  # the settings of a stage that hold digests by file name
 
 
 def known_digest(path: Path) -> str:
@@ -117,3 +120,17 @@ def _base_of_adapter(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError):
         return None
     return base if isinstance(base, str) else None
+
+
+def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+    """Say in a phrase what differs between two stages' settings; a file's digest says no more than that it changed."""
+    if before is None:
+        return "its settings, parents or seed changed"
+    phrases = []
+    for name in DIGESTS:
+        old, new = before.get(name) or {}, now.get(name) or {}
+        phrases += [f"{file} has changed" for file in sorted(old.keys() & new.keys()) if old[file] != new[file]]
+        phrases += [f"{file} is not there any more" for file in sorted(old.keys() - new.keys())]
+        phrases += [f"{file} was not there" for file in sorted(new.keys() - old.keys())]
+    old, new = ({key: value for key, value in settings.items() if key not in DIGESTS} for settings in (before, now))
+    return "; ".join(phrases + differences(old, new)) or "its parents or seed changed"

@@ -178,7 +178,7 @@ def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verd
     if rounds.labels_from == "judge":
         _ask_a_model(context, book, questions)
         return [verdict for verdict in book.verdicts(context.round) if verdict.annotator == rounds.judge_model]
-    done, total = book.progress(context.round, wanted=rounds.annotators_per_pair)
+    done, total, _ = book.progress(context.round, wanted=rounds.annotators_per_pair)
     if done < total:
         raise Waiting(
             f"round {context.round}: {done} of {total} pairs labelled: `rlhf label {context.run}`; then run the same command again."

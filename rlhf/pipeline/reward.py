@@ -12,7 +12,7 @@ from trl import ModelConfig
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, answer, asked, completion, has_ended
-from rlhf.evaluation.pairs import pair_report, score_pairs
+from rlhf.evaluation.pairs import pair_report, score_answers, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.generate import sample_texts
@@ -145,11 +145,12 @@ def _hindsight(context: StageContext, reward: Scorer) -> dict[str, Any] | None:
     last = read_jsonl(latest / "samples.jsonl")
     prompts = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")[: len(last)]]
     sides = [(last, "policy"), (last, "sft") if older is None else (read_jsonl(older / "samples.jsonl"), "policy")]
-    scores = [
-        reward.score(prompts, [row[who] for row in rows], ended=[row[f"ended_{who}"] for row in rows]).tolist()
-        for rows, who in sides
-    ]
-    rate, interval = win_rate(scores[0], scores[1], conversation_keys(prompts))
+    texts = [(prompt, row[who]) for rows, who in sides for prompt, row in zip(prompts, rows, strict=True)]
+    ended = [row[f"ended_{who}"] for rows, who in sides for row in rows]
+    scores = score_answers(
+        reward, texts, ended=ended, label="reward: hindsight"
+    ).tolist()  # equal answers, equal scores
+    rate, interval = win_rate(scores[: len(last)], scores[len(last) :], conversation_keys(prompts))
     return {"round": context.round - 1, "win_rate": rate, "win_rate_ci": interval}
 
 

@@ -201,6 +201,8 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
         unchanged = book.entries["finished files unchanged"]
         if not unchanged["held"]:
             raise UserError(f"{stage.folder}: {unchanged['sentence']}")
+    if is_main and store.is_begun_of_others(stage):
+        say(f"{stage.folder}: what it is made of was made again since it began, so it begins anew.")
     folder = store.open(stage) if is_main else store.wait_until_open(stage)
     parents = {role: store.path(parent) for role, parent in stage.parents.items()}
     seconds_before = store.seconds_kept(stage)

@@ -12,8 +12,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rlhf.data.labelbook import BOOK, LabelBook
-from rlhf.data.labels import Question, Verdict, read_questions
-from rlhf.data.rows import TIE, Pair
+from rlhf.data.labels import Question, Verdict, question_id, read_questions
+from rlhf.data.rows import SIDES, TIE, Pair, told
 from rlhf.errors import UserError, Waiting
 from rlhf.files import digest, read_jsonl, write_jsonl, write_text
 from rlhf.lab.annotators import simulate_expert
@@ -223,16 +223,23 @@ def _ask(context: StageContext, questions: Sequence[Question]) -> tuple[list[Que
     folder = context.run / LOOKS
     folder.mkdir(exist_ok=True)
     book = LabelBook(folder / BOOK)
-    if number not in book.rounds():
-        book.ask(questions)
-    done, total = book.progress(number, wanted=1)
+    pairs: list[Pair] = read_jsonl(context.pairs)
+    # What was asked before stays, answered or not, as long as its pair is there; other pairs are of a label stage made anew since.
+    there = {question_id(number, row["prompt"], [told(row, side) for side in SIDES]) for row in pairs}
+    kept = {question.id for question in book.questions(number)} & there
+    if withdrawn := book.withdraw_others(number, kept):
+        context.say(
+            f"second look: {withdrawn} questions of an earlier attempt at round {number} are taken back, with their verdicts."
+        )
+    new = [question for question in questions if question.id not in kept]
+    book.ask(new[: max(0, len(questions) - len(kept))])
+    done, total, _ = book.progress(number, wanted=1)
     if done < total:
         raise Waiting(
             f"round {number}, second look: {done} of {total} pairs labelled by experts: `rlhf label {folder}`; then run the same "
             "command again."
         )
     asked, verdicts = book.questions(number), book.verdicts(number)
-    pairs: list[Pair] = read_jsonl(context.pairs)
     check_verdicts(count_opinions(pairs, asked, verdicts), folder, asks_more=True)  # in the next round
     return asked, verdicts
 

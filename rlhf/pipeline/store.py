@@ -18,8 +18,7 @@ from rlhf.errors import UserError
 from rlhf.files import digest, file_digest, share_weights, write_text
 from rlhf.invariants.checks import Check
 from rlhf.invariants.files import finished_files_unchanged
-from rlhf.pipeline.digests import known_digest
-from rlhf.recipe.document import differences
+from rlhf.pipeline.digests import changes, known_digest
 from rlhf.report.records import MANIFEST, read_record, sealed
 from rlhf.versions import version_of
 
@@ -29,7 +28,6 @@ LOCK = ".lock"
 STARTED = "started.json"
 METRICS = "metrics.jsonl"
 SECONDS = "seconds.json"  # beside checkpoints: how long the work that they hold has taken
-DIGESTS = ("files", "sha256")  # the settings that hold digests by file name
 CONTENTS = (".safetensors", ".jsonl")
 POLL_SECONDS = 0.2
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "rlhf-pipeline")
@@ -88,7 +86,7 @@ class Store:
             verb = "made" if manifest is not None else "begun"
             raise UserError(
                 f"{self.path(stage)}: {verb} with other settings, data or parents than this recipe's "
-                f"({_changes(record.get('settings'), stage.settings)}); take the change back, "
+                f"({changes(record.get('settings'), stage.settings)}); take the change back, "
                 "choose another --out, or delete the folder, and those of later stages, to make them again."
             )
         if manifest is not None:
@@ -171,20 +169,44 @@ class Store:
     def open(self, stage: Stage) -> Path:
         """Open a stage for writing: empty its folder, but for checkpoints and metrics of an earlier attempt at this very stage.
 
+        What an earlier attempt left goes too where a parent was made anew since, with other contents.
+
         Returns:
             the folder.
         """
         folder = self.path(stage)
         started = self._started(stage)
         if folder.exists():
-            keep = {CHECKPOINTS, METRICS} if started is not None and started["key"] == stage.key else set()
+            keep = {CHECKPOINTS, METRICS} if started is not None and self._is_of(started, stage) else set()
             for entry in folder.iterdir():
                 if entry.name not in keep:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"key": stage.key, "stage": stage.name, "settings": dict(stage.settings), "versions": versions()}
+        record = {
+            "key": stage.key,
+            "stage": stage.name,
+            "settings": dict(stage.settings),
+            "parents": {role: self._as_parent(parent) for role, parent in stage.parents.items()},
+            "versions": versions(),
+        }
         write_text(folder / STARTED, json.dumps(sealed(record)))
         return folder
+
+    def is_begun_of_others(self, stage: Stage) -> bool:
+        """Return whether an earlier attempt at a stage began with other contents of its parents than lie there now."""
+        started = self._started(stage)
+        return started is not None and started["key"] == stage.key and not self._is_of(started, stage)
+
+    def _is_of(self, started: Mapping[str, Any], stage: Stage) -> bool:
+        """Return whether what a stage noted when it began is of this stage, and of its parents as they are."""
+        if started["key"] != stage.key:
+            return False
+        for role, parent in stage.parents.items():
+            read = started.get("parents", {}).get(role, {}).get("contents")  # none: begun before this was noted
+            now = self.manifest(parent)
+            if read is not None and now is not None and read != contents_of(now):
+                return False
+        return True
 
     def seconds_kept(self, stage: Stage) -> float:
         """Return how long earlier attempts at an open stage worked on what lies in its checkpoints.
@@ -252,20 +274,6 @@ class Store:
         except OSError as error:
             raise UserError(f"{self.root}: can't be written to ({error.strerror}); choose another --out.") from error
         return lock
-
-
-def _changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
-    """Say in a phrase what differs between two stages' settings; a file's digest says no more than that it changed."""
-    if before is None:
-        return "its settings, parents or seed changed"
-    phrases = []
-    for name in DIGESTS:
-        old, new = before.get(name) or {}, now.get(name) or {}
-        phrases += [f"{file} has changed" for file in sorted(old.keys() & new.keys()) if old[file] != new[file]]
-        phrases += [f"{file} is not there any more" for file in sorted(old.keys() - new.keys())]
-        phrases += [f"{file} was not there" for file in sorted(new.keys() - old.keys())]
-    old, new = ({key: value for key, value in settings.items() if key not in DIGESTS} for settings in (before, now))
-    return "; ".join(phrases + differences(old, new)) or "its parents or seed changed"
 
 
 def contents_of(manifest: Mapping[str, Any]) -> str:

@@ -91,6 +91,7 @@ class PPOTrainer(BaseTrainer):
     _tag_names = ["trl", "rlhf", "ppo"]
     _name = "PPO"
     _paper = {"title": "Fine-Tuning Language Models from Human Preferences", "id": "1909.08593"}
+    first_rollout = 0  # how many rollouts an earlier round took of the same prompts, in the same order
 
     def __init__(
         self,
@@ -201,9 +202,10 @@ class PPOTrainer(BaseTrainer):
     # ---- Rollout ----
 
     def prompts_of(self, rollout: int) -> list[PromptRow]:
-        """Return this process's rows of the training data for a rollout."""
+        """Return this process's rows of the training data for a rollout, which goes on behind `first_rollout` earlier ones."""
         size = self.args.local_rollout_size * self.accelerator.num_processes
-        indices = prompt_indices(len(self.train_dataset), size, seed=self.args.seed, rollout=rollout)
+        place = self.first_rollout + rollout
+        indices = prompt_indices(len(self.train_dataset), size, seed=self.args.seed, rollout=place)
         local_indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         rows: list[PromptRow] = self.train_dataset.select(local_indices).to_list()
         return rows

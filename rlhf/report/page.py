@@ -125,7 +125,7 @@ def verdict(summary: Summary, ppo: Sequence[Metrics]) -> list[str]:
 
 
 def _overoptimised(ppo: Sequence[Metrics]) -> str:
-    """Say whether gold ends below its best third of training while the proxy still rises, by more than rollouts scatter."""
+    """Say whether gold ends below its best third of training, by more than rollouts scatter, and what the proxy did since."""
     proxies, golds = _series(ppo, "reward_proxy", "reward_gold")
     if not golds:
         return "Whether the reward was over-optimised can't be said without a true reward over training."
@@ -133,16 +133,18 @@ def _overoptimised(ppo: Sequence[Metrics]) -> str:
         return f"{len(golds)} logged rollouts are too few to say whether the reward was over-optimised."
     third = len(golds) // 3
     proxy, gold = ([values[:third], values[third : 2 * third], values[2 * third :]] for values in (proxies, golds))
-    best = max(gold[:2], key=fmean)
     means = f"{fmean(gold[0]):.2f}, {fmean(gold[1]):.2f}, {fmean(gold[2]):.2f}"
-    error = math.sqrt(sum(variance(part) / len(part) for part in (best, gold[2])))
-    sure = float(t.ppf(SURE, len(best) + len(gold[2]) - 2))  # standard errors
-    if fmean(proxy[2]) > fmean(proxy[1]) and fmean(gold[2]) < fmean(best) - sure * error:
-        return (
-            f"The reward was over-optimised: in the last third of PPO the proxy rose from {fmean(proxy[1]):.2f} to "
-            f"{fmean(proxy[2]):.2f} while the true reward fell to {fmean(gold[2]):.2f} from {fmean(best):.2f}."
-        )
-    return f"No over-optimisation is seen over training: true reward by thirds {means}."
+    best = 0 if fmean(gold[0]) >= fmean(gold[1]) else 1
+    error = math.sqrt(sum(variance(part) / len(part) for part in (gold[best], gold[2])))
+    sure = float(t.ppf(SURE, len(gold[best]) + len(gold[2]) - 2))  # standard errors
+    if fmean(gold[2]) >= fmean(gold[best]) - sure * error:
+        return f"No over-optimisation is seen over training: true reward by thirds {means}."
+    fell = f"from the {('first', 'second')[best]} to the last third of PPO"
+    true = f"the true reward fell from {fmean(gold[best]):.2f} to {fmean(gold[2]):.2f}"
+    proxies_then = f"from {fmean(proxy[best]):.2f} to {fmean(proxy[2]):.2f}"
+    if fmean(proxy[2]) > fmean(proxy[best]):
+        return f"The reward was over-optimised: {fell} the proxy rose {proxies_then} while {true}."
+    return f"{true[0].upper()}{true[1:]} {fell}, and the proxy did not rise ({proxies_then})."
 
 
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:

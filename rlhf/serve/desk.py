@@ -21,6 +21,7 @@ from rlhf.data.sources import read_pairs
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.report.annotators import annotator_sentences, control_sentences
+from rlhf.report.records import MANIFEST
 from rlhf.report.result_file import check_result_file
 
 MOST_REPEATED = 0.5  # more would tell nothing more, and everybody would see it
@@ -82,7 +83,7 @@ def export_to(run: Path, file: Path, form: str) -> int:
     """
     check_export(file, form)
     book, number, wanted = open_book(run)
-    verdicts = Counter(verdict.id for verdict in book.verdicts(number))
+    verdicts = Counter(verdict.id for verdict in book.verdicts(number) if verdict.label != "skip")
     left = [question for question in book.questions(number) if verdicts[question.id] < wanted]
     gold = [one.question for one in book.gold(number)] if left else []
     # By their names, which are drawn, so that nobody sees by its place which question is a gold one.
@@ -132,7 +133,7 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
             f"{file}: none of its {len(verdicts)} verdicts is on one of the {len(asked)} pairs asked about; another folder's?"
         )
     if say is not None:
-        for sentence in _reading(report, verdicts, asked):
+        for sentence in (*_reading(report, verdicts, asked), *_read_before(run, number)):
             say(f"{file}: {sentence}")
     earlier = {(verdict.id, verdict.annotator): verdict.label for verdict in book.verdicts(number, with_gold=True)}
     behind = [v for v in verdicts if v.label == "skip" and earlier.get((v.id, v.annotator), "skip") != "skip"]
@@ -161,6 +162,16 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     return counts
 
 
+def _read_before(run: Path, number: int) -> Iterator[str]:
+    """Say that the run has read a round's verdicts already, so that later ones change nothing."""
+    for folder in (run / f"round-{number}" / "label", run.parent / f"round-{number}" / "second_look"):
+        if (folder / MANIFEST).is_file() and (folder.parent.parent / "recipe.yaml").is_file():
+            yield (
+                f"the run has read the verdicts of round {number}, and later ones change nothing. For them to count, delete "
+                f"{folder} and the folders of later stages; then run the same command again."
+            )
+
+
 def _free_or_same(file: Path, content: bytes) -> Path:
     """Return the file, or, where it holds something else, the first of FILE-2, FILE-3, … that doesn't."""
     places = (file if number == 1 else file.with_stem(f"{file.stem}-{number}") for number in itertools.count(1))
@@ -184,9 +195,14 @@ def _reading(report: ReadReport, verdicts: Sequence[Verdict], asked: Mapping[str
 def progress_lines(run: Path) -> Sequence[str]:
     """Say in sentences how far people are, and how well they agree."""
     book, number, wanted = open_book(run)
-    done, total = book.progress(number, wanted=wanted)
+    done, total, given_up = book.progress(number, wanted=wanted)
     verdicts = book.verdicts(number)
-    lines = [f"round {number}: {done} of {total} pairs have the {wanted} verdict{'s' * (wanted > 1)} asked for."]
+    lines = [
+        f"round {number}: {done - given_up} of {total} pairs have the {wanted} verdict{'s' * (wanted > 1)} asked for."
+    ]
+    if given_up:
+        lines.append(f"{given_up} more lack some, as all who label have seen them and could not say.")
+    lines += _read_before(run, number)
     agreed = agreement(verdicts)
     for name, count in agreed["annotators"].items():
         times = sorted(v.seconds for v in verdicts if v.annotator == name and v.seconds is not None)
@@ -233,6 +249,8 @@ def serve_page(
             f"--repeat {repeat:g}: must lie between 0 and {MOST_REPEATED}; 0.1 asks every tenth question again."
         )
     book, number, wanted = open_book(run)
+    for sentence in _read_before(run, number):
+        say(sentence)
     try:
         import uvicorn
     except ImportError as error:

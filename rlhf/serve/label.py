@@ -68,7 +68,7 @@ def label_app(
             return refused()
 
         # 2. The next question, or the end.
-        done, total = book.progress(round_number, wanted=wanted)
+        done, total, _ = book.progress(round_number, wanted=wanted)
         history = book.history(annotator, round_number)
         controls = len(history.gold) + len(history.repeated)
         shared = {"annotator": annotator, "answered": len(history.verdicts) + controls, "token": tokens[annotator]}

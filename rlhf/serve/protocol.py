@@ -162,12 +162,16 @@ Input = Annotated[
 
 
 class ClassifyBody(BaseModel):
-    """What vLLM's clients send to `/classify`: `input`, rendered texts or token ids, or one conversation as `messages`."""
+    """What vLLM's clients send to `/classify`: `input`, rendered texts or token ids, or one conversation as `messages`.
+
+    `ended` is of this server alone: whether each text came to its end; all did where it is missing, and get their end token.
+    """
 
     model_config = ConfigDict(extra="allow")
     model: ModelName = None
     input: Input | None = None
     messages: Conversation | None = None
+    ended: Many[StrictBool] | None = None
     truncate_prompt_tokens: int | None = None
     use_activation: StrictBool | None = None
     activation: StrictBool | None = None
@@ -202,13 +206,15 @@ class ClassifyBody(BaseModel):
         if (self.input is None) == (self.messages is None):
             raise Refused(422, "send either `input` or `messages`.")
         if self.messages is not None:
-            return [_whole(self.messages, 0, True)]
+            return [_whole(self.messages, 0, _ended(self.ended, 1)[0])]
         if isinstance(self.input, str):
-            return [Rendered(self.input)]
+            return [Rendered(self.input, _ended(self.ended, 1)[0])]
         rows: list[Any] = list(self.input or [])
-        if rows and isinstance(rows[0], int):
-            return [Ids(rows)]
-        return [Rendered(row) if isinstance(row, str) else Ids(row) for row in rows]
+        if rows and isinstance(rows[0], str):
+            return [Rendered(row, ended) for row, ended in zip(rows, _ended(self.ended, len(rows)), strict=True)]
+        if self.ended is not None:
+            raise Refused(422, "token ids are scored as they are; leave out `ended`.")
+        return [Ids(rows)] if rows and isinstance(rows[0], int) else [Ids(row) for row in rows]
 
 
 def _refuse_misspelt(body: RewardBody | ClassifyBody) -> None:

@@ -44,6 +44,7 @@ from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.denoise import DenoiseConfig, denoised, flip_pair
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.reward.noise import estimate_noise
+from rlhf.reward.sides import side_texts
 from rlhf.reward.vote import collect_votes, plan_vote
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "lab" / "instructions.yaml"
@@ -64,12 +65,13 @@ def in_true_order(rows: Sequence[Pair]) -> list[Pair]:
 
 def judged_pairs(run: Path) -> list[Pair]:
     """Pairs of SFT's answers to each held-out prompt, the first with the second, the third with the fourth, and so on."""
-    answers = [row["completion"] for row in read_jsonl(run / "round-1/evaluate/sft_answers.jsonl")]
+    sampled = read_jsonl(run / "round-1/evaluate/sft_answers.jsonl")
+    answers = [assistant_turn(row["completion"], ended=row["ended"]) for row in sampled]
     prompts = read_jsonl(run / "round-0/data/data/test_prompts.jsonl")
     each = 16
     rows: list[Pair] = []
     for start in range(0, len(answers), 2):
-        chosen, rejected = map(assistant_turn, answers[start : start + 2])
+        chosen, rejected = answers[start : start + 2]
         rows.append({"prompt": prompts[start // each]["prompt"], "chosen": chosen, "rejected": rejected})
     return in_true_order(rows)
 
@@ -98,9 +100,9 @@ class World:
         model = build_reward_model(base, pad_token_id=tokenizer.pad_token_id)
         self.trunk = Trunk(model, top_layers=TRUNK)
         rows = [*self.train, *self.test]
+        sides = (side_texts(rows, side) for side in SIDES)
         chosen, rejected = (
-            encode_answers(tokenizer, [row["prompt"] for row in rows], [answer(row, side) for row in rows])[0]
-            for side in SIDES
+            encode_answers(tokenizer, prompts, texts, ended=ended)[0] for prompts, texts, ended in sides
         )
         pairs = list(zip(chosen, rejected, strict=True))
         self.features: Features = self.trunk.features(pairs, work, pad_token_id=tokenizer.pad_token_id)

@@ -36,7 +36,7 @@ from trl import RewardConfig
 from worlds import Rows
 
 from rlhf import ContrastiveRewardTrainer, MetaRewardTrainer, PairRewardTrainer
-from rlhf.data.rows import answer
+from rlhf.data.rows import assistant_turn
 from rlhf.files import read_jsonl
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
@@ -45,6 +45,7 @@ from rlhf.pipeline.training import quiet_libraries
 from rlhf.reward.denoise import flip_pair
 from rlhf.reward.meta import group_samples
 from rlhf.reward.model import RewardModel
+from rlhf.reward.sides import side_scores
 from rlhf.reward.trainer import training_columns
 
 PAIRS, BATCH, LAYERS = 240, 8, 8
@@ -84,7 +85,7 @@ def prepared(run: Path, file: Path) -> dict[str, Rows]:
     sampled = answers(
         [row["prompt"] for row in read_jsonl(data / "test_prompts.jsonl")[:TEST_PROMPTS]], "judged answers"
     )
-    sides = [[{"role": "assistant", "content": row["completion"]}] for row in sampled]
+    sides = [assistant_turn(row["completion"], ended=row["ended"]) for row in sampled]
     policy_pairs: Any = [
         {"prompt": sampled[i]["prompt"], "chosen": sides[i], "rejected": sides[i + 1]}
         for i in range(0, len(sampled), 2)
@@ -147,10 +148,8 @@ def measured(run: Path, name: str, folder: Path) -> dict[str, Any]:
     reward = trained(base_model(run), sets, yaml.safe_load((run / "recipe.yaml").read_text())["seed"], **METHODS[name])
     said: dict[str, Any] = {"seconds": time.monotonic() - begin}
     for which in SETS:
-        prompts = [row["prompt"] for row in sets[which]]
-        sides: Any = sets[which]
-        better, worse = (reward.score(prompts, [answer(row, side) for row in sides]) for side in ("chosen", "rejected"))
-        said[which] = (better - worse).tolist()
+        rows: Any = sets[which]
+        said[which] = (side_scores(reward, rows, "chosen") - side_scores(reward, rows, "rejected")).tolist()
     file.write_text(json.dumps(said))
     right = {which: float(np.mean(np.array(said[which]) > 0)) for which in SETS}
     print(f"{run.name} {name}: {right}, {said['seconds']:.0f} s", flush=True)

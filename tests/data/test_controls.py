@@ -109,7 +109,7 @@ def test_a_book_keeps_controls_apart_from_labels(tmp_path: Path) -> None:
     book.record_control(golden, Verdict(gold.id, "tie", "ann"))
     assert [v.id for v in book.verdicts(2)] == [v.id for v in book.verdicts()] == [first.id]
     assert [v.id for v in book.verdicts(2, with_gold=True)] == [first.id, gold.id], "in their order, without repeats"
-    assert book.progress(2, wanted=1) == (1, 3)
+    assert book.progress(2, wanted=1) == (1, 3, 0)
     assert tally(QUESTIONS[:3], book.verdicts(2)).counts["verdicts"] == 1
     assert book.repeats(2) == [("ann", "first", "second")]
     assert book.history("ann", 2) == ([Verdict(first.id, "first", "ann", 2.0)], [gold.id], [first.id])

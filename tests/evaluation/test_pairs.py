@@ -19,7 +19,8 @@ class Lengths:
     def __init__(self) -> None:
         self.asked = 0
 
-    def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> torch.Tensor:
+    def score(self, prompts: Sequence[Any], responses: Sequence[str], *, ended: Sequence[bool]) -> torch.Tensor:
+        assert all(ended)
         self.asked += len(responses)
         return torch.tensor([float(len(text)) for text in responses])
 

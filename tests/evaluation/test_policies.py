@@ -51,6 +51,14 @@ def test_without_a_true_reward_nothing_is_invented(base_folder: Path, tokenizer:
     assert [row["prompt"] for row in samples] == [plain(prompt) for prompt in PROMPTS[:10]]
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 16_777_217.0])
+def test_equal_true_rewards_are_ties(base_folder: Path, tokenizer: Any, value: float) -> None:
+    """No number is rounded on its way: a policy that is SFT wins half, also where float32 has no such number."""
+    facts, samples = evaluate(base_folder, tokenizer, lambda _, texts: [value] * len(texts))
+    assert facts["policy"]["win_rate"] == 0.5
+    assert {row["gold_sft"] for row in samples} == {row["gold_policy"] for row in samples} == {value}
+
+
 def test_gold_figures_are_those_of_the_samples(base_folder: Path, tokenizer: Any) -> None:
     def gold(prompts: list[str], texts: list[str]) -> list[float]:
         return [

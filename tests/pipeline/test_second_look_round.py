@@ -133,6 +133,24 @@ def test_people_are_asked_once_and_their_verdicts_are_kept_by_later_rounds(
     check_bayes(stage.run, 3, facts, first_looks | later)
 
 
+def test_a_round_made_anew_asks_about_its_own_pairs(stage: Any) -> None:
+    """Questions on pairs that are gone are taken back; those on pairs that are still there keep their verdicts."""
+    with pytest.raises(Waiting):
+        stage(2)
+    asked = answer(stage.run, 12)
+    gone = {asked[0].prompt[0]["content"], asked[1].prompt[0]["content"]}
+    book, number, _ = open_book(stage.run / "second_look")
+    with book._open() as connection:  # two pairs of an earlier attempt, which this round does not have
+        for name in (asked[0].id, asked[1].id):
+            connection.execute("UPDATE questions SET id = id || '-old' WHERE id = ?", (name,))
+    with pytest.raises(Waiting, match="10 of 12"):
+        stage(2)
+    questions = book.questions(number)
+    assert len(questions) == 12
+    assert {q.id for q in questions} >= {q.id for q in asked[2:]}
+    assert gone <= {q.prompt[0]["content"] for q in questions}, "they are asked about again, as pairs of this attempt"
+
+
 def check_bayes(run: Path, number: int, facts: dict[str, Any], looks: set[str]) -> None:
     """Label, vote and verdict add in log-odds: what is left of them is one scale times the vote, in numpy."""
     from safetensors.numpy import load_file

@@ -137,6 +137,20 @@ def test_an_unfinished_stage_keeps_its_checkpoints_only_if_it_is_the_same(tmp_pa
     assert not (folder / "checkpoints").exists()
 
 
+def test_an_unfinished_stage_loses_what_it_made_of_a_parent_that_is_another_one_now(tmp_path: Path) -> None:
+    """Votes on labels that were corrected since would call the corrected ones wrong."""
+    store, (sft, ppo) = Store(tmp_path), stages()
+    for rows, is_kept in (("a", False), ("a", True), ("b", False)):
+        folder = store.open(sft)
+        (folder / "rows.jsonl").write_text(rows)
+        store.finish(sft, {}, 1.0)
+        begun = store.path(ppo) / "checkpoints"
+        assert store.is_begun_of_others(ppo) == (rows == "b")
+        store.open(ppo)
+        assert begun.exists() == is_kept
+        begun.mkdir(exist_ok=True)
+
+
 def test_seconds_are_those_noted_beside_checkpoints(tmp_path: Path) -> None:
     store, (sft, _) = Store(tmp_path), stages()
     folder = store.open(sft)

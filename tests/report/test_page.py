@@ -22,9 +22,11 @@ def training(proxy: list[float], gold: list[float], scatter: float) -> list[dict
     ("proxy", "gold", "scatter", "said"),
     [
         ([2.0, 2.3, 2.6], [0.60, 0.60, 0.60], 0.03, "No over-optimisation is seen"),
-        ([2.0, 2.3, 2.6], [0.50, 0.60, 0.40], 0.03, "The reward was over-optimised: in the last third"),
+        ([2.0, 2.3, 2.6], [0.50, 0.60, 0.40], 0.03, "The reward was over-optimised: from the second to the last"),
         ([2.0, 2.3, 2.6], [0.50, 0.60, 0.40], 0.30, "No over-optimisation is seen"),
-        ([2.0, 2.3, 2.0], [0.50, 0.60, 0.40], 0.03, "No over-optimisation is seen"),
+        # Hacked in the first third, after which the proxy has nothing left to gain.
+        ([1.0, 4.0, 3.99], [0.60, 0.10, 0.10], 0.03, "The reward was over-optimised: from the first to the last"),
+        ([2.0, 2.3, 2.0], [0.50, 0.60, 0.40], 0.03, "The true reward fell from 0."),
     ],
 )
 def test_a_fall_is_one_only_beyond_the_scatter_of_rollouts(

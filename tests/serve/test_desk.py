@@ -8,7 +8,7 @@ import yaml
 from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.labels import Question, question_id
 from rlhf.data.rows import user_turn
-from rlhf.serve.desk import hide_gold, open_book
+from rlhf.serve.desk import hide_gold, import_from, open_book, progress_lines
 
 
 def question(i: int) -> Question:
@@ -49,3 +49,20 @@ def test_questions_of_an_earlier_attempt_are_taken_back(tmp_path: Path) -> None:
     assert {q.id for q in book.questions(2)} == {question(0).id, question(1).id}
     assert book.withdraw_others(1, set()) == 0, "those of another round stay"
     assert len(book.questions(2)) == 2
+
+
+def test_verdicts_that_come_too_late_are_said_to(tmp_path: Path) -> None:
+    """The label stage is done; what is imported then changes nothing, and the command says what to delete for it to count."""
+    run = tmp_path / "run"
+    run_with_questions(run)
+    verdicts = tmp_path / "verdicts.jsonl"
+    verdicts.write_text("".join(json.dumps({"id": question(i).id, "label": "first"}) + "\n" for i in range(4)))
+    lines: list[str] = []
+    import_from(run, verdicts, say=lines.append)
+    assert not any("has read the verdicts" in line for line in (*lines, *progress_lines(run)))
+    (run / "round-2/label").mkdir(parents=True)
+    (run / "round-2/label/manifest.json").write_text("{}")
+    import_from(run, verdicts, say=lines.append)
+    for said in (lines, progress_lines(run)):
+        (late,) = [line for line in said if "has read the verdicts of round 2" in line]
+        assert f"delete {run}/round-2/label" in late

@@ -24,7 +24,7 @@ EVIL = "<script>document.title='taken'</script><b>bold</b>"
 
 def question(number: int) -> Question:
     prompt = [{"role": "user", "content": f"List {number} fruits."}]
-    first, second = f"good {number}", EVIL if number == 0 else f"bad {number}"
+    first, second = f"good {number}", EVIL
     return Question(question_id(2, prompt, [first, second]), 2, prompt, first, second, "fruit", 1.5)
 
 
@@ -86,10 +86,10 @@ def test_choices_undo_and_the_end(desk: tuple[str, LabelBook, dict[str, str]]) -
     for name in ("ann", "bob"):
         session = requests.Session()
         page = session.get(url, params={"token": tokens[name]}, timeout=10).text
-        for i in range(20):
+        for _ in range(20):
             asked = re.search(r'name="id" value="([^"]+)"', page)
             assert asked is not None
-            assert asked[1] == question(i).id, "in the order of the round"
+            i = [question(number).id for number in range(20)].index(asked[1])
             good = "right" if shows_second_on_the_left(name, question(i).id) else "left"
             bad = "left" if good == "right" else "right"
             choice = {3: "tie", 4: "skip", 6: bad}.get(i, good) if name == "ann" else good
@@ -103,7 +103,7 @@ def test_choices_undo_and_the_end(desk: tuple[str, LabelBook, dict[str, str]]) -
                 page = session.get(url, timeout=10).text
         assert "Nothing left for you to label" in page
     assert "rlhf run</code>, <code>rlhf audit" in page, "when the last of them is done; either may have asked"
-    assert book.progress(2, wanted=2) == (20, 20)
+    assert book.progress(2, wanted=2) == (20, 20, 1), "of one she could not say, and nobody else labels"
     said = {(v.annotator, v.id): v for v in book.verdicts(2)}
     for i in range(20):
         expected = {3: "tie", 4: "skip", 6: "second"}.get(i, "first")
@@ -175,8 +175,7 @@ def test_two_people_label_twenty_pairs_by_keyboard(desk: tuple[str, LabelBook, d
         finally:
             driver.quit()
     labels = {(v.annotator, v.id): v.label for v in book.verdicts(2)}
-    assert labels["ann", question(7).id] == "tie"
-    assert labels["ann", question(9).id] == "skip"
+    assert sorted(label for (name, _), label in labels.items() if name == "ann")[-2:] == ["skip", "tie"]
     assert sum(label == "first" for label in labels.values()) == 38
     assert agreement(book.verdicts(2))["pairs"][0]["agree"] == pytest.approx(18 / 19)
 
@@ -199,14 +198,17 @@ def test_two_people_in_one_browser_keep_their_clicks_apart(desk: tuple[str, Labe
     url, book, tokens = desk
     browser = requests.Session()
     pages = {name: browser.get(url, params={"token": tokens[name]}, timeout=10).text for name in ("ann", "bob")}
+    shown: dict[str, list[str]] = {"ann": [], "bob": []}
     for i in range(20):
         for name in ("ann", "bob") if i % 2 else ("bob", "ann"):
             assert f"<span>{name}</span>" in pages[name], "the page that follows is the same person's"
-            assert fields(pages[name])["id"] == question(i).id
+            shown[name].append(fields(pages[name])["id"])
             reply = browser.post(url, data=click_good(pages[name]), timeout=10)
             assert tokens[name] not in reply.url
             pages[name] = reply.text
     labels = {(v.annotator, v.id): v.label for v in book.verdicts(2)}
+    assert shown["ann"] != shown["bob"], "everybody has an order of their own"
+    assert sorted(shown["ann"]) == sorted(shown["bob"]) == sorted(question(i).id for i in range(20))
     for name in ("ann", "bob"):
         assert [labels[name, question(i).id] for i in range(20)] == ["first"] * 20
         assert "Nothing left for you to label" in pages[name]
@@ -215,7 +217,7 @@ def test_two_people_in_one_browser_keep_their_clicks_apart(desk: tuple[str, Labe
     browser.post(url, data=fields(pages["ann"]) | {"choice": "undo"}, timeout=10)
     left = {(v.annotator, v.id) for v in book.verdicts(2)}
     assert len(left) == 39
-    assert ("bob", question(19).id) in left, "she takes back her own"
+    assert ("bob", shown["bob"][-1]) in left, "she takes back her own"
 
 
 @pytest.mark.fault("two people in one browser")
