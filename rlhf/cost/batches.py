@@ -60,9 +60,9 @@ def stretches_of(lengths: Sequence[int], rows: int) -> list[tuple[float, float]]
 
 
 def unpadded_shapes(
-    prompts: Sequence[int], answers: Sequence[int], texts: int, *, long_row: int
+    prompts: Sequence[int], answers: Sequence[int], texts: int, *, long_row: int, limit: int
 ) -> tuple[Shape, Shape]:
-    """Return the mean and the largest shape of batches of so many texts, laid out in rows without padding.
+    """Return the mean shape of batches of so many texts, laid out in rows without padding, and the largest if no answer ends.
 
     The logits of a row are its share of those of the batch.
 
@@ -70,17 +70,20 @@ def unpadded_shapes(
         prompts, answers: tokens of each; a text is one of either.
         texts: in a batch.
         long_row: the row length at which attention costs as much as all else in a layer.
+        limit: tokens of an answer that does not end.
 
-    >>> unpadded_shapes([10], [6], 8, long_row=384)
-    (Shape(rows=8, length=16, answer=6), Shape(rows=8, length=16, answer=6))
+    >>> unpadded_shapes([10], [6], 8, long_row=384, limit=9)
+    (Shape(rows=8, length=16, answer=6), Shape(rows=8, length=19, answer=9))
     """
-    rng, shapes = random.Random(0), []
-    for _ in range(BATCHES):
-        drawn = rng.choices(answers, k=texts)
+    rng = random.Random(0)
+
+    def shape(drawn: Sequence[int]) -> Shape:
         lengths = [prompt + answer for prompt, answer in zip(rng.choices(prompts, k=texts), drawn, strict=True)]
         rows = balanced_rows(lengths, long_row, widest=1)
         width = max(sum(lengths[text] for text in row) for row in rows)
-        shapes.append(Shape(len(rows), width, math.ceil(sum(drawn) / len(rows))))
-    mean = mean_shape(shapes)
+        return Shape(len(rows), width, math.ceil(sum(drawn) / len(rows)))
+
+    mean = mean_shape([shape(rng.choices(answers, k=texts)) for _ in range(BATCHES)])
     answer = math.ceil(texts * statistics.mean(answers) / mean.rows)
-    return Shape(mean.rows, mean.length, answer), max(shapes, key=lambda shape: shape.rows * shape.length)
+    unending = [shape([limit] * texts) for _ in range(BATCHES)]
+    return Shape(mean.rows, mean.length, answer), max(unending, key=lambda one: one.rows * one.length)

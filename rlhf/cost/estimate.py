@@ -96,8 +96,8 @@ class Estimator:
         self.prompts = [min(length, rollouts.max_prompt_length or length) for length in sizes.prompts]
         # Tokens of the longest answer and prompt in a batch, and of a prompt with its answer on average.
         self.answer, self.prompt = longest_of(self.answers, rows), longest_of(self.prompts, rows)
-        # Of all batches of a run one is the largest: what decides on memory, where time is a sum over all of them.
-        self.longest_answer, self.longest_prompt = max(self.answers), max(self.prompts)
+        # Memory is that of the largest batch, where time is a sum over all; a policy's answers may all go on to the limit.
+        self.longest_answer, self.longest_prompt = rollouts.max_answer_length, max(self.prompts)
         self.whole = round(statistics.mean(self.prompts) + statistics.mean(self.answers))
         rng = random.Random(0)
         self.texts = [rng.choice(self.prompts) + rng.choice(self.answers) for _ in range(BATCHES)]
@@ -120,12 +120,14 @@ class Estimator:
         """Estimate supervised fine-tuning: one model, logits at every token."""
         args = self.training["sft"].args
         lengths = [min(length, args.max_length or length) for length in self.sizes.demonstrations]
-        longest = longest_of(lengths, args.per_device_train_batch_size)
-        tokens = work.rows * statistics.mean(lengths) * args.num_train_epochs / self.processes.count
-        shape = Shape(args.per_device_train_batch_size, longest, longest)
-        steps, seconds = self._supervised("sft", shape, self._micro_batches(work.rows, shape.rows))
+        tokens, rows = work.rows * statistics.mean(lengths), work.rows
+        if args.packing and args.max_length:  # several in one row, until it is full
+            lengths, rows = [args.max_length], math.ceil(tokens / args.max_length)
+        shape = Shape(size := args.per_device_train_batch_size, longest_of(lengths, size), longest_of(lengths, size))
+        steps, seconds = self._supervised("sft", shape, self._micro_batches(rows, shape.rows))
         memory = self.memory("sft", Shape(shape.rows, max(lengths), max(lengths)))
-        return Estimate(work.folder, work.rows, round(tokens), steps, memory, seconds)
+        read = round(tokens * args.num_train_epochs / self.processes.count)
+        return Estimate(work.folder, work.rows, read, steps, memory, seconds)
 
     def _pairs(self, work: PairWork) -> Estimate:
         """Estimate reward models; where the model allows it, the prompt of a pair is read once.
@@ -275,9 +277,9 @@ class Estimator:
     # Their parts.
 
     def _unpadded(self, texts: int) -> tuple[Shape, Shape]:
-        """Return the mean and the largest shape of batches of so many texts as the roles of PPO read them."""
+        """Return the mean shape of batches of so many texts as the roles of PPO read them, and the largest if no answer ends."""
         long_row = LONG_ROW * self.config.get_text_config().hidden_size
-        return unpadded_shapes(self.prompts, self.answers, texts, long_row=long_row)
+        return unpadded_shapes(self.prompts, self.answers, texts, long_row=long_row, limit=self.longest_answer)
 
     def _micro_batches(self, rows: int, size: int) -> int:
         """Return how many micro-batches of so many rows one process reads in an epoch."""

@@ -1,5 +1,6 @@
 """The arithmetic of an estimate: rows, tokens and steps of each kind of stage, memory of the roles, seconds as a sum."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -247,6 +248,34 @@ def test_the_longest_of_a_batch() -> None:
     assert longest_of([1, 9], 1) in (4, 5, 6)
 
 
+def test_packed_demonstrations_are_full_rows() -> None:
+    """300 of 16.5 tokens fill 155 rows of 32: ten steps of 16 in place of 19, of the widest shape there is."""
+    costs = estimator()
+    args: Any = costs.training["sft"].args
+    args.max_length = 32
+    plain = costs.estimate(SftWork("round-0/sft", rows=300))
+    args.packing = True
+    packed = costs.estimate(SftWork("round-0/sft", rows=300))
+    rows = math.ceil(300 * 17 / 32)
+    assert packed.tokens == plain.tokens == 300 * 17 * 2
+    assert packed.steps == 2 * math.ceil(math.ceil(rows / 16) / 2) < plain.steps
+    assert packed.bytes > plain.bytes, "a batch of 16 full rows"
+
+
+def test_memory_of_ppo_is_that_of_a_policy_that_does_not_end() -> None:
+    """Answers in the file have 5 and 7 tokens; those that are sampled may have all that the recipe allows."""
+    short, long = estimator(), estimator()
+    long.rollouts = replace(long.rollouts, max_answer_length=200)
+    long = Estimator(long.config, long.sizes, long.training, long.rollouts, long.processes)
+    long.process = 0.0
+    (usual, largest), (_, largest_of_long) = short._unpadded(8), long._unpadded(8)
+    assert usual == long._unpadded(8)[0], "time stays that of such answers"
+    assert largest.rows * largest.answer == 8 * 12
+    assert largest_of_long.rows * largest_of_long.answer == 8 * 200
+    work = PpoWork("round-1/ppo", rollouts=1)
+    assert long.estimate(work).bytes > 2 * short.estimate(work).bytes
+
+
 def test_answers_that_are_not_sampled_together_are_not_in_memory_together() -> None:
     """Keys and values of 3 answers in place of 16 in PPO, and of 32 elsewhere; what has to be sampled stays."""
     whole, parts = estimator(), estimator()
@@ -280,7 +309,7 @@ def test_rows_leave_the_batch_where_answers_end() -> None:
 def test_without_padding_a_batch_is_as_large_as_its_tokens() -> None:
     """Prompts of 10 to 500 tokens and answers of 1 to 200: a padded batch of 16 would be more than twice as large."""
     prompts, answers = list(range(10, 500, 10)), list(range(1, 200, 5))
-    mean, largest = unpadded_shapes(prompts, answers, 16, long_row=1500)
+    mean, largest = unpadded_shapes(prompts, answers, 16, long_row=1500, limit=200)
     tokens = 16 * (sum(prompts) / len(prompts) + sum(answers) / len(answers))
     assert tokens <= mean.rows * mean.length < 1.2 * tokens
     assert mean.rows * mean.answer == pytest.approx(16 * sum(answers) / len(answers), abs=mean.rows)
