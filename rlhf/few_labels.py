@@ -5,7 +5,7 @@ Of every row a judge says how likely it is a win, f in [0, 1]; of some rows, dra
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,17 +29,32 @@ class Rate(NamedTuple):
     judge_weight: float
 
 
-def human_rate(human: Sequence[float]) -> Rate:
+class Prompts(NamedTuple):
+    """Which prompt each row is of: rows of one prompt are not independent."""
+
+    labelled: Sequence[Hashable]
+    alone: Sequence[Hashable]
+
+
+def human_rate(human: Sequence[float], prompts: Prompts | None = None) -> Rate:
     """Return the rate by people alone, with Student's interval.
+
+    Args:
+        prompts: as in `powered_rate`.
 
     >>> human_rate([1.0, 0.0, 1.0, 0.0]).mean
     0.5
     """
     labels = np.asarray(human, dtype=float)
-    return _with_interval(float(labels.mean()), float(labels.var(ddof=1) / len(labels)), len(labels) - 1, 0.0)
+    clusters = range(len(labels)) if prompts is None else prompts.labelled
+    squares, count = _squares_by_prompt((labels - labels.mean()) / len(labels), clusters), len(set(clusters))
+    variance = squares * count / (count - 1) if count > 1 else math.inf
+    return _with_interval(float(labels.mean()), variance, count - 1, 0.0)
 
 
-def powered_rate(human: Sequence[float], judge: Sequence[float], judge_alone: Sequence[float]) -> Rate:
+def powered_rate(
+    human: Sequence[float], judge: Sequence[float], judge_alone: Sequence[float], prompts: Prompts | None = None
+) -> Rate:
     """Return the rate of rows like these: what the judge says of all, corrected by what people say of some. For one look.
 
         θ = λ · mean f(alone) + mean r,   r = y - λ f,   λ = Cov(y, f) / ( (1 + n/N) Var f ), in [0, 1]
@@ -55,9 +70,14 @@ def powered_rate(human: Sequence[float], judge: Sequence[float], judge_alone: Se
     1 and makes it that of n + N labels, once n is large. The interval is Student's with n - 2 degrees of freedom, as λ is fitted
     too.
 
+    Where several rows are of one prompt, prompts are what is drawn. Each adds to θ - its mean the sum, over its rows, of
+    λ ( f - mean f ) / N and ( r - mean r ) / n; the variance is the sum of the squares of these, the two labels more with them,
+    times C / ( C - 1 + 2 λ ) of C prompts with labels, and the degrees of freedom are C - 2.
+
     Args:
         human, judge: [n] what both say of the rows that people labelled, n ≥ 3.
         judge_alone: [N] what the judge says of all other rows.
+        prompts: of these rows; None if every row has one of its own.
 
     Reference: PPI++, arXiv:2311.01453, eq. 2 and section 6 (power tuning for a mean); arXiv:2301.09633. The two labels more are
     ours, after Agresti and Coull (1998).
@@ -75,18 +95,33 @@ def powered_rate(human: Sequence[float], judge: Sequence[float], judge_alone: Se
         weight = min(1.0, max(0.0, float(np.cov(labels, verdicts)[0, 1]) / ((1 + n / rows) * spread)))
     rest = labels - weight * verdicts
     mean = float(rest.mean()) + (weight * float(alone.mean()) if rows else 0.0)
-    squares = float(((rest - rest.mean()) ** 2).sum())
+    contradicted = 0.0
     if weight > 0:  # so the verdicts differ, and some lie below their mean
         is_up = all_verdicts >= all_verdicts.mean()
         up, down = float(all_verdicts[is_up].mean()), float(all_verdicts[~is_up].mean())
         contradicting = np.array([0.0 - weight * up, 1.0 - weight * down])
-        squares += weight * float(((contradicting - rest.mean()) ** 2).sum())
-    of_rest = squares / (n - 1 + 2 * weight)
-    variance = of_rest / n + (weight**2 * spread / rows if rows else 0.0)
-    return _with_interval(mean, variance, n - 2, weight)
+        contradicted = weight * float(((contradicting - rest.mean()) ** 2).sum())
+    if prompts is None or len({*prompts.labelled, *prompts.alone}) == n + rows:
+        of_rest = (float(((rest - rest.mean()) ** 2).sum()) + contradicted) / (n - 1 + 2 * weight)
+        return _with_interval(mean, of_rest / n + (weight**2 * spread / rows if rows else 0.0), n - 2, weight)
+    parts = [(rest - rest.mean()) / n, weight * (alone - alone.mean()) / rows if rows else alone]
+    squares = _squares_by_prompt(np.concatenate(parts), [*prompts.labelled, *prompts.alone]) + contradicted / n**2
+    count = len(set(prompts.labelled))
+    variance = squares * count / (count - 1 + 2 * weight) if count > FEWEST - 1 else math.inf
+    return _with_interval(mean, variance, count - 2, weight)
+
+
+def _squares_by_prompt(parts: Array, prompts: Sequence[Hashable]) -> float:
+    """Return Σ ( Σ parts of one prompt )²."""
+    sums: dict[Hashable, float] = {}
+    for part, prompt in zip(parts.tolist(), prompts, strict=True):
+        sums[prompt] = sums.get(prompt, 0.0) + part
+    return sum(total**2 for total in sums.values())
 
 
 def _with_interval(mean: float, variance: float, freedom: int, weight: float) -> Rate:
+    if math.isinf(variance):  # of too few prompts nothing is known
+        return Rate(min(1.0, max(0.0, mean)), 0.0, 1.0, weight)
     half = float(students_t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
     low, high = max(0.0, mean - half), min(1.0, mean + half)
     return Rate(min(1.0, max(0.0, mean)), min(low, 1.0), max(high, 0.0), weight)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from rlhf.few_labels import human_rate, powered_rate, rate_at_any_look
+from rlhf.few_labels import Prompts, human_rate, powered_rate, rate_at_any_look
 
 ROWS, LABELS = 2100, 100
 RATE = 0.6
@@ -102,6 +102,32 @@ def test_a_judge_that_seldom_errs_is_not_believed_outright(
             found = powered_rate(y.tolist(), f[:labels].tolist(), f[labels:].tolist())
             covered.append(found.low <= rate <= found.high)
     assert np.mean(covered) >= 0.91, "0.93 or more, within two standard errors of 500 draws"
+
+
+def test_rows_of_one_prompt_are_no_draws_of_their_own() -> None:
+    """60 prompts of 8 rows, of which a prompt's own rate is drawn; 200 rows are labelled at random: without prompts 0.72."""
+    rng = np.random.default_rng(4)
+    covered, covered_blind, covered_people = [], [], []
+    for _ in range(300):
+        names = np.repeat(np.arange(60), 8)
+        wins = rng.random(480) < np.repeat(rng.beta(0.5, 0.5, 60), 8)  # half of them, over all prompts there may be
+        judge = np.where(rng.random(480) < 0.85, wins, ~wins).astype(float)
+        order = rng.permutation(480)
+        (known, y), rest = (names[order[:200]].tolist(), wins[order[:200]].astype(float).tolist()), order[200:]
+        f, alone = judge[order[:200]].tolist(), judge[rest].tolist()
+        prompts = Prompts(known, names[rest].tolist())
+        together, blind, people = powered_rate(y, f, alone, prompts), powered_rate(y, f, alone), human_rate(y, prompts)
+        covered.append(together.low <= 0.5 <= together.high)
+        covered_blind.append(blind.low <= 0.5 <= blind.high)
+        covered_people.append(people.low <= 0.5 <= people.high)
+    assert np.mean(covered) >= 0.92, "0.95 within three standard errors, 0.0126 each, less the 60 prompts' own lack"
+    assert np.mean(covered_people) >= 0.92
+    assert np.mean(covered_blind) <= 0.85
+    each = Prompts(list(range(200)), list(range(200, 480)))
+    assert powered_rate(y, f, alone, each) == blind, "a prompt for each row is none at all"
+    assert human_rate(y, each) == human_rate(y)
+    few = powered_rate(y, f, alone, Prompts([i % 2 for i in range(200)], [i % 2 for i in range(280)]))
+    assert (few.low, few.high) == (0.0, 1.0), "two prompts say nothing of others"
 
 
 def test_all_rows_labelled_leave_the_rate_that_they_have() -> None:

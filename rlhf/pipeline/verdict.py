@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rlhf.data.read import ReadReport, read_rows
 from rlhf.errors import UserError
-from rlhf.few_labels import FEWEST, Rate, human_rate, powered_rate, rate_at_any_look
+from rlhf.few_labels import FEWEST, Prompts, Rate, human_rate, powered_rate, rate_at_any_look
 from rlhf.files import write_text
 from rlhf.report.result_file import check_result_file
 
@@ -26,6 +26,7 @@ class Verdicts(NamedTuple):
         judge_alone: [N] of the others.
         is_mixed: whether rows without a label stand before some with one, so that the order is not that of labelling.
         codes: columns whose numbers are 0 and 1 only, and so may be meant as numbers of answers.
+        prompts: which rows have one `prompt`; a row without stands alone.
     """
 
     human: list[float]
@@ -33,6 +34,7 @@ class Verdicts(NamedTuple):
     judge_alone: list[float]
     is_mixed: bool
     codes: list[str]
+    prompts: Prompts
 
 
 def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
     Args:
         file: rows with `judge`, and with `label` where a person has labelled: first, second, tie, or a number in [0, 1], the
             probability that the first answer is better. Labelled rows are drawn at random and stand in the order of labelling.
+            Rows with one `prompt` are not taken to be independent.
         out: where the result is written as JSON; an earlier result there is replaced.
 
     Raises:
@@ -50,7 +53,7 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
         check_result_file(out, "--out", key="win_rate_any_look_ci")
 
     # 1. What the file says, and whether its labelled rows may be a random draw.
-    human, judge, alone, is_mixed, codes = read_verdicts(file)
+    human, judge, alone, is_mixed, codes, prompts = read_verdicts(file)
     if codes:
         say(
             f"{' and '.join(f'`{name}`' for name in codes)}: 1 is read as 'the first answer is better', and 0 as 'the second'. If "
@@ -66,6 +69,7 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
     if is_mixed:
         order = random.Random(0).sample(range(len(human)), len(human))
         human, judge = [human[i] for i in order], [judge[i] for i in order]
+        prompts = Prompts([prompts.labelled[i] for i in order], prompts.alone)
         say(
             "Rows with and without a label stand mixed, so this is not the order of labelling. For the interval of any look the "
             "labels are taken in an order drawn at random, once; to look again and again put labelled rows first, in the order of "
@@ -74,7 +78,11 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
 
     # 2. The rate by people, by the judge, and by both; for one look, and for any number.
     everything = [*judge, *alone]
-    by_people, by_both = human_rate(human), powered_rate(human, judge, alone)
+    by_people, by_both = human_rate(human, prompts), powered_rate(human, judge, alone, prompts)
+    if (different := len({*prompts.labelled, *prompts.alone})) < len(everything):
+        say(
+            f"{len(everything)} rows have {different} prompts: the intervals for one look take rows of one prompt together."
+        )
     any_look = list(rate_at_any_look(human, judge, alone)[-1])
     result = {
         "labels": len(human),
@@ -140,6 +148,7 @@ def read_verdicts(file: str) -> Verdicts:
     """
     report = ReadReport(file)
     human, of_labelled, alone = list[float](), list[float](), list[float]()
+    prompts_labelled, prompts_alone = list[str](), list[str]()
     is_mixed = has_open = False
     problems: list[str] = []
     numbers: dict[str, set[float]] = {"judge": set(), "label": set()}
@@ -148,6 +157,8 @@ def read_verdicts(file: str) -> Verdicts:
         if isinstance(row, dict):
             for name, seen in numbers.items():
                 seen |= {float(row[name])} if isinstance(row.get(name), int | float) else set()
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        name = f"row {number}" if prompt is None else json.dumps(prompt, sort_keys=True, default=str)
         is_blank = not isinstance(row, dict) or row.get("label") in (None, "", "skip")
         if judge is None:
             problems.append(
@@ -159,11 +170,13 @@ def read_verdicts(file: str) -> Verdicts:
             )
         elif label is None:
             alone.append(judge)
+            prompts_alone.append(name)
             has_open |= row.get("label") != "skip"  # who skips has seen the row in its turn
         else:
             is_mixed |= has_open
             human.append(label)
             of_labelled.append(judge)
+            prompts_labelled.append(name)
     codes = [name for name, seen in numbers.items() if seen and seen <= {0.0, 1.0}]
     problems += report.sentences()[1:] if report.dropped else []
     if not problems and len(human) < FEWEST:
@@ -171,7 +184,7 @@ def read_verdicts(file: str) -> Verdicts:
     if problems:
         more = len(problems) - SHOWN
         raise UserError(problems[:SHOWN] + ([f"{file}: {more} more rows like these."] if more > 0 else []))
-    return Verdicts(human, of_labelled, alone, is_mixed, codes)
+    return Verdicts(human, of_labelled, alone, is_mixed, codes, Prompts(prompts_labelled, prompts_alone))
 
 
 def _value(verdict: object) -> float | None:

@@ -50,6 +50,21 @@ def test_the_rate_and_what_it_rests_on(tmp_path: Path) -> None:
     assert "for these rows" in said[3]
 
 
+def test_rows_of_one_prompt_are_taken_together(tmp_path: Path) -> None:
+    said: list[str] = []
+    rows = verdicts(400, 100)
+    alone = verdict(written(tmp_path, rows), None, say=lambda _: None)
+    named = [{**row, "prompt": [{"role": "user", "content": f"q{i % 20}"}]} for i, row in enumerate(rows)]
+    together = verdict(written(tmp_path, named), None, say=said.append)
+    assert said[0].startswith("400 rows have 20 prompts: the intervals for one look take rows of one prompt together")
+    assert together["win_rate"] == pytest.approx(alone["win_rate"])
+    assert together["win_rate_ci"] != alone["win_rate_ci"]
+    other = verdict(
+        written(tmp_path, [{**row, "prompt": f"q{i}"} for i, row in enumerate(rows)]), None, say=said.append
+    )
+    assert other == alone
+
+
 def test_all_forms_of_a_verdict(tmp_path: Path) -> None:
     rows = [
         {"judge": "first", "label": "tie"},
