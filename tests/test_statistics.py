@@ -193,6 +193,7 @@ def test_temperature_is_recovered() -> None:
     assert best_temperature([1.0, 2.0]) is None, "all right: the colder the better, without end"
     assert best_temperature([-1.0, -2.0, 0.5]) is None, "no better than chance"
     assert best_temperature([0.0, 0.0]) is None
+    assert best_temperature([1.0, 0.0, 2.0]) is None, "no pair is wrong, so the colder the likelier, for ever"
 
 
 def test_a_model_that_looks_at_length_alone_has_one_half() -> None:
@@ -270,3 +271,30 @@ def test_the_paired_test_holds_its_level_where_prompts_repeat() -> None:
         naive += i < 60 and paired_difference(a, b)["p_value"] < 0.05
     assert clustered / 200 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
     assert naive / 60 > 0.3
+
+
+def test_a_share_is_never_a_point() -> None:
+    """Not where all have one value between 0 and 1 either: three ties are not a win rate of exactly one half."""
+    value, (low, high) = clustered_share([0.5] * 3)
+    assert (value, low < 0.1, high > 0.9) == (0.5, True, True)
+    assert clustered_share([1, 0, 1, 0], ["a", "a", "b", "b"])[1] == pytest.approx(beta_interval(1, 2))
+    assert clustered_share([0.0] * 9)[1] == pytest.approx([0.0, 1 - 0.025 ** (1 / 9)])
+
+
+def beta_interval(wins: float, count: int) -> list[float]:
+    from scipy.stats import beta
+
+    return [float(beta.ppf(0.025, wins, count - wins + 1)), float(beta.ppf(0.975, wins + 1, count - wins))]
+
+
+@pytest.mark.parametrize("rare", [1, 2, 3, 5, 10])
+def test_length_control_knows_how_few_the_rarer_kind_has(rare: int) -> None:
+    """200 pairs whose chosen answer is longer, a few whose is shorter: coverage was 0, 0.5, 0.7, 0.88 and 0.92."""
+    rng, covered = np.random.default_rng(rare), []
+    for _ in range(100):
+        lengths = [5.0] * 200 + [-5.0] * rare
+        right = [float(rng.random() < (0.8 if length > 0 else 0.6)) for length in lengths]
+        _, interval = length_controlled_accuracy(right, lengths)
+        assert interval is not None
+        covered.append(interval[0] <= 0.7 <= interval[1])
+    assert np.mean(covered) >= 0.9

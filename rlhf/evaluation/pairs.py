@@ -1,5 +1,6 @@
 """How well a reward model orders labelled answers: one report for a run's held-out pairs and for `rlhf evaluate` alike."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def score_answers(
     index = []
     flags = [True] * len(texts) if ended is None else ended
     for (prompt, text), flag in zip(texts, flags, strict=True):
-        key = (plain(prompt), text, flag)
+        key = (json.dumps(prompt), text, flag)
         if key not in places:
             places[key] = len(unique)
             unique.append((prompt, text, flag))
@@ -281,7 +282,8 @@ def _binned(name: str, values: Array) -> _Grouping:
     if len(distinct) <= MOST_DIFFICULTIES:
         return _Grouping([f"{name} {value:g}" for value in values], [f"{name} {value:g}" for value in distinct])
     edges = sorted(set(np.quantile(values, [0.25, 0.5, 0.75]).tolist()))
-    names = [f"{name} ≤ {edge:.3g}" for edge in edges] + [f"{name} > {edges[-1]:.3g}"]
+    digits = next(n for n in range(3, 18) if len({f"{edge:.{n}g}" for edge in edges}) == len(edges))
+    names = [f"{name} ≤ {edge:.{digits}g}" for edge in edges] + [f"{name} > {edges[-1]:.{digits}g}"]
     index = np.searchsorted(edges, values, side="left")
     return _Grouping([names[int(i)] for i in index], [names[i] for i in sorted(set(index.tolist()))])
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rlhf.report.records import Facts
 
 GOLD, SCORE = "The true reward", "The reward model's score"
+MOST_DECIMALS = 6
 RISES, FALLS, UNCLEAR = "rises", "falls", "no clear change"
 
 
@@ -28,7 +29,18 @@ def change_figures(policy: Facts, name: str) -> str | None:
     difference, interval = policy.get(f"{name}_change"), policy.get(f"{name}_change_ci")
     if difference is None:
         return None
-    return f"{difference:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
+    form = f"+.{_decimals(difference, interval)}f"
+    return f"{difference:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+
+
+def _decimals(difference: float, interval: Sequence[float] | None) -> int:
+    """Return how many decimals tell a difference, or the ends of its interval, from 0: two or more.
+
+    >>> _decimals(0.0012, [0.0004, 0.002]), _decimals(0.1, [-0.1, 0.3]), _decimals(0.0, [0.0, 0.0])
+    (4, 2, 2)
+    """
+    ends = [end for end in interval or [difference] if end != 0]
+    return next((n for n in range(2, MOST_DECIMALS) if all(round(end, n) != 0 for end in ends)), MOST_DECIMALS)
 
 
 def change_sentence(subject: str, policy: Facts, start: Facts, name: str, *, start_name: str) -> str:
@@ -45,10 +57,11 @@ def change_sentence(subject: str, policy: Facts, start: Facts, name: str, *, sta
     'The score falls from 1.38 (SFT) to 0.77: -0.61 [-0.84, -0.40], paired on the same prompts.'
     """
     figures = change_figures(policy, name)
-    values = f"from {start[name]:.2f} ({start_name}) to {policy[name]:.2f}"
+    change, interval = policy.get(f"{name}_change"), policy.get(f"{name}_change_ci")
+    form = ".2f" if change is None else f".{_decimals(change, interval)}f"
+    values = f"from {start[name]:{form}} ({start_name}) to {policy[name]:{form}}"
     if figures is None:
         return f"{subject} goes {values}; the same `rlhf run` again tests whether that is a change."
-    interval = policy[f"{name}_change_ci"]
     if interval is None:
         return f"{subject} goes {values}: {figures}; all prompts are of one conversation, so nothing says what others would give."
     word = direction(interval)

@@ -40,7 +40,7 @@ def rounds_verdict(summary: Summary) -> list[str]:
     if len(rounds) < 2 or summary["best_round"] is None:
         return stopped
     best = summary["best_round"]
-    sentences = [f"Of {len(rounds)} rounds, round {best} is the best by the true reward; RUN/best links to its policy."]
+    sentences = [f"Of {len(rounds)} rounds, the true reward is highest in round {best}; RUN/best links to its policy."]
     if last_evaluated(summary)["policy"]["gold"] is None:
         sentences = [
             f"{len(rounds)} rounds; no true reward is known. RUN/best links to round {best}, the last whose policy no later reward "

@@ -1,6 +1,7 @@
 """Reports on pairs and rankings, and the published benchmarks' arithmetic, on cases worked out by hand."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,17 @@ import pytest
 import torch
 
 from rlhf.data.rankings import Answer, Ranking
-from rlhf.evaluation.pairs import ScoredPairs, compare, pair_report, ranking_report, score_pairs, score_rankings
+from rlhf.evaluation.pairs import (
+    ScoredPairs,
+    _binned,
+    compare,
+    pair_report,
+    ranking_report,
+    score_answers,
+    score_pairs,
+    score_rankings,
+)
+from rlhf.models.text import plain
 from rlhf.statistics import clustered_mean
 
 
@@ -152,3 +163,34 @@ def test_rankings_of_one_conversation_are_one_draw() -> None:
     assert once["best_of_k_ci"] == often["best_of_k_ci"] == tree["best_of_k_ci"]
     one = ranking_report(labels, scores, [first[:1]] * 60)
     assert one["best_of_k_ci"] == [0.0, 1.0], "one conversation says nothing about others"
+
+
+def test_conversations_that_only_look_alike_are_scored_each(tokenizer: Any) -> None:
+    """As text for people they are one; and one text, ended and cut off, is two answers."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    alike: list[Any] = [turns, [{"role": "user", "content": plain(turns)}], plain(turns)]
+    asked: list[tuple[Any, str, bool]] = []
+
+    class Recorder:
+        def score(self, prompts: Sequence[Any], responses: Sequence[str], *, ended: Sequence[bool]) -> torch.Tensor:
+            asked.extend(zip(prompts, responses, ended, strict=True))
+            return torch.arange(len(asked) - len(prompts), len(asked)).float()
+
+    scores = score_answers(
+        Recorder(), [*((prompt, "yes") for prompt in alike), (turns, "yes"), (turns, "yes")], ended=[True] * 4 + [False]
+    )
+    assert len(asked) == 4
+    assert len(set(scores.tolist())) == 4
+    assert scores[0] == scores[3]
+
+
+def test_quarters_of_close_numbers_stay_four() -> None:
+    scored = _binned("margin", np.array([1000.1 + i / 20 for i in range(40)]))
+    assert len(scored.order) == 4
+    assert Counter(scored.labels) == dict.fromkeys(scored.order, 10)
+
+
+def test_a_ranking_that_is_scored_all_alike_has_no_correlation() -> None:
+    labels, scores = [[1.0, 2.0, 3.0]] * 4, [np.array([1.0, 2.0, 3.0])] + [np.array([5.0, 5.0, 5.0])] * 3
+    report = ranking_report(labels, scores, [f"q{i}" for i in range(4)])
+    assert report["tau_b"] == pytest.approx(1 / 4), "nothing is left out"

@@ -36,6 +36,16 @@ def test_counts_are_those_made_by_hand() -> None:
     assert report["letter_share"] == pytest.approx(0.5)
 
 
+def test_calibration_is_of_the_verdicts_that_were_given() -> None:
+    """Sure by 0.731 (log-odds of 1) and right in 731 of 1,000; as many more pairs are too long, of which nothing was said."""
+    log_odds = torch.cat([torch.ones(731), -torch.ones(269), torch.zeros(1000)])
+    fits = torch.arange(2000) < 1000
+    verdicts = Verdicts(fits, TwoOrders(log_odds, torch.zeros(2000)), torch.ones(2000))
+    report = verdict_report("m", verdicts, [pair(i) for i in range(2000)])
+    assert report["ece"] == pytest.approx(0, abs=1e-3)
+    assert report["accuracy"] == pytest.approx(0.3655)
+
+
 def test_a_model_that_no_pair_fits_in_is_refused() -> None:
     nothing = torch.zeros(2)
     with pytest.raises(UserError, match=r"^m: none of the 2 pairs fits in its context"):
