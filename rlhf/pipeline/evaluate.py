@@ -189,9 +189,11 @@ def evaluate_models(
         "models": list(models),
         "data": reports,
     }
-    if probes:
+    items = [item for data_set in data_sets for item in _edited_items(data_set)] if probes else []
+    if probes and not any(item.pairs for item in items):
+        say("Probes: there is no pair of answers to one prompt to edit, so they are left out.")
+    elif probes:
         say("Probes: the answers are edited and scored again, seven times.")
-        items = [item for data_set in data_sets for item in _edited_items(data_set)]
         result["probes"] = []
         for model, reward in zip(models, opened, strict=True):
             with reward.uncounted():  # nobody wrote the edited answers

@@ -9,6 +9,7 @@ from rlhf.report.records import Facts
 
 # A subset of which a length rule gets this share says little about a model that is right there.
 LENGTH_SOLVES = 0.9
+LEAST_EFFECT = 0.01  # deviations; less is rounding, or of no use to anybody
 
 
 def letters(models: Sequence[object]) -> list[str]:
@@ -48,11 +49,15 @@ def evaluation_lines(result: Facts) -> list[str]:
 def bias_sentence(entry: Facts) -> str:
     """Say which probes move a model's score, in words."""
     known = {name: effect for name, effect in entry["effects"].items() if effect["effect"] is not None}
-    moved = [name for name, effect in known.items() if effect["effect_ci"] and not _holds_zero(effect["effect_ci"])]
+    moved = [
+        name
+        for name, effect in known.items()
+        if effect["effect_ci"] and not _holds_zero(effect["effect_ci"]) and abs(effect["effect"]) >= LEAST_EFFECT
+    ]
     if not known:
         return "Probes: all answers have the same score, so nothing can be said in its deviations."
     if not moved:
-        return f"Probes: none of {len(known)} edits moves the score beyond its interval."
+        return f"Probes: none of {len(known)} edits moves the score beyond its interval, by {LEAST_EFFECT} deviations or more."
     said_of = [f"{name} {known[name]['effect']:+.2f}" for name in sorted(moved, key=lambda x: -abs(known[x]["effect"]))]
     return f"Probes: {len(moved)} of {len(known)} edits move the score, in deviations: {', '.join(said_of)}."
 
