@@ -121,9 +121,8 @@ def evaluate_policies(
     if gold is not None:
         golds = gold(texts, answers.texts)
         of_sft = gold([text for text in texts for _ in range(BEST_OF)], sft_texts)
-        sft_golds = torch.tensor(of_sft, dtype=torch.float64).view(
-            -1, BEST_OF
-        )  # equal rewards stay equal: a tie is half a win
+        # In float64, as Python's numbers are: equal rewards stay equal, and a tie is half a win.
+        sft_golds = torch.tensor(of_sft, dtype=torch.float64).view(-1, BEST_OF)
         for name, known in _by_true_reward(golds, sft_golds, sft_scores, clusters).items():
             facts[name] = facts[name] | known if isinstance(known, dict) else known
         gold_policy, gold_sft = golds, sft_golds[:, 0].tolist()

@@ -31,9 +31,8 @@ HELD_OUT_PROMPTS = 640
 INSTRUCTION_PROMPTS = 2000  # training prompts of the world of instructions
 FEWEST_DRAWN = 16  # prompts that are answered at once, also where fewer pairs are missing
 
-Answers = Callable[
-    [Sequence[str]], list[tuple[str, bool]]
-]  # prompts → an answer to each, and whether it came to its end
+# Prompts → an answer to each, and whether it came to its end.
+Answers = Callable[[Sequence[str]], list[tuple[str, bool]]]
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _hindsight(context: StageContext, reward: Scorer) -> dict[str, Any] | None:
     ended = [row[f"ended_{who}"] for rows, who in sides for row in rows]
     scores = score_answers(
         reward, texts, ended=ended, label="reward: hindsight"
-    ).tolist()  # equal answers, equal scores
+    ).tolist()  # of equal answers equal ones
     rate, interval = win_rate(scores[: len(last)], scores[len(last) :], conversation_keys(prompts))
     return {"round": context.round - 1, "win_rate": rate, "win_rate_ci": interval}
 
@@ -228,10 +228,8 @@ def _calibration_samples(context: StageContext, model_config: ModelConfig) -> Sa
     answers: list[tuple[Prompt, str]]
     if context.recipe.reward.needs_ratings:
         rated: list[Rated] = read_jsonl(context.ratings)[:CALIBRATION_SAMPLES]
-        answers, ended = (
-            [(row["prompt"], completion(row)) for row in rated],
-            [has_ended(row["completion"]) for row in rated],
-        )
+        answers = [(row["prompt"], completion(row)) for row in rated]
+        ended = [has_ended(row["completion"]) for row in rated]
     else:
         pairs: list[Pair] = read_jsonl(context.pairs)[: CALIBRATION_SAMPLES // 2]
         answers = [(asked(row, side), answer(row, side)) for row in pairs for side in SIDES]

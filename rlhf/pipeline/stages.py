@@ -285,9 +285,8 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
         ptx_dataset=Dataset.from_list(read_jsonl(context.data / "sft.jsonl")) if args.reads_demonstrations else None,
         adapter_was_trained=find_source(reference).adapter is not None and model_config.use_peft,
     )
-    trainer.first_rollout = (context.round - 1) * int(
-        args.num_train_epochs
-    )  # other prompts every round, as long as there are some
+    # Other prompts every round, as long as there are some; an epoch is a rollout.
+    trainer.first_rollout = (context.round - 1) * int(args.num_train_epochs)
     if reference != start:
         trainer.reference.load(reference, model_config)
     check_ends_before_ppo(context, trainer, book)
