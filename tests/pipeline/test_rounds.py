@@ -109,7 +109,7 @@ def test_two_rounds_are_as_the_recipe_says(finished: Path) -> None:
     assert not {json.dumps(r["prompt"]) for r in rows(run / "round-1/sample/samples.jsonl")} & {
         json.dumps(q.prompt) for q in questions
     }
-    practised = [{row["prompt"] for row in rows(run / f"round-{n}/ppo/samples.jsonl")} for n in (1, 2)]
+    practised = [{json.dumps(row["prompt"]) for row in rows(run / f"round-{n}/ppo/samples.jsonl")} for n in (1, 2)]
     assert not practised[0] & practised[1], "PPO goes on with other prompts, as long as there are some"
     summary = json.loads((run / "summary.json").read_text())
     first, second = summary["rounds"]
