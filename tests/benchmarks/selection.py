@@ -61,8 +61,13 @@ class Scene:
         several = [prompt for prompt in prompts[: asked + held] for _ in range(RESPONSES)]
         texts, ended = sample_texts(policy, tokenizer, several, batch_size=64, max_new_tokens=40)
         cut = asked * RESPONSES
-        answers = [(prompts[i], texts[RESPONSES * i : RESPONSES * (i + 1)]) for i in range(asked)]
-        self.candidates = [Candidate(p, *two) for p, four in answers for two in combinations(dict.fromkeys(four), 2)]
+        places = [(prompts[i], range(RESPONSES * i, RESPONSES * (i + 1))) for i in range(asked)]
+        answers = [(prompt, {texts[j]: ended[j] for j in reversed(four)}) for prompt, four in places]
+        self.candidates = [
+            Candidate(prompt, first, second, four[first], four[second])
+            for prompt, four in answers
+            for first, second in combinations(reversed(four), 2)
+        ]
         random.Random(seed).shuffle(self.candidates)
         self.held = several[cut:], texts[cut:], ended[cut:]
         self.true = torch.tensor(gold([plain(p) for p in self.held[0]], self.held[1])).view(-1, RESPONSES)
@@ -83,10 +88,13 @@ def first_model(folder: Path, seed: int, noise: str, *, quick: bool) -> tuple[Re
     return fitted(here.base, rows, seed=seed, flip_rate=told, **TRAINING), rows
 
 
-def labelled(pairs: list[tuple[Any, str, str]], rate: float, seed: int) -> tuple[Rows, int]:
+def labelled(pairs: list[Candidate], rate: float, seed: int) -> tuple[Rows, int]:
     """What the lab says of these pairs, and how many of them are ties."""
     rng = random.Random(seed)
-    questions = [Question(question_id(2, p, [a, b]), 2, p, a, b) for p, a, b in pairs]
+    questions = [
+        Question(question_id(2, p, [a, b]), 2, p, a, b, first_ended=ends[0], second_ended=ends[1])
+        for p, a, b, *ends in pairs
+    ]
     verdicts = [
         Verdict(q.id, simulate_label(plain(q.prompt), q.first, q.second, rng, "exact", rate)[0], "exact")
         for q in questions
@@ -108,8 +116,11 @@ def judged(folder: Path, seed: int, noise: str, way: str, budget: int, *, quick:
     if budget > 0:
         order = one_of_each_prompt_first(pairs)[:budget]  # candidates are in random order
         if way != "random":
-            sides = ([p.first for p in pairs], [p.second for p in pairs])
-            first, second = (reward.score([p.prompt for p in pairs], side) for side in sides)
+            sides = ([(p.first, p.first_ended) for p in pairs], [(p.second, p.second_ended) for p in pairs])
+            first, second = (
+                reward.score([p.prompt for p in pairs], [x for x, _ in side], ended=[ended for _, ended in side])
+                for side in sides
+            )
             order = most_worth(way, reward, pairs, first - second, before, budget)[:budget]
         rows, ties = labelled([pairs[i] for i in order], rate, seed)
         reward = fitted(here.base, [*before, *rows], seed=seed, flip_rate=told, **TRAINING)
