@@ -15,6 +15,7 @@ from scipy.stats import t as students_t
 CONFIDENCE = 0.95
 FEWEST = 3  # labels below which a deviation is no estimate
 GRID = 2001  # rates that are tried, at least
+MOST_EXACT = 5000  # rows; of more, half a step of these rates is less than anybody looks at
 BET = 0.5  # of what a bet may lose at most
 FEW_FOR_WEIGHT = 10.0  # the judge's weight is drawn to 0 as if so many labels had shown that it knows nothing
 Array = NDArray[np.float64]
@@ -190,9 +191,9 @@ def rate_at_any_look(
 
 
 def _candidates(rows: int, labelled: int) -> Array:
-    """Return rates from 0 to 1; where most rows are labelled, all that whole and half labels of so many rows can have."""
+    """Return rates from 0 to 1; where most of few rows are labelled, all that whole and half labels of so many can have."""
     steps = GRID - 1
-    if 2 * labelled > rows:
+    if 2 * labelled > rows and rows <= MOST_EXACT:
         steps = 2 * rows * math.ceil(steps / (2 * rows))
     return np.linspace(0, 1, steps + 1)
 

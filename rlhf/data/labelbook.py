@@ -4,6 +4,7 @@ import hashlib
 import json
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from rlhf.data.controls import Control, Gold, History, Repeat
 from rlhf.data.labels import Question, Verdict
 
 BOOK = "labels.sqlite"
+LOOKS = "second_look"  # in the run: the folder of the experts' book, apart from that of the annotators
 SECONDS_TO_WAIT = 10.0  # for another program that writes
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS questions (
@@ -56,14 +58,16 @@ class LabelBook:
         finally:
             connection.close()
 
-    def ask(self, questions: Sequence[Question]) -> None:
-        """Add a round's questions; those that are in the book stay as they are."""
+    def ask(self, questions: Sequence[Question]) -> list[Question]:
+        """Add a round's questions; those that are in the book stay as they are, and are returned as they stand there."""
         rows = [
             (q.id, q.round, position, json.dumps(q.as_row(), ensure_ascii=False))
             for position, q in enumerate(questions)
         ]
         with self._open() as connection:
             connection.executemany("INSERT OR IGNORE INTO questions VALUES (?, ?, ?, ?)", rows)
+        there = {one.id: one for number in {q.round for q in questions} for one in self.questions(number)}
+        return [there[question.id] for question in questions]
 
     def withdraw_others(self, round_number: int, asked: Iterable[str]) -> int:
         """Take back the questions of a round that are none of these, and return how many they were.
@@ -130,33 +134,34 @@ class LabelBook:
         Everybody has an order of their own, drawn by their name, so that people who work at once seldom get the same question.
         """
         with self._open() as connection:
-            rows = connection.execute(
-                "SELECT q.id, q.row FROM questions q WHERE q.round = ? "
+            names = connection.execute(
+                "SELECT q.id FROM questions q WHERE q.round = ? "
                 "AND NOT EXISTS (SELECT 1 FROM verdicts v WHERE v.id = q.id AND v.annotator = ?) "
                 "AND (SELECT COUNT(*) FROM verdicts v WHERE v.id = q.id AND v.label != 'skip') < ?",
                 (round_number, annotator, wanted),
             ).fetchall()
-        if not rows:
-            return None
-        _, row = min(rows, key=lambda one: hashlib.sha256(f"{annotator}\x1f{one[0]}\x1forder".encode()).digest())
-        return Question(**json.loads(row))
+            if not names:
+                return None
+            name = min(names, key=lambda one: hashlib.sha256(f"{annotator}\x1f{one[0]}\x1forder".encode()).digest())
+            row = connection.execute("SELECT row FROM questions WHERE id = ?", name).fetchone()
+        return Question(**json.loads(row[0]))
 
     def progress(self, round_number: int, *, wanted: int) -> Progress:
         """Return how far a round's questions are.
 
-        A question is done when it has as many verdicts as are wanted, skips left out; or when it cannot get them from those who
-        label this round, as some skipped it and all who gave any verdict, at least `wanted`, have seen it.
+        A question is done when it has as many verdicts as are wanted, skips left out; or when some skipped it, so many in all have
+        seen it, and so have all who have answered more than half of the round.
         """
-        with self._open() as connection:
-            counts = connection.execute(
-                "SELECT COUNT(v.id), COALESCE(SUM(v.label != 'skip'), 0) FROM questions q "
-                "LEFT JOIN verdicts v ON v.id = q.id WHERE q.round = ? GROUP BY q.id",
-                (round_number,),
-            ).fetchall()
-        people = len({verdict.annotator for verdict in self.verdicts(round_number)})
-        whole = sum(decided >= wanted for _, decided in counts)
-        given_up = sum(decided < wanted and seen >= max(wanted, people) for seen, decided in counts)
-        return Progress(whole + given_up, len(counts), given_up)
+        seen_by: dict[str, set[str]] = {question.id: set() for question in self.questions(round_number)}
+        decided: Counter[str] = Counter()
+        for verdict in self.verdicts(round_number):
+            seen_by[verdict.id].add(verdict.annotator)
+            decided[verdict.id] += verdict.label != "skip"
+        answered = Counter(name for people in seen_by.values() for name in people)
+        regulars = {name for name, count in answered.items() if 2 * count > len(seen_by)}
+        whole = sum(decided[name] >= wanted for name in seen_by)
+        given_up = sum(decided[name] < wanted <= len(people) and regulars <= people for name, people in seen_by.items())
+        return Progress(whole + given_up, len(seen_by), given_up)
 
     def hide_gold(self, gold: Sequence[Gold]) -> None:
         """Add gold questions to a round; of those that are in the book the right answer is this one from now on."""

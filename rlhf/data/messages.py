@@ -54,7 +54,10 @@ def messages(value: object, name: str) -> Messages:
         value = [value]
     if not isinstance(value, list):
         raise BadRow(f"{name} is neither text nor messages")
-    return _speakers_apart([_message(entry, name) for entry in value])
+    turns = _speakers_apart([_message(entry, name) for entry in value])
+    for turn in turns if name == "prompt" else turns[:-1]:
+        turn.pop("ended", None)  # of what was answered since it says nothing
+    return turns
 
 
 def has_speaker_lines(value: object) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from rlhf.data.canonical import check_answer, check_prompt, extras_of
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Demonstration, Message, Messages, Pair, assistant_turn, group_key, prompt_key
+from rlhf.data.rows import Demonstration, Message, Messages, Pair, assistant_turn, group_key, has_ended, prompt_key
 
 LISTS = ("responses", "answers", "completions")
 TEXTS = ("content", "text", "response", "answer")
@@ -27,6 +27,12 @@ class Answer(NamedTuple):
 
     content: str
     score: float
+    ended: bool = True
+
+    @property
+    def turn(self) -> Messages:
+        """Return it as the one message that it is in a canonical row."""
+        return assistant_turn(self.content, ended=self.ended)
 
 
 class RatedAnswer(NamedTuple):
@@ -34,6 +40,15 @@ class RatedAnswer(NamedTuple):
 
     prompt: Messages
     answer: Answer
+
+
+class RatedEntry(NamedTuple):
+    """An answer that is rated by itself: its prompt, what should be its text, whether it came to its end, its ratings."""
+
+    prompt: Messages
+    content: object
+    ended: bool
+    ratings: object
 
 
 @dataclass
@@ -84,8 +99,8 @@ def comparisons(ranking: Ranking) -> list[Pair]:
             continue
         canonical: Pair = {
             "prompt": ranking.prompt,
-            "chosen": assistant_turn(better.content),
-            "rejected": assistant_turn(worse.content),
+            "chosen": better.turn,
+            "rejected": worse.turn,
             "group": ranking.group,
             "rating_gap": better.score - worse.score,
         }
@@ -95,8 +110,7 @@ def comparisons(ranking: Ranking) -> list[Pair]:
 
 def best_demonstration(ranking: Ranking) -> Demonstration:
     """Return a ranking's prompt with its best answer, the first of several."""
-    best = max(ranking.answers, key=_score)
-    return {"prompt": ranking.prompt, "completion": assistant_turn(best.content)}
+    return {"prompt": ranking.prompt, "completion": max(ranking.answers, key=_score).turn}
 
 
 def group_rated(rated: Sequence[RatedAnswer]) -> list[Ranking]:
@@ -138,7 +152,7 @@ def k_wise(row: Mapping[str, object]) -> list[Ranking]:
         if score is None and entry.get("rank") is None:
             raise BadRow("an answer has neither score nor rank")
         value = -_finite(entry["rank"], "rank") if score is None else _finite(score, "score")
-        answers.append(Answer(content, value))
+        answers.append(Answer(content, value, entry.get("ended") is not False))
         has_score.add(score is not None)
     if len(has_score) > 1:
         raise BadRow("some of its answers have a score and others a rank alone")
@@ -162,7 +176,7 @@ def ranked_list(row: Sequence[object]) -> list[Ranking]:
         first -= 1
     if len(turns) - first < 2:
         raise BadRow("a ranked list that does not end in two answers or more")
-    answers = [Answer(turn["content"], -float(i)) for i, turn in enumerate(turns[first:])]
+    answers = [Answer(turn["content"], -float(i), has_ended([turn])) for i, turn in enumerate(turns[first:])]
     return [Ranking(turns[:first], answers)]
 
 
@@ -181,8 +195,9 @@ def signed_strength(row: Mapping[str, object]) -> list[Ranking]:
     if value == 0:
         raise BadRow("no preference between the two responses (strength 0)")
     prompt = messages(row.get("prompt", row.get("context")), "prompt")
-    texts = [response_text(response) for response in (first_response(row), second_response(row))]
-    return [Ranking(prompt, [Answer(texts[0], 0.0), Answer(texts[1], value)], _of_all_pairs(row))]
+    responses = ((first_response(row), 0.0), (second_response(row), value))
+    answers = [Answer(response_text(response), score, _is_whole(response)) for response, score in responses]
+    return [Ranking(prompt, answers, _of_all_pairs(row))]
 
 
 def preference_of(row: Mapping[str, object]) -> tuple[str, object] | None:
@@ -239,12 +254,12 @@ def tree_demonstrations(row: Mapping[str, object]) -> list[Demonstration]:
         BadRow: there is none, or a message without a known role or text.
     """
     best = [
-        (turn.prompt, max(turn.answers, key=_score).content if turn.answers else turn.first_reply)
+        (turn.prompt, max(turn.answers, key=_score) if turn.answers else turn.first_reply)
         for turn in _answered_turns(row)
     ]
     if not best:
         raise BadRow("no answer in this tree")
-    return [{"prompt": prompt, "completion": assistant_turn(content)} for prompt, content in best]
+    return [{"prompt": prompt, "completion": reply.turn} for prompt, reply in best]
 
 
 def tree_root(row: Mapping[str, object]) -> Mapping[str, object] | None:
@@ -261,29 +276,33 @@ def rated_answers(row: Mapping[str, object]) -> list[RatedAnswer]:
         BadRow: no rating, or one that is no number.
     """
     rated = []
-    for prompt, content, values in rated_entries(row):
+    for prompt, content, ended, values in rated_entries(row):
         check_prompt(prompt)
         text = check_answer(content, "the answer")
         if not isinstance(values, dict) or values.get(RATING) is None:
             raise BadRow(f"attributes without {RATING!r}, by which answers are compared")
-        rated.append(RatedAnswer(prompt, Answer(text, _finite(values[RATING], RATING))))
+        rated.append(RatedAnswer(prompt, Answer(text, _finite(values[RATING], RATING), ended)))
     return rated
 
 
-def rated_entries(row: Mapping[str, object]) -> list[tuple[Messages, object, object]]:
-    """Return each answer of a row that is rated by itself: its prompt, what should be its text, and its ratings.
+def rated_entries(row: Mapping[str, object]) -> list[RatedEntry]:
+    """Return each answer of a row that is rated by itself.
 
     Raises:
         BadRow: the row has not as many ratings as answers.
     """
     if row.get("messages") is None:
-        return [(messages(row.get("prompt"), "prompt"), row.get("response"), row.get("attributes", row))]
+        prompt, ended = messages(row.get("prompt"), "prompt"), row.get("ended") is not False
+        return [RatedEntry(prompt, row.get("response"), ended, row.get("attributes", row))]
     turns = messages(row["messages"], "messages")
     places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     attributes = row.get("attributes")
     if not isinstance(attributes, list) or len(attributes) != len(places):
         raise BadRow("attributes is not one mapping for each of the assistant's messages")
-    return [(turns[:i], turns[i]["content"], values) for i, values in zip(places, attributes, strict=True)]
+    return [
+        RatedEntry(turns[:i], turns[i]["content"], has_ended(turns[: i + 1]), values)
+        for i, values in zip(places, attributes, strict=True)
+    ]
 
 
 def is_rated(row: Mapping[str, object]) -> bool:
@@ -298,7 +317,7 @@ class _AnsweredTurn(NamedTuple):
 
     prompt: Messages
     answers: list[Answer]
-    first_reply: str
+    first_reply: Answer
 
 
 def _answered_turns(row: Mapping[str, object]) -> Iterator[_AnsweredTurn]:
@@ -311,8 +330,13 @@ def _answered_turns(row: Mapping[str, object]) -> Iterator[_AnsweredTurn]:
         pending += [(thread, reply) for reply in reversed(replies)]
         if thread[-1]["role"] == "user" and replies:
             ranked = [reply for reply in replies if reply.get("rank") is not None]
-            answers = [Answer(_turn(reply)["content"], -_finite(reply["rank"], "rank")) for reply in ranked]
-            yield _AnsweredTurn(thread, answers, _turn(replies[0])["content"])
+            answers = [_reply(reply, -_finite(reply["rank"], "rank")) for reply in ranked]
+            yield _AnsweredTurn(thread, answers, _reply(replies[0], 0.0))
+
+
+def _reply(entry: object, score: float) -> Answer:
+    turn = _turn(entry)
+    return Answer(turn["content"], score, has_ended([turn]))
 
 
 def _of_all_pairs(row: Mapping[str, object]) -> Mapping[str, Any]:
@@ -339,7 +363,13 @@ def _turn(entry: object) -> Message:
     role = ROLES.get(str(entry.get("role"))) if isinstance(entry, dict) else None
     if role is None:
         raise BadRow("a message without a known role")
-    return {"role": role, "content": _text_of(entry)}
+    turn = Message(role=role, content=_text_of(entry))
+    return turn if _is_whole(entry) else {**turn, "ended": False}
+
+
+def _is_whole(response: object) -> bool:
+    """Return whether a response, a text or a message, came to its end."""
+    return not isinstance(response, dict) or response.get("ended") is not False
 
 
 def _text_of(entry: object) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlhf.data.canonical import check_answer, check_prompt, extras_of
-from rlhf.data.rankings import LISTS, TEXTS, is_k_wise, is_rated, k_wise_prompt, rated_entries
+from rlhf.data.rankings import LISTS, TEXTS, RatedEntry, is_k_wise, is_rated, k_wise_prompt, rated_entries
 from rlhf.data.read import BadRow, ReadReport
-from rlhf.data.rows import Messages, Rated, assistant_turn
+from rlhf.data.rows import Rated, assistant_turn
 from rlhf.data.sources import Line, Row
 from rlhf.errors import UserError
 
@@ -78,7 +78,7 @@ class RatingReader:
             BadRow: there is none.
         """
         rows: list[Rated] = []
-        for prompt, content, values in _entries(line.row):
+        for prompt, content, ended, values in _entries(line.row):
             check_prompt(prompt)
             text = check_answer(content, "the answer")
             ratings = _numbers(values)
@@ -88,15 +88,15 @@ class RatingReader:
                 if not self.scale.low <= value <= self.scale.high:
                     self.outside[f"{source}: row {line.number}: {name} is {value:g}"] += 1
             if kept:
-                row: Rated = {"prompt": prompt, "completion": assistant_turn(text), "attributes": kept}
+                row: Rated = {"prompt": prompt, "completion": assistant_turn(text, ended=ended), "attributes": kept}
                 rows.append({**row, **extras_of(line.row)})
         if not rows:
             raise BadRow(f"rated in none of {', '.join(self.scale.names)}")
         return rows
 
 
-def _entries(row: object) -> list[tuple[Messages, object, object]]:
-    """Return each answer of a row with its prompt and its ratings: alone, in a conversation, or in a list of answers.
+def _entries(row: object) -> list[RatedEntry]:
+    """Return each rated answer of a row: alone, in a conversation, or in a list of answers.
 
     Raises:
         BadRow: no ratings of attributes.
@@ -106,7 +106,10 @@ def _entries(row: object) -> list[tuple[Messages, object, object]]:
         answers = next(row[name] for name in LISTS if isinstance(row.get(name), list))
         rated = [answer for answer in answers if isinstance(answer, Mapping) and "attributes" in answer]
         texts = [next((answer[name] for name in TEXTS if answer.get(name) is not None), None) for answer in rated]
-        return [(prompt, text, answer["attributes"]) for text, answer in zip(texts, rated, strict=True)]
+        return [
+            RatedEntry(prompt, text, answer.get("ended") is not False, answer["attributes"])
+            for text, answer in zip(texts, rated, strict=True)
+        ]
     if isinstance(row, Mapping) and is_rated(row):
         return rated_entries(row)
     raise BadRow("no ratings of attributes beside an answer")

@@ -297,6 +297,7 @@ def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
     # 2. Tidy; decide what two responses and a preference say.
     rows = tidied([entry.row for entry in named])
     by_column = directions((row for row, *_ in rows), source.source, source.preference)
+    has_test_rows = any(isinstance(row, dict) and str(row.get("split")).lower() == "test" for row, *_ in rows)
     for entry, (row, remarks, refused) in zip(named, rows, strict=True):
         if refused is not None:
             report.drop(entry.number, refused)
@@ -308,8 +309,8 @@ def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
         part = str(row.get("split") or "").lower() if isinstance(row, dict) else ""
         if split == "train" and part in FOR_VALIDATION:
             report.note(entry.number, f"read for training, though its `split` is {part}")
-        if split == "test" and part == "train":
-            report.note(entry.number, "read for judging, though its `split` is train")
+        if split == "test" and part == "train" and has_test_rows:
+            report.note(entry.number, "read for judging, though its `split` is train and other rows' is test")
         is_test = part == "test" and split == "train"
         if entry.layout is not None and entry.meaning is not None:
             name = f"{entry.layout.name}, ties" if entry.is_tie else entry.layout.name

@@ -202,8 +202,9 @@ def compare(first: ScoredPairs, second: ScoredPairs) -> PairedDifference:
 def score_rankings(reward: Scorer, rankings: Sequence[Ranking], *, label: str = "score") -> list[Array]:
     """Score the answers of every ranking, [K] a ranking."""
     texts: list[tuple[Prompt, str]] = [(r.prompt, ranked.content) for r in rankings for ranked in r.answers]
+    ended = [ranked.ended for ranking in rankings for ranked in ranking.answers]
     ends = np.cumsum([len(ranking.answers) for ranking in rankings])
-    return np.split(score_answers(reward, texts, label=label), ends[:-1])
+    return np.split(score_answers(reward, texts, ended=ended, label=label), ends[:-1])
 
 
 def ranking_report(

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Message, Messages
+from rlhf.data.rows import Message, Messages, has_ended
 from rlhf.models.templates import closing, rendered
 from rlhf.models.typed import spelled
 
@@ -53,10 +53,11 @@ class ToolTemplate:
         return fitted
 
     def _as_texts(self, before: Messages, turns: Messages) -> Messages:
-        """Return the turns that follow others, each with nothing but role and content."""
+        """Return the turns that follow others, each with nothing but role and content, and whether it was cut off."""
         texts = list(before)
         for turn in turns:
-            texts.append(self._as_text(texts, turn))
+            text = self._as_text(texts, turn)
+            texts.append(text if has_ended([turn]) else {**text, "ended": False})
         if self._rendered(texts) != self._rendered([*before, *turns]):
             raise self._unwritable()
         return texts[len(before) :]

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf.data.rankings import Ranking
 from rlhf.data.read import FILE_SUFFIXES, ReadReport
-from rlhf.data.rows import SIDES, TIE, Compare, Pair, answer, parting_turn, told
+from rlhf.data.rows import SIDES, TIE, Compare, Pair, answer, has_ended, parting_turn, told
 from rlhf.data.sources import Fit, Row, Source, count_kept, drop_rows, read_pair_rows, read_rankings
 from rlhf.data.tables import is_pattern, is_saved
 from rlhf.errors import UserError
@@ -210,10 +210,14 @@ def evaluate_models(
 
 
 def _edited_items(data_set: _Data) -> list[Item]:
-    """Return the items whose answers can be edited: those with one prompt for all answers."""
+    """Return the items whose answers can be edited: those with one prompt for all answers, none of which was cut off."""
     if data_set.benchmark is not None:
         return data_set.items
-    return [item for item, row in zip(data_set.items, data_set.rows, strict=True) if parting_turn(row) is None]
+    return [
+        item
+        for item, row in zip(data_set.items, data_set.rows, strict=True)
+        if parting_turn(row) is None and all(has_ended(row[side]) for side in SIDES)
+    ]
 
 
 def data_names(data: Sequence[str]) -> list[str]:

@@ -40,8 +40,7 @@ def run_label(context: StageContext) -> dict[str, Any]:
         earlier = [row for row in pairs if row["round"] < context.round]
         fresh = [row for row in pairs if row["round"] == context.round]
     else:
-        questions = read_questions(context.parent("select") / QUESTIONS)
-        verdicts = _verdicts(context, questions)
+        questions, verdicts = _labelled(context, read_questions(context.parent("select") / QUESTIONS))
         result = tally(questions, verdicts)
         earlier, fresh = _pairs_before(context), result.rows
         write_jsonl(context.folder / QUARANTINE, result.quarantine)
@@ -152,8 +151,11 @@ def _dealt_out(context: StageContext) -> list[Pair]:
     return [row for row in dealt if row["round"] <= context.round]
 
 
-def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verdict]:
-    """Return the verdicts of the recipe's annotators; people and judges write into the run's book, where nothing is lost.
+def _labelled(context: StageContext, questions: Sequence[Question]) -> tuple[Sequence[Question], list[Verdict]]:
+    """Return the verdicts of the recipe's annotators, and the questions with their answers in the order that these saw.
+
+    People and judges write into the run's book, where nothing is lost. A question that an earlier attempt at this round asked
+    stands there in its order, which `first` and `second` mean.
 
     Raises:
         Waiting: people have not answered all questions yet.
@@ -165,25 +167,25 @@ def _verdicts(context: StageContext, questions: Sequence[Question]) -> list[Verd
         rng, world = random.Random(context.recipe.seed * 1000 + context.round), WORLDS[lab.world]
         settings = (rng, lab.annotators, lab.flip_rate, world)
         critic = lab.critic_error_rate
-        return [
+        return questions, [
             Verdict(q.id, *simulate_label(plain(q.prompt), q.first, q.second, *settings, critic_error_rate=critic))
             for q in questions
         ]
     if rounds.labels_from == "verdicts":
-        return _verdicts_of_a_model(context, questions)
+        return questions, _verdicts_of_a_model(context, questions)
     book = LabelBook(context.run / BOOK)
     if withdrawn := book.withdraw_others(context.round, {question.id for question in questions}):
         context.say(f"label: {withdrawn} questions of an earlier attempt at this round are taken back.")
-    book.ask(questions)
+    questions = book.ask(questions)
     if rounds.labels_from == "judge":
         _ask_a_model(context, book, questions)
-        return [verdict for verdict in book.verdicts(context.round) if verdict.annotator == rounds.judge_model]
+        return questions, [v for v in book.verdicts(context.round) if v.annotator == rounds.judge_model]
     done, total, _ = book.progress(context.round, wanted=rounds.annotators_per_pair)
     if done < total:
         raise Waiting(
             f"round {context.round}: {done} of {total} pairs labelled: `rlhf label {context.run}`; then run the same command again."
         )
-    return book.verdicts(context.round)
+    return questions, book.verdicts(context.round)
 
 
 def _verdicts_of_a_model(context: StageContext, questions: Sequence[Question]) -> list[Verdict]:

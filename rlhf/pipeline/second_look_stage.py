@@ -11,7 +11,7 @@ from uuid import uuid4
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from rlhf.data.labelbook import BOOK, LabelBook
+from rlhf.data.labelbook import BOOK, LOOKS, LabelBook
 from rlhf.data.labels import Question, Verdict, question_id, read_questions
 from rlhf.data.rows import SIDES, TIE, Pair, told
 from rlhf.errors import UserError, Waiting
@@ -39,7 +39,6 @@ from rlhf.pipeline.vote import vote, vote_again
 from rlhf.report.second_look import alarm, gain_sentence, joined_sentence, unused_confidence, unused_vote
 
 VERDICTS = "verdicts.jsonl"
-LOOKS = "second_look"  # in the run: the folder of the experts' book, apart from that of the annotators
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ class Store:
 
     def wait_until_open(self, stage: Stage) -> Path:
         """Wait until the first process of a distributed run has opened the stage, and return its folder."""
-        while (started := self._started(stage)) is None or started["key"] != stage.key:
+        while (started := self._started(stage)) is None or not self._is_of(started, stage):
             time.sleep(POLL_SECONDS)
         return self.path(stage)
 

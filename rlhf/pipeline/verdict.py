@@ -15,6 +15,7 @@ from rlhf.report.result_file import check_result_file
 
 WORDS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 SHOWN = 10  # problems of a file
+LEAST_WIDTH = 1e-9  # of an interval that says something
 ODD_DRAW = 3.0  # standard errors between the judge's means of rows with and without a label, beyond which it is said
 
 
@@ -111,9 +112,10 @@ def sentences(result: dict[str, Any]) -> list[str]:
         f"People alone: {people['rate']:.3f}{_shown(people['rate_ci'])}; the judge alone: {result['judge']:.3f}, which no interval "
         "makes true.",
     ]
-    if interval is None:
+    if interval is None or people["rate_ci"] is None:
         lines.append(
-            "All labels say the same, so they have no spread to make an interval for one look of; read the next one."
+            "All labels say the same, or those of every prompt together do, so they have no spread to make an interval for one "
+            "look of; read the next one."
         )
     else:
         width = (interval[1] - interval[0]) / (people["rate_ci"][1] - people["rate_ci"][0])
@@ -136,8 +138,8 @@ def _shown(interval: Sequence[float] | None) -> str:
 
 
 def _interval(rate: Rate, human: Sequence[float]) -> list[float] | None:
-    """Return an interval for one look; None where all labels are equal, for it would be a point and a lie."""
-    return [rate.low, rate.high] if len(set(human)) > 1 else None
+    """Return an interval for one look; None where all labels, or those of every prompt together, are equal: a point is a lie."""
+    return [rate.low, rate.high] if len(set(human)) > 1 and rate.high - rate.low > LEAST_WIDTH else None
 
 
 def read_verdicts(file: str) -> Verdicts:

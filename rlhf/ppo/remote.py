@@ -4,12 +4,13 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import requests
 
 from rlhf.addresses import hide_secrets, secret_problem, secrets_in, spell_out
 from rlhf.data.http import ATTEMPTS, NotJson, post_json
-from rlhf.data.rows import Messages, Prompt
+from rlhf.data.rows import Message, Messages, Prompt
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.text import last_turn, plain
 
@@ -66,7 +67,7 @@ class RemoteReward:
         body: dict[str, object] = {
             "query": [f"{prompt}\n{answer}" for prompt, answer in zip(readable, answers, strict=True)],
             "prompts": readable,
-            "messages": list(prompts),
+            "messages": [_sendable(prompt) for prompt in prompts],
             "responses": answers,
             "ended": [True] * len(answers) if ended is None else list(ended),
         }
@@ -99,6 +100,13 @@ class RemoteReward:
                 "on; nothing was updated."
             )
         return float(value)
+
+
+def _sendable(prompt: Prompt) -> Prompt:
+    """Return a prompt without the empty fields that a table gives all of its messages."""
+    if isinstance(prompt, str):
+        return prompt
+    return [cast(Message, {name: value for name, value in turn.items() if value is not None}) for turn in prompt]
 
 
 def _headers() -> dict[str, str] | None:

@@ -58,10 +58,10 @@ class AnswerLogprobsRewardTrainer(AnswerTokensRewardTrainer):
 
         # 2. Its tokens, and the state before each; a prompt of no token leaves the first one out.
         counts = [min(int(n), len(c) - 1) for n, (_, c) in zip(inputs[f"{side}_tokens"].tolist(), places, strict=True)]
-        tokens = torch.cat([ids[row, columns[-n:]] for n, (row, columns) in zip(counts, places, strict=True)])
-        before = torch.cat(
-            [states[row, columns[-n - 1 : -1]] for n, (row, columns) in zip(counts, places, strict=True)]
-        )
+        # From the beginning, for an answer may have no token: one without text that was cut off.
+        rows = [(row, columns, len(columns) - n) for n, (row, columns) in zip(counts, places, strict=True)]
+        tokens = torch.cat([ids[row, columns[start:]] for row, columns, start in rows])
+        before = torch.cat([states[row, columns[start - 1 : -1]] for row, columns, start in rows])
 
         # 3. Their log-probabilities, added up for each answer.
         dtype = self.language_head.dtype

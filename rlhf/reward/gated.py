@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.ratings import ratings_of
-from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, completion
+from rlhf.data.rows import SIDES, TIE, Pair, Prompt, Rated, completion, has_ended
 from rlhf.errors import UserError
 from rlhf.models.heads import combine_labels, label_layer
 from rlhf.models.load import load_scorer
@@ -168,7 +168,8 @@ def fit_gated(
     responses = [completion(row) for row in rated]
 
     # 1. Every attribute, and length itself, by ridge regression on what the head reads.
-    features = reward.features([row["prompt"] for row in rated], responses).double()
+    ended = [has_ended(row["completion"]) for row in rated]
+    features = reward.features([row["prompt"] for row in rated], responses, ended=ended).double()
     lengths = torch.tensor([len(ids) for ids in tokenizer(responses, add_special_tokens=False)["input_ids"]])
     length = ridge(features, lengths.clamp(min=1).log())
     length_scores = features @ length.weight

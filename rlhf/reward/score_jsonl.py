@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from rlhf.data.limits import MOST_LINE, TOO_DEEP, TOO_LONG, is_too_deep
 from rlhf.data.messages import messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Prompt, completion, user_turn
+from rlhf.data.rows import Prompt, completion, has_ended, user_turn
 from rlhf.data.tidy import with_system_turn
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.score import Scorer
@@ -21,11 +21,12 @@ MOST_DIGITS = 40  # of a number, in a message
 
 
 class _Line(NamedTuple):
-    """A line that can be scored: its object, and the prompt and the response in it."""
+    """A line that can be scored: its object, the prompt and the response in it, and whether the response came to its end."""
 
     row: dict[str, Any]
     prompt: Prompt
     response: str
+    ended: bool
 
 
 def score_lines(reward: Scorer, lines: Iterable[str | None]) -> Iterator[dict[str, Any]]:
@@ -80,7 +81,8 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
     model = reward if isinstance(reward, RewardModel) else None
     counts = (0, 0) if model is None else (model.cut, model.cut_answers)
     try:
-        scores = reward.score([line.prompt for line in lines], [line.response for line in lines]).tolist()
+        prompts, responses = [line.prompt for line in lines], [line.response for line in lines]
+        scores = reward.score(prompts, responses, ended=[line.ended for line in lines]).tolist()
     except TemplateError as error:
         reason = f"the chat template refuses these turns: {error}"
     except (UserError, TrainingError, ValueError, TypeError, LookupError, RuntimeError) as error:
@@ -105,7 +107,7 @@ def _parse(line: str | None, reward: Scorer) -> _Line | str:
         if is_too_deep(row):
             raise BadRow(TOO_DEEP)
         json.dumps(row, ensure_ascii=False).encode()
-        prompt, response = _asked_and_answered(row, reward)
+        prompt, response, ended = _asked_and_answered(row, reward)
     except UnicodeEncodeError:
         return "a lone surrogate, which is no text"
     except RecursionError:
@@ -114,11 +116,12 @@ def _parse(line: str | None, reward: Scorer) -> _Line | str:
         return str(reason)
     except ValueError as error:  # a number of more digits than Python reads
         return f"not valid JSON: {error}"
-    return _Line(row, prompt, response)
+    return _Line(row, prompt, response, ended)
 
 
-def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, str]:
-    """Return the prompt and the response of a line, its `system` as the first turn, as wherever data are read.
+def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, str, bool]:
+    """Return the prompt and the response of a line, its `system` as the first turn, as wherever data are read; and whether the
+    response came to its end, as all do that do not say `ended: false`, the object or the last message.
 
     Raises:
         BadRow: they are not there, not in one form, or of another type; something stands beside that has no place here.
@@ -127,6 +130,7 @@ def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, st
         raise BadRow(
             "'tools' have no place here; write what the model read of them into a system turn, or leave them out"
         )
+    ended = row.get("ended") is not False
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise BadRow(f"'system' is {_type(system)}, and must be a text")
@@ -137,7 +141,8 @@ def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, st
         turns = messages((changed or row)["messages"], "messages")
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise BadRow("messages must end with an assistant's answer to something")
-        return turns[:-1], completion({"prompt": turns[:-1], "completion": turns[-1:]})
+        response = completion({"prompt": turns[:-1], "completion": turns[-1:]})
+        return turns[:-1], response, ended and has_ended(turns)
     if "prompt" not in row or "response" not in row:
         raise BadRow("neither 'prompt' and 'response' nor 'messages'")
     if not isinstance(row["response"], str):
@@ -148,7 +153,7 @@ def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, st
     if system and system.strip() and isinstance(prompt, str):
         raise BadRow("'system' beside a prompt that a chat template has rendered; leave it out, or send messages")
     changed = with_system_turn({"prompt": prompt, "system": system})
-    return (prompt if changed is None else messages(changed["prompt"], "prompt")), row["response"]
+    return (prompt if changed is None else messages(changed["prompt"], "prompt")), row["response"], ended
 
 
 def _type(value: object) -> str:

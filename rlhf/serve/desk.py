@@ -14,7 +14,7 @@ import yaml
 from rlhf.data.controls import Control, gold_questions
 from rlhf.data.direction import example
 from rlhf.data.label_files import LONGEST_NAME, Format, export_questions, read_verdicts
-from rlhf.data.labelbook import BOOK, LabelBook
+from rlhf.data.labelbook import BOOK, LOOKS, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, tally
 from rlhf.data.read import ReadReport
 from rlhf.data.sources import read_pairs
@@ -164,8 +164,10 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
 
 def _read_before(run: Path, number: int) -> Iterator[str]:
     """Say that the run has read a round's verdicts already, so that later ones change nothing."""
-    for folder in (run / f"round-{number}" / "label", run.parent / f"round-{number}" / "second_look"):
-        if (folder / MANIFEST).is_file() and (folder.parent.parent / "recipe.yaml").is_file():
+    of_run, of_looks = run / f"round-{number}" / "label", run.parent / f"round-{number}" / "second_look"
+    is_run, is_looks = (run / "recipe.yaml").is_file(), run.name == LOOKS and (run.parent / "recipe.yaml").is_file()
+    for folder, is_of_it in ((of_run, is_run), (of_looks, is_looks and not is_run)):
+        if is_of_it and (folder / MANIFEST).is_file():
             yield (
                 f"the run has read the verdicts of round {number}, and later ones change nothing. For them to count, delete "
                 f"{folder} and the folders of later stages; then run the same command again."

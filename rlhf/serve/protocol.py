@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
 from typing_extensions import TypedDict
@@ -27,6 +27,7 @@ class Turn(TypedDict):
 
     role: Literal["system", "user", "assistant"]
     content: Words
+    ended: NotRequired[StrictBool | None]
 
 
 def _kind_of_prompt(value: object) -> str:
@@ -242,7 +243,8 @@ def _whole(turns: Sequence[Turn], row: int, ended: bool) -> Answer:
     """Split a conversation into prompt and answer."""
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise Refused(422, f"conversation {row} must end with an assistant's answer to something.")
-    return Answer(cast(Messages, list(turns[:-1])), turns[-1]["content"], ended)
+    is_whole = ended and turns[-1].get("ended") is not False
+    return Answer(cast(Messages, list(turns[:-1])), turns[-1]["content"], is_whole)
 
 
 class ScoreReply(BaseModel):

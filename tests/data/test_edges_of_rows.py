@@ -108,7 +108,7 @@ def test_a_path_leads_nowhere_else(row: object, path: str) -> None:
 def test_a_rating_of_something_else_is_passed_over() -> None:
     rated = {"text": "yes", "attributes": {"good": 1}}
     row = {"prompt": "hi", "responses": ["attributes", rated, {"text": "no"}]}
-    assert _entries(row) == [([{"role": "user", "content": "hi"}], "yes", {"good": 1})]
+    assert _entries(row) == [([{"role": "user", "content": "hi"}], "yes", True, {"good": 1})]
     with pytest.raises(BadRow, match="no ratings of attributes beside an answer"):
         _entries(["attributes"])
 
@@ -180,12 +180,12 @@ def test_a_tree_has_an_answered_turn_for_every_prompter_who_was_answered() -> No
         "prompter", "u1", tree("assistant", "a1", second, rank=1), gone, tree("assistant", "a2", tree("prompter", "u3"))
     )
     first, inner = _answered_turns(root)
-    assert (first.prompt, [(x.content, x.score) for x in first.answers], first.first_reply) == (
+    assert (first.prompt, [(x.content, x.score) for x in first.answers], first.first_reply.content) == (
         turns("u1"),
         [("a1", -1.0)],
         "a1",
     )
-    assert (inner.prompt, inner.answers, inner.first_reply) == (turns("u1 a1 u2"), [], "a3")
+    assert (inner.prompt, inner.answers, inner.first_reply.content) == (turns("u1 a1 u2"), [], "a3")
 
 
 def test_right_texts_are_above_wrong_ones() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,18 @@ def test_a_book_survives_undo_repeats_and_two_annotators(tmp_path: Path) -> None
     assert LabelBook(tmp_path / "labels.sqlite").questions(2) == FIVE
 
 
+def test_a_question_that_is_asked_again_keeps_its_sides(tmp_path: Path) -> None:
+    """A stage made anew draws other sides for a pair that comes up again; `first` of an old verdict means what it was shown."""
+    book = LabelBook(tmp_path / "labels.sqlite")
+    assert book.ask(FIVE) == FIVE
+    book.record([Verdict(FIVE[0].id, "first", "ann")])
+    turned = replace(FIVE[0], first=FIVE[0].second, second=FIVE[0].first)
+    asked = book.ask([turned, FIVE[1]])
+    assert asked == FIVE[:2]
+    (row,) = tally(asked[:1], book.verdicts(2)).rows
+    assert row["chosen"][0]["content"] == FIVE[0].first
+
+
 def asked_of(book: LabelBook, annotator: str, *, wanted: int) -> list[str]:
     """The questions that somebody would be asked one after the other; nothing stays in the book."""
     names: list[str] = []
@@ -146,7 +159,9 @@ def test_who_cannot_say_gives_no_verdict(tmp_path: Path) -> None:
     assert book.progress(2, wanted=2) == (5, 5, 5), "nobody else labels"
     assert len(asked_of(book, "cem", wanted=2)) == 5, "but somebody else may come"
     book.record([Verdict(FIVE[0].id, "first", "cem")])
-    assert book.progress(2, wanted=2) == (1, 5, 0), "and is then waited for"
+    assert book.progress(2, wanted=2) == (5, 5, 4), "who gives one verdict and leaves is not waited for"
+    book.record([Verdict(one.id, "first", "cem") for one in FIVE[1:3]])
+    assert book.progress(2, wanted=2) == (3, 5, 0), "who answers more than half is"
 
 
 def test_files_of_three_forms_come_back(tmp_path: Path) -> None:

@@ -65,6 +65,19 @@ def test_rows_of_one_prompt_are_taken_together(tmp_path: Path) -> None:
     assert other == alone
 
 
+def test_labels_that_balance_within_each_prompt_make_no_point(tmp_path: Path) -> None:
+    """Every pair in both orders, labelled consistently: each prompt's labels add up to the same, and nothing is left to vary."""
+    said: list[str] = []
+    rows: list[dict[str, object]] = [
+        {"judge": side, "label": side, "prompt": f"q{i}"} for i in range(10) for side in ("first", "second")
+    ]
+    rows += [{"judge": "first" if i % 2 else "second", "prompt": f"r{i}"} for i in range(100)]
+    result = verdict(written(tmp_path, rows), None, say=said.append)
+    assert result["people"]["rate"] == 0.5
+    assert result["people"]["rate_ci"] is None
+    assert any("those of every prompt together do" in line for line in said)
+
+
 def test_all_forms_of_a_verdict(tmp_path: Path) -> None:
     rows = [
         {"judge": "first", "label": "tie"},

@@ -1,5 +1,6 @@
 """An answer that was cut off is trained, labelled, chosen and judged without an end token, as PPO reads it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,19 +8,25 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.labels import Question, Verdict, question_id, read_questions, tally
+from rlhf.data.messages import messages
+from rlhf.data.rankings import comparisons, k_wise, message_tree, ranked_list, rated_entries, signed_strength
 from rlhf.data.rows import Pair, assistant_turn, has_ended, user_turn
 from rlhf.data.sources import Source, read_pairs
 from rlhf.evaluation.pairs import score_pairs
 from rlhf.files import write_jsonl
 from rlhf.models.demonstrations import encode_demonstrations
 from rlhf.pipeline.sampling import _candidates
+from rlhf.ppo.remote import _sendable
 from rlhf.reward.attributes import AttributeRewardTrainer
 from rlhf.reward.denoise import flip_pair
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.model import RewardModel
 from rlhf.reward.rankings import RankingRewardTrainer
+from rlhf.reward.score_jsonl import score_lines
 from rlhf.reward.sides import side_features, side_scores
 from rlhf.reward.trainer import PairRewardTrainer
+from rlhf.serve.models import Answer as AnswerText
+from rlhf.serve.protocol import ClassifyBody
 
 PROMPT = user_turn("name three green things")
 PAIRS: list[Pair] = [
@@ -61,12 +68,12 @@ def test_a_demonstration_that_was_cut_off_teaches_no_end(tokenizer: PreTrainedTo
 def test_scores_and_features_of_pairs_are_those_of_their_flags(tiny_reward: RewardModel) -> None:
     by_hand = tiny_reward.score([PROMPT] * 2, ["a fr", "a frog"], ended=[False, True])
     assert side_scores(tiny_reward, PAIRS, "rejected").tolist() == pytest.approx(by_hand.tolist(), abs=1e-6)
-    assert score_pairs(tiny_reward, PAIRS).rejected.tolist() == pytest.approx(by_hand.tolist(), abs=1e-6)
+    assert score_pairs(tiny_reward, PAIRS).scores_rejected.tolist() == pytest.approx(by_hand.tolist(), abs=1e-6)
     features = tiny_reward.features([PROMPT] * 2, ["a leaf"] * 2, ended=[True, False])
     assert side_features(tiny_reward, PAIRS, "chosen").flatten().tolist() == pytest.approx(
         features.flatten().tolist(), abs=1e-6
     )
-    first, second = score_pairs(tiny_reward, PAIRS).chosen
+    first, second = score_pairs(tiny_reward, PAIRS).scores_chosen
     assert first != second, "one text, ended and cut, is two answers"
 
 
@@ -92,3 +99,56 @@ def test_the_flag_travels_from_the_sample_to_the_pair(tmp_path: Path) -> None:
         write_jsonl(tmp_path / "pairs.jsonl", [row])
         (again,), _ = read_pairs(Source(str(tmp_path / "pairs.jsonl")))
         assert (again["chosen"], again["rejected"]) == (row["chosen"], row["rejected"])
+
+
+def test_every_form_of_data_brings_the_flag() -> None:
+    """Rankings, ranked lists, two responses, trees, rated answers; of a prompt's own turns nobody needs it."""
+    cut = {"role": "assistant", "content": "a fr", "ended": False}
+    whole = {"role": "assistant", "content": "a leaf"}
+    k_wise_row = {
+        "prompt": "q",
+        "responses": [{"content": "a leaf", "score": 2}, {"content": "a fr", "score": 1, "ended": False}],
+    }
+    tree = {"prompt": {"role": "prompter", "text": "q", "replies": [
+        {"role": "assistant", "text": "a leaf", "rank": 0}, {"role": "assistant", "text": "a fr", "rank": 1, "ended": False}]}}  # fmt: skip
+    for rankings in (
+        k_wise(k_wise_row),
+        ranked_list([*PROMPT, whole, cut]),
+        signed_strength({"prompt": "q", "response_1": cut, "response_2": whole, "preference_strength": 2}),
+        message_tree(tree),
+    ):
+        (row,) = comparisons(rankings[0])
+        assert (has_ended(row["chosen"]), has_ended(row["rejected"])) == (True, False)
+    (entry,) = rated_entries({"messages": [*PROMPT, cut], "attributes": [{"helpfulness": 3}]})
+    assert not entry.ended
+    assert not rated_entries({"prompt": "q", "response": "a fr", "ended": False, "helpfulness": 3})[0].ended
+    prompt = messages([*PROMPT, cut, *user_turn("and?")], "prompt")
+    assert all("ended" not in turn for turn in prompt)
+
+
+def test_lines_and_requests_that_say_it_are_read_so(tiny_reward: RewardModel) -> None:
+    """`rlhf score`, by the object or by its last message; the server's bodies, by message or by `ended`."""
+    (by_hand,) = tiny_reward.score([PROMPT], ["a fr"], ended=[False]).tolist()
+    cut = {"role": "assistant", "content": "a fr", "ended": False}
+    lines = [
+        {"prompt": PROMPT, "response": "a fr", "ended": False},
+        {"messages": [*PROMPT, cut]},
+        {"prompt": PROMPT, "response": "a fr"},
+    ]
+    scores = [row["score"] for row in score_lines(tiny_reward, map(json.dumps, lines))]
+    assert scores[:2] == pytest.approx([by_hand] * 2, abs=1e-6)
+    assert scores[2] != pytest.approx(by_hand, abs=1e-3)
+    for body in (
+        ClassifyBody(messages=[*PROMPT, cut]),
+        ClassifyBody(messages=[*PROMPT, {**cut, "ended": None}], ended=[False]),
+    ):  # type: ignore[list-item]
+        (text,) = body.texts()
+        assert isinstance(text, AnswerText)
+        assert not text.ended
+
+
+def test_prompts_of_a_table_are_sent_without_its_empty_fields() -> None:
+    rows = Dataset.from_list([{"prompt": PROMPT}, {"prompt": [{**PROMPT[0], "ended": False}]}]).to_list()
+    assert rows[0]["prompt"][0]["ended"] is None
+    assert _sendable(rows[0]["prompt"]) == PROMPT
+    assert _sendable("as it is") == "as it is"
