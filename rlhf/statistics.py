@@ -215,7 +215,7 @@ def length_controlled_accuracy(
 
     >>> value, (low, high) = length_controlled_accuracy([1.0, 0.0, 1.0, 1.0, 1.0], [5, 5, 5, 5, -5])
     >>> value, round(low, 2), high
-    (0.875, 0.31, 1.0)
+    (0.875, 0.26, 1.0)
     """
     outcome, lengths = np.asarray(right, dtype=float), np.asarray(length_differences, dtype=float)
     longer, shorter = (lengths > 0).astype(float), (lengths < 0).astype(float)

@@ -100,7 +100,9 @@ def test_pairs_that_a_round_selects(stage: Any) -> None:
     context, lines = stage("select", labels=2)
     sampled = context.parent("sample") / SAMPLES
     sampled.parent.mkdir()
-    rows = [{"prompt": prompt, "completion": text} for prompt in (LONG, PROMPTS[0]) for text in ("yes", "no")]
+    rows = [
+        {"prompt": prompt, "completion": text, "ended": True} for prompt in (LONG, PROMPTS[0]) for text in ("yes", "no")
+    ]
     sampled.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     facts = run_select(context)
     assert facts["questions"] == 2

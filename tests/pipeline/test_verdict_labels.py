@@ -88,7 +88,7 @@ def test_labels_that_are_all_equal_are_said(
     ):
         said.clear()
         verdicts = [Verdict(q.id, label, "ann") for q, label in zip(asked, labels, strict=True)]
-        monkeypatch.setattr(label_module, "_verdicts", lambda *_, given=verdicts: given)
+        monkeypatch.setattr(label_module, "_labelled", lambda *_, given=verdicts: (asked, given))
         run_label(context)
         assert [line for line in said if "verdicts are" in line] == sentences
 
@@ -107,7 +107,8 @@ def test_labels_are_held_out_by_conversation(
     asked = [Question(question_id(1, prompt, ["a", "b"]), 1, prompt, "a", "b") for prompt in prompts]
     write_jsonl(parents["data"] / "data/prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     write_jsonl(parents["select"] / "questions.jsonl", [q.as_row() for q in asked])
-    monkeypatch.setattr(label_module, "_verdicts", lambda *_: [Verdict(q.id, "first", "ann") for q in asked])
+    verdicts = [Verdict(q.id, "first", "ann") for q in asked]
+    monkeypatch.setattr(label_module, "_labelled", lambda *_: (asked, verdicts))
     facts = run_label(StageContext(recipe(tmp_path, base_folder, verdict_folder), folder, parents, lambda _: None))
     held, kept = (
         [row["prompt"][0]["content"] for row in read_jsonl(folder / name)]
