@@ -1,10 +1,11 @@
 """The columns of numbers that a loss reads, and the values that each may have."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from rlhf.errors import UserError
 from rlhf.recipe.objectives import PAIR_COLUMNS
@@ -58,3 +59,18 @@ def check_columns(
                 break
     if problems:
         raise UserError(problems)
+
+
+def warn_of_weightless(dataset: Dataset | IterableDataset, rows: str) -> None:
+    """Say how many rows of a dataset have weight 0: they are read and teach nothing. Nothing is counted of a stream.
+
+    Args:
+        rows: what a row is called.
+    """
+    if isinstance(dataset, Dataset) and "weight" in dataset.column_names:
+        weightless = sum(weight == 0 for weight in dataset["weight"])
+        if weightless:
+            warnings.warn(
+                f"reward: {weightless} of {len(dataset)} {rows}s have weight 0; they are read and teach nothing.",
+                stacklevel=3,
+            )

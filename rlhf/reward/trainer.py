@@ -36,7 +36,7 @@ from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
 from rlhf.reward.collator import PairCollator
-from rlhf.reward.columns import check_columns, named_datasets
+from rlhf.reward.columns import check_columns, named_datasets, warn_of_weightless
 from rlhf.reward.setup import check_head, check_task, tokenizer_of
 
 
@@ -145,6 +145,8 @@ class PairRewardTrainer(RewardTrainer):
         for rows, dataset in named_datasets(**arguments):
             if dataset.column_names:
                 check_columns(dataset, columns=loss.columns, rows=rows)
+                if "weight" in loss.columns:
+                    warn_of_weightless(dataset, rows)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = RewardConfig(f"{name.split('/')[-1]}-Reward", num_train_epochs=1)

@@ -163,6 +163,9 @@ def test_what_would_teach_nothing_is_refused(base_folder: Path, pairs: Dataset, 
     nothing = pairs.add_column("weight", [0.0] * len(pairs))
     with pytest.raises(UserError, match="column 'weight' is 0 in all 40 rows"):
         trainer(str(base_folder), nothing, cpu_arguments)
+    some = pairs.add_column("weight", [0.0] * 3 + [1.0] * (len(pairs) - 3))
+    with pytest.warns(UserWarning, match="3 of 40 rows have weight 0; they are read and teach nothing"):
+        trainer(str(base_folder), some, cpu_arguments)
     unread = pairs.add_column("margin", [3.0] * len(pairs))
     with pytest.raises(UserError, match="no ranking has a place for the column 'margin'"):
         trainer(str(base_folder), unread, cpu_arguments, RankingRewardTrainer)
