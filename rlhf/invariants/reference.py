@@ -2,10 +2,10 @@
 
 Reference fixed: its log-probabilities on a golden batch, taken before the first rollout, are found again at every checkpoint
 and at the end. The batch is a few prompts, each followed by tokens drawn from the whole vocabulary, so that embeddings and head
-are read at many places. On a CPU, in the process that took them, they are the same bit for bit (bound 0). On a device, or
-after a resume, the mean difference is at most that of rounding: measured at 5e-4 nats a token in bfloat16 with logits up to 7,
-it grows with the logits, and models in use have logits up to about 100, so 0.05 is allowed; float16 has 8 times finer digits
-(0.01), float32 65,536 times (1e-4 leaves room for sums in another order).
+are read at many places, and it is read without autocast. On a CPU, in the process that took them, they are the same bit for
+bit (bound 0). On a device, or after a resume, the mean difference is at most that of rounding in the weights' type: measured at
+5e-4 nats a token in bfloat16 with logits up to 7, it grows with the logits, and models in use have logits up to about 100, so
+0.05 is allowed; float16 has 8 times finer digits (0.01), float32 65,536 times (1e-4 leaves room for sums in another order).
 
 Policy is reference at start: before the first update the two are the same model under two names, or a base with and without an
 adapter that adds exact zeros, so per token they differ by 1e-5 nats at most in float32 (0 where both run one after the other

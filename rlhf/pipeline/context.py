@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import torch
 
+from rlhf.pipeline.precision import precision_of_stage
 from rlhf.pipeline.stage_table import STAGES
+from rlhf.pipeline.store import CHECKPOINTS
 from rlhf.recipe.schema import Recipe
 
 PAIRS, TEST_PAIRS, RATINGS = "pairs.jsonl", "test_pairs.jsonl", "ratings.jsonl"
@@ -114,6 +116,13 @@ class StageContext:
         keys = recipe.vote_settings() if section == "vote" else getattr(recipe, section).trl_settings()
         revision = recipe.backbone.revision
         return keys if revision is None else {**keys, "model_revision": revision}
+
+    def training_settings(self, section: Section) -> dict[str, Any]:
+        """Return TRL's keys of a section for what this stage trains: in the precision that it began in."""
+        keys = self.trl_settings(section)
+        if section == "vote" and self.recipe.vote.trunk is not None:
+            return keys  # float32, whatever they say
+        return precision_of_stage(keys, self.folder / CHECKPOINTS, decides=self.is_main)
 
 
 def backbone_model(recipe: Recipe) -> str:

@@ -117,7 +117,7 @@ def fit_reward_model(
     recipe, section, sft = context.recipe, context.recipe.reward, context.sft_model
     objective = OBJECTIVES[section.objective]
     loss = objective.loss
-    model_config, settings = split_settings(context.trl_settings("reward"))
+    model_config, settings = split_settings(context.training_settings("reward"))
     settings.setdefault("num_train_epochs", 1)
     args = training_arguments(RewardConfig, settings, folder, seed)
     set_seed(seed)

@@ -1,33 +1,99 @@
-"""Which precision this machine is fast in: measured once a process where a recipe leaves it open (`bf16: auto`).
+"""Which precision a stage computes in: what its recipe says, what a launcher says, or what is fast here (`bf16: auto`).
 
 Machines differ: of two CPUs, one took a seventh of float32's time in bfloat16, and one eight times as much.
 """
 
+import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rlhf.errors import UserError
+from rlhf.files import write_text
+
 AUTO = "auto"
+LAUNCHER = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`; it decides where a trainer's settings say nothing
+PRECISION = "precision.json"  # beside checkpoints
+POLL_SECONDS = 0.2
 ROWS, WIDTH, REPETITIONS = 256, 768, 3
+ROUNDS, ENOUGH_SECONDS = 8, 1.0  # of timing both precisions in turn
 FASTER = 1.2  # how many times as fast bfloat16 must be: below that, float32's digits are worth more
 
 
 def resolve_bf16(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a trainer's settings with `bf16: auto` replaced by what is fast on this machine, and say what that is.
+    """Return a trainer's settings with the precision that it will compute in; say what `bf16: auto` came to.
 
-    The weights stay in float32 either way; with bfloat16 the forwards compute under autocast. A recipe, the key of a stage
-    and a run's folder keep "auto": a run that is resumed elsewhere goes on in what is fast there, and says so.
+    The weights stay in float32 either way; with bfloat16 the forwards compute under autocast. What accelerate was launched
+    with holds where a recipe says nothing, or "auto".
+
+    Raises:
+        UserError: the recipe says `bf16: false`, and accelerate was launched with another precision, which would win.
     """
-    if settings.get("bf16") != AUTO:
+    asked, launched = settings.get("bf16"), os.environ.get(LAUNCHER, "no")
+    if asked is True or settings.get("fp16"):
+        return dict(settings)
+    if launched in ("bf16", "fp16"):
+        if asked is False:
+            raise UserError(
+                "bf16: false (in the recipe, or as this stage began), and accelerate was launched with mixed_precision: "
+                f"{launched}, which would win; launch with mixed_precision: no, or leave bf16 out."
+            )
+        return {**{name: value for name, value in settings.items() if name != "bf16"}, launched: True}
+    if asked != AUTO:
         return dict(settings)
     is_fast, reason = _choice()
     warnings.warn(reason, stacklevel=2)
     return {**settings, "bf16": is_fast}
+
+
+def precision_of_stage(settings: Mapping[str, Any], checkpoints: Path, *, decides: bool) -> dict[str, Any]:
+    """Return a stage's settings with `bf16: auto` replaced by what the stage began in; the first time, by what is fast here.
+
+    The choice is kept beside the checkpoints, so a stage that goes on stays in one precision, on another machine too. One
+    process decides for all. A recipe and the key of a stage keep "auto".
+
+    Args:
+        checkpoints: the folder of the stage's checkpoints.
+        decides: whether this process decides; another waits for its choice.
+    """
+    if settings.get("bf16") != AUTO:
+        return dict(settings)
+    file = checkpoints / PRECISION
+    if file.is_file():
+        kept: bool = json.loads(file.read_text(encoding="utf-8"))["bf16"]
+        if decides and kept != _choice()[0]:
+            now, other = ("bfloat16", "float32") if kept else ("float32", "bfloat16")
+            warnings.warn(
+                f"bf16: auto is {str(kept).lower()}: this stage began in {now} and goes on in it, though {other} is faster here.",
+                stacklevel=2,
+            )
+        return {**settings, "bf16": kept}
+    if decides:
+        resolved = resolve_bf16(settings)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps({"bf16": bool(resolved.get("bf16"))}))
+        return resolved
+    while not file.is_file():  # where the one that decides fails, the launcher ends this one
+        time.sleep(POLL_SECONDS)
+    return precision_of_stage(settings, checkpoints, decides=False)
+
+
+def kept_precision(checkpoints: Path) -> dict[str, bool]:
+    """Return what `bf16: auto` came to in a stage, as a fact for its manifest; nothing where the recipe said it."""
+    file = checkpoints / PRECISION
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def in_float32(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without precision: voters on a shared trunk compute in float32, whatever reward models do."""
+    return {name: value for name, value in settings.items() if name not in ("bf16", "fp16")}
 
 
 def warn_of_4_bit(load_in_4bit: bool) -> None:
@@ -48,12 +114,26 @@ def _choice() -> tuple[bool, str]:
     if torch.cuda.is_available():
         is_there = torch.cuda.is_bf16_supported(including_emulation=False)
         return is_there, f"bf16: auto is {str(is_there).lower()}: this GPU {'has' if is_there else 'lacks'} bfloat16."
-    plain, half = measure(torch.float32), measure(torch.bfloat16)
+    plain, half = measure_both()
     is_fast = plain > FASTER * half
     return is_fast, (
         f"bf16: auto is {str(is_fast).lower()}: forward and backward of a layer take {1000 * half:.1f} ms in bfloat16 and "
         f"{1000 * plain:.1f} ms in float32 on this CPU (measured)."
     )
+
+
+def measure_both() -> tuple[float, float]:
+    """Return the seconds of a layer in float32 and in bfloat16, each the shortest of several.
+
+    They are timed in turn: on a machine that does something else too, one bad moment decides nothing.
+    """
+    begin, plain, half = time.monotonic(), list[float](), list[float]()
+    for _ in range(ROUNDS):
+        plain.append(measure(torch.float32))
+        half.append(measure(torch.bfloat16))
+        if time.monotonic() - begin > ENOUGH_SECONDS:
+            break
+    return min(plain), min(half)
 
 
 def measure(dtype: torch.dtype) -> float:

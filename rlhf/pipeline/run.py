@@ -20,7 +20,7 @@ from rlhf.pipeline.memory import memory_sentence
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stopping import reason_to_stop
-from rlhf.pipeline.store import LOCK, Stage, Store, is_disk_full
+from rlhf.pipeline.store import CHECKPOINTS, LOCK, Stage, Store, is_disk_full
 from rlhf.pipeline.summary import write_summary
 from rlhf.progress import Work, a_line_a_minute
 from rlhf.recipe.schema import Recipe
@@ -194,6 +194,7 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
         store.wait_until_done(stage)
         return
     from rlhf.pipeline.context import StageContext  # torch is loaded when the first stage runs
+    from rlhf.pipeline.precision import kept_precision
 
     book = CheckBook()
     if is_main:
@@ -215,6 +216,7 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
         if is_main:
             book.merge(facts.get("checks", {}))
             facts["checks"] = book.entries
+            facts |= kept_precision(folder / CHECKPOINTS)
             store.finish(stage, facts, seconds)
     except (SystemExit, KeyboardInterrupt) as ending:
         raise TrainingError(

@@ -69,7 +69,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
         UserError: nothing can be learnt from their verdicts.
     """
     # 1. All pairs as they were labelled, and a vote on them.
-    seed, settings, shape = context.recipe.seed, context.trl_settings("vote"), context.recipe.vote.shape()
+    seed, settings, shape = context.recipe.seed, context.training_settings("vote"), context.recipe.vote.shape()
     read: list[Pair] = read_jsonl(context.pairs)
     labelled = [pair for pair in read if pair.get("confidence") != TIE]
     for sentence in unused_confidence(labelled):

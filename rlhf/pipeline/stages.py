@@ -191,7 +191,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     written = context.find_parent("base") or context.find_parent("lab")
     base = backbone_model(context.recipe) if written is None else written / "model"
     is_fresh = context.recipe.backbone.model is None
-    model_config, settings = split_settings(context.trl_settings("sft"))
+    model_config, settings = split_settings(context.training_settings("sft"))
     if is_fresh and model_config.use_peft:
         context.say("sft: the base model has random weights, so all of them are trained, not an adapter.")
         model_config.use_peft = model_config.load_in_4bit = False
@@ -250,7 +250,7 @@ def run_ppo(context: StageContext) -> dict[str, Any]:
     """Train a policy by PPO against the reward model, from the SFT policy or from that of the round before."""
     # 1. Where it starts, and what its KL is measured to: the policy at the start, or SFT.
     recipe = context.recipe
-    model_config, settings = split_settings(context.trl_settings("ppo"))
+    model_config, settings = split_settings(context.training_settings("ppo"))
     args = training_arguments(PPOConfig, settings, context.folder, recipe.seed)
     set_seed(recipe.seed)
     sft = context.sft_model

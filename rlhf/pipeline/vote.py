@@ -26,6 +26,7 @@ from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import VoteStrength, vote_strength
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.ends import refuse_unreadable_turns
+from rlhf.pipeline.precision import in_float32
 from rlhf.pipeline.store import CHECKPOINTS, free_checkpoints, read_seconds, write_seconds
 from rlhf.pipeline.trainers import StagePairRewardTrainer
 from rlhf.pipeline.training import split_settings, train, training_arguments
@@ -56,7 +57,7 @@ def run_vote(context: StageContext) -> dict[str, Any]:
     strength, noise, _ = vote(
         context.sft_model,
         rows,
-        context.trl_settings("vote"),
+        context.training_settings("vote"),
         context.folder / CHECKPOINTS,
         seed=recipe.seed,
         say=context.say,
@@ -172,7 +173,7 @@ def vote(
     """
     prompts = [row["prompt"] for row in rows]
     plan = plan_vote(prompts, members=members, folds=folds, in_sample=in_sample, seed=seed)
-    setup = VoteSetup(base, rows, settings, flip_rate, None, say)
+    setup = VoteSetup(base, rows, settings if trunk is None else in_float32(settings), flip_rate, None, say)
     member_differences = _members(setup, folder, members=members, trunk=trunk, seed=seed)
     votes = collect_votes(plan, member_differences)
     parts = measure_parts(plan, prompts, votes, member_differences) if on_parts else None
@@ -211,7 +212,7 @@ def vote_again(
     """
     prompts = [row["prompt"] for row in rows]
     plan = plan_vote(prompts, members=members, folds=folds, in_sample=False, seed=seed)
-    setup = VoteSetup(base, rows, settings, 0.0, wrong, say)
+    setup = VoteSetup(base, rows, settings if trunk is None else in_float32(settings), 0.0, wrong, say)
     return vote_strength(collect_votes(plan, _members(setup, folder, members=members, trunk=trunk, seed=seed))).mean
 
 

@@ -11,6 +11,7 @@ from rlhf.invariants.checks import Check
 from rlhf.invariants.ratio import LARGEST, check_ratio, largest_ratio_deviation
 from rlhf.invariants.reference import (
     ANSWER_TOKENS,
+    FIXED_WITHIN,
     PROMPT_TOKENS,
     ROWS,
     START_WITHIN,
@@ -25,11 +26,13 @@ from rlhf.invariants.sampler import (
     check_counts,
     check_sampler,
     count_sums,
+    rounding_bias,
     sampled_counts,
     sampler_z,
     surprise_sums,
 )
 from rlhf.models.generate import encode_prompts, pad_left
+from rlhf.models.logprobs import response_logprobs
 from rlhf.ppo.state import GoldenBatch
 
 if TYPE_CHECKING:
@@ -37,12 +40,20 @@ if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
 
 
-def coarsest_dtype(trainer: "PPOTrainer") -> torch.dtype:
-    """Return the type with the fewest digits that the policy computes in: autocast's, or its weights' (4-bit ones: 16)."""
+ROUNDED_ROWS = 4  # of a rollout, on each process, that the policy reads once more without autocast
+
+
+def coarsest_dtype(trainer: "PPOTrainer", *, autocast: bool = True) -> torch.dtype:
+    """Return the type with the fewest digits that the policy computes in: autocast's, or its weights' (4-bit ones: 16).
+
+    Args:
+        autocast: whether autocast is on; FSDP computes in its type either way.
+    """
     policy = trainer.accelerator.unwrap_model(trainer.model).policy
-    if trainer.accelerator.mixed_precision == "fp16":
+    mixed = trainer.accelerator.mixed_precision if autocast or trainer.is_fsdp_enabled else "no"
+    if mixed == "fp16":
         return torch.float16
-    if trainer.accelerator.mixed_precision == "bf16" or getattr(policy, "is_loaded_in_4bit", False):
+    if mixed == "bf16" or getattr(policy, "is_loaded_in_4bit", False):
         return torch.bfloat16
     if policy.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return torch.float16  # TF32 has as many digits
@@ -70,12 +81,39 @@ def check_sampling(trainer: "PPOTrainer", experience: "Experience") -> None:
     trainer.metrics.count("sampler_z", sampler_z(surprise), 1)
     trainer.metrics.count("token_counts_z", sampler_z(counts), 1)
 
-    # 2. All looks.
+    # 2. All looks. Where autocast rounds what is used and not what was sampled, the surprise may be off by what that was
+    #    measured to cost.
     tests, rounding = 4 * max(1, int(trainer.args.num_train_epochs)), ROUNDING[coarsest_dtype(trainer)]
+    allowed = max(rounding, rounding_bias(*_autocast_rounding(trainer, experience)))
     for sums in (surprise, progress.surprise):
-        _require_of_sampler(trainer, check_sampler(sums, tests=tests, rounding=rounding))
+        _require_of_sampler(trainer, check_sampler(sums, tests=tests, rounding=allowed))
     for sums in (counts, progress.counts):
         _require_of_sampler(trainer, check_counts(sums, tests=tests, rounding=rounding))
+
+
+@torch.no_grad()
+def _autocast_rounding(trainer: "PPOTrainer", experience: "Experience") -> tuple[float, float]:
+    """Return Σ (log π with autocast - log π without)², nats², and its tokens: of a few answers of every rollout so far.
+
+    Both are 0 where there is no autocast, and under FSDP, which samples in the same type.
+    """
+    if trainer.accelerator.mixed_precision == "no" or trainer.is_fsdp_enabled or trainer.vllm is not None:
+        return trainer.progress.rounding
+    ids, attention, mask = (
+        x[:ROUNDED_ROWS] for x in (experience.input_ids, experience.attention_mask, experience.response_mask)
+    )
+    policy = trainer.accelerator.unwrap_model(trainer.model).policy
+    with torch.autocast(ids.device.type, enabled=False):
+        exact = response_logprobs(policy, ids, attention, mask.shape[1], trainer.args.temperature)
+    difference = (experience.outputs.logprobs[:ROUNDED_ROWS] - exact)[mask.bool()].double()
+    counted = [difference.square().sum().item(), float(len(difference)), float(len(ids))]
+    square, tokens, rows = trainer.accelerator.reduce(
+        torch.tensor(counted, device=ids.device), reduction="sum"
+    ).tolist()
+    trainer.metrics.count("kl_rounding", square, rows)
+    before = trainer.progress.rounding
+    trainer.progress.rounding = (before[0] + square, before[1] + tokens)
+    return trainer.progress.rounding
 
 
 def _require_of_sampler(trainer: "PPOTrainer", check: Check) -> None:
@@ -123,7 +161,9 @@ def hold_reference(trainer: "PPOTrainer") -> None:
         prompts = [row["prompt"] for row in trainer.train_dataset.select(range(min(ROWS, len(trainer.train_dataset))))]
         encoded = encode_prompts(trainer.processing_class, prompts, max_prompt_length=PROMPT_TOKENS)
         rows = golden_rows(encoded, trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size)
-        progress.golden = GoldenBatch(rows, _golden_logprobs(trainer, rows).tolist(), is_of_this_process=True)
+        logprobs = _golden_logprobs(trainer, rows).tolist()
+        dtype = str(coarsest_dtype(trainer, autocast=False)).removeprefix("torch.")
+        progress.golden = GoldenBatch(rows, logprobs, dtype, is_of_this_process=True)
 
 
 def require_reference(trainer: "PPOTrainer") -> None:
@@ -138,19 +178,23 @@ def require_reference(trainer: "PPOTrainer") -> None:
     now = _golden_logprobs(trainer, golden.rows)
     difference = mean_difference(now, torch.tensor(golden.logprobs))
     exact = golden.is_of_this_process and trainer.accelerator.device.type == "cpu"
-    trainer.checks.require(check_fixed(difference, coarsest_dtype(trainer), exact=exact))
+    dtypes = coarsest_dtype(trainer, autocast=False), getattr(torch, golden.dtype)
+    trainer.checks.require(check_fixed(difference, max(dtypes, key=FIXED_WITHIN.__getitem__), exact=exact))
 
 
 @torch.no_grad()
 def _golden_logprobs(trainer: "PPOTrainer", rows: list[list[int]]) -> Tensor:
-    """Return what the reference says of the golden batch's answers, [rows, ANSWER_TOKENS] on the CPU, in evaluation mode."""
+    """Return what the reference says of the golden batch's answers, [rows, ANSWER_TOKENS] on the CPU, in evaluation mode.
+
+    Without autocast: a run that goes on in another precision finds them again, and what moves is not lost in rounding.
+    """
     pad = trainer.processing_class.pad_token_id
     assert isinstance(pad, int), "check_tokenizer wants one"
     ids, mask = (x.to(trainer.accelerator.device) for x in pad_left(rows, pad))
     model = trainer.reference.model
     was_training = model.training
     model.eval()
-    with trainer.accelerator.autocast():
+    with torch.autocast(ids.device.type, enabled=False):
         logprobs = trainer.reference.logprobs(ids, mask, ANSWER_TOKENS, 1.0)
     model.train(was_training)
     return logprobs.cpu()

@@ -41,7 +41,8 @@ CONCERNS = (
         "the ratio of a rollout's first minibatch is {ratio_first:.3f}, not 1: sampling and training see different models.",
     ),
     Concern(
-        "negative KL", ("kl", "kl_k3"), lambda first, now, n: now["kl"] < -0.5 and now["kl_k3"] > 0.5,
+        "negative KL", ("kl", "kl_k3"),
+        lambda first, now, n: now["kl"] < -0.5 and now["kl_k3"] - now.get("kl_rounding", 0.0) > 0.5,
         "the KL is {kl:.2f} nats an answer by k1 and {kl_k3:.2f} by k3: answers are not sampled from the policy's whole "
         "distribution.",
     ),

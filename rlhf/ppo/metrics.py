@@ -17,7 +17,8 @@ class RolloutMetrics:
 
     Metrics of a rollout (means over its answers or answer tokens, on all processes): `episodes`; `reward_proxy`,
     the raw score; `reward_gold`; `reward`, what was optimised, before the KL; `kl`, Σ_t k1 in nats an answer, and
-    `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `entropy`, nats a token;
+    `kl_k3`, the same by the estimator that is never negative (far apart means trouble); `kl_rounding`, nats an answer, about
+    what autocast's rounding alone adds to `kl_k3`, where it is on; `entropy`, nats a token;
     `nll_reference`, nats a token, of which the reference's perplexity is the exponential; `sampler_difference`,
     |log π − log π_vLLM|, nats a token, where vLLM samples; `sampler_z` and `token_counts_z`, standard errors of two
     statistics that are 0 where tokens are sampled from the policy (`rlhf.invariants.sampler`); `kl_coef`; `policy_loss`,

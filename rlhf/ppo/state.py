@@ -20,11 +20,13 @@ class GoldenBatch:
     Attributes:
         rows: token ids, without padding.
         logprobs: of the last tokens of each row, nats.
+        dtype: the coarsest type that they were computed in.
         is_of_this_process: whether they were taken here, and not read from a checkpoint.
     """
 
     rows: list[list[int]]
     logprobs: list[list[float]]
+    dtype: str
     is_of_this_process: bool = field(default=False, compare=False)
 
 
@@ -38,6 +40,7 @@ class PPOState:
         reward_count, reward_mean, reward_square: number, mean and summed squared deviation of all scores so far.
         health: the monitor's memory.
         surprise, counts: the sums of "sampler true" and of "token counts true" over all rollouts so far.
+        rounding: squared differences of log-probabilities with autocast and without, nats², and of how many tokens.
         checks: what was checked so far.
         golden: what the reference must go on to say; None before the first rollout.
         stopped: why training ended before its time; None while it goes on.
@@ -53,6 +56,7 @@ class PPOState:
     health: Health = field(default_factory=Health)
     surprise: MomentSums = field(default_factory=MomentSums)
     counts: MomentSums = field(default_factory=MomentSums)
+    rounding: tuple[float, float] = (0.0, 0.0)
     checks: CheckBook = field(default_factory=CheckBook, compare=False)
     golden: GoldenBatch | None = None
     stopped: str | None = None
@@ -99,6 +103,9 @@ class PPOState:
         checks = CheckBook()
         checks.merge(values.pop("checks", {}))
         sums = {name: MomentSums(*values.pop(name, ())) for name in ("surprise", "counts")}
-        golden = GoldenBatch(**values.pop("golden")) if values.get("golden") else None
+        kept = values.pop("golden", None)
+        golden = GoldenBatch(**kept) if kept and "dtype" in kept else None  # earlier versions took them under autocast
+        rounding = tuple(values.pop("rounding", (0.0, 0.0)))
         known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
-        return cls(**{**known, "health": health, **sums, "checks": checks, "golden": golden})
+        made = {"health": health, **sums, "checks": checks, "golden": golden, "rounding": rounding}
+        return cls(**{**known, **made})

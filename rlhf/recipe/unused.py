@@ -26,7 +26,7 @@ SMOOTHS = ("smoothing", "soft_margin")
 # What a trainer of a whole model reads, and members on a shared trunk don't.
 NOT_ON_TRUNK = (
     "use_peft", *ADAPTER_KEYS, "load_in_4bit", "load_in_8bit", "dtype", "attn_implementation", "optim", "optim_args",
-    "center_rewards_coefficient", "disable_dropout",
+    "center_rewards_coefficient", "disable_dropout", "bf16", "fp16",
 )  # fmt: skip
 ASKING = ("labels", "prompts", "responses", "select")
 ASKS_NOBODY = "no round asks for labels, as rounds.count is 1 and rounds.first offline"

@@ -11,7 +11,16 @@ from trl import RewardConfig
 from rlhf.errors import UserError
 from rlhf.pipeline import precision
 from rlhf.pipeline.plan import plan
-from rlhf.pipeline.precision import resolve_bf16, warn_of_4_bit
+from rlhf.pipeline.precision import (
+    LAUNCHER,
+    in_float32,
+    kept_precision,
+    precision_of_stage,
+    resolve_bf16,
+    warn_of_4_bit,
+)
+from rlhf.pipeline.run import run
+from rlhf.pipeline.store import MANIFEST, read_record
 from rlhf.pipeline.training import training_arguments
 from rlhf.recipe import load_recipe
 from tests.pipeline.small import RECIPE
@@ -22,6 +31,12 @@ def _forgets_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     precision._choice.cache_clear()
     precision._cost_of_4_bit.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv(LAUNCHER, raising=False)
+
+
+def _machine_is_faster_in(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "measure", lambda asked: 1.0 if asked == dtype else 8.0)
+    precision._choice.cache_clear()
 
 
 @pytest.mark.parametrize(("plain", "half", "expected"), [(7.0, 1.0, True), (1.0, 8.0, False), (1.1, 1.0, False)])
@@ -70,3 +85,97 @@ def test_a_recipe_may_say_auto_and_its_keys_do_not_depend_on_the_machine(tmp_pat
     for wrong in ("reward.bf16=automatic", "reward.fp16=auto"):
         with pytest.raises(UserError, match="must be"):
             load_recipe(file, [wrong])
+
+
+def test_a_stage_goes_on_in_the_precision_that_it_began_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A resumed PPO changed its precision in the middle, and "reference fixed" stopped it for good."""
+    auto, checkpoints = {"bf16": "auto", "learning_rate": 1.0}, tmp_path / "checkpoints"
+    assert kept_precision(checkpoints) == {}
+    _machine_is_faster_in(torch.bfloat16, monkeypatch)
+    with pytest.warns(UserWarning, match="bf16: auto is true"):
+        assert precision_of_stage(auto, checkpoints, decides=True) == {"bf16": True, "learning_rate": 1.0}
+    _machine_is_faster_in(torch.float32, monkeypatch)
+    with pytest.warns(UserWarning, match="began in bfloat16 and goes on in it, though float32 is faster here"):
+        assert precision_of_stage(auto, checkpoints, decides=True)["bf16"] is True
+    assert kept_precision(checkpoints) == {"bf16": True}
+
+    # Another process takes what the first one kept, whatever it would measure; and what a recipe says is kept nowhere.
+    monkeypatch.setattr(precision, "measure", lambda _: pytest.fail("measured"))
+    precision._choice.cache_clear()
+    assert precision_of_stage(auto, checkpoints, decides=False)["bf16"] is True
+    assert precision_of_stage({"bf16": False}, tmp_path / "other", decides=True) == {"bf16": False}
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_process_waits_for_the_one_that_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(precision, "measure", lambda _: pytest.fail("measured"))
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            (tmp_path / precision.PRECISION).write_text('{"bf16": true}')
+
+    monkeypatch.setattr(precision.time, "sleep", nap)
+    assert precision_of_stage({"bf16": "auto"}, tmp_path, decides=False) == {"bf16": True}
+    assert len(naps) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "launched", "expected"),
+    [
+        ({}, "bf16", {"bf16": True}),
+        ({"bf16": "auto"}, "bf16", {"bf16": True}),
+        ({"bf16": "auto"}, "fp16", {"fp16": True}),
+        ({"bf16": True}, "fp16", {"bf16": True}),
+        ({"fp16": True}, "bf16", {"fp16": True}),
+        ({"bf16": False}, "no", {"bf16": False}),
+        ({}, "no", {}),
+    ],
+)
+def test_a_launcher_decides_where_the_recipe_says_nothing(
+    settings: dict[str, Any], launched: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It did so in silence: `bf16: auto is false` was said, `args.bf16` was False, and training was in bfloat16."""
+    monkeypatch.setattr(precision, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setenv(LAUNCHER, launched)
+    assert resolve_bf16(settings) == expected
+
+
+def test_a_launcher_that_contradicts_the_recipe_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(LAUNCHER, "bf16")
+    with pytest.raises(UserError, match=r"bf16: false .* mixed_precision: bf16, which would win"):
+        training_arguments(RewardConfig, {"bf16": False}, tmp_path, 0)
+    assert training_arguments(RewardConfig, {}, tmp_path, 0).bf16
+
+
+def test_both_are_timed_in_turn_and_one_bad_moment_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {torch.float32: iter([9.0, 2.0, 3.0] * 9), torch.bfloat16: iter([50.0, 1.0, 60.0] * 9)}
+    monkeypatch.setattr(precision, "measure", lambda dtype: next(times[dtype]))
+    assert precision.measure_both() == (2.0, 1.0)
+    monkeypatch.setattr(precision, "ENOUGH_SECONDS", -1.0)
+    times = {torch.float32: iter([9.0, 2.0]), torch.bfloat16: iter([50.0, 1.0])}
+    assert precision.measure_both() == (9.0, 50.0), "a slow machine is not timed eight times"
+
+
+def test_voters_on_a_trunk_compute_in_float32_and_a_precision_of_theirs_is_refused(tmp_path: Path) -> None:
+    assert in_float32({"bf16": "auto", "fp16": True, "tf32": True}) == {"tf32": True}
+    file = tmp_path / "r.yaml"
+    file.write_text(RECIPE)
+    voting = ["reward.objective=posterior", "vote.members=5", "vote.trunk=1"]
+    assert load_recipe(file, voting).vote.trunk == 1
+    with pytest.raises(UserError, match=r"vote\.bf16.*voters on a shared trunk"):
+        load_recipe(file, [*voting, "vote.bf16=true"])
+
+
+def test_a_manifest_says_what_auto_came_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _machine_is_faster_in(torch.bfloat16, monkeypatch)
+    file = tmp_path / "r.yaml"
+    file.write_text(RECIPE)
+    recipe = load_recipe(file, ["sft.bf16=auto", "lab.demonstrations=100"])
+    with pytest.warns(UserWarning, match="bf16: auto is true"):
+        run(recipe, tmp_path / "run", until="sft", say=lambda _: None)
+    manifest = read_record(tmp_path / "run/round-0/sft" / MANIFEST)
+    assert manifest is not None
+    assert manifest["facts"]["bf16"] is True
+    assert manifest["settings"]["bf16"] == "auto"
