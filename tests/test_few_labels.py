@@ -130,6 +130,27 @@ def test_rows_of_one_prompt_are_no_draws_of_their_own() -> None:
     assert (few.low, few.high) == (0.0, 1.0), "two prompts say nothing of others"
 
 
+def test_a_prompt_with_most_labels_is_worth_no_more_than_others() -> None:
+    """12 prompts of 1, 2, 4, 8, 16, 1, … labels: counted as twelve equal ones, 0.85; by (Σ n)² / Σ n² = 6.3, 0.9."""
+    rng, sizes = np.random.default_rng(5), [1, 2, 4, 8, 16] * 2 + [1, 2]
+    names = np.repeat(np.arange(12), sizes)
+    covered, covered_people = [], []
+    for _ in range(400):
+        rates = rng.beta(0.5, 0.5, 12)
+        wins = (rng.random(len(names)) < rates[names]).astype(float)
+        judge = np.where(rng.random(len(names)) < 0.9, wins, 1 - wins)
+        prompts = Prompts(names.tolist(), [])
+        together = powered_rate(wins.tolist(), judge.tolist(), [], prompts)
+        people = human_rate(wins.tolist(), prompts)
+        covered.append(together.low <= 0.5 <= together.high)
+        covered_people.append(people.low <= 0.5 <= people.high)
+    assert np.mean(covered) >= 0.87
+    assert np.mean(covered_people) >= 0.87
+    equal = Prompts([i % 7 for i in range(70)], [])
+    labels = [float(i % 3 == 0) for i in range(70)]
+    assert human_rate(labels, equal) == human_rate(labels, Prompts([(i % 7,) for i in range(70)], []))
+
+
 def test_all_rows_labelled_leave_the_rate_that_they_have() -> None:
     """No step of the grid is wider than what the last labels leave open; 3,500 rows once had 11 of 40 without any rate."""
     for seed in range(3):

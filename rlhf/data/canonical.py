@@ -170,7 +170,10 @@ def demonstration(row: Mapping[str, object]) -> Demonstration:
     if row.get("messages") is not None:
         turns = messages(row["messages"], "messages")
     elif row.get("completion") is not None and row.get("prompt") is not None:
-        turns = messages(row["prompt"], "prompt") + _one_answer(row["completion"], "completion")
+        answer = _one_answer(row["completion"], "completion")
+        if row.get("ended") is False:  # as in this pipeline's own samples.jsonl
+            answer = [{**answer[0], "ended": False}]
+        turns = messages(row["prompt"], "prompt") + answer
     elif row.get("chosen") is not None:
         canonical = pair(row)
         if canonical.get("confidence") == TIE:

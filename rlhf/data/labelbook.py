@@ -59,15 +59,16 @@ class LabelBook:
             connection.close()
 
     def ask(self, questions: Sequence[Question]) -> list[Question]:
-        """Add a round's questions; those that are in the book stay as they are, and are returned as they stand there."""
+        """Add a round's questions; those that are in the book stay in their order, in which they are returned."""
         rows = [
             (q.id, q.round, position, json.dumps(q.as_row(), ensure_ascii=False))
             for position, q in enumerate(questions)
         ]
         with self._open() as connection:
             connection.executemany("INSERT OR IGNORE INTO questions VALUES (?, ?, ?, ?)", rows)
+            connection.executemany("UPDATE questions SET round = ABS(round) WHERE id = ?", [(q.id,) for q in questions])
         there = {one.id: one for number in {q.round for q in questions} for one in self.questions(number)}
-        return [there[question.id] for question in questions]
+        return [question.as_shown(first=there[question.id].first) for question in questions]
 
     def withdraw_others(self, round_number: int, asked: Iterable[str]) -> int:
         """Take back the questions of a round that are none of these, and return how many they were.
@@ -76,13 +77,17 @@ class LabelBook:
         """
         old = [(question.id,) for question in self.questions(round_number) if question.id not in set(asked)]
         with self._open() as connection:
-            connection.executemany("DELETE FROM questions WHERE id = ?", old)
+            # Under a negative round: asked again, each has the order that verdicts on it mean.
+            connection.executemany("UPDATE questions SET round = -ABS(round) WHERE id = ?", old)
         return len(old)
 
     def rounds(self) -> list[int]:
         """Return the numbers of the rounds with questions, oldest first."""
         with self._open() as connection:
-            return [row[0] for row in connection.execute("SELECT DISTINCT round FROM questions ORDER BY round")]
+            return [
+                row[0]
+                for row in connection.execute("SELECT DISTINCT round FROM questions WHERE round > 0 ORDER BY round")
+            ]
 
     def questions(self, round_number: int) -> list[Question]:
         """Return a round's questions in their order."""
@@ -150,7 +155,7 @@ class LabelBook:
         """Return how far a round's questions are.
 
         A question is done when it has as many verdicts as are wanted, skips left out; or when some skipped it, so many in all have
-        seen it, and so have all who have answered more than half of the round.
+        seen it, and so have all who have answered more than half as many as who answered most.
         """
         seen_by: dict[str, set[str]] = {question.id: set() for question in self.questions(round_number)}
         decided: Counter[str] = Counter()
@@ -158,7 +163,8 @@ class LabelBook:
             seen_by[verdict.id].add(verdict.annotator)
             decided[verdict.id] += verdict.label != "skip"
         answered = Counter(name for people in seen_by.values() for name in people)
-        regulars = {name for name, count in answered.items() if 2 * count > len(seen_by)}
+        most = max(answered.values(), default=0)
+        regulars = {name for name, count in answered.items() if 2 * count > most}
         whole = sum(decided[name] >= wanted for name in seen_by)
         given_up = sum(decided[name] < wanted <= len(people) and regulars <= people for name, people in seen_by.items())
         return Progress(whole + given_up, len(seen_by), given_up)

@@ -4,11 +4,11 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rlhf.data.rows import Messages, Pair, assistant_turn
+from rlhf.data.rows import CUT, Messages, Pair, assistant_turn
 from rlhf.files import read_jsonl
 
 VERDICTS = ("first", "second", "tie", "skip")
@@ -38,6 +38,20 @@ class Question:
     difference: float | None = None
     first_ended: bool | None = None
     second_ended: bool | None = None
+
+    @property
+    def marked(self) -> tuple[str, str]:
+        """Return what the answers are known by (`rlhf.data.rows.marked`)."""
+        cuts = (self.first_ended is False, self.second_ended is False)
+        return self.first + CUT * cuts[0], self.second + CUT * cuts[1]
+
+    def as_shown(self, *, first: str) -> "Question":
+        """Return the question with this answer as the first one."""
+        if first == self.first:
+            return self
+        difference = None if self.difference is None else -self.difference
+        ends = {"first_ended": self.second_ended, "second_ended": self.first_ended}
+        return replace(self, first=self.second, second=self.first, difference=difference, **ends)
 
     def as_row(self) -> dict[str, Any]:
         """Return the question as a row of `questions.jsonl`, without what is not known."""

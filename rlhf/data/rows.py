@@ -14,6 +14,7 @@ PARTED = (
     "(--compare conversations)"
 )
 CRITIQUES = ("critique_chosen", "critique_rejected")  # the columns with what is good and bad about each side
+CUT = "\x1ecut"  # behind an answer that was cut off, in what it is known by
 TIE = 0.5  # the confidence of a pair whose answers were called equal
 
 
@@ -195,7 +196,12 @@ def group_key(prompt: Prompt) -> str:
 
 def pair_digest(row: Pair) -> str:
     """Return what identifies a pair, whichever of its answers is called the chosen one: 24 characters of a sha256."""
-    return answers_digest(row["prompt"], (told(row, "chosen"), told(row, "rejected")))
+    return answers_digest(row["prompt"], (marked(row, "chosen"), marked(row, "rejected")))
+
+
+def marked(row: Pair, side: Side) -> str:
+    """Return all that one side says, as what it is known by: one text, ended and cut off, is two answers."""
+    return told(row, side) if has_ended(row[side]) else told(row, side) + CUT
 
 
 def answers_digest(prompt: Prompt, answers: Sequence[str]) -> str:
@@ -206,7 +212,7 @@ def answers_digest(prompt: Prompt, answers: Sequence[str]) -> str:
 
 def label_digest(row: Pair) -> str:
     """Return what identifies a label, the pair and which of its answers is called the chosen one: 24 characters of a sha256."""
-    text = "\x1f".join((prompt_key(row["prompt"]), told(row, "chosen"), told(row, "rejected")))
+    text = "\x1f".join((prompt_key(row["prompt"]), marked(row, "chosen"), marked(row, "rejected")))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -25,6 +25,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.errors import UserError
 from rlhf.models.adapters import INSIDE, adapter_places, of_backbone
+from rlhf.models.four_bit import keep_gradients
 from rlhf.models.merge import merge_adapter
 from rlhf.models.open import (
     ADAPTER_CONFIG,
@@ -290,15 +291,9 @@ def adapter_settings(config: ModelConfig) -> LoraConfig:
 
 
 def _prepare_for_4_bit(model: PreTrainedModel) -> PreTrainedModel:
-    """Put norms and heads in float32, also where nothing is trained: the same numbers everywhere.
-
-    On CPUs with AVX512-BF16 bitsandbytes repacks a layer's weights at its first forward in evaluation mode, and from
-    then on no gradient passes through it, without a word: PPO, which samples before it learns, would train nothing.
-    """
+    """Put norms and heads in float32, also where nothing is trained: the same numbers everywhere."""
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    keep_gradients(model)
     return model
 
 

@@ -12,7 +12,7 @@ from rlhf.data.layouts import find_layout
 from rlhf.data.rankings import second_response
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.data.repeats import deduplicated
-from rlhf.data.rows import Compare, Pair, Side, asked, has_tools, told
+from rlhf.data.rows import Compare, Pair, Side, asked, has_ended, has_tools, told
 from rlhf.data.sources import (
     Row,
     Rows,
@@ -181,7 +181,8 @@ def _shown(row: Row[Any], tokenizer: PreTrainedTokenizerBase | None) -> Iterator
     yield f"prompt: {visible(tokenizer, prompt_ids)}"
     prompts = [asked(row.values, side) for side in sides]
     texts = [row.values[side][-1]["content"] for side in sides]
-    for side, ids in zip(sides, encode_answers(tokenizer, prompts, texts)[0], strict=True):
+    ended = [has_ended(row.values[side]) for side in sides]
+    for side, ids in zip(sides, encode_answers(tokenizer, prompts, texts, ended=ended)[0], strict=True):
         # Else the answer's first letters share a token with the prompt's last ones.
         is_behind = ids[: len(prompt_ids)] == prompt_ids
         yield f"{side}: {visible(tokenizer, ids[len(prompt_ids) :] if is_behind else ids)}"

@@ -231,9 +231,13 @@ def _ask_a_model(context: StageContext, book: LabelBook, questions: Sequence[Que
             break
         book.record([Verdict(question.id, judge.label(question), rounds.judge_model)])
     context.say(
-        f"label: the judge was sent {judge.sent} requests; {judge.order_decided} verdicts turned with the order (ties), "
-        f"{judge.unreadable} answers had none; {judge.one_order} pairs had one in one order only (skipped)."
+        f"label: the judge was sent {judge.sent} requests{_since(answered)}; {judge.order_decided} verdicts turned with the order "
+        f"(ties), {judge.unreadable} answers had none; {judge.one_order} pairs had one in one order only (skipped)."
     )
+
+
+def _since(answered: set[str]) -> str:
+    return f", {2 * len(answered)} of them before this start, which the other counts leave out" if answered else ""
 
 
 def _fresh_accuracy(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.data.labelbook import BOOK
 from rlhf.data.labels import Question, Verdict, all_alike, question_id
-from rlhf.data.rows import SIDES, Pair, answers_digest, pair_digest, told
+from rlhf.data.rows import SIDES, Pair, answers_digest, has_ended, marked, pair_digest, told
 from rlhf.errors import UserError
 
 EXPERT_ERROR = 0.05  # how often an expert is taken to be wrong where nobody says it, and in the lab is
@@ -25,8 +25,10 @@ EXPERT_ERROR = 0.05  # how often an expert is taken to be wrong where nobody say
 
 def _question(pair: Pair, look: int, *, swapped: bool) -> Question:
     """Return a pair as a blind question: nothing in it says which answer was labelled the better one."""
-    first, second = (told(pair, side) for side in (reversed(SIDES) if swapped else SIDES))
-    return Question(question_id(look, pair["prompt"], [first, second]), look, pair["prompt"], first, second)
+    sides = SIDES[::-1] if swapped else SIDES
+    name = question_id(look, pair["prompt"], [marked(pair, side) for side in sides])
+    ends = [None if has_ended(pair[side]) else False for side in sides]
+    return Question(name, look, pair["prompt"], *(told(pair, side) for side in sides), None, None, *ends)
 
 
 def blind_questions(pairs: Sequence[Pair], chosen: Sequence[int], look: int, *, seed: str) -> list[Question]:
@@ -97,7 +99,7 @@ class Looked:
 def count_opinions(pairs: Sequence[Pair], questions: Sequence[Question], verdicts: Sequence[Verdict]) -> Looked:
     """Count the verdicts on each pair."""
     of_question = {question.id: question for question in questions}
-    names = {question.id: answers_digest(question.prompt, (question.first, question.second)) for question in questions}
+    names = {question.id: answers_digest(question.prompt, question.marked) for question in questions}
     better: defaultdict[str, Counter[str]] = defaultdict(Counter)
     others: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for verdict in (verdict for verdict in verdicts if verdict.id in of_question):
@@ -105,7 +107,7 @@ def count_opinions(pairs: Sequence[Pair], questions: Sequence[Question], verdict
         if verdict.label in ("tie", "skip"):
             others[name][verdict.label] += 1
         else:
-            better[name][question.first if verdict.label == "first" else question.second] += 1
+            better[name][question.marked[verdict.label == "second"]] += 1
     agree, contradict, equal = (torch.zeros(len(pairs)) for _ in range(3))
     is_asked, is_first = (torch.zeros(len(pairs), dtype=torch.bool) for _ in range(2))
     seen: set[str] = set()
@@ -114,7 +116,7 @@ def count_opinions(pairs: Sequence[Pair], questions: Sequence[Question], verdict
         name = pair_digest(pair)
         is_first[i], is_asked[i] = name not in seen, name in about
         seen.add(name)
-        agree[i], contradict[i] = (better[name][told(pair, side)] for side in SIDES)
+        agree[i], contradict[i] = (better[name][marked(pair, side)] for side in SIDES)
         equal[i] = others[name]["tie"]
     skipped = sum(others[name]["skip"] > 0 and not better[name] and not others[name]["tie"] for name in about)
     looks = len({question.round for question in questions})

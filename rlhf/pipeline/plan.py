@@ -115,7 +115,7 @@ def _round(
     labelled = {"label": look["second_look"]} if look else label
     vote: dict[str, Stage] = {}
     if config.needs_vote:
-        settings = voting | backbone | gold | _files(model, function, _template(config))
+        settings = voting | backbone | gold | _files(model, function, _template(config), _template(recipe.vote))
         vote = {"vote": add("vote", f"{folder}/vote", settings, **start, **labelled)}
     settings = config.model_dump() | backbone | sampling | gold | _files(model, function, _template(config))
     if config.meta and not samples_for_meta:
@@ -193,7 +193,9 @@ def _labels(
             earlier = {"earlier": before["second_look"]} if "second_look" in before else {}
             asking = {"labels_from": rounds.labels_from, "looked_at": rounds.looked_at}
             voting = recipe.vote.model_dump() | recipe.vote_settings()
-            settings = asking | voting | backbone | gold | _files(model, function)
+            settings = (
+                asking | voting | backbone | gold | _files(model, function, _template(config), _template(recipe.vote))
+            )
             look = {"second_look": add("second_look", f"{folder}/second_look", settings, **start, **label, **earlier)}
     elif rounds.labels_from == "dataset" and rounds.count > 1:
         settings = rounds.labelling() | {"round": number, "of": rounds.count} | gold | _files(function)

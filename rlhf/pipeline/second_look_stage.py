@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.data.labelbook import BOOK, LOOKS, LabelBook
 from rlhf.data.labels import Question, Verdict, question_id, read_questions
-from rlhf.data.rows import SIDES, TIE, Pair, told
+from rlhf.data.rows import SIDES, TIE, Pair, marked
 from rlhf.errors import UserError, Waiting
 from rlhf.files import digest, read_jsonl, write_jsonl, write_text
 from rlhf.lab.annotators import simulate_expert
@@ -224,11 +224,12 @@ def _ask(context: StageContext, questions: Sequence[Question]) -> tuple[list[Que
     book = LabelBook(folder / BOOK)
     pairs: list[Pair] = read_jsonl(context.pairs)
     # What was asked before stays, answered or not, as long as its pair is there; other pairs are of a label stage made anew since.
-    there = {question_id(number, row["prompt"], [told(row, side) for side in SIDES]) for row in pairs}
+    there = {question_id(number, row["prompt"], [marked(row, side) for side in SIDES]) for row in pairs}
     kept = {question.id for question in book.questions(number)} & there
     if withdrawn := book.withdraw_others(number, kept):
         context.say(
-            f"second look: {withdrawn} questions of an earlier attempt at round {number} are taken back, with their verdicts."
+            f"second look: {withdrawn} questions of an earlier attempt at round {number} are taken back; their verdicts count "
+            "again where one is asked again."
         )
     new = [question for question in questions if question.id not in kept]
     book.ask(new[: max(0, len(questions) - len(kept))])

@@ -177,7 +177,7 @@ class Store:
         folder = self.path(stage)
         started = self._started(stage)
         if folder.exists():
-            keep = {CHECKPOINTS, METRICS} if started is not None and self._is_of(started, stage) else set()
+            keep = {STARTED, CHECKPOINTS, METRICS} if started is not None and self._is_of(started, stage) else set()
             for entry in folder.iterdir():
                 if entry.name not in keep:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from rlhf.data.rows import has_ended
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.models.demonstrations import encode_demonstrations
@@ -165,7 +166,14 @@ class StageSFTTrainer(InStage, SFTTrainer):
                     "read as tokens; take them out, or leave assistant_only_loss out (the loss is on the answers anyway).",
                     stacklevel=2,
                 )
-            elif typed:
+            cut = sum(not has_ended(row["completion"]) for row in dataset)
+            if cut and args.assistant_only_loss:
+                warnings.warn(
+                    f"sft: {cut} of {len(dataset)} demonstrations were cut off, behind which assistant_only_loss trains an end; "
+                    "leave assistant_only_loss out (the loss is on the answers anyway).",
+                    stacklevel=2,
+                )
+            if (typed or cut) and not args.assistant_only_loss:
                 dataset = dataset.map(encode_demonstrations, batched=True, fn_kwargs={"tokenizer": processing_class})
         return super()._prepare_dataset(dataset, processing_class, args, *others)
 

@@ -12,6 +12,7 @@ from rlhf.files import read_jsonl, write_jsonl
 from rlhf.models.save import load_weights
 from rlhf.models.sharding import is_sharded, weights_of
 from rlhf.ppo.backbone import restore_role, save_role
+from rlhf.ppo.reporting import take_cuts_back
 from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead
 from rlhf.ppo.rollout import Sample
 from rlhf.ppo.state import PPOState
@@ -73,6 +74,7 @@ def read_checkpoint(trainer: "PPOTrainer", folder: Path, model: nn.Module) -> No
             weight.data.copy_(saved[name])
     trainer.latest_samples = [Sample(**row) for row in read_jsonl(folder / SAMPLES)]
     trainer.progress = progress
+    take_cuts_back(trainer)
     if trainer.args.kl_target is None:  # nothing but the setting moves it
         trainer.progress.kl_coef = trainer.args.kl_coef
     if trainer.progress.stop_rules != trainer.args.stop_rules:

@@ -23,7 +23,7 @@ from rlhf.objectives.masked import whiten
 from rlhf.objectives.ppo import explained_variance, truncated_importance
 from rlhf.ppo.checks import check_policy_is_reference, check_sampling, hold_reference
 from rlhf.ppo.processes import mean_and_variance_of_all, moments_of_all, run_or_stop_all
-from rlhf.ppo.reporting import count_cut_texts, warn_of_cut_answers, warn_of_unread_answers
+from rlhf.ppo.reporting import count_cut_texts, note_cuts, warn_of_cut_answers, warn_of_unread_answers
 from rlhf.ppo.rewards import Scores
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_columns
@@ -256,6 +256,7 @@ def _end_sampling(trainer: "PPOTrainer", experience: Experience) -> None:
     kl_sequence = torch.where(mask, experience.kl, torch.zeros_like(experience.kl)).sum(dim=1)
     count, kl, _ = moments_of_all(trainer.accelerator, kl_sequence)
     trainer.progress.episodes += int(count)
+    note_cuts(trainer)
     trainer.metrics.count("kl_coef", trainer.progress.kl_coef, 1)
     if args.kl_target is not None:
         trainer.progress.adapt(kl, target=args.kl_target, horizon=args.kl_horizon, episodes=int(count))

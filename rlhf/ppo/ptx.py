@@ -19,7 +19,7 @@ class Demonstrations:
     """Tokenised demonstrations, drawn at random; the draw is from the global generator, which checkpoints hold.
 
     Attributes:
-        texts: prompts and answers as they were given.
+        texts: prompts and answers as they were given, and whether each came to its end.
 
     Args:
         rows: `prompt` (a string or a conversation) and `completion` (a string, or an assistant's turn in a list).
@@ -31,8 +31,8 @@ class Demonstrations:
         end_at_end_token(tokenizer)
         prompts = [row["prompt"] for row in rows]
         answers = [last_turn(row["completion"]) for row in rows]
-        self.texts: list[tuple[Prompt, str]] = list(zip(prompts, answers, strict=True))
         ended = [has_ended(row["completion"]) for row in rows]
+        self.texts: list[tuple[Prompt, str, bool]] = list(zip(prompts, answers, ended, strict=True))
         uncut_rows, starts = encode_behind_prompts(tokenizer, prompts, answers, ended)
         most = max(map(len, uncut_rows)) if max_length is None else max_length
         self.rows = [without_beginning(row, most, tokenizer.bos_token_id) for row in uncut_rows]
@@ -43,8 +43,8 @@ class Demonstrations:
         assert isinstance(tokenizer.pad_token_id, int)
         self.pad_token_id = tokenizer.pad_token_id
 
-    def draw_texts(self, count: int) -> list[tuple[Prompt, str]]:
-        """Draw prompts and answers with replacement."""
+    def draw_texts(self, count: int) -> list[tuple[Prompt, str, bool]]:
+        """Draw prompts and answers with replacement, and whether each came to its end."""
         return [self.texts[i] for i in torch.randint(len(self.texts), (count,)).tolist()]
 
     def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -71,13 +71,30 @@ def warn_of_unread_answers(trainer: "PPOTrainer") -> None:
     _tell(trainer, [sentence])
 
 
+def note_cuts(trainer: "PPOTrainer") -> None:
+    """Note for checkpoints how many texts were too long for each reward model so far. Called by all processes together."""
+    counts = [[reward.cut, reward.cut_answers] for reward in trainer.rewards.reward_models]
+    if counts:
+        of_all = trainer.accelerator.reduce(torch.tensor(counts, device=trainer.accelerator.device), reduction="sum")
+        trainer.progress.cuts = of_all.tolist()
+
+
+def take_cuts_back(trainer: "PPOTrainer") -> None:
+    """Let reward models count on from a checkpoint: the first process has what all had counted."""
+    if trainer.accelerator.is_main_process:
+        for reward, counts in zip(trainer.rewards.reward_models, trainer.progress.cuts, strict=False):
+            reward.cut, reward.cut_answers = counts
+
+
 def cuts_of_all(trainer: "PPOTrainer") -> list[str]:
     """Return a sentence for each way in which texts were too long for a reward model, over all processes together."""
+    note_cuts(trainer)
     sentences = []
-    for number, reward in enumerate(trainer.rewards.reward_models, start=1):
-        counts = torch.tensor([reward.cut, reward.cut_answers], device=trainer.accelerator.device)
+    for number, (reward, counts) in enumerate(
+        zip(trainer.rewards.reward_models, trainer.progress.cuts, strict=True), 1
+    ):
         with reward.uncounted():
-            reward.cut, reward.cut_answers = trainer.accelerator.reduce(counts, reduction="sum").tolist()
+            reward.cut, reward.cut_answers = counts
             sentences += reward.cuts(f"ppo: reward model {number}")
     return sentences
 

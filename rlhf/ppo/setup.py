@@ -13,6 +13,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapters import rewrites_base
 from rlhf.models.coarse import coarse_weights
 from rlhf.models.critiques import drop_output_layer
+from rlhf.models.four_bit import keep_gradients
 from rlhf.models.open import open_tokenizer
 from rlhf.models.scalar_head import make_exact, score_head
 from rlhf.models.text import check_tokenizer, encode
@@ -148,6 +149,7 @@ def rewards_and_critic(
             a reward model, no critic to be had.
     """
     # 1. One source or a list.
+    keep_gradients(policy)
     functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
     if not isinstance(tokenizers, list):
         tokenizers = [tokenizers] * len(functions)
@@ -171,6 +173,7 @@ def rewards_and_critic(
     _check_reads_model(sources[0], args)
     if not isinstance(critic, AdapterHead):
         critic = _check_critic(critic or _copy_of_reward_model(sources[0], processing_class))
+    keep_gradients(critic)
     for role, network in (("policy", policy), ("critic", critic)):
         if (sentence := coarse_weights(f"ppo: the {role}'s", network, args.learning_rate)) is not None:
             warnings.warn(sentence, stacklevel=3)

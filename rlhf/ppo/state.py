@@ -46,6 +46,7 @@ class PPOState:
         stopped: why training ended before its time; None while it goes on.
         stop_rules: the settings that it was ended under, `PPOConfig.stop_rules`.
         steps_per_rollout: of the optimizer; 0 in checkpoints that did not say.
+        cuts: of each reward model `cut` and `cut_answers` so far, over all processes.
     """
 
     episodes: int = 0
@@ -62,6 +63,7 @@ class PPOState:
     stopped: str | None = None
     stop_rules: dict[str, float | bool | None] = field(default_factory=dict)
     steps_per_rollout: int = 0
+    cuts: list[list[int]] = field(default_factory=list)
 
     def see_rewards(self, count: float, mean: float, square: float) -> None:
         """Add a rollout's scores to the history (Chan et al.: exact, in whatever portions they come).

@@ -87,9 +87,9 @@ def _like_demonstrations(trainer: "PPOTrainer", rows: Sequence[PromptRow], compl
     # 1. Features of both sides.
     reward = cast(RewardModel, trainer.rewards.sources[0].function)
     assert trainer.demonstrations is not None, "set up for adversarial_coef"
-    prompts, texts = zip(*trainer.demonstrations.draw_texts(len(rows)), strict=True)
-    demonstrations = reward.features(prompts, texts)
-    answers = reward.features([row["prompt"] for row in rows], completions.texts)
+    prompts, texts, ended = zip(*trainer.demonstrations.draw_texts(len(rows)), strict=True)
+    demonstrations = reward.features(prompts, texts, ended=ended)
+    answers = reward.features([row["prompt"] for row in rows], completions.texts, ended=completions.ended.tolist())
 
     # 2. One half's discriminator for the other.
     log_odds = torch.zeros(len(rows))

@@ -95,13 +95,13 @@ def _by_annotator(group: Sequence[Pair]) -> list[list[Pair]]:
 
 
 def _ranking(pairs: Sequence[Pair], *, has_weights: bool) -> RankingRow:
-    places: dict[tuple[str, str], int] = {}
+    places: dict[tuple[str, str, bool], int] = {}
     responses: list[Response] = []
     beats = []
     for row in pairs:
         comparison = []
         for side in SIDES:
-            key = (prompt_key(asked(row, side)), answer(row, side).strip())
+            key = (prompt_key(asked(row, side)), answer(row, side).strip(), has_ended(row[side]))
             if key not in places:
                 places[key] = len(responses)
                 responses.append({"content": row[side]})

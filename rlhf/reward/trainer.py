@@ -21,6 +21,7 @@ from rlhf.data.rows import TIE, has_ended
 from rlhf.errors import TrainingError, UserError
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.dropout import switch_off_dropout
+from rlhf.models.four_bit import keep_gradients
 from rlhf.models.packing import (
     LONG_ROW,
     GroupedByLength,
@@ -164,6 +165,7 @@ class PairRewardTrainer(RewardTrainer):
         check_task(arguments.get("peft_config"))
         arguments["processing_class"] = tokenizer_of(model, args, arguments.get("processing_class"))
         super().__init__(model, args, **arguments)
+        keep_gradients(self.model)
         check_head(self.model)
         self.model.config.problem_type = "regression"  # other engines lay a sigmoid on a score otherwise
         if args.disable_dropout:

@@ -203,7 +203,7 @@ def progress_lines(run: Path) -> Sequence[str]:
         f"round {number}: {done - given_up} of {total} pairs have the {wanted} verdict{'s' * (wanted > 1)} asked for."
     ]
     if given_up:
-        lines.append(f"{given_up} more lack some, as all who label have seen them and could not say.")
+        lines.append(f"{given_up} more lack some: somebody skipped them, and all who label much have seen them.")
     lines += _read_before(run, number)
     agreed = agreement(verdicts)
     for name, count in agreed["annotators"].items():

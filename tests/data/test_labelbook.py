@@ -34,10 +34,26 @@ def test_a_question_that_is_asked_again_keeps_its_sides(tmp_path: Path) -> None:
     assert book.ask(FIVE) == FIVE
     book.record([Verdict(FIVE[0].id, "first", "ann")])
     turned = replace(FIVE[0], first=FIVE[0].second, second=FIVE[0].first)
-    asked = book.ask([turned, FIVE[1]])
-    assert asked == FIVE[:2]
+    asked = book.ask([replace(turned, difference=2.0, second_ended=False), FIVE[1]])
+    assert asked == [replace(FIVE[0], difference=-2.0, first_ended=False), FIVE[1]], "all else is of the new question"
     (row,) = tally(asked[:1], book.verdicts(2)).rows
     assert row["chosen"][0]["content"] == FIVE[0].first
+
+
+def test_a_question_that_was_taken_back_comes_back_with_its_sides(tmp_path: Path) -> None:
+    """Its row was deleted, its verdicts were not: sides drawn anew turned the label round."""
+    book = LabelBook(tmp_path / "labels.sqlite")
+    book.ask(FIVE)
+    book.record([Verdict(FIVE[0].id, "first", "ann")])
+    assert book.withdraw_others(2, [one.id for one in FIVE[1:]]) == 1
+    assert (book.questions(2), book.rounds()) == (FIVE[1:], [2])
+    assert (book.verdicts(2), book.progress(2, wanted=1)) == ([], (0, 4, 0)), "nothing of it counts now"
+    assert book.withdraw_others(2, [one.id for one in FIVE[1:]]) == 0
+    turned = replace(FIVE[0], first=FIVE[0].second, second=FIVE[0].first)
+    assert book.ask([turned, *FIVE[1:]]) == FIVE
+    assert [verdict.label for verdict in book.verdicts(2)] == ["first"]
+    assert book.withdraw_others(2, []) == 5
+    assert book.rounds() == []
 
 
 def asked_of(book: LabelBook, annotator: str, *, wanted: int) -> list[str]:
@@ -78,4 +94,18 @@ def test_who_cannot_say_gives_no_verdict(tmp_path: Path) -> None:
     book.record([Verdict(FIVE[0].id, "first", "cem")])
     assert book.progress(2, wanted=2) == (5, 5, 4), "who gives one verdict and leaves is not waited for"
     book.record([Verdict(one.id, "first", "cem") for one in FIVE[1:3]])
-    assert book.progress(2, wanted=2) == (3, 5, 0), "who answers more than half is"
+    assert book.progress(2, wanted=2) == (3, 5, 0), "who answers more than half as many as the others is"
+
+
+def test_people_who_share_a_round_are_all_asked_before_a_pair_is_given_up(tmp_path: Path) -> None:
+    """Nobody of three has half of the round, so one skip finished a question that the other two never saw."""
+    book, questions = LabelBook(tmp_path / "labels.sqlite"), [question(i) for i in range(90)]
+    book.ask(questions)
+    people = ("ann", "bob", "cem")
+    for name, own in zip(people, (questions[:30], questions[30:60], questions[60:]), strict=True):
+        book.record([Verdict(one.id, "skip" if i % 3 == 0 else "first", name) for i, one in enumerate(own)])
+    assert book.progress(2, wanted=1) == (60, 90, 0)
+    assert len(asked_of(book, "ann", wanted=1)) == 20, "the ten that each of the others skipped"
+    skipped = [questions[start + i] for start in (0, 30, 60) for i in range(0, 30, 3)]
+    book.record([Verdict(one.id, "skip", name) for name in people for one in skipped])
+    assert book.progress(2, wanted=1) == (90, 90, 30)

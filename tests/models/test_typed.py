@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from rlhf.data.rows import assistant_turn
 from rlhf.models.generate import encode_prompts
 from rlhf.models.text import answer_text, encode_answers, is_rendered
 from rlhf.models.typed import MARKS, as_words, special_tokens
@@ -322,6 +323,11 @@ def test_sft_says_what_it_cannot_read_as_words(
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     with pytest.warns(UserWarning, match="1 of 2 demonstrations hold typed special tokens"):
         StageSFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=marked)
+    cut = [{**row, "completion": assistant_turn("yes", ended=row is rows[1])} for row in rows]
+    with pytest.warns(
+        UserWarning, match="1 of 2 demonstrations were cut off, behind which assistant_only_loss trains an end"
+    ):
+        StageSFTTrainer(model, arguments, train_dataset=Dataset.from_list(cut), processing_class=marked)
 
 
 def test_the_server_reads_words_as_words_and_what_a_client_rendered_with_its_tokens(reward_folder: Path) -> None:

@@ -104,6 +104,26 @@ def test_what_a_stage_reads_may_not_change_between_two_attempts(
     assert sorted(out.rglob("*")) == before, "nothing is touched"
 
 
+def test_templates_of_voters_count(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """A second look trains the same voters as a vote; neither knew the vote's own template."""
+    (tmp_path / "voted.jinja").write_text("{{ messages }}")
+    rounds = [
+        "rounds.count=2",
+        "rounds.second_look=0.1",
+        "vote.members=5",
+        "reward.meta=false",
+        "reward.meta_samples=null",
+    ]
+    overrides = [*rounds, "vote.chat_template_path=voted.jinja"]
+    before = {stage.folder: stage.settings for stage in plan(recipe(*overrides))}
+    for file, others in (("voted.jinja", ()), ("scored.jinja", ("reward",))):
+        (tmp_path / file).write_text("{{ messages[0] }}")
+        after = {stage.folder: stage.settings for stage in plan(recipe(*overrides))}
+        changed = {folder.rpartition("/")[2] for folder in before if before[folder] != after[folder]}
+        assert {"second_look", *others} <= changed, file
+        before = after
+
+
 @pytest.mark.fault("function or model changed")
 def test_the_backbone_counts_where_there_is_no_sft(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     before = {stage.folder: stage.key for stage in plan(recipe("data.sft=null"))}

@@ -137,6 +137,21 @@ def test_an_unfinished_stage_keeps_its_checkpoints_only_if_it_is_the_same(tmp_pa
     assert not (folder / "checkpoints").exists()
 
 
+def test_a_stage_that_dies_while_it_is_opened_keeps_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What says whose they are was deleted first, and the next start deleted them too."""
+    store, (sft, _) = Store(tmp_path), stages()
+    folder = store.open(sft)
+    (folder / "checkpoints").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.pipeline.store.write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.open(sft)
+    store.open(sft)
+    assert (folder / "checkpoints").exists()
+
+
 def test_an_unfinished_stage_loses_what_it_made_of_a_parent_that_is_another_one_now(tmp_path: Path) -> None:
     """Votes on labels that were corrected since would call the corrected ones wrong."""
     store, (sft, ppo) = Store(tmp_path), stages()

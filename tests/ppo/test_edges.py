@@ -161,3 +161,21 @@ def test_missing_end_is_penalised_exactly_there(
 def test_a_callable_alone_needs_a_critic(base_folder: Path, cpu_arguments: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="pass `critic=`"):
         make(base_folder, lambda completions, **_: [0.0] * len(completions), cpu_arguments)
+
+
+def test_texts_that_were_cut_are_counted_over_a_resume(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """The last sentence of a stage counted from its last start."""
+    settings = {**cpu_arguments, "save_strategy": "epoch", "output_dir": str(tmp_path)}
+
+    def trained(**resume: Any) -> list[str]:
+        reward = load_reward_model(reward_folder)
+        reward.max_length = 12
+        trainer, _ = make(base_folder, reward, settings)
+        trainer.train(**resume)
+        return cuts_of_all(trainer)
+
+    whole = trained()
+    assert len(whole) == 2
+    assert trained(resume_from_checkpoint=str(tmp_path / "checkpoint-8")) == whole

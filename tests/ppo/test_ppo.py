@@ -50,8 +50,8 @@ def make(base: Path, reward: Any, arguments: dict[str, Any], **extra: Any) -> tu
         for name in list(extra)
         if name in ("critic", "monitor_funcs", "processing_class", "peft_config", "eval_dataset", "ptx_dataset")
     }
+    model = extra.pop("model", None) or AutoModelForCausalLM.from_pretrained(base)
     settings.update(extra)
-    model = AutoModelForCausalLM.from_pretrained(base)
     keywords.setdefault("processing_class", None)
     if keywords["processing_class"] is None:
         from rlhf.models.load import load_tokenizer

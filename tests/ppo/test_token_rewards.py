@@ -98,17 +98,22 @@ def test_the_discriminator_scores_each_half_by_the_other() -> None:
 
     def log_odds(of_answers: torch.Tensor) -> torch.Tensor:
         known = {"demonstration": demonstrations, "answer": of_answers}
-        reward = SimpleNamespace(features=lambda _, texts: known[texts[0]])
-        drawn = SimpleNamespace(draw_texts=lambda count: [("p", "demonstration")] * count)
+        reward = SimpleNamespace(
+            features=lambda _, texts, *, ended: known[texts[0]] - 9 * ~torch.tensor(ended)[:, None]
+        )
+        drawn = SimpleNamespace(draw_texts=lambda count: [("p", "demonstration", True)] * count)
         trainer: Any = SimpleNamespace(
             rewards=SimpleNamespace(sources=[SimpleNamespace(function=reward)]), demonstrations=drawn
         )
-        completions: Any = SimpleNamespace(texts=["answer"] * len(rows))
+        completions: Any = SimpleNamespace(texts=["answer"] * len(rows), ended=torch.tensor(ended))
         return _like_demonstrations(trainer, rows, completions)
 
+    ended = [True] * len(rows)
     before, changed = log_odds(features), features.clone()
     changed[0] += 3
     after = log_odds(changed)
     assert torch.equal(after[2::2], before[2::2])
     assert ((after[1::2] - before[1::2]).abs() > 1e-3).all()
     assert before.mean() < 0, "the policy's answers are told from demonstrations"
+    ended = [False] * len(rows)
+    assert log_odds(features).mean() < before.mean() - 1, "the features are those of answers that were cut off"

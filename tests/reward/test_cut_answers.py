@@ -4,21 +4,27 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from trl import SFTConfig
 
+from rlhf.data.canonical import demonstration
 from rlhf.data.labels import Question, Verdict, question_id, read_questions, tally
 from rlhf.data.messages import messages
 from rlhf.data.rankings import comparisons, k_wise, message_tree, ranked_list, rated_entries, signed_strength
-from rlhf.data.rows import Pair, assistant_turn, has_ended, user_turn
+from rlhf.data.rows import Pair, assistant_turn, has_ended, label_digest, pair_digest, user_turn
 from rlhf.data.sources import Source, read_pairs
 from rlhf.evaluation.pairs import score_pairs
 from rlhf.files import write_jsonl
 from rlhf.models.demonstrations import encode_demonstrations
+from rlhf.pipeline.known import relabelled
+from rlhf.pipeline.looked import blind_questions, count_opinions
 from rlhf.pipeline.sampling import _candidates
+from rlhf.pipeline.trainers import StageSFTTrainer
 from rlhf.ppo.remote import _sendable
 from rlhf.reward.attributes import AttributeRewardTrainer
-from rlhf.reward.denoise import flip_pair
+from rlhf.reward.denoise import attach_strength, flip_pair
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.model import RewardModel
 from rlhf.reward.rankings import RankingRewardTrainer
@@ -63,6 +69,54 @@ def test_a_demonstration_that_was_cut_off_teaches_no_end(tokenizer: PreTrainedTo
     whole, cut = encode_demonstrations(batch, tokenizer)["input_ids"]
     assert whole[: len(cut)] == cut
     assert whole[len(cut)] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_stage_sft_teaches_no_end_behind_a_cut_demonstration(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, packing: bool
+) -> None:
+    """Only rows with a typed special token took the way that heeds the flag: all others were trained to end."""
+    answers = [assistant_turn("red dog", ended=ended) for ended in (True, False, True, False)]
+    rows = Dataset.from_list([{"prompt": user_turn(f"list {i}"), "completion": a} for i, a in enumerate(answers)])
+    args = SFTConfig(report_to="none", use_cpu=True, bf16=False, packing=packing, max_length=64)
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    trainer = StageSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    trained = [
+        [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        for row in trainer.train_dataset
+    ]
+    assert sum(ids.count(tokenizer.eos_token_id) for ids in trained) == 2
+
+
+def test_a_runs_own_samples_are_demonstrations_that_were_cut_where_they_say_so() -> None:
+    rows = [{"prompt": "p", "completion": "an answer", "ended": ended} for ended in (True, False, None)]
+    assert [has_ended(demonstration(row)["completion"]) for row in rows] == [True, False, True]
+
+
+def test_one_text_cut_and_ended_is_two_answers() -> None:
+    """Votes of 2 and -2 nats were attached as -2 and -2, and an expert's verdict on the one counted for the other."""
+    whole, cut = (
+        {"prompt": PROMPT, "chosen": assistant_turn("apple", ended=ended), "rejected": assistant_turn("no")}
+        for ended in (True, False)
+    )
+    assert pair_digest(whole) != pair_digest(cut)
+    votes = [
+        {
+            "pair": label_digest(row),
+            "strength_mean": mean,
+            "strength_std": 0.1,
+            "strength_votes": 5,
+            "strength_share": 0.9,
+        }
+        for row, mean in ((whole, 2.0), (cut, -2.0))
+    ]
+    assert attach_strength([whole, cut], votes).mean.tolist() == [2.0, -2.0]
+    (asked,) = blind_questions([whole, cut], [1], 1, seed="s")
+    assert (asked.first_ended if asked.first == "apple" else asked.second_ended) is False
+    verdict = Verdict(asked.id, "first" if asked.first == "apple" else "second", "expert")
+    looked = count_opinions([whole, cut], [asked], [verdict])
+    assert (looked.agree.tolist(), looked.is_asked.tolist()) == ([0, 1], [False, True])
+    assert len(relabelled([whole, cut], [whole, cut], torch.tensor([0.9, 0.9])).pairs) == 2
 
 
 def test_scores_and_features_of_pairs_are_those_of_their_flags(tiny_reward: RewardModel) -> None:
