@@ -9,7 +9,7 @@ import random
 import resource
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from transformers import PretrainedConfig
@@ -29,7 +29,7 @@ from rlhf.cost.memory import (
 )
 from rlhf.cost.sizes import PairTokens, Sizes
 from rlhf.cost.slices import Shape, Slices, slices
-from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
+from rlhf.cost.work import Estimate, PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.models.batching import TOKENS_TOGETHER
 from rlhf.models.load import adapter_settings
 from rlhf.models.packing import LONG_ROW, pack
@@ -37,32 +37,6 @@ from rlhf.models.packing import LONG_ROW, pack
 ONE_PROCESS = Processes()
 SCORED = 64  # texts that a reward model scores together
 TRAINED_TO_FORWARD = 3  # a backward takes twice the operations of its forward
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What one stage will cost.
-
-    Attributes:
-        folder: of the stage in the run.
-        rows: trained on or sampled by all processes, each counted once.
-        tokens: that one process reads of these rows, over all passes.
-        steps: of the optimizer.
-        memory: at the peak, of one process (of its GPU, where there is one).
-        seconds: on this machine, of one process that waits for no other.
-    """
-
-    folder: str
-    rows: int
-    tokens: int
-    steps: int
-    memory: Memory
-    seconds: float
-
-    @property
-    def bytes(self) -> float:
-        """Return the bytes of one process at the peak."""
-        return self.memory.bytes
 
 
 class Estimator:
@@ -234,8 +208,9 @@ class Estimator:
         policy, widest = self._unpadded(rows)
         critic = Shape(policy.rows, policy.length, 0)
         micro_batches = rollouts.size // rows
-        # Policy and reference; critic and reward models.
-        forwards = 2 * self._time("ppo", policy) + (1 + rollouts.reward_models) * self._time("ppo", critic)
+        # Policy and reference; the critic; reward models, which autocast leaves alone.
+        scoring = rollouts.reward_models * self._time("ppo", critic, dtype=self._without_autocast("ppo"))
+        forwards = 2 * self._time("ppo", policy) + self._time("ppo", critic) + scoring
         updates = self._time("ppo", policy, training=True) + self._time("ppo", critic, training=True)
         optimizer = sum(self._slices_of("ppo", has_logits).seconds_of_update() for has_logits in (True, False))
         seconds = self._sampling(work.tried, work.tried) + work.rollouts * (
@@ -312,7 +287,8 @@ class Estimator:
         drawn = sorted(random.Random(0).choices(lengths, k=count))
         batches = [drawn[start : start + SCORED] for start in range(0, count, SCORED)]
         shapes = [Shape(len(batch), batch[-1], 0) for batch in batches]
-        seconds = len(shapes) * self._time(section, mean_shape(shapes)) * texts / count
+        forward = self._time(section, mean_shape(shapes), dtype=self._without_autocast(section))
+        seconds = len(shapes) * forward * texts / count
         return Scoring(seconds, self._peak(section, max(shapes, key=lambda x: x.rows * x.length), training=False))
 
     def _time(
@@ -332,17 +308,25 @@ class Estimator:
             self._peaks[key] = self._slices_of(section, shape.has_logits).peak(shape, training=training)
         return self._peaks[key]
 
+    def _without_autocast(self, section: Section) -> torch.dtype | None:
+        """Return the type of a section's weights where it trains under autocast; None where all is computed in that."""
+        return self._dtype(section) if self.training[section].args.bf16 else None
+
+    def _dtype(self, section: Section) -> torch.dtype:
+        named = self.training[section].model.dtype
+        dtype: torch.dtype | None = self.config.dtype if named in (None, "auto") else getattr(torch, named)
+        return dtype or torch.float32
+
     def _slices_of(self, section: Section, has_logits: bool, dtype: torch.dtype | None = None) -> Slices:
-        """Build the slices of a section's model, once; in another dtype where one is named."""
+        """Build the slices of a section's model, once; in another dtype, without autocast, where one is named."""
         if (section, has_logits, dtype) not in self._slices:
             model, args = self.training[section].model, self.training[section].args
-            named = None if model.dtype in (None, "auto") else getattr(torch, model.dtype)
             self._slices[section, has_logits, dtype] = slices(
                 self.config,
                 has_logits=has_logits,
                 device=args.device,
-                dtype=dtype or named or self.config.dtype or torch.float32,
-                autocast=args.bf16,
+                dtype=dtype or self._dtype(section),
+                autocast=args.bf16 and dtype is None,
                 adapter=adapter_settings(model) if model.use_peft else None,
                 checkpointing=args.gradient_checkpointing,
                 fused_head=section == "sft",

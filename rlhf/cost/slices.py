@@ -166,7 +166,7 @@ class Slices:
 
         def sample(model: Model) -> None:
             model.eval()
-            with torch.no_grad(), self._precision():
+            with torch.no_grad():  # no autocast, as in `rlhf.models.generate`
                 model.generate(
                     ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
                     min_new_tokens=tokens, max_new_tokens=tokens, use_cache=True,  # a trained checkpoint may say otherwise

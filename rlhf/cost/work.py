@@ -1,10 +1,12 @@
-"""What the estimate is told about a run: how each section of its recipe trains, and what each of its stages has to do."""
+"""What the estimate is told about a run, and what it says of a stage: how each section trains, what each stage has to do."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from transformers import TrainingArguments
 from trl import ModelConfig
+
+from rlhf.cost.memory import Memory
 
 Section = Literal["sft", "vote", "reward", "ppo"]
 
@@ -135,3 +137,29 @@ class SamplingWork:
 
 
 Work = SftWork | PairWork | PpoWork | SamplingWork
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stage will cost.
+
+    Attributes:
+        folder: of the stage in the run.
+        rows: trained on or sampled by all processes, each counted once.
+        tokens: that one process reads of these rows, over all passes.
+        steps: of the optimizer.
+        memory: at the peak, of one process (of its GPU, where there is one).
+        seconds: on this machine, of one process that waits for no other.
+    """
+
+    folder: str
+    rows: int
+    tokens: int
+    steps: int
+    memory: Memory
+    seconds: float
+
+    @property
+    def bytes(self) -> float:
+        """Return the bytes of one process at the peak."""
+        return self.memory.bytes

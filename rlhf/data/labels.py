@@ -49,9 +49,14 @@ class Question:
         """Return the question with this answer as the first one."""
         if first == self.first:
             return self
-        difference = None if self.difference is None else -self.difference
-        ends = {"first_ended": self.second_ended, "second_ended": self.first_ended}
-        return replace(self, first=self.second, second=self.first, difference=difference, **ends)
+        return replace(
+            self,
+            first=self.second,
+            second=self.first,
+            difference=None if self.difference is None else -self.difference,
+            first_ended=self.second_ended,
+            second_ended=self.first_ended,
+        )
 
     def as_row(self) -> dict[str, Any]:
         """Return the question as a row of `questions.jsonl`, without what is not known."""

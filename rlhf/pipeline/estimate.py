@@ -11,10 +11,10 @@ from pathlib import Path
 from transformers import PretrainedConfig, TrainingArguments
 from trl import RewardConfig, SFTConfig
 
-from rlhf.cost.estimate import ONE_PROCESS, Estimate, Estimator
+from rlhf.cost.estimate import ONE_PROCESS, Estimator
 from rlhf.cost.memory import Processes
 from rlhf.cost.sizes import PairTokens, Sizes, count_sizes
-from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
+from rlhf.cost.work import Estimate, PairWork, PpoWork, Rollouts, SamplingWork, Section, SftWork, Training, Work
 from rlhf.data.read import is_local
 from rlhf.data.sources import Fit
 from rlhf.errors import UserError

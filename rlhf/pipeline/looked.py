@@ -25,10 +25,16 @@ EXPERT_ERROR = 0.05  # how often an expert is taken to be wrong where nobody say
 
 def _question(pair: Pair, look: int, *, swapped: bool) -> Question:
     """Return a pair as a blind question: nothing in it says which answer was labelled the better one."""
-    sides = SIDES[::-1] if swapped else SIDES
-    name = question_id(look, pair["prompt"], [marked(pair, side) for side in sides])
-    ends = [None if has_ended(pair[side]) else False for side in sides]
-    return Question(name, look, pair["prompt"], *(told(pair, side) for side in sides), None, None, *ends)
+    first, second = SIDES[::-1] if swapped else SIDES
+    return Question(
+        question_id(look, pair["prompt"], [marked(pair, first), marked(pair, second)]),
+        look,
+        pair["prompt"],
+        told(pair, first),
+        told(pair, second),
+        first_ended=None if has_ended(pair[first]) else False,
+        second_ended=None if has_ended(pair[second]) else False,
+    )
 
 
 def blind_questions(pairs: Sequence[Pair], chosen: Sequence[int], look: int, *, seed: str) -> list[Question]:

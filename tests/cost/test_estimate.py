@@ -98,6 +98,22 @@ def test_pairs_over_max_length_are_left_out() -> None:
     assert reward.tokens == 133 * 2 * (23 + 22) / 2
 
 
+def test_what_autocast_leaves_alone_is_timed_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the seconds under autocast in place of a clock: reward models score without it, as answers are sampled without it."""
+    monkeypatch.setattr(
+        Slices,
+        "seconds",
+        lambda self, _, *, training: (3.0 if training else 1.0) * (0.5 if self.autocast else 1.0),
+    )
+    monkeypatch.setattr(Slices, "seconds_of_update", lambda _: 0.5)
+    monkeypatch.setattr(Slices, "seconds_of_sampling", lambda *_: 10.0)
+    costs = estimator(reward_models=2)
+    costs.training["reward"].args.bf16 = costs.training["ppo"].args.bf16 = True
+    assert costs.estimate(PAIRS).seconds == 26 * (1.5 + 0.5) + 2 * 0.5 + 2
+    ppo = 3 * (10 + 2 * (3 * 0.5 + 2) + 2 * (2 * 3 + 2 * 2 * 0.5))
+    assert costs.estimate(PpoWork("p", rollouts=3)).seconds == ppo
+
+
 def test_seconds_are_those_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 1 second a forward, 3 with a backward, 0.5 an update and 10 for whatever is sampled at once in place of a clock."""
     monkeypatch.setattr(Slices, "seconds", lambda _, shape, *, training: 3.0 if training else 1.0)

@@ -109,6 +109,7 @@ def test_templates_of_voters_count(recipe: Callable[..., Recipe], tmp_path: Path
     (tmp_path / "voted.jinja").write_text("{{ messages }}")
     rounds = [
         "rounds.count=2",
+        "rounds.labels_from=people",
         "rounds.second_look=0.1",
         "vote.members=5",
         "reward.meta=false",

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from rlhf.cost.estimate import ONE_PROCESS, Estimate
+from rlhf.cost.estimate import ONE_PROCESS
 from rlhf.cost.memory import Memory, Processes
 from rlhf.cost.sizes import Sizes
-from rlhf.cost.work import PpoWork
+from rlhf.cost.work import Estimate, PpoWork
 from rlhf.errors import UserError
 from rlhf.pipeline.estimate import (
     _evaluation_note,
