@@ -38,7 +38,7 @@ from rlhf.models.open import (
     put_adapter,
 )
 from rlhf.models.save import check_base
-from rlhf.models.scalar_head import restore_exact, score_head
+from rlhf.models.scalar_head import restore_exact, saved_head, score_head
 from rlhf.models.templates import check_template
 from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_template, give_plain_template
 
@@ -388,4 +388,5 @@ def load_scorer(path: str | Path, *, load_in_4bit: bool = False, labels: int = 1
         model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
         if missing:
             raise UserError(f"{path}: no trained weights for {sorted(missing)}; this is not a trained reward model.")
+        restore_exact(model, saved_head(Path(source.base)))
     return model.eval().requires_grad_(False)

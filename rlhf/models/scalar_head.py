@@ -1,10 +1,12 @@
 """The linear head of a decoder reward model, and how it stays exact where the layers below have 16 bits."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -43,12 +45,24 @@ def score_exactly(head: nn.Linear) -> None:
         head.register_forward_hook(_in_full_precision)
 
 
+def saved_head(folder: Path) -> dict[str, Tensor]:
+    """Return the head of a whole checkpoint in a folder, by the names of an adapter's file; empty where there is none."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            found |= {
+                key: tensors.get_tensor(f"score.{name}") for name, key in SAVED_HEAD.items() if f"score.{name}" in names
+            }
+    return found
+
+
 def restore_exact(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Give a loaded head, in place, the float32 that an adapter's file holds, where the base has made 16 bits of it.
+    """Give a loaded head, in place, the float32 that its file holds, where the type of the other weights made 16 bits of it.
 
     Args:
-        model: a sequence classifier with an adapter.
-        saved: the tensors of the adapter's file by name.
+        model: a sequence classifier, with an adapter or without.
+        saved: the head's tensors by the names of an adapter's file, among others.
     """
     head, weight = score_head(model), saved.get(SAVED_HEAD["weight"])
     if head is None or weight is None or weight.itemsize <= head.weight.itemsize:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from rlhf.models.packing import LONG_ROW, TOLERANCE, balanced_rows
 
+LEAST_LEAK = 1e-3  # of the largest state; attention that sees no other text gives 0 in every precision
+
 
 def token_states(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return a decoder's last states at all tokens of a batch, [n, hidden] with n = Σ attention_mask, text by text.
@@ -73,8 +75,8 @@ def can_pack(decoder: nn.Module, device: torch.device) -> bool:
 
     Found out once for each decoder, with a text of two tokens behind nothing, behind a text of three and behind another of
     three: some decoders carry a state from token to token (linear attention), others read no positions. One warning says so;
-    such a decoder reads its padding. What stands before may change nothing but sums of another order (of experts); that the
-    text begins anew is seen within the noise of any precision.
+    such a decoder reads its padding. What stands before may change nothing; where the tokens of a row meet in experts, sums of
+    another order. That the text begins anew is seen within the noise of any precision.
     """
     if decoder not in _CAN_PACK:
         was_training = decoder.training
@@ -84,13 +86,20 @@ def can_pack(decoder: nn.Module, device: torch.device) -> bool:
         decoder.train(was_training)
         size = alone.abs().max().item()
         leak, shift = ((behind - other).abs().max().item() for other in (behind_other, alone))
-        _CAN_PACK[decoder] = leak <= TOLERANCE.get(alone.dtype, 0.1) * size and shift <= 0.1 * size
+        allowed = TOLERANCE.get(alone.dtype, 0.1) if _has_experts(decoder) else LEAST_LEAK
+        _CAN_PACK[decoder] = leak <= allowed * size and shift <= 0.1 * size
         if not _CAN_PACK[decoder]:
             warnings.warn(
                 f"{type(decoder).__name__}: texts in one row would see each other, so padding is read too (slower).",
                 stacklevel=2,
             )
     return _CAN_PACK[decoder]
+
+
+def _has_experts(decoder: Any) -> bool:
+    """Tell whether a decoder's layers choose among experts, by the numbers of them that its configuration names."""
+    settings: dict[str, Any] = decoder.config.get_text_config().to_dict()
+    return any("expert" in name and isinstance(value, int) and value > 1 for name, value in settings.items())
 
 
 def _last_two(decoder: nn.Module, before: list[int], device: torch.device) -> Tensor:

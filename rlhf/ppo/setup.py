@@ -181,14 +181,21 @@ def rewards_and_critic(
 
 
 def check_reference(reference: Reference, args: PPOConfig) -> None:
-    """Refuse to move a reference that is the shared base itself.
+    """Refuse to move a reference that is the shared base itself, or whose weights round its steps away.
 
     Raises:
-        UserError: it is.
+        UserError: it is, or they do.
     """
     if args.reference_mixup > 0 and not reference.weights():
         raise UserError(
             "ppo: reference_mixup moves the reference, which is the base without an adapter here; start from an SFT adapter."
+        )
+    if 0 < args.reference_mixup < 1 and any(
+        p.is_floating_point() and p.itemsize == 2 for p in reference.weights().values()
+    ):
+        raise UserError(
+            f"ppo: reference_mixup={args.reference_mixup:g} moves weights of 16 bits, in which such small steps are rounded away; "
+            "load the policy in float32 (`bf16: true` computes in bfloat16 all the same), or take LoRA."
         )
 
 

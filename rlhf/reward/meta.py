@@ -16,6 +16,7 @@ from trl import RewardConfig
 
 from rlhf.data.rows import Prompt, prompt_key
 from rlhf.errors import UserError
+from rlhf.models.coarse import mostly_16_bits
 from rlhf.models.packing import pack
 from rlhf.models.sharding import check_sharding, whole
 from rlhf.models.text import encode_answers
@@ -113,6 +114,12 @@ class MetaRewardTrainer(ContrastiveRewardTrainer):
         check_sharding(self, stage="reward.meta")
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError("reward.meta: reentrant checkpointing can't give ∇J; set use_reentrant to false.")
+        if mostly_16_bits(self.model) is not None and not self.is_fsdp_enabled:
+            warnings.warn(
+                "reward.meta: the trained weights have 16 bits, in which the ascent's step is rounded away for most of them, so it "
+                "hardly moves the model. Load them in float32; `bf16: true` computes in bfloat16 all the same.",
+                stacklevel=2,
+            )
         self.meta_step, self.meta_normalized, self.meta_prompts = meta_step, meta_normalized, meta_prompts
         prompts = [row["prompt"] for row in meta_samples for _ in row["responses"]]
         responses = [response for row in meta_samples for response in row["responses"]]

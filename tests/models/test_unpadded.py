@@ -169,6 +169,14 @@ def test_a_decoder_in_which_texts_would_see_each_other_reads_its_padding(monkeyp
         torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
 
 
+def test_sixteen_bits_hide_no_leak() -> None:
+    """Of the largest state it is a fiftieth, within what experts may round."""
+    torch.manual_seed(0)
+    decoder = lively(AutoModel.from_config(config_of("bloom"))).bfloat16()
+    with pytest.warns(UserWarning, match="would see each other"):
+        assert not can_pack(decoder, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
 def test_noise_of_sixteen_bits_is_no_leak(precision: str) -> None:
     torch.manual_seed(0)

@@ -177,6 +177,9 @@ def test_a_reference_adapter_follows_and_a_bare_base_cannot(
     args = PPOConfig(**cpu_arguments, reference_mixup=0.1)
     with pytest.raises(UserError, match="start from an SFT adapter"):
         PPOTrainer(fresh, str(reward_adapter), args, DATA, processing_class=tokenizer, adapter_was_trained=False)
+    whole = load_policy(base_folder, model_settings({"dtype": "bfloat16"}))
+    with pytest.raises(UserError, match="moves weights of 16 bits, in which such small steps are rounded away"):
+        PPOTrainer(whole, str(reward_adapter), args, DATA, processing_class=tokenizer)
 
 
 def test_a_server_is_not_looked_for_on_the_disk(

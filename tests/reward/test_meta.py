@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ META, _ = group_samples(samples())
 
 
 def make(base: Path, tokenizer: Any, pairs: Dataset, arguments: dict[str, Any], **extra: Any) -> Any:
-    settings = {key: extra.pop(key) for key in list(extra) if key in ("use_peft", "lora_r")}
+    settings = {key: extra.pop(key) for key in list(extra) if key in ("use_peft", "lora_r", "dtype")}
     cls: Any = extra.pop("cls", MetaRewardTrainer)
     config = {key: extra.pop(key) for key in list(extra) if key in RewardConfig.__dataclass_fields__}
     usual = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "num_train_epochs": 1, "logging_steps": 1}
@@ -41,6 +42,17 @@ def make(base: Path, tokenizer: Any, pairs: Dataset, arguments: dict[str, Any], 
     if cls is MetaRewardTrainer:
         extra = {"meta_samples": META, "meta_prompts": 4, **extra}
     return cls(build(base, tokenizer, **settings), args, train_dataset=pairs, processing_class=tokenizer, **extra)
+
+
+def test_a_step_that_16_bits_round_away_is_told_of(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
+) -> None:
+    """Of normal weights in bfloat16 3 % moved."""
+    with pytest.warns(UserWarning, match="the ascent's step is rounded away for most of them"):
+        make(base_folder, tokenizer, pairs, cpu_arguments, dtype="bfloat16")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is rounded away")
+        make(base_folder, tokenizer, pairs, cpu_arguments, dtype="bfloat16", use_peft=True, lora_r=4)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

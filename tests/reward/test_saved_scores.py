@@ -17,6 +17,8 @@ from rlhf import build_reward_model, load_reward_model, save_reward_model
 from rlhf.errors import UserError
 from rlhf.models.generate import Completions
 from rlhf.models.load import computed_dtype, load_scorer, model_settings
+from rlhf.models.save import save_model
+from rlhf.models.scalar_head import make_exact, score_head
 from rlhf.models.score import score_rows
 from rlhf.models.text import encode_answers
 from rlhf.pipeline.model_commands import export_model
@@ -86,6 +88,22 @@ def test_bfloat16_is_stated(saved: Path, tmp_path: Path) -> None:
     difference = ((scores - expected).abs().max() / expected.std()).item()
     print(f"parity {saved.name[:4]:5s} bf16 against fp32: {difference:.1e} deviations")
     assert difference < 0.25
+
+
+def test_a_whole_checkpoint_keeps_the_float32_of_its_head(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Its other weights have 16 bits; the head was rounded with them, and one of 70 held-out pairs became a tie."""
+    model = build_reward_model(base_folder, model_settings({"dtype": "bfloat16"}), pad_token_id=tokenizer.pad_token_id)
+    head = score_head(model)
+    assert head is not None
+    make_exact(head)
+    with torch.no_grad():
+        head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    save_model(model, tokenizer, tmp_path / "whole")
+    loaded = score_head(load_scorer(tmp_path / "whole"))
+    assert loaded is not None
+    assert (loaded.weight.dtype, loaded.in_features) == (torch.float32, head.in_features)
+    assert torch.equal(loaded.weight, head.weight)
+    assert load_scorer(tmp_path / "whole").dtype == torch.bfloat16
 
 
 def test_4_bit_is_stated(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
