@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal, cast
 
-from rlhf.data.messages import messages
+from rlhf.data.messages import ended_of, messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import (
     CRITIQUES,
@@ -171,7 +171,7 @@ def demonstration(row: Mapping[str, object]) -> Demonstration:
         turns = messages(row["messages"], "messages")
     elif row.get("completion") is not None and row.get("prompt") is not None:
         answer = _one_answer(row["completion"], "completion")
-        if row.get("ended") is False:  # as in this pipeline's own samples.jsonl
+        if not ended_of(row):  # as in this pipeline's own samples.jsonl
             answer = [{**answer[0], "ended": False}]
         turns = messages(row["prompt"], "prompt") + answer
     elif row.get("chosen") is not None:

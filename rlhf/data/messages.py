@@ -15,6 +15,7 @@
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Message, Messages, user_turn
@@ -33,6 +34,23 @@ SPEAKERS = {
 SPEAKER_LINE = re.compile(r"\s*\n<extra_id_1>(User|Assistant)\n")
 TIGHT = re.compile(r"\n(?=(?:Human|Assistant):)")
 TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def ended_of(row: Mapping[Any, Any]) -> bool:
+    """Return whether an answer came to its end, by the `ended` beside it; one that says nothing did.
+
+    >>> ended_of({}), ended_of({"ended": None}), ended_of({"ended": False}), ended_of({"ended": "false"})
+    (True, True, False, False)
+
+    Raises:
+        BadRow: it is neither true nor false; of a table both may be words.
+    """
+    said = row.get("ended")
+    if isinstance(said, str):
+        said = {"true": True, "false": False, "": None}.get(said.strip().lower(), said)
+    if said is not None and not isinstance(said, bool):
+        raise BadRow(f"'ended' is {said!r}, and must be true or false")
+    return said is not False
 
 
 def messages(value: object, name: str) -> Messages:
@@ -126,7 +144,7 @@ def _message(entry: object, name: str) -> Message:
         calls, content = _called(content, name), ""
     text = "" if content is None and calls else _text(content, name)
     message = Message(role=role, content=text)
-    if role == "assistant" and entry.get("ended") is False:
+    if role == "assistant" and not ended_of(entry):
         message["ended"] = False
     if calls:
         message["tool_calls"] = _calls(calls, name)

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any, NamedTuple, cast
 
 from rlhf.data.canonical import check_answer, check_prompt, extras_of
-from rlhf.data.messages import messages
+from rlhf.data.messages import ended_of, messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Demonstration, Message, Messages, Pair, assistant_turn, group_key, has_ended, prompt_key
 
@@ -152,7 +152,7 @@ def k_wise(row: Mapping[str, object]) -> list[Ranking]:
         if score is None and entry.get("rank") is None:
             raise BadRow("an answer has neither score nor rank")
         value = -_finite(entry["rank"], "rank") if score is None else _finite(score, "score")
-        answers.append(Answer(content, value, entry.get("ended") is not False))
+        answers.append(Answer(content, value, ended_of(entry)))
         has_score.add(score is not None)
     if len(has_score) > 1:
         raise BadRow("some of its answers have a score and others a rank alone")
@@ -292,7 +292,7 @@ def rated_entries(row: Mapping[str, object]) -> list[RatedEntry]:
         BadRow: the row has not as many ratings as answers.
     """
     if row.get("messages") is None:
-        prompt, ended = messages(row.get("prompt"), "prompt"), row.get("ended") is not False
+        prompt, ended = messages(row.get("prompt"), "prompt"), ended_of(row)
         return [RatedEntry(prompt, row.get("response"), ended, row.get("attributes", row))]
     turns = messages(row["messages"], "messages")
     places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -369,7 +369,7 @@ def _turn(entry: object) -> Message:
 
 def _is_whole(response: object) -> bool:
     """Return whether a response, a text or a message, came to its end."""
-    return not isinstance(response, dict) or response.get("ended") is not False
+    return not isinstance(response, dict) or ended_of(response)
 
 
 def _text_of(entry: object) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlhf.data.canonical import check_answer, check_prompt, extras_of
+from rlhf.data.messages import ended_of
 from rlhf.data.rankings import LISTS, TEXTS, RatedEntry, is_k_wise, is_rated, k_wise_prompt, rated_entries
 from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.rows import Rated, assistant_turn
@@ -107,7 +108,7 @@ def _entries(row: object) -> list[RatedEntry]:
         rated = [answer for answer in answers if isinstance(answer, Mapping) and "attributes" in answer]
         texts = [next((answer[name] for name in TEXTS if answer.get(name) is not None), None) for answer in rated]
         return [
-            RatedEntry(prompt, text, answer.get("ended") is not False, answer["attributes"])
+            RatedEntry(prompt, text, ended_of(answer), answer["attributes"])
             for text, answer in zip(texts, rated, strict=True)
         ]
     if isinstance(row, Mapping) and is_rated(row):

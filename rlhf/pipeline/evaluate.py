@@ -190,6 +190,9 @@ def evaluate_models(
         "data": reports,
     }
     items = [item for data_set in data_sets for item in _edited_items(data_set)] if probes else []
+    cut = sum(_has_cut_answer(row) for data_set in data_sets if data_set.benchmark is None for row in data_set.rows)
+    if probes and cut:
+        say(f"Probes: {cut} pairs are left out, as an answer of theirs was cut off.")
     if probes and not any(item.pairs for item in items):
         say("Probes: there is no pair of answers to one prompt to edit, so they are left out.")
     elif probes:
@@ -216,8 +219,13 @@ def _edited_items(data_set: _Data) -> list[Item]:
     return [
         item
         for item, row in zip(data_set.items, data_set.rows, strict=True)
-        if parting_turn(row) is None and all(has_ended(row[side]) for side in SIDES)
+        if parting_turn(row) is None and not _has_cut_answer(row)
     ]
+
+
+def _has_cut_answer(row: Pair) -> bool:
+    """Tell whether one of a pair's answers was cut off."""
+    return not all(has_ended(row[side]) for side in SIDES)
 
 
 def data_names(data: Sequence[str]) -> list[str]:

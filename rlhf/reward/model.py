@@ -230,11 +230,11 @@ class RewardModel:
         finally:
             self.cut, self.cut_answers = counts
 
-    def is_cut(self, prompt: Prompt, response: str) -> bool:
-        """Tell whether a text is too long for the model and loses its beginning; it is not counted."""
+    def is_cut(self, prompt: Prompt, response: str, ended: bool) -> bool:
+        """Tell whether a text, with its end where it has one, is too long for the model and loses its beginning; not counted."""
         with self.uncounted():
             before = self.cut
-            self.encode([prompt], [response], None)
+            self.encode([prompt], [response], [ended])
             return self.cut > before
 
     def cuts(self, name: str) -> list[str]:

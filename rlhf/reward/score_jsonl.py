@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from rlhf.data.limits import MOST_LINE, TOO_DEEP, TOO_LONG, is_too_deep
-from rlhf.data.messages import messages
+from rlhf.data.messages import ended_of, messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Prompt, completion, has_ended, user_turn
 from rlhf.data.tidy import with_system_turn
@@ -48,7 +48,11 @@ def score_lines(reward: Scorer, lines: Iterable[str | None]) -> Iterator[dict[st
         for line in parsed:
             score = next(scores) if isinstance(line, _Line) else line
             if isinstance(line, _Line) and isinstance(score, float):
-                is_cut = model is not None and model.cut > cut_before and model.is_cut(line.prompt, line.response)
+                is_cut = (
+                    model is not None
+                    and model.cut > cut_before
+                    and model.is_cut(line.prompt, line.response, line.ended)
+                )
                 yield _scored(line.row, score, is_cut=is_cut)
             else:
                 yield {"error": score}
@@ -130,7 +134,7 @@ def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, st
         raise BadRow(
             "'tools' have no place here; write what the model read of them into a system turn, or leave them out"
         )
-    ended = row.get("ended") is not False
+    ended = ended_of(row)
     system = row.get("system")
     if system is not None and not isinstance(system, str):
         raise BadRow(f"'system' is {_type(system)}, and must be a text")

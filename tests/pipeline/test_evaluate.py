@@ -10,8 +10,10 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 from rlhf.cli import app
+from rlhf.data.rows import assistant_turn, user_turn
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
+from rlhf.files import write_jsonl
 from rlhf.pipeline.evaluate import data_names, evaluate_models, models_and_data
 from rlhf.report.evaluation_terminal import evaluation_lines, evaluation_tables
 from tests.conftest import PROMPTS, WORDS
@@ -200,3 +202,23 @@ def test_texts_that_were_cut_are_those_of_the_data(reward_folder: Path, tmp_path
     said: list[str] = []
     evaluate_models([str(reward_folder)], [data], tmp_path / "e.json", probes=True, say=said.append)
     assert [line.split(": ")[1].split(" ")[0] for line in said if line.startswith(f"{reward_folder}: ")] == ["3", "3"]
+
+
+@pytest.mark.parametrize("cut", [5, 12])
+def test_probes_say_how_many_pairs_have_a_cut_answer(reward_folder: Path, tmp_path: Path, cut: int) -> None:
+    """They were left out in silence; where all had one it was said that there are no pairs."""
+    rows: list[dict[str, object]] = [
+        {
+            "prompt": user_turn(f"list {i}"),
+            "chosen": assistant_turn("red blue. yes"),
+            "rejected": assistant_turn(f"gre {i}", ended=i >= cut),
+        }
+        for i in range(12)
+    ]
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    said: list[str] = []
+    result = evaluate_models(
+        [str(reward_folder)], [str(tmp_path / "p.jsonl")], tmp_path / "e.json", probes=True, say=said.append
+    )
+    assert f"Probes: {cut} pairs are left out, as an answer of theirs was cut off." in said
+    assert ("probes" in result) == (cut < 12)

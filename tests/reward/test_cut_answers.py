@@ -206,3 +206,33 @@ def test_prompts_of_a_table_are_sent_without_its_empty_fields() -> None:
     assert rows[0]["prompt"][0]["ended"] is None
     assert _sendable(rows[0]["prompt"]) == PROMPT
     assert _sendable("as it is") == "as it is"
+
+
+def test_ended_is_true_or_false_in_words_too(tmp_path: Path) -> None:
+    """0 and "false", as a table gives it, were read as true."""
+    table = tmp_path / "rated.csv"
+    table.write_text("prompt,response,helpfulness,ended\nq,a leaf,4,true\nq,a fr,1,false\n")
+    (pair,), _ = read_pairs(Source(str(table)))
+    assert (has_ended(pair["chosen"]), has_ended(pair["rejected"])) == (True, False)
+    lists = tmp_path / "lists.jsonl"
+    rows = [
+        {
+            "prompt": prompt,
+            "responses": [{"content": "a leaf", "score": 2}, {"content": "a fr", "score": 1, "ended": ended}],
+        }
+        for prompt, ended in (("q", "False"), ("r", 0))
+    ]
+    write_jsonl(lists, rows)
+    (pair,), report = read_pairs(Source(str(lists)))
+    assert not has_ended(pair["rejected"])
+    assert any("'ended' is 0, and must be true or false" in sentence for sentence in report.sentences())
+
+
+def test_a_cut_answer_that_just_fits_is_not_called_too_long(reward_folder: Path) -> None:
+    """Where another line of its batch was too long, it was looked at again with an end token that it does not have."""
+    reward = load_reward_model(reward_folder)
+    line = {"prompt": PROMPT, "response": "red blue", "ended": False}
+    reward.max_length = len(reward.encode([PROMPT], ["red blue"], [False])[0])
+    longer = {"prompt": PROMPT, "response": "red blue green red blue"}
+    just, over = score_lines(reward, [json.dumps(line), json.dumps(longer)])
+    assert (just.get("cut"), over.get("cut"), reward.cut) == (None, True, 1)
