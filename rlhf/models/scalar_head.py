@@ -23,6 +23,16 @@ def score_head(model: nn.Module) -> nn.Linear | None:
     return head
 
 
+def last_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the linear layer that gives the score, an encoder's too; two where an adapter keeps the untrained one beside it."""
+    head = score_head(model)
+    if head is not None:
+        return [head]
+    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    layers = getattr(inner, "classifier", nn.Identity()).modules()
+    return [layer for layer in layers if isinstance(layer, nn.Linear) and layer.out_features == inner.config.num_labels]
+
+
 def make_exact(head: nn.Linear) -> None:
     """Put a head into float32, in place, and let it read states of any type.
 

@@ -32,7 +32,7 @@ from rlhf.models.packing import (
     tolerance,
     unpack,
 )
-from rlhf.models.scalar_head import make_exact, score_exactly, score_head
+from rlhf.models.scalar_head import last_layers, make_exact, score_exactly, score_head
 from rlhf.models.templates import end_at_end_token
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.recipe.objectives import PAIR_COLUMNS, PAIR_LOSS, Loss, resolve
@@ -173,8 +173,8 @@ class PairRewardTrainer(RewardTrainer):
         head = score_head(self.model)
         if head is not None and head.weight.requires_grad and isinstance(self.model, PeftModel):
             make_exact(head)  # on a base of 16 bits PEFT leaves it in these, and on 4-bit weights TRL casts it to them
-        if head is not None:
-            score_exactly(head)
+        for layer in last_layers(self.model):
+            score_exactly(layer)
         collator = self.data_collator
         self._grouped = share_prompts and args.train_sampling_strategy == "random"
         reason = obstacle(self.model) if share_prompts else None

@@ -15,7 +15,7 @@ from trl import RewardConfig
 
 from rlhf import MarginRewardTrainer, PairRewardTrainer, RankingRewardTrainer, TextRewardTrainer, load_reward_model
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, model_settings
+from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
 from rlhf.models.scalar_head import score_exactly
 from rlhf.objectives.rankings import is_best
 from rlhf.reward.denoise import DenoiseConfig, denoised
@@ -209,3 +209,18 @@ def test_a_head_computes_in_its_own_precision_under_autocast(bias: bool) -> None
     torch.testing.assert_close(exact, expected, atol=1e-6, rtol=1e-6)
     exact.sum().backward()
     torch.testing.assert_close(head.weight.grad, states.float().sum(dim=0)[None], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_encoders_scores_are_as_exact_under_autocast(
+    encoder_folder: Path, pairs: Dataset, cpu_arguments: dict[str, Any], lora: bool
+) -> None:
+    """Its last linear layer was left to autocast: scores near 9 had steps of 0.06."""
+    settings = model_settings({"use_peft": True, "lora_r": 2, "lora_target_modules": ["query"]} if lora else {})
+    model: Any = build_reward_model(encoder_folder, settings, pad_token_id=0)
+    plain = load_tokenizer(encoder_folder, conversational=True)
+    trained = trainer(model, pairs, cpu_arguments, processing_class=plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = trained.model(input_ids=torch.arange(5, 21).view(4, 4)).logits
+    assert scores.dtype == torch.float32
+    assert (scores != scores.bfloat16()).any()
