@@ -2,7 +2,7 @@
 
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def _autocast_rounding(trainer: "PPOTrainer", experience: "Experience") -> tuple
     Both are 0 where there is no autocast, and under FSDP, which samples in the same type.
     """
     if trainer.accelerator.mixed_precision == "no" or trainer.is_fsdp_enabled or trainer.vllm is not None:
-        return trainer.progress.rounding
+        return trainer.progress.rounding  # FlashAttention needs autocast over float32, and could not have sampled
     ids, attention, mask = (
         x[:ROUNDED_ROWS] for x in (experience.input_ids, experience.attention_mask, experience.response_mask)
     )
@@ -162,7 +162,7 @@ def hold_reference(trainer: "PPOTrainer") -> None:
         encoded = encode_prompts(trainer.processing_class, prompts, max_prompt_length=PROMPT_TOKENS)
         rows = golden_rows(encoded, trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size)
         logprobs = _golden_logprobs(trainer, rows).tolist()
-        dtype = str(coarsest_dtype(trainer, autocast=False)).removeprefix("torch.")
+        dtype = str(coarsest_dtype(trainer, autocast=_needs_autocast(trainer))).removeprefix("torch.")
         progress.golden = GoldenBatch(rows, logprobs, dtype, is_of_this_process=True)
 
 
@@ -178,8 +178,14 @@ def require_reference(trainer: "PPOTrainer") -> None:
     now = _golden_logprobs(trainer, golden.rows)
     difference = mean_difference(now, torch.tensor(golden.logprobs))
     exact = golden.is_of_this_process and trainer.accelerator.device.type == "cpu"
-    dtypes = coarsest_dtype(trainer, autocast=False), getattr(torch, golden.dtype)
+    dtypes = coarsest_dtype(trainer, autocast=_needs_autocast(trainer)), getattr(torch, golden.dtype)
     trainer.checks.require(check_fixed(difference, max(dtypes, key=FIXED_WITHIN.__getitem__), exact=exact))
+
+
+def _needs_autocast(trainer: "PPOTrainer") -> bool:
+    """Tell whether the reference may not be read without autocast: FlashAttention takes 16 bits only."""
+    config: Any = trainer.reference.model.config
+    return "flash" in str(config._attn_implementation)
 
 
 @torch.no_grad()
@@ -194,7 +200,7 @@ def _golden_logprobs(trainer: "PPOTrainer", rows: list[list[int]]) -> Tensor:
     model = trainer.reference.model
     was_training = model.training
     model.eval()
-    with torch.autocast(ids.device.type, enabled=False):
+    with trainer.accelerator.autocast() if _needs_autocast(trainer) else torch.autocast(ids.device.type, enabled=False):
         logprobs = trainer.reference.logprobs(ids, mask, ANSWER_TOKENS, 1.0)
     model.train(was_training)
     return logprobs.cpu()
