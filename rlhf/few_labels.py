@@ -165,6 +165,9 @@ def rate_at_any_look(
     remaining, rows = float(verdicts.sum() + np.sum(judge_alone)), len(verdicts) + len(judge_alone)
     spread = float(np.concatenate([verdicts, np.asarray(judge_alone, dtype=float)]).var())
     candidates = _candidates(rows, len(labels))
+    between = (
+        0.0 if (len(candidates) - 1) % (2 * rows) == 0 else candidates[1] / 2
+    )  # how far the rate may be from the nearest
     higher, lower = np.ones_like(candidates), np.ones_like(candidates)
     is_in = np.ones(len(candidates), dtype=bool)
     corrected: list[float] = []
@@ -193,7 +196,12 @@ def rate_at_any_look(
         # 3. Who is left. The true rate is among them but for a chance of α.
         is_in &= (higher + lower) / 2 < 1 / (1 - confidence)
         inside = candidates[is_in]
-        intervals.append((float(inside.min()), float(inside.max())) if len(inside) else (math.nan, math.nan))
+        ends = (
+            (max(0.0, inside.min() - between), min(1.0, inside.max() + between))
+            if len(inside)
+            else (math.nan, math.nan)
+        )
+        intervals.append((float(ends[0]), float(ends[1])))
     return intervals
 
 

@@ -160,6 +160,17 @@ def test_all_rows_labelled_leave_the_rate_that_they_have() -> None:
         assert high - low <= 2 / 3500
 
 
+def test_of_many_rows_the_rate_between_two_candidates_is_held() -> None:
+    """5,001 rows, all labelled: half of such runs missed the rate of these rows, and ended at a point beside it."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        labels = rng.choice([0.0, 0.5, 1.0], 5001, p=[0.2, 0.1, 0.7])
+        judge = np.clip(labels + rng.normal(0, 0.2, 5001), 0, 1)
+        low, high = rate_at_any_look(labels.tolist(), judge.tolist(), [])[-1]
+        assert low <= labels.mean() <= high
+        assert 0 < high - low < 0.003
+
+
 def test_a_rate_is_a_rate() -> None:
     """The judge's wins of the rest stand on top of labels that it called losses: 1.11, cut to 1."""
     rate = powered_rate([1.0] * 8 + [0.0] * 2, [0.7] * 8 + [0.1] * 2, [1.0] * 1000)
