@@ -157,6 +157,19 @@ class LabelBook:
         A question is done when it has as many verdicts as are wanted, skips left out; or when some skipped it, so many in all have
         seen it, and so have all who have answered more than half as many as who answered most.
         """
+        seen_by, decided, regulars = self._seen(round_number)
+        whole = sum(decided[name] >= wanted for name in seen_by)
+        given_up = sum(decided[name] < wanted <= len(people) and regulars <= people for name, people in seen_by.items())
+        return Progress(whole + given_up, len(seen_by), given_up)
+
+    def waits_for(self, round_number: int, *, wanted: int) -> dict[str, int]:
+        """Return who has to see how many questions of a round that others skipped, before these are given up."""
+        seen_by, decided, regulars = self._seen(round_number)
+        skipped = [people for name, people in seen_by.items() if decided[name] < wanted <= len(people)]
+        return dict(Counter(name for people in skipped for name in sorted(regulars - people)))
+
+    def _seen(self, round_number: int) -> tuple[dict[str, set[str]], Counter[str], set[str]]:
+        """Return who saw each question of a round, how many verdicts it has, and who has answered much of the round."""
         seen_by: dict[str, set[str]] = {question.id: set() for question in self.questions(round_number)}
         decided: Counter[str] = Counter()
         for verdict in self.verdicts(round_number):
@@ -164,10 +177,7 @@ class LabelBook:
             decided[verdict.id] += verdict.label != "skip"
         answered = Counter(name for people in seen_by.values() for name in people)
         most = max(answered.values(), default=0)
-        regulars = {name for name, count in answered.items() if 2 * count > most}
-        whole = sum(decided[name] >= wanted for name in seen_by)
-        given_up = sum(decided[name] < wanted <= len(people) and regulars <= people for name, people in seen_by.items())
-        return Progress(whole + given_up, len(seen_by), given_up)
+        return seen_by, decided, {name for name, count in answered.items() if 2 * count > most}
 
     def hide_gold(self, gold: Sequence[Gold]) -> None:
         """Add gold questions to a round; of those that are in the book the right answer is this one from now on."""

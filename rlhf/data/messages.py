@@ -45,12 +45,12 @@ def ended_of(row: Mapping[Any, Any]) -> bool:
     Raises:
         BadRow: it is neither true nor false; of a table both may be words.
     """
-    said = row.get("ended")
-    if isinstance(said, str):
-        said = {"true": True, "false": False, "": None}.get(said.strip().lower(), said)
-    if said is not None and not isinstance(said, bool):
-        raise BadRow(f"'ended' is {said!r}, and must be true or false")
-    return said is not False
+    value = row.get("ended")
+    if isinstance(value, str):
+        value = {"true": True, "false": False, "": None}.get(value.strip().lower(), value)
+    if value is not None and not isinstance(value, bool):
+        raise BadRow(f"'ended' is {value!r}, and must be true or false")
+    return value is not False
 
 
 def messages(value: object, name: str) -> Messages:

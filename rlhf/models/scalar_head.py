@@ -57,14 +57,14 @@ def score_exactly(head: nn.Linear) -> None:
 
 def saved_head(folder: Path) -> dict[str, Tensor]:
     """Return the head of a whole checkpoint in a folder, by the names of an adapter's file; empty where there is none."""
-    found: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             names = set(tensors.keys())
-            found |= {
+            head |= {
                 key: tensors.get_tensor(f"score.{name}") for name, key in SAVED_HEAD.items() if f"score.{name}" in names
             }
-    return found
+    return head
 
 
 def restore_exact(model: nn.Module, saved: Mapping[str, Tensor]) -> None:

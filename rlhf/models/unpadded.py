@@ -86,7 +86,8 @@ def can_pack(decoder: nn.Module, device: torch.device) -> bool:
         decoder.train(was_training)
         size = alone.abs().max().item()
         leak, shift = ((behind - other).abs().max().item() for other in (behind_other, alone))
-        allowed = TOLERANCE.get(alone.dtype, 0.1) if _has_experts(decoder) else LEAST_LEAK
+        tolerance = TOLERANCE.get(alone.dtype, 0.1)
+        allowed = tolerance if _has_experts(decoder) and not _carries_state(decoder) else min(tolerance, LEAST_LEAK)
         _CAN_PACK[decoder] = leak <= allowed * size and shift <= 0.1 * size
         if not _CAN_PACK[decoder]:
             warnings.warn(
@@ -100,6 +101,11 @@ def _has_experts(decoder: Any) -> bool:
     """Tell whether a decoder's layers choose among experts, by the numbers of them that its configuration names."""
     settings: dict[str, Any] = decoder.config.get_text_config().to_dict()
     return any("expert" in name and isinstance(value, int) and value > 1 for name, value in settings.items())
+
+
+def _carries_state(decoder: nn.Module) -> bool:
+    """Tell whether some layers carry a state from token to token: linear attention, state spaces, short convolutions."""
+    return getattr(decoder, "_is_stateful", False) or any(isinstance(module, nn.Conv1d) for module in decoder.modules())
 
 
 def _last_two(decoder: nn.Module, before: list[int], device: torch.device) -> Tensor:

@@ -8,7 +8,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.read import ReadReport, read_rows
+from rlhf.data.messages import ended_of
+from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
 from rlhf.models.load import load_policy, load_tokenizer, model_settings
@@ -191,7 +192,10 @@ def _answers(samples: Path | None) -> list[tuple[Prompt, str, bool]]:
         prompt, text = row.get("prompt"), row.get("completion")
         if not isinstance(prompt, list | str) or not isinstance(text, str):
             raise UserError(f"{samples}: row {number} has no `prompt` and `completion`; take the samples of a run.")
-        rows.append((prompt, text, bool(row.get("ended", True))))
+        try:
+            rows.append((prompt, text, ended_of(row)))
+        except BadRow as error:
+            raise UserError(f"{samples}: row {number}: {error}.") from error
     if not rows:
         raise UserError(f"{samples}: no rows.")
     return rows

@@ -67,8 +67,12 @@ def precision_of_stage(settings: Mapping[str, Any], checkpoints: Path, *, decide
         return dict(settings)
     file = checkpoints / PRECISION
     if file.is_file():
-        kept: bool = json.loads(file.read_text(encoding="utf-8"))["bf16"]
-        if decides and kept != _choice()[0]:
+        facts: dict[str, bool] = json.loads(file.read_text(encoding="utf-8"))
+        others = {name: value for name, value in settings.items() if name != "bf16"}
+        if facts.get("fp16"):  # of a launcher
+            return {**others, "fp16": True}
+        kept = facts["bf16"]
+        if decides and os.environ.get(LAUNCHER, "no") == "no" and kept != _choice()[0]:
             now, other = ("bfloat16", "float32") if kept else ("float32", "bfloat16")
             warnings.warn(
                 f"bf16: auto is {str(kept).lower()}: this stage began in {now} and goes on in it, though {other} is faster here.",
@@ -78,7 +82,7 @@ def precision_of_stage(settings: Mapping[str, Any], checkpoints: Path, *, decide
     if decides:
         resolved = resolve_bf16(settings)
         checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps({"bf16": bool(resolved.get("bf16"))}))
+        write_text(file, json.dumps({name: bool(resolved.get(name)) for name in ("bf16", "fp16") if name in resolved}))
         return resolved
     while not file.is_file():  # where the one that decides fails, the launcher ends this one
         time.sleep(POLL_SECONDS)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import RewardConfig
 
+from rlhf.data.messages import ended_of
+from rlhf.data.read import BadRow
 from rlhf.data.rows import Prompt, prompt_key
 from rlhf.errors import UserError
 from rlhf.models.coarse import mostly_16_bits
@@ -53,7 +55,7 @@ def group_samples(rows: Sequence[Mapping[str, object]]) -> tuple[list[SampledAns
             )
         entry = groups.setdefault(prompt_key(prompt), {"prompt": prompt, "responses": [], "ended": []})
         entry["responses"].append(completion)
-        entry["ended"].append(bool(row.get("ended", True)))
+        entry["ended"].append(_ended(row, number))
     kept, dropped = [], {"a single response": 0, "identical responses": 0}
     for entry in groups.values():
         if len(entry["responses"]) == 1:
@@ -69,6 +71,13 @@ def group_samples(rows: Sequence[Mapping[str, object]]) -> tuple[list[SampledAns
             "per prompt."
         )
     return kept, {reason: count for reason, count in dropped.items() if count}
+
+
+def _ended(row: Mapping[str, object], number: int) -> bool:
+    try:
+        return ended_of(row)
+    except BadRow as error:
+        raise UserError(f"meta samples: row {number}: {error}.") from error
 
 
 def _is_prompt(value: object) -> TypeGuard[Prompt]:

@@ -204,6 +204,10 @@ def progress_lines(run: Path) -> Sequence[str]:
     ]
     if given_up:
         lines.append(f"{given_up} more lack some: somebody skipped them, and all who label much have seen them.")
+    lines += [
+        f"{count} that others skipped wait for {name}; if {name} is gone, skip them on that page too."
+        for name, count in book.waits_for(number, wanted=wanted).items()
+    ]
     lines += _read_before(run, number)
     agreed = agreement(verdicts)
     for name, count in agreed["annotators"].items():

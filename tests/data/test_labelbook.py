@@ -105,7 +105,9 @@ def test_people_who_share_a_round_are_all_asked_before_a_pair_is_given_up(tmp_pa
     for name, own in zip(people, (questions[:30], questions[30:60], questions[60:]), strict=True):
         book.record([Verdict(one.id, "skip" if i % 3 == 0 else "first", name) for i, one in enumerate(own)])
     assert book.progress(2, wanted=1) == (60, 90, 0)
+    assert book.waits_for(2, wanted=1) == {"ann": 20, "bob": 20, "cem": 20}
     assert len(asked_of(book, "ann", wanted=1)) == 20, "the ten that each of the others skipped"
     skipped = [questions[start + i] for start in (0, 30, 60) for i in range(0, 30, 3)]
     book.record([Verdict(one.id, "skip", name) for name in people for one in skipped])
     assert book.progress(2, wanted=1) == (90, 90, 30)
+    assert book.waits_for(2, wanted=1) == {}

@@ -152,12 +152,7 @@ def test_under_flash_attention_all_texts_lie_in_one_row() -> None:
 
 def test_a_decoder_in_which_texts_would_see_each_other_reads_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kinds: Bloom takes no positions; linear attention carries a state along the row."""
-    for config in (
-        config_of("bloom"),
-        config_of("qwen3_next", layer_types=["linear_attention", "full_attention"], head_dim=8, num_experts=2,
-            num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8, linear_num_key_heads=2,
-            linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
-    ):  # fmt: skip
+    for config in (config_of("bloom"), hybrid()):
         torch.manual_seed(0)
         decoder = lively(AutoModel.from_config(config))
         ids, mask, _ = batch([2, 9], [5, 1])
@@ -169,10 +164,19 @@ def test_a_decoder_in_which_texts_would_see_each_other_reads_its_padding(monkeyp
         torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
 
 
-def test_sixteen_bits_hide_no_leak() -> None:
-    """Of the largest state it is a fiftieth, within what experts may round."""
+def hybrid() -> Any:
+    """Linear attention and full attention in turn, with experts."""
+    return config_of("qwen3_next", layer_types=["linear_attention", "full_attention"], head_dim=8, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bloom", "hybrid"])
+def test_sixteen_bits_hide_no_leak(kind: str) -> None:
+    """Of the largest state it is a fiftieth, within what experts may round; a hybrid has experts and a state."""
     torch.manual_seed(0)
-    decoder = lively(AutoModel.from_config(config_of("bloom"))).bfloat16()
+    config = config_of("bloom") if kind == "bloom" else hybrid()
+    decoder = lively(AutoModel.from_config(config)).bfloat16()
     with pytest.warns(UserWarning, match="would see each other"):
         assert not can_pack(decoder, torch.device("cpu"))
 

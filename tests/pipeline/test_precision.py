@@ -142,6 +142,18 @@ def test_a_launcher_decides_where_the_recipe_says_nothing(
     assert resolve_bf16(settings) == expected
 
 
+def test_a_launchers_fp16_is_kept_for_the_next_model_and_the_other_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`bf16: false` was kept, and whoever read that was told that the recipe contradicts the launcher."""
+    monkeypatch.setattr(precision, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setenv(LAUNCHER, "fp16")
+    for decides in (True, True, False):
+        settings = precision_of_stage({"bf16": "auto"}, tmp_path, decides=decides)
+        assert settings == resolve_bf16(settings) == {"fp16": True}
+    assert kept_precision(tmp_path) == {"fp16": True}
+
+
 def test_a_launcher_that_contradicts_the_recipe_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(LAUNCHER, "bf16")
     with pytest.raises(UserError, match=r"bf16: false .* mixed_precision: bf16, which would win"):

@@ -44,6 +44,17 @@ def make(base: Path, tokenizer: Any, pairs: Dataset, arguments: dict[str, Any], 
     return cls(build(base, tokenizer, **settings), args, train_dataset=pairs, processing_class=tokenizer, **extra)
 
 
+def test_samples_say_whether_they_ended_as_everywhere() -> None:
+    """ "false", as a table has it, was taken for ended, and null for cut off."""
+    answers = [
+        {"prompt": "p", "completion": text, "ended": said} for text, said in (("a", "false"), ("b", None), ("c", True))
+    ]
+    (group,), _ = group_samples(answers)
+    assert group["ended"] == [False, True, True]
+    with pytest.raises(UserError, match="meta samples: row 1: 'ended' is 0, and must be true or false"):
+        group_samples([answers[0], {**answers[1], "ended": 0}])
+
+
 def test_a_step_that_16_bits_round_away_is_told_of(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
