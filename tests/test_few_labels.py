@@ -131,12 +131,11 @@ def test_rows_of_one_prompt_are_no_draws_of_their_own() -> None:
 
 
 def test_a_prompt_with_most_labels_is_worth_no_more_than_others() -> None:
-    """12 prompts of 1, 2, 4, 8, 16, 1, … labels: counted as twelve equal ones, 0.85; by (Σ n)² / Σ n² = 6.3, 0.9."""
-    rng, sizes = np.random.default_rng(5), [1, 2, 4, 8, 16] * 2 + [1, 2]
-    names = np.repeat(np.arange(12), sizes)
+    """20 labels of one prompt and one of each of nine others: counted as ten prompts 0.67 and 0.54; as (Σ n)² / Σ n² = 2.1, all."""
+    rng, names = np.random.default_rng(5), np.repeat(np.arange(10), [20] + [1] * 9)
     covered, covered_people = [], []
-    for _ in range(400):
-        rates = rng.beta(0.5, 0.5, 12)
+    for _ in range(300):
+        rates = rng.beta(0.5, 0.5, 10)
         wins = (rng.random(len(names)) < rates[names]).astype(float)
         judge = np.where(rng.random(len(names)) < 0.9, wins, 1 - wins)
         prompts = Prompts(names.tolist(), [])
@@ -144,8 +143,8 @@ def test_a_prompt_with_most_labels_is_worth_no_more_than_others() -> None:
         people = human_rate(wins.tolist(), prompts)
         covered.append(together.low <= 0.5 <= together.high)
         covered_people.append(people.low <= 0.5 <= people.high)
-    assert np.mean(covered) >= 0.87
-    assert np.mean(covered_people) >= 0.87
+    assert np.mean(covered) >= 0.95
+    assert np.mean(covered_people) >= 0.95
     equal = Prompts([i % 7 for i in range(70)], [])
     labels = [float(i % 3 == 0) for i in range(70)]
     assert human_rate(labels, equal) == human_rate(labels, Prompts([(i % 7,) for i in range(70)], []))
