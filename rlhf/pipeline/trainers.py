@@ -148,7 +148,10 @@ def _token_rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
 
 
 class StageSFTTrainer(InStage, SFTTrainer):
-    """`trl.SFTTrainer` in a stage: demonstrations in which somebody typed a special token are encoded here, as words."""
+    """`trl.SFTTrainer` in a stage.
+
+    Where somebody typed a special token, or an answer was cut off, the demonstrations are encoded here: as words, without an end.
+    """
 
     def _prepare_dataset(
         self,

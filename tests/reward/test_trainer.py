@@ -61,8 +61,8 @@ def test_equals_trl_on_plain_and_margin_losses(
     """TRL's RewardTrainer is the oracle: same losses and same weights over an epoch of full batches in one order.
 
     With one encoding of each prompt, sums run in another order; where a gradient is nearly 0, Adam turns that rounding
-    into a part of a step (the learning rate is 1e-3), so one weight in a thousand may differ by that much. Without, the head
-    is applied in another shape, which on some CPUs (AVX-512: 2.5e-5 after five steps) rounds otherwise.
+    into a part of a step (the learning rate is 1e-3), so one weight in a thousand may differ by that much. Without, some
+    CPUs round a little otherwise all the same (AVX-512: 2.5e-5 after five steps; where was not traced).
     """
     data = pairs.add_column("margin", [0.1 * (i % 7) for i in range(len(pairs))]) if margin else pairs
     arguments = {**cpu_arguments, "train_sampling_strategy": "sequential"}
