@@ -170,7 +170,7 @@ def rate_at_any_look(
     )  # how far the rate may be from the nearest
     higher, lower = np.ones_like(candidates), np.ones_like(candidates)
     is_in = np.ones(len(candidates), dtype=bool)
-    corrected: list[float] = []
+    corrected = np.empty(len(labels))
     intervals: list[tuple[float, float]] = []
     for s in range(len(labels)):
         # 1. Before the label: what each candidate expects, the judge's weight, the stakes.
@@ -182,7 +182,7 @@ def rate_at_any_look(
         expected = np.clip(expected, 0, 1)
         weight = _weight_so_far(labels[:s], verdicts[:s], spread)
         lowest, highest = -weight * (1 - mean_left), 1 + weight * mean_left
-        stake = _stake(corrected, confidence)
+        stake = _stake(corrected[:s], confidence)
         up = np.minimum(stake, BET / np.maximum(expected - lowest, 1e-12))
         down = np.minimum(stake, BET / np.maximum(highest - expected, 1e-12))
 
@@ -190,7 +190,7 @@ def rate_at_any_look(
         value = labels[s] - weight * (verdicts[s] - mean_left)
         higher *= 1 + up * (value - expected)
         lower *= 1 - down * (value - expected)
-        corrected.append(value)
+        corrected[s] = value
         remaining -= verdicts[s]
 
         # 3. Who is left. The true rate is among them but for a chance of α.
@@ -221,11 +221,10 @@ def _weight_so_far(labels: Array, verdicts: Array, spread: float) -> float:
     return min(1.0, max(0.0, covariance / spread))
 
 
-def _stake(corrected: Sequence[float], confidence: float) -> float:
+def _stake(corrected: Array, confidence: float) -> float:
     """Return the predictable stake: sqrt( 2 log(2/α) / ( v t log(1 + t) ) ), v the variance so far, a quarter to begin with."""
     count = len(corrected)
-    values = np.asarray(corrected)
-    mean = (0.5 + values.sum()) / (count + 1)
-    variance = (0.25 + ((values - mean) ** 2).sum()) / (count + 1)
+    mean = (0.5 + corrected.sum()) / (count + 1)
+    variance = (0.25 + ((corrected - mean) ** 2).sum()) / (count + 1)
     time = count + 1
     return math.sqrt(2 * math.log(2 / (1 - confidence)) / (variance * time * math.log(1 + time)))

@@ -57,11 +57,12 @@ def evaluate_policies(
     prompts: Sequence[Prompt],
     batch_size: int,
     max_new_tokens: int,
+    temperature: float = 1.0,
     max_prompt_length: int | None = None,
     engine: Engine = "transformers",
     sft_answers: Sequence[tuple[str, bool]] | None = None,
 ) -> PolicyEvaluation:
-    """Sample both policies at temperature 1 and compare them.
+    """Sample both policies at one temperature and compare them.
 
     One answer a prompt from the policy, 16 from SFT (one without a true reward), the first being SFT's own. KL is
     Σ_t (log π - log π_sft) over the policy's answers, their end token included, in nats an answer.
@@ -72,6 +73,7 @@ def evaluate_policies(
         gold: the true reward, or None.
         batch_size: answers that are sampled together.
         max_new_tokens: an answer is cut after this many tokens.
+        temperature: of the sampling and of the KL, > 0.
         max_prompt_length: in tokens; longer prompts lose their beginning.
         engine: what samples.
         sft_answers: those of an earlier call for these prompts and this SFT; sampled here where absent.
@@ -79,6 +81,7 @@ def evaluate_policies(
     per_prompt = BEST_OF if gold is not None else 1  # without a true reward there is no best of 16 to speak of
     lengths: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
         "max_prompt_length": max_prompt_length,
         "engine": engine,
     }
@@ -99,7 +102,7 @@ def evaluate_policies(
 
     # 2. The policy's answers, their scores and their distance from SFT.
     complete = completer(policy, tokenizer, prompts, **lengths)
-    answers = _answers(policy, sft, complete, reward, prompts, batch_size)
+    answers = _answers(policy, sft, complete, reward, prompts, batch_size, temperature)
 
     # 3. What is known without a true reward, and the true reward of all answers where there is one.
     facts: dict[str, Any] = {
@@ -154,6 +157,7 @@ def _answers(
     reward: Scorer,
     prompts: Sequence[Prompt],
     batch_size: int,
+    temperature: float,
 ) -> _Answers:
     """Return the policy's answers, their scores and their KL to SFT."""
     answers = _Answers([], [], [], [])
@@ -163,7 +167,7 @@ def _answers(
         answers.texts.extend(completions.texts)
         answers.ended.extend(completions.ended.tolist())
         answers.proxies.extend(reward.score(part, completions.texts, ended=completions.ended.tolist()).tolist())
-        answers.kls.extend(sequence_kl(policy, sft, completions).tolist())
+        answers.kls.extend(sequence_kl(policy, sft, completions, temperature).tolist())
     return answers
 
 
@@ -204,13 +208,15 @@ def _by_true_reward(
     }
 
 
-def sequence_kl(policy: PreTrainedModel, reference: PreTrainedModel, completions: Completions) -> Tensor:
-    """Return Σ_t k1 over each answer, [b], nats, at temperature 1."""
+def sequence_kl(
+    policy: PreTrainedModel, reference: PreTrainedModel, completions: Completions, temperature: float = 1.0
+) -> Tensor:
+    """Return Σ_t k1 over each answer, [b], nats, both distributions at the temperature of the sampling."""
     input_ids = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
     attention_mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
     width = completions.response_ids.shape[1]
-    logprobs = response_logprobs(policy, input_ids, attention_mask, width, 1.0)
-    logprobs_reference = response_logprobs(reference, input_ids, attention_mask, width, 1.0)
+    logprobs = response_logprobs(policy, input_ids, attention_mask, width, temperature)
+    logprobs_reference = response_logprobs(reference, input_ids, attention_mask, width, temperature)
     kl = kl_k1(logprobs, logprobs_reference)
     return torch.where(completions.response_mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
 

@@ -21,13 +21,14 @@ def answers_of_model(
     *,
     batch_size: int,
     max_new_tokens: int,
+    temperature: float = 1.0,
     max_prompt_length: int | None,
     engine: Engine = "transformers",
     seed: int,
     keep: Path,
     say: Callable[[str], None],
 ) -> Answers:
-    """Return what samples a model's answers at temperature 1, a block at a time.
+    """Return what samples a model's answers, a block at a time.
 
     Each block has a seed of its own and is written when it is whole; the same calls in the same order read it back. vLLM, which
     takes longer to start than to answer a block, answers all prompts of a call as one.
@@ -35,7 +36,7 @@ def answers_of_model(
     Args:
         model: a causal model in evaluation mode.
         batch_size: answers that are sampled at once.
-        max_new_tokens, max_prompt_length: in tokens, as `rlhf.models.generate.sample_texts` takes them.
+        max_new_tokens, temperature, max_prompt_length: as `rlhf.models.generate.sample_texts` takes them.
         engine: what samples.
         keep: the folder of the blocks.
         say: is told after each block that was sampled.
@@ -58,6 +59,7 @@ def answers_of_model(
                     turns,
                     batch_size=batch_size,
                     max_new_tokens=max_new_tokens,
+                    temperature=temperature,
                     max_prompt_length=max_prompt_length,
                     engine=engine,
                     label="lab: answers",

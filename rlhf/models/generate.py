@@ -301,10 +301,11 @@ def completer(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
+    temperature: float = 1.0,
     max_prompt_length: int | None = None,
     engine: Engine = "transformers",
 ) -> Callable[[Sequence[int]], Completions]:
-    """Return what gives one answer to each prompt of some indices, at temperature 1; arguments as in `generate`.
+    """Return what gives one answer to each prompt of some indices; arguments as in `generate`.
 
     transformers samples them when asked, from torch's generator. vLLM samples the answers to all prompts here, since it starts
     for minutes and makes batches of its own.
@@ -315,12 +316,13 @@ def completer(
             tokenizer,
             [prompts[i] for i in batch],
             max_new_tokens=max_new_tokens,
+            temperature=temperature,
             max_prompt_length=max_prompt_length,
         )
     limit = longest_prompt(model.config, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length)
     rows = encode_prompts(tokenizer, prompts, max_prompt_length=limit)
     ends, conversational = end_token_ids(model, tokenizer), not isinstance(prompts[0], str)
-    answers = engine_answers(model, rows, end_ids=ends, max_new_tokens=max_new_tokens)
+    answers = engine_answers(model, rows, end_ids=ends, max_new_tokens=max_new_tokens, temperature=temperature)
     return lambda batch: completions_of(
         tokenizer,
         [rows[i] for i in batch],
@@ -338,18 +340,19 @@ def sample_texts(
     *,
     batch_size: int,
     max_new_tokens: int,
+    temperature: float = 1.0,
     max_prompt_length: int | None = None,
     engine: Engine = "transformers",
     label: str | None = None,
 ) -> tuple[list[str], list[bool]]:
-    """Sample one answer to each prompt, at temperature 1.
+    """Sample one answer to each prompt.
 
     Batches hold prompts of similar length, so that little is padding; the longest come first, so that what does not fit in
     memory fails at once.
 
     Args:
         batch_size: prompts that are answered together.
-        max_new_tokens, max_prompt_length: as in `generate`.
+        max_new_tokens, temperature, max_prompt_length: as in `generate`.
         engine: what samples; vLLM makes batches of its own.
         label: what people know this work by; shows how far it is.
 
@@ -364,6 +367,7 @@ def sample_texts(
         tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
+        temperature=temperature,
         max_prompt_length=max_prompt_length,
         engine=engine,
     )

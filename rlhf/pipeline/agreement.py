@@ -9,6 +9,7 @@ from rlhf.invariants.agreement import kl_agrees
 from rlhf.invariants.checks import CheckBook
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.store import METRICS
+from rlhf.ppo.config import PPOConfig
 
 FEWEST_ANSWERS = 8
 
@@ -36,11 +37,12 @@ def compare_kl(context: StageContext, samples: Sequence[Mapping[str, Any]], book
 
 
 def _why_not(context: StageContext) -> str | None:
-    """Return why PPO's KL is another one than the evaluation's, which is to the start, at temperature 1; None where it is not."""
+    """Return why PPO's KL is another one than the evaluation's, which is to the start; None where it is not."""
     recipe = context.recipe
     settings = recipe.ppo.trl_settings()
-    if settings.get("temperature", 1.0) != 1.0:
-        return f"PPO samples at a temperature of {settings['temperature']:g}, the evaluation at 1"
+    ppo, evaluation = settings.get("temperature", PPOConfig.temperature), recipe.sampling.temperature
+    if ppo != evaluation:
+        return f"PPO samples at a temperature of {ppo:g}, the evaluation at {evaluation:g}"
     if settings.get("reference_mixup", 0.0) > 0:
         return "ppo.reference_mixup moves the reference"
     if context.round > 1 and recipe.rounds.start == "previous" and recipe.rounds.reference == "previous":

@@ -209,13 +209,19 @@ def _backbone(recipe: Recipe, start: dict[str, Stage]) -> dict[str, Any]:
 
 
 def _sampling(recipe: Recipe) -> dict[str, Any]:
-    """Return what answers that are sampled outside PPO depend on."""
-    return {"max_completion_length": recipe.ppo.trl_settings().get("max_completion_length")}
+    """Return what answers that are sampled outside PPO depend on; what is as it always was is not named, so that keys stay."""
+    settings, temperature = recipe.ppo.trl_settings(), recipe.sampling.temperature
+    longest = settings.get("max_prompt_length")
+    return {
+        "max_completion_length": settings.get("max_completion_length"),
+        **({} if longest is None else {"max_prompt_length": longest}),
+        **({} if temperature == 1 else {"temperature": temperature}),
+    }
 
 
 def _engine(recipe: Recipe) -> dict[str, Any]:
     """Return what samples, where it is not transformers."""
-    return {} if recipe.sampling.engine == "transformers" else recipe.sampling.model_dump()
+    return {} if recipe.sampling.engine == "transformers" else {"engine": recipe.sampling.engine}
 
 
 def _gold(recipe: Recipe) -> dict[str, Any]:

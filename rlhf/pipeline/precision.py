@@ -37,6 +37,8 @@ def resolve_bf16(settings: Mapping[str, Any]) -> dict[str, Any]:
         UserError: the recipe says `bf16: false`, and accelerate was launched with another precision, which would win.
     """
     asked, launched = settings.get("bf16"), os.environ.get(LAUNCHER, "no")
+    if settings.get("fp16") and asked == AUTO:
+        return {name: value for name, value in settings.items() if name != "bf16"}
     if asked is True or settings.get("fp16"):
         return dict(settings)
     if launched in ("bf16", "fp16"):

@@ -39,6 +39,7 @@ class SamplingSettings(TypedDict):
 
     batch_size: int
     max_new_tokens: int
+    temperature: float
     max_prompt_length: int | None
 
 
@@ -57,10 +58,10 @@ class Candidate(NamedTuple):
 
 
 def sampling_settings(recipe: Recipe, config: PreTrainedConfig) -> SamplingSettings:
-    """Return how answers are sampled outside PPO: lengths as in PPO, and `generation_batch_size` or two rollouts at once.
+    """Return how answers are sampled outside PPO: at `sampling.temperature`, as long as PPO's, two rollouts at once.
 
-    Two, as no backward pass follows. A run that ends before PPO need not name the length of an answer: where the default
-    leaves no room for a prompt, an answer has half of the context.
+    Two, as no backward pass follows; `generation_batch_size` says otherwise. A run that ends before PPO need not name the
+    length of an answer: where the default leaves no room for a prompt, an answer has half of the context.
 
     Args:
         config: of the model that answers.
@@ -74,6 +75,7 @@ def sampling_settings(recipe: Recipe, config: PreTrainedConfig) -> SamplingSetti
     return {
         "batch_size": settings.get("generation_batch_size") or two_rollouts,
         "max_new_tokens": settings.get("max_completion_length", default),
+        "temperature": recipe.sampling.temperature,
         "max_prompt_length": settings.get("max_prompt_length", PPOConfig.max_prompt_length),
     }
 

@@ -14,6 +14,7 @@ from pydantic import (
     PrivateAttr,
     SerializerFunctionWrapHandler,
     model_serializer,
+    model_validator,
 )
 
 from rlhf.addresses import hide_secrets
@@ -263,9 +264,13 @@ class PPOSection(StageSection):
 
 
 class SamplingSection(Section):
-    """What samples answers outside PPO: for rounds, for evaluation, in the world of instructions. PPO has `ppo.use_vllm`."""
+    """How answers are sampled: for rounds, for evaluation, in the world of instructions, for a reward model's scale.
+
+    PPO samples at this temperature too, unless `ppo.temperature` names another; its engine is `ppo.use_vllm`.
+    """
 
     engine: Literal["transformers", "vllm"] = "transformers"
+    temperature: float = Field(1.0, ge=0.01, le=100)
 
 
 class EvaluateSection(Section):
@@ -341,6 +346,13 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     # Where it was read: `file`, `base`, `overrides`, and `differences` from the base (or, without one, from the file).
     _origin: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sample_at_one_temperature(self) -> "Recipe":
+        """Let PPO sample as everything else does, unless it names a temperature of its own."""
+        if self.sampling.temperature != 1 and self.ppo.model_extra is not None:
+            self.ppo.model_extra.setdefault("temperature", self.sampling.temperature)
+        return self
 
     @property
     def origin(self) -> dict[str, Any]:

@@ -248,6 +248,20 @@ def mixed_bits(recipe: Recipe, until: str | None = None) -> Iterator[str]:
             )
 
 
+def mixed_temperatures(recipe: Recipe, until: str | None = None) -> Iterator[str]:
+    """Yield a sentence where PPO samples at another temperature than rounds and evaluations; some want that, as papers differ.
+
+    Args:
+        until: the last stage that will run, if it is not the plan's.
+    """
+    ppo, others = _values(recipe, "ppo")["temperature"], recipe.sampling.temperature
+    if ppo != others and until in (None, "ppo", "evaluate"):
+        yield (
+            f"ppo.temperature is {ppo:g} and sampling.temperature {others:g}: PPO trains another distribution than the one whose "
+            "answers are labelled and evaluated. Set sampling.temperature alone, which PPO reads too."
+        )
+
+
 def _bits(values: Mapping[str, Any]) -> str:
     """Return in words how a stage loads the weights of its base."""
     if values["load_in_4bit"]:

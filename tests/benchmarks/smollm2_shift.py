@@ -71,6 +71,7 @@ def prepared(run: Path, file: Path) -> dict[str, Rows]:
         return json.loads(file.read_text())
     seed, data = yaml.safe_load((run / "recipe.yaml").read_text())["seed"], run / "round-0/data/data"
     settings = yaml.safe_load(RECIPE.read_text())["ppo"]
+    temperature = yaml.safe_load((run / "recipe.yaml").read_text())["sampling"].get("temperature", 1.0)
     tokenizer = load_tokenizer(base_model(run), conversational=True)
     backbone = AutoModelForCausalLM.from_pretrained(base_model(run), dtype=torch.float32)
     policy: Any = PeftModel.from_pretrained(backbone, run / "round-1/ppo/model").eval()
@@ -79,7 +80,8 @@ def prepared(run: Path, file: Path) -> dict[str, Rows]:
     def answers(prompts: list[Any], name: str) -> Rows:
         repeated = [prompt for prompt in prompts for _ in range(ANSWERS)]
         length = settings["max_completion_length"]
-        texts, ended = sample_texts(policy, tokenizer, repeated, batch_size=64, max_new_tokens=length, label=name)
+        lengths = {"batch_size": 64, "max_new_tokens": length, "label": name}
+        texts, ended = sample_texts(policy, tokenizer, repeated, temperature=temperature, **lengths)
         return [{"prompt": p, "completion": x, "ended": e} for p, x, e in zip(repeated, texts, ended, strict=True)]
 
     sampled = answers(

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf.data.rows import Prompt
-from rlhf.evaluation.policies import evaluate_policies
+from rlhf.evaluation.policies import evaluate_policies, sequence_kl
+from rlhf.models.generate import generate, pad_left
 from rlhf.models.text import plain
 from tests.conftest import PROMPTS
 
@@ -74,6 +75,34 @@ def test_gold_figures_are_those_of_the_samples(base_folder: Path, tokenizer: Any
     assert facts["gold_gap_closed"] == pytest.approx(expected)
     low, high = facts["gold_gap_closed_ci"]
     assert low <= expected <= high
+
+
+@torch.no_grad()
+def test_answers_and_kl_are_those_of_the_temperature(base_folder: Path, tokenizer: Any) -> None:
+    """Near 0 both policies give the answers that plain transformers finds greedily; the KL is of softmax(logits / T)."""
+    torch.manual_seed(0)
+    sft, policy = (AutoModelForCausalLM.from_pretrained(base_folder).eval() for _ in range(2))
+    for weight in policy.parameters():
+        weight.add_(0.02 * torch.randn_like(weight))
+    together = {"tokenizer": tokenizer, "reward": Lengths(), "gold": None, "batch_size": 7, "max_new_tokens": 6}
+    _, samples, _ = evaluate_policies(policy=policy, sft=sft, prompts=PROMPTS[:10], temperature=1e-4, **together)  # type: ignore
+    asked = tokenizer.apply_chat_template(PROMPTS[:10], add_generation_prompt=True)["input_ids"]
+    ids, mask = pad_left(asked, tokenizer.pad_token_id)
+    for name, model in (("sft", sft), ("policy", policy)):
+        greedy = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=6)[:, ids.shape[1] :]
+        assert [row[name] for row in samples] == tokenizer.batch_decode(greedy, skip_special_tokens=True)
+
+    completions = generate(policy, tokenizer, PROMPTS[:10], max_new_tokens=6, temperature=0.6)
+    texts = torch.cat([completions.prompt_ids, completions.response_ids], dim=1)
+    mask = torch.cat([completions.prompt_mask, completions.response_mask], dim=1)
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    expected = torch.zeros(10)
+    for model, sign in ((policy, 1), (sft, -1)):
+        logits = model(texts, attention_mask=mask, position_ids=places).logits[:, -7:-1]
+        logprobs = (logits / 0.6).log_softmax(dim=-1).gather(2, completions.response_ids[..., None])[..., 0]
+        expected += sign * (logprobs * completions.response_mask).sum(dim=1)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(sequence_kl(policy, sft, completions, 0.6), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_turns_of_one_conversation_are_one_draw(base_folder: Path, tokenizer: Any) -> None:

@@ -69,7 +69,9 @@ PREVIOUS = ("rounds.count=2", "rounds.reference=previous")
         (PREVIOUS, 1, None),
         (("rounds.count=2",), 2, None),
         (PREVIOUS, 2, "the policy of the round before, the evaluation's is the backbone"),
-        (("ppo.temperature=0.7",), 1, "a temperature of 0.7"),
+        (("ppo.temperature=0.7",), 1, "a temperature of 0.7, the evaluation at 1"),
+        (("sampling.temperature=0.7",), 1, None),
+        (("sampling.temperature=0.7", "ppo.temperature=1"), 1, "a temperature of 1, the evaluation at 0.7"),
         (("ppo.reference_mixup=0.5",), 1, "moves the reference"),
     ],
 )

@@ -12,6 +12,7 @@ from rlhf.lab import answers as answers_module
 from rlhf.lab import build
 from rlhf.lab.answers import answers_of_model
 from rlhf.lab.instructions import gold, parse_instruction, write_prompts
+from rlhf.models import generate as generate_module
 from rlhf.models.load import load_policy, load_tokenizer, model_settings
 from rlhf.models.scratch import build_base
 from rlhf.pipeline.estimate import estimate
@@ -66,10 +67,18 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_prompts")
-def test_a_two_round_run_without_sft(chat_folder: Path, tmp_path: Path) -> None:
-    made, run = recipe(tmp_path, f"backbone.model={chat_folder}"), tmp_path / "x"
+def test_a_two_round_run_without_sft(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, run = recipe(tmp_path, f"backbone.model={chat_folder}", "sampling.temperature=0.8"), tmp_path / "x"
     said: list[str] = []
+    temperatures: list[float] = []
+
+    def noted(own: Any = generate_module.sampling_settings, **settings: Any) -> Any:
+        temperatures.append(settings["temperature"])
+        return own(**settings)
+
+    monkeypatch.setattr(generate_module, "sampling_settings", noted)
     run_recipe(made, run, say=said.append)
+    assert set(temperatures) == {0.8}, "lab, scale, PPO, rounds and evaluation sample at one temperature"
     stages = {str(file.parent.relative_to(run)) for file in run.glob("round-*/*/manifest.json")}
     assert stages == {stage.folder for stage in plan(made)}
     assert not {stage for stage in stages if stage.endswith("sft")}
@@ -127,13 +136,16 @@ def test_the_lab_depends_on_its_model(chat_folder: Path, tmp_path: Path) -> None
             (name,),
             ("backbone.model=some/hub-id",),
             (name, "ppo.max_completion_length=9"),
+            (name, "ppo.max_prompt_length=90"),
+            (name, "sampling.temperature=0.7"),
             (name, "lab.pairs=101"),
             (name, "lab.annotators=exact"),
             (name, "seed=1"),
         )
     }
-    assert len(keys) == 6
-    assert lab_key(name) == lab_key(name, "reward.learning_rate=1.0e-2", "rounds.count=3") in keys
+    assert len(keys) == 8
+    elsewhere = ("reward.learning_rate=1.0e-2", "rounds.count=3", "ppo.temperature=0.7", "sampling.temperature=1")
+    assert lab_key(name) == lab_key(name, *elsewhere) in keys
 
 
 def test_blocks_are_kept_when_sampling_is_interrupted(

@@ -57,6 +57,9 @@ def test_what_a_recipe_decides_is_not_measured(monkeypatch: pytest.MonkeyPatch) 
     settings: list[dict[str, Any]] = [{}, {"bf16": False}, {"bf16": True, "learning_rate": 1.0}]
     for given in settings:
         assert resolve_bf16(given) == given
+    assert resolve_bf16({"bf16": "auto", "fp16": True}) == {"fp16": True}, (
+        "of two that can't both be, the one that was chosen"
+    )
 
 
 def test_a_layer_is_timed_in_both() -> None:

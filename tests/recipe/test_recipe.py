@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
@@ -88,6 +89,24 @@ def test_base_and_overrides(tmp_path: Path) -> None:
     assert recipe.name == "child"
     assert recipe.seed == 3
     assert recipe.ppo.trl_settings() == {"kl_coef": 0.2, "temperature": 0.7, "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {}),
+        (["sampling.temperature=0.7"], {"temperature": 0.7}),
+        (["sampling.temperature=0.7", "ppo.temperature=0.9"], {"temperature": 0.9}),
+        (["ppo.temperature=0.9"], {"temperature": 0.9}),
+        (["sampling.engine=vllm"], {}),
+    ],
+)
+def test_ppo_samples_as_everything_else_does(tmp_path: Path, overrides: list[str], expected: dict[str, float]) -> None:
+    (tmp_path / "r.yaml").write_text("name: x\nlab: {}\n", encoding="utf-8")
+    recipe = load_recipe(tmp_path / "r.yaml", overrides)
+    assert recipe.ppo.trl_settings() == expected
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.resolved()), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml").ppo.trl_settings() == expected, "a resolved recipe says the same"
 
 
 def test_an_empty_section_is_there_and_null_removes_it(tmp_path: Path) -> None:

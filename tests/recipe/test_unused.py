@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
-from rlhf.recipe.unused import ADAPTER_KEYS, NEEDS, mixed_bits
+from rlhf.recipe.unused import ADAPTER_KEYS, NEEDS, mixed_bits, mixed_temperatures
 
 VALUES: dict[str, Any] = {
     "lora_r": 4,
@@ -252,6 +252,26 @@ def test_an_adapter_on_other_weights_than_it_was_trained_on_is_named(
         f"{name}: SFT's adapter was trained on {a} weights and stands on {b} ones here" for name, a, b in expected
     ]
     assert [sentence.partition(", so")[0] for sentence in sentences] == starts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "until", "expected"),
+    [
+        ([], None, None),
+        (["sampling.temperature=0.7"], None, None),
+        (["ppo.temperature=0.7"], None, "ppo.temperature is 0.7 and sampling.temperature 1:"),
+        (["ppo.temperature=0.7", "sampling.temperature=0.7"], None, None),
+        (
+            ["ppo.temperature=1", "sampling.temperature=0.7"],
+            "ppo",
+            "ppo.temperature is 1 and sampling.temperature 0.7:",
+        ),
+        (["ppo.temperature=0.7"], "reward", None),
+    ],
+)
+def test_two_temperatures_are_named(overrides: list[str], until: str | None, expected: str | None) -> None:
+    sentences = list(mixed_temperatures(load_recipe(QLORA, overrides), until))
+    assert [sentence.partition(" PPO ")[0] for sentence in sentences] == ([expected] if expected else [])
 
 
 def test_a_stage_that_does_not_run_stands_on_nothing() -> None:
