@@ -13,6 +13,7 @@ RESAMPLES = 2000
 SIGN_FLIPS = 20_000
 CELLS_AT_ONCE = 4_000_000
 TAIL = 0.025  # on either side of a 95 % interval
+POINT = 1e-12  # a narrower interval is none: all clusters are alike
 NORMAL_END = 1.959964  # standard errors, of many clusters
 Array = NDArray[np.float64]
 
@@ -63,15 +64,24 @@ def clustered_share(
     (0.5, [0.0, 1.0])
     """
     mean, interval = clustered_mean(values, clusters, seed=seed)
-    if interval is None and 0 < mean < 1:
-        return mean, [0.0, 1.0]
-    if interval is None or interval[1] - interval[0] < 1e-12:
-        count = len(values) if clusters is None else len(set(clusters))
-        wins = mean * count
-        low = 0.0 if mean == 0 else float(beta.ppf(TAIL, wins, count - wins + 1))
-        high = 1.0 if mean == 1 else float(beta.ppf(1 - TAIL, wins + 1, count - wins))
-        return mean, [low, high]
-    return mean, [max(0.0, interval[0]), min(1.0, interval[1])]
+    return mean, share_interval(mean, interval, len(values) if clusters is None else len(set(clusters)))
+
+
+def share_interval(share: float, interval: Sequence[float] | None, clusters: int) -> list[float]:
+    """Return a bootstrap's interval of a share, kept from 0 to 1; the exact one of so many rows where it is a point or absent.
+
+    Args:
+        interval: of the bootstrap; None where there was one cluster.
+        clusters: how many there were.
+    """
+    if interval is None and 0 < share < 1:
+        return [0.0, 1.0]
+    if interval is None or interval[1] - interval[0] < POINT:
+        wins = share * clusters
+        low = 0.0 if share <= 0 else float(beta.ppf(TAIL, wins, clusters - wins + 1))
+        high = 1.0 if share >= 1 else float(beta.ppf(1 - TAIL, wins + 1, clusters - wins))
+        return [low, high]
+    return [max(0.0, interval[0]), min(1.0, interval[1])]
 
 
 def clustered_statistic(
@@ -114,17 +124,38 @@ def clustered_statistic(
 
 
 def paired_difference(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    span: float | None = None,
+    seed: int = 0,
 ) -> PairedDifference:
     """Test whether one of two models is better on the same rows.
 
     `difference` is mean(first) - mean(second) with its clustered interval. `p_value` is that of a two-sided sign-flip
     test: if the models were equal, a prompt's summed difference would as often be positive as negative. With 0/1 values
     and no repeated prompt it is McNemar's exact test, up to the draws.
+
+    Where all of n clusters have one and the same difference d, no bootstrap gets away from it. Then up to a share
+    u = 1 - 0.025^(1/n) of other clusters may differ (Clopper and Pearson), by as much as values lie apart:
+    (1 - u) d ± u · span.
+
+    Args:
+        span: how far apart two values can lie; None: as far as these do.
+
+    >>> [round(paired_difference([1.0] * n, [0.0] * n)["difference_ci"][0], 2) for n in (5, 6)]  # p = 0.06 and 0.03
+    [-0.04, 0.08]
     """
-    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    ones, others = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    differences = ones - others
     mean, interval = clustered_mean(differences.tolist(), clusters, seed=seed)
     index = np.arange(len(differences)) if clusters is None else _cluster_numbers(clusters)
+    if interval is not None and interval[1] - interval[0] < POINT:
+        apart = float(np.ptp(np.concatenate([ones, others]))) if span is None else span
+        others_differ = 1 - TAIL ** (1 / (int(index.max()) + 1))
+        middle, reach = (1 - others_differ) * mean, others_differ * apart
+        interval = [middle - reach, middle + reach]
     sums = np.bincount(index, weights=differences)
     sums = sums[sums != 0]
     rng = np.random.default_rng(seed)
@@ -166,35 +197,54 @@ def calibration_table(
     ]
 
 
-def brier_score(differences: Sequence[float]) -> float:
-    """Return the mean squared distance between the probability of the label and 1: mean σ(-d)², 0 best, 0.25 for d = 0.
+def brier_score(differences: Sequence[float], labels: Sequence[float] | float = 1.0) -> float:
+    """Return the mean squared distance between σ(d) and the label, over its two outcomes: c σ(-d)² + (1 - c) σ(d)².
 
-    >>> brier_score([0.0, 0.0])
-    0.25
+    0 is best for sure labels, 0.25 is that of d = 0.
+
+    Args:
+        labels: [n] c, the probability that the first side of the pair is better; 1 for labels that are sure.
+
+    >>> brier_score([0.0, 0.0]), brier_score([0.0], [0.5])
+    (0.25, 0.25)
     """
-    return float((_sigmoid(-np.asarray(differences, dtype=float)) ** 2).mean())
+    values, sure = np.asarray(differences, dtype=float), np.asarray(labels, dtype=float)
+    return float((sure * _sigmoid(-values) ** 2 + (1 - sure) * _sigmoid(values) ** 2).mean())
 
 
-def pair_nll(differences: Sequence[float] | Array, temperature: float = 1.0) -> float:
-    """Return the mean -log σ(d / T), nats a pair; log 2 for a model that knows nothing.
+def pair_nll(
+    differences: Sequence[float] | Array, temperature: float = 1.0, labels: Sequence[float] | Array | float = 1.0
+) -> float:
+    """Return the mean of -c log σ(d / T) - (1 - c) log σ(-d / T), nats a pair; log 2 for a model that knows nothing.
+
+    Args:
+        labels: [n] c, as in `brier_score`.
 
     >>> round(pair_nll([0.0]), 4)
     0.6931
     """
-    return float(np.logaddexp(0.0, -np.asarray(differences, dtype=float) / temperature).mean())
+    scaled, sure = np.asarray(differences, dtype=float) / temperature, np.asarray(labels, dtype=float)
+    return float((sure * np.logaddexp(0.0, -scaled) + (1 - sure) * np.logaddexp(0.0, scaled)).mean())
 
 
-def best_temperature(differences: Sequence[float]) -> float | None:
+def best_temperature(differences: Sequence[float], labels: Sequence[float] | float = 1.0) -> float | None:
     """Return the T for which σ(d / T) fits the labels best, on the very pairs it describes; above 1 the model is too sure.
 
+    Args:
+        labels: [n] c, as in `brier_score`.
+
     Returns:
-        T; None where no finite T above 0 fits: no pair is wrong, or no better than chance.
+        T; None where no finite T above 0 fits: no label speaks against the model, or it is no better than chance.
     """
     values = np.asarray(differences, dtype=float)
-    if (values >= 0).all() or values.sum() <= 0:
+    sure = np.broadcast_to(np.asarray(labels, dtype=float), values.shape)
+    is_against = ((values < 0) & (sure > 0)) | ((values > 0) & (sure < 1))
+    if not is_against.any() or ((2 * sure - 1) * values).sum() <= 0:
         return None
     scale = float(np.abs(values).mean())
-    minimum = minimize_scalar(lambda log_t: pair_nll(values, scale * math.exp(log_t)), bounds=(-9, 9), method="bounded")
+    minimum = minimize_scalar(
+        lambda log_t: pair_nll(values, scale * math.exp(log_t), sure), bounds=(-20, 20), method="bounded"
+    )
     return scale * math.exp(minimum.x)
 
 
@@ -239,43 +289,6 @@ def length_controlled_accuracy(
     return value, [max(0.0, min(interval[0], value - below)), min(1.0, max(interval[1], value + above))]
 
 
-def best_of_n_kl(n: int) -> float:
-    """Return the KL, in nats, of always taking the best of n samples from the sampling policy: log n - (n - 1)/n.
-
-    With ties it is an upper bound.
-
-    >>> round(best_of_n_kl(16), 4)
-    1.8351
-    """
-    return math.log(n) - (n - 1) / n
-
-
-def best_of_n_values(
-    proxy: Sequence[Sequence[float] | Array], gold: Sequence[Sequence[float] | Array], n: int
-) -> list[float]:
-    """Return for each prompt the expected gold value of the sample that the proxy ranks best among n of its N samples.
-
-        E_n = Σ_i C(i - 1, n - 1) / C(N, n) · gold_(i),  i = 1…N ascending in the proxy
-
-    Unbiased over all subsets of size n (Nakano et al., arXiv:2112.09332, appendix I); equal proxies share their gold.
-
-    Args:
-        proxy, gold: [prompts, N].
-
-    >>> best_of_n_values([[1.0, 2.0, 3.0]], [[0.0, 0.0, 1.0]], 2)
-    [0.6666666666666666]
-    """
-    values = []
-    for scores, golds in zip(np.asarray(proxy, dtype=float), np.asarray(gold, dtype=float), strict=True):
-        total = len(scores)
-        assert 1 <= n <= total, "n samples out of N"
-        shared = np.array([golds[scores == score].mean() for score in scores])
-        ascending = shared[np.argsort(scores, kind="stable")]
-        weights = np.array([math.comb(i, n - 1) for i in range(total)], dtype=float) / math.comb(total, n)
-        values.append(float((weights * ascending).sum()))
-    return values
-
-
 def auroc(values: Sequence[float], positives: Sequence[bool]) -> float:
     """Return the probability that a positive has a higher value than a negative, ties half.
 
@@ -303,42 +316,6 @@ def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> tupl
     difference = one - two
     low = difference - math.hypot(one - low_one, high_two - two)
     return difference, low, difference + math.hypot(high_one - one, two - low_two)
-
-
-def gap_closed(
-    values: Sequence[float],
-    start: Sequence[float],
-    best: Sequence[float],
-    clusters: Sequence[Hashable] | None = None,
-) -> tuple[float | None, list[float] | None]:
-    """Return which part of the way from `start` to `best` the values go, and its 95 % interval.
-
-        (mean values - mean start) / (mean best - mean start)
-
-    Prompts, or clusters of them, are drawn with replacement, the three values of one together (a paired bootstrap): a hard prompt
-    is hard for all three, and the same draw stands above and below the line. The delta method would need the same covariances and
-    takes a ratio for normal, which it is not where the gap below the line is narrow.
-
-    Args:
-        values, start, best: [prompts] each; the best of several answers of which `start` is one, so that best ≥ start.
-        clusters: which prompts belong together; None if every one stands alone.
-
-    Returns:
-        the ratio and its interval; None where there is no way to go, and no interval where there is only one cluster.
-
-    >>> gap_closed([1.0, 1.0], [0.0, 0.0], [2.0, 2.0])
-    (0.5, [0.5, 0.5])
-    """
-
-    def ratio(sums: Array) -> Array:
-        gap = sums[..., 2] - sums[..., 1]
-        return np.where(gap > 0, (sums[..., 0] - sums[..., 1]) / gap, np.nan)
-
-    columns = np.stack([np.asarray(column, dtype=float) for column in (values, start, best)], axis=1)
-    value, low, high = (columns.sum(axis=0) / len(columns)).tolist()
-    if not high > low:
-        return None, None
-    return (value - low) / (high - low), clustered_statistic(columns, clusters, ratio)[1]
 
 
 def win_rate(

@@ -176,8 +176,9 @@ def test_keys_of_recipes_exist(file: Path) -> None:
 
 @cache
 def _keys(section: str) -> set[str]:
+    from rlhf.recipe.keys import stage_keys
     from rlhf.recipe.load import _section_class
-    from rlhf.recipe.schema import STAGE_SECTIONS, stage_keys
+    from rlhf.recipe.schema import STAGE_SECTIONS
 
     described = _section_class(section)
     assert described is not None

@@ -5,16 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from rlhf.evaluation.best_of_n import best_of_n_kl, best_of_n_values, gap_closed
 from rlhf.statistics import (
-    best_of_n_kl,
-    best_of_n_values,
     best_temperature,
     brier_score,
     calibration_table,
     clustered_mean,
     clustered_share,
     expected_calibration_error,
-    gap_closed,
     length_controlled_accuracy,
     pair_nll,
     paired_difference,
@@ -182,6 +180,21 @@ def test_brier_and_nll_in_closed_form() -> None:
     assert pair_nll(d) == pytest.approx(log_loss([1, 1], [[1 - x, x] for x in p], labels=[0, 1]))
 
 
+def test_differences_that_are_alike_everywhere_prove_nothing_of_others() -> None:
+    """(1 - u) d ± u · span, u = 1 - 0.025^(1/n): where a sign-flip test says p > 0.05, the interval holds 0."""
+    for n in range(2, 12):
+        found = paired_difference([1.0] * n, [0.0] * n)
+        share = 1 - 0.025 ** (1 / n)
+        assert found["difference_ci"] == pytest.approx([1 - 2 * share, 1.0])
+        assert (found["difference_ci"][0] <= 0) == (2 ** (1 - n) > 0.05)  # type: ignore[index]
+    assert paired_difference([1.0] * 9, [1.0] * 9, span=1.0)["difference_ci"] == pytest.approx(
+        [-(1 - 0.025 ** (1 / 9)), 1 - 0.025 ** (1 / 9)]
+    )
+    assert paired_difference([1.0, 1.0], [1.0, 1.0], ["a", "a"])["difference_ci"] is None, "one conversation"
+    low, high = paired_difference([1.0, 0.0, 1.0], [0.0, 0.0, 0.5])["difference_ci"] or (0, 0)
+    assert low < 0.5 < high
+
+
 def test_temperature_is_recovered() -> None:
     """Labels drawn from σ(d), scores reported three times too large: T must be 3."""
     rng = np.random.default_rng(0)
@@ -193,6 +206,9 @@ def test_temperature_is_recovered() -> None:
     assert best_temperature([1.0, 2.0]) is None, "all right: the colder the better, without end"
     assert best_temperature([-1.0, -2.0, 0.5]) is None, "no better than chance"
     assert best_temperature([0.0, 0.0]) is None
+    assert best_temperature([1.0, -0.999999]) == pytest.approx(1 / (2 * math.atanh(1e-6 / 2)), rel=0.05), (
+        "no end of a range"
+    )
     assert best_temperature([1.0, 0.0, 2.0]) is None, "no pair is wrong, so the colder the likelier, for ever"
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import Messages
-from rlhf.statistics import Array, best_of_n_values, clustered_statistic
+from rlhf.evaluation.best_of_n import best_of_n_values
+from rlhf.statistics import Array, clustered_statistic, share_interval
 
 # RewardBench (arXiv:2403.13787, `rewardbench/constants.py`): subsets of each section with the weight that they count
 # with. It is the number of their pairs, but for math, which counts as much as code (984 = 6 x 164).
@@ -93,33 +94,54 @@ class Arithmetic:
         outcomes: scores of each item's answers → outcomes [m]; with higher is better, in [0, 1] or nearly so.
         clusters: [m] which outcomes are of one conversation.
         figures: name → weights [m]; the figure is Σ w·x.
+        strata: [m] the part of the benchmark that each outcome is of, whose weight in a figure is fixed; none: all are of one.
     """
 
     outcomes: Callable[[Sequence[Array]], Array]
     clusters: Sequence[str]
     figures: Mapping[str, Array] = field(default_factory=dict)
+    strata: Sequence[str] = ()
 
 
 class Value(TypedDict):
-    """A figure with its 95 % interval; None in its place where all rows are of one conversation."""
+    """A figure with its 95 % interval; of a difference None in its place where all rows are of one conversation."""
 
     value: float
     ci: list[float] | None
 
 
-def figure_values(arithmetic: Arithmetic, outcomes: Array) -> dict[str, Value]:
-    """Compute every figure, or of differences of outcomes the figures' differences, with intervals that resample conversations.
+def figure_values(arithmetic: Arithmetic, outcomes: Array, *, are_differences: bool = False) -> dict[str, Value]:
+    """Compute every figure with its interval, which resamples conversations.
 
-    A resample divides by the weight that it drew: scale · Σ w·x / Σ w, scale the sum of all weights.
+    How much each part of a benchmark counts is fixed, so a resample divides in each part s by the weight that it drew:
+    Σ_s W_s · (Σ w·x / Σ w), W_s the sum of its weights. A part of which nothing was drawn keeps its own value.
+
+    Args:
+        are_differences: outcomes are differences of two models, and may be negative; else they are shares, or nearly so.
     """
+    parts = np.array(arithmetic.strata or [""] * len(outcomes))
     values: dict[str, Value] = {}
     for name, weights in arithmetic.figures.items():
-        rows = np.nonzero(weights)[0].tolist()
-        scale = float(weights.sum())
-        columns = np.stack([weights[rows] * outcomes[rows], weights[rows]], axis=1)
-        clusters = [arithmetic.clusters[i] for i in rows]
-        ratio, interval = clustered_statistic(columns, clusters, lambda sums: sums[..., 0] / sums[..., 1])
-        values[name] = {"value": scale * ratio, "ci": interval and [scale * end for end in interval]}
+        rows = np.nonzero(weights)[0]
+        members = [(parts[rows] == part).astype(float) for part in sorted(set(parts[rows].tolist()))]
+        scales = np.array([float(weights[rows] @ member) for member in members])
+        columns = [column * member for column in (weights[rows] * outcomes[rows], weights[rows]) for member in members]
+        clusters = [arithmetic.clusters[i] for i in rows.tolist()]
+
+        of_all = np.array([column.sum() for column in columns[: len(scales)]]) / scales
+
+        def figure(sums: Array, scales: Array = scales, of_all: Array = of_all) -> Array:
+            inside, drawn = sums[..., : len(scales)], sums[..., len(scales) :]
+            return np.asarray((scales * np.where(drawn > 0, inside / drawn, of_all)).sum(axis=-1))
+
+        value, interval = clustered_statistic(np.stack(columns, axis=1), clusters, figure)
+        if are_differences:
+            values[name] = {"value": value, "ci": interval}
+            continue
+        whole = float(scales.sum())
+        share = interval and [end / whole for end in interval]
+        ends = share_interval(value / whole, share, len(set(clusters)))
+        values[name] = {"value": value, "ci": [whole * end for end in ends]}
     return values
 
 
@@ -160,7 +182,9 @@ def reward_bench(items: Sequence[Item]) -> Arithmetic:
             [weights[item.subset] / counts[item.subset] / total if item.subset in weights else 0.0 for item in items]
         )
     figures[OVERALL] = np.sum(list(figures.values()), axis=0) / len(figures)
-    return Arithmetic(pairs.outcomes, pairs.clusters, figures)
+    section_of = {name: section for section, names in REWARD_BENCH.items() for name in names}
+    sections = [section_of.get(item.subset, "") for item in items for _ in item.pairs]
+    return Arithmetic(pairs.outcomes, pairs.clusters, figures, sections)
 
 
 def best_of_k(scores: Array, labels: Array) -> float:
@@ -191,12 +215,14 @@ def reward_bench_2(items: Sequence[Item]) -> Arithmetic:
     both = sorted(set(forms["ref"]) & set(forms["tied"]))
     clusters = _clusters([items[i] for i in single])
     subsets = [items[i].subset for i in single]
+    strata = list(subsets)
     # The five means of the Ties score: over which prompts, and how much each counts.
     terms = [(list(forms["tied"]), 0.30), (list(forms["ref"]), 0.30), (both, 0.20), (both, 0.20), (both, 0.01)]
     weights_ties = [0.0] * len(single)
-    for prompts, weight in terms:
+    for number, (prompts, weight) in enumerate(terms):
         clusters += [f"{TIES}:{prompt}" for prompt in prompts]
         subsets += [TIES] * len(prompts)
+        strata += [f"{TIES} {number}"] * len(prompts)
         weights_ties += [weight / len(prompts)] * len(prompts)
 
     def outcomes(scores: Sequence[Array]) -> Array:
@@ -223,7 +249,7 @@ def reward_bench_2(items: Sequence[Item]) -> Arithmetic:
         figures[domain] = member / member.sum()
     figures[TIES] = np.array(weights_ties)
     figures[OVERALL] = np.sum(list(figures.values()), axis=0) / len(figures)
-    return Arithmetic(outcomes, clusters, figures)
+    return Arithmetic(outcomes, clusters, figures, strata)
 
 
 def rm_bench(items: Sequence[Item]) -> Arithmetic:
@@ -246,7 +272,7 @@ def rm_bench(items: Sequence[Item]) -> Arithmetic:
     for name in DIFFICULTIES:
         figures[name] = _mean([figures[f"{domain} {name}"] for domain in domains])
     figures[OVERALL] = _mean([figures[domain] for domain in domains])
-    return Arithmetic(pairs.outcomes, pairs.clusters, figures)
+    return Arithmetic(pairs.outcomes, pairs.clusters, figures, owners.tolist())
 
 
 def style_matrices(items: Sequence[Item], outcomes: Array) -> dict[str, list[list[float]]]:

@@ -14,14 +14,13 @@ from rlhf.data.conversations import conversation_keys
 from rlhf.data.rankings import Ranking
 from rlhf.data.rows import SIDES, Pair, Prompt, answer, asked, assistant_turn, has_ended, told
 from rlhf.evaluation.benchmarks import Item
+from rlhf.evaluation.best_of_n import best_of_n_kl, best_of_n_values
 from rlhf.models.batching import batches_by_length, run_batches
 from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.statistics import (
     Array,
     PairedDifference,
-    best_of_n_kl,
-    best_of_n_values,
     best_temperature,
     brier_score,
     calibration_table,
@@ -62,6 +61,23 @@ class ScoredPairs:
     def right(self) -> Array:
         """Return 1 where the chosen answer has the higher score and 0 elsewhere, [n]; a tie is wrong."""
         return (self.scores_chosen > self.scores_rejected).astype(float)
+
+    @property
+    def labels(self) -> Array:
+        """Return the probability that the chosen answer is better, as labelled, [n]; 1 where the label is sure."""
+        return np.array([row.get("confidence", 1.0) for row in self.rows], dtype=float)
+
+    @property
+    def agreement(self) -> Array:
+        """Return the probability, as labelled, that the answer with the higher score is better, [n]; 0.5 for a tie."""
+        differences = self.scores_chosen - self.scores_rejected
+        return np.where(differences > 0, self.labels, np.where(differences < 0, 1 - self.labels, 0.5))
+
+    @property
+    def longer_is_right(self) -> Array:
+        """Return how often "the longer answer wins" is right, [n]; half where both are as long."""
+        lengths = self.length_differences
+        return (lengths > 0) + 0.5 * (lengths == 0)
 
     @property
     def length_differences(self) -> Array:
@@ -150,10 +166,12 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
 
     `accuracy` counts ties as wrong (strict inequality, as RewardBench does) and says how many there were.
     `length_baseline` is the accuracy of "the longer answer wins", ties half; `accuracy_length_controlled` gives a model
-    that looks at length alone exactly 0.5. The predicted side has probability σ|d|, and `ece` compares that with how
-    often it agrees with the label; `brier` and `nll` are of P(chosen) = σ(d); `temperature` is the T whose σ(d/T) fits
-    these labels best. `accuracy_true` compares with the sign of the true reward's difference, pairs without one left out.
-    `by` has the accuracy by subset, source and difficulty where the rows name them, `by_length` by length difference.
+    that looks at length alone exactly 0.5; `over_length` is how far the accuracy lies above the better of "longer wins" and
+    "shorter wins" on the same pairs. The predicted side has probability σ|d|, and `ece` compares that with how often it
+    agrees with the label, half for a tie; `brier` and `nll` are of P(chosen) = σ(d); `temperature` is the T whose σ(d/T)
+    fits these labels best. A label that is not sure (`confidence` below 1, `soft_labels` of them) counts in these as both
+    outcomes, each by its probability. `accuracy_true` compares with the sign of the true reward's difference, pairs without
+    one left out. `by` has the accuracy by subset, source and difficulty where the rows name them, `by_length` by length difference.
 
     Args:
         gold_differences: [n] true reward of the chosen answer minus that of the rejected one, where it is known.
@@ -163,24 +181,31 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
     lengths = scored.length_differences
     confidence = (1 / (1 + np.exp(-np.minimum(np.abs(differences), 50.0)))).tolist()
     controlled, controlled_interval = length_controlled_accuracy(right.tolist(), lengths.tolist(), scored.clusters)
-    temperature = best_temperature(differences.tolist())
+    labels, agreement = scored.labels.tolist(), scored.agreement.tolist()
+    temperature = best_temperature(differences.tolist(), labels)
+    longer = scored.longer_is_right
+    rule = longer if longer.mean() >= 0.5 else 1 - longer
+    above = paired_difference(right.tolist(), rule.tolist(), scored.clusters, span=1.0)
     report: dict[str, Any] = {
         "n": int(right.size),
         "prompts": len(set(scored.prompts)),
         "accuracy": accuracy,
         "accuracy_ci": interval,
         "ties": int((differences == 0).sum()),
-        "length_baseline": float(((lengths > 0) + 0.5 * (lengths == 0)).mean()),
+        "soft_labels": int((scored.labels < 1).sum()),
+        "length_baseline": float(longer.mean()),
+        "over_length": above["difference"],
+        "over_length_ci": above["difference_ci"],
         "accuracy_length_controlled": controlled,
         "accuracy_length_controlled_ci": controlled_interval,
-        "ece": expected_calibration_error(confidence, right.tolist()),
-        "brier": brier_score(differences.tolist()),
-        "nll": pair_nll(differences.tolist()),
+        "ece": expected_calibration_error(confidence, agreement),
+        "brier": brier_score(differences.tolist(), labels),
+        "nll": pair_nll(differences, 1.0, labels),
         "temperature": temperature,
-        "nll_at_temperature": None if temperature is None else pair_nll(differences.tolist(), temperature),
+        "nll_at_temperature": None if temperature is None else pair_nll(differences, temperature, labels),
         "accuracy_true": None,
         "accuracy_true_ci": None,
-        "calibration": calibration_table(confidence, right.tolist()),
+        "calibration": calibration_table(confidence, agreement),
         "by": {name: _by(scored, grouping) for name, grouping in _groupings(scored.rows).items()},
         "by_length": _by_length(scored, lengths),
     }
@@ -196,7 +221,7 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
 
 def compare(first: ScoredPairs, second: ScoredPairs) -> PairedDifference:
     """Compare the accuracies of two models on the same pairs: `first` minus `second`, its interval, a paired test."""
-    return paired_difference(first.right.tolist(), second.right.tolist(), first.clusters)
+    return paired_difference(first.right.tolist(), second.right.tolist(), first.clusters, span=1.0)
 
 
 def score_rankings(reward: Scorer, rankings: Sequence[Ranking], *, label: str = "score") -> list[Array]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import Prompt
+from rlhf.evaluation.best_of_n import best_of_n_kl, best_of_n_values, gap_closed
 from rlhf.evaluation.gold import GoldFunction
 from rlhf.models.generate import Completions, Engine, completer, sample_texts
 from rlhf.models.logprobs import response_logprobs
@@ -16,7 +17,7 @@ from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.objectives.kl import kl_k1
 from rlhf.progress import track
-from rlhf.statistics import best_of_n_kl, best_of_n_values, clustered_mean, gap_closed, win_rate
+from rlhf.statistics import clustered_mean, win_rate
 
 BEST_OF = 16
 
@@ -183,7 +184,7 @@ def _by_true_reward(
         clusters: [n] the conversation of each prompt.
     """
     first, best = sft[:, 0].tolist(), sft.max(dim=1).values.tolist()
-    picked = sft.gather(1, sft_scores.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
+    picked = best_of_n_values(sft_scores.tolist(), sft.tolist(), BEST_OF)  # equal scores share their true reward
     rate, interval = win_rate(policy, first, clusters)
     of_policy, of_sft, of_best = (_mean("gold", values, clusters) for values in (policy, first, best))
     closed, closed_interval = gap_closed(policy, first, best, clusters)

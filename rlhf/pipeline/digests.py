@@ -94,7 +94,7 @@ def _module_files(folder: Path, name: tuple[str, ...]) -> Iterator[Path]:
 
 def _model_files(name: str) -> dict[str, Path]:
     folder = Path(name).expanduser()
-    if folder.suffix in (GGUF_SUFFIX, ".jinja") and folder.is_file():
+    if folder.suffix in (GGUF_SUFFIX, ".jinja", ".json") and folder.is_file():
         return {name: folder}
     if not folder.is_dir():
         return {}

@@ -352,7 +352,7 @@ def _verdicts(annotator: VerdictModel, name: str, pairs: ScoredPairs) -> dict[st
         pairs: as the first model scored them.
     """
     verdicts = compare_pairs(annotator, pairs.rows, label=f"{name}: verdicts of {annotator.name}")
-    difference = paired_difference(right_verdicts(verdicts), pairs.right.tolist(), pairs.clusters)
+    difference = paired_difference(right_verdicts(verdicts), pairs.right.tolist(), pairs.clusters, span=1.0)
     return {**verdict_report(annotator.name, verdicts, pairs.rows), **difference}
 
 
@@ -364,7 +364,8 @@ def _figures(data_set: _Data, scored: Sequence[_Scored]) -> dict[str, dict[str, 
         outcomes = arithmetic.outcomes(length_scores(data_set.items, sign))
         rules[name] = {figure: float(weights @ outcomes) for figure, weights in arithmetic.figures.items()}
     values = [figure_values(arithmetic, other.outcomes) for other in scored]
-    gaps = [figure_values(arithmetic, other.outcomes - scored[0].outcomes) for other in scored[1:]]
+    first = scored[0].outcomes
+    gaps = [figure_values(arithmetic, x.outcomes - first, are_differences=True) for x in scored[1:]]
     figures = {}
     for figure, weights in arithmetic.figures.items():
         differences = [{"difference": gap[figure]["value"], "difference_ci": gap[figure]["ci"]} for gap in gaps]

@@ -12,6 +12,11 @@ from rlhf.pipeline.store import Stage
 from rlhf.ppo.source_kinds import verdict_model
 from rlhf.recipe.schema import DATA_SOURCES, Recipe, StageSection
 
+# Keys of TRL's that may name a file.
+PATH_KEYS = ("chat_template_path", "accelerator_config", "deepspeed", "fsdp_config")
+
+WEIGHTS = (".safetensors", ".gguf")
+
 
 class Add(Protocol):
     """Add a stage to a plan: its name, folder, settings, and parents by role."""
@@ -58,7 +63,7 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
         `data`, and `sft` where there is one, else `base` where the backbone is a GGUF file.
     """
     origins: dict[str, Stage] = {}
-    backbone, model = recipe.backbone.model_dump(exclude_none=True), recipe.backbone.model
+    backbone, model = recipe.backbone.named(), recipe.backbone.model
     if (
         model is not None and gguf_file(model) is not None
     ):  # an ordinary checkpoint is made of it, for every later stage
@@ -70,6 +75,7 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
             parents = dict(origins)
         origins["lab"] = add("lab", "round-0/lab", settings, **parents)
     data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
+    data_settings |= _files(model, weights=False)  # its template writes tool calls
     if recipe.reward.reads_ratings:
         data_settings["ratings"] = recipe.reward.ratings()
     if recipe.reward.extra_kind == "critique":
@@ -82,7 +88,7 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
     if not recipe.has_sft:
         return {"data": data} | origins  # the backbone can answer already, and takes SFT's place
     settings = recipe.sft.model_dump() | {"backbone": backbone} | _sampling(recipe) | _gold(recipe)
-    settings |= _files(recipe.backbone.model, recipe.evaluate.gold, _template(recipe.sft))
+    settings |= _files(recipe.backbone.model, recipe.evaluate.gold, *_paths(recipe.sft))
     return {"data": data, "sft": add("sft", "round-0/sft", settings, data=data, **origins)}
 
 
@@ -115,9 +121,9 @@ def _round(
     labelled = {"label": look["second_look"]} if look else label
     vote: dict[str, Stage] = {}
     if config.needs_vote:
-        settings = voting | backbone | gold | _files(model, function, _template(config), _template(recipe.vote))
+        settings = voting | backbone | gold | _files(model, function, *_paths(config), *_paths(recipe.vote))
         vote = {"vote": add("vote", f"{folder}/vote", settings, **start, **labelled)}
-    settings = config.model_dump() | backbone | sampling | gold | _files(model, function, _template(config))
+    settings = config.model_dump() | backbone | sampling | gold | _files(model, function, *_paths(config))
     if config.meta and not samples_for_meta:
         settings["meta_sha256"] = known_digest(Path(str(config.meta_samples)).expanduser())
     evaluations: dict[str, Stage] = {
@@ -128,7 +134,7 @@ def _round(
 
     # 3. PPO, and its evaluation; SFT's answers are those of the first one and are not sampled again.
     sources = [verdict_model(name) or name for name in recipe.ppo.extra_rewards]
-    settings = recipe.ppo.model_dump() | backbone | gold | _files(model, function, *sources)
+    settings = recipe.ppo.model_dump() | backbone | gold | _files(model, function, *_paths(recipe.ppo), *sources)
     if before and rounds.start == "previous":
         settings |= {"reference": rounds.reference}
     continued = policy_before if rounds.start == "previous" else {}
@@ -194,7 +200,7 @@ def _labels(
             asking = {"labels_from": rounds.labels_from, "looked_at": rounds.looked_at}
             voting = recipe.vote.model_dump() | recipe.vote_settings()
             settings = (
-                asking | voting | backbone | gold | _files(model, function, _template(config), _template(recipe.vote))
+                asking | voting | backbone | gold | _files(model, function, *_paths(config), *_paths(recipe.vote))
             )
             look = {"second_look": add("second_look", f"{folder}/second_look", settings, **start, **label, **earlier)}
     elif rounds.labels_from == "dataset" and rounds.count > 1:
@@ -205,7 +211,7 @@ def _labels(
 
 def _backbone(recipe: Recipe, start: dict[str, Stage]) -> dict[str, Any]:
     """Return the backbone where a round begins from it; otherwise SFT depends on it."""
-    return {} if "sft" in start else {"backbone": recipe.backbone.model_dump(exclude_none=True)}
+    return {} if "sft" in start else {"backbone": recipe.backbone.named()}
 
 
 def _sampling(recipe: Recipe) -> dict[str, Any]:
@@ -229,16 +235,20 @@ def _gold(recipe: Recipe) -> dict[str, Any]:
     return {"gold": recipe.evaluate.gold}
 
 
-def _files(*names: str | None) -> dict[str, dict[str, str]]:
-    """Return the digests of the code files and local models that a stage reads by these names, if there are any."""
-    digests = named_digests(names)
+def _files(*names: str | None, weights: bool = True) -> dict[str, dict[str, str]]:
+    """Return the digests of the code files and local models that a stage reads by these names, if there are any.
+
+    Args:
+        weights: whether it reads the models' weights too.
+    """
+    digests = {name: digest for name, digest in named_digests(names).items() if weights or not name.endswith(WEIGHTS)}
     return {"files": digests} if digests else {}
 
 
-def _template(section: StageSection) -> str | None:
-    """Return the chat template that a section names, if it does."""
-    path = section.trl_settings().get("chat_template_path")
-    return None if path is None else str(path)
+def _paths(section: StageSection) -> list[str]:
+    """Return the files that TRL's keys of a section name."""
+    values = (section.trl_settings().get(key) for key in PATH_KEYS)
+    return [value for value in values if isinstance(value, str)]
 
 
 def _local_digests(recipe: Recipe) -> dict[str, str]:

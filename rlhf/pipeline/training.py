@@ -41,7 +41,7 @@ from rlhf.pipeline.precision import resolve_bf16, warn_of_4_bit
 from rlhf.pipeline.store import CHECKPOINTS, METRICS, newest_checkpoint, read_seconds
 from rlhf.pipeline.trainers import InStage
 from rlhf.progress import Work, a_line_a_minute
-from rlhf.recipe.schema import trl_keys
+from rlhf.recipe.keys import trl_keys
 
 Config = TypeVar("Config", bound=TrainingArguments)
 SAVES_PER_STAGE = 5

@@ -14,6 +14,7 @@ from rlhf.addresses import hide_secrets
 from rlhf.errors import UserError
 from rlhf.recipe.document import Document, differences, read_document, read_override
 from rlhf.recipe.foreign_keys import REFUSED_KEYS, REFUSED_SCRATCH_KEYS, RENAMED_KEYS
+from rlhf.recipe.keys import stage_keys, trl_keys
 from rlhf.recipe.ranges import out_of_range
 from rlhf.recipe.schema import (
     STAGE_SECTIONS,
@@ -21,8 +22,6 @@ from rlhf.recipe.schema import (
     Section,
     SourceEntry,
     StageSection,
-    stage_keys,
-    trl_keys,
 )
 from rlhf.recipe.unused import corrected_twice, unused_keys
 

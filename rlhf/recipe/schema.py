@@ -1,8 +1,5 @@
 """The sections of a recipe. Our own keys are typed here; every other key of a stage is one of TRL's flat names."""
 
-import json
-from functools import cache
-from importlib import resources
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,7 +15,6 @@ from pydantic import (
 )
 
 from rlhf.addresses import hide_secrets
-from rlhf.recipe.foreign_keys import REFUSED_KEYS
 from rlhf.recipe.objectives import EXTRAS, OBJECTIVES, ExtraName, ObjectiveName
 
 # The attributes of HelpSteer2 as weights of one score, verbosity being a fault (arXiv:2406.08673, of its Llama-3-70B).
@@ -75,6 +71,10 @@ class BackboneSection(Section):
     model: str | None = None
     revision: str | None = None
     from_scratch: dict[str, Any] | None = None
+
+    def named(self) -> dict[str, Any]:
+        """Return the keys that are set; a null within `from_scratch` is a value."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
 def _with_text_keys(value: object) -> object:
@@ -375,23 +375,8 @@ class Recipe(Section):
 
     def resolved(self) -> dict[str, Any]:
         """Return everything that was decided, defaults of ours included: what is written to `RUN/recipe.yaml`."""
-        return self.model_dump(exclude_none=True)
-
-
-@cache
-def trl_keys() -> dict[str, dict[str, dict[str, Any]]]:
-    """Read names, types and defaults of TRL's keys by section, as generated from the tested version of TRL.
-
-    `model` holds the keys of `trl.ModelConfig`, which every stage takes; `llama` and `qwen3` those of a model built
-    from nothing.
-    """
-    text = resources.files("rlhf.recipe").joinpath("trl_keys.json").read_text(encoding="utf-8")
-    keys: dict[str, dict[str, dict[str, Any]]] = json.loads(text)
-    return keys
-
-
-def stage_keys(section: str) -> dict[str, dict[str, Any]]:
-    """Return TRL's keys that a stage section may set."""
-    keys = trl_keys()
-    stage = keys["reward" if section == "vote" else section]  # a member of a vote is a reward model
-    return {name: key for name, key in {**keys["model"], **stage}.items() if name not in REFUSED_KEYS}
+        values = self.model_dump(exclude_none=True)
+        for name in STAGE_SECTIONS:  # a null of TRL's is a value, and seldom the default
+            values[name] |= {key: None for key, value in getattr(self, name).trl_settings().items() if value is None}
+        values["backbone"] = self.backbone.named()
+        return values

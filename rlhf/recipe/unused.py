@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.addresses import hide_secrets
+from rlhf.recipe.keys import stage_keys
 from rlhf.recipe.objectives import EXTRAS, OBJECTIVES
-from rlhf.recipe.schema import STAGE_SECTIONS, Recipe, StageSection, stage_keys
+from rlhf.recipe.schema import STAGE_SECTIONS, Recipe, StageSection
 
 # What PEFT and TRL make an adapter of.
 ADAPTER_KEYS = (

@@ -56,6 +56,8 @@ def bias_sentence(entry: Facts) -> str:
     ]
     if not known:
         return "Probes: all answers have the same score, so nothing can be said in its deviations."
+    if all(effect["effect_ci"] is None for effect in known.values()):
+        return "Probes: all answers are of one conversation, so nothing says whether an edit moves the score in others."
     if not moved:
         return f"Probes: none of {len(known)} edits moves the score beyond its interval, by {LEAST_EFFECT} deviations or more."
     said_of = [f"{name} {known[name]['effect']:+.2f}" for name in sorted(moved, key=lambda x: -abs(known[x]["effect"]))]

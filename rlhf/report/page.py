@@ -34,7 +34,7 @@ from rlhf.report.render import Figure, render, reward_facts, reward_figures, wor
 from rlhf.report.rounds import last_evaluated, rounds_section, rounds_verdict
 
 SAMPLES_SHOWN = 12
-SURE = 0.99865  # that a fall of the true reward is no chance, before the page calls it a fall: three deviations of a normal one
+SURE = 0.99865  # that a fall or a rise is no chance, before the page calls it one: three deviations of a normal one
 
 
 def write_report(run: Path) -> Path:
@@ -100,10 +100,11 @@ def verdict(summary: Summary, ppo: Sequence[Metrics]) -> list[str]:
         sentences.append("No policy has been judged in this run (yet).")
     elif policy["gold"] is not None:
         low, high = policy["win_rate_ci"]
+        wins, ties, losses = policy["win_tie_lose"]
         sentences += [
-            f"{change_sentence(GOLD, policy, sft, 'gold', start_name=start)} By it the policy wins "
-            f"{policy['win_rate']:.0%} [{low:.0%}, {high:.0%}] of {summary['evaluated_prompts']} held-out prompts against {start}, "
-            f"at {policy['kl']:.1f} nats.",
+            f"{change_sentence(GOLD, policy, sft, 'gold', start_name=start)} By it the policy wins {wins:.0%} of "
+            f"{summary['evaluated_prompts']} held-out prompts against {start}, ties on {ties:.0%} and loses {losses:.0%} "
+            f"(win rate {policy['win_rate']:.2f} [{low:.2f}, {high:.2f}], ties half), at {policy['kl']:.1f} nats.",
             change_sentence(SCORE, policy, sft, "proxy", start_name=start),
         ]
     else:
@@ -114,10 +115,14 @@ def verdict(summary: Summary, ppo: Sequence[Metrics]) -> list[str]:
     if reward["accuracy"] is not None:
         baseline = max(reward["length_baseline"], 1 - reward["length_baseline"])
         low, high = reward["accuracy_ci"]
-        beats = "beats" if low > baseline else "does not clearly beat"
+        above = reward.get("over_length_ci")  # None: all pairs are of one conversation
+        beats = "beats" if above and above[0] > 0 else "does not clearly beat"
+        figures = (
+            f", {reward['over_length']:+.1%} [{above[0]:+.1%}, {above[1]:+.1%}] on the same pairs" if above else ""
+        )
         sentences.append(
             f"The reward model orders {reward['accuracy']:.1%} [{low:.1%}, {high:.1%}] of held-out pairs as labelled and "
-            f"{beats} judging by length alone ({baseline:.1%})."
+            f"{beats} judging by length alone ({baseline:.1%}{figures})."
         )
     if ppo:
         sentences.append(_overoptimised(ppo))
@@ -125,7 +130,7 @@ def verdict(summary: Summary, ppo: Sequence[Metrics]) -> list[str]:
 
 
 def _overoptimised(ppo: Sequence[Metrics]) -> str:
-    """Say whether gold ends below its best third of training, by more than rollouts scatter, and what the proxy did since."""
+    """Say whether gold ends below its best third of training, and the proxy above it, by more than rollouts scatter."""
     proxies, golds = _series(ppo, "reward_proxy", "reward_gold")
     if not golds:
         return "Whether the reward was over-optimised can't be said without a true reward over training."
@@ -135,16 +140,21 @@ def _overoptimised(ppo: Sequence[Metrics]) -> str:
     proxy, gold = ([values[:third], values[third : 2 * third], values[2 * third :]] for values in (proxies, golds))
     means = f"{fmean(gold[0]):.2f}, {fmean(gold[1]):.2f}, {fmean(gold[2]):.2f}"
     best = 0 if fmean(gold[0]) >= fmean(gold[1]) else 1
-    error = math.sqrt(sum(variance(part) / len(part) for part in (gold[best], gold[2])))
-    sure = float(t.ppf(SURE, len(gold[best]) + len(gold[2]) - 2))  # standard errors
-    if fmean(gold[2]) >= fmean(gold[best]) - sure * error:
+    if not _is_above(gold[best], gold[2]):
         return f"No over-optimisation is seen over training: true reward by thirds {means}."
     fell = f"from the {('first', 'second')[best]} to the last third of PPO"
     true = f"the true reward fell from {fmean(gold[best]):.2f} to {fmean(gold[2]):.2f}"
     proxies_then = f"from {fmean(proxy[best]):.2f} to {fmean(proxy[2]):.2f}"
-    if fmean(proxy[2]) > fmean(proxy[best]):
+    if _is_above(proxy[2], proxy[best]):
         return f"The reward was over-optimised: {fell} the proxy rose {proxies_then} while {true}."
-    return f"{true[0].upper()}{true[1:]} {fell}, and the proxy did not rise ({proxies_then})."
+    return f"{true[0].upper()}{true[1:]} {fell}, and the proxy did not clearly rise ({proxies_then})."
+
+
+def _is_above(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Tell whether rollouts have a higher mean than others, by more than they scatter."""
+    error = math.sqrt(sum(variance(part) / len(part) for part in (values, others)))
+    sure = float(t.ppf(SURE, len(values) + len(others) - 2))  # standard errors
+    return fmean(values) > fmean(others) + sure * error
 
 
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:

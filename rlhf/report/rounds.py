@@ -12,6 +12,7 @@ from rlhf.report.records import JUDGED_KEYS, Facts, JudgedPrompt, Round, Summary
 from rlhf.report.render import Figure
 
 SHOWN = 6
+LOPSIDED = 1.2  # times as far as the other end: then an interval is not told by half of its width
 
 
 def last_evaluated(summary: Summary) -> Round:
@@ -57,15 +58,20 @@ def rounds_verdict(summary: Summary) -> list[str]:
 
 
 def number(section: Facts, name: str, form: str = ".2f") -> str:
-    """Return a number with half the width of its interval, "-" where it is not known.
+    """Return a number with half the width of its interval, or with its ends where it is not in the middle; "-" if not known.
 
-    >>> number({"gold": 0.5, "gold_ci": [0.25, 0.75]}, "gold")
-    '0.50 ±0.25'
+    >>> number({"gold": 0.5, "gold_ci": [0.25, 0.75]}, "gold"), number({"gold": 1.0, "gold_ci": [0.69, 1.0]}, "gold")
+    ('0.50 ±0.25', '1.00 [0.69, 1.00]')
     """
     value, interval = section.get(name), section.get(f"{name}_ci")
     if value is None:
         return "-"
-    return f"{value:{form}}" + (f" ±{(interval[1] - interval[0]) / 2:{form}}" if interval else "")
+    if interval is None:
+        return f"{value:{form}}"
+    below, above = value - interval[0], interval[1] - value
+    if max(below, above) > LOPSIDED * min(below, above):
+        return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+    return f"{value:{form}} ±{(below + above) / 2:{form}}"
 
 
 def _shares(section: Facts) -> str:

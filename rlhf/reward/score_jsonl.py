@@ -10,10 +10,12 @@ from jinja2 import TemplateError
 from rlhf.data.limits import MOST_LINE, TOO_DEEP, TOO_LONG, is_too_deep
 from rlhf.data.messages import ended_of, messages
 from rlhf.data.read import BadRow
-from rlhf.data.rows import Prompt, completion, has_ended, user_turn
+from rlhf.data.rows import Prompt, has_ended, has_tools, user_turn
 from rlhf.data.tidy import with_system_turn
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.score import Scorer
+from rlhf.models.text import last_turn
+from rlhf.models.tools import ToolTemplate
 from rlhf.reward.model import RewardModel
 
 BATCH = 256
@@ -145,8 +147,8 @@ def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, st
         turns = messages((changed or row)["messages"], "messages")
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise BadRow("messages must end with an assistant's answer to something")
-        response = completion({"prompt": turns[:-1], "completion": turns[-1:]})
-        return turns[:-1], response, ended and has_ended(turns)
+        whole = _without_calls({"prompt": turns[:-1], "completion": turns[-1:]}, reward)
+        return whole["prompt"], last_turn(whole["completion"]), ended and has_ended(turns)
     if "prompt" not in row or "response" not in row:
         raise BadRow("neither 'prompt' and 'response' nor 'messages'")
     if not isinstance(row["response"], str):
@@ -157,7 +159,24 @@ def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, st
     if system and system.strip() and isinstance(prompt, str):
         raise BadRow("'system' beside a prompt that a chat template has rendered; leave it out, or send messages")
     changed = with_system_turn({"prompt": prompt, "system": system})
-    return (prompt if changed is None else messages(changed["prompt"], "prompt")), row["response"], ended
+    if changed is not None:
+        prompt = messages(changed["prompt"], "prompt")
+    if not isinstance(prompt, str):
+        prompt = _without_calls({"prompt": prompt}, reward)["prompt"]
+    return prompt, row["response"], ended
+
+
+def _without_calls(row: dict[str, Any], reward: Scorer) -> dict[str, Any]:
+    """Return turns as texts, tool calls in them as the model's template writes them, and as it was trained.
+
+    Raises:
+        BadRow: the template has no place for them, or nothing says which template would write them.
+    """
+    if not has_tools(row):
+        return row
+    if not isinstance(reward, RewardModel):
+        raise BadRow("tool calls: each of several models may write them in another way; score with one model")
+    return ToolTemplate(lambda: reward.tokenizer, "the reward model")(row)
 
 
 def _type(value: object) -> str:

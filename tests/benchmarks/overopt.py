@@ -30,13 +30,13 @@ from transformers import AutoModelForCausalLM, set_seed
 from worlds import fitted, interval, ppo_curve
 
 from rlhf import RewardModel, load_reward_model
+from rlhf.evaluation.best_of_n import best_of_n_kl, best_of_n_values
 from rlhf.lab.world import gold
 from rlhf.models.generate import sample_texts
 from rlhf.models.load import load_tokenizer
 from rlhf.models.text import plain
 from rlhf.objectives.ensemble import combined
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.statistics import best_of_n_kl, best_of_n_values
 
 MEMBERS, ANSWERS, PROMPTS, SMOOTH = 3, 64, 128, 5
 ENSEMBLES = {"single": None, "mean": "mean", "worst": "worst", "uncertainty": "uncertainty"}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rlhf.evaluation.benchmarks import (
     rm_bench,
     style_matrices,
 )
+from rlhf.statistics import clustered_share
 
 
 def item(prompt: str, labels: list[float], *, subset: str = "", identity: str = "", answers: Any = None) -> Item:
@@ -175,10 +177,43 @@ def test_intervals_resample_prompts_and_differences_are_paired() -> None:
     share = base.mean()
     wide = 2 * 1.96 * math.sqrt(share * (1 - share) / 200)
     assert value["ci"][1] - value["ci"][0] == pytest.approx(wide, rel=0.15), "200 prompts, not 400 rows"
-    (gap,) = figure_values(arithmetic, better - base).values()
+    (gap,) = figure_values(arithmetic, better - base, are_differences=True).values()
     assert gap["value"] == pytest.approx(better.mean() - base.mean())
     assert gap["ci"][0] > 0
     assert gap["ci"][1] - gap["ci"][0] < wide / 2, "the same rows: much of the noise is gone"
+
+
+def test_an_interval_of_a_share_is_one() -> None:
+    """Never a point, and from 0 to 1, as `accuracy_ci` of the same rows."""
+    arithmetic = by_pairs([item(f"{i}", [1, 0]) for i in range(9)])
+    for right in (0.0, 1.0):
+        got = figure_values(arithmetic, np.full(9, right))["Overall"]
+        assert got["value"] == pytest.approx(right)
+        assert got["ci"] == pytest.approx(clustered_share([right] * 9)[1])
+    (few,) = figure_values(by_pairs([item(f"{i}", [1, 0]) for i in range(4)]), np.array([1.0, 0, 0, 0])).values()
+    assert few["ci"][0] >= 0
+    assert few["ci"][1] <= 1
+    one = by_pairs([item("0", [1, 0]) for _ in range(4)])
+    assert figure_values(one, np.array([1.0, 0, 0, 0]))["Overall"]["ci"] == [0, 1]
+    assert figure_values(one, np.array([1.0, 0, 0, 0]), are_differences=True)["Overall"]["ci"] is None
+
+
+def test_a_mean_of_sections_has_no_scatter_of_their_sizes() -> None:
+    """Var = Σ_s W_s² p_s (1 - p_s) / n_s; where all prompts of a section are alike, nothing is left but the others' scatter."""
+    sizes, rights = {"Chat": 200, "Chat Hard": 100, "Safety": 300, "Reasoning": 400}, (1.0, 0.0, 0.6, 0.9)
+    names = {"Chat": "mt-bench-easy", "Chat Hard": "mt-bench-hard", "Safety": "donotanswer", "Reasoning": "hep-go"}
+    items, outcomes = [], []
+    for (section, count), right in zip(sizes.items(), rights, strict=True):
+        items += [item(f"{section} {i}", [1, 0], subset=names[section]) for i in range(count)]
+        outcomes += [float(i < right * count) for i in range(count)]
+    arithmetic = reward_bench(items)
+    # One subset of each section is there, so each of these has all of the section's weight.
+    whole = {name: w / w.sum() for name, w in arithmetic.figures.items() if name != "Overall"}
+    figures = {**whole, "Overall": np.mean(list(whole.values()), axis=0)}
+    got = figure_values(replace(arithmetic, figures=figures), np.array(outcomes))["Overall"]
+    assert got["value"] == pytest.approx(np.mean(rights))
+    error = math.sqrt(sum(p * (1 - p) / n for p, n in zip(rights, sizes.values(), strict=True))) / 4
+    assert got["ci"][1] - got["ci"][0] == pytest.approx(2 * 1.96 * error, rel=0.1)
 
 
 def test_length_rules_on_the_same_rows() -> None:

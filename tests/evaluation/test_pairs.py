@@ -95,6 +95,44 @@ def test_strict_ties_as_in_rewardbench() -> None:
     assert report["nll"] == pytest.approx(math.log(2))
 
 
+def test_labels_that_are_not_sure_count_as_both_outcomes() -> None:
+    """Scores whose σ(d) is the label are calibrated, and twice those are too sure; both had looked the other way round."""
+    labels = np.linspace(0.55, 0.95, 200)
+    rows = [row(f"q{i}", "aaaaa", "bbbb", confidence=float(label)) for i, label in enumerate(labels)]
+    differences = np.log(labels / (1 - labels))
+    report, too_sure = (pair_report(ScoredPairs(rows, ["q"] * 200, k * differences, np.zeros(200))) for k in (1, 2))
+    assert report["soft_labels"] == 200
+    assert report["ece"] == pytest.approx(0, abs=1e-9)
+    assert report["temperature"] == pytest.approx(1, abs=1e-3)
+    assert too_sure["temperature"] == pytest.approx(2, abs=2e-3)
+    entropy = -(labels * np.log(labels) + (1 - labels) * np.log(1 - labels)).mean()
+    assert report["nll"] == pytest.approx(entropy) == pytest.approx(too_sure["nll_at_temperature"])
+    assert report["brier"] == pytest.approx((labels * (1 - labels)).mean())
+    for name in ("ece", "nll", "brier"):
+        assert too_sure[name] > report[name] + 0.01
+    certain = pair_report(scored([2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0], ROWS))
+    assert certain["soft_labels"] == 0
+    assert certain["calibration"][0] == {"probability": 0.5, "frequency": 0.5, "n": 1}, "a tie is a coin at 0.5"
+
+
+def test_a_model_is_above_the_length_rule_by_a_paired_test() -> None:
+    """50 pairs: 35 right where the rule has 28, and where both are right or wrong nothing is to be learnt."""
+    rows = [row(f"q{i}", "a" * (5 if i < 28 else 3), "bbbb") for i in range(50)]
+    together = [float(i < 20 or 28 <= i < 43) for i in range(50)]  # on 8 pairs the rule alone is right, on 15 the model
+    report = pair_report(scored(together, [0.5] * 50, rows))
+    assert (report["accuracy"], report["length_baseline"]) == (0.7, 0.56)
+    assert report["over_length"] == pytest.approx(0.14)
+    low, high = report["over_length_ci"]
+    error = math.sqrt((23 / 50 - 0.14**2) / 50)
+    assert (low, high) == pytest.approx((0.14 - 1.96 * error, 0.14 + 1.96 * error), abs=0.03)
+    assert low < 0, "an accuracy of 0.7 ± 0.12 held against 0.56 as a known number would be above it"
+    shorter = pair_report(scored([1.0] * 50, [0.0] * 50, [row(f"q{i}", "a", "bbbb") for i in range(50)]))
+    assert shorter["over_length"] == 0, "'shorter wins' is a rule too"
+    assert shorter["over_length_ci"][0] < 0 < shorter["over_length_ci"][1], (
+        "fifty pairs alike don't prove all others are"
+    )
+
+
 def test_breakdowns_where_rows_name_them() -> None:
     rows = [{**r, "subset": "x" if i < 2 else "y", "margin": float(1 + i % 2)} for i, r in enumerate(ROWS)]
     by = pair_report(scored([2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], rows))["by"]

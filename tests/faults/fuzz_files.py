@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.data.labelbook import BOOK, LabelBook
-from rlhf.recipe.schema import STAGE_SECTIONS, stage_keys, trl_keys
+from rlhf.recipe.keys import stage_keys, trl_keys
+from rlhf.recipe.schema import STAGE_SECTIONS
 from tests.faults.fuzz import tiny_reward_model
 from tests.faults.here import Outcome, rlhf
 from tests.faults.test_label_files import IDS, argilla, flat, plain, question, studio

@@ -30,6 +30,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rec
         for file in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
             (tmp_path / name / file).write_text(f"{{}} {name}")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    (tmp_path / "batches.json").write_text("{}")
     (tmp_path / "gold.py").write_text("def score(p, c): return [1.0 for _ in c]\n")
     (tmp_path / "rules.py").write_text("def score(p, c): return [1.0 for _ in c]\n")
     for name in ("turns", "scored"):
@@ -69,8 +70,9 @@ CHANGED = {
     "adapter/tokenizer.json": "round-1/ppo",
     "base/model.safetensors": "round-1/ppo",  # of the adapter
     "lm/model.safetensors": "round-0/sft",
-    "lm/config.json": "round-0/sft",
-    "lm/tokenizer.json": "round-0/sft",
+    "lm/config.json": "round-0/data",
+    "lm/tokenizer.json": "round-0/data",
+    "lm/chat_template.jinja": "round-0/data",  # which writes tool calls
     "turns.jinja": "round-0/sft",
     "scored.jinja": "round-1/reward",
     "sft.jsonl": "round-0/data",
@@ -123,6 +125,14 @@ def test_templates_of_voters_count(recipe: Callable[..., Recipe], tmp_path: Path
         changed = {folder.rpartition("/")[2] for folder in before if before[folder] != after[folder]}
         assert {"second_look", *others} <= changed, file
         before = after
+
+
+def test_files_that_keys_of_trl_name_count(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    override = "reward.accelerator_config=batches.json"
+    before = {stage.name: stage.settings for stage in plan(recipe(override))}
+    (tmp_path / "batches.json").write_text('{"split_batches": true}')
+    after = {stage.name: stage.settings for stage in plan(recipe(override))}
+    assert [name for name in before if before[name] != after[name]] == ["reward"]
 
 
 @pytest.mark.fault("function or model changed")

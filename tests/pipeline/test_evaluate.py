@@ -15,7 +15,7 @@ from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.pipeline.evaluate import data_names, evaluate_models, models_and_data
-from rlhf.report.evaluation_terminal import evaluation_lines, evaluation_tables
+from rlhf.report.evaluation_terminal import bias_sentence, evaluation_lines, evaluation_tables
 from tests.conftest import PROMPTS, WORDS
 
 CONTRACT = {"n", "accuracy", "accuracy_ci", "ties", "ece", "length_baseline"}
@@ -222,3 +222,10 @@ def test_probes_say_how_many_pairs_have_a_cut_answer(reward_folder: Path, tmp_pa
     )
     assert f"Probes: {cut} pairs are left out, as an answer of theirs was cut off." in said
     assert ("probes" in result) == (cut < 12)
+
+
+def test_edits_in_one_conversation_say_nothing_of_others() -> None:
+    effects = {name: {"effect": effect, "effect_ci": None} for name, effect in (("a", 2.0), ("b", -3.0))}
+    assert "all answers are of one conversation" in bias_sentence({"effects": effects})
+    known = {name: {**entry, "effect_ci": [-4.0, 4.0]} for name, entry in effects.items()}
+    assert "none of 2 edits" in bias_sentence({"effects": known})

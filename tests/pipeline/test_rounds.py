@@ -473,7 +473,7 @@ def test_rules_stop_a_run_for_what_the_manifests_say(finished: Path, tmp_path: P
     before = [row["gold_policy"] for row in rows(run / "round-1/evaluate/samples.jsonl")]
     worse = [{**row, "gold_policy": gold - 0.5} for row, gold in zip(rows(file), before, strict=True)]
     file.write_text("".join(json.dumps(row) + "\n" for row in worse))
-    assert "the true reward fell by 0.500 [0.500, 0.500]" in str(reason("round-2/evaluate"))
+    assert "the true reward fell by 0.500 [0." in str(reason("round-2/evaluate"))
     change = change_since_last_round(by_folder["round-2/evaluate"], stages, store)
     assert change is not None
     assert change["difference"] == pytest.approx(-0.5)

@@ -10,12 +10,11 @@ from pydantic.fields import FieldInfo
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
 from rlhf.recipe.foreign_keys import REFUSED_SCRATCH_KEYS
+from rlhf.recipe.keys import stage_keys, trl_keys
 from rlhf.recipe.ranges import RANGES, Range
 from rlhf.recipe.schema import (
     STAGE_SECTIONS,
     Recipe,
-    stage_keys,
-    trl_keys,
 )
 
 MODEL = "name: x\nbackbone: {model: m}\ndata: {preferences: p.jsonl, sft: s.jsonl}\n"

@@ -8,6 +8,9 @@ import yaml
 
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
+from rlhf.recipe.document import differences
+from rlhf.recipe.keys import stage_keys
+from rlhf.recipe.schema import STAGE_SECTIONS
 from tests.generate_trl_keys import TARGET, describe
 from tests.recipes import shipped_recipes
 
@@ -107,6 +110,38 @@ def test_ppo_samples_as_everything_else_does(tmp_path: Path, overrides: list[str
     assert recipe.ppo.trl_settings() == expected
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.resolved()), encoding="utf-8")
     assert load_recipe(tmp_path / "again.yaml").ppo.trl_settings() == expected, "a resolved recipe says the same"
+
+
+def test_a_null_of_trls_is_a_value_and_is_written(tmp_path: Path) -> None:
+    """Left out, the resolved recipe gave TRL's or PPO's default: a clip of 5 and prompts of 512 tokens for none."""
+    (tmp_path / "r.yaml").write_text("name: x\nlab: {}\n", encoding="utf-8")
+    for section in STAGE_SECTIONS:
+        nullable = [key for key, entry in stage_keys(section).items() if entry.get("default") is not None]
+        for key in nullable:
+            try:
+                recipe = load_recipe(tmp_path / "r.yaml", [f"{section}.{key}=null"])
+            except UserError:
+                continue  # null is no value of this key
+            (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.resolved()), encoding="utf-8")
+            again = load_recipe(tmp_path / "again.yaml")
+            assert getattr(again, section).trl_settings() == getattr(recipe, section).trl_settings() == {key: None}
+    plain = load_recipe(tmp_path / "r.yaml")
+    clipped = load_recipe(tmp_path / "r.yaml", ["ppo.reward_clip=null"])
+    assert differences(plain.resolved(), clipped.resolved()) == ["ppo.reward_clip was not set, is null"]
+    assert differences(clipped.resolved(), plain.resolved()) == ["ppo.reward_clip was null, is not set"]
+    scratch = ["backbone.from_scratch.architecture=qwen3", "backbone.from_scratch.num_key_value_heads=null"]
+    (tmp_path / "s.yaml").write_text("name: x\ndata: {sft: a.jsonl, preferences: a.jsonl}\n", encoding="utf-8")
+    made = load_recipe(tmp_path / "s.yaml", scratch)
+    assert made.resolved()["backbone"]["from_scratch"] == made.backbone.named()["from_scratch"]
+    assert made.backbone.named()["from_scratch"]["num_key_value_heads"] is None
+
+
+@pytest.mark.parametrize("override", ["data.test=", "ppo.reward_clip= ", "evaluate.gold="])
+def test_an_override_without_a_value_is_refused(tmp_path: Path, override: str) -> None:
+    """It is what a shell makes of a variable that is not set, and it took the setting away."""
+    (tmp_path / "r.yaml").write_text("name: x\nlab: {}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no value behind .*=; write .*=null to take a setting away"):
+        load_recipe(tmp_path / "r.yaml", [override])
 
 
 def test_an_empty_section_is_there_and_null_removes_it(tmp_path: Path) -> None:

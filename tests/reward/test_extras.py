@@ -14,6 +14,7 @@ from rlhf import BottleneckRewardTrainer, LengthRewardTrainer, PairRewardTrainer
 from rlhf.errors import UserError
 from rlhf.models.heads import label_layer, language_head
 from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.pipeline.model_commands import export_model
 from rlhf.pipeline.trainers import StageBottleneckRewardTrainer
 from rlhf.reward.bottleneck import CODE_LABELS, CODE_SIZE
 from rlhf.reward.cloud import latent_cloud, save_cloud
@@ -285,6 +286,10 @@ def test_the_code_is_kept_and_its_cloud_read_again(base_folder: Any, tokenizer: 
     assert again.is_outside(features).double().mean() < 0.15
     assert again.is_outside(features + 50.0).all()
     assert torch.equal(again.is_outside(features), latent_cloud(made.code, features).is_outside(features))
+    export_model(tmp_path / "rm", tmp_path / "exported")
+    exported = load_reward_model(tmp_path / "exported").cloud
+    assert exported is not None, "PPO's alarm for codes that leave the cloud holds for an exported model too"
+    assert torch.equal(exported.is_outside(features), again.is_outside(features))
 
 
 CENTRED = {PairRewardTrainer: 1.0, TextRewardTrainer: 0.7, LengthRewardTrainer: 1.0, BottleneckRewardTrainer: 1.0}

@@ -1,14 +1,21 @@
 """Lines of JSON and their scores: a line in, a line out, whatever a line holds. The scores themselves: `test_parity.py`."""
 
+import copy
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from jinja2 import TemplateError
 
 from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
+from rlhf.models.load import build_reward_model, model_settings
+from rlhf.reward.model import RewardModel
 from rlhf.reward.score_jsonl import BATCH, score_lines
+from tests.models.test_tools import call
 
 
 class Lengths:
@@ -122,6 +129,35 @@ def test_a_system_column_is_the_system_turn() -> None:
     scored = list(score_lines(heard, map(json.dumps, rows)))
     assert heard.prompts == [[system, user]] * 4 + [[user]] * 2
     assert scored == [{**row, "score": 2.0} for row in rows], "each as it was"
+
+
+def test_tool_calls_are_what_the_template_writes_and_are_not_dropped(tokenizer: Any, base_folder: Path) -> None:
+    """Two calls of other functions had one score, that of the empty text beside them."""
+    called = copy.copy(tokenizer)
+    called.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }} "
+        "{{ c.function.arguments | tojson }}]{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    model = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    reward = RewardModel(model.eval(), called, conversational=True)
+    user = {"role": "user", "content": "in Rome?"}
+    calls = [call(city=city) for city in ("Rome", "Oslo")]
+    rows = [{"messages": [user, made]} for made in calls]
+    rows += [{"prompt": [user, made, {"role": "tool", "content": "42"}], "response": "no"} for made in calls]
+    scores = [line["score"] for line in score_lines(reward, map(json.dumps, rows))]
+    assert len(set(scores)) == 4
+    for row, score in zip(rows, scores, strict=True):
+        turns = row.get("messages") or [*row["prompt"], {"role": "assistant", "content": row["response"]}]
+        text = called.apply_chat_template(turns, tokenize=False)
+        ids = called(text, return_tensors="pt", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            assert model(ids).logits.item() == pytest.approx(score, abs=1e-4)
+    reward.tokenizer = tokenizer
+    (refused,) = score_lines(reward, [json.dumps(rows[0])])
+    assert "has no place for" in refused["error"]
+    (refused,) = score_lines(Lengths(), [json.dumps(rows[0])])
+    assert refused["error"].startswith("tool calls: each of several models")
 
 
 def test_what_stands_beside_or_is_of_another_type_is_named() -> None:
