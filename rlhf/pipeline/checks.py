@@ -32,7 +32,7 @@ from rlhf.ppo.source_kinds import (
 )
 from rlhf.recipe.document import differences
 from rlhf.recipe.schema import DATA_SOURCES, Recipe, RoundsSection
-from rlhf.recipe.unused import mixed_bits, mixed_temperatures
+from rlhf.recipe.unused import absent_stages, mixed_bits, mixed_temperatures
 
 CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")  # torch's own keys
 FIRST_ROWS = 100  # of a file whose layout is looked at before a run
@@ -278,7 +278,8 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
     from rlhf.pipeline.training import quiet_libraries
 
     quiet_libraries()
-    for sentence in (*mixed_bits(recipe, until), *mixed_temperatures(recipe, until)):
+    absent = absent_stages(recipe) if until is None else ()
+    for sentence in (*absent, *mixed_bits(recipe, until), *mixed_temperatures(recipe, until)):
         warnings.warn(sentence, stacklevel=2)
     problems: list[str] = []
     model = recipe.backbone.model

@@ -249,6 +249,20 @@ def mixed_bits(recipe: Recipe, until: str | None = None) -> Iterator[str]:
             )
 
 
+def absent_stages(recipe: Recipe) -> Iterator[str]:
+    """Yield a sentence for each section of a stage that the recipe has not; a base may hold such a section: it is no error."""
+    reasons = {}
+    if not recipe.has_sft:
+        reasons["sft"] = "nobody gives demonstrations (data.sft), so there is no SFT, and the backbone takes its place"
+    if not recipe.needs_vote:
+        reasons["vote"] = f"nothing votes: reward.objective: {recipe.reward.objective} reads no votes"
+    for section, reason in reasons.items():
+        defaults = _defaults(section)
+        keys = [f"{section}.{key}" for key, value in _set_keys(recipe, section).items() if value != defaults.get(key)]
+        if keys:
+            yield f"{', '.join(keys)}: not used; {reason}."
+
+
 def mixed_temperatures(recipe: Recipe, until: str | None = None) -> Iterator[str]:
     """Yield a sentence where PPO samples at another temperature than rounds and evaluations; some want that, as papers differ.
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
-from rlhf.recipe.unused import ADAPTER_KEYS, NEEDS, mixed_bits, mixed_temperatures
+from rlhf.recipe.unused import ADAPTER_KEYS, NEEDS, absent_stages, mixed_bits, mixed_temperatures
+from tests.recipes import shipped_recipes
 
 VALUES: dict[str, Any] = {
     "lora_r": 4,
@@ -252,6 +254,28 @@ def test_an_adapter_on_other_weights_than_it_was_trained_on_is_named(
         f"{name}: SFT's adapter was trained on {a} weights and stands on {b} ones here" for name, a, b in expected
     ]
     assert [sentence.partition(", so")[0] for sentence in sentences] == starts
+
+
+def test_sections_of_stages_that_a_recipe_has_not_are_named(tmp_path: Path) -> None:
+    """Who forgot data.sft believed that SFT had run."""
+    (tmp_path / "r.yaml").write_text("name: x\nbackbone: {model: m}\ndata: {preferences: p.jsonl}\n")
+    overrides = ["sft.learning_rate=0.1", "sft.num_train_epochs=2.0", "vote.members=7"]
+    sft, vote = absent_stages(load_recipe(tmp_path / "r.yaml", overrides))
+    assert sft.startswith("sft.learning_rate, sft.num_train_epochs: not used; nobody gives demonstrations (data.sft)")
+    assert vote.startswith("vote.members: not used; nothing votes: reward.objective: bt reads no votes")
+    (only,) = absent_stages(load_recipe(tmp_path / "r.yaml", [*overrides, "data.sft=s.jsonl"]))
+    assert only == vote
+    assert not list(absent_stages(load_recipe(tmp_path / "r.yaml", ["vote.members=7", "reward.objective=posterior"])))
+    resolved = yaml.safe_dump(load_recipe(tmp_path / "r.yaml").resolved())
+    (tmp_path / "again.yaml").write_text(resolved)
+    assert not list(absent_stages(load_recipe(tmp_path / "again.yaml"))), "defaults that a run wrote down"
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in shipped_recipes() if "accelerate" not in f.parts], ids=lambda file: file.name
+)
+def test_shipped_recipes_set_nothing_that_is_not_used(file: Path) -> None:
+    assert not list(absent_stages(load_recipe(file)))
 
 
 @pytest.mark.parametrize(
