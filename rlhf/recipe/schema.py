@@ -272,6 +272,12 @@ class SamplingSection(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     temperature: float = Field(1.0, ge=0.01, le=100)
 
+    @model_serializer(mode="wrap")
+    def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the values without a temperature of 1, which runs have that were begun before it was a key."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key != "temperature" or value != 1}
+
 
 class EvaluateSection(Section):
     """The prompts that policies are evaluated on, and the true reward where there is one."""

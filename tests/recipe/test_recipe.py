@@ -110,6 +110,9 @@ def test_ppo_samples_as_everything_else_does(tmp_path: Path, overrides: list[str
     assert recipe.ppo.trl_settings() == expected
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.resolved()), encoding="utf-8")
     assert load_recipe(tmp_path / "again.yaml").ppo.trl_settings() == expected, "a resolved recipe says the same"
+    assert ("temperature" in recipe.resolved()["sampling"]) == any("sampling.t" in x for x in overrides), (
+        "as it was before"
+    )
 
 
 def test_a_null_of_trls_is_a_value_and_is_written(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class Layout:
         """Return whether a row has this layout."""
         if self.matches is not None:
             return self.matches(row)
-        return isinstance(row, Mapping) and not self.lacks(row)
+        return all(has_column(row, path) for path in self.columns) and isinstance(row, Mapping)
 
     def lacks(self, row: Mapping[str, object]) -> list[str]:
         """Return the columns of this layout that a row has not."""
@@ -174,6 +174,8 @@ def beside(row: Mapping[str, object]) -> dict[str, object]:
 
 def has_column(row: object, path: str) -> bool:
     """Return whether a row has a column, dots leading into nested ones."""
+    if type(row) is dict and "." not in path:  # most rows and most columns: asked of every row for every layout
+        return path in row
     for name in path.split("."):
         if not isinstance(row, Mapping) or name not in row:
             return False
