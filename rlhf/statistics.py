@@ -137,10 +137,6 @@ def paired_difference(
     test: if the models were equal, a prompt's summed difference would as often be positive as negative. With 0/1 values
     and no repeated prompt it is McNemar's exact test, up to the draws.
 
-    Where all of n clusters have one and the same difference d, no bootstrap gets away from it. Then up to a share
-    u = 1 - 0.025^(1/n) of other clusters may differ (Clopper and Pearson), by as much as values lie apart:
-    (1 - u) d ± u · span.
-
     Args:
         span: how far apart two values can lie; None: as far as these do.
 
@@ -151,11 +147,8 @@ def paired_difference(
     differences = ones - others
     mean, interval = clustered_mean(differences.tolist(), clusters, seed=seed)
     index = np.arange(len(differences)) if clusters is None else _cluster_numbers(clusters)
-    if interval is not None and interval[1] - interval[0] < POINT:
-        apart = float(np.ptp(np.concatenate([ones, others]))) if span is None else span
-        others_differ = 1 - TAIL ** (1 / (int(index.max()) + 1))
-        middle, reach = (1 - others_differ) * mean, others_differ * apart
-        interval = [middle - reach, middle + reach]
+    apart = float(np.ptp(np.concatenate([ones, others]))) if span is None else span
+    interval = difference_interval(mean, interval, int(index.max()) + 1, span=apart)
     sums = np.bincount(index, weights=differences)
     sums = sums[sums != 0]
     rng = np.random.default_rng(seed)
@@ -246,6 +239,28 @@ def best_temperature(differences: Sequence[float], labels: Sequence[float] | flo
         lambda log_t: pair_nll(values, scale * math.exp(log_t), sure), bounds=(-20, 20), method="bounded"
     )
     return scale * math.exp(minimum.x)
+
+
+def difference_interval(
+    difference: float, interval: Sequence[float] | None, clusters: int, *, span: float
+) -> list[float] | None:
+    """Return a bootstrap's interval of a mean difference, kept within ± span; where it is a point, (1 - u) d ± u · span.
+
+    Where all of n clusters have one and the same difference d, no bootstrap gets away from it. Then up to a share
+    u = 1 - 0.025^(1/n) of other clusters may differ (Clopper and Pearson), by as much as values lie apart.
+
+    Args:
+        interval: of the bootstrap; None where there was one cluster.
+        clusters: how many there were.
+        span: how far apart two values can lie.
+    """
+    if interval is None:
+        return None
+    if interval[1] - interval[0] < POINT:
+        others = 1 - TAIL ** (1 / clusters)
+        middle, reach = (1 - others) * difference, others * span
+        return [middle - reach, middle + reach]
+    return [max(-span, interval[0]), min(span, interval[1])]
 
 
 def length_controlled_accuracy(

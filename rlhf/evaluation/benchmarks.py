@@ -4,6 +4,7 @@ Every figure of every benchmark is Σ w·x over outcomes x of prompts, with weig
 interval of any figure, the paired difference of two models, and what a length rule gets on the same rows.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -13,7 +14,7 @@ import numpy as np
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import Messages
 from rlhf.evaluation.best_of_n import best_of_n_values
-from rlhf.statistics import Array, clustered_statistic, share_interval
+from rlhf.statistics import Array, clustered_statistic, difference_interval, share_interval
 
 # RewardBench (arXiv:2403.13787, `rewardbench/constants.py`): subsets of each section with the weight that they count
 # with. It is the number of their pairs, but for math, which counts as much as code (984 = 6 x 164).
@@ -113,36 +114,67 @@ class Value(TypedDict):
 def figure_values(arithmetic: Arithmetic, outcomes: Array, *, are_differences: bool = False) -> dict[str, Value]:
     """Compute every figure with its interval, which resamples conversations.
 
-    How much each part of a benchmark counts is fixed, so a resample divides in each part s by the weight that it drew:
-    Σ_s W_s · (Σ w·x / Σ w), W_s the sum of its weights. A part of which nothing was drawn keeps its own value.
+    How much each part s of a benchmark counts is fixed: a figure is Σ_s W_s v_s, with v_s = Σ w·x / Σ w over a part's rows and
+    W_s the sum of its weights. Its interval is the wider, at each end, of two (as `length_controlled_accuracy` has it): a
+    bootstrap of all conversations, which knows what parts have in common, and the root of the summed squares of the parts' own
+    distances W_s (v_s - low_s), which knows how few rows a part has.
 
     Args:
-        are_differences: outcomes are differences of two models, and may be negative; else they are shares, or nearly so.
+        are_differences: outcomes are differences of two models, from -1 to 1; else they are shares, or nearly so.
     """
     parts = np.array(arithmetic.strata or [""] * len(outcomes))
     values: dict[str, Value] = {}
     for name, weights in arithmetic.figures.items():
         rows = np.nonzero(weights)[0]
-        members = [(parts[rows] == part).astype(float) for part in sorted(set(parts[rows].tolist()))]
+        members = [parts[rows] == part for part in sorted(set(parts[rows].tolist()))]
+        sums = np.stack([weights[rows] * outcomes[rows], weights[rows]], axis=1)
+        clusters = np.array([arithmetic.clusters[i] for i in rows.tolist()])
         scales = np.array([float(weights[rows] @ member) for member in members])
-        columns = [column * member for column in (weights[rows] * outcomes[rows], weights[rows]) for member in members]
-        clusters = [arithmetic.clusters[i] for i in rows.tolist()]
-
-        of_all = np.array([column.sum() for column in columns[: len(scales)]]) / scales
-
-        def figure(sums: Array, scales: Array = scales, of_all: Array = of_all) -> Array:
-            inside, drawn = sums[..., : len(scales)], sums[..., len(scales) :]
-            return np.asarray((scales * np.where(drawn > 0, inside / drawn, of_all)).sum(axis=-1))
-
-        value, interval = clustered_statistic(np.stack(columns, axis=1), clusters, figure)
-        if are_differences:
-            values[name] = {"value": value, "ci": interval}
+        alone = [_part(sums[member], clusters[member].tolist(), are_differences) for member in members]
+        value = float(scales @ np.array([part for part, _ in alone]))
+        if len(set(clusters.tolist())) == 1 and are_differences:
+            values[name] = {"value": value, "ci": None}
             continue
-        whole = float(scales.sum())
-        share = interval and [end / whole for end in interval]
-        ends = share_interval(value / whole, share, len(set(clusters)))
-        values[name] = {"value": value, "ci": [whole * end for end in ends]}
+        ends = [value + _apart(scales, alone, end) for end in (0, 1)]
+        if len(members) > 1:
+            together = _together(sums, members, scales, clusters.tolist())
+            ends = [min(ends[0], together[0]), max(ends[1], together[1])] if together else ends
+        # RewardBench 2's tanh may be below 0.
+        lowest, highest = (-scales.sum() if are_differences else min(0.0, value)), scales.sum()
+        values[name] = {"value": value, "ci": [max(float(lowest), ends[0]), min(float(highest), ends[1])]}
     return values
+
+
+def _part(sums: Array, clusters: Sequence[str], are_differences: bool) -> tuple[float, list[float]]:
+    """Return a part's own value and interval.
+
+    Args:
+        sums: [m, 2] of its rows, w·x and w.
+        clusters: [m] their conversations.
+    """
+    value, interval = clustered_statistic(sums, clusters, lambda drawn: drawn[..., 0] / drawn[..., 1])
+    count = len(set(clusters))
+    if not are_differences:
+        return value, share_interval(value, interval, count)
+    return value, difference_interval(value, interval, count, span=1.0) or [-1.0, 1.0]
+
+
+def _apart(scales: Array, alone: Sequence[tuple[float, list[float]]], end: int) -> float:
+    """Return how far the figure's lower (0) or upper (1) end lies from it, by the parts' own ends."""
+    distance = math.hypot(*(scale * (ends[end] - value) for scale, (value, ends) in zip(scales, alone, strict=True)))
+    return distance if end else -distance
+
+
+def _together(sums: Array, members: Sequence[Array], scales: Array, clusters: Sequence[str]) -> list[float] | None:
+    """Return the bootstrap interval of Σ_s W_s v_s; a part of which nothing was drawn keeps its own value."""
+    columns = np.stack([column * member for column in sums.T for member in members], axis=1)
+    of_all = columns[:, : len(scales)].sum(axis=0) / scales
+
+    def figure(drawn: Array) -> Array:
+        inside, weight = drawn[..., : len(scales)], drawn[..., len(scales) :]
+        return np.asarray((scales * np.where(weight > 0, inside / weight, of_all)).sum(axis=-1))
+
+    return clustered_statistic(columns, clusters, figure)[1]
 
 
 def length_scores(items: Sequence[Item], sign: int) -> list[Array]:

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.read import BadRow
@@ -29,8 +30,13 @@ class ToolTemplate:
     """
 
     def __init__(self, load: Callable[[], PreTrainedTokenizerBase], name: str) -> None:
-        self._load, self._name = load, name
+        self.load, self.name = load, name
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def used(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer whose template was asked; None while no row had tool calls."""
+        return self._tokenizer
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row whose turns are texts: every call is what the template writes for it.
@@ -40,7 +46,14 @@ class ToolTemplate:
                 template writes special tokens in it.
         """
         if self._tokenizer is None:
-            self._tokenizer = self._load()
+            self._tokenizer = self.load()
+        try:
+            return self._fitted(row)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise BadRow(f"the chat template of {self.name} can't write its tool calls: {error}") from error
+
+    def _fitted(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row whose turns are texts."""
         sides = [side for side in ("chosen", "rejected", "completion") if side in row]
         for turns in [[*row["prompt"], *row[side]] for side in sides] or [row["prompt"]]:
             self._check_place(turns)
@@ -49,7 +62,7 @@ class ToolTemplate:
         for side in sides:
             fitted[side] = self._as_texts(prompt, row[side])
         if fitted.get("chosen") is not None and fitted["chosen"] == fitted["rejected"]:
-            raise BadRow(f"the chat template of {self._name} writes both answers alike")
+            raise BadRow(f"the chat template of {self.name} writes both answers alike")
         return fitted
 
     def _as_texts(self, before: Messages, turns: Messages) -> Messages:
@@ -73,7 +86,7 @@ class ToolTemplate:
         tokens = spelled(self._require_tokenizer()).findall(self._written(before, _marked([turn])[0][0]))
         if len(tokens) > len(spelled(self._require_tokenizer()).findall(turn["content"])):
             raise BadRow(
-                f"the chat template of {self._name} writes the special token {tokens[0]!r} in its tool calls, which the text of "
+                f"the chat template of {self.name} writes the special token {tokens[0]!r} in its tool calls, which the text of "
                 "a turn can't hold"
             )
         return as_text
@@ -88,7 +101,7 @@ class ToolTemplate:
         return rendered(self._require_tokenizer(), turns)
 
     def _unwritable(self) -> BadRow:
-        return BadRow(f"the chat template of {self._name} can't write its tool calls as the text of a turn")
+        return BadRow(f"the chat template of {self.name} can't write its tool calls as the text of a turn")
 
     def _check_place(self, turns: Messages) -> None:
         """Refuse turns of which the template leaves something out."""
@@ -98,11 +111,11 @@ class ToolTemplate:
         except Exception as error:  # a template may raise anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BadRow(
-                f"the chat template of {self._name} refuses its tool calls or tools' turns ({reason})"
+                f"the chat template of {self.name} refuses its tool calls or tools' turns ({reason})"
             ) from None
         missing = [kind for mark, kind in expected.items() if mark not in text]
         if missing:
-            raise BadRow(f"the chat template of {self._name} has no place for {' and '.join(sorted(set(missing)))}")
+            raise BadRow(f"the chat template of {self.name} has no place for {' and '.join(sorted(set(missing)))}")
 
     def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         assert self._tokenizer is not None, "it was loaded when the first row came"

@@ -220,7 +220,7 @@ def _examine_policy(examination: Examination) -> None:
         longest = args.max_completion_length
         examination.say(f"policy: sampling {SAMPLED} answers of at most {longest} tokens …")
         prompts = [row["prompt"] for row in asked[:SAMPLED]]
-        answers = generate(model, tokenizer, prompts, max_new_tokens=longest, max_prompt_length=limit)
+        answers = generate(model, tokenizer, prompts, max_new_tokens=longest, **sampling)
         examination.enter("policy", policy_ends(answers.ended.tolist(), max_new_tokens=longest))
 
     # 3. The same text alone, in a batch, and a second time as it is trained.

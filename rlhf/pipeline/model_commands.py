@@ -19,7 +19,6 @@ from rlhf.models.text import check_vocabulary
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.result_file import check_new_folder
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
-from rlhf.reward.cloud import CLOUD
 from rlhf.reward.digests import scoring_digests
 from rlhf.reward.experts import EXPERTS
 from rlhf.reward.gated import is_gated
@@ -82,8 +81,6 @@ def export_model(model: Path, out: Path) -> None:
         )
     with _whole_or_nothing(out):
         save_model(network, reward.tokenizer, out)
-        if (model / CLOUD).is_file():
-            shutil.copy2(model / CLOUD, out / CLOUD)
         card["chat_template_sha256"], card["files"] = template_digest(reward.tokenizer), scoring_digests(out)
         write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
         assert find_source(out).adapter is None, "a merged model has no adapter"

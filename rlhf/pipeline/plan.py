@@ -15,8 +15,6 @@ from rlhf.recipe.schema import DATA_SOURCES, Recipe, StageSection
 # Keys of TRL's that may name a file.
 PATH_KEYS = ("chat_template_path", "accelerator_config", "deepspeed", "fsdp_config")
 
-WEIGHTS = (".safetensors", ".gguf")
-
 
 class Add(Protocol):
     """Add a stage to a plan: its name, folder, settings, and parents by role."""
@@ -75,7 +73,6 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
             parents = dict(origins)
         origins["lab"] = add("lab", "round-0/lab", settings, **parents)
     data_settings = recipe.data.model_dump(exclude_none=True) | {"sha256": _local_digests(recipe)}
-    data_settings |= _files(model, weights=False)  # its template writes tool calls
     if recipe.reward.reads_ratings:
         data_settings["ratings"] = recipe.reward.ratings()
     if recipe.reward.extra_kind == "critique":
@@ -87,7 +84,7 @@ def _start(recipe: Recipe, add: Add) -> dict[str, Stage]:
         origins.pop("lab", None)
     if not recipe.has_sft:
         return {"data": data} | origins  # the backbone can answer already, and takes SFT's place
-    settings = recipe.sft.model_dump() | {"backbone": backbone} | _sampling(recipe) | _gold(recipe)
+    settings = recipe.sft.model_dump() | {"backbone": backbone} | _shown(recipe) | _gold(recipe)
     settings |= _files(recipe.backbone.model, recipe.evaluate.gold, *_paths(recipe.sft))
     return {"data": data, "sft": add("sft", "round-0/sft", settings, data=data, **origins)}
 
@@ -216,13 +213,14 @@ def _backbone(recipe: Recipe, start: dict[str, Stage]) -> dict[str, Any]:
 
 def _sampling(recipe: Recipe) -> dict[str, Any]:
     """Return what answers that are sampled outside PPO depend on; what is as it always was is not named, so that keys stay."""
-    settings, temperature = recipe.ppo.trl_settings(), recipe.sampling.temperature
-    longest = settings.get("max_prompt_length")
-    return {
-        "max_completion_length": settings.get("max_completion_length"),
-        **({} if longest is None else {"max_prompt_length": longest}),
-        **({} if temperature == 1 else {"temperature": temperature}),
-    }
+    temperature = recipe.sampling.temperature
+    prompts = {key: value for key, value in recipe.ppo.trl_settings().items() if key == "max_prompt_length"}
+    return _shown(recipe) | prompts | ({} if temperature == 1 else {"temperature": temperature})
+
+
+def _shown(recipe: Recipe) -> dict[str, Any]:
+    """Return what the answers depend on that SFT shows."""
+    return {"max_completion_length": recipe.ppo.trl_settings().get("max_completion_length")}
 
 
 def _engine(recipe: Recipe) -> dict[str, Any]:
@@ -235,13 +233,9 @@ def _gold(recipe: Recipe) -> dict[str, Any]:
     return {"gold": recipe.evaluate.gold}
 
 
-def _files(*names: str | None, weights: bool = True) -> dict[str, dict[str, str]]:
-    """Return the digests of the code files and local models that a stage reads by these names, if there are any.
-
-    Args:
-        weights: whether it reads the models' weights too.
-    """
-    digests = {name: digest for name, digest in named_digests(names).items() if weights or not name.endswith(WEIGHTS)}
+def _files(*names: str | None) -> dict[str, dict[str, str]]:
+    """Return the digests of the code files and local models that a stage reads by these names, if there are any."""
+    digests = named_digests(names)
     return {"files": digests} if digests else {}
 
 

@@ -195,6 +195,7 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
         return
     from rlhf.pipeline.context import StageContext  # torch is loaded when the first stage runs
     from rlhf.pipeline.precision import kept_precision
+    from rlhf.pipeline.stages import check_tool_template
 
     book = CheckBook()
     if is_main:
@@ -202,6 +203,7 @@ def _run_stage(stage: Stage, recipe: Recipe, store: Store, *, is_main: bool, say
         unchanged = book.entries["finished files unchanged"]
         if not unchanged["held"]:
             raise UserError(f"{stage.folder}: {unchanged['sentence']}")
+        check_tool_template(recipe, {role: store.path(parent) for role, parent in stage.parents.items()})
     if is_main and store.is_begun_of_others(stage):
         say(f"{stage.folder}: what it is made of was made again since it began, so it begins anew.")
     folder = store.open(stage) if is_main else store.wait_until_open(stage)

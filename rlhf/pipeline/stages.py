@@ -3,7 +3,7 @@
 Each is one function: it reads its parents' folders, does the work, writes into its own folder, and returns facts for the manifest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,11 @@ from rlhf.recipe.schema import DATA_SOURCES
 from rlhf.report.records import MANIFEST, read_record
 from rlhf.reward.denoise import check_needs, check_scale
 from rlhf.reward.ensemble import load_scorer_of, member_folders
+from rlhf.reward.load import template_digest
 from rlhf.reward.sources import by_source
 
 SHOWN_SAMPLES, SFT_ANSWERS = 64, "sft_answers.jsonl"
+TOOL_TEMPLATE = "tool_template_sha256"  # a fact of data with tool calls
 
 
 def run_lab(context: StageContext, answers: Answers | None = None) -> dict[str, Any]:
@@ -122,6 +124,8 @@ def run_data(context: StageContext, fit: Fit | None = None) -> dict[str, Any]:
     sources = DataSources(**others, **named, ratings=ratings, critiques=reward.extra_kind == "critique")
     fit = fit or _tool_template(context.recipe, lab, context.find_parent("base"))
     facts = prepare_data(context.folder / "data", sources, seed=context.recipe.seed, fit=fit)
+    if isinstance(fit, ToolTemplate) and fit.used is not None:
+        facts[TOOL_TEMPLATE] = template_digest(fit.used)
     for sentence in facts.pop("sentences"):
         context.say(sentence)
     if (OBJECTIVES[reward.objective].needs.pairs or reward.ratings_first) and not facts["rows"].get("pairs"):
@@ -151,6 +155,25 @@ def _tool_template(recipe: Recipe, *earlier: Path | None) -> ToolTemplate | None
     base = backbone_model(recipe) if written is None else str(written / "model")
     revision = recipe.backbone.revision if written is None else None
     return ToolTemplate(lambda: load_tokenizer(base, conversational=True, revision=revision, pads=False), base)
+
+
+def check_tool_template(recipe: Recipe, parents: Mapping[str, Path]) -> None:
+    """Refuse data whose tool calls were written by another chat template than the base model has now.
+
+    Args:
+        parents: the folders of a stage's parents by role.
+
+    Raises:
+        UserError: they were; models would learn one format and be used with another.
+    """
+    data = parents.get("data")
+    written = None if data is None else (read_record(data / MANIFEST) or {"facts": {}})["facts"].get(TOOL_TEMPLATE)
+    template = None if written is None else _tool_template(recipe, parents.get("lab"), parents.get("base"))
+    if template is not None and template_digest(template.load()) != written:
+        raise UserError(
+            f"{data}: its tool calls were written by another chat template than {template.name} has now. Take the change back, or "
+            "delete the folder, and those of later stages, to make them again."
+        )
 
 
 def run_base(context: StageContext) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def read_override(text: str) -> Document:
     if not separator or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
         raise UserError(f"{place}: an override looks like section.key=value.")
     if not value.strip():
-        raise UserError(f"{place}: no value behind {name}=; write {name}=null to take a setting away.")
+        raise UserError(f"{place}: no value behind {name}=; give it one, or leave this override out.")
     path = tuple(name.split("."))
     document = Document(places={path[: i + 1]: place for i in range(len(path))}, path=path)
     parsed = _read_yaml(value, path, lambda _: place, document)
@@ -135,9 +135,6 @@ def differences(before: Mapping[str, object], now: Mapping[str, object], prefix:
             changes += differences(old, new, f"{prefix}{name}.")
         elif old != new:
             changes.append(f"{prefix}{name} was {old!r}, is {new!r}")
-        elif (name in before) != (name in now):  # null, which is a value, beside a default
-            was, is_now = ("null" if name in settings else "not set" for settings in (before, now))
-            changes.append(f"{prefix}{name} was {was}, is {is_now}")
     return changes
 
 

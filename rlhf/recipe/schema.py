@@ -385,4 +385,6 @@ class Recipe(Section):
         for name in STAGE_SECTIONS:  # a null of TRL's is a value, and seldom the default
             values[name] |= {key: None for key, value in getattr(self, name).trl_settings().items() if value is None}
         values["backbone"] = self.backbone.named()
+        if values["ppo"].get("temperature") == self.sampling.temperature:  # read again, PPO takes it from there
+            del values["ppo"]["temperature"]
         return values

@@ -270,7 +270,7 @@ def mixed_temperatures(recipe: Recipe, until: str | None = None) -> Iterator[str
         until: the last stage that will run, if it is not the plan's.
     """
     ppo, others = _values(recipe, "ppo")["temperature"], recipe.sampling.temperature
-    if ppo != others and until in (None, "ppo", "evaluate"):
+    if ppo != others and (until or "ppo").rpartition("/")[2] in ("ppo", "evaluate"):
         yield (
             f"ppo.temperature is {ppo:g} and sampling.temperature {others:g}: PPO trains another distribution than the one whose "
             "answers are labelled and evaluated. Set sampling.temperature alone, which PPO reads too."

@@ -115,15 +115,17 @@ def verdict(summary: Summary, ppo: Sequence[Metrics]) -> list[str]:
     if reward["accuracy"] is not None:
         baseline = max(reward["length_baseline"], 1 - reward["length_baseline"])
         low, high = reward["accuracy_ci"]
-        above = reward.get("over_length_ci")  # None: all pairs are of one conversation
-        beats = "beats" if above and above[0] > 0 else "does not clearly beat"
-        figures = (
-            f", {reward['over_length']:+.1%} [{above[0]:+.1%}, {above[1]:+.1%}] on the same pairs" if above else ""
+        orders = (
+            f"The reward model orders {reward['accuracy']:.1%} [{low:.1%}, {high:.1%}] of held-out pairs as labelled"
         )
-        sentences.append(
-            f"The reward model orders {reward['accuracy']:.1%} [{low:.1%}, {high:.1%}] of held-out pairs as labelled and "
-            f"{beats} judging by length alone ({baseline:.1%}{figures})."
-        )
+        above = reward.get("over_length_ci")
+        if above is None:  # all pairs are of one conversation, or an earlier version scored them
+            sentences.append(f"{orders}; judging by length alone has {baseline:.1%}.")
+        else:
+            sentences.append(
+                f"{orders} and {'beats' if above[0] > 0 else 'does not clearly beat'} judging by length alone ({baseline:.1%}, "
+                f"{reward['over_length']:+.1%} [{above[0]:+.1%}, {above[1]:+.1%}] on the same pairs)."
+            )
     if ppo:
         sentences.append(_overoptimised(ppo))
     return sentences

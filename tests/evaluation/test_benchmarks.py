@@ -1,5 +1,6 @@
 """Published benchmarks: their arithmetic on cases worked out by hand, their files by their columns, what is refused."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -199,7 +200,7 @@ def test_an_interval_of_a_share_is_one() -> None:
 
 
 def test_a_mean_of_sections_has_no_scatter_of_their_sizes() -> None:
-    """Var = Σ_s W_s² p_s (1 - p_s) / n_s; where all prompts of a section are alike, nothing is left but the others' scatter."""
+    """The distances of the sections' own intervals, a quarter each, squared and summed; sections that differ add nothing."""
     sizes, rights = {"Chat": 200, "Chat Hard": 100, "Safety": 300, "Reasoning": 400}, (1.0, 0.0, 0.6, 0.9)
     names = {"Chat": "mt-bench-easy", "Chat Hard": "mt-bench-hard", "Safety": "donotanswer", "Reasoning": "hep-go"}
     items, outcomes = [], []
@@ -212,8 +213,29 @@ def test_a_mean_of_sections_has_no_scatter_of_their_sizes() -> None:
     figures = {**whole, "Overall": np.mean(list(whole.values()), axis=0)}
     got = figure_values(replace(arithmetic, figures=figures), np.array(outcomes))["Overall"]
     assert got["value"] == pytest.approx(np.mean(rights))
-    error = math.sqrt(sum(p * (1 - p) / n for p, n in zip(rights, sizes.values(), strict=True))) / 4
-    assert got["ci"][1] - got["ci"][0] == pytest.approx(2 * 1.96 * error, rel=0.1)
+    starts = np.cumsum([0, *sizes.values()])
+    alone = [clustered_share(outcomes[a:b]) for a, b in itertools.pairwise(starts)]
+    below, above = (math.hypot(*((share - ends[end]) / 4 for share, ends in alone)) for end in (0, 1))
+    assert got["ci"] == pytest.approx([got["value"] - below, got["value"] + above], abs=0.001)
+    pooled = figure_values(replace(arithmetic, figures=figures, strata=()), np.array(outcomes))["Overall"]
+    assert pooled["ci"][1] - pooled["ci"][0] > 1.3 * (above + below), "as it was, with the sizes of sections drawn too"
+
+
+def test_a_section_of_few_rows_is_known_no_better_than_by_these() -> None:
+    """Three rows that are all right don't prove a section: its own exact interval counts with its weight, 0.5."""
+    weights = np.array([0.5 / 3] * 3 + [0.5 / 100] * 100)
+    names = [str(i) for i in range(103)]
+    arithmetic = Arithmetic(lambda _: weights, names, {"f": weights}, ["few"] * 3 + ["many"] * 100)
+    right = np.array([1.0] * 3 + [1.0] * 90 + [0.0] * 10)
+    got = figure_values(arithmetic, right)["f"]
+    assert got["value"] == pytest.approx(0.95)
+    few, many = clustered_share([1.0] * 3)[1], clustered_share(right[3:].tolist())[1]
+    below = math.hypot(0.5 * (1 - few[0]), 0.5 * (0.9 - many[0]))
+    assert got["ci"] == pytest.approx([0.95 - below, 0.95 + 0.5 * (many[1] - 0.9)], abs=0.01)
+    gap = figure_values(arithmetic, np.array([1.0] * 3 + [0.0] * 100), are_differences=True)["f"]
+    assert gap["value"] == pytest.approx(0.5)
+    assert gap["ci"][0] < 0.5 * (1 - 2 * (1 - 0.025 ** (1 / 3))) + 0.01, "which may be negative in other prompts"
+    assert gap["ci"][1] <= 0.55
 
 
 def test_length_rules_on_the_same_rows() -> None:

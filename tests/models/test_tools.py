@@ -103,3 +103,15 @@ def test_a_special_token_of_the_template_is_no_text(with_tools: Any) -> None:
     for row in (ROW, typed, {**ROW, "prompt": ROW["prompt"][:1]}):
         with pytest.raises(BadRow, match=r"writes the special token '\[TOOL_CALLS\]' in its tool calls"):
             ToolTemplate(lambda: with_special, "m")(row)
+
+
+@pytest.mark.parametrize("arguments", [["Rome"], 5, "Rome"])
+def test_a_call_that_can_not_be_written_is_a_bad_row_and_ends_nothing(with_tools: Any, arguments: Any) -> None:
+    """A TypeError of one row ended `rlhf score` before its first line was written."""
+    with_tools.chat_template = TEMPLATE.replace("c.function.arguments | tojson", "c.function.arguments.items() | list")
+    made = call(city="Rome")
+    row = {"prompt": [{"role": "user", "content": "in Rome?"}], "completion": [made]}
+    assert "Rome" in ToolTemplate(lambda: with_tools, "m")(row)["completion"][0]["content"]
+    made["tool_calls"][0]["function"]["arguments"] = arguments
+    with pytest.raises(BadRow, match="the chat template of m"):
+        ToolTemplate(lambda: with_tools, "m")(row)

@@ -1,6 +1,7 @@
 """A run goes on with the same things, or says what changed: code files, reward folders, local models, finished files."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rlhf.pipeline.audit import _identity
 from rlhf.pipeline.digests import named_digests
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.run import run
+from rlhf.pipeline.stages import check_tool_template
 from rlhf.pipeline.store import Stage, Store
 from rlhf.recipe import load_recipe
 from rlhf.recipe.schema import Recipe
@@ -70,9 +72,8 @@ CHANGED = {
     "adapter/tokenizer.json": "round-1/ppo",
     "base/model.safetensors": "round-1/ppo",  # of the adapter
     "lm/model.safetensors": "round-0/sft",
-    "lm/config.json": "round-0/data",
-    "lm/tokenizer.json": "round-0/data",
-    "lm/chat_template.jinja": "round-0/data",  # which writes tool calls
+    "lm/config.json": "round-0/sft",
+    "lm/tokenizer.json": "round-0/sft",
     "turns.jinja": "round-0/sft",
     "scored.jinja": "round-1/reward",
     "sft.jsonl": "round-0/data",
@@ -269,3 +270,47 @@ def test_a_file_is_read_once_a_process(tmp_path: Path, monkeypatch: pytest.Monke
     file.write_text("ab")
     named_digests([str(tmp_path)])
     assert len(reads) == 2
+
+
+CALLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}]{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.fault("function or model changed")
+@pytest.mark.parametrize("has_calls", [True, False])
+def test_tool_calls_are_those_of_the_template_that_is_used(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_calls: bool
+) -> None:
+    """Data that one template wrote were used by models that read another; without calls no template counts."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base_folder, "lm")
+    template = Path("lm/chat_template.jinja")
+    template.write_text(CALLS)
+    rows = []
+    for i in range(40):
+        sides = {name: [{"role": "assistant", "content": f"{name} {i}"}] for name in ("chosen", "rejected")}
+        if has_calls:
+            for side in sides.values():
+                function = {"name": "weather", "arguments": {"city": side[0]["content"]}}
+                side[0] |= {"content": "", "tool_calls": [{"type": "function", "function": function}]}
+        rows.append({"prompt": [{"role": "user", "content": f"q {i}"}], **sides})
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("r.yaml").write_text(
+        "name: x\nbackbone: {model: lm}\ndata: {preferences: p.jsonl}\nppo: {max_completion_length: 16}\n"
+    )
+    loaded = load_recipe("r.yaml")
+    run(loaded, tmp_path / "run", until="data", say=lambda _: None)
+    (data,) = (stage for stage in plan(loaded) if stage.name == "data")
+    parents = {"data": Store(tmp_path / "run").path(data)}
+    assert ("[weather" in (parents["data"] / "data/pairs.jsonl").read_text()) == has_calls
+    check_tool_template(loaded, parents)
+    template.write_text(CALLS.replace("[", "<tool>["))
+    if not has_calls:
+        check_tool_template(loaded, parents)
+        return
+    with pytest.raises(
+        UserError, match=r"round-0/data: its tool calls were written by another chat template than lm has now"
+    ):
+        run(loaded, tmp_path / "run", until="reward", say=lambda _: None)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from rlhf.errors import UserError
+from rlhf.pipeline.plan import plan
 from rlhf.recipe import load_recipe
 from rlhf.recipe.document import differences
 from rlhf.recipe.keys import stage_keys
@@ -110,6 +111,8 @@ def test_ppo_samples_as_everything_else_does(tmp_path: Path, overrides: list[str
     assert recipe.ppo.trl_settings() == expected
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.resolved()), encoding="utf-8")
     assert load_recipe(tmp_path / "again.yaml").ppo.trl_settings() == expected, "a resolved recipe says the same"
+    changed = load_recipe(tmp_path / "again.yaml", ["sampling.temperature=0.5"]).ppo.trl_settings()
+    assert changed == {"temperature": 0.9 if "ppo.temperature=0.9" in overrides else 0.5}
     assert ("temperature" in recipe.resolved()["sampling"]) == any("sampling.t" in x for x in overrides), (
         "as it was before"
     )
@@ -128,10 +131,12 @@ def test_a_null_of_trls_is_a_value_and_is_written(tmp_path: Path) -> None:
             (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.resolved()), encoding="utf-8")
             again = load_recipe(tmp_path / "again.yaml")
             assert getattr(again, section).trl_settings() == getattr(recipe, section).trl_settings() == {key: None}
-    plain = load_recipe(tmp_path / "r.yaml")
-    clipped = load_recipe(tmp_path / "r.yaml", ["ppo.reward_clip=null"])
-    assert differences(plain.resolved(), clipped.resolved()) == ["ppo.reward_clip was not set, is null"]
-    assert differences(clipped.resolved(), plain.resolved()) == ["ppo.reward_clip was null, is not set"]
+    plain, clipped = (load_recipe(tmp_path / "r.yaml", asked) for asked in ([], ["ppo.reward_clip=null"]))
+    assert not differences(plain.resolved(), clipped.resolved()), (
+        "as earlier versions wrote it; keys of stages tell them apart"
+    )
+    differing = [a.name for a, b in zip(plan(plain), plan(clipped), strict=True) if a.settings != b.settings]
+    assert differing == ["ppo"]
     scratch = ["backbone.from_scratch.architecture=qwen3", "backbone.from_scratch.num_key_value_heads=null"]
     (tmp_path / "s.yaml").write_text("name: x\ndata: {sft: a.jsonl, preferences: a.jsonl}\n", encoding="utf-8")
     made = load_recipe(tmp_path / "s.yaml", scratch)
@@ -143,7 +148,7 @@ def test_a_null_of_trls_is_a_value_and_is_written(tmp_path: Path) -> None:
 def test_an_override_without_a_value_is_refused(tmp_path: Path, override: str) -> None:
     """It is what a shell makes of a variable that is not set, and it took the setting away."""
     (tmp_path / "r.yaml").write_text("name: x\nlab: {}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"no value behind .*=; write .*=null to take a setting away"):
+    with pytest.raises(UserError, match=r"no value behind .*=; give it one, or leave"):
         load_recipe(tmp_path / "r.yaml", [override])
 
 

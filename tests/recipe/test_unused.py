@@ -290,6 +290,7 @@ def test_shipped_recipes_set_nothing_that_is_not_used(file: Path) -> None:
             "ppo",
             "ppo.temperature is 1 and sampling.temperature 0.7:",
         ),
+        (["ppo.temperature=0.7"], "round-1/ppo", "ppo.temperature is 0.7 and sampling.temperature 1:"),
         (["ppo.temperature=0.7"], "reward", None),
     ],
 )

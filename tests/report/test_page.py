@@ -65,7 +65,7 @@ def test_a_tie_is_no_win_and_a_length_rule_is_beaten_by_a_paired_test() -> None:
     for interval, beats in (
         ([-0.05, 0.33], "does not clearly beat"),
         ([0.01, 0.27], "beats"),
-        (None, "does not clearly"),
+        (None, "labelled; judging by"),
     ):
         entry = {"round": 1, "policy": policy, "reward": {**reward, "over_length_ci": interval}}
         summary: Any = {
@@ -79,5 +79,5 @@ def test_a_tie_is_no_win_and_a_length_rule_is_beaten_by_a_paired_test() -> None:
             "the policy wins 10% of 512 held-out prompts against SFT, ties on 90% and loses 0% (win rate 0.55 ["
             in first
         )
-        assert f"as labelled and {beats}" in of_reward
+        assert beats in of_reward
         assert ("on the same pairs" in of_reward) == (interval is not None)

@@ -287,9 +287,8 @@ def test_the_code_is_kept_and_its_cloud_read_again(base_folder: Any, tokenizer: 
     assert again.is_outside(features + 50.0).all()
     assert torch.equal(again.is_outside(features), latent_cloud(made.code, features).is_outside(features))
     export_model(tmp_path / "rm", tmp_path / "exported")
-    exported = load_reward_model(tmp_path / "exported").cloud
-    assert exported is not None, "PPO's alarm for codes that leave the cloud holds for an exported model too"
-    assert torch.equal(exported.is_outside(features), again.is_outside(features))
+    files = [file.name for file in (tmp_path / "exported").glob("*.safetensors")]
+    assert files == ["model.safetensors"], "servers read every such file of a folder as weights"
 
 
 CENTRED = {PairRewardTrainer: 1.0, TextRewardTrainer: 0.7, LengthRewardTrainer: 1.0, BottleneckRewardTrainer: 1.0}
