@@ -213,9 +213,10 @@ def _backbone(recipe: Recipe, start: dict[str, Stage]) -> dict[str, Any]:
 
 def _sampling(recipe: Recipe) -> dict[str, Any]:
     """Return what answers that are sampled outside PPO depend on; what is as it always was is not named, so that keys stay."""
-    temperature = recipe.sampling.temperature
-    prompts = {key: value for key, value in recipe.ppo.trl_settings().items() if key == "max_prompt_length"}
-    return _shown(recipe) | prompts | ({} if temperature == 1 else {"temperature": temperature})
+    temperature, key = recipe.sampling.temperature, "max_prompt_length"
+    # Of this key a run's own recipe shows every change but that between null, prompts of any length, and the default.
+    whole = {key: None} if recipe.ppo.trl_settings().get(key, 0) is None else {}
+    return _shown(recipe) | whole | ({} if temperature == 1 else {"temperature": temperature})
 
 
 def _shown(recipe: Recipe) -> dict[str, Any]:

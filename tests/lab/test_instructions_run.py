@@ -136,7 +136,6 @@ def test_the_lab_depends_on_its_model(chat_folder: Path, tmp_path: Path) -> None
             (name,),
             ("backbone.model=some/hub-id",),
             (name, "ppo.max_completion_length=9"),
-            (name, "ppo.max_prompt_length=90"),
             (name, "ppo.max_prompt_length=null"),
             (name, "sampling.temperature=0.7"),
             (name, "lab.pairs=101"),
@@ -144,7 +143,7 @@ def test_the_lab_depends_on_its_model(chat_folder: Path, tmp_path: Path) -> None
             (name, "seed=1"),
         )
     }
-    assert len(keys) == 9
+    assert len(keys) == 8
     elsewhere = ("reward.learning_rate=1.0e-2", "rounds.count=3", "ppo.temperature=0.7", "sampling.temperature=1")
     assert lab_key(name) == lab_key(name, *elsewhere) in keys
 
