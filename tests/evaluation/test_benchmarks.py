@@ -238,6 +238,15 @@ def test_a_section_of_few_rows_is_known_no_better_than_by_these() -> None:
     assert gap["ci"][1] <= 0.55
 
 
+def test_sections_of_the_same_conversations_are_not_independent() -> None:
+    """The same 100 conversations in both sections, with the same outcomes: as wide as one section, not narrower by root two."""
+    names, right = [str(i % 100) for i in range(200)], np.array([float(i % 10 < 7) for i in range(100)] * 2)
+    weights, parts = np.full(200, 1 / 200), ["a"] * 100 + ["b"] * 100
+    low, high = figure_values(Arithmetic(lambda _: right, names, {"f": weights}, parts), right)["f"]["ci"]
+    one = clustered_share(right[:100].tolist())[1]
+    assert high - low == pytest.approx(one[1] - one[0], rel=0.05)
+
+
 def test_length_rules_on_the_same_rows() -> None:
     items = [item("a", [1, 0], answers=["longer", "short"]), item("b", [1, 0], answers=["ab", "cd"])]
     arithmetic = by_pairs(items)
