@@ -70,7 +70,14 @@ def _reason(name: str | Path, error: Exception) -> str:
         return f"its safetensors file is cut off or damaged ({first}); copy the model again."
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
-        return "no model there (neither config.json nor adapter_config.json)."
+        inside = [other.name for other in sorted(folder.iterdir()) if (other / "tokenizer_config.json").is_file()]
+        if len(inside) > 1:  # an ensemble's stage
+            return (
+                f"no model but a folder of {len(inside)}, {', '.join(inside)}: name one of them, or give this folder to `rlhf serve`, "
+                "which answers with the mean of an ensemble."
+            )
+        named = f"; one lies in {folder / inside[0]}" if inside else ""
+        return f"no model there (neither config.json nor adapter_config.json){named}."
     if str(name).startswith(("/", ".", "~")) and not Path(expand(name)).exists():
         return "no model there (no such folder)."
     return f"can't be opened as a model ({type(error).__name__}: {first})"

@@ -120,6 +120,19 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("weights not whole")
+def test_a_folder_of_models_names_them(tmp_path: Path, copied: Path) -> None:
+    """`rlhf serve STAGE` takes an ensemble; a person who then named STAGE/model got its first member alone."""
+    (tmp_path / "stage").mkdir()
+    shutil.copytree(copied, tmp_path / "stage/model")
+    with pytest.raises(UserError, match=r"no model there \(.*\); one lies in .*/stage/model\."):
+        load_scorer(tmp_path / "stage")
+    shutil.copytree(copied, tmp_path / "stage/model-1")
+    with pytest.raises(
+        UserError, match=r"no model but a folder of 2, model, model-1: name one of them, or give .* rlhf serve"
+    ):
+        load_scorer(tmp_path / "stage")
+
+
 def test_tensors_without_a_place_are_said(copied: Path) -> None:
     weights(copied, lambda tensors: tensors.update({"model.layers.7.extra.weight": torch.ones(2)}))
     with pytest.warns(UserWarning, match="no place for model.layers.7.extra.weight"):
