@@ -73,8 +73,8 @@ def _reason(name: str | Path, error: Exception) -> str:
         inside = [other.name for other in sorted(folder.iterdir()) if (other / "tokenizer_config.json").is_file()]
         if len(inside) > 1:  # an ensemble's stage
             return (
-                f"no model but a folder of {len(inside)}, {', '.join(inside)}: name one of them, or give this folder to `rlhf serve`, "
-                "which answers with the mean of an ensemble."
+                f"no model but a folder of {len(inside)}, {', '.join(inside)}: name one of them, or give this folder to "
+                "`rlhf serve`, which answers with the mean of an ensemble."
             )
         named = f"; one lies in {folder / inside[0]}" if inside else ""
         return f"no model there (neither config.json nor adapter_config.json){named}."

@@ -128,7 +128,7 @@ def test_a_folder_of_models_names_them(tmp_path: Path, copied: Path) -> None:
         load_scorer(tmp_path / "stage")
     shutil.copytree(copied, tmp_path / "stage/model-1")
     with pytest.raises(
-        UserError, match=r"no model but a folder of 2, model, model-1: name one of them, or give .* rlhf serve"
+        UserError, match=r"no model but a folder of 2, model, model-1: name one of them, or give .* `rlhf serve`"
     ):
         load_scorer(tmp_path / "stage")
 
