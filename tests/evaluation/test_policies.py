@@ -77,6 +77,17 @@ def test_gold_figures_are_those_of_the_samples(base_folder: Path, tokenizer: Any
     assert low <= expected <= high
 
 
+def test_answers_of_one_score_share_their_true_reward(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of 16 by a reward model that knows nothing is any of them, and the end of the curve of n; not the first one."""
+    monkeypatch.setattr(Lengths, "score", lambda self, prompts, responses, ended: torch.ones(len(responses)))
+    facts, _ = evaluate(base_folder, tokenizer, lambda _, texts: [float(len(text)) for text in texts])
+    assert facts["best_of_16"]["by_reward"]["gold"] == pytest.approx(facts["best_of_n"][-1]["by_reward"])
+    assert facts["best_of_16"]["by_reward"]["gold"] == pytest.approx(facts["best_of_n"][0]["by_reward"])
+    assert facts["sft"]["gold"] != pytest.approx(facts["best_of_n"][0]["by_reward"]), "the first answers are others"
+
+
 @torch.no_grad()
 def test_answers_and_kl_are_those_of_the_temperature(base_folder: Path, tokenizer: Any) -> None:
     """Near 0 both policies give the answers that plain transformers finds greedily; the KL is of softmax(logits / T)."""
