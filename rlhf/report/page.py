@@ -124,7 +124,7 @@ def verdict(summary: Summary, ppo: Sequence[Metrics]) -> list[str]:
         else:
             sentences.append(
                 f"{orders} and {'beats' if above[0] > 0 else 'does not clearly beat'} judging by length alone ({baseline:.1%}, "
-                f"{reward['over_length']:+.1%} [{above[0]:+.1%}, {above[1]:+.1%}] on the same pairs)."
+                f"{100 * reward['over_length']:+.1f} points [{100 * above[0]:+.1f}, {100 * above[1]:+.1f}] on the same pairs)."
             )
     if ppo:
         sentences.append(_overoptimised(ppo))
