@@ -95,8 +95,14 @@ def test_answers_and_kl_are_those_of_the_temperature(base_folder: Path, tokenize
     sft, policy = (AutoModelForCausalLM.from_pretrained(base_folder).eval() for _ in range(2))
     for weight in policy.parameters():
         weight.add_(0.02 * torch.randn_like(weight))
-    together = {"tokenizer": tokenizer, "reward": Lengths(), "gold": None, "batch_size": 7, "max_new_tokens": 6}
-    _, samples, _ = evaluate_policies(policy=policy, sft=sft, prompts=PROMPTS[:10], temperature=1e-4, **together)  # type: ignore
+    together: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "reward": Lengths(),
+        "gold": None,
+        "batch_size": 7,
+        "max_new_tokens": 6,
+    }
+    _, samples, _ = evaluate_policies(policy=policy, sft=sft, prompts=PROMPTS[:10], temperature=1e-4, **together)
     asked = tokenizer.apply_chat_template(PROMPTS[:10], add_generation_prompt=True)["input_ids"]
     ids, mask = pad_left(asked, tokenizer.pad_token_id)
     for name, model in (("sft", sft), ("policy", policy)):
