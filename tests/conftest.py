@@ -119,8 +119,9 @@ def pairs() -> Any:
 @pytest.fixture(scope="session")
 def reward_folder(base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained reward model on the base, saved as the pipeline saves one."""
-    from rlhf.models.load import build_reward_model, model_settings
+    from rlhf.models.load import model_settings
     from rlhf.reward.load import save_reward_model
+    from tests.unit_scale import build_reward_model
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("reward")

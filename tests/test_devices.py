@@ -20,7 +20,7 @@ from rlhf import (
     PPOTrainer,
     load_reward_model,
 )
-from rlhf.models.load import build_reward_model, load_policy, model_settings
+from rlhf.models.load import load_policy, model_settings
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.run import run as run_recipe
 from rlhf.pipeline.vote import vote
@@ -33,6 +33,7 @@ from rlhf.reward.load import save_reward_model
 from rlhf.reward.model import RewardModel
 from tests.conftest import PROMPTS, WORDS
 from tests.pretended import ACCELERATOR, MixedDevices, place, pretended_accelerator
+from tests.unit_scale import build_reward_model
 
 DATA = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
 

@@ -38,7 +38,7 @@ from rlhf.models.open import (
     put_adapter,
 )
 from rlhf.models.save import check_base
-from rlhf.models.scalar_head import restore_exact, saved_head, score_head
+from rlhf.models.scalar_head import restore_exact, saved_head, score_head, start_heads
 from rlhf.models.templates import check_template
 from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_template, give_plain_template
 
@@ -199,7 +199,7 @@ def build_reward_model(
 ) -> PreTrainedModel | PeftModel:
     """Build a model with a scalar head on the weights of an SFT checkpoint or adapter.
 
-    The head is N(0, 1/(d+1)), so that first scores have about unit scale. With LoRA the task type is SEQ_CLS and the
+    The head is new and near 0, so that first scores are too. With LoRA the task type is SEQ_CLS and the
     head is trained and saved with the adapter (any other task type leaves it random, silently). An SFT adapter becomes
     the start of the reward adapter; without LoRA it is merged in. `problem_type="regression"` keeps other libraries
     from putting a sigmoid on the score.
@@ -245,10 +245,8 @@ def build_reward_model(
 
 
 def _start_head(model: PreTrainedModel, pad_token_id: int, labels: Sequence[str] = (REWARD_LABEL,)) -> None:
-    """Draw a new head from N(0, 1/(d+1)), and write into the configuration what a reward model's says."""
-    head = score_head(model)
-    if head is not None:
-        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    """Draw a new head, near 0, and write into the configuration what a reward model's says."""
+    start_heads(model)
     model.config.problem_type = "regression"
     model.config.get_text_config().pad_token_id = pad_token_id
     model.config.id2label = dict(enumerate(labels))

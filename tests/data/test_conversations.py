@@ -20,11 +20,11 @@ from rlhf.data.sources import Source, read_pair_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import score_pairs
 from rlhf.files import read_jsonl
-from rlhf.models.load import build_reward_model
 from rlhf.pipeline.audit import audit
 from rlhf.pipeline.evaluate import evaluate_models
 from rlhf.reward.load import load_reward_model
 from rlhf.reward.trainer import PairRewardTrainer
+from tests.unit_scale import build_reward_model
 
 
 def turns(*texts: str) -> list[Any]:

@@ -28,12 +28,13 @@ from hypothesis import strategies as st
 
 from rlhf.data.labelbook import LabelBook
 from rlhf.data.labels import Question, question_id
-from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.models.load import load_tokenizer, model_settings
 from rlhf.models.scratch import build_base
 from rlhf.reward.load import load_reward_model, save_reward_model
 from rlhf.serve.label import COOKIE, annotator_tokens, label_app
 from rlhf.serve.models import ServedModel
 from rlhf.serve.reward import Limits, serve_app
+from tests.unit_scale import build_reward_model
 
 SECONDS = 20.0  # that a reply may take
 SECONDS_TO_LIE = 0.1  # that a body is waited for which is not as long as its header says

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, model_settings
+from rlhf.models.load import model_settings
 from rlhf.models.save import save_model
 from rlhf.models.scratch import build_base
 from rlhf.reward.load import save_reward_model
 from tests.conftest import PROMPTS, WORDS
 from tests.faults.here import Outcome, require_refusal, rlhf
+from tests.unit_scale import build_reward_model
 
 RECIPE = """
 name: hostile

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.invariants.tensors import nothing_lost
-from rlhf.models.load import build_reward_model, load_policy, model_settings
+from rlhf.models.load import load_policy, model_settings
 from rlhf.models.save import save_model
+from tests.unit_scale import build_reward_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},

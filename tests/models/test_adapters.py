@@ -11,11 +11,12 @@ from trl import ModelConfig
 
 from rlhf import load_reward_model
 from rlhf.errors import UserError
-from rlhf.models.load import adapter_settings, build_reward_model, find_source, load_policy, model_settings
+from rlhf.models.load import adapter_settings, find_source, load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
 from rlhf.models.save import save_model
 from rlhf.ppo.roles import PolicyAndCritic, active_adapter, make_reference
 from tests.conftest import PROMPTS
+from tests.unit_scale import build_reward_model
 
 
 def lora(base: Path, seed: int = 0, **extra: Any) -> PeftModel:

@@ -18,7 +18,7 @@ from transformers import (
 
 from rlhf.errors import UserError
 from rlhf.models.generate import encode_prompts, generate
-from rlhf.models.load import build_reward_model, model_settings
+from rlhf.models.load import model_settings
 from rlhf.models.merge import merge_adapter, merged_weights
 from rlhf.models.prompt_length import context_length
 from rlhf.models.score import position_limit, score_rows
@@ -27,6 +27,7 @@ from rlhf.pipeline.backbone import check_backbone
 from rlhf.recipe import load_recipe
 from rlhf.reward.load import save_reward_model
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

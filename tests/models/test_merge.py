@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.errors import TrainingError, UserError
 from rlhf.invariants.tensors import nothing_lost
 from rlhf.models import merge
-from rlhf.models.load import build_reward_model, load_policy, model_settings
+from rlhf.models.load import load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
 from rlhf.models.merge import merged_weights, trains_tied_embeddings
 from rlhf.models.save import save_model
 from rlhf.pipeline.model_commands import export_model
 from rlhf.ppo.roles import make_reference
+from tests.unit_scale import build_reward_model
 
 IDS = torch.randint(5, 120, (3, 16), generator=torch.Generator().manual_seed(5))
 LORA = {"use_peft": True, "lora_r": 4}

@@ -29,7 +29,6 @@ from rlhf import PairRewardTrainer, load_reward_model
 from rlhf.errors import UserError
 from rlhf.models.four_bit import keep_gradients
 from rlhf.models.load import (
-    build_reward_model,
     load_policy,
     load_tokenizer,
     model_settings,
@@ -41,6 +40,7 @@ from rlhf.models.text import answer_text, encode_answers, plain
 from rlhf.models.unpadded import position_ids
 from tests.conftest import PROMPTS, WORDS
 from tests.ppo.test_ppo import make as make_ppo
+from tests.unit_scale import build_reward_model
 
 PROMPT = PROMPTS[0]
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, find_source, load_policy, load_scorer, load_tokenizer, model_settings
+from rlhf.models.load import find_source, load_policy, load_scorer, load_tokenizer, model_settings
 from rlhf.models.open import open_config, open_tokenizer
 from rlhf.models.save import save_model
+from tests.unit_scale import build_reward_model
 
 PLAIN = model_settings({})
 

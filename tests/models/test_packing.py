@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from trl import RewardConfig
 
-from rlhf import PairRewardTrainer, build_reward_model
+from rlhf import PairRewardTrainer
 from rlhf.models import packing
 from rlhf.models.load import model_settings
 from rlhf.models.packing import (
@@ -28,6 +28,7 @@ from rlhf.models.packing import (
 from rlhf.models.score import score_rows
 from rlhf.models.text import encode_answers
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 GROUPS = [
     [[5, 6, 7, 8], [5, 6, 9]],  # an ordinary pair

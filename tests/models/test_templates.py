@@ -9,7 +9,6 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, pipeline
 
-from rlhf.models.load import build_reward_model
 from rlhf.models.templates import (
     CONVERSATIONS,
     add_no_tokens,
@@ -24,6 +23,7 @@ from rlhf.models.text import answer_text, closed_text, encode, encode_answers, g
 from rlhf.reward.load import load_reward_model, open_reward_model, save_reward_model
 from tests.conftest import PROMPTS, WORDS
 from tests.reward.families import FAMILIES
+from tests.unit_scale import build_reward_model
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"

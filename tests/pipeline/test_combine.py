@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
-from rlhf.models.load import build_reward_model, model_settings
+from rlhf.models.load import model_settings
 from rlhf.pipeline.combine import combine_models
 from rlhf.reward.load import CARD, load_reward_model, save_reward_model
 from tests.command import rlhf
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 SAMPLES = [(prompt, f"yes {word}") for prompt, word in zip(PROMPTS, WORDS, strict=False)]
 

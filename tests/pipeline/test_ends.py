@@ -14,13 +14,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from rlhf.invariants.checks import CheckBook
-from rlhf.models.load import build_reward_model
 from rlhf.pipeline.ends import check_ends_before_ppo
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from tests.command import Result, rlhf
 from tests.conftest import PROMPTS, WORDS
 from tests.models.test_thoughts import DROPS
+from tests.unit_scale import build_reward_model
 
 # The turn ends in a token that the tokenizer has and that is not its end token, as in Qwen2.5's base model with ChatML.
 OTHER_END = (

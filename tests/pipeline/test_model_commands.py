@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from transformers.integrations import integration_utils
 from trl import RewardConfig
 
-from rlhf import build_reward_model, load_reward_model
+from rlhf import load_reward_model
 from rlhf.errors import UserError
 from rlhf.evaluation.pairs import score_pairs
 from rlhf.pipeline.evaluate import evaluate_models
@@ -21,6 +21,7 @@ from rlhf.pipeline.training import train
 from rlhf.recipe import load_recipe
 from rlhf.reward.score_jsonl import score_lines
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 
 def write(path: Path, rows: Any) -> str:

@@ -306,10 +306,11 @@ def test_export_merges_an_adapter_and_keeps_the_scores(tmp_path: Path, base_fold
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rlhf import build_reward_model, load_reward_model, save_reward_model
+    from rlhf import load_reward_model, save_reward_model
     from rlhf.models.load import model_settings
     from rlhf.pipeline.model_commands import export_model
     from tests.conftest import PROMPTS
+    from tests.unit_scale import build_reward_model
 
     torch.manual_seed(0)
     settings = model_settings({"use_peft": True, "lora_r": 4})

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState
 from trl import RewardConfig, SFTConfig
 
-from rlhf import PPOConfig, build_reward_model
+from rlhf import PPOConfig
 from rlhf.errors import TrainingError
 from rlhf.invariants.checks import Check, CheckBook
 from rlhf.pipeline.callbacks import FiniteGradients
 from rlhf.pipeline.trainers import StagePairRewardTrainer, StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import checks_of, train
 from tests.conftest import PROMPTS
+from tests.unit_scale import build_reward_model
 
 
 def silent(_: str) -> None:

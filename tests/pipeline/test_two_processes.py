@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.models.load import build_reward_model, model_settings
+from rlhf.models.load import model_settings
 from rlhf.reward.load import save_reward_model
 from tests.command import run_script
 from tests.conftest import PROMPTS
+from tests.unit_scale import build_reward_model
 
 SCRIPT = """
 import json, os, sys, torch

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.models.load import build_reward_model, load_policy, model_settings
+from rlhf.models.load import load_policy, model_settings
 from rlhf.models.save import save_model
 from rlhf.reward.load import save_reward_model
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"]}
 

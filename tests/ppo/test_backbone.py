@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from rlhf import PPOConfig, PPOTrainer, load_reward_model
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, load_policy, load_scorer, model_settings
+from rlhf.models.load import load_policy, load_scorer, model_settings
 from rlhf.models.logprobs import response_logprobs
 from rlhf.models.save import save_model
 from rlhf.ppo.roles import AdapterHead
 from rlhf.reward.load import RewardModel, save_reward_model
 from tests.conftest import PROMPTS
 from tests.ppo.conftest import LORA, moved
+from tests.unit_scale import build_reward_model
 
 DATA = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
 

@@ -16,11 +16,12 @@ from rlhf.data.ratings import RatingReader, RatingScale
 from rlhf.data.read import ReadReport
 from rlhf.data.sources import Source, read_sources
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, load_scorer, load_tokenizer, model_settings
+from rlhf.models.load import load_scorer, load_tokenizer, model_settings
 from rlhf.models.text import encode_answers
 from rlhf.reward.load import load_reward_model, save_reward_model
 from rlhf.reward.model import RewardModel
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 WEIGHTS = {"helpfulness": 1.0, "verbosity": -0.5, "humour": 0.25}
 K = len(WEIGHTS)

@@ -16,7 +16,7 @@ from rlhf.data.rows import CRITIQUES
 from rlhf.errors import UserError
 from rlhf.models.critiques import REQUEST, drop_output_layer, request_ids, writer_on
 from rlhf.models.heads import language_head
-from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.models.load import load_tokenizer, model_settings
 from rlhf.pipeline.certificates import verify_target
 from rlhf.pipeline.combine import combine_models
 from rlhf.pipeline.model_commands import export_model
@@ -27,6 +27,7 @@ from rlhf.reward.load import CARD
 from rlhf.reward.model import RewardModel
 from tests import conftest
 from tests.reward.test_extras import SHAPES, SHARE, arguments, rows
+from tests.unit_scale import build_reward_model
 
 PROMPTS, WORDS = list[Any](conftest.PROMPTS), conftest.WORDS
 TOKENS = 6

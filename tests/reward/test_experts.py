@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf import load_reward_model
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, load_scorer, model_settings
+from rlhf.models.load import load_scorer, model_settings
 from rlhf.models.save import save_model
 from rlhf.models.scalar_head import make_exact, score_head
 from rlhf.reward.experts import ExpertRewards, merge_experts, open_experts, save_experts
@@ -18,6 +18,7 @@ from rlhf.reward.gate import Gate, fit_gate
 from rlhf.reward.load import calibrate_reward_model
 from rlhf.reward.model import RewardModel
 from tests.conftest import PROMPTS
+from tests.unit_scale import build_reward_model
 
 ANSWERS = ["yes", "no", "apple", "dog dog", "red blue", "pear"]
 SCALES = torch.tensor([[0.5, 2.0], [-1.0, 0.5]])

@@ -13,7 +13,7 @@ from trl import RewardConfig
 from rlhf import BottleneckRewardTrainer, LengthRewardTrainer, PairRewardTrainer, TextRewardTrainer
 from rlhf.errors import UserError
 from rlhf.models.heads import label_layer, language_head
-from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.models.load import load_tokenizer, model_settings
 from rlhf.pipeline.model_commands import export_model
 from rlhf.pipeline.trainers import StageBottleneckRewardTrainer
 from rlhf.reward.bottleneck import CODE_LABELS, CODE_SIZE
@@ -22,6 +22,7 @@ from rlhf.reward.length import HEADS
 from rlhf.reward.load import load_reward_model, save_reward_model
 from rlhf.reward.model import RewardModel
 from tests import conftest
+from tests.unit_scale import build_reward_model
 
 WORDS, PROMPTS = conftest.WORDS, list[Any](conftest.PROMPTS)
 LABELS: dict[Any, Any] = {LengthRewardTrainer: HEADS, BottleneckRewardTrainer: CODE_LABELS}

@@ -8,13 +8,14 @@ import torch
 from trl import RewardConfig
 
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.models.load import load_tokenizer, model_settings
 from rlhf.models.text import encode_answers
 from rlhf.objectives.pairwise import bradley_terry
 from rlhf.pipeline.vote import vote
 from rlhf.reward.frozen_trunk import Features, Trunk
 from rlhf.statistics import auroc
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 ANSWERS = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(len(PROMPTS) + 1)]
 

@@ -7,10 +7,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlhf.data.rows import user_turn
-from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.models.load import load_tokenizer, model_settings
 from rlhf.reward.load import load_reward_model, save_reward_model
 from rlhf.reward.model import RewardModel
 from rlhf.serve.models import Answer, open_models
+from tests.unit_scale import build_reward_model
 
 TEXT, TALK = "Name a fruit.", user_turn("Name a fruit.")
 

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model
 from rlhf.models.score import padding_of
 from rlhf.pipeline.evaluate import evaluate_models
 from rlhf.pipeline.model_commands import export_model
@@ -18,6 +17,7 @@ from rlhf.reward.load import CARD, load_reward_model, open_reward_model
 from rlhf.reward.model import RewardModel
 from rlhf.reward.score_jsonl import score_lines
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 ANSWERS = ["yes", "no " * 9, "yes please, two and three"]
 PADS = ("same", "end", "other", "none")

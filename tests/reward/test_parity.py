@@ -16,13 +16,14 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 from typer.testing import CliRunner
 
-from rlhf import build_reward_model, load_reward_model, save_reward_model
+from rlhf import load_reward_model, save_reward_model
 from rlhf.cli import app as command
 from rlhf.models.load import load_tokenizer, model_settings
 from rlhf.pipeline.model_commands import export_model
 from rlhf.reward.model import RewardModel
 from rlhf.serve.reward import reward_app
 from tests.reward.families import FAMILIES, VOCABULARY, Family
+from tests.unit_scale import build_reward_model
 
 TOLERANCE = 1e-5
 KINDS = ("full", "lora", "exported")

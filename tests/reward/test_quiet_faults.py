@@ -97,7 +97,7 @@ def test_a_flipped_pair_is_rated_the_other_way_round() -> None:
 
 
 def test_a_gate_learns_nothing_of_ties(base_folder: Path, tokenizer: Any) -> None:
-    from rlhf.models.load import build_reward_model
+    from tests.unit_scale import build_reward_model
 
     rated: list[Any] = [
         {"prompt": prompt, "completion": assistant_turn(f"yes {word}"), "attributes": {"good": float(i % 5)}}

@@ -12,9 +12,9 @@ from rlhf import PairRewardTrainer, RankingRewardTrainer
 from rlhf.data.rankings import Answer, Ranking, comparisons
 from rlhf.data.rows import Pair
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model
 from rlhf.reward.rankings import RankingCollator, comparisons_of, ranking_rows
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 
 def ranking(number: int, scores: list[float]) -> Ranking:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf import build_reward_model, load_reward_model, save_reward_model
+from rlhf import load_reward_model, save_reward_model
 from rlhf.errors import UserError
 from rlhf.models.generate import Completions
 from rlhf.models.load import computed_dtype, load_scorer, model_settings
@@ -25,6 +25,7 @@ from rlhf.pipeline.model_commands import export_model
 from rlhf.ppo.rewards import RewardSource
 from rlhf.reward.load import CARD
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 ANSWERS = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(len(PROMPTS))]
 SYSTEM = [{"role": "system", "content": "be brief"}, *PROMPTS[0], {"role": "assistant", "content": "no"}, *PROMPTS[1]]

@@ -12,10 +12,11 @@ from jinja2 import TemplateError
 
 from rlhf.data.rows import Prompt
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, model_settings
+from rlhf.models.load import model_settings
 from rlhf.reward.model import RewardModel
 from rlhf.reward.score_jsonl import BATCH, score_lines
 from tests.models.test_tools import call
+from tests.unit_scale import build_reward_model
 
 
 class Lengths:

@@ -15,7 +15,7 @@ from trl import RewardConfig
 
 from rlhf import MarginRewardTrainer, PairRewardTrainer, RankingRewardTrainer, TextRewardTrainer, load_reward_model
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, load_tokenizer, model_settings
+from rlhf.models.load import load_tokenizer, model_settings
 from rlhf.models.scalar_head import score_exactly
 from rlhf.objectives.rankings import is_best
 from rlhf.reward.denoise import DenoiseConfig, denoised
@@ -23,6 +23,7 @@ from rlhf.reward.experts import merge_experts
 from rlhf.reward.load import save_reward_model
 from rlhf.reward.trainer import training_columns
 from tests.conftest import PROMPTS
+from tests.unit_scale import build_reward_model
 
 
 def trainer(model: Any, pairs: Dataset, arguments: dict[str, Any], cls: type = PairRewardTrainer, **extra: Any) -> Any:

@@ -20,13 +20,14 @@ from rlhf import (
     SoftLabelRewardTrainer,
 )
 from rlhf.errors import TrainingError, UserError
-from rlhf.models.load import build_reward_model, load_scorer, model_settings
+from rlhf.models.load import load_scorer, model_settings
 from rlhf.models.scalar_head import score_head
 from rlhf.recipe.objectives import Loss
 from rlhf.reward.columns import check_columns
 from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import training_columns
 from tests.conftest import PROMPTS
+from tests.unit_scale import build_reward_model
 
 
 def build(base: Path, tokenizer: Any, **settings: Any) -> Any:

@@ -15,12 +15,13 @@ from torch import tensor
 from trl import RewardConfig
 
 from rlhf.errors import UserError
-from rlhf.models.load import build_reward_model, model_settings
+from rlhf.models.load import model_settings
 from rlhf.models.packing import LONG_ROW, GroupedByLength
 from rlhf.objectives.pairwise import bradley_terry
 from rlhf.reward.columns import RANGES, check_columns
 from rlhf.reward.model import RewardModel
 from rlhf.reward.trainer import PairRewardTrainer, Scored
+from tests.unit_scale import build_reward_model
 
 
 def losses(trainer: Any, chosen: list[float], rejected: list[float], **columns: Any) -> list[float]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastapi import FastAPI, Response
 
-from rlhf import build_reward_model, cli, load_reward_model, save_reward_model
+from rlhf import cli, load_reward_model, save_reward_model
 from rlhf.errors import UserError
 from rlhf.models.load import model_settings
 from rlhf.pipeline.certificates import verify_target
@@ -23,6 +23,7 @@ from rlhf.serve.reward import reward_app
 from tests.conftest import PROMPTS
 from tests.models.test_templates import ALL
 from tests.reward.planted import Served, listening, make_reward_model, serving
+from tests.unit_scale import build_reward_model
 
 
 def check(target: str | Path, against: Path, **changes: Any) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from trl import RewardConfig
 
 from rlhf import PairRewardTrainer
 from rlhf.data.rows import Pair
-from rlhf.models.load import build_reward_model
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.recipe import load_recipe
 from rlhf.reward.trainer import training_columns
 from rlhf.reward.weights import prompt_balanced
 from tests.conftest import PROMPTS, WORDS
+from tests.unit_scale import build_reward_model
 
 
 def pair(prompt: Any, chosen: str, rejected: str, **columns: float) -> Pair:
