@@ -197,7 +197,7 @@ class RewardSection(StageSection):
     meta_step: float = Field(0.01, ge=0)
     meta_normalized: bool = True
 
-    # An ensemble of this size: other heads and orders; PPO combines it by `ppo.reward_ensemble` (default: mean).
+    # An ensemble of this size: other orders and random starts; PPO combines it by `ppo.reward_ensemble` (default: mean).
     members: int = Field(1, ge=1)
 
     # One LoRA expert for each `source` of pairs (`rlhf.reward.experts`).

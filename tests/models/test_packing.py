@@ -210,6 +210,28 @@ def test_sharing_turns_itself_off_where_scores_would_differ(
     assert found == pytest.approx(losses(False)[1], abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_a_wrong_score_shows_however_near_zero_a_new_head_is(base_folder: Path, tokenizer: Any, size: float) -> None:
+    """Scores of 0.001 that are wrong by half of that are above every tolerance, bfloat16's too; rounding is below it."""
+    model = model_of(base_folder, tokenizer)
+    with torch.no_grad():
+        model.score.weight.mul_(size / model.score.weight.norm())
+    packed = pack(groups_of(tokenizer, 2), pad_token_id=tokenizer.pad_token_id)
+    right = packing.largest_difference(model, packed, pad_token_id=tokenizer.pad_token_id)
+    assert right < packing.tolerance(model, "no")
+    read_elsewhere = replace(packed, ends=packed.ends - 1)
+    original = packing.unpack
+    with pytest.MonkeyPatch.context() as patch:  # the plain scores stay as they are
+        patch.setattr(packing, "unpack", lambda _, pad_token_id: original(packed, pad_token_id=pad_token_id))
+        wrong = packing.largest_difference(model, read_elsewhere, pad_token_id=tokenizer.pad_token_id)
+    assert wrong > packing.tolerance(model, "bf16")
+    with torch.no_grad():
+        model.score.weight.zero_()
+    assert packing.largest_difference(model, packed, pad_token_id=tokenizer.pad_token_id) == 0, (
+        "and a head of 0 is no fault"
+    )
+
+
 def test_sharing_survives_bf16_autocast(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
