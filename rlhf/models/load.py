@@ -199,10 +199,10 @@ def build_reward_model(
 ) -> PreTrainedModel | PeftModel:
     """Build a model with a scalar head on the weights of an SFT checkpoint or adapter.
 
-    The head is new and near 0, so that first scores are too. With LoRA the task type is SEQ_CLS and the
-    head is trained and saved with the adapter (any other task type leaves it random, silently). An SFT adapter becomes
-    the start of the reward adapter; without LoRA it is merged in. `problem_type="regression"` keeps other libraries
-    from putting a sigmoid on the score.
+    The head is new and near 0, so that first scores are too; an encoder's that its checkpoint holds stays. With LoRA the task
+    type is SEQ_CLS and the head is trained and saved with the adapter (any other task type leaves it random, silently). An SFT
+    adapter becomes the start of the reward adapter; without LoRA it is merged in. `problem_type="regression"` keeps other
+    libraries from putting a sigmoid on the score.
 
     Args:
         path: a checkpoint, or an adapter's folder.
@@ -217,7 +217,8 @@ def build_reward_model(
     arguments = {**_loading_arguments(config, quantization, source), "num_labels": len(labels)}
     model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
     source.check()
-    _start_head(model, pad_token_id, labels)
+    is_new = score_head(model) is not None or "classifier" in _new_modules(missing)
+    _start_head(model, pad_token_id, labels, is_new=is_new)
     if quantization is not None:
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
@@ -244,9 +245,12 @@ def build_reward_model(
     return model
 
 
-def _start_head(model: PreTrainedModel, pad_token_id: int, labels: Sequence[str] = (REWARD_LABEL,)) -> None:
+def _start_head(
+    model: PreTrainedModel, pad_token_id: int, labels: Sequence[str] = (REWARD_LABEL,), *, is_new: bool = True
+) -> None:
     """Draw a new head, near 0, and write into the configuration what a reward model's says."""
-    start_heads(model)
+    if is_new:
+        start_heads(model)
     model.config.problem_type = "regression"
     model.config.get_text_config().pad_token_id = pad_token_id
     model.config.id2label = dict(enumerate(labels))

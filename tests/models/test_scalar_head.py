@@ -1,5 +1,6 @@
 """The head of a model that is not trained yet: near 0, whatever the model, so that labels say what scores become."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_a_head_of_several_layers_begins_near_zero_in_the_last_alone(encoder_fol
     start_heads(model)
     assert torch.equal(model.classifier[0].weight, before)
     assert model.classifier[2].weight.std().item() < 3 / (width + 1)
+
+
+def test_an_encoder_that_brings_a_trained_head_keeps_it(encoder_folder: Path, tmp_path: Path) -> None:
+    trained = load.build_reward_model(encoder_folder, pad_token_id=0)
+    torch.nn.init.normal_(trained.classifier.weight, std=2.0)
+    shutil.copytree(encoder_folder, tmp_path, dirs_exist_ok=True)
+    trained.save_pretrained(tmp_path)
+    again = load.build_reward_model(tmp_path, pad_token_id=0)
+    assert torch.equal(again.classifier.weight, trained.classifier.weight)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
