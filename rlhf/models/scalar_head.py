@@ -46,7 +46,7 @@ def start_heads(model: nn.Module) -> None:
 
 @torch.no_grad()
 def stretch_heads(model: nn.Module) -> None:
-    """Multiply the weights of a model's new head by √(d+1), in place.
+    """Scale the weights of a model's new head by √(d+1), in place.
 
     Its scores have about unit scale then, as a trained model's have: beside those of a new head every tolerance is wide.
     """
