@@ -38,7 +38,7 @@ from rlhf.models.open import (
     put_adapter,
 )
 from rlhf.models.save import check_base
-from rlhf.models.scalar_head import restore_exact, saved_head, score_head, start_heads
+from rlhf.models.scalar_head import restore_exact, saved_head, score_head, start_near_zero
 from rlhf.models.templates import check_template
 from rlhf.models.text import adopt_encoder_tokens, check_tokenizer, freeze_template, give_plain_template
 
@@ -199,10 +199,10 @@ def build_reward_model(
 ) -> PreTrainedModel | PeftModel:
     """Build a model with a scalar head on the weights of an SFT checkpoint or adapter.
 
-    The head is new and near 0, so that first scores are too; an encoder's that its checkpoint holds stays. With LoRA the task
-    type is SEQ_CLS and the head is trained and saved with the adapter (any other task type leaves it random, silently). An SFT
-    adapter becomes the start of the reward adapter; without LoRA it is merged in. `problem_type="regression"` keeps other
-    libraries from putting a sigmoid on the score.
+    The head is new: N(0, 1/(d+1)), so that first scores have about unit scale, or near 0 with LoRA (`start_near_zero`); an
+    encoder's that its checkpoint holds stays. With LoRA the task type is SEQ_CLS and the head is trained and saved with the
+    adapter (any other task type leaves it random, silently). An SFT adapter becomes the start of the reward adapter; without
+    LoRA it is merged in. `problem_type="regression"` keeps other libraries from putting a sigmoid on the score.
 
     Args:
         path: a checkpoint, or an adapter's folder.
@@ -218,7 +218,7 @@ def build_reward_model(
     model, missing = open_network(AutoModelForSequenceClassification, source.base, arguments, new_head=True)
     source.check()
     is_new = score_head(model) is not None or "classifier" in _new_modules(missing)
-    _start_head(model, pad_token_id, labels, is_new=is_new)
+    _start_head(model, pad_token_id, labels, near_zero=config.use_peft and is_new)
     if quantization is not None:
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
@@ -246,11 +246,13 @@ def build_reward_model(
 
 
 def _start_head(
-    model: PreTrainedModel, pad_token_id: int, labels: Sequence[str] = (REWARD_LABEL,), *, is_new: bool = True
+    model: PreTrainedModel, pad_token_id: int, labels: Sequence[str] = (REWARD_LABEL,), *, near_zero: bool = False
 ) -> None:
-    """Draw a new head, near 0, and write into the configuration what a reward model's says."""
-    if is_new:
-        start_heads(model)
+    """Draw a new head, and write into the configuration what a reward model's says."""
+    if near_zero:
+        start_near_zero(model)
+    elif (head := score_head(model)) is not None:
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     model.config.problem_type = "regression"
     model.config.get_text_config().pad_token_id = pad_token_id
     model.config.id2label = dict(enumerate(labels))

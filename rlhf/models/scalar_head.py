@@ -33,25 +33,15 @@ def last_layers(model: nn.Module) -> list[nn.Linear]:
     return [layer for layer in layers if isinstance(layer, nn.Linear) and layer.out_features == inner.config.num_labels]
 
 
-def start_heads(model: nn.Module) -> None:
+def start_near_zero(model: nn.Module) -> None:
     """Draw the weights of a model's new head from N(0, 1/(d+1)²), in place, where d is the number of its inputs.
 
-    States have about unit scale, so first scores are near 0, and what a trained model says comes from its labels. With the
-    variance 1/(d+1) that many programs use, scores begin with about a unit of noise, which a few dozen steps of LoRA do not
-    unlearn (recipes/results/first_head.md).
+    First scores are near 0 then, and what a trained model says comes from its labels. With the variance 1/(d+1) they begin with
+    about a unit of noise, which a few dozen steps of LoRA do not unlearn; where all weights are trained it was no better, and
+    worse in the lab (recipes/results/first_head.md).
     """
     for head in last_layers(model):
         nn.init.normal_(head.weight, std=1 / (head.in_features + 1))
-
-
-@torch.no_grad()
-def stretch_heads(model: nn.Module) -> None:
-    """Scale the weights of a model's new head by √(d+1), in place.
-
-    Its scores have about unit scale then, as a trained model's have: beside those of a new head every tolerance is wide.
-    """
-    for head in last_layers(model):
-        head.weight.mul_((head.in_features + 1) ** 0.5)
 
 
 def make_exact(head: nn.Linear) -> None:

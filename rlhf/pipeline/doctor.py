@@ -27,7 +27,6 @@ from rlhf.models.generate import Completions, encode_prompts, end_token_ids, gen
 from rlhf.models.gguf import gguf_file
 from rlhf.models.load import build_reward_model, encoder_type, load_policy, load_tokenizer, reward_model_on
 from rlhf.models.prompt_length import longest_prompt
-from rlhf.models.scalar_head import stretch_heads
 from rlhf.models.templates import end_at_end_token, template_problems
 from rlhf.models.text import plain
 from rlhf.pipeline.affordable import ANSWERS, FEW, ROWS, TOKENS, affordable_prompts
@@ -267,7 +266,7 @@ def _texts(examination: Examination) -> list[tuple[Prompt, str]]:
 
 
 def _examine_new_reward_model(examination: Examination) -> None:
-    """Check that scores of the base, with a new head of unit scale, depend on a text alone."""
+    """Check that scores of the base, with the head that reward training starts from, depend on a text alone."""
     recipe = examination.recipe
     model_config, _ = split_settings(examination.context.trl_settings("reward"))
     model_config.use_peft = False  # a fresh adapter changes no score
@@ -278,7 +277,6 @@ def _examine_new_reward_model(examination: Examination) -> None:
     if model is None:
         examination.say(f"reward model, untrained: opening {examination.base} …")
         model = build_reward_model(examination.base, model_config, pad_token_id=tokenizer.pad_token_id)
-    stretch_heads(model)
     reward = RewardModel(model.to(examination.context.device).eval(), tokenizer, conversational=True)
     _examine_scores(examination, "reward model, untrained", reward)
 

@@ -51,7 +51,7 @@ class BottleneckRewardTrainer(MergedHeadRewardTrainer, BesideRewardTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         start = torch.randn(CODE_SIZE, generator=generator) * (CODE_SIZE + 1) ** -0.5
         self.decoder = self.train_beside("decoder", start)
-        with torch.no_grad():  # σ = 1 at the start
+        with torch.no_grad():  # σ = 1 at the start, so first scores have about unit scale
             layer = label_layer(self.model, len(CODE_LABELS))
             layer.weight[CODE_SIZE:] = 0
 

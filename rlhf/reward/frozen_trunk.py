@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, run_batches
 from rlhf.models.packing import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
-from rlhf.models.scalar_head import score_head, start_heads, stretch_heads
+from rlhf.models.scalar_head import score_head
 from rlhf.progress import track
 
 FEATURES = "features.npy"
@@ -167,7 +167,7 @@ class Trunk:
         return features
 
     def member(self) -> "Member":
-        """Build a fresh member: the upper layers as the base has them, and a new head near 0."""
+        """Build a fresh member: the upper layers as the base has them, and a head with new random weights."""
         below = [*self._layers(self.model)[2][: -self.top_layers], self.model.get_input_embeddings()]
         # What lies below is not copied, since a member has no use for it.
         model = copy.deepcopy(self.model, memo={id(module): nn.Identity() for module in below})
@@ -186,7 +186,6 @@ class Trunk:
         for module in _heads(model):
             module.reset_parameters()
             nn.init.normal_(module.weight, std=(module.in_features + 1) ** -0.5)
-        start_heads(model)
         return Member(model.requires_grad_(True))
 
     @torch.no_grad()
@@ -197,8 +196,6 @@ class Trunk:
             UserError: they differ, so this architecture does something to its input that a member leaves out.
         """
         member = self.member()
-        start_heads(self.model)
-        stretch_heads(self.model)
         for member_head, whole_head in zip(_heads(member.model), _heads(self.model), strict=True):
             member_head.load_state_dict(whole_head.state_dict())
         batch = features.batch(range(min(4, len(features.lengths))))

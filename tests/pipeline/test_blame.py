@@ -22,7 +22,7 @@ RECIPE = """
 name: flattered
 backbone: {{model: {base}}}
 data: {{preferences: pairs.jsonl, test_fraction: 0.1}}
-reward: {{learning_rate: 3.0e-3, per_device_train_batch_size: 8, num_train_epochs: 3}}
+reward: {{learning_rate: 3.0e-3, per_device_train_batch_size: 8, num_train_epochs: 2}}
 ppo: {{max_completion_length: 8}}
 """
 PLANTED = 24

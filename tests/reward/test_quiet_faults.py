@@ -153,7 +153,7 @@ def test_members_take_the_settings_of_any_trainer(
         untrained = member.differences(features, range(18))
         member.train(features, range(18), args, objective=plain_loss, label="x")
         ends.append(member.differences(features, range(18)))
-        assert (ends[-1] - untrained).mean() > 0.2
+        assert (ends[-1] - untrained).mean() > 0.5
     assert not torch.equal(ends[0], ends[1])
     assert isinstance(trunk, Trunk)
 
