@@ -212,6 +212,8 @@ def _check_types(document: Document) -> Iterable[str]:
                 wanted = " or ".join(TYPE_NAMES[kind] for kind in allowed if kind != "null")
                 if isinstance(value, bool) and "text" in wanted:
                     wanted += ", in quotes: YAML reads a bare no, off, yes or on as a truth value"
+                elif isinstance(value, str) and wanted == TYPE_NAMES["list"]:
+                    wanted += f": [{value}]"
                 yield f"{document.place((*path, key))}: {name} is {value!r}; it must be {wanted}."
             elif choices and isinstance(value, str) and value not in choices:
                 hint = _suggestion(value, choices) or ";"

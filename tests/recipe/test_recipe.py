@@ -58,6 +58,7 @@ def test_all_mistakes_at_once_with_lines(tmp_path: Path) -> None:
         (GOOD + "sft:\n  learning_rate: .nan\n", "not a finite number"),
         (GOOD + "sft:\n  output_dir: x\n", "can't be set in a recipe"),
         (GOOD + "sft:\n  use_peft: 1\n", "must be true or false"),
+        (GOOD + "sft:\n  lora_target_modules: all-linear\n", "it must be a list: [all-linear]."),
         (GOOD + "sft:\n  lr_scheduler_type: cosin\n", "did you mean 'cosine'"),
         (GOOD + "sft: {lora_r: 0}\n", "sft.lora_r is 0; it must be 1 or more"),
         (GOOD + "sft: {load_in_4bit: true}\n", "needs sft.use_peft"),
