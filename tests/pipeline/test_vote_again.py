@@ -17,11 +17,11 @@ SHAPE: dict[str, Any] = {"members": 2, "folds": 2, "seed": 0, "say": lambda _: N
 
 
 def pairs(n: int = 60) -> tuple[list[Any], list[bool]]:
-    """Answers that say yes are better; nine of twenty labels say otherwise."""
+    """Answers that say yes are better; two fifths of the labels say otherwise."""
     rows, wrong = [], []
     for i in range(n):
         texts = [f"yes {WORDS[i % 9]}", f"no {WORDS[(i + 4) % 9]}"]
-        wrong.append(i % 20 < 9)
+        wrong.append(i % 5 < 2)
         sides = [assistant_turn(text) for text in (reversed(texts) if wrong[-1] else texts)]
         rows.append({"prompt": user_turn(f"{WORDS[i % 11]} {i}"), **dict(zip(SIDES, sides, strict=True))})
     return rows, wrong
