@@ -28,8 +28,8 @@ class PolicyEvaluation(NamedTuple):
     Attributes:
         facts: `sft`, `policy`, `best_of_16`, `gold_gap_closed` and its interval as in `summary.json`; and `best_of_n`, the true
             reward of the best of n of SFT's answers and its KL (unbiased over all subsets of the 16).
-        samples: the answers of SFT and of the policy to each prompt, side by side, for people; prompts of one `conversation` are
-            not independent.
+        samples: the answers of SFT and of the policy to each prompt, side by side, for people: the first to every prompt, then the
+            second to every prompt, and so on. Rows of one `conversation` are not independent.
         sft_answers: all of SFT's answers, each with whether it ended.
     """
 
@@ -39,7 +39,7 @@ class PolicyEvaluation(NamedTuple):
 
 
 class _Answers(NamedTuple):
-    """The policy's answer to each prompt: the texts, whether each ended, their raw scores, and Σ_t k1 to SFT in nats."""
+    """The policy's answers: the texts, whether each ended, their raw scores, and Σ_t k1 to SFT in nats."""
 
     texts: list[str]
     ended: list[bool]
@@ -58,6 +58,7 @@ def evaluate_policies(
     prompts: Sequence[Prompt],
     batch_size: int,
     max_new_tokens: int,
+    answers: int = 1,
     temperature: float = 1.0,
     max_prompt_length: int | None = None,
     engine: Engine = "transformers",
@@ -65,8 +66,8 @@ def evaluate_policies(
 ) -> PolicyEvaluation:
     """Sample both policies at one temperature and compare them.
 
-    One answer a prompt from the policy, 16 from SFT (one without a true reward), the first being SFT's own. KL is
-    Σ_t (log π - log π_sft) over the policy's answers, their end token included, in nats an answer.
+    `answers` a prompt from the policy, beside as many of SFT; best of n chooses from 16 of SFT, of which those are the first. KL
+    is Σ_t (log π - log π_sft) over the policy's answers, their end token included, in nats an answer.
 
     Args:
         policy, sft: causal models in evaluation mode on one device, with one tokenizer.
@@ -74,12 +75,13 @@ def evaluate_policies(
         gold: the true reward, or None.
         batch_size: answers that are sampled together.
         max_new_tokens: an answer is cut after this many tokens.
+        answers: of the policy to each prompt, 1 to 16.
         temperature: of the sampling and of the KL, > 0.
         max_prompt_length: in tokens; longer prompts lose their beginning.
         engine: what samples.
         sft_answers: those of an earlier call for these prompts and this SFT; sampled here where absent.
     """
-    per_prompt = BEST_OF if gold is not None else 1  # without a true reward there is no best of 16 to speak of
+    per_prompt = BEST_OF if gold is not None else answers  # without a true reward there is no best of 16 to speak of
     lengths: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -88,7 +90,8 @@ def evaluate_policies(
     }
     texts = [plain(prompt) for prompt in prompts]
     numbers: dict[str, int] = {}
-    clusters = [numbers.setdefault(key, len(numbers)) for key in conversation_keys(prompts)]
+    conversations = [numbers.setdefault(key, len(numbers)) for key in conversation_keys(prompts)]
+    clusters = conversations * answers
 
     # 1. SFT's answers to each prompt; first, so that they are the same whatever the policy became.
     repeated: Sequence[Prompt] = [prompt for prompt in prompts for _ in range(per_prompt)]
@@ -102,17 +105,19 @@ def evaluate_policies(
     sft_scores = torch.tensor(sft_proxies).view(-1, per_prompt)
 
     # 2. The policy's answers, their scores and their distance from SFT.
-    complete = completer(policy, tokenizer, prompts, **lengths)
-    answers = _answers(policy, sft, complete, reward, prompts, batch_size, temperature)
+    asked = list(prompts) * answers
+    complete = completer(policy, tokenizer, asked, **lengths)
+    of_policy = _answers(policy, sft, complete, reward, asked, batch_size, temperature)
 
     # 3. What is known without a true reward, and the true reward of all answers where there is one.
     facts: dict[str, Any] = {
         "n": len(prompts),
-        "sft": {"gold": None, **_mean("proxy", sft_scores[:, 0].tolist(), clusters)},
+        "answers": answers,
+        "sft": {"gold": None, **_mean("proxy", _first(sft_scores, answers), clusters)},
         "policy": {
-            **_mean("proxy", answers.proxies, clusters),
+            **_mean("proxy", of_policy.proxies, clusters),
             "gold": None,
-            **_mean("kl", answers.kls, clusters),
+            **_mean("kl", of_policy.kls, clusters),
             "win_rate": None,
         },
         "best_of_16": {"by_reward": {"gold": None, "kl": None}, "by_gold": {"gold": None}},
@@ -120,33 +125,34 @@ def evaluate_policies(
         "gold_gap_closed_ci": None,
         "best_of_n": [],
     }
-    gold_policy: Sequence[float | None] = [None] * len(prompts)
-    gold_sft: Sequence[float | None] = [None] * len(prompts)
+    gold_policy: Sequence[float | None] = [None] * len(asked)
+    gold_sft: Sequence[float | None] = [None] * len(asked)
     if gold is not None:
-        golds = gold(texts, answers.texts)
+        golds = gold(texts * answers, of_policy.texts)
         of_sft = gold([text for text in texts for _ in range(BEST_OF)], sft_texts)
         # In float64, as Python's numbers are: equal rewards stay equal, and a tie is half a win.
         sft_golds = torch.tensor(of_sft, dtype=torch.float64).view(-1, BEST_OF)
-        for name, known in _by_true_reward(golds, sft_golds, sft_scores, clusters).items():
+        for name, known in _by_true_reward(golds, sft_golds, sft_scores, conversations).items():
             facts[name] = facts[name] | known if isinstance(known, dict) else known
-        gold_policy, gold_sft = golds, sft_golds[:, 0].tolist()
+        gold_policy, gold_sft = golds, _first(sft_golds, answers)
 
     # 4. Side by side, for people.
+    places = [i * per_prompt + answer for answer in range(answers) for i in range(len(prompts))]
     samples = [
         {
-            "prompt": texts[i],
-            "conversation": clusters[i],
-            "sft": sft_texts[i * per_prompt],
-            "policy": answers.texts[i],
-            "ended_sft": sft_answers[i * per_prompt][1],
-            "ended_policy": answers.ended[i],
-            "proxy_sft": sft_proxies[i * per_prompt],
-            "proxy_policy": answers.proxies[i],
-            "gold_sft": gold_sft[i],
-            "gold_policy": gold_policy[i],
-            "kl": answers.kls[i],
+            "prompt": texts[row % len(texts)],
+            "conversation": clusters[row],
+            "sft": sft_texts[place],
+            "policy": of_policy.texts[row],
+            "ended_sft": sft_answers[place][1],
+            "ended_policy": of_policy.ended[row],
+            "proxy_sft": sft_proxies[place],
+            "proxy_policy": of_policy.proxies[row],
+            "gold_sft": gold_sft[row],
+            "gold_policy": gold_policy[row],
+            "kl": of_policy.kls[row],
         }
-        for i in range(len(prompts))
+        for row, place in enumerate(places)
     ]
     return PolicyEvaluation(facts, samples, list(sft_answers))
 
@@ -173,27 +179,29 @@ def _answers(
 
 
 def _by_true_reward(
-    policy: Sequence[float], sft: Tensor, sft_scores: Tensor, clusters: Sequence[int]
+    policy: Sequence[float], sft: Tensor, sft_scores: Tensor, conversations: Sequence[int]
 ) -> dict[str, Any]:
     """Return the facts that a true reward adds.
 
     Args:
-        policy: [n] true rewards of the policy's answers.
+        policy: [a · n] true rewards of the policy's answers: the first to each of n prompts, the second, …
         sft: [n, 16] true rewards of SFT's answers.
         sft_scores: [n, 16] their raw scores by the reward model.
-        clusters: [n] the conversation of each prompt.
+        conversations: [n] the conversation of each prompt.
     """
-    first, best = sft[:, 0].tolist(), sft.max(dim=1).values.tolist()
+    answers = len(policy) // len(sft)
+    first, best = _first(sft, answers), sft.max(dim=1).values.tolist()
+    clusters = list(conversations) * answers
     picked = best_of_n_values(sft_scores.tolist(), sft.tolist(), BEST_OF)  # equal scores share their true reward
     rate, interval = win_rate(policy, first, clusters)
-    of_policy, of_sft, of_best = (_mean("gold", values, clusters) for values in (policy, first, best))
-    closed, closed_interval = gap_closed(policy, first, best, clusters)
+    of_policy, of_sft = (_mean("gold", values, clusters) for values in (policy, first))
+    closed, closed_interval = gap_closed(policy, first, best * answers, clusters)
     return {
         "sft": of_sft,
         "policy": {**of_policy, "win_rate": rate, "win_rate_ci": interval},
         "best_of_16": {
-            "by_reward": {"gold": None, "kl": best_of_n_kl(BEST_OF), **_mean("gold", picked, clusters)},
-            "by_gold": of_best,
+            "by_reward": {"gold": None, "kl": best_of_n_kl(BEST_OF), **_mean("gold", picked, conversations)},
+            "by_gold": _mean("gold", best, conversations),
         },
         "gold_gap_closed": closed,
         "gold_gap_closed_ci": closed_interval,
@@ -220,6 +228,11 @@ def sequence_kl(
     logprobs_reference = response_logprobs(reference, input_ids, attention_mask, width, temperature)
     kl = kl_k1(logprobs, logprobs_reference)
     return torch.where(completions.response_mask.bool(), kl, torch.zeros_like(kl)).sum(dim=1)
+
+
+def _first(by_prompt: Tensor, answers: int) -> list[float]:
+    """Return [n, 16] values of SFT's answers as far as the policy has as many: the first of each prompt, the second, …"""
+    return [float(value) for value in by_prompt[:, :answers].T.flatten()]
 
 
 def _mean(name: str, values: Sequence[float], clusters: Sequence[int]) -> dict[str, Any]:

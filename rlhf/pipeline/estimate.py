@@ -325,9 +325,12 @@ def work_of(stage: Stage, recipe: Recipe, sizes: Sizes, ppo: PPOConfig, processe
         case "evaluate":
             prompts = min(recipe.evaluate.prompts, rows["test_prompts"])
             has_gold = recipe.lab is not None or recipe.evaluate.gold is not None
-            # One answer of the policy; of SFT, whose answers are sampled once in a run, as many as best-of-n chooses from.
-            sft_answers = 0 if "first_evaluation" in stage.parents else (BEST_OF if has_gold else 1)
-            return SamplingWork(stage.folder, prompts * (1 + sft_answers), is_scored=True, compared=prompts)
+            # The policy's; and of SFT, whose answers are sampled once in a run, as many as best-of-n chooses from.
+            answers = recipe.evaluate.answers
+            sft_answers = 0 if "first_evaluation" in stage.parents else (BEST_OF if has_gold else answers)
+            return SamplingWork(
+                stage.folder, prompts * (answers + sft_answers), is_scored=True, compared=prompts * answers
+            )
     return None
 
 

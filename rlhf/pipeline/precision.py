@@ -23,7 +23,7 @@ LAUNCHER = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`; it decide
 PRECISION = "precision.json"  # beside checkpoints
 POLL_SECONDS = 0.2
 ROWS, WIDTH, REPETITIONS = 256, 768, 3
-ROUNDS, ENOUGH_SECONDS = 8, 1.0  # of timing both precisions in turn
+ROUNDS, ENOUGH_SECONDS = 8, 3.0  # of timing both precisions in turn
 FASTER = 1.2  # how many times as fast bfloat16 must be: below that, float32's digits are worth more
 
 

@@ -143,7 +143,9 @@ def _hindsight(context: StageContext, reward: Scorer) -> dict[str, Any] | None:
     if latest is None:
         return None
     last = read_jsonl(latest / "samples.jsonl")
-    prompts = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")[: len(last)]]
+    asked = [row["prompt"] for row in read_jsonl(context.data / "test_prompts.jsonl")]
+    asked = asked[: context.recipe.evaluate.prompts]
+    prompts = [asked[row % len(asked)] for row in range(len(last))]  # `evaluate.answers` to each
     sides = [(last, "policy"), (last, "sft") if older is None else (read_jsonl(older / "samples.jsonl"), "policy")]
     texts = [(prompt, row[who]) for rows, who in sides for prompt, row in zip(prompts, rows, strict=True)]
     ended = [row[f"ended_{who}"] for rows, who in sides for row in rows]

@@ -363,6 +363,7 @@ def run_evaluate(context: StageContext) -> dict[str, Any]:
         reward=reward,
         gold=load_true_reward(recipe),
         prompts=prompts,
+        answers=recipe.evaluate.answers,
         sft_answers=None if sampled is None else [(row["completion"], row["ended"]) for row in sampled],
         **sampling_settings(recipe, policy.config),
         engine=recipe.sampling.engine,

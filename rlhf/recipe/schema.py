@@ -284,6 +284,7 @@ class EvaluateSection(Section):
 
     gold: str | None = Field(None, pattern=r".+\.py:[A-Za-z_]\w*$")
     prompts: int = Field(512, ge=1)
+    answers: int = Field(1, ge=1, le=16)  # of the policy to each prompt, beside as many of SFT
 
 
 class RoundsSection(Section):

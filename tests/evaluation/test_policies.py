@@ -26,7 +26,7 @@ class Lengths:
 
 
 def evaluate(
-    base: Path, tokenizer: Any, gold: Any, prompts: Sequence[Prompt] = PROMPTS[:10]
+    base: Path, tokenizer: Any, gold: Any, prompts: Sequence[Prompt] = PROMPTS[:10], answers: int = 1
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -39,6 +39,7 @@ def evaluate(
         prompts=prompts,
         batch_size=7,
         max_new_tokens=6,
+        answers=answers,
     )
     return facts, samples
 
@@ -75,6 +76,40 @@ def test_gold_figures_are_those_of_the_samples(base_folder: Path, tokenizer: Any
     assert facts["gold_gap_closed"] == pytest.approx(expected)
     low, high = facts["gold_gap_closed_ci"]
     assert low <= expected <= high
+
+
+@pytest.mark.parametrize("knows_gold", [True, False])
+def test_several_answers_to_a_prompt_are_rows_of_one_cluster(
+    base_folder: Path, tokenizer: Any, knows_gold: bool
+) -> None:
+    """Three answers to each of ten prompts: the first ten rows are those of one answer; the means are over all thirty."""
+
+    def gold(prompts: list[str], texts: list[str]) -> list[float]:
+        return [len(prompt) + len(text) / 100 for prompt, text in zip(prompts, texts, strict=True)]
+
+    facts, samples = evaluate(base_folder, tokenizer, gold if knows_gold else None, answers=3)
+    assert (facts["n"], facts["answers"], len(samples)) == (10, 3, 30)
+    assert [row["prompt"] for row in samples] == [plain(prompt) for prompt in PROMPTS[:10]] * 3
+    assert [row["conversation"] for row in samples] == list(range(10)) * 3
+    assert len({row["sft"] for row in samples}) > 20, "SFT's answers to one prompt are others"
+    assert [row["proxy_sft"] for row in samples] == [len(row["sft"]) for row in samples]
+    assert facts["sft"]["proxy"] == pytest.approx(sum(len(row["sft"]) for row in samples) / 30)
+    assert facts["policy"]["proxy"] == pytest.approx(sum(len(row["policy"]) for row in samples) / 30)
+    if not knows_gold:
+        return
+    _, alone = evaluate(base_folder, tokenizer, gold)
+    assert [row["sft"] for row in samples[:10]] == [row["sft"] for row in alone]
+    assert [row["gold_sft"] for row in samples] == [len(row["prompt"]) + len(row["sft"]) / 100 for row in samples]
+    assert [row["gold_policy"] for row in samples] == [len(row["prompt"]) + len(row["policy"]) / 100 for row in samples]
+    mean_policy, mean_sft = (sum(row[f"gold_{who}"] for row in samples) / 30 for who in ("policy", "sft"))
+    assert facts["policy"]["gold"] == pytest.approx(mean_policy)
+    assert facts["sft"]["gold"] == pytest.approx(mean_sft)
+    gap = facts["best_of_16"]["by_gold"]["gold"] - mean_sft
+    assert facts["gold_gap_closed"] == pytest.approx((mean_policy - mean_sft) / gap)
+    # Prompts differ by much more than answers, so the interval of the mean is that of ten prompts and not of thirty rows.
+    low, high = facts["policy"]["gold_ci"]
+    spread = torch.tensor([float(len(plain(prompt))) for prompt in PROMPTS[:10]]).std() / 10**0.5
+    assert high - low > 3 * spread
 
 
 def test_answers_of_one_score_share_their_true_reward(
