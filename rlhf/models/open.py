@@ -1,11 +1,13 @@
 """The one place that opens a model: no remote code, safetensors or GGUF, every tensor accounted for, one sentence a fault."""
 
+import copy
 import json
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,18 @@ def open_config(name: str | Path, revision: str | None = None) -> PreTrainedConf
     """
     with one_sentence(name):
         place, arguments = _place(name)
+        if "gguf_file" in arguments:
+            file = Path(place) / arguments["gguf_file"]
+            seen = file.stat()
+            return copy.deepcopy(_config_of_gguf(file, seen.st_size, seen.st_mtime_ns))
         _check_layers(name, Path(place) / "config.json")
-        return AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False, **arguments)
+        return AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
+
+
+@lru_cache(maxsize=4)
+def _config_of_gguf(file: Path, size: int, changed: int) -> PreTrainedConfig:
+    """Read the configuration in a GGUF file once while the file stays as it is: transformers reads all its words for that."""
+    return AutoConfig.from_pretrained(file.parent, trust_remote_code=False, gguf_file=file.name)
 
 
 def _check_layers(name: str | Path, file: Path) -> None:

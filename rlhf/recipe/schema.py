@@ -286,6 +286,12 @@ class EvaluateSection(Section):
     prompts: int = Field(512, ge=1)
     answers: int = Field(1, ge=1, le=16)  # of the policy to each prompt, beside as many of SFT
 
+    @model_serializer(mode="wrap")
+    def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the values without a single answer, which runs have that were begun before it was a key."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key != "answers" or value != 1}
+
 
 class RoundsSection(Section):
     """Iterative RLHF: from the second round on, the policy's own answers are labelled and pooled with what was there."""

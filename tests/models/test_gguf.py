@@ -1,18 +1,22 @@
 """GGUF files as backbones. The files are written here with llama.cpp's own package, as its converter lays out a Llama."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import UserError
 from rlhf.models.dequantise import dequantise
 from rlhf.models.gguf import gguf_file
+from rlhf.models.open import open_config
 from tests.command import rlhf
 
 PLACES = {
@@ -124,6 +128,27 @@ def test_tokenizer_and_ends_are_those_of_the_checkpoint(
     assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
     generation = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
     assert (generation.eos_token_id, generation.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+
+
+def test_configuration_is_read_once_while_the_file_stays(
+    quantised: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers parses every word of the vocabulary for it, seconds each time; a check asks four times."""
+    file, reads, read = tmp_path / "m.gguf", list[Path](), AutoConfig.from_pretrained
+    shutil.copy(quantised[0], file)
+
+    def counting(place: Path, **arguments: Any) -> Any:
+        reads.append(place)
+        return read(place, **arguments)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", counting)
+    first = open_config(file)
+    first.hidden_size = 0  # whoever changes it changes a copy
+    assert open_config(file).hidden_size == open_config(tmp_path).hidden_size != 0
+    assert len(reads) == 1
+    os.utime(file, ns=(1, 1))
+    open_config(file)
+    assert len(reads) == 2, "another file may lie there by now"
 
 
 def test_padding_that_is_the_end_token_is_replaced(base_folder: Path, tmp_path: Path) -> None:

@@ -119,6 +119,20 @@ def test_ppo_samples_as_everything_else_does(tmp_path: Path, overrides: list[str
     )
 
 
+def test_one_answer_is_not_written_so_that_older_runs_go_on(tmp_path: Path) -> None:
+    """A run's recipe and the key of its evaluation are compared with what the same recipe gave before the key was there."""
+    (tmp_path / "r.yaml").write_text("name: x\nlab: {}\nevaluate: {prompts: 8}\n", encoding="utf-8")
+    for overrides in ([], ["evaluate.answers=1"]):
+        recipe = load_recipe(tmp_path / "r.yaml", overrides)
+        assert recipe.resolved()["evaluate"] == {"prompts": 8}
+        (stage,) = (stage for stage in plan(recipe) if stage.name == "evaluate")
+        assert "answers" not in stage.settings
+    recipe = load_recipe(tmp_path / "r.yaml", ["evaluate.answers=4"])
+    assert recipe.resolved()["evaluate"] == {"prompts": 8, "answers": 4}
+    (stage,) = (stage for stage in plan(recipe) if stage.name == "evaluate")
+    assert stage.settings["answers"] == 4
+
+
 def test_a_null_of_trls_is_a_value_and_is_written(tmp_path: Path) -> None:
     """Left out, the resolved recipe gave TRL's or PPO's default: a clip of 5 and prompts of 512 tokens for none."""
     (tmp_path / "r.yaml").write_text("name: x\nlab: {}\n", encoding="utf-8")
