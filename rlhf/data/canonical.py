@@ -7,6 +7,7 @@ Beside its answers a pair may have `margin`, `confidence` (or `soft_label`), `we
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Literal, cast
 
@@ -106,8 +107,8 @@ def rating_gap(row: Mapping[str, object]) -> float | None:
     3.0
     """
     given = row.get("rating_gap")
-    if isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
-        return float(given)
+    if not isinstance(given, str) and (gap := _rating(given)) is not None:
+        return gap
     for names in RATINGS:
         values = [row.get(name) for name in names]
         numbers = [number for value in values if (number := _rating(value)) is not None]
@@ -120,7 +121,7 @@ def _rating(value: object) -> float | None:
     """Return a rating, which may be a text; None if it is no finite number."""
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):  # a whole number may have any number of digits
         return None
     return number if math.isfinite(number) else None
 
@@ -293,7 +294,7 @@ def _one_answer(value: object, name: str) -> Messages:
 def _number(value: object, name: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{name} is not a number")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not abs(value) <= sys.float_info.max or not low <= value <= high:
         bounds = "" if low == -math.inf else f" of {low:g} or more" if high == math.inf else f" in [{low:g}, {high:g}]"
         raise BadRow(f"{name} is not a finite number{bounds}")
     return float(value)

@@ -20,6 +20,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,6 +31,7 @@ from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, run_batches
 from rlhf.models.generate import pad_left, without_declared_settings
 from rlhf.models.heads import language_head
 from rlhf.models.load import find_source, model_settings
+from rlhf.models.prompt_length import context_length
 from rlhf.models.templates import MARKER, closing, rendered
 from rlhf.models.text import encode
 from rlhf.objectives.critiques import gumbel
@@ -83,6 +85,17 @@ def request_ids(tokenizer: PreTrainedTokenizerBase, request: str = REQUEST) -> l
             "about it as it was read; take a model whose template writes all turns alike."
         )
     return encode(tokenizer, [behind.removeprefix(close)], conversational=True)[0]
+
+
+def room_before_critique(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> int | None:
+    """Return how many tokens of prompt and answer a model reads where a critique of so many tokens, and what asks for it, follow.
+
+    None where a model says neither in its configuration nor in its tokenizer how much it reads.
+    """
+    positions = context_length(config)
+    if positions is None:
+        return None
+    return int(min(positions, tokenizer.model_max_length)) - len(request_ids(tokenizer)) - tokens
 
 
 def critique_ids(

@@ -1,11 +1,12 @@
 """Models in llama.cpp's GGUF files: which file a name stands for, and why one can't be read. Transformers reads them."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf.errors import UserError
 
-SUFFIX, SPLIT_NAME = ".gguf", "-of-"
+SUFFIX, SPLIT_NAME = ".gguf", re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def gguf_file(name: str | Path) -> Path | None:
@@ -18,12 +19,12 @@ def gguf_file(name: str | Path) -> Path | None:
         UserError: no such file; several in the folder; a part of a split model; the package `gguf` is missing.
     """
     path = Path(name).expanduser()
-    if path.suffix == SUFFIX and not path.is_dir():
+    if path.suffix.lower() == SUFFIX and not path.is_dir():
         files = [path]
         if not path.is_file():
             raise UserError(f"{name}: no such file.")
     elif path.is_dir() and not (path / "config.json").is_file():
-        files = sorted(path.glob(f"*{SUFFIX}"))
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
     else:
         return None
     if not files:
@@ -31,7 +32,7 @@ def gguf_file(name: str | Path) -> Path | None:
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise UserError(f"{name}: {len(files)} GGUF files ({names}); name the one that is meant.")
-    if SPLIT_NAME in files[0].stem:
+    if SPLIT_NAME.search(files[0].stem):
         raise UserError(
             f"{files[0]}: a part of a split model, which transformers can't read; join the parts with llama.cpp's "
             "`llama-gguf-split --merge`."

@@ -60,7 +60,7 @@ def _reason(name: str | Path, error: Exception) -> str:
         )
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return f"a JSON file of this model can't be read ({message}); copy the model again."
-    if str(name).endswith(SUFFIX) or (Path(name).is_dir() and gguf_file(name) is not None):
+    if str(name).lower().endswith(SUFFIX) or (Path(name).is_dir() and gguf_file(name) is not None):
         return unreadable(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__

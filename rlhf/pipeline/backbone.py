@@ -14,6 +14,7 @@ from trl import RewardConfig, SFTConfig
 from rlhf.data.read import ReadReport, is_local
 from rlhf.data.sources import Source, read_sources, to_prompts
 from rlhf.errors import UserError
+from rlhf.models.critiques import room_before_critique
 from rlhf.models.generate import encode_prompts
 from rlhf.models.load import encoder_type, find_source, load_tokenizer
 from rlhf.models.look import check_model
@@ -60,6 +61,14 @@ def check_backbone(recipe: Recipe, *, until: str | None = None, may_be_encoder: 
             )
         tokenizer = load_tokenizer(name, conversational=True, revision=revision)
         check_vocabulary(tokenizer, config, name=name, pads=True)
+        if recipe.reward.extra_kind == "critique":
+            room = room_before_critique(config, tokenizer, recipe.reward.critique_tokens)
+            if room is not None and room < 1:
+                problems.append(
+                    f"{name} reads {context_length(config)} tokens, of which reward.critique_tokens="
+                    f"{recipe.reward.critique_tokens} and the turn that asks for the critique leave none for prompt and answer; "
+                    "lower it."
+                )
         if not problems:
             check_model(name, scores=until in WITHOUT_A_POLICY)
     except UserError as error:

@@ -317,7 +317,7 @@ def _trunk_problems(recipe: Recipe) -> Iterator[str]:
 
 def _is_local(model: str) -> bool:
     """Tell whether a model's name is that of a file or folder on this machine."""
-    return model.startswith((".", "/", "~")) or model.endswith(SUFFIX) or Path(model).exists()
+    return model.startswith((".", "/", "~")) or model.lower().endswith(SUFFIX) or Path(model).exists()
 
 
 def _engine_problems(recipe: Recipe) -> Iterator[str]:

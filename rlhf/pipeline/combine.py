@@ -52,6 +52,8 @@ def combine_models(folders: Sequence[Path], factors: Sequence[float], out: Path,
     """
     quiet_libraries()
     check_new_folder(out, "OUT")
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise UserError([f"{folder}: no such folder." for folder in missing])
     are_rewards = [(folder / CARD).is_file() for folder in folders]
     if len(set(are_rewards)) > 1:
         odd = folders[are_rewards.index(not are_rewards[0])]

@@ -10,7 +10,10 @@ from rlhf.data.rows import CRITIQUES, SIDES, Pair, answer, asked, has_ended, lab
 from rlhf.errors import UserError
 from rlhf.files import digest, json_lines, read_jsonl, write_jsonl, write_text
 from rlhf.invariants.checks import CheckBook
-from rlhf.models.critiques import REQUEST, CritiqueForm
+from rlhf.models.critiques import REQUEST, CritiqueForm, room_before_critique
+from rlhf.models.load import find_source, load_tokenizer
+from rlhf.models.open import open_config
+from rlhf.models.text import encode_answers
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.fit import fit_and_keep, kept_model
 from rlhf.pipeline.store import CHECKPOINTS, METRICS
@@ -51,12 +54,13 @@ def own_critiques(context: StageContext, rows: Sequence[Pair], book: CheckBook) 
     Critiques are sampled once, block by block; a block that lies there is not written again, and would be the same.
 
     Raises:
-        UserError: no pair has critiques.
+        UserError: no pair has critiques, or none of those that have some can be read with one behind it.
     """
     # 1. The first model, on the pairs that have critiques.
     given = [row for row in rows if all(name in row for name in CRITIQUES)]
     if not given:
         raise UserError(f"reward.extra: critique: none of {len(rows)} pairs has {' and '.join(CRITIQUES)}.")
+    _check_room(context, given)
     context.say(
         f"reward: {len(given)} of {len(rows)} pairs have critiques, from which a first model learns to write them."
     )
@@ -86,6 +90,27 @@ def own_critiques(context: StageContext, rows: Sequence[Pair], book: CheckBook) 
         for row, of_pair in zip(rows, written, strict=True)
     ]
     return OwnCritiques(pairs, start, {"given": len(given), "written": 2 * len(written), "endless": endless})
+
+
+def _check_room(context: StageContext, rows: Sequence[Pair]) -> None:
+    """Refuse critiques so long that no pair fits before them, before a model is trained on what is left."""
+    name, revision = context.sft_model, context.recipe.backbone.revision
+    tokens = context.recipe.reward.critique_tokens
+    config = open_config(find_source(name).base, revision)
+    tokenizer = load_tokenizer(name, conversational=True, revision=revision)
+    room = room_before_critique(config, tokenizer, tokens)
+    if room is None:
+        return
+    longer = []
+    for row in rows:
+        prompts, answers = [asked(row, side) for side in SIDES], [answer(row, side) for side in SIDES]
+        longer.append(max(map(len, encode_answers(tokenizer, prompts, answers)[0])))
+    if min(longer) > room:
+        raise UserError(
+            f"reward.critique_tokens={tokens}: with a critique of so many tokens and the turn that asks for it, {max(room, 0)} are "
+            f"left for prompt and answer, and the shortest of {len(rows)} pairs with critiques has {min(longer)}; lower it, or "
+            "take a model that reads more."
+        )
 
 
 def _written(context: StageContext, critic: CritiqueRewardModel, rows: Sequence[Pair]) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def _module_files(folder: Path, name: tuple[str, ...]) -> Iterator[Path]:
 
 def _model_files(name: str) -> dict[str, Path]:
     folder = Path(name).expanduser()
-    if folder.suffix in (GGUF_SUFFIX, ".jinja", ".json") and folder.is_file():
+    if folder.suffix.lower() in (GGUF_SUFFIX, ".jinja", ".json") and folder.is_file():
         return {name: folder}
     if not folder.is_dir():
         return {}
@@ -103,7 +103,7 @@ def _model_files(name: str) -> dict[str, Path]:
         f"{name.rstrip('/')}/{path.relative_to(folder)}": path
         for place in places
         for path in place.iterdir()
-        if path.suffix in MODEL_SUFFIXES and path.is_file()
+        if path.suffix.lower() in MODEL_SUFFIXES and path.is_file()
     }
     base = _base_of_adapter(folder)
     is_adapter = base is not None and (Path(base).expanduser() / "adapter_config.json").is_file()  # which no base is

@@ -14,6 +14,7 @@ from rlhf.files import write_text
 from rlhf.report.result_file import check_result_file
 
 WORDS = {"first": 1.0, "tie": 0.5, "second": 0.0}
+VERDICT = "first, second, tie or a number from 0 to 1"
 SHOWN = 10  # problems of a file
 LEAST_WIDTH = 1e-9  # of an interval that says something
 ODD_DRAW = 3.0  # standard errors between the judge's means of rows with and without a label, beyond which it is said
@@ -153,23 +154,21 @@ def read_verdicts(file: str) -> Verdicts:
     prompts_labelled, prompts_alone = list[str](), list[str]()
     is_mixed = has_open = False
     problems: list[str] = []
-    numbers: dict[str, set[float]] = {"judge": set(), "label": set()}
+    numbers: dict[str, set[int | float]] = {"judge": set(), "label": set()}
     for number, row in read_rows(file, report):
         judge, label = (_value(row.get(name)) if isinstance(row, dict) else None for name in ("judge", "label"))
         if isinstance(row, dict):
             for name, seen in numbers.items():
-                seen |= {float(row[name])} if isinstance(row.get(name), int | float) else set()
+                seen |= {row[name]} if isinstance(row.get(name), int | float) else set()
         prompt = row.get("prompt") if isinstance(row, dict) else None
         name = f"row {number}" if prompt is None else json.dumps(prompt, sort_keys=True, default=str)
         is_blank = not isinstance(row, dict) or row.get("label") in (None, "", "skip")
-        if judge is None:
-            problems.append(
-                f"{file}: row {number} has no `judge`, which is first, second, tie or a number from 0 to 1."
-            )
+        if judge is None and (not isinstance(row, dict) or row.get("judge") in (None, "")):
+            problems.append(f"{file}: row {number} has no `judge`, which is {VERDICT}.")
+        elif judge is None:
+            problems.append(f"{file}: row {number}: `judge` is {row['judge']!r:.40}; it must be {VERDICT}.")
         elif label is None and not is_blank:
-            problems.append(
-                f"{file}: row {number}: `label` is {row['label']!r}; it must be first, second, tie or a number from 0 to 1."
-            )
+            problems.append(f"{file}: row {number}: `label` is {row['label']!r:.40}; it must be {VERDICT}.")
         elif label is None:
             alone.append(judge)
             prompts_alone.append(name)

@@ -72,18 +72,19 @@ def warn_of_unread_answers(trainer: "PPOTrainer") -> None:
 
 
 def note_cuts(trainer: "PPOTrainer") -> None:
-    """Note for checkpoints how many texts were too long for each reward model so far. Called by all processes together."""
-    counts = [[reward.cut, reward.cut_answers] for reward in trainer.rewards.reward_models]
+    """Note for checkpoints what each reward model has counted so far. Called by all processes together."""
+    counts = [reward.counts() for reward in trainer.rewards.reward_models]
     if counts:
-        of_all = trainer.accelerator.reduce(torch.tensor(counts, device=trainer.accelerator.device), reduction="sum")
-        trainer.progress.cuts = of_all.tolist()
+        joined = torch.tensor([count for of_one in counts for count in of_one], device=trainer.accelerator.device)
+        of_all = iter(trainer.accelerator.reduce(joined, reduction="sum").tolist())
+        trainer.progress.cuts = [[next(of_all) for _ in of_one] for of_one in counts]
 
 
 def take_cuts_back(trainer: "PPOTrainer") -> None:
     """Let reward models count on from a checkpoint: the first process has what all had counted."""
     if trainer.accelerator.is_main_process:
         for reward, counts in zip(trainer.rewards.reward_models, trainer.progress.cuts, strict=False):
-            reward.cut, reward.cut_answers = counts
+            reward.count_from(counts)
 
 
 def cuts_of_all(trainer: "PPOTrainer") -> list[str]:
@@ -94,7 +95,7 @@ def cuts_of_all(trainer: "PPOTrainer") -> list[str]:
         zip(trainer.rewards.reward_models, trainer.progress.cuts, strict=True), 1
     ):
         with reward.uncounted():
-            reward.cut, reward.cut_answers = counts
+            reward.count_from(counts)
             sentences += reward.cuts(f"ppo: reward model {number}")
     return sentences
 

@@ -46,7 +46,7 @@ class PPOState:
         stopped: why training ended before its time; None while it goes on.
         stop_rules: the settings that it was ended under, `PPOConfig.stop_rules`.
         steps_per_rollout: of the optimizer; 0 in checkpoints that did not say.
-        cuts: of each reward model `cut` and `cut_answers` so far, over all processes.
+        cuts: what each reward model has counted so far (`RewardModel.counts`), over all processes.
     """
 
     episodes: int = 0

@@ -1,7 +1,6 @@
 """`CritiqueRewardModel`: a reward model that writes a critique of every answer, and gives its score behind that."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,8 @@ class CritiqueRewardModel(RewardModel):
         critiques: how many were written so far.
         endless: how many of these never came to their end, and were cut.
     """
+
+    counted = (*RewardModel.counted, "critiques", "endless")
 
     def __init__(
         self,
@@ -78,16 +79,6 @@ class CritiqueRewardModel(RewardModel):
         self.critiques += len(rows)
         self.endless += written.ended.count(False)
         return written
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Leave the counts of texts and of critiques as they are, whatever is read and written meanwhile."""
-        counts = (self.critiques, self.endless)
-        try:
-            with super().uncounted():
-                yield
-        finally:
-            self.critiques, self.endless = counts
 
     def cuts(self, name: str) -> list[str]:
         """Return a sentence for each way in which texts, or critiques, were too long."""

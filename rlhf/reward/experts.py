@@ -4,7 +4,6 @@ A new distribution is served without labels: the gate looks at the prompt alone 
 """
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +21,14 @@ from rlhf.models.open import adapter_weights, one_sentence
 from rlhf.models.save import ADAPTER_BASE, check_base
 from rlhf.models.scalar_head import SAVED_HEAD, restore_exact
 from rlhf.reward.gate import GATE, Gate, mean_states
-from rlhf.reward.model import NO_FEATURES, RewardModel
+from rlhf.reward.model import NO_FEATURES
+from rlhf.reward.weighed import WeighedByPrompt
 
 EXPERTS = "experts.json"
 Combination = Literal["gate", "weights", "merged"]
 
 
-class ExpertRewards(RewardModel):
+class ExpertRewards(WeighedByPrompt):
     """Several experts behind the interface of one reward model; each score is standardised before they are combined.
 
     Attributes:
@@ -36,11 +36,10 @@ class ExpertRewards(RewardModel):
         scales: [E, 2] mean and deviation of each expert's scores on SFT samples.
         weights: [E] fixed weights, or None where the gate decides.
         gate: weights by prompt, or None where they are fixed.
-        unfamiliar: how many scored prompts so far were unlike any that the gate was fitted on.
     """
 
     kind = "experts"
-    reads_prompt_apart = True
+    unlike = "weights that nothing vouches for"
 
     def __init__(
         self,
@@ -55,7 +54,6 @@ class ExpertRewards(RewardModel):
     ):
         super().__init__(model, tokenizer, conversational=conversational)
         self.names, self.scales, self.weights, self.gate = list(names), scales, weights, gate
-        self.unfamiliar = 0
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
@@ -89,14 +87,7 @@ class ExpertRewards(RewardModel):
             assert self.weights is not None, "either a gate or fixed weights"
             return self.weights.expand(len(prompts), -1)
         weights, is_unfamiliar = self.gate(self.prompt_features(prompts))
-        unfamiliar = int(is_unfamiliar.sum())
-        if unfamiliar and not self.unfamiliar:
-            warnings.warn(
-                f"experts: {unfamiliar} of {len(prompts)} prompts are unlike any that the gate was made on; they are scored, with "
-                "weights that nothing vouches for.",
-                stacklevel=3,
-            )
-        self.unfamiliar += unfamiliar
+        self.note_unfamiliar(is_unfamiliar)
         return weights
 
     def prompt_features(self, prompts: Sequence[Prompt]) -> Tensor:

@@ -24,6 +24,7 @@ from rlhf.objectives.gated import gated_score, length_multiple, ridge, spearman
 from rlhf.reward.gate import GATE, Gate, fit_gate, label_columns, mean_states
 from rlhf.reward.model import Network, RewardModel
 from rlhf.reward.sides import side_features
+from rlhf.reward.weighed import WeighedByPrompt
 
 GATED = "gated.json"
 FEWEST_RATINGS = 2  # through which a line can be laid
@@ -46,23 +47,21 @@ class Attributes:
     usual: Tensor
 
 
-class GatedRewards(RewardModel):
+class GatedRewards(WeighedByPrompt):
     """A network of k attributes behind the interface of one reward model: Σ_a g_a(prompt) r'_a(prompt, answer).
 
     r' are freed of length already: the network's head holds the debiased attributes and no others.
 
     Attributes:
         attributes: what the labels are.
-        unfamiliar: how many scored prompts so far were unlike any that the gate was fitted on.
     """
 
     kind = "gated"
-    reads_prompt_apart = True
+    unlike = "the mean weights over those"
 
     def __init__(self, model: Network, tokenizer: PreTrainedTokenizerBase, attributes: Attributes, **arguments: Any):
         super().__init__(model, tokenizer, **arguments)
         self.attributes = attributes
-        self.unfamiliar = 0
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, ended: Sequence[bool] | None = None
@@ -88,17 +87,10 @@ class GatedRewards(RewardModel):
         """Return how much each attribute counts for each prompt, [n, k]; rows sum to 1.
 
         Of a prompt that is further from the training prompts than 99.9 % of these are, nothing is known: it has their mean
-        weights. Such prompts are counted, and the first ones are said.
+        weights. Such prompts are counted and said.
         """
         weights, is_unfamiliar = self.attributes.gate(prompt_features(self, prompts))
-        unfamiliar = int(is_unfamiliar.sum())
-        if unfamiliar and not self.unfamiliar:
-            warnings.warn(
-                f"gate: {unfamiliar} of {len(prompts)} prompts are unlike any that it was fitted on; their answers are scored "
-                "with the mean weights over those.",
-                stacklevel=3,
-            )
-        self.unfamiliar += unfamiliar
+        self.note_unfamiliar(is_unfamiliar)
         return torch.where(is_unfamiliar[:, None], self.attributes.usual, weights)
 
     def copy_of_network(self) -> Network:

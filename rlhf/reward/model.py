@@ -31,6 +31,7 @@ class RewardModel:
     Attributes:
         kind: what it is called where models are listed.
         reads_prompt_apart: whether a prompt decides how its answers are scored, so that prompt and answer must come apart.
+        counted: the names of what is counted while texts are scored, for `cuts`.
         model: the network, frozen.
         tokenizer: the network's; the policy may have another one.
         mean, std: mean and deviation of raw scores on SFT samples; `(score - mean) / std` has unit scale there.
@@ -45,6 +46,8 @@ class RewardModel:
 
     kind: ClassVar[str] = "reward model"
     reads_prompt_apart: ClassVar[bool] = False
+    counted: ClassVar[tuple[str, ...]] = ("cut", "cut_answers")
+    is_counting = True
 
     def __init__(
         self,
@@ -223,12 +226,23 @@ class RewardModel:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Leave `cut` and `cut_answers` as they are, while texts are read that count elsewhere or are nobody's answers."""
-        counts = (self.cut, self.cut_answers)
+        """Leave all counts as they are, while texts are read that count elsewhere or are nobody's answers."""
+        counts, was_counting = self.counts(), self.is_counting
+        self.is_counting = False
         try:
             yield
         finally:
-            self.cut, self.cut_answers = counts
+            self.count_from(counts)
+            self.is_counting = was_counting
+
+    def counts(self) -> list[int]:
+        """Return what was counted so far, in the order of `counted`."""
+        return [getattr(self, name) for name in self.counted]
+
+    def count_from(self, counts: Sequence[int]) -> None:
+        """Let counting go on from what `counts` gave; what an earlier version did not count stays as it is."""
+        for name, count in zip(self.counted, counts, strict=False):
+            setattr(self, name, count)
 
     def is_cut(self, prompt: Prompt, response: str, ended: bool) -> bool:
         """Tell whether a text, with its end where it has one, is too long for the model and loses its beginning; not counted."""

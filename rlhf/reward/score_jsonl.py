@@ -85,7 +85,7 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
     if not lines:
         return []
     model = reward if isinstance(reward, RewardModel) else None
-    counts = (0, 0) if model is None else (model.cut, model.cut_answers)
+    counts = [] if model is None else model.counts()
     try:
         prompts, responses = [line.prompt for line in lines], [line.response for line in lines]
         scores = reward.score(prompts, responses, ended=[line.ended for line in lines]).tolist()
@@ -98,7 +98,7 @@ def _scores(reward: Scorer, lines: Sequence[_Line]) -> list[float | str]:
     if len(lines) == 1:
         return [reason]
     if model is not None:
-        model.cut, model.cut_answers = counts  # one by one they are counted again
+        model.count_from(counts)  # one by one they are counted again
     return [_scores(reward, [line])[0] for line in lines]
 
 

@@ -104,17 +104,18 @@ class ServedModel:
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded | str]:
         """Return each text as it is scored, or in a sentence why it can't be; where one fails, all are tried one by one."""
-        counts = [(member.cut, member.cut_answers) for member in self.members]
+        counts = [member.counts() for member in self.members]
+        cut_before = [member.cut for member in self.members]
         try:
             rows = [self._rows(member, texts) for member in self.members]
         except Exception as error:  # a chat template may raise anything
             if len(texts) == 1:
                 return [_refusal(error)]
             rows = []
-        is_cut = any(member.cut > before for member, (before, _) in zip(self.members, counts, strict=True))
+        is_cut = any(member.cut > before for member, before in zip(self.members, cut_before, strict=True))
         if len(texts) > 1 and (is_cut or not rows):  # which of them?
             for member, count in zip(self.members, counts, strict=True):
-                member.cut, member.cut_answers = count
+                member.count_from(count)
             return [self.encode([text])[0] for text in texts]
         each = zip(*rows, strict=True)
         return [Encoded(list(of_text), max(map(len, of_text)), is_cut) for of_text in each]
@@ -125,8 +126,7 @@ class ServedModel:
         if first.reads_prompt_apart:  # the prompt decides how much each expert or attribute counts
             answers = [text for text in texts if isinstance(text, Answer)]
             ended = [answer.ended for answer in answers]
-            with first.uncounted():  # they were counted when they were encoded
-                return first.score([x.prompt for x in answers], [x.response for x in answers], ended=ended).tolist()
+            return first.score([x.prompt for x in answers], [x.response for x in answers], ended=ended).tolist()
         each = [member.score_rows([row.rows[i] for row in encoded]) for i, member in enumerate(self.members)]
         if len(each) == 1:
             return each[0].tolist()

@@ -59,6 +59,8 @@ def test_transcripts_join_turns_of_one_speaker() -> None:
         ({"prompt": [{"role": "critic", "content": "x"}]}, "unknown role"),
         ({"margin": float("nan")}, "margin is not a finite number"),
         ({"margin": "large"}, "margin is not a number"),
+        ({"margin": 10**400}, "margin is not a finite number"),  # JSON's whole numbers have no end, and floats have
+        ({"weight": 10**400}, "weight is not a finite number of 0 or more"),
         ({"confidence": 1.7}, "confidence is not a finite number in"),
         ({"weight": -1.0}, "weight is not a finite number of 0 or more"),
         ({"soft_label": 1.7}, r"confidence is not a finite number in \[0, 1\]"),

@@ -151,6 +151,16 @@ def test_configuration_is_read_once_while_the_file_stays(
     assert len(reads) == 2, "another file may lie there by now"
 
 
+@pytest.mark.parametrize("name", ["state-of-the-art.Q8_0.gguf", "UPPER.GGUF"])
+def test_names_of_files_say_nothing_more(
+    quantised: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, name: str
+) -> None:
+    """Only `-00001-of-00002` at the end of a name is a part of a split model; on other systems endings are large letters."""
+    shutil.copy(quantised[0], tmp_path / name)
+    assert gguf_file(tmp_path / name) == gguf_file(tmp_path) == tmp_path / name
+    assert open_config(tmp_path / name).model_type == "llama"
+
+
 def test_padding_that_is_the_end_token_is_replaced(base_folder: Path, tmp_path: Path) -> None:
     """llama.cpp's files often name the end token as padding."""
     write_gguf(base_folder, tmp_path / "a.gguf", pad=False)

@@ -20,6 +20,7 @@ from rlhf.lab.critiques import critique_of_instruction, critique_of_list
 from rlhf.models.critiques import REQUEST
 from rlhf.models.text import plain
 from rlhf.pipeline import critiques
+from rlhf.pipeline.backbone import check_backbone
 from rlhf.pipeline.checks import check_arguments
 from rlhf.pipeline.context import PAIRS, StageContext
 from rlhf.pipeline.critiques import WRITTEN, own_critiques
@@ -69,6 +70,28 @@ def stage(base_folder: Path, tmp_path: Path) -> Any:
         return StageContext(recipe, folder, {"data": data}, said.append)
 
     return context
+
+
+@pytest.mark.parametrize("tokens", [90, 120])
+def test_critiques_that_leave_no_room_are_refused_before_training(stage: Any, tokens: int) -> None:
+    """128 positions, pairs of some 20 tokens; two models were trained on what was left of them, then nothing could be read."""
+    said: list[str] = []
+    context = stage(1, said)
+    context.recipe.reward.critique_tokens = tokens
+    with pytest.raises(
+        UserError, match=rf"reward.critique_tokens={tokens}: .* the shortest of 16 pairs .* has \d\d; lower"
+    ):
+        own_critiques(context, pairs(), CheckBook())
+    assert said == []
+    assert list(context.folder.iterdir()) == []
+
+
+def test_check_refuses_critiques_as_long_as_the_context(base_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("BASE", str(base_folder)), encoding="utf-8")
+    write_jsonl(tmp_path / "pairs.jsonl", pairs())
+    recipe = load_recipe(tmp_path / "r.yaml", ["reward.critique_tokens=128"])
+    with pytest.raises(UserError, match=r"reads 128 tokens, of which reward.critique_tokens=128 .* leave none"):
+        check_backbone(recipe, until="round-1/reward")
 
 
 def test_what_was_written_is_not_written_again(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,12 +141,15 @@ def test_bad_files_are_sentences(tmp_path: Path) -> None:
     text = "\n".join(error.value.problems)
     assert "row 11 has no `judge`" in text
     assert "row 12: `label` is 'left'" in text
+    with pytest.raises(UserError, match=r"row 11: `judge` is 1000\d+; it must"):
+        verdict(written(tmp_path, [*verdicts(10, 5), {"judge": 10**400, "label": "first"}]), None, say=print)
     many = [{"judge": "left"}] * 25
     with pytest.raises(UserError) as error:
         verdict(written(tmp_path, many), None, say=print)
     assert len(error.value.problems) == 11
     assert error.value.problems[-1].endswith("15 more rows like these.")
-    assert "row 13 has no `judge`, which is first, second, tie or a number from 0 to 1" in text
+    assert "row 11 has no `judge`, which is first, second, tie or a number from 0 to 1" in text
+    assert "row 13: `judge` is 1.5; it must be first, second, tie or a number from 0 to 1" in text
     with pytest.raises(UserError):
         verdict(str(tmp_path / "nowhere.jsonl"), None, say=print)
 

@@ -1,5 +1,6 @@
 """Experts on one base: each scores as it does alone, weights and gate do what they say, averaging is exact."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,20 @@ def test_prompts_of_another_world_are_counted_and_said(folder: Path, tokenizer: 
     gate = Gate(torch.zeros(64), torch.ones(64), torch.zeros(2, 64), torch.zeros(2), torch.tensor(1e-3))
     save_experts(folder, ["a", "b"], SCALES, weights=None, gate=gate)
     experts = open_experts(folder, tokenizer, conversational=True)
-    with pytest.warns(UserWarning, match="3 of 3 prompts are unlike any that the gate was made on"):
+    with experts.uncounted():  # as the texts on a card are read, of which nobody asked
         experts.score(PROMPTS[:3], ANSWERS[:3])
-    experts.score(PROMPTS[:3], ANSWERS[:3])
-    assert experts.unfamiliar == 6
+    assert experts.cuts("E") == []
+    with pytest.warns(UserWarning, match="3 of the first 3 prompts are unlike any that the gate was fitted on"):
+        experts.score(PROMPTS[:3], ANSWERS[:3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        experts.score(PROMPTS[:3], ANSWERS[:3])
+    assert experts.cuts("E") == [
+        "E: 6 of 6 prompts are unlike any that its gate was fitted on; they were scored with weights that nothing vouches for."
+    ]
+    other = open_experts(folder, tokenizer, conversational=True)
+    other.count_from(experts.counts())  # as PPO's checkpoints keep them
+    assert other.cuts("E") == experts.cuts("E")
 
 
 def test_averaging_is_exact(folder: Path, tokenizer: Any, base_folder: Path, tmp_path: Path) -> None:

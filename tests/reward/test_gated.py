@@ -168,14 +168,14 @@ def test_a_prompt_unlike_all_has_the_mean_weights_and_is_said_once(saved: tuple[
     _, _, folder = saved
     reward = load_reward_model(folder)
     assert isinstance(reward, GatedRewards)
-    reward.unfamiliar = 0
     strange = [turn("user", "§ ± ¿ ß " * 12)] * 2
     assert prompt_features(reward, strange).shape == (2, 64)
-    with pytest.warns(UserWarning, match="2 of 2 prompts are unlike any that it was fitted on; .* the mean weights"):
+    with pytest.warns(UserWarning, match="2 of the first 2 prompts are unlike any .* the mean weights"):
         weights = reward.weights_of(strange)
     assert weights[0].tolist() == reward.attributes.usual.tolist()
     reward.weights_of(strange)
-    assert reward.unfamiliar == 4
+    assert (reward.unfamiliar, reward.weighed) == (4, 4)
+    assert reward.cuts("G")[-1].startswith("G: 4 of 4 prompts are unlike any that its gate was fitted on;")
 
 
 def test_the_critic_starts_from_the_score_at_the_mean_weights(saved: tuple[Any, Any, Path]) -> None:
