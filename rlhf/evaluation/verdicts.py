@@ -1,16 +1,17 @@
 """How well the verdicts of a causal model agree with labelled pairs, and how much of them is the order of the answers."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
 from rlhf.data.conversations import conversation_keys
-from rlhf.data.rows import Pair, told
+from rlhf.data.rows import SIDES, Pair, told
 from rlhf.errors import UserError
+from rlhf.evaluation.pairs import ScoredPairs
 from rlhf.models.verdicts import VerdictModel, Verdicts
 from rlhf.objectives.verdicts import first_is_better, turns_with_order
-from rlhf.statistics import clustered_mean, clustered_share, expected_calibration_error
+from rlhf.statistics import clustered_mean, clustered_share, expected_calibration_error, paired_difference
 
 
 class VerdictReport(TypedDict):
@@ -53,6 +54,35 @@ def compare_pairs(model: VerdictModel, rows: Sequence[Pair], *, label: str | Non
     return model.compare(prompts, chosen, rejected, label=label)
 
 
+def check_room(model: VerdictModel, rows: Sequence[Pair]) -> None:
+    """Refuse a model that can read none of some pairs, before anything is computed.
+
+    Raises:
+        UserError: no pair fits in its context.
+    """
+    chosen, rejected = ([told(row, side) for row in rows] for side in SIDES)
+    if rows and not model.fit([row["prompt"] for row in rows], chosen, rejected).any():
+        raise UserError(_no_room(model.name, len(rows)))
+
+
+def _no_room(name: str, pairs: int) -> str:
+    return f"{name}: none of the {pairs} pairs fits in its context, so it gives no verdict; take another model."
+
+
+def verdicts_beside(model: VerdictModel, pairs: ScoredPairs, *, label: str | None = None) -> dict[str, Any]:
+    """Report a causal model's verdicts on pairs that a reward model has scored, and how the two differ.
+
+    Args:
+        label: what the progress bar says.
+
+    Raises:
+        UserError: no pair fits in its context.
+    """
+    verdicts = compare_pairs(model, pairs.rows, label=label)
+    difference = paired_difference(right_verdicts(verdicts), pairs.right.tolist(), pairs.clusters, span=1.0)
+    return {**verdict_report(model.name, verdicts, pairs.rows), **difference}
+
+
 def right_verdicts(verdicts: Verdicts) -> list[float]:
     """Return 1 where the chosen answer is called the better one and 0 elsewhere, [n]; a tie is wrong."""
     values: list[float] = (verdicts.orders.log_odds > 0).double().tolist()
@@ -71,9 +101,7 @@ def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> Verdi
         UserError: no pair fits in its context.
     """
     if not verdicts.fits.any():
-        raise UserError(
-            f"{name}: none of the {len(rows)} pairs fits in its context, so it gives no verdict; take another model."
-        )
+        raise UserError(_no_room(name, len(rows)))
     clusters = conversation_keys([row["prompt"] for row in rows])
     log_odds, bias = verdicts.orders
     right, turned = right_verdicts(verdicts), turns_with_order(verdicts.orders).double()[verdicts.fits].tolist()

@@ -75,19 +75,11 @@ class VerdictModel:
             float32 on the CPU, in the order given.
         """
         # 1. Every question in both orders, up to where the model says its letter.
-        texts = [plain(prompt) for prompt in prompts]
-        both = [(firsts, seconds), (seconds, firsts)]
-        questions = [
-            QUESTION.format(prompt=text, first=one, second=other)
-            for ones, others in both
-            for text, one, other in zip(texts, ones, others, strict=True)
-        ]
-        rows = _rows_before_letter(self.tokenizer, questions)
+        n = len(prompts)
+        rows = self._questions(prompts, firsts, seconds)
 
         # 2. The log-probabilities of the two letters there; of a pair that does not fit, in either order, nothing is known.
-        longest = position_limit(self.model, self.tokenizer)
-        n = len(texts)
-        fits = torch.tensor([max(len(rows[i]), len(rows[n + i])) <= longest for i in range(n)], dtype=torch.bool)
+        fits = self._fit(rows)
         asked = [i for i in range(2 * n) if fits[i % n]]
         self.too_long += n - int(fits.sum())
         logprobs = torch.full((2 * n, 2), -torch.inf)
@@ -98,6 +90,26 @@ class VerdictModel:
         log_odds = torch.where(fits.repeat(2), logprobs[:, 0] - logprobs[:, 1], torch.zeros(2 * n))
         share = logprobs.exp().sum(dim=1)
         return Verdicts(fits, average_orders(log_odds[:n], log_odds[n:]), (share[:n] + share[n:]) / 2)
+
+    def fit(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> Tensor:
+        """Tell which pairs of answers fit in the model's context, in both orders, [n] bool."""
+        return self._fit(self._questions(prompts, firsts, seconds))
+
+    def _questions(
+        self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]
+    ) -> list[list[int]]:
+        """Return the token rows of all questions in one order, then of all in the other, up to the letter."""
+        texts = [plain(prompt) for prompt in prompts]
+        questions = [
+            QUESTION.format(prompt=text, first=one, second=other)
+            for ones, others in [(firsts, seconds), (seconds, firsts)]
+            for text, one, other in zip(texts, ones, others, strict=True)
+        ]
+        return _rows_before_letter(self.tokenizer, questions)
+
+    def _fit(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        longest, n = position_limit(self.model, self.tokenizer), len(rows) // 2
+        return torch.tensor([max(len(rows[i]), len(rows[n + i])) <= longest for i in range(n)], dtype=torch.bool)
 
     @torch.no_grad()
     def _letter_logprobs(self, rows: Sequence[Sequence[int]], label: str | None) -> Tensor:

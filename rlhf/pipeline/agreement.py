@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rlhf.files import read_jsonl
@@ -18,15 +19,17 @@ def compare_kl(context: StageContext, samples: Sequence[Mapping[str, Any]], book
     """Enter the check, and note it where it does not hold; say why where the two can't be compared.
 
     Args:
-        samples: the evaluation's answers, each with its `kl` in nats.
+        samples: the evaluation's answers, each with its `kl` in nats: the first to every prompt, then the second, and so on.
     """
     policy = context.parent("policy")
     logged = [row["kl"] for row in read_jsonl(policy / METRICS) if "kl" in row] if (policy / METRICS).is_file() else []
     last_rollout = [row["kl"] for row in read_jsonl(policy / "samples.jsonl")]
-    evaluated = [row["kl"] for row in samples]
+    prompts = len(samples) // context.recipe.evaluate.answers
+    # The answers to one prompt are alike, so a prompt with several is one observation: their mean.
+    evaluated = [fmean(row["kl"] for row in samples[prompt::prompts]) for prompt in range(prompts)]
     reason = _why_not(context)
     if len(logged) < 2 or min(len(last_rollout), len(evaluated)) < FEWEST_ANSWERS:
-        reason = reason or "two logged rollouts and eight answers of each are needed"
+        reason = reason or "two logged rollouts, and eight answers of the last one and prompts of the evaluation are needed"
     if reason is not None:
         context.say(f"evaluate: its KL is not compared with PPO's: {reason}.")
         return

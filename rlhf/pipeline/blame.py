@@ -123,6 +123,7 @@ def _trait_differences(pairs: Sequence[Pair], feature: str, measure: Measure) ->
     differences = chosen - rejected
     if not bool((differences != 0).any()):
         raise UserError(f"--feature {feature}: no pair's two answers differ in it.")
+    differences /= differences.abs().max()  # squares of tiny numbers are 0
     return differences / differences.square().mean().sqrt()
 
 

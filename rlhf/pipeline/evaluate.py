@@ -38,18 +38,18 @@ from rlhf.evaluation.pairs import (
     score_rankings,
 )
 from rlhf.evaluation.probes import probe
-from rlhf.evaluation.verdicts import compare_pairs, right_verdicts, verdict_report
+from rlhf.evaluation.verdicts import check_room, verdicts_beside
 from rlhf.files import write_text
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.tools import ToolTemplate
-from rlhf.models.verdicts import VerdictModel, load_verdict_model
+from rlhf.models.verdicts import load_verdict_model
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.report.evaluation import write_evaluation
 from rlhf.report.result_file import check_result_file
 from rlhf.reward.load import open_reward_model
 from rlhf.reward.model import RewardModel
 from rlhf.reward.sides import side_texts
-from rlhf.statistics import Array, paired_difference
+from rlhf.statistics import Array
 
 # What each model's entry has of its report on the pairs.
 MODEL_KEYS = ("accuracy", "accuracy_ci", "ties", "ece", "accuracy_length_controlled", "temperature")
@@ -156,9 +156,11 @@ def evaluate_models(
     ]
     rewards = [_attempt(problems, open_reward_model, model) for model in models]
     annotator = None if verdicts is None else _attempt(problems, load_verdict_model, verdicts)
+    data_sets, opened = [x for x in sets if x is not None], [x for x in rewards if x is not None]
+    for data_set in data_sets if annotator is not None else ():
+        _attempt(problems, check_room, annotator, data_set.rows)
     if problems:
         raise UserError(problems)
-    data_sets, opened = [x for x in sets if x is not None], [x for x in rewards if x is not None]
     for data_set in data_sets:
         for sentence in [data_set.benchmark.sentence] if data_set.benchmark else data_set.report.sentences():
             say(sentence)
@@ -179,7 +181,8 @@ def evaluate_models(
                 )
         reports[data_set.name] = _report(data_set, models, scored)
         if annotator is not None:
-            reports[data_set.name]["verdicts"] = _verdicts(annotator, data_set.name, scored[0].pairs)
+            label = f"{data_set.name}: verdicts of {annotator.name}"
+            reports[data_set.name]["verdicts"] = verdicts_beside(annotator, scored[0].pairs, label=label)
         shown[data_set.name] = scored[0].pairs.samples()
 
     # 3. Probes: the answers of all data sets together.
@@ -343,17 +346,6 @@ def _report(data_set: _Data, models: Sequence[str], scored: Sequence[_Scored]) -
         report["rankings"]["reward_bench_2"] = sections if name == "RewardBench 2" else None
     report["read"] = data_set.report.as_dict()
     return report
-
-
-def _verdicts(annotator: VerdictModel, name: str, pairs: ScoredPairs) -> dict[str, Any]:
-    """Report a causal model's verdicts on the pairs of a data set, and how they differ from the first model's scores.
-
-    Args:
-        pairs: as the first model scored them.
-    """
-    verdicts = compare_pairs(annotator, pairs.rows, label=f"{name}: verdicts of {annotator.name}")
-    difference = paired_difference(right_verdicts(verdicts), pairs.right.tolist(), pairs.clusters, span=1.0)
-    return {**verdict_report(annotator.name, verdicts, pairs.rows), **difference}
 
 
 def _figures(data_set: _Data, scored: Sequence[_Scored]) -> dict[str, dict[str, Any]]:

@@ -52,6 +52,21 @@ def test_a_model_that_no_pair_fits_in_is_refused() -> None:
         verdict_report("m", Verdicts(nothing.bool(), TwoOrders(nothing, nothing), nothing), [pair(i) for i in range(2)])
 
 
+def test_a_model_that_no_pair_fits_in_is_refused_before_anything_is_scored(
+    reward_folder: Path, verdict_folder: Path, tmp_path: Path
+) -> None:
+    """It was said after every reward model had scored everything, and their figures were lost with it."""
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "e.json"
+    long = " ".join(WORDS * 40)
+    rows = [{"prompt": p, "chosen": f"{long} yes", "rejected": long} for p in PROMPTS[:8]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["evaluate", str(reward_folder), str(file), "--verdicts", str(verdict_folder), "--out", str(out)]
+    outcome = CliRunner().invoke(app, arguments)
+    assert isinstance(outcome.exception, UserError)
+    assert "none of the 8 pairs fits in its context" in str(outcome.exception)
+    assert "scored with" not in outcome.output
+
+
 def test_evaluate_has_verdicts_beside_the_models(reward_folder: Path, verdict_folder: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": p, "chosen": f"yes {WORDS[i % 9]}", "rejected": f"no {i}"} for i, p in enumerate(PROMPTS[:8])

@@ -88,6 +88,20 @@ def test_what_can_not_be_compared_is_said(
     assert [reason in line for line in said if reason] == [True] * bool(reason)
 
 
+def test_answers_to_one_prompt_are_one_observation(tmp_path: Path) -> None:
+    """Four equal answers to each of eight prompts say no more than one: the bound is that of eight answers."""
+    kls = [0.1 * i for i in range(8)]
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "kl": 0.0}, {"step": 2, "kl": 0.3}])
+    write_jsonl(tmp_path / "samples.jsonl", [{"kl": kl} for kl in kls])
+    bounds = []
+    for answers in (1, 4):
+        book = CheckBook()
+        rows = [{"kl": kl} for _ in range(answers) for kl in kls]
+        compare_kl(context(tmp_path, (f"evaluate.answers={answers}",), 1, []), rows, book)
+        bounds.append(book.entries["KL agrees with evaluation"]["bound"])
+    assert bounds[0] == pytest.approx(bounds[1])
+
+
 def test_one_rollout_says_nothing_and_a_difference_is_a_note(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"kl": 0.1 * i} for i in range(8)]
     write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "kl": 0.0}])

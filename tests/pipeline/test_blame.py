@@ -78,6 +78,18 @@ def test_planted_labels_are_named(run: Path) -> None:
         assert json.loads((run / "b2/blame.json").read_text())["slope"] < facts["slope"]
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-200, 1e200])
+def test_a_trait_may_have_any_unit(unit: float) -> None:
+    """Squares of tiny numbers are 0 and of large ones infinite: influences were NaN, and the first pairs of the file blamed."""
+    rows: list[Any] = [
+        {"prompt": user_turn("x"), "chosen": assistant_turn("a" * (i + 1)), "rejected": assistant_turn("")}
+        for i in range(3)
+    ]
+    differences = blame_module._trait_differences(rows, "f", lambda _, texts: [unit * len(text) for text in texts])
+    expected = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) / (14 / 3) ** 0.5
+    torch.testing.assert_close(differences, expected)
+
+
 def test_bad_questions_are_sentences(run: Path) -> None:
     for arguments, sentence in (
         (("x", "--feature", "vanity", "--out", "n"), f"no such trait; there are {', '.join(TRAITS)}"),
