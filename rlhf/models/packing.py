@@ -10,7 +10,7 @@ other. The score is read at each answer's last token. Equal to encoding every an
 """
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -235,46 +235,61 @@ def tolerance(inner: nn.Module, mixed_precision: str) -> float:
     return TOLERANCE.get(mixed or _dtype(inner), 0.1)
 
 
-class GroupedByLength(torch.utils.data.Sampler[int]):
-    """Sampler of rows in batches of similar length, in a new order every epoch, drawn from (seed, epoch) and nothing else.
+def order_by_length(
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, groups: Sequence[Hashable | None] | None = None
+) -> list[int]:
+    """Return the numbers of all rows, batch after batch of similar length, in an order drawn from (seed, epoch) and nothing else.
 
     Rows are shuffled, sorted within 50 batches at a time, cut into batches, and the batches shuffled; a ragged batch
     stays last. Rows of one group (the pairs of a ranking) stay beside each other, so most of them meet in one batch.
+
+    Args:
+        lengths: of each row.
+        batch_size: rows of a batch.
+        groups: of each row; None stands alone.
+    """
+    together: dict[tuple[str, Hashable], list[int]] = {}
+    for i, group in enumerate(groups or [None] * len(lengths)):
+        together.setdefault(("row", i) if group is None else ("group", group), []).append(i)
+    ordered = list(together.values())
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    units = [ordered[i] for i in torch.randperm(len(ordered), generator=generator).tolist()]
+    batches = []
+    for start in range(0, len(units), MEGABATCH * batch_size):
+        block = sorted(units[start : start + MEGABATCH * batch_size], key=lambda unit: -max(lengths[i] for i in unit))
+        rows = [i for unit in block for i in unit]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    whole = [batch for batch in batches if len(batch) == batch_size]
+    ragged = [batch for batch in batches if len(batch) < batch_size]
+    shuffled = [whole[place] for place in torch.randperm(len(whole), generator=generator).tolist()]
+    return [i for batch in (*shuffled, *ragged) for i in batch]
+
+
+class GroupedByLength(torch.utils.data.Sampler[int]):
+    """Sampler of rows in batches of similar length, in a new order every epoch: `order_by_length`, whose arguments it takes.
+
+    It asks which epoch begins. Where several processes go on within an epoch, accelerate wraps samplers once more than it and
+    transformers look for a `set_epoch`, and the rows of the first epoch came again.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, *, seed: int, groups: Sequence[Hashable | None] | None = None
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: Callable[[], int],
+        groups: Sequence[Hashable | None] | None = None,
     ):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-        together: dict[tuple[str, Hashable], list[int]] = {}
-        for i, group in enumerate(groups or [None] * len(lengths)):
-            together.setdefault(("row", i) if group is None else ("group", group), []).append(i)
-        self.units = list(together.values())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Take the epoch, before each one and also when a run is resumed within one."""
-        self.epoch = epoch
+        self.lengths, self.batch_size, self.seed, self.epoch, self.groups = lengths, batch_size, seed, epoch, groups
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        units = [self.units[i] for i in torch.randperm(len(self.units), generator=generator).tolist()]
-        size = self.batch_size
-        batches = []
-        for start in range(0, len(units), MEGABATCH * size):
-            block = sorted(
-                units[start : start + MEGABATCH * size], key=lambda unit: -max(self.lengths[i] for i in unit)
-            )
-            order = [i for unit in block for i in unit]
-            batches += [order[i : i + size] for i in range(0, len(order), size)]
-        whole = [batch for batch in batches if len(batch) == size]
-        ragged = [batch for batch in batches if len(batch) < size]
-        for place in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[place]
-        for batch in ragged:
-            yield from batch
+        return iter(
+            order_by_length(self.lengths, self.batch_size, seed=self.seed, epoch=self.epoch(), groups=self.groups)
+        )
 
 
 @contextmanager

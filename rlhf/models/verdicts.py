@@ -95,9 +95,7 @@ class VerdictModel:
         """Tell which pairs of answers fit in the model's context, in both orders, [n] bool."""
         return self._fit(self._questions(prompts, firsts, seconds))
 
-    def _questions(
-        self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]
-    ) -> list[list[int]]:
+    def _questions(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> list[list[int]]:
         """Return the token rows of all questions in one order, then of all in the other, up to the letter."""
         texts = [plain(prompt) for prompt in prompts]
         questions = [

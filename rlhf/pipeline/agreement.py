@@ -29,7 +29,9 @@ def compare_kl(context: StageContext, samples: Sequence[Mapping[str, Any]], book
     evaluated = [fmean(row["kl"] for row in samples[prompt::prompts]) for prompt in range(prompts)]
     reason = _why_not(context)
     if len(logged) < 2 or min(len(last_rollout), len(evaluated)) < FEWEST_ANSWERS:
-        reason = reason or "two logged rollouts, and eight answers of the last one and prompts of the evaluation are needed"
+        reason = (
+            reason or "two logged rollouts, and eight answers of the last one and prompts of the evaluation are needed"
+        )
     if reason is not None:
         context.say(f"evaluate: its KL is not compared with PPO's: {reason}.")
         return

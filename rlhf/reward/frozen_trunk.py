@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
 from rlhf.errors import TrainingError, UserError
 from rlhf.models.batching import TOKENS_TOGETHER, batches_by_length, run_batches
-from rlhf.models.packing import GroupedByLength, Packed, attention_bias, obstacle, pack, unpack
+from rlhf.models.packing import Packed, attention_bias, obstacle, order_by_length, pack, unpack
 from rlhf.models.scalar_head import score_head
 from rlhf.progress import track
 
@@ -266,15 +266,13 @@ class Member:
         )
         warmup, more = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
         schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=more)
-        lengths = features.lengths
-        sampler = GroupedByLength([lengths[i] for i in pairs], size, seed=args.seed)
+        lengths = [features.lengths[i] for i in pairs]
         order: list[int] = []
         self.model.eval()  # dropout off, as in the reward trainers
         for step in track(range(steps), label, unit="steps"):
             epoch, place = divmod(step, batches_an_epoch)
             if place == 0:
-                sampler.set_epoch(epoch)
-                order = [pairs[i] for i in sampler]
+                order = [pairs[i] for i in order_by_length(lengths, size, seed=args.seed, epoch=epoch)]
             in_batch = order[place * size : (place + 1) * size]
             scores = self.scores(features.batch(in_batch))
             loss = objective(scores[0::2], scores[1::2], in_batch).mean()

@@ -255,7 +255,13 @@ class PairRewardTrainer(RewardTrainer):
             return super()._get_train_sampler(train_dataset)
         lengths = self.lengths(dataset)
         groups = dataset["group"] if "group" in dataset.column_names else None
-        return GroupedByLength(lengths, self.args.train_batch_size, seed=self.args.seed, groups=groups)
+        return GroupedByLength(
+            lengths, self.args.train_batch_size, seed=self.args.seed, groups=groups, epoch=self.current_epoch
+        )
+
+    def current_epoch(self) -> int:
+        """Return the number of the epoch that training is in, from 0; where one ends and the next begins, the next."""
+        return int(self.state.epoch or 0)
 
     def lengths(self, dataset: Dataset) -> list[int]:
         """Return the tokens of each row's longest answer."""

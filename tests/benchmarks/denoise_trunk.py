@@ -41,7 +41,7 @@ from transformers import get_scheduler, set_seed
 from worlds import Rows, fitted_line, planted_line, reward_settings
 
 from rlhf.data.rows import user_turn
-from rlhf.models.packing import GroupedByLength
+from rlhf.models.packing import order_by_length
 from rlhf.models.text import plain
 from rlhf.objectives.pairwise import pair_loss
 from rlhf.objectives.strength import lowest_fraction, vote_strength
@@ -109,12 +109,10 @@ def peers(here: Scene, flip_rate: float, judged: list[int]) -> Tensor:
     steps = EPOCHS * an_epoch
     optimizers = [torch.optim.AdamW(member.model.parameters(), lr=LEARNING_RATE) for member in members]
     schedules = [get_scheduler("cosine", optimizer, round(0.05 * steps), steps) for optimizer in optimizers]
-    sampler = GroupedByLength(here.features.lengths[:n], size, seed=here.seed)
     for step in range(steps):
         epoch, place = divmod(step, an_epoch)
         if place == 0:
-            sampler.set_epoch(epoch)
-            order = list(sampler)
+            order = order_by_length(here.features.lengths[:n], size, seed=here.seed, epoch=epoch)
         batch = here.features.batch(order[place * size : (place + 1) * size])
         scores = [member.scores(batch) for member in members]
         losses = [pair_loss(s[0::2], s[1::2]) for s in scores]

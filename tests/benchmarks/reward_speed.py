@@ -42,7 +42,7 @@ from rlhf import PairRewardTrainer, build_reward_model
 from rlhf.data.sources import read_pairs
 from rlhf.lab import LabSettings, build_lab
 from rlhf.models.load import load_tokenizer
-from rlhf.models.packing import GroupedByLength, largest_difference, pack
+from rlhf.models.packing import largest_difference, order_by_length, pack
 from rlhf.models.scratch import build_base
 from rlhf.models.text import encode_answers
 from rlhf.pipeline.training import quiet_libraries
@@ -118,7 +118,8 @@ def trained(side: str, base: Path, rows: Rows, options: dict[str, Any]) -> float
         rows = [{name: value for name, value in row.items() if name != "group"} for row in rows]
     ordered = options.pop("sorted", False)
     if ordered:
-        order = GroupedByLength([max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows], batch, seed=0)
+        lengths = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+        order = order_by_length(lengths, batch, seed=0, epoch=0)
         rows = [rows[i] for i in order]
     set_seed(0)
     tokenizer = load_tokenizer(base, conversational=True)

@@ -26,7 +26,8 @@ lab: {demonstrations: 100, pairs: 100, test_pairs: 50, hidden_size: 32, num_hidd
 sft: {learning_rate: 3.0e-3, per_device_train_batch_size: 8, num_train_epochs: 1, logging_steps: 1, max_grad_norm: 1.0e+9,
   dataloader_drop_last: true}
 vote: {members: 2, folds: 2, per_device_train_batch_size: 8, learning_rate: 1.0e-3}
-reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 8, logging_steps: 1, max_grad_norm: 1.0e+9, dataloader_drop_last: true}
+reward: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, num_train_epochs: 2, logging_steps: 1, max_grad_norm: 1.0e+9,
+  dataloader_drop_last: true}
 ppo: {total_episodes: 48, per_device_train_batch_size: 8, num_ppo_epochs: 1, learning_rate: 1.0e-3, max_completion_length: 12,
   max_grad_norm: 1.0e+9, logging_steps: 1}
 evaluate: {prompts: 16}

@@ -31,6 +31,7 @@ def test_a_killed_process_ends_all_and_the_same_command_gives_the_same_bits(laun
 def test_a_run_goes_on_with_one_process_and_with_two_again(launch: Launch) -> None:
     """The reward stage: two processes with shards, one without, two. PPO: the same. Every step is made once.
 
+    An epoch of the reward stage has three steps, so it goes on in the middle of the first and of the second.
     Steps are of the same rows, so the numbers are those of a run that was not interrupted, to 1e-5; the same bits are
     promised to as many processes only. PPO's answers are planted, since other processes sample others.
     """

@@ -16,11 +16,11 @@ from rlhf import PairRewardTrainer
 from rlhf.models import packing
 from rlhf.models.load import model_settings
 from rlhf.models.packing import (
-    GroupedByLength,
     Packed,
     attention_bias,
     largest_difference,
     obstacle,
+    order_by_length,
     pack,
     shared_scores,
     unpack,
@@ -253,15 +253,13 @@ def test_sharing_survives_bf16_autocast(
 def test_batches_hold_similar_lengths_in_an_order_of_seed_and_epoch() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 200, (1003,), generator=generator).tolist()
-    sampler = GroupedByLength(lengths, 8, seed=3)
-    first = list(sampler)
+    first = order_by_length(lengths, 8, seed=3, epoch=0)
     assert Counter(first) == Counter(range(1003)), "every row once"
-    assert list(sampler) == first, "the same epoch again is the same order: what resuming needs"
     torch.manual_seed(99)
-    assert list(GroupedByLength(lengths, 8, seed=3)) == first, "whatever the global generator is at"
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert second != first
+    assert order_by_length(lengths, 8, seed=3, epoch=0) == first, (
+        "the same epoch again is the same order, whatever the global generator is at: what resuming needs"
+    )
+    assert order_by_length(lengths, 8, seed=3, epoch=1) != first
     batches = [first[i : i + 8] for i in range(0, 1000, 8)]
     spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
     assert spread < 15, "of lengths up to 200; at random it is near 160"
@@ -302,8 +300,7 @@ def test_pairs_of_one_group_encode_each_answer_once_and_lose_what_exploded_pairs
 
 def test_pairs_of_one_group_stay_together_in_every_epoch() -> None:
     groups = [f"g{i // 6}" for i in range(60)] + [None] * 12
-    sampler = GroupedByLength([10 + i % 7 for i in range(72)], 8, seed=0, groups=groups)
-    order = list(sampler)
+    order = order_by_length([10 + i % 7 for i in range(72)], 8, seed=0, epoch=0, groups=groups)
     assert Counter(order) == Counter(range(72))
     batches = [order[i : i + 8] for i in range(0, 72, 8)]
     halves = Counter(groups[i] for batch in batches for i in {groups[i]: i for i in batch}.values() if groups[i])

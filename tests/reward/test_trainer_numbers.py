@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from datasets import Dataset
 from torch import tensor
 from trl import RewardConfig
 
 from rlhf.errors import UserError
 from rlhf.models.load import model_settings
-from rlhf.models.packing import LONG_ROW, GroupedByLength
+from rlhf.models.packing import LONG_ROW, GroupedByLength, order_by_length
 from rlhf.objectives.pairwise import bradley_terry
 from rlhf.reward.columns import RANGES, check_columns
 from rlhf.reward.model import RewardModel
@@ -232,12 +233,53 @@ def test_the_first_batch_alone_is_scored_twice(
     assert len(compared) == 1
 
 
+def test_one_of_several_processes_goes_on_within_a_later_epoch_with_its_rows(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate hides the sampler behind two wrappers then, and nobody reached it: the first epoch's rows came again."""
+
+    def shard(self: Any, *arguments: Any) -> Any:
+        loader = original(self, *arguments)
+        return DataLoaderShard(
+            loader.dataset, batch_sampler=BatchSamplerShard(loader.batch_sampler, 2, 0), collate_fn=loader.collate_fn
+        )
+
+    seen: list[list[int]] = []
+    original, compute = PairRewardTrainer.get_train_dataloader, PairRewardTrainer.compute_loss
+
+    def noting(self: Any, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
+        seen.append(inputs["input_ids"].flatten().tolist())
+        return compute(self, model, inputs, *more, **named)
+
+    monkeypatch.setattr(PairRewardTrainer, "get_train_dataloader", shard)
+    monkeypatch.setattr(PairRewardTrainer, "compute_loss", noting)
+    settings = {**cpu_arguments, "per_device_train_batch_size": 5, "num_train_epochs": 3}
+    model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    args = RewardConfig(**{**settings, "save_strategy": "steps", "save_steps": 1})
+    trainer = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    assert len(seen) == 12, (
+        "four steps of five pairs in each of three epochs; the other process has the other twenty pairs"
+    )
+    whole = seen[:]
+    seen.clear()
+    again = PairRewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+    again.train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-9"))
+    assert seen == whole[9:]
+    assert seen != whole[1:4]
+
+
 def test_an_order_is_drawn_for_the_pairs_that_are_asked_for(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any]
 ) -> None:
     model: Any = build_reward_model(base_folder, model_settings({}), pad_token_id=tokenizer.pad_token_id)
     trainer = PairRewardTrainer(model, RewardConfig(**cpu_arguments), train_dataset=pairs, processing_class=tokenizer)
     assert isinstance(trainer._get_train_sampler(), GroupedByLength), "pairs of similar length meet"
+    lengths, size = trainer.lengths(trainer.train_dataset), trainer.args.train_batch_size
+    for epoch, begins in ((None, 0), (0.0, 0), (0.97, 0), (1.0, 1), (2.4, 2)):  # where a checkpoint lies
+        trainer.state.epoch = epoch
+        expected = order_by_length(lengths, size, seed=trainer.args.seed, epoch=begins)
+        assert list(trainer._get_train_sampler()) == expected
     few = trainer.train_dataset.select(range(6))
     assert sorted(trainer._get_train_sampler(few)) == list(range(6))
     assert sorted(trainer._get_train_sampler()) == list(range(len(pairs)))
