@@ -52,9 +52,10 @@ def combine_models(folders: Sequence[Path], factors: Sequence[float], out: Path,
     """
     quiet_libraries()
     check_new_folder(out, "OUT")
-    if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise UserError([f"{folder}: no such folder." for folder in missing])
     are_rewards = [(folder / CARD).is_file() for folder in folders]
+    # Policies may lie on a hub; of this pipeline's reward models one is known by its folder.
+    if any(are_rewards) and (missing := [folder for folder in folders if not folder.is_dir()]):
+        raise UserError([f"{folder}: no such folder." for folder in missing])
     if len(set(are_rewards)) > 1:
         odd = folders[are_rewards.index(not are_rewards[0])]
         raise UserError(f"{odd}: {folders[0]} is {_kind(are_rewards[0])} and this is {_kind(not are_rewards[0])}.")

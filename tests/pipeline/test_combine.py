@@ -127,6 +127,12 @@ def test_models_that_do_not_fit_are_refused(
 
     with pytest.raises(UserError, match="is a reward model and this is a policy"):
         combine_models([reward_folder, base_folder], [0.5, 0.5], tmp_path / "x", samples=samples)
+    for models in ([reward_folder, tmp_path / "gone"], [tmp_path / "gone", reward_folder]):
+        with pytest.raises(UserError, match="gone: no such folder"):
+            combine_models(models, [0.5, 0.5], tmp_path / "x", samples=samples)
+    with pytest.raises(UserError, match="org/name") as error:  # a policy may lie on a hub, which can't be reached here
+        combine_models([base_folder, Path("org/name")], [0.5, 0.5], tmp_path / "x", samples=None)
+    assert "no such folder" not in str(error.value)
     with pytest.raises(UserError, match="scale of their own; give --samples"):
         combine_models([reward_folder] * 2, [0.5, 0.5], tmp_path / "x", samples=None)
     settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
