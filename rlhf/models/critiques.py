@@ -90,7 +90,7 @@ def request_ids(tokenizer: PreTrainedTokenizerBase, request: str = REQUEST) -> l
 def room_before_critique(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> int | None:
     """Return how many tokens of prompt and answer a model reads where a critique of so many tokens, and what asks for it, follow.
 
-    None where a model says neither in its configuration nor in its tokenizer how much it reads.
+    None where a model's configuration does not say how much it reads.
     """
     positions = context_length(config)
     if positions is None:
