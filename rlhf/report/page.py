@@ -103,8 +103,8 @@ def verdict(summary: Summary, ppo: Sequence[Metrics]) -> list[str]:
         wins, ties, losses = policy["win_tie_lose"]
         sentences += [
             f"{change_sentence(GOLD, policy, sft, 'gold', start_name=start)} By it the policy wins {wins:.0%} of "
-            f"{summary['evaluated_prompts']} held-out prompts against {start}, ties on {ties:.0%} and loses {losses:.0%} "
-            f"(win rate {policy['win_rate']:.2f} [{low:.2f}, {high:.2f}], ties half), at {policy['kl']:.1f} nats.",
+            f"its comparisons with {start} on {summary['evaluated_prompts']} held-out prompts, ties {ties:.0%} and loses "
+            f"{losses:.0%} (win rate {policy['win_rate']:.2f} [{low:.2f}, {high:.2f}], ties half), at {policy['kl']:.1f} nats.",
             change_sentence(SCORE, policy, sft, "proxy", start_name=start),
         ]
     else:

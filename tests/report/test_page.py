@@ -76,7 +76,7 @@ def test_a_tie_is_no_win_and_a_length_rule_is_beaten_by_a_paired_test() -> None:
         }
         first, _, of_reward = verdict(summary, [])
         assert (
-            "the policy wins 10% of 512 held-out prompts against SFT, ties on 90% and loses 0% (win rate 0.55 ["
+            "the policy wins 10% of its comparisons with SFT on 512 held-out prompts, ties 90% and loses 0% (win rate 0.55 ["
             in first
         )
         assert beats in of_reward
