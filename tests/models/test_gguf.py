@@ -133,7 +133,7 @@ def test_tokenizer_and_ends_are_those_of_the_checkpoint(
 def test_configuration_is_read_once_while_the_file_stays(
     quantised: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Transformers parses every word of the vocabulary for it, seconds each time; a check asks four times."""
+    """Transformers parses every word of the vocabulary for it, seconds each time; a check asks three times."""
     file, reads, read = tmp_path / "m.gguf", list[Path](), AutoConfig.from_pretrained
     shutil.copy(quantised[0], file)
 
