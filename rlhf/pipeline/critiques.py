@@ -101,14 +101,15 @@ def _check_room(context: StageContext, rows: Sequence[Pair]) -> None:
     room = room_before_critique(config, tokenizer, tokens)
     if room is None:
         return
-    longer = []
-    for row in rows:
-        prompts, answers = [asked(row, side) for side in SIDES], [answer(row, side) for side in SIDES]
-        longer.append(max(map(len, encode_answers(tokenizer, prompts, answers)[0])))
-    if min(longer) > room:
+    lengths = []
+    for side in SIDES:
+        prompts, answers = [asked(row, side) for row in rows], [answer(row, side) for row in rows]
+        lengths.append([len(ids) for ids in encode_answers(tokenizer, prompts, answers)[0]])
+    shortest = min(map(max, *lengths))
+    if shortest > room:
         raise UserError(
             f"reward.critique_tokens={tokens}: with a critique of so many tokens and the turn that asks for it, {max(room, 0)} are "
-            f"left for prompt and answer, and the shortest of {len(rows)} pairs with critiques has {min(longer)}; lower it, or "
+            f"left for prompt and answer, and the shortest of {len(rows)} pairs with critiques has {shortest}; lower it, or "
             "take a model that reads more."
         )
 
