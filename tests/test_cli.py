@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from importlib import metadata
@@ -243,3 +244,19 @@ def test_a_home_folder_behind_an_equals_sign_is_the_home_folder(monkeypatch: pyt
     monkeypatch.setenv("HOME", "/home/me")
     given = ["--out=~/x", "--out", "a=~/b", "--json=x~", "--columns=prompt=~"]
     assert [cli._with_home(word) for word in given] == ["--out=/home/me/x", *given[1:]]
+
+
+@pytest.mark.parametrize(
+    "words", ["database is locked", "attempt to write a readonly database", "database or disk is full"]
+)
+def test_a_book_that_cannot_be_used_is_a_sentence(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: object) -> None:
+        raise sqlite3.OperationalError(words)
+
+    monkeypatch.setattr(cli, "app", fails)
+    assert cli._exit_code() == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"the book of labels, can't be read or written ({words})" in said
+    assert "Traceback" not in said

@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import traceback
 import warnings
@@ -171,6 +172,13 @@ def _exit_code() -> int:
         return code if isinstance(code, int) and code else 1
     except OSError as error:
         return _code_of_place(error)
+    except sqlite3.OperationalError as error:
+        _say_once(
+            f"labels.sqlite, the book of labels, can't be read or written ({error}): another program holds it, its folder is "
+            "read-only, or the disk is full. Mend that, and give the command again; no verdict is lost.",
+            style="red",
+        )
+        return 1
     except Exception as error:
         if isinstance(error, RuntimeError) and str(error).startswith(NO_PATH):
             _say_once(

@@ -27,6 +27,7 @@ from rlhf.data.rows import (
 )
 
 EXTRAS: tuple[Literal["annotator", "source", "subset", "id"], ...] = ("annotator", "source", "subset", "id")
+LIKED = ("label", "kto_tag")  # of unpaired preferences (KTO): whether the answer is a good one
 LONG_PROMPT = 20_000
 # Columns with a rating of each answer, as published: the chosen one's and the rejected one's.
 RATINGS = tuple(
@@ -165,9 +166,13 @@ def oddities(canonical: PromptRow) -> list[str]:
 def demonstration(row: Mapping[str, object]) -> Demonstration:
     """Return the canonical demonstration in `messages`, in `prompt` and `completion`, or in a pair's chosen side.
 
+    Of unpaired preferences the good answers alone are demonstrations.
+
     Raises:
         BadRow: with the reason.
     """
+    if any(row.get(name) is False for name in LIKED):
+        raise BadRow("its label says that this answer is not one to learn")
     if row.get("messages") is not None:
         turns = messages(row["messages"], "messages")
     elif row.get("completion") is not None and row.get("prompt") is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from rlhf.data.labels import Question, Verdict, question_id
+from rlhf.data.labels import Question, Verdict, is_asked_in_this_order, question_id
 from rlhf.data.rows import TIE, Pair, told
 from rlhf.errors import UserError
 
@@ -71,7 +71,7 @@ def gold_questions(rows: Sequence[Pair], asked: Sequence[Question], round_number
             raise UserError(f"--gold: pair {number} is a tie, and a gold question needs a right answer; leave it out.")
         right, other = told(row, "chosen"), told(row, "rejected")
         name = question_id(round_number, row["prompt"], [right, other])
-        is_first = _draw(name, right) < _draw(name, other)
+        is_first = is_asked_in_this_order(name, right, other)
         answers = (right, other) if is_first else (other, right)
         one = Gold(Question(name, round_number, row["prompt"], *answers), "first" if is_first else "second")
         if name not in ordinary:

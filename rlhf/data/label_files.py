@@ -19,6 +19,9 @@ UNNAMED = "unnamed"  # whoever left no name
 LONGEST_NAME = 200  # characters of an annotator's name
 LONGEST_SECONDS = 86_400.0  # a day: nobody looks longer at one pair
 # What people write for no side; `rlhf.data.sides` has the words for the first and the second.
+OTHER_SIDE = {"first": "second", "second": "first"}
+OTHER_ANSWERS = "its `first` and `second` are not the answers that were asked about; without them it goes by its id"
+NOT_ASKED: Mapping[str, Question] = {}
 OTHER_WORDS = {"tie": "tie", "c": "tie", "=": "tie", "equal": "tie", "skip": "skip"}
 
 
@@ -28,6 +31,7 @@ class Answered(NamedTuple):
     Attributes:
         row: of the file.
         label: as it stands there; None where there is none.
+        shown: the first and the second answer as the row has them; None where it has none.
     """
 
     row: int
@@ -35,6 +39,7 @@ class Answered(NamedTuple):
     label: object
     annotator: str
     seconds: float | None = None
+    shown: tuple[str, str] | None = None
 
 
 class Unusable(NamedTuple):
@@ -71,7 +76,9 @@ def export_questions(questions: Sequence[Question], form: Format) -> list[dict[s
     return rows
 
 
-def read_verdicts(path: str, report: ReadReport | None = None) -> tuple[list[Verdict], list[dict[str, Any]]]:
+def read_verdicts(
+    path: str, report: ReadReport | None = None, asked: Mapping[str, Question] = NOT_ASKED
+) -> tuple[list[Verdict], list[dict[str, Any]]]:
     """Read the verdicts in a file: rows {id, label, annotator, seconds}, or an export of Label Studio or Argilla.
 
     `label` is first, second, tie or skip; a, A or 1 mean the first, and so on. Where a file holds the numbers 0 and 1 only, 0
@@ -83,7 +90,9 @@ def read_verdicts(path: str, report: ReadReport | None = None) -> tuple[list[Ver
     Of Label Studio: its JSON, or with our ids its CSV and TSV. Of Argilla: `to_json`, `to_list`, or a data set of `to_datasets`.
 
     Args:
-        report: told which number means what, and which lines can't be read.
+        report: told which number means what, which lines can't be read, and which verdicts were turned.
+        asked: the questions by their ids. A pair has the same id in every folder and not always the same answer first, so a row
+            that shows the answers the other way round has its verdict turned, and one that shows other answers has none.
 
     Returns:
         the verdicts, and the rows that are none, each with its reason.
@@ -104,9 +113,14 @@ def read_verdicts(path: str, report: ReadReport | None = None) -> tuple[list[Ver
         elif code_of(entry.label) not in meaning:
             reason = _unknown(entry.label, numbers)
             refused.append({"row": entry.row, "reason": reason, "id": entry.id, "label": entry.label})
+        elif (turned := _is_turned(entry, asked.get(entry.id))) is None:
+            refused.append({"row": entry.row, "reason": OTHER_ANSWERS, "id": entry.id, "label": entry.label})
         else:
-            verdict = Verdict(entry.id, meaning[code_of(entry.label)], entry.annotator, entry.seconds)
-            decided.append((entry.row, verdict))
+            label = meaning[code_of(entry.label)]
+            if turned and label in OTHER_SIDE:
+                label = OTHER_SIDE[label]
+                report.note(entry.row, "shows the two answers the other way round, and is read so")
+            decided.append((entry.row, Verdict(entry.id, label, entry.annotator, entry.seconds)))
     verdicts, replaced = _one_each(decided)
     refused += replaced
     if (sentence := _number_sentence(meaning)) is not None:
@@ -129,9 +143,35 @@ def _entries(rows: Sequence[NumberedRow]) -> Iterator[Entry]:
         form = _plain
     for number, row in rows:
         try:
-            yield from list(form(number, row))
+            entries, shown = list(form(number, row)), _shown(row)
         except (AttributeError, KeyError, TypeError, ValueError):  # foreign JSON: anything may stand anywhere
             yield Unusable(number, "not as its tool writes it")
+        else:
+            yield from (e._replace(shown=shown) if isinstance(e, Answered) else e for e in entries)
+
+
+def _shown(row: Any) -> tuple[str, str] | None:
+    """Return the first and the second answer of a row in any of the forms; None where it does not have both."""
+    holders = (row, row.get("data"), row.get("fields")) if isinstance(row, dict) else ()
+    for holder in holders:
+        if isinstance(holder, dict):
+            first, second = holder.get("first"), holder.get("second")
+            if isinstance(first, str) and isinstance(second, str):
+                return first, second
+    return None
+
+
+def _is_turned(entry: Answered, question: Question | None) -> bool | None:
+    """Tell whether a row shows the answers of its question the other way round; None: it shows others.
+
+    Tools change spaces and ends of lines, so these don't count.
+    """
+    if question is None or entry.shown is None:
+        return False
+    shown, asked = (
+        tuple(" ".join(text.split()) for text in texts) for texts in (entry.shown, (question.first, question.second))
+    )
+    return False if shown == asked else True if shown == asked[::-1] else None
 
 
 def _readable(entry: Entry) -> Entry:

@@ -81,6 +81,14 @@ class LabelBook:
             connection.executemany("UPDATE questions SET round = -ABS(round) WHERE id = ?", old)
         return len(old)
 
+    def withdraw_later(self, round_number: int) -> int:
+        """Take back the questions of later rounds, and return how many they were: a round that asks again makes those anew.
+
+        The newest round of a book is the one that people answer.
+        """
+        with self._open() as connection:
+            return connection.execute("UPDATE questions SET round = -round WHERE round > ?", (round_number,)).rowcount
+
     def rounds(self) -> list[int]:
         """Return the numbers of the rounds with questions, oldest first."""
         with self._open() as connection:

@@ -127,6 +127,14 @@ def question_id(round_number: int, prompt: Messages, answers: Sequence[str]) -> 
     return f"r{round_number}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def is_asked_in_this_order(question: str, one: str, other: str) -> bool:
+    """Tell which of two answers is the first of a question, by its id: the same pair has the same one first in every folder."""
+    first, second = (
+        hashlib.sha256(f"{question}\x1f{answer}".encode("utf-8", "surrogatepass")).digest() for answer in (one, other)
+    )
+    return first < second
+
+
 def shows_second_on_the_left(annotator: str, question: str) -> bool:
     """Tell whether the labelling page swaps the sides of a question, by its id.
 

@@ -131,10 +131,10 @@ def k_wise_prompt(row: Mapping[str, object]) -> Messages:
     Raises:
         BadRow: it is neither text nor messages.
     """
-    question = row.get("prompt", row.get("instruction"))
-    if "prompt" not in row and isinstance(question, str) and isinstance(more := row.get("input"), str) and more.strip():
-        question = f"{question}\n{more}"
-    return messages(question, "prompt")
+    turns, more = messages(row.get("prompt", row.get("instruction")), "prompt"), row.get("input")
+    if "prompt" not in row and isinstance(more, str) and more.strip() and turns and turns[-1]["role"] == "user":
+        turns = [*turns[:-1], {**turns[-1], "content": f"{turns[-1]['content']}\n{more}"}]
+    return turns
 
 
 def k_wise(row: Mapping[str, object]) -> list[Ranking]:

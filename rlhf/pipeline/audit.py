@@ -15,7 +15,7 @@ from rlhf.data.rows import TIE, Compare, Pair, pair_digest
 from rlhf.data.sources import Row, Source, read_pair_rows
 from rlhf.data.tables import is_folder, local_files
 from rlhf.errors import UserError
-from rlhf.files import digest, file_digest, write_text
+from rlhf.files import digest, file_digest, read_note, write_text
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.look import check_model
 from rlhf.models.open import open_config
@@ -385,7 +385,7 @@ def _finished(out: Path, key: str, *, meter: bool) -> dict[str, Any] | None:
     """
     file = out / "audit.json"
     if file.is_file():
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        result = read_note(file, "put it back from a copy, or choose another --out")
         if result.get("key") == key:
             if meter and "meter" not in result:
                 raise UserError(f"{out}: was made without --meter, and its voters are gone; choose another --out.")

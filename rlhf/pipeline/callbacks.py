@@ -1,6 +1,7 @@
 """What the pipeline adds to a trainer: it stops before a bad update or after a signal, writes metrics, marks checkpoints."""
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlhf.errors import TrainingError
 from rlhf.models.sharding import whole
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.launch import Launch, write_launch
-from rlhf.pipeline.store import mark_checkpoint, write_seconds
+from rlhf.pipeline.store import checkpoints_of, mark_checkpoint, write_seconds
 from rlhf.progress import Work
 
 StopAt = Literal["step", "epoch"]
@@ -138,6 +139,9 @@ class StopOnSignal(TrainerCallback):
 class CheckpointMark(TrainerCallback):
     """Declare a checkpoint whole after the Trainer has written all of it, on every process; note time and launch beside it.
 
+    Only then older ones go, by their numbers: the Trainer would delete them while the new one is not marked yet, and by times of
+    files, of which the newest may be the lowest where a clock was set back.
+
     Args:
         seconds_before: that earlier attempts worked on the checkpoint from which training goes on.
     """
@@ -145,6 +149,7 @@ class CheckpointMark(TrainerCallback):
     def __init__(self, trainer: Trainer, *, seconds_before: float):
         self.accelerator = trainer.accelerator
         self.begin = time.monotonic() - seconds_before
+        self.kept, trainer.args.save_total_limit = trainer.args.save_total_limit, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the mark last."""
@@ -153,6 +158,9 @@ class CheckpointMark(TrainerCallback):
             write_seconds(Path(args.output_dir), time.monotonic() - self.begin)
             write_launch(Path(args.output_dir), Launch(args.world_size, args.gradient_accumulation_steps))
             mark_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            for older in checkpoints_of(Path(args.output_dir))[self.kept :] if self.kept else ():
+                if str(older) != state.best_model_checkpoint:
+                    shutil.rmtree(older)
 
 
 def _watched(logs: Mapping[str, object] | None) -> dict[str, float]:

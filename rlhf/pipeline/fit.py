@@ -49,7 +49,7 @@ from rlhf.pipeline.training import (
 )
 from rlhf.pipeline.vote import STRENGTH
 from rlhf.recipe.objectives import OBJECTIVES, resolve
-from rlhf.report.records import MANIFEST, read_record
+from rlhf.report.records import MANIFEST, read_record, without_repeated_steps
 from rlhf.reward.bottleneck import CODE_LABELS
 from rlhf.reward.critiques import ENDED
 from rlhf.reward.denoise import DenoiseConfig, attach_strength, denoised
@@ -243,7 +243,7 @@ def _append_metrics(metrics: Path, of_one: Path, tag: Mapping[str, str]) -> None
     drop_torn_line(metrics)
     earlier = read_jsonl(metrics) if metrics.is_file() else []
     before = earlier[-1]["step"] if earlier else 0
-    rows = [row for row in read_jsonl(of_one) if "step" in row]
+    rows = [row for row in without_repeated_steps(read_jsonl(of_one)) if "step" in row]
     with metrics.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**row, "step": row["step"] + before, **tag}) + "\n" for row in rows)
 

@@ -176,6 +176,10 @@ def _labelled(context: StageContext, questions: Sequence[Question]) -> tuple[Seq
     book = LabelBook(context.run / BOOK)
     if withdrawn := book.withdraw_others(context.round, {question.id for question in questions}):
         context.say(f"label: {withdrawn} questions of an earlier attempt at this round are taken back.")
+    if withdrawn := book.withdraw_later(context.round):
+        context.say(
+            f"label: {withdrawn} questions of later rounds, which are made anew after this one, are taken back."
+        )
     questions = book.ask(questions)
     if rounds.labels_from == "judge":
         _ask_a_model(context, book, questions)
@@ -220,10 +224,11 @@ def _ask_a_model(context: StageContext, book: LabelBook, questions: Sequence[Que
     assert rounds.judge_url is not None, "the recipe's check wants both"
     assert rounds.judge_model is not None, "the recipe's check wants both"
     answered = {verdict.id for verdict in book.verdicts(context.round) if verdict.annotator == rounds.judge_model}
+    before = 2 * sum(verdict.annotator == rounds.judge_model for verdict in book.verdicts())  # of all rounds
     judge = LanguageModelJudge(
         rounds.judge_url, rounds.judge_model, key_variable=rounds.judge_key, budget=rounds.judge_budget
     )
-    judge.sent = 2 * len(answered)
+    judge.sent = before
     open_questions = [question for question in questions if question.id not in answered]
     for question in track(open_questions, "label", unit="pairs"):
         if not judge.can_ask():
@@ -231,13 +236,13 @@ def _ask_a_model(context: StageContext, book: LabelBook, questions: Sequence[Que
             break
         book.record([Verdict(question.id, judge.label(question), rounds.judge_model)])
     context.say(
-        f"label: the judge was sent {judge.sent} requests{_since(answered)}; {judge.order_decided} verdicts turned with the order "
+        f"label: the judge was sent {judge.sent} requests{_since(before)}; {judge.order_decided} verdicts turned with the order "
         f"(ties), {judge.unreadable} answers had none; {judge.one_order} pairs had one in one order only (skipped)."
     )
 
 
-def _since(answered: set[str]) -> str:
-    return f", {2 * len(answered)} of them before this start, which the other counts leave out" if answered else ""
+def _since(before: int) -> str:
+    return f", {before} of them before this start, which the other counts leave out" if before else ""
 
 
 def _fresh_accuracy(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> dict[str, Any]:

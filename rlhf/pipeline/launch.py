@@ -12,7 +12,7 @@ import psutil
 import yaml
 
 from rlhf.errors import UserError
-from rlhf.files import write_text
+from rlhf.files import read_note, write_text
 
 LAUNCH = "launch.json"  # beside checkpoints
 
@@ -42,7 +42,7 @@ def write_launch(checkpoints: Path, launch: Launch) -> None:
 def read_launch(checkpoints: Path) -> Launch | None:
     """Return what was noted beside checkpoints; None where nothing was."""
     file = checkpoints / LAUNCH
-    return Launch(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return Launch(**read_note(file, f"delete {checkpoints.parent} to make the stage again")) if file.is_file() else None
 
 
 def accumulation_as_before(checkpoints: Path, accumulation: int) -> int:

@@ -23,11 +23,18 @@ def lineage(run: Path, stage: str | None = None) -> Tree:
         raise UserError(f"{run}: no finished stage; this folder holds no run.")
     if stage is not None and stage not in done:
         raise UserError(f"{run}: no finished stage {stage!r}; there are {', '.join(done)}.")
-    return _branch(done, stage or list(done)[-1], None)
+    return _branch(done, stage or list(done)[-1], None, set())
 
 
-def _branch(done: Mapping[str, Manifest], folder: str, role: str | None) -> Tree:
-    """Draw one stage and, under it, its parents; of one that was deleted since, no more than its name."""
+def _branch(done: Mapping[str, Manifest], folder: str, role: str | None, drawn: set[str]) -> Tree:
+    """Draw one stage and, under it, its parents; of one that was deleted since, or is drawn above, no more than its name.
+
+    Args:
+        drawn: the stages that are drawn already; takes up this one and those under it.
+    """
+    if folder in drawn:
+        return Tree(f"{role}: [bold]{folder}[/bold]  as above")
+    drawn.add(folder)
     if folder not in done:
         return Tree(f"{role}: [bold]{folder}[/bold]  not there any more")
     manifest = done[folder]
@@ -40,5 +47,5 @@ def _branch(done: Mapping[str, Manifest], folder: str, role: str | None) -> Tree
     for read in manifest["facts"].get("read", []):
         tree.add(f"{read['source']}: {read['kept']} of {read['rows']} rows")
     for name, parent in manifest["parents"].items():
-        tree.add(_branch(done, parent["folder"], name))
+        tree.add(_branch(done, parent["folder"], name, drawn))
     return tree

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.data.labelbook import BOOK
-from rlhf.data.labels import Question, Verdict, all_alike, question_id
+from rlhf.data.labels import Question, Verdict, all_alike, is_asked_in_this_order, question_id
 from rlhf.data.rows import SIDES, Pair, answers_digest, has_ended, marked, pair_digest, told
 from rlhf.errors import UserError
 
@@ -23,11 +23,13 @@ EXPERT_ERROR = 0.05  # how often an expert is taken to be wrong where nobody say
 # ---- Questions ----
 
 
-def _question(pair: Pair, look: int, *, swapped: bool) -> Question:
+def _question(pair: Pair, look: int) -> Question:
     """Return a pair as a blind question: nothing in it says which answer was labelled the better one."""
-    first, second = SIDES[::-1] if swapped else SIDES
+    answers = [marked(pair, side) for side in SIDES]
+    name = question_id(look, pair["prompt"], answers)
+    first, second = SIDES if is_asked_in_this_order(name, *answers) else SIDES[::-1]
     return Question(
-        question_id(look, pair["prompt"], [marked(pair, first), marked(pair, second)]),
+        name,
         look,
         pair["prompt"],
         told(pair, first),
@@ -45,7 +47,7 @@ def blind_questions(pairs: Sequence[Pair], chosen: Sequence[int], look: int, *, 
         look: how many times pairs were chosen, this one included; or the round.
     """
     rng = random.Random(f"{seed} {look}")
-    return [_question(pairs[i], look, swapped=rng.random() < 0.5) for i in rng.sample(chosen, len(chosen))]
+    return [_question(pairs[i], look) for i in rng.sample(chosen, len(chosen))]
 
 
 # ---- Verdicts ----

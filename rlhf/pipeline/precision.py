@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rlhf.errors import UserError
-from rlhf.files import write_text
+from rlhf.files import read_note, write_text
 
 AUTO = "auto"
 LAUNCHER = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`; it decides where a trainer's settings say nothing
@@ -69,7 +69,7 @@ def precision_of_stage(settings: Mapping[str, Any], checkpoints: Path, *, decide
         return dict(settings)
     file = checkpoints / PRECISION
     if file.is_file():
-        facts: dict[str, bool] = json.loads(file.read_text(encoding="utf-8"))
+        facts = read_note(file, f"delete {checkpoints.parent} to make the stage again")
         others = {name: value for name, value in settings.items() if name != "bf16"}
         if facts.get("fp16"):  # of a launcher
             return {**others, "fp16": True}
@@ -94,7 +94,7 @@ def precision_of_stage(settings: Mapping[str, Any], checkpoints: Path, *, decide
 def kept_precision(checkpoints: Path) -> dict[str, bool]:
     """Return what `bf16: auto` came to in a stage, as a fact for its manifest; nothing where the recipe said it."""
     file = checkpoints / PRECISION
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_note(file, f"delete {checkpoints.parent} to make the stage again") if file.is_file() else {}
 
 
 def in_float32(settings: Mapping[str, Any]) -> dict[str, Any]:

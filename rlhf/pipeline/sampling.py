@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from rlhf.data.labels import Question, question_id
+from rlhf.data.labels import Question, is_asked_in_this_order, question_id
 from rlhf.data.rows import Messages, Pair, Prompt, prompt_key
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
@@ -199,11 +199,11 @@ def run_select(context: StageContext) -> dict[str, Any]:
     questions = []
     for i in rng.sample(selected, len(selected)):
         candidate, difference = candidates[i], differences[i]
-        if rng.random() < 0.5:
+        name = question_id(context.round, candidate.prompt, [candidate.first, candidate.second])
+        if not is_asked_in_this_order(name, candidate.first, candidate.second):
             candidate, difference = candidate.swapped(), None if difference is None else -difference
         source = lab_source(recipe, candidate.prompt) if rounds.labels_from == "lab" else None
         prompt, first, second, first_ended, second_ended = candidate
-        name = question_id(context.round, prompt, [first, second])
         ends = [None if ended else False for ended in (first_ended, second_ended)]  # only a cut is noted
         questions.append(Question(name, context.round, prompt, first, second, source, difference, *ends))
     write_jsonl(context.folder / QUESTIONS, [question.as_row() for question in questions])

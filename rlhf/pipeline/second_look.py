@@ -16,7 +16,7 @@ from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.rows import TIE, Compare, Pair
 from rlhf.data.sources import Row, Source
 from rlhf.errors import UserError
-from rlhf.files import digest, write_jsonl, write_text
+from rlhf.files import digest, read_note, write_jsonl, write_text
 from rlhf.objectives.second_look import second_look
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.audit import WORK, check_budget, read_audited_rows, write_page
@@ -181,7 +181,7 @@ def _read_result(out: Path, expert_error: float) -> dict[str, Any]:
         UserError: an impossible error rate, votes that say nothing.
     """
     check_expert_error(expert_error)
-    result: dict[str, Any] = json.loads((out / "audit.json").read_text(encoding="utf-8"))
+    result = read_note(out / "audit.json", "put it back from a copy, or choose another --out")
     if result["vote"]["scale"] == 0:
         raise UserError(
             f"{out}: the votes agree with the labels no more than chance, so nothing says which pairs to look at again; audit "

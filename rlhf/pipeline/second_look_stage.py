@@ -231,6 +231,10 @@ def _ask(context: StageContext, questions: Sequence[Question]) -> tuple[list[Que
             f"second look: {withdrawn} questions of an earlier attempt at round {number} are taken back; their verdicts count "
             "again where one is asked again."
         )
+    if withdrawn := book.withdraw_later(number):
+        context.say(
+            f"second look: {withdrawn} questions of later rounds, which are made anew after this one, are taken back."
+        )
     new = [question for question in questions if question.id not in kept]
     book.ask(new[: max(0, len(questions) - len(kept))])
     done, total, _ = book.progress(number, wanted=1)

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,12 @@ class Stage:
     seed: int
     parents: Mapping[str, "Stage"] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Return the sha256 of name, settings, seed and the parents' keys, which is known before anything runs."""
+        """Return the sha256 of name, settings, seed and the parents' keys, which is known before anything runs.
+
+        Kept: a stage of a late round reads stages that read the same ones, and the ways to the data grow sixfold a round.
+        """
         return digest(
             {
                 "stage": self.name,
@@ -360,11 +364,11 @@ def is_whole(folder: Path) -> bool:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Return whether an error, or what caused it, is a full disk, in the words of Python, safetensors or torch."""
+    """Return whether an error, or what caused it, is a full disk, in the words of Python, safetensors, torch or sqlite."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(words in str(error) for words in ("os error 28", "No space left", "inline_container")):
+        if any(words in str(error) for words in ("os error 28", "No space left", "inline_container", "disk is full")):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,13 @@ def _link_best(root: Path, number: int | None) -> None:
     link = root / "best"
     beside = root / f"best.tmp-{os.getpid()}"
     if number is None:
+        return
+    if link.is_dir() and not link.is_symlink():
+        warnings.warn(
+            f"{link}: a folder and no link, as copies of a run have it, so it keeps an older policy; delete it, and the same "
+            f"command links it to round {number}'s.",
+            stacklevel=2,
+        )
         return
     try:
         beside.symlink_to(Path(f"round-{number}") / "ppo" / "model", target_is_directory=True)

@@ -71,9 +71,16 @@ CONCERNS = (
         "language that it knows; raise kl_coef.",
     ),
     Concern(
-        "critic", ("explained_variance",), lambda first, now, n: n >= SETTLED and now["explained_variance"] < 0,
+        "critic", ("explained_variance",),
+        lambda first, now, n: n >= SETTLED and now["explained_variance"] < 0 and "value_slope" not in now,
         "the critic explains nothing (explained variance {explained_variance:.2f}): raise critic_learning_rate or critic_warmup; "
         "calibrate_values makes its values count for no more than they explain.",
+    ),
+    Concern(
+        "calibrated critic", ("explained_variance", "value_slope"),
+        lambda first, now, n: n >= SETTLED and now["explained_variance"] < 0,
+        "the critic explains nothing (explained variance {explained_variance:.2f}): raise critic_learning_rate or critic_warmup. "
+        "calibrate_values is on, and takes {value_slope:.2f} of its values.",
     ),
     Concern(
         "reward tail", ("clipped_rewards",), lambda first, now, n: now["clipped_rewards"] > 0.2,

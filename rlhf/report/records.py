@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -161,18 +161,24 @@ def read_manifests(run: Path) -> dict[str, Manifest]:
     for name, manifest in manifests.items():
         if not Manifest.__required_keys__ <= manifest.keys():
             raise UserError(_stage_damaged(run / name / MANIFEST))
-    return {name: manifests[name] for name in sorted(manifests, key=lambda name: _place(manifests, name))}
+    depths: dict[str, int] = {}
+    for name in sorted(manifests, key=_round):  # each after those that it reads, but for its round's
+        _depth(manifests, name, depths)
+    return {name: manifests[name] for name in sorted(manifests, key=lambda name: (_round(name), depths[name], name))}
 
 
-def _place(manifests: Mapping[str, Manifest], folder: str) -> tuple[int, int, str]:
-    """Return by what stages are sorted: the round, and how many stages lie between this one and the data, at most."""
-
-    def depth(name: str) -> int:
-        parents = manifests[name]["parents"].values() if name in manifests else ()
-        return 1 + max((depth(parent["folder"]) for parent in parents), default=0)
-
+def _round(folder: str) -> int:
+    """Return the number of a stage's round, of folders of no round -1."""
     number = folder.partition("/")[0].removeprefix("round-")
-    return int(number) if number.isdigit() else -1, depth(folder), folder
+    return int(number) if number.isdigit() else -1
+
+
+def _depth(manifests: Mapping[str, Manifest], name: str, known: dict[str, int]) -> int:
+    """Return how many stages lie between one and the data, at most, and note it in `known`, for all on the way."""
+    if name not in known:
+        parents = manifests[name]["parents"].values() if name in manifests else ()
+        known[name] = 1 + max((_depth(manifests, parent["folder"], known) for parent in parents), default=0)
+    return known[name]
 
 
 def sealed(record: Mapping[str, object]) -> dict[str, Any]:
@@ -236,7 +242,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_rows(path: Path, keys: Collection[str] = ()) -> list[Any]:
-    """Read the rows of a run's JSON lines, without marks of resumption; return none if the file is not there.
+    """Read the rows of a run's JSON lines, each step once and no marks of resumption; none if the file is not there.
 
     A last line whose writing was cut off is left out, and said.
 
@@ -255,12 +261,27 @@ def read_rows(path: Path, keys: Collection[str] = ()) -> list[Any]:
         warnings.warn(f"{path}: its last line was cut off and is left out.", stacklevel=2)
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: holds a line that is no row of numbers; delete the stage's folder to make it again.")
-    rows = [row for row in rows if "resumed_from" not in row]
+    rows = without_repeated_steps(rows)
     lacking = [(number, key) for number, row in enumerate(rows, 1) for key in sorted(keys) if key not in row]
     if lacking:
         number, key = lacking[0]
         raise UserError(f"{path}: row {number} has no {key!r}; delete the stage's folder to make it again.")
     return rows
+
+
+def without_repeated_steps(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return rows without marks of resumption, and each step once: behind a mark those after its step were done again.
+
+    >>> without_repeated_steps([{"step": 1}, {"step": 2, "kl": 1}, {"resumed_from": 1}, {"step": 2, "kl": 1}])
+    [{'step': 1}, {'step': 2, 'kl': 1}]
+    """
+    kept: list[Any] = []
+    for row in rows:
+        if "resumed_from" in row:
+            kept = [before for before in kept if before.get("step", 0) <= row["resumed_from"]]
+        else:
+            kept.append(row)
+    return kept
 
 
 def _rows_before_torn_line(path: Path) -> list[Any]:

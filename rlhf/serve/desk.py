@@ -13,7 +13,7 @@ import yaml
 
 from rlhf.data.controls import Control, gold_questions
 from rlhf.data.direction import example
-from rlhf.data.label_files import LONGEST_NAME, Format, export_questions, read_verdicts
+from rlhf.data.label_files import LONGEST_NAME, UNNAMED, Format, export_questions, read_verdicts
 from rlhf.data.labelbook import BOOK, LOOKS, LabelBook
 from rlhf.data.labels import Question, Verdict, agreement, tally
 from rlhf.data.read import ReadReport
@@ -24,6 +24,7 @@ from rlhf.report.annotators import annotator_sentences, control_sentences
 from rlhf.report.records import MANIFEST
 from rlhf.report.result_file import check_result_file
 
+OTHER_UNNAMED = "without a name beside another one that is in the book (fill in `annotator`)"
 MOST_REPEATED = 0.5  # more would tell nothing more, and everybody would see it
 
 
@@ -55,8 +56,13 @@ def open_book(run: Path) -> tuple[LabelBook, int, int]:
         )
     if is_audit or is_look:
         return book, book.rounds()[-1], 1
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    return book, book.rounds()[-1], int(recipe["rounds"]["annotators_per_pair"])
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        return book, book.rounds()[-1], int(recipe["rounds"]["annotators_per_pair"])
+    except (ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise UserError(
+            f"{run / 'recipe.yaml'}: cut off or damaged; the same `rlhf run` says what to do about it."
+        ) from None
 
 
 def hide_gold(run: Path, file: Path) -> list[str]:
@@ -124,10 +130,10 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     """
     book, number, _ = open_book(run)
     report = ReadReport(str(file))
-    verdicts, refused = read_verdicts(str(file), report)
     questions = book.questions(number)
     gold = {one.question.id: one.question for one in book.gold(number)}
     asked = {question.id: question for question in questions} | gold
+    verdicts, refused = read_verdicts(str(file), report, asked)
     if verdicts and not any(verdict.id in asked for verdict in verdicts):
         raise UserError(
             f"{file}: none of its {len(verdicts)} verdicts is on one of the {len(asked)} pairs asked about; another folder's?"
@@ -138,6 +144,11 @@ def import_from(run: Path, file: Path, *, say: Callable[[str], None] | None = No
     earlier = {(verdict.id, verdict.annotator): verdict.label for verdict in book.verdicts(number, with_gold=True)}
     behind = [v for v in verdicts if v.label == "skip" and earlier.get((v.id, v.annotator), "skip") != "skip"]
     verdicts = [verdict for verdict in verdicts if verdict not in behind]
+    others = [
+        v for v in verdicts if v.annotator == UNNAMED and earlier.get((v.id, UNNAMED), "skip") not in ("skip", v.label)
+    ]
+    verdicts = [verdict for verdict in verdicts if verdict not in others]
+    refused += [{"id": v.id, "label": v.label, "reason": OTHER_UNNAMED} for v in others]
     book.record([verdict for verdict in verdicts if verdict.id in asked and verdict.id not in gold])
     for verdict in (verdict for verdict in verdicts if verdict.id in gold):
         book.record_control(Control(gold[verdict.id], verdict.id), verdict)
@@ -190,6 +201,8 @@ def _reading(report: ReadReport, verdicts: Sequence[Verdict], asked: Mapping[str
         else:
             question = asked[first.id]
             yield example(sentence, question.first if first.label == "first" else question.second)
+    for remark, count in report.noted.items():
+        yield f"{count} rows: {remark} (row {', '.join(map(str, report.examples[remark]))})."
     for reason, count in report.dropped.items():
         yield f"{count} lines left out: {reason} (line {', '.join(map(str, report.examples[reason]))})."
 

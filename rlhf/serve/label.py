@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -53,6 +53,7 @@ def label_app(
     templates = Environment(loader=PackageLoader("rlhf", "serve"), autoescape=True, undefined=StrictUndefined)
     page = partial(_page, templates.get_template("label.html.jinja"), title)
     annotator_of = partial(_annotator_of, tokens)
+    back = partial(_address_of_next, tokens)
 
     def refused() -> HTMLResponse:
         return page("refused", status=403)
@@ -96,17 +97,17 @@ def label_app(
 
     @app.exception_handler(sqlite3.OperationalError)
     def busy(request: Request, error: Exception) -> Response:
-        return page("busy", status=503)
+        return page("busy", {"back": back(request, getattr(request.state, "form", None))}, status=503)
 
     @app.post("/")
     async def answer(request: Request) -> Response:
-        form = await _form(request)
+        form = request.state.form = await _form(request)
         return await run_in_threadpool(record, request, form)  # the book may be busy, and others need not wait
 
     def record(request: Request, form: dict[str, str] | None) -> Response:
         # 1. The form says for whom it was drawn; the cookie may by now be that of somebody else in the same browser.
         if form is None:
-            return page("unknown", status=400)
+            return page("unknown", {"back": back(request, form)}, status=400)
         cookie = request.cookies.get(COOKIE)
         annotator = annotator_of(form.get("token", cookie)) if _is_own_page(request) else None
         if annotator is None:
@@ -122,11 +123,11 @@ def label_app(
         control = _control(book, annotator, round_number, form.get("id", ""))
         question = asked.get(form.get("id", "")) if control is None else control.question
         if question is None:
-            return page("unknown", status=400)
+            return page("unknown", {"back": back(request, form)}, status=400)
         left_side = form.get("left_side", _side_on_the_left(annotator, question))
         label = _label(form.get("choice", ""), left_side)
         if label is None:
-            return page("unknown", status=400)
+            return page("unknown", {"back": back(request, form)}, status=400)
         verdict = Verdict(question.id, label, annotator, _seconds(form.get("shown")))
         if control is None:
             book.record([verdict])
@@ -185,6 +186,13 @@ def _page(
 def _annotator_of(tokens: Mapping[str, str], token: str | None) -> str | None:
     given = (token or "").encode("utf-8", "surrogatepass")
     return next((name for name, secret in tokens.items() if hmac.compare_digest(secret.encode(), given)), None)
+
+
+def _address_of_next(tokens: Mapping[str, str], request: Request, form: Mapping[str, str] | None) -> str:
+    """Return the address of the next page of whoever filled in the form, or asked for a page of their own."""
+    annotator = _annotator_of(tokens, (form or {}).get("token"))
+    person = request.query_params.get("person") if annotator is None else _person_id(annotator)
+    return "/" if person is None else f"/?person={quote(person)}"
 
 
 def _is_own_page(request: Request) -> bool:

@@ -56,6 +56,19 @@ def test_a_question_that_was_taken_back_comes_back_with_its_sides(tmp_path: Path
     assert book.rounds() == []
 
 
+def test_a_round_that_asks_again_takes_back_the_later_ones(tmp_path: Path) -> None:
+    """People answer the newest round of a book; questions of a policy that is trained anew are no longer worth an answer."""
+    book = LabelBook(tmp_path / "labels.sqlite")
+    later = [replace(one, id=f"r{number}-x", round=number) for number, one in ((3, FIVE[0]), (4, FIVE[1]))]
+    book.ask([*FIVE, *later])
+    assert book.rounds() == [2, 3, 4]
+    assert book.withdraw_later(2) == 2
+    assert (book.rounds(), len(book.questions(2))) == ([2], 5)
+    assert book.withdraw_later(2) == 0
+    assert book.ask(later[:1]) == later[:1], "asked again, it is there again"
+    assert book.rounds() == [2, 3]
+
+
 def asked_of(book: LabelBook, annotator: str, *, wanted: int) -> list[str]:
     """The questions that somebody would be asked one after the other; nothing stays in the book."""
     names: list[str] = []

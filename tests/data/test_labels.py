@@ -8,22 +8,13 @@ from typing import Any
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from rlhf.data.label_files import export_questions, read_verdicts
+from rlhf.data.label_files import UNNAMED, export_questions, read_verdicts
 from rlhf.data.labelbook import LabelBook
-from rlhf.data.labels import Question, Verdict, agreement, question_id, tally
+from rlhf.data.labels import Verdict, agreement, tally
 from rlhf.data.read import ReadReport
-from rlhf.data.sources import read_pairs
 from rlhf.errors import UserError
-from rlhf.serve.desk import import_from
-
-
-def question(number: int, round_number: int = 2) -> Question:
-    prompt = [{"role": "user", "content": f"list {number}"}]
-    first, second = f"yes {number}", f"no {number}"
-    return Question(question_id(round_number, prompt, [first, second]), round_number, prompt, first, second)
-
-
-FIVE = [question(i) for i in range(5)]
+from rlhf.serve.desk import OTHER_UNNAMED, import_from
+from tests.data.five_questions import FIVE, control, question
 
 
 def test_pairs_say_what_annotators_said() -> None:
@@ -252,6 +243,17 @@ def test_one_annotators_verdicts_on_a_question_count_once_and_it_is_said(tmp_pat
     assert labels == {(0, "ann"): "tie", (1, "ann"): "tie", (2, "ann"): "first"}
 
 
+def test_two_files_without_names_may_be_two_people(tmp_path: Path) -> None:
+    first = [row_of(0, "first"), row_of(1, "second"), row_of(2, "skip")]
+    second = [row_of(0, "second"), row_of(1, "second"), row_of(2, "tie"), row_of(3, "first")]
+    counts, labels = imported(tmp_path, first, second)
+    again = "of them in place of an earlier verdict of the same annotator"
+    assert counts == [{"taken": 3}, {"taken": 3, again: 2, OTHER_UNNAMED: 1}]
+    assert labels == {(0, UNNAMED): "first", (1, UNNAMED): "second", (2, UNNAMED): "tie", (3, UNNAMED): "first"}
+    (aside,) = [json.loads(line) for line in (tmp_path / "quarantine-in.jsonl").read_text().splitlines()]
+    assert (aside["label"], aside["id"]) == ("second", FIVE[0].id)
+
+
 def test_a_skip_never_replaces_a_verdict_of_an_earlier_file(tmp_path: Path) -> None:
     earlier = [row_of(0, "first", annotator="ann"), row_of(1, "skip", annotator="ann")]
     skips = [row_of(i, "skip", annotator="ann") for i in range(3)]
@@ -284,137 +286,3 @@ def test_a_name_of_nobody_is_no_name(tmp_path: Path) -> None:
     task["annotations"] = [{"completed_by": {"id": i}, "result": [control("preference", "first")]} for i in (3, 4)]
     (tmp_path / "studio.json").write_text(json.dumps([task]))
     assert [v.annotator for v in read_verdicts(str(tmp_path / "studio.json"))[0]] == ["3", "4"]
-
-
-def control(name: str | None, *choices: str, selected: str | None = None) -> dict[str, Any]:
-    value = {"selected": selected} if selected else {"choices": list(choices)}
-    return {"type": "choices", "value": value} | ({} if name is None else {"from_name": name})
-
-
-@pytest.mark.parametrize(
-    ("results", "expected"),
-    [
-        ([control("safety", "second"), control("preference", "first")], "first"),
-        ([control("preference", "second"), control("safety", "first")], "second"),
-        ([control("safety", "first"), control("preference", selected="right")], "second"),
-        ([control("better", "second")], "second"),
-        ([control(None, "tie")], "tie"),
-        ([control("rating"), control("better", "first")], "first"),
-        ([control("safety", "second"), control("better", "first")], "several choices"),
-        ([control("safety", "unsafe"), control("better", "first")], "several choices"),
-        ([control("preference", "first", "second")], "several choices"),
-        ([control("safety", "first"), control("preference")], "no label yet"),
-        ([], "no label yet"),
-    ],
-)
-def test_a_task_with_several_controls(tmp_path: Path, results: list[Any], expected: str) -> None:
-    (task,) = export_questions(FIVE[:1], "label-studio")
-    task["annotations"] = [{"completed_by": 7, "result": results}]
-    (tmp_path / "studio.json").write_text(json.dumps([task]))
-    verdicts, refused = read_verdicts(str(tmp_path / "studio.json"))
-    assert [v.label for v in verdicts] + [r["reason"].split(";")[0] for r in refused] == [expected]
-
-
-def test_where_one_task_names_the_control_no_other_is_asked(tmp_path: Path) -> None:
-    tasks = export_questions(FIVE[:2], "label-studio")
-    tasks[0]["annotations"] = [{"result": [control("safety", "first")]}]
-    tasks[1]["annotations"] = [{"result": [control("safety", "first"), control("preference", "second")]}]
-    (tmp_path / "studio.json").write_text(json.dumps(tasks))
-    verdicts, refused = read_verdicts(str(tmp_path / "studio.json"))
-    assert [(v.id, v.label) for v in verdicts] == [(FIVE[1].id, "second")]
-    assert [r["reason"] for r in refused] == ["no label yet"]
-
-
-def test_numbers_in_an_export_are_read_by_the_whole_file_too(tmp_path: Path) -> None:
-    records = export_questions(FIVE[:2], "argilla")
-    for value, record in enumerate(records):
-        record["responses"] = {"preference": [{"value": value, "user_id": "u"}]}
-    (tmp_path / "argilla.json").write_text(json.dumps(records))
-    assert [v.label for v in read_verdicts(str(tmp_path / "argilla.json"))[0]] == ["first", "second"]
-
-
-# What the tools wrote for the exported questions: label-studio-sdk 2.1.2 (`Converter`, a Pairwise control between `first` and
-# `second`) and argilla 2.8.0 (`records.to_json`, `to_list(flatten=True)`), run offline on 2026-11-27, here with other texts.
-def studio_task(i: int, task: dict[str, Any], side: str) -> dict[str, Any]:
-    result = {
-        "id": "x",
-        "from_name": "preference",
-        "to_name": "first,second",
-        "type": "pairwise",
-        "origin": "manual",
-        "value": {"selected": "left" if side == "first" else "right"},
-    }
-    annotation = {"id": i, "completed_by": {"id": 1, "email": "a@x.org"}, "result": [result], "was_cancelled": False}
-    return {
-        "id": 10 + i,
-        **task,
-        "annotations": [annotation | {"ground_truth": False, "lead_time": 3.2}],
-        "predictions": [],
-    }
-
-
-def studio_table(i: int, task: dict[str, Any], side: str) -> str:
-    data, choice = task["data"], "left" if side == "first" else "right"
-    cells = [
-        i,
-        "a@x.org",
-        data["first"],
-        data["id"],
-        3.2,
-        f'[{{""selected"":""{choice}""}}]',
-        data["prompt"],
-        data["second"],
-    ]
-    return ",".join(f'"{cell}"' for cell in cells)
-
-
-def argilla_record(record: dict[str, Any], side: str) -> dict[str, Any]:
-    responses = {"preference": [{"value": side, "user_id": "00000000-0000-0000-0000-000000000007"}]}
-    return {**record, "suggestions": {}, "responses": responses, "vectors": {}, "status": "pending", "_server_id": None}
-
-
-def argilla_flat(record: dict[str, Any], side: str) -> dict[str, Any]:
-    other = "second" if side == "first" else "first"
-    return {
-        "id": record["id"],
-        "status": "pending",
-        **record["fields"],
-        "round": 2,
-        "preference.responses": [other, side],
-        "preference.responses.users": ["u8", "u7"],
-        "preference.responses.status": ["discarded", "submitted"],
-        "preference.suggestion": None,
-    }
-
-
-@pytest.mark.parametrize("form", ["studio", "studio table", "argilla", "argilla flat"])
-def test_exports_of_the_tools_come_back_with_the_same_pairs_and_labels(tmp_path: Path, form: str) -> None:
-    sides = ["first", "second", "second", "first", "second"]
-    tasks, records = export_questions(FIVE, "label-studio"), export_questions(FIVE, "argilla")
-    file = tmp_path / ("export.csv" if form == "studio table" else "export.json")
-    if form == "studio table":
-        head = "annotation_id,annotator,first,id,lead_time,preference,prompt,second"
-        file.write_text(
-            "\n".join([head, *(studio_table(i, t, s) for i, (t, s) in enumerate(zip(tasks, sides, strict=True)))])
-        )
-    elif form == "studio":
-        file.write_text(json.dumps([studio_task(i, t, s) for i, (t, s) in enumerate(zip(tasks, sides, strict=True))]))
-    else:
-        write = argilla_record if form == "argilla" else argilla_flat
-        file.write_text(json.dumps([write(record, side) for record, side in zip(records, sides, strict=True)]))
-    verdicts, refused = read_verdicts(str(file))
-    expected = [f"{'yes' if side == 'first' else 'no'} {i}" for i, side in enumerate(sides)]
-    pairs = tally(FIVE, verdicts).rows
-    assert [row["chosen"][0]["content"] for row in pairs] == expected
-    assert [row["prompt"] for row in pairs] == [q.prompt for q in FIVE]
-    assert refused == []
-    as_data, _ = read_pairs(str(file))
-    assert [row["chosen"][0]["content"] for row in as_data] == expected, "the same file as data of a recipe"
-
-
-def test_label_studios_short_json_has_no_ids_of_ours(tmp_path: Path) -> None:
-    row = {"id": 11, "annotation_id": 1, "preference": [{"selected": "left"}], "annotator": "a", "first": "yes"}
-    (tmp_path / "min.json").write_text(json.dumps([row]))
-    verdicts, refused = read_verdicts(str(tmp_path / "min.json"))
-    assert verdicts == []
-    assert "JSON-MIN puts its own in its place; export as JSON" in refused[0]["reason"]

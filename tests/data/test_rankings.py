@@ -11,9 +11,9 @@ import pytest
 from rlhf.data.layouts import find_layout
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.rankings import Answer, Ranking, comparisons, group_rated, rated_answers
-from rlhf.data.read import BadRow
+from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.rows import Messages, completion
-from rlhf.data.sources import Source, read_pairs
+from rlhf.data.sources import Source, read_pairs, read_sources, to_demonstrations
 from rlhf.errors import UserError
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -301,3 +301,28 @@ def test_published_counts(name: str, pairs: int) -> None:
     with gzip.open(SHARED / f"{name}.jsonl.gz", "rb") as file:
         assert file.readline()
     assert len(read_pairs(str(SHARED / f"{name}.jsonl.gz"))[0]) == pairs
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_ranking_keeps_the_input_of_its_instruction(tmp_path: Path, system: str | None) -> None:
+    """Beside a system column the instruction is two turns already, and the text to translate was left out."""
+    answers = [{"text": "le chat", "score": 2}, {"text": "le chien", "score": 1}]
+    row = {"instruction": "Translate to French:", "input": "the cat", "responses": answers}
+    (tmp_path / "x.json").write_text(json.dumps([row if system is None else {**row, "system": system}]))
+    (pair,), _ = read_pairs(str(tmp_path / "x.json"))
+    question = {"role": "user", "content": "Translate to French:\nthe cat"}
+    assert pair["prompt"] == ([] if system is None else [{"role": "system", "content": system}]) + [question]
+
+
+def test_of_unpaired_preferences_the_good_answers_are_demonstrations(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "2+2?", "completion": "4", "label": True},
+        {"prompt": "2+2?", "completion": "five, you fool", "label": False},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}], "kto_tag": False},
+        {"prompt": "q", "completion": "a", "label": "greeting"},
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    reports: list[ReadReport] = []
+    read = read_sources([Source(str(tmp_path / "x.json"))], to_demonstrations, reports, "demonstrations", 0)
+    assert [row.values["completion"][0]["content"] for row in read.train] == ["4", "a"]
+    assert reports[0].dropped == {"its label says that this answer is not one to learn": 2}

@@ -1,4 +1,4 @@
-"""One finished run of the small recipe, which tests of this room read or copy."""
+"""Finished runs of the small recipes, which tests of this room read or copy."""
 
 import subprocess
 import sys
@@ -20,4 +20,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two rounds, `x`."""
+    from rlhf.pipeline.run import run
+    from tests.pipeline.two_rounds import recipe
+
+    folder = tmp_path_factory.mktemp("rounds")
+    run(recipe(folder), folder / "x", say=lambda _: None)
     return folder

@@ -10,6 +10,7 @@ from trl import RewardConfig
 
 from rlhf.errors import UserError
 from rlhf.pipeline import precision
+from rlhf.pipeline.launch import read_launch
 from rlhf.pipeline.plan import plan
 from rlhf.pipeline.precision import (
     LAUNCHER,
@@ -194,3 +195,14 @@ def test_a_manifest_says_what_auto_came_to(monkeypatch: pytest.MonkeyPatch, tmp_
     assert manifest is not None
     assert manifest["facts"]["bf16"] is True
     assert manifest["settings"]["bf16"] == "auto"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00\x00"])
+def test_a_damaged_note_beside_checkpoints_is_a_sentence(tmp_path: Path, content: str) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    for name in ("precision.json", "launch.json"):
+        (checkpoints / name).write_text(content)
+    for read in (kept_precision, read_launch, lambda place: precision_of_stage({"bf16": "auto"}, place, decides=True)):
+        with pytest.raises(UserError, match=f"cut off or damaged; delete {tmp_path} to make the stage again"):
+            read(checkpoints)

@@ -28,6 +28,7 @@ ILL = {
     "entropy": {"entropy": 0.1},
     "perplexity": {"nll_reference": 3.0},
     "critic": {"explained_variance": -0.3},
+    "calibrated critic": {"explained_variance": -0.3, "value_slope": 0.0},
     "reward tail": {"clipped_rewards": 0.5},
     "disagreement": {"disagreement": 0.7},
     "cloud": {"outside_cloud": 0.4},

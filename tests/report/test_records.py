@@ -92,3 +92,11 @@ def test_a_recipe_of_a_run_that_nobody_can_read_is_a_sentence(tmp_path: Path, co
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(UserError, match=r"recipe\.yaml: cut off or damaged"):
         read_recipe(tmp_path)
+
+
+def test_steps_that_were_done_again_count_once(tmp_path: Path) -> None:
+    """SIGKILL after step 7, from a checkpoint of step 4; curves went back and forth, and rollouts counted twice."""
+    rows = [{"step": step, "kl": step} for step in range(1, 8)] + [{"resumed_from": 4}]
+    rows += [{"step": step, "kl": step} for step in range(5, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl", ("step",))] == list(range(1, 10))

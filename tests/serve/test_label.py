@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import requests
 import uvicorn
 
+from rlhf.data import labelbook
 from rlhf.data.controls import gold_questions
 from rlhf.data.labelbook import LabelBook
 from rlhf.data.labels import Question, agreement, question_id
@@ -218,6 +220,31 @@ def test_two_people_in_one_browser_keep_their_clicks_apart(desk: tuple[str, Labe
     left = {(v.annotator, v.id) for v in book.verdicts(2)}
     assert len(left) == 39
     assert ("bob", shown["bob"][-1]) in left, "she takes back her own"
+
+
+@pytest.mark.fault("two people in one browser")
+def test_after_a_fault_each_goes_on_as_herself(
+    desk: tuple[str, LabelBook, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`/` is the page of whoever came last in this browser."""
+    monkeypatch.setattr(labelbook, "SECONDS_TO_WAIT", 0.1)
+    url, book, tokens = desk
+    browser = requests.Session()
+    pages = {name: browser.get(url, params={"token": tokens[name]}, timeout=10).text for name in ("ann", "bob")}
+    form = fields(pages["ann"]) | {"choice": "tie"}
+    writer = sqlite3.connect(book.path, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    faults = [
+        (browser.post(url, data=form | {"id": "r9-x"}, timeout=10), 400),
+        (browser.post(url, data=form, timeout=30), 503),
+    ]
+    writer.execute("ROLLBACK")
+    writer.close()
+    for reply, code in faults:
+        assert reply.status_code == code
+        (address,) = re.findall(r'href="(/[^"]*)"', reply.text)
+        assert "<span>ann</span>" in browser.get(url + address.lstrip("/"), timeout=10).text
+    assert book.verdicts(2) == []
 
 
 @pytest.mark.fault("two people in one browser")
