@@ -48,7 +48,8 @@ def test_each_trouble_is_said_once_and_alone(name: str) -> None:
     well = {
         **WELL,
         **({"reward_deviation": 0.0} if name == "constant reward" else {}),
-    }  # what is constant is so from the start
+        **({"value_slope": 0.5} if name == "calibrated critic" else {}),
+    }  # what is constant is so from the start, and values are calibrated from the start
     assert health.look(dict(well)) == []
     for _ in range(10 if name != "constant reward" else 0):
         assert health.look(dict(well)) == []
