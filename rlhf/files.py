@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
-
 
 def read_jsonl(path: Path) -> list[Any]:
     r"""Read a file of JSON lines, all rows at once.
@@ -21,23 +19,6 @@ def read_jsonl(path: Path) -> list[Any]:
     """
     with path.open(encoding="utf-8", newline="\n") as file:
         return [json.loads(line) for line in file]
-
-
-def read_note(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object that this program wrote for itself.
-
-    Args:
-        remedy: what to do where it is damaged.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        note.keys()
-    except (ValueError, RecursionError, AttributeError):
-        raise UserError(f"{path}: cut off or damaged; {remedy}.") from None
-    return note
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

@@ -15,7 +15,7 @@ from rlhf.data.rows import TIE, Compare, Pair, pair_digest
 from rlhf.data.sources import Row, Source, read_pair_rows
 from rlhf.data.tables import is_folder, local_files
 from rlhf.errors import UserError
-from rlhf.files import digest, file_digest, read_note, write_text
+from rlhf.files import digest, file_digest, write_text
 from rlhf.models.load import find_source, load_tokenizer
 from rlhf.models.look import check_model
 from rlhf.models.open import open_config
@@ -43,6 +43,7 @@ from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
 from rlhf.report.audit import write_audit_page
 from rlhf.report.meter import priced_before
+from rlhf.report.records import read_note
 from rlhf.report.result_file import check_new_folder
 from rlhf.reward.annotators import posterior_by_annotator, report_rows
 from rlhf.reward.meter import LOOKED_AT, PARTS, Measured, fit_meter, read_meter, too_few_labels

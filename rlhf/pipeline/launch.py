@@ -12,7 +12,8 @@ import psutil
 import yaml
 
 from rlhf.errors import UserError
-from rlhf.files import read_note, write_text
+from rlhf.files import write_text
+from rlhf.report.records import read_note
 
 LAUNCH = "launch.json"  # beside checkpoints
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from rlhf.errors import UserError
-from rlhf.files import read_note, write_text
+from rlhf.files import write_text
+from rlhf.report.records import read_note
 
 AUTO = "auto"
 LAUNCHER = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`; it decides where a trainer's settings say nothing

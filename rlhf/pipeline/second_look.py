@@ -16,7 +16,7 @@ from rlhf.data.labelbook import BOOK, LabelBook
 from rlhf.data.rows import TIE, Compare, Pair
 from rlhf.data.sources import Row, Source
 from rlhf.errors import UserError
-from rlhf.files import digest, read_note, write_jsonl, write_text
+from rlhf.files import digest, write_jsonl, write_text
 from rlhf.objectives.second_look import second_look
 from rlhf.objectives.strength import VoteStrength
 from rlhf.pipeline.audit import WORK, check_budget, read_audited_rows, write_page
@@ -32,6 +32,7 @@ from rlhf.pipeline.known import (
 )
 from rlhf.pipeline.looked import Looked, blind_questions, check_verdicts, count_opinions
 from rlhf.pipeline.vote import vote_again
+from rlhf.report.records import read_note
 from rlhf.report.second_look import unused_confidence, unused_vote
 from rlhf.reward.wants import find_wants
 

@@ -241,6 +241,23 @@ def read_json(file: Path) -> Any:
         raise UserError(_damaged(file, "cut off or damaged")) from None
 
 
+def read_note(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object that this program wrote for itself.
+
+    Args:
+        remedy: what to do where it is damaged.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        note.keys()
+    except (ValueError, RecursionError, AttributeError):
+        raise UserError(f"{path}: cut off or damaged; {remedy}.") from None
+    return note
+
+
 def read_rows(path: Path, keys: Collection[str] = ()) -> list[Any]:
     """Read the rows of a run's JSON lines, each step once and no marks of resumption; none if the file is not there.
 
