@@ -121,8 +121,9 @@ class LabelBook:
 
     def record(self, verdicts: Sequence[Verdict]) -> None:
         """Record verdicts; an annotator's later verdict on a question replaces the earlier one."""
-        rows = [(v.id, v.annotator, v.label, v.seconds, time.time()) for v in verdicts]
         with self._open() as connection:
+            now = {name: _time_of(connection, name) for name in {verdict.annotator for verdict in verdicts}}
+            rows = [(v.id, v.annotator, v.label, v.seconds, now[v.annotator]) for v in verdicts]
             connection.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?)", rows)
 
     def undo(self, annotator: str, round_number: int) -> str | None:
@@ -208,8 +209,9 @@ class LabelBook:
 
     def record_control(self, control: Control, verdict: Verdict) -> None:
         """Record a verdict on a control question; a later one replaces the earlier one."""
-        row = (verdict.id, verdict.annotator, verdict.label, verdict.seconds, time.time(), control.of)
         with self._open() as connection:
+            now = _time_of(connection, verdict.annotator)
+            row = (verdict.id, verdict.annotator, verdict.label, verdict.seconds, now, control.of)
             connection.execute("INSERT OR REPLACE INTO control_verdicts VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def repeats(self, round_number: int) -> list[Repeat]:
@@ -237,3 +239,10 @@ class LabelBook:
             [name for name in controls if name in gold],
             [of for name, of in controls.items() if name != of and of in ordinary],
         )
+
+
+def _time_of(connection: sqlite3.Connection, annotator: str) -> float:
+    """Return the time of an annotator's next verdict: now, and later than the others, whatever a clock does that is set back."""
+    of_both = "SELECT annotator, at FROM verdicts UNION ALL SELECT annotator, at FROM control_verdicts"
+    (latest,) = connection.execute(f"SELECT MAX(at) FROM ({of_both}) WHERE annotator = ?", (annotator,)).fetchone()
+    return max(time.time(), (latest or 0.0) + 1e-3)

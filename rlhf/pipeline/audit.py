@@ -395,7 +395,6 @@ def _finished(out: Path, key: str, *, meter: bool) -> dict[str, Any] | None:
             f"{out}: holds an audit of other pairs, with another model or settings, or by an older version; choose another --out."
         )
     begun = out / WORK / "key.json"
-    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == key:
-        return None
-    check_new_folder(out, "--out")
+    if not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != key:
+        check_new_folder(out, "--out")
     return None

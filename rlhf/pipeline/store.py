@@ -24,6 +24,7 @@ from rlhf.report.records import MANIFEST, read_record, sealed
 from rlhf.versions import version_of
 
 CHECKPOINTS = "checkpoints"
+EVENTS = "runs"  # among the checkpoints: where the Trainer's `report_to: tensorboard` writes
 MARK = "complete.json"
 LOCK = ".lock"
 STARTED = "started.json"
@@ -253,6 +254,8 @@ class Store:
         }
         write_text(folder / MANIFEST, json.dumps(sealed(manifest), indent=1))
         (folder / STARTED).unlink(missing_ok=True)
+        if (folder / CHECKPOINTS / EVENTS).is_dir():
+            (folder / CHECKPOINTS / EVENTS).replace(folder / "tensorboard")
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
     def _as_parent(self, parent: Stage) -> dict[str, str]:

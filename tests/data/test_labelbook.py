@@ -3,9 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from rlhf.data import labelbook
 from rlhf.data.labelbook import LabelBook
 from rlhf.data.labels import Verdict, tally
-from tests.data.test_labels import FIVE, question
+from tests.data.five_questions import FIVE, question
 
 
 def test_a_book_survives_undo_repeats_and_two_annotators(tmp_path: Path) -> None:
@@ -67,6 +70,17 @@ def test_a_round_that_asks_again_takes_back_the_later_ones(tmp_path: Path) -> No
     assert book.withdraw_later(2) == 0
     assert book.ask(later[:1]) == later[:1], "asked again, it is there again"
     assert book.rounds() == [2, 3]
+
+
+def test_the_last_verdict_is_taken_back_also_when_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = LabelBook(tmp_path / "labels.sqlite")
+    book.ask(FIVE)
+    for number, now in enumerate((5000.0, 6000.0, 100.0, 101.0)):
+        monkeypatch.setattr(labelbook.time, "time", lambda now=now: now)
+        book.record([Verdict(FIVE[number].id, "first", "ann"), Verdict(FIVE[number].id, "tie", "bob")])
+    assert [book.undo("ann", 2) for _ in range(3)] == [FIVE[3].id, FIVE[2].id, FIVE[1].id]
 
 
 def asked_of(book: LabelBook, annotator: str, *, wanted: int) -> list[str]:

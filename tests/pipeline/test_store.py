@@ -1,6 +1,5 @@
 """Keys, manifests and checkpoint marks."""
 
-import io
 import json
 import os
 import re
@@ -11,14 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.pipeline import callbacks as callbacks_module
-from rlhf.pipeline import store as store_module
 from rlhf.pipeline.callbacks import CheckpointMark, drop_torn_line
-from rlhf.pipeline.lineage import lineage
 from rlhf.pipeline.run import made_of_what_is_gone
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.store import (
@@ -32,7 +28,6 @@ from rlhf.pipeline.store import (
     write_seconds,
 )
 from rlhf.recipe.document import differences
-from rlhf.report.records import read_manifests, sealed
 
 
 def stages(learning_rate: float = 0.1, seed: int = 0) -> tuple[Stage, Stage]:
@@ -44,42 +39,6 @@ def test_a_key_depends_on_settings_seed_and_parents() -> None:
     assert stages()[1].key == stages()[1].key
     assert stages()[1].key != stages(learning_rate=0.2)[1].key, "a parent's settings reach the child's key"
     assert stages()[0].key != stages(seed=1)[0].key
-
-
-def test_each_key_is_computed_once_however_many_ways_lead_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of eight rounds a key took 8 million digests, and of ten 300 million."""
-    counted = 0
-
-    def counting(value: object, own: Any = store_module.digest) -> str:
-        nonlocal counted
-        counted += 1
-        return str(own(value))
-
-    monkeypatch.setattr(store_module, "digest", counting)
-    planned = [Stage("data", "round-0/data", {}, 0)]
-    for number in range(1, 61):
-        planned.append(Stage("ppo", f"round-{number}/ppo", {}, 0, {str(i): p for i, p in enumerate(planned[-3:])}))
-    keys = [stage.key for stage in planned]
-    assert counted == len(set(keys)) == 61
-
-
-def test_pages_of_many_rounds_are_drawn_stage_by_stage(tmp_path: Path) -> None:
-    names = [f"round-{number}/ppo" for number in range(60)]
-    versions = {name: "1" for name in ("trl", "torch", "rlhf-pipeline")}
-    for number, name in enumerate(names):
-        parents = {
-            str(i): {"folder": folder, "key": "k"} for i, folder in enumerate(names[max(0, number - 3) : number])
-        }
-        record: Any = {"settings": {}, "parents": parents, "facts": {}, "versions": versions, "code": None}
-        (tmp_path / name).mkdir(parents=True)
-        text = json.dumps(sealed({**record, "key": f"{number:064d}", "seed": 0, "seconds": 1.0}))
-        (tmp_path / name / "manifest.json").write_text(text)
-    assert list(read_manifests(tmp_path)) == names
-    with (lines := io.StringIO()) as file:
-        Console(file=file, width=200).print(lineage(tmp_path))
-        drawn = lines.getvalue()
-    assert drawn.count("key 0000") == 60, "each stage once"
-    assert drawn.count("as above") == 2 * 57 + 1, "of three parents the first is drawn, the others were"
 
 
 def test_older_checkpoints_go_when_the_new_one_is_marked_and_by_their_numbers(
@@ -115,6 +74,20 @@ def test_older_checkpoints_go_when_the_new_one_is_marked_and_by_their_numbers(
 
 def state_at(step: int) -> Any:
     return SimpleNamespace(is_world_process_zero=True, global_step=step, best_model_checkpoint=None)
+
+
+def test_events_for_tensorboard_outlive_the_checkpoints(tmp_path: Path) -> None:
+    """The Trainer writes them beside its checkpoints, which go when a stage is done."""
+    store, (sft, _) = Store(tmp_path), stages()
+    folder = store.open(sft)
+    (folder / "checkpoints/runs/today").mkdir(parents=True)
+    (folder / "checkpoints/runs/today/events").write_text("curve")
+    (folder / "checkpoints/checkpoint-1").mkdir()
+    store.finish(sft, {}, 1.0)
+    assert not (folder / "checkpoints").exists()
+    assert (folder / "tensorboard/today/events").read_text() == "curve"
+    shutil.rmtree(folder / "tensorboard")
+    assert store.missing_files([sft]) == [], "they are no result, and may be deleted"
 
 
 def test_the_docstring_of_a_stage_lists_all_names_or_none() -> None:
