@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from rlhf.data.rows import PromptRow
+from rlhf.data.conversations import conversation_keys
+from rlhf.data.rows import Messages, PromptRow, prefix_keys
 from rlhf.data.sources import Row, keep_only
 from rlhf.errors import UserError
 
@@ -12,6 +13,48 @@ Leakage: TypeAlias = Literal["refuse", "drop", "allow"]
 Parts: TypeAlias = Mapping[str, Sequence[Row[PromptRow]]]
 LEAK = "its prompt is on the test side that was given"
 SAME_CONVERSATION = "another prompt of its conversation is on the test side that was given"
+
+
+class JudgedConversations:
+    """The conversations of a test side, by which training rows of any file are known that are of one of them.
+
+    What a conversation is depends on what else is in its file (`conversation_keys`): a question under many system turns, or behind
+    an opening that many share, is a conversation of its own there, and in another file it is not. So a row of another file is of
+    a test conversation where any beginning of its prompt is, with its system turn or without. Whether a system turn is part of a
+    conversation the test side's own file says, and all files together which openings are templates.
+
+    Args:
+        test: rows of the test side.
+        parts: the training rows.
+    """
+
+    def __init__(self, test: Sequence[Row[Any]], parts: Parts):
+        self.names = {row.conversation for row in test}
+        others = [row for rows in parts.values() for row in rows]
+        self.reports: dict[str, set[int]] = {}
+        if len({id(row.report) for row in (*test, *others)}) > 1:
+            keys = conversation_keys([_from_user_on(row.values["prompt"]) for row in (*test, *others)])
+            for row, without_system in zip(test, keys, strict=False):
+                has_system = row.conversation not in prefix_keys(_from_user_on(row.values["prompt"]))
+                key = row.conversation if has_system else without_system
+                self.reports.setdefault(key, set()).add(id(row.report))
+
+    def hold(self, row: Row[Any]) -> bool:
+        """Return whether a training row is of one of these conversations."""
+        if row.conversation in self.names:
+            return True
+        found = (self.reports.get(key, set()) for key in _beginnings(row.values["prompt"]) if self.reports)
+        return any(reports - {id(row.report)} for reports in found)
+
+
+def _beginnings(prompt: Messages) -> list[str]:
+    """Return the keys of all beginnings of a prompt, with its system turn and from the user's first turn on."""
+    without_system = _from_user_on(prompt)
+    return [*prefix_keys(prompt), *(prefix_keys(without_system) if len(without_system) < len(prompt) else ())]
+
+
+def _from_user_on(prompt: Messages) -> Messages:
+    return prompt[next((i for i, turn in enumerate(prompt) if turn["role"] == "user"), 0) :]
 
 
 def without_leaks(
@@ -32,19 +75,16 @@ def without_leaks(
         UserError: rows leak, and leakage is "refuse".
     """
     given = {row.key for row in test}
-    conversations = {row.conversation for row in test} - held_out
+    conversations = JudgedConversations([row for row in test if row.conversation not in held_out], parts)
     leaks = {name: [row for row in rows if row.key in given] for name, rows in parts.items()}
     others = {
-        name: [row for row in rows if row.key not in given and row.conversation in conversations]
-        for name, rows in parts.items()
+        name: [row for row in rows if row.key not in given and conversations.hold(row)] for name, rows in parts.items()
     }
     if leakage == "drop":
         kept: dict[str, Sequence[Row[PromptRow]]] = {}
         for name, rows in parts.items():
             rest = keep_only(rows, [row for row in rows if row.key not in given], LEAK)
-            kept[name] = keep_only(
-                rest, [row for row in rest if row.conversation not in conversations], SAME_CONVERSATION
-            )
+            kept[name] = keep_only(rest, [row for row in rest if not conversations.hold(row)], SAME_CONVERSATION)
         return kept
     leaks = {name: rows for name, rows in leaks.items() if rows and name not in derived}
     if leaks and leakage == "refuse":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.leakage import Leakage, Parts, without_leaks
+from rlhf.data.leakage import JudgedConversations, Leakage, Parts, without_leaks
 from rlhf.data.order import in_drawn_order
 from rlhf.data.ratings import RatingReader, RatingScale
 from rlhf.data.read import ReadReport, is_local
@@ -102,9 +102,13 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     # 2. Nothing of the test side stays on the training side.
     parts: Parts = {"pairs": pairs.train, "prompts": prompts.train, "demonstrations": sft.train}
     parts = {**parts, "ratings": rated.train} if sources.ratings is not None else parts
-    parts = {name: _without_held_out(rows, held_out) for name, rows in parts.items()}
     derived = () if sources.prompts else ("prompts",)
     test = [*pairs.test, *prompts.test]
+    ours = JudgedConversations([row for row in test if row.conversation in held_out], parts)
+    ours.names |= held_out
+    parts = {
+        name: keep_only(rows, [row for row in rows if not ours.hold(row)], HELD_OUT) for name, rows in parts.items()
+    }
     parts = without_leaks(parts, test, sources.leakage, held_out=held_out, derived=derived)
 
     # 3. Caps, by a seeded draw, and files.
@@ -292,10 +296,6 @@ def _characters(row: Mapping[str, Any]) -> int:
 
 def _is_held_out(row: Row[Canonical], fraction: float, seed: int) -> bool:
     return share_of(row, str(seed)) < fraction
-
-
-def _without_held_out(rows: Sequence[Row[Canonical]], held_out: set[str]) -> list[Row[Canonical]]:
-    return keep_only(rows, [row for row in rows if row.conversation not in held_out], HELD_OUT)
 
 
 def _unique(rows: Sequence[Row[Canonical]]) -> list[Row[Canonical]]:
