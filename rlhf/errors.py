@@ -1,5 +1,6 @@
 """Errors that a person can mend, in plain sentences; whatever else fails is a fault of this package and keeps its traceback."""
 
+import errno
 from collections.abc import Mapping, Sequence
 
 # How libraries say that there is not enough memory, where they raise no MemoryError.
@@ -57,6 +58,17 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         if (
             says_so or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         ):  # the last is torch's
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, is a full disk, in the words of Python, safetensors, torch or sqlite."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in ("os error 28", "No space left", "inline_container", "disk is full")):
             return True
         error = error.__cause__ or error.__context__
     return False

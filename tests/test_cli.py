@@ -260,3 +260,16 @@ def test_a_book_that_cannot_be_used_is_a_sentence(
     said = " ".join(capsys.readouterr().err.split())
     assert f"the book of labels, can't be read or written ({words})" in said
     assert "Traceback" not in said
+
+
+def test_a_full_disk_in_a_librarys_words_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: object) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cli, "app", fails)
+    assert cli._exit_code() == 1
+    said = capsys.readouterr().err
+    assert "no space left on the device. Make room" in " ".join(said.split())
+    assert "Traceback" not in said

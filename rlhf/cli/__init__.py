@@ -25,7 +25,7 @@ import rlhf.cli.labels  # noqa: F401
 
 # isort: on
 from rlhf.cli.console import app, prepare_streams, say_aside
-from rlhf.errors import OtherProcessError, TrainingError, UserError, Waiting, is_out_of_memory
+from rlhf.errors import OtherProcessError, TrainingError, UserError, Waiting, is_disk_full, is_out_of_memory
 from rlhf.pipeline import interrupt
 from rlhf.pipeline.launch import is_first_to_stop, number_of_processes
 from rlhf.progress import Work, a_line_a_minute
@@ -180,22 +180,30 @@ def _exit_code() -> int:
         )
         return 1
     except Exception as error:
-        if isinstance(error, RuntimeError) and str(error).startswith(NO_PATH):
-            _say_once(
-                f"The name of a file or folder leads nowhere ({str(error).rstrip('.')}); correct it.", style="red"
-            )
-            return 2
-        if is_out_of_memory(error):
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            _say_once(f"rlhf {_Verb.name}: out of memory ({lines[0][:200]}). {TOO_LITTLE_MEMORY}", style="red")
-            return 1
-        usage = getattr(error, "exit_code", None)
-        if usage is None:  # a fault of this package keeps its traceback
-            _say_once(traceback.format_exc().rstrip())
-            return 1
-        getattr(error, "show", lambda: None)()
-        return int(usage)
+        return _code_of_fault(error)
     return 0
+
+
+def _code_of_fault(error: Exception) -> int:
+    """Say what is wrong where neither names nor places are; return the exit code. A fault of this package keeps its traceback."""
+    if isinstance(error, RuntimeError) and str(error).startswith(NO_PATH):
+        _say_once(f"The name of a file or folder leads nowhere ({str(error).rstrip('.')}); correct it.", style="red")
+        return 2
+    if is_out_of_memory(error):
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        _say_once(f"rlhf {_Verb.name}: out of memory ({lines[0][:200]}). {TOO_LITTLE_MEMORY}", style="red")
+        return 1
+    if is_disk_full(error):
+        _say_once(
+            f"rlhf {_Verb.name}: no space left on the device. Make room, and give the command again.", style="red"
+        )
+        return 1
+    usage = getattr(error, "exit_code", None)
+    if usage is None:  # a fault of this package keeps its traceback
+        _say_once(traceback.format_exc().rstrip())
+        return 1
+    getattr(error, "show", lambda: None)()
+    return int(usage)
 
 
 def _code_of_place(error: OSError) -> int:

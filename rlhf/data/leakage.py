@@ -43,8 +43,8 @@ class JudgedConversations:
         """Return whether a training row is of one of these conversations."""
         if row.conversation in self.names:
             return True
-        found = (self.reports.get(key, set()) for key in _beginnings(row.values["prompt"]) if self.reports)
-        return any(reports - {id(row.report)} for reports in found)
+        beginnings = _beginnings(row.values["prompt"]) if self.reports else []
+        return any(self.reports.get(key, set()) - {id(row.report)} for key in beginnings)
 
 
 def _beginnings(prompt: Messages) -> list[str]:

@@ -17,7 +17,7 @@ from rlhf.models.merge import merge_adapter
 from rlhf.models.save import BOOKKEEPING, save_model
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.recipe.document import differences
-from rlhf.report.result_file import check_new_folder
+from rlhf.report.result_file import check_new_folder, whole_or_nothing
 from rlhf.reward.experts import EXPERTS
 from rlhf.reward.gated import is_gated
 from rlhf.reward.load import CARD, load_reward_model, reward_card, save_reward_model
@@ -69,21 +69,23 @@ def combine_models(folders: Sequence[Path], factors: Sequence[float], out: Path,
     states = [one.model.state_dict() for one in opened]
     first.model.load_state_dict({name: combined([state[name] for state in states], factors) for name in states[0]})
     if not is_reward:
-        save_model(first.model, first.tokenizer, out)
+        with whole_or_nothing(out):
+            save_model(first.model, first.tokenizer, out)
         return
     first.model.config.problem_type = "regression"
     facts = {
         "objective": reward_card(folders[0]).get("objective"),
         "combined": [{"model": str(folder), "factor": factor} for folder, factor in zip(folders, factors, strict=True)],
     }
-    save_reward_model(
-        out,
-        first.model,
-        first.tokenizer,
-        samples=[(prompt, text) for prompt, text, _ in answers],
-        ended=[ended for _, _, ended in answers],
-        facts=facts,
-    )
+    with whole_or_nothing(out):
+        save_reward_model(
+            out,
+            first.model,
+            first.tokenizer,
+            samples=[(prompt, text) for prompt, text, _ in answers],
+            ended=[ended for _, _, ended in answers],
+            facts=facts,
+        )
 
 
 def combined(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:

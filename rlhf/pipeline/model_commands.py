@@ -1,10 +1,8 @@
 """Commands on a finished model: score lines with it, export it."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from rlhf.models.merge import merge_adapter
 from rlhf.models.save import save_model
 from rlhf.models.text import check_vocabulary
 from rlhf.pipeline.training import quiet_libraries
-from rlhf.report.result_file import check_new_folder
+from rlhf.report.result_file import check_new_folder, whole_or_nothing
 from rlhf.reward.certify import CERTIFICATE, certify, write_certificate
 from rlhf.reward.digests import scoring_digests
 from rlhf.reward.experts import EXPERTS
@@ -50,7 +48,7 @@ def export_model(model: Path, out: Path) -> None:
         merged = load_policy(model, model_settings({}))
         tokenizer = load_tokenizer(model, conversational=True)
         check_vocabulary(tokenizer, merged.config, name=str(model))
-        with _whole_or_nothing(out):
+        with whole_or_nothing(out):
             save_model(merged, tokenizer, out)
             load_tokenizer(out, conversational=True)
         return
@@ -79,19 +77,9 @@ def export_model(model: Path, out: Path) -> None:
             "text-embeddings-inference) gives other numbers; take `rlhf serve`, and ask any server by `rlhf verify`.",
             stacklevel=2,
         )
-    with _whole_or_nothing(out):
+    with whole_or_nothing(out):
         save_model(network, reward.tokenizer, out)
         card["chat_template_sha256"], card["files"] = template_digest(reward.tokenizer), scoring_digests(out)
         write_text(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
         assert find_source(out).adapter is None, "a merged model has no adapter"
         write_certificate(out / CERTIFICATE, certify(load_reward_model(out)))
-
-
-@contextmanager
-def _whole_or_nothing(folder: Path) -> Iterator[None]:
-    """Delete a new folder where filling it fails."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import TrainingError, UserError, Waiting, is_out_of_memory
+from rlhf.errors import TrainingError, UserError, Waiting, is_disk_full, is_out_of_memory
 from rlhf.files import write_text
 from rlhf.invariants.checks import CheckBook
 from rlhf.pipeline.checks import check_arguments, check_recipe_file, recipe_text
@@ -20,7 +20,7 @@ from rlhf.pipeline.memory import memory_sentence
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stopping import reason_to_stop
-from rlhf.pipeline.store import CHECKPOINTS, LOCK, Stage, Store, is_disk_full
+from rlhf.pipeline.store import CHECKPOINTS, LOCK, Stage, Store
 from rlhf.pipeline.summary import write_summary
 from rlhf.progress import Work, a_line_a_minute
 from rlhf.recipe.schema import Recipe

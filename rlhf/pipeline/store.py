@@ -1,6 +1,5 @@
 """Stage folders and their manifests. A manifest is written last, by rename: its existence means that the stage is done."""
 
-import errno
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ EVENTS = "runs"  # among the checkpoints: where the Trainer's `report_to: tensor
 MARK = "complete.json"
 LOCK = ".lock"
 STARTED = "started.json"
+PASSING = (MANIFEST, STARTED, "README.md", "certificate.json")  # no results: written again without the stage
 METRICS = "metrics.jsonl"
 SECONDS = "seconds.json"  # beside checkpoints: how long the work that they hold has taken
 CONTENTS = (".safetensors", ".jsonl")
@@ -134,7 +134,7 @@ class Store:
         for stage in stages:
             manifest = self.manifest(stage)
             for entry in manifest["files"] if manifest is not None else ():
-                if entry["path"] != METRICS:
+                if entry["path"] != METRICS and Path(entry["path"]).name not in PASSING:
                     path = self.path(stage) / entry["path"]
                     recorded[str(path)] = entry["sha256"]
                     current[str(path)] = known_digest(path) if path.is_file() else None
@@ -149,7 +149,8 @@ class Store:
         for stage in stages:
             for entry in (self.manifest(stage) or {}).get("files", []):
                 path = self.path(stage) / entry["path"]
-                if entry["path"] != METRICS and not (path.is_file() and path.stat().st_size == entry["size"]):
+                is_passing = entry["path"] == METRICS or path.name in PASSING
+                if not is_passing and not (path.is_file() and path.stat().st_size == entry["size"]):
                     missing.append(str(path))
         return missing
 
@@ -296,11 +297,10 @@ def contents_of(manifest: Mapping[str, Any]) -> str:
 
 def list_files(folder: Path) -> list[dict[str, Any]]:
     """List path, size and sha256 of every file that a stage leaves, but for model cards, which later stages write again."""
-    passing = (MANIFEST, STARTED, "README.md")
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in passing and path.relative_to(folder).parts[0] != CHECKPOINTS
+        if path.is_file() and path.name not in PASSING and path.relative_to(folder).parts[0] != CHECKPOINTS
     )
     return [{"path": str(p.relative_to(folder)), "size": p.stat().st_size, "sha256": known_digest(p)} for p in files]
 
@@ -364,17 +364,6 @@ def is_whole(folder: Path) -> bool:
         return len(digests) > 0 and all(file_digest(folder / name) == digests[name] for name in digests)
     except (OSError, ValueError, TypeError):  # no mark, a damaged one, a missing file
         return False
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Return whether an error, or what caused it, is a full disk, in the words of Python, safetensors, torch or sqlite."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in ("os error 28", "No space left", "inline_container", "disk is full")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def versions() -> dict[str, str]:

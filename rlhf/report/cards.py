@@ -38,7 +38,7 @@ model = {loader}.from_pretrained("FOLDER")"""
 
 
 def write_cards(run: Path) -> list[Path]:
-    """Write the card of every model that a run has finished; the policy's once it has been evaluated.
+    """Write the card of every model that a run has finished and that is there; the policy's once it has been evaluated.
 
     Raises:
         UserError: the folder holds no run.
@@ -49,9 +49,9 @@ def write_cards(run: Path) -> list[Path]:
         folder = f"round-{entry['round']}"
         evaluation = manifests[f"{folder}/evaluate"]["facts"] if f"{folder}/evaluate" in manifests else {}
         up_to_round = _with_round_alone(summary, entry, evaluation)
-        if f"{folder}/reward" in manifests:
+        if f"{folder}/reward" in manifests and (run / folder / "reward/model").is_dir():
             written.append(_reward_card(run, up_to_round, manifests, f"{folder}/reward"))
-        if f"{folder}/ppo" in manifests and evaluation:
+        if f"{folder}/ppo" in manifests and evaluation and (run / folder / "ppo/model").is_dir():
             written.append(_policy_card(run, up_to_round, manifests, folder))
     return written
 

@@ -1,7 +1,10 @@
 """The file or folder that a person names for a result: nothing but an earlier result of the same command is ever replaced."""
 
 import json
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf.errors import UserError
@@ -77,3 +80,13 @@ def _holds_result(file: Path, key: str) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(result, dict) and key in result
+
+
+@contextmanager
+def whole_or_nothing(folder: Path) -> Iterator[None]:
+    """Delete a new folder where filling it fails."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

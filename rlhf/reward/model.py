@@ -154,7 +154,10 @@ class RewardModel:
         def last_features(batch: list[int]) -> Tensor:
             ids, mask = pad_batch([rows[i] for i in batch], pad_token_id=0)
             self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
-            return read.pop()[torch.arange(len(batch)), mask.sum(dim=1) - 1].float().cpu()
+            states, lengths = read.pop(), mask.sum(dim=1)
+            # A role on another's backbone gives its head all tokens, text by text.
+            last = lengths.cumsum(0) - 1 if states.dim() == 2 else (torch.arange(len(batch)), lengths - 1)
+            return states[last].float().cpu()
 
         try:
             lengths = [len(row) for row in rows]

@@ -1,5 +1,6 @@
 """Models made of the weights of several; what they say is read by plain transformers."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.models.load import model_settings
+from rlhf.pipeline import combine as combine_module
 from rlhf.pipeline.combine import combine_models
 from rlhf.reward.load import CARD, load_reward_model, save_reward_model
 from tests.command import rlhf
@@ -169,3 +171,25 @@ def test_models_that_do_not_fit_are_refused(
     assert result.returncode == 2
     assert "two ways to combine models" in result.stderr
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_what_fails_in_the_middle_leaves_nothing(
+    kind: str, base_folder: Path, reward_folder: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a folder stayed, and the same command was refused."""
+
+    def fails(_: Any, __: Any, folder: Path, **___: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fails_too(folder: Path, *_: Any, **__: Any) -> None:
+        fails(None, None, folder)
+
+    monkeypatch.setattr(combine_module, "save_model", fails)
+    monkeypatch.setattr(combine_module, "save_reward_model", fails_too)
+    one = base_folder if kind == "policy" else reward_folder
+    with pytest.raises(OSError, match="No space left"):
+        combine_models([one, one], [0.5, 0.5], tmp_path / "out", samples=None if kind == "policy" else samples)
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from rlhf.pipeline.stopping import change_since_last_round, reason_to_stop
 from rlhf.pipeline.store import Store
 from rlhf.pipeline.summary import _best
 from rlhf.recipe.schema import RoundsSection
+from rlhf.report.cards import write_cards
 from rlhf.report.records import read_record, sealed
 from tests.pipeline.two_rounds import again, recipe, rows, start
 
@@ -55,6 +56,15 @@ def test_rules_stop_a_run_for_what_the_manifests_say(two_rounds: Path, tmp_path:
     change = change_since_last_round(by_folder["round-2/evaluate"], stages, store)
     assert change is not None
     assert change["difference"] == pytest.approx(-0.5)
+
+
+def test_a_page_is_drawn_where_a_models_folder_was_deleted(two_rounds: Path, tmp_path: Path) -> None:
+    run = tmp_path / "x"
+    shutil.copytree(two_rounds / "x", run, symlinks=True)
+    shutil.rmtree(run / "round-1/reward/model")
+    shutil.rmtree(run / "round-2/ppo/model")
+    written = [str(card.parent.parent.relative_to(run)) for card in write_cards(run)]
+    assert written == ["round-1/ppo", "round-2/reward"]
 
 
 def test_without_a_true_reward_the_best_round_is_the_last_that_nobody_found_worse() -> None:

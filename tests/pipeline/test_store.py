@@ -28,6 +28,7 @@ from rlhf.pipeline.store import (
     write_seconds,
 )
 from rlhf.recipe.document import differences
+from rlhf.report.records import sealed
 
 
 def stages(learning_rate: float = 0.1, seed: int = 0) -> tuple[Stage, Stage]:
@@ -88,6 +89,25 @@ def test_events_for_tensorboard_outlive_the_checkpoints(tmp_path: Path) -> None:
     assert (folder / "tensorboard/today/events").read_text() == "curve"
     shutil.rmtree(folder / "tensorboard")
     assert store.missing_files([sft]) == [], "they are no result, and may be deleted"
+
+
+def test_a_certificate_may_be_written_anew(tmp_path: Path) -> None:
+    """`rlhf certify` advises it, and `rlhf run` then refused the whole run; also of a manifest that names the file."""
+    store, (sft, _) = Store(tmp_path), stages()
+    model = store.open(sft) / "model"
+    model.mkdir()
+    for name in ("certificate.json", "model.safetensors"):
+        (model / name).write_text("1")
+    store.finish(sft, {}, 1.0)
+    assert [entry["path"] for entry in (store.manifest(sft) or {})["files"]] == ["model/model.safetensors"]
+    (model / "certificate.json").write_text("another")
+    assert (store.missing_files([sft]), store.check_files([sft]).held) == ([], True)
+    record = {name: value for name, value in (store.manifest(sft) or {}).items()}
+    record["files"].append({"path": "model/certificate.json", "size": 1, "sha256": "of before"})
+    (tmp_path / "round-0/sft/manifest.json").write_text(json.dumps(sealed(record)))
+    assert (store.missing_files([sft]), store.check_files([sft]).held) == ([], True)
+    (model / "model.safetensors").write_text("22")
+    assert len(store.missing_files([sft])) == 1
 
 
 def test_the_docstring_of_a_stage_lists_all_names_or_none() -> None:
@@ -346,7 +366,7 @@ def test_differences_in_words() -> None:
 def test_a_full_disk_in_everybodys_words() -> None:
     import errno
 
-    from rlhf.pipeline.store import is_disk_full
+    from rlhf.errors import is_disk_full
 
     assert is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
     assert is_disk_full(

@@ -113,6 +113,9 @@ def test_reward_on_the_backbone_scores_as_the_saved_model_does(
     expected = load_reward_model(reward_adapter).score(PROMPTS[:5], answers)
     before = container(trainer).policy.training
     torch.testing.assert_close(source.score(PROMPTS[:5], answers), expected, atol=1e-5, rtol=1e-5)
+    # What its head reads: a bottleneck's cloud and `adversarial_coef` are made of that.
+    read = load_reward_model(reward_adapter).features(PROMPTS[:5], answers)
+    torch.testing.assert_close(source.features(PROMPTS[:5], answers), read, atol=1e-5, rtol=1e-4)
     assert container(trainer).policy.training == before
     trainer.train()
     torch.testing.assert_close(source.score(PROMPTS[:5], answers), expected, atol=1e-5, rtol=1e-5)
