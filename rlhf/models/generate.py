@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlhf.data.rows import Prompt, user_turn
 from rlhf.errors import UserError
 from rlhf.models.batching import batches_by_length, pad_batch, run_batches
+from rlhf.models.blanks import decode_behind, lost_blank
 from rlhf.models.engine import engine_answers
 from rlhf.models.prompt_length import longest_prompt
 from rlhf.models.templates import frame
@@ -35,6 +36,7 @@ class Completions:
         ended: [b] bool, whether the answer stopped by itself.
         texts: the answers without special tokens, and without white space that the chat template writes before each.
         logprobs_sampler: [b, r] what another engine says it sampled with, nats; None where this model sampled itself.
+        blank: of answers to plain prompts, what the tokenizer's decoder leaves out at a beginning and `texts` have all the same.
     """
 
     prompt_ids: Tensor
@@ -44,6 +46,7 @@ class Completions:
     ended: Tensor
     texts: list[str]
     logprobs_sampler: Tensor | None = None
+    blank: str = ""
 
 
 def completions_of(
@@ -69,7 +72,8 @@ def completions_of(
     response_ids, response_mask = (x.to(device) for x in pad_batch(answers, pad_token_id=tokenizer.pad_token_id))
     ended = torch.tensor([answer[-1] in end_ids for answer in answers], device=device)
     texts = texts_of(tokenizer, answers, conversational=conversational)
-    return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
+    blank = "" if conversational else lost_blank(tokenizer)
+    return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts, blank=blank)
 
 
 def until_end(answer: Sequence[int], end_ids: Sequence[int]) -> list[int]:
@@ -94,8 +98,10 @@ def texts_of(
         answers: ids of whole answers, or of their beginnings.
         conversational: whether they answer conversations; what follows a plain text is read as it stands.
     """
+    if not conversational:
+        return decode_behind(tokenizer, answers)
     texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    lead = frame(tokenizer).lead if conversational else ""
+    lead = frame(tokenizer).lead
     if not lead.isspace():
         return texts
     # Some tokenizers leave a blank at the beginning out when they decode; then none is to be taken away.
@@ -216,7 +222,8 @@ def generate(
     response_mask, ended = mask_after_end(response_ids, end_ids)
     kept = [row[mask].tolist() for row, mask in zip(response_ids, response_mask.bool(), strict=True)]
     texts = texts_of(tokenizer, kept, conversational=not isinstance(prompts[0], str))
-    return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts)
+    blank = lost_blank(tokenizer) if isinstance(prompts[0], str) else ""
+    return Completions(prompt_ids, prompt_mask, response_ids, response_mask, ended, texts, blank=blank)
 
 
 def _sampled(

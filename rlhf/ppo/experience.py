@@ -24,7 +24,7 @@ from rlhf.objectives.ppo import explained_variance, truncated_importance
 from rlhf.ppo.checks import check_policy_is_reference, check_sampling, hold_reference
 from rlhf.ppo.processes import mean_and_variance_of_all, moments_of_all, run_or_stop_all
 from rlhf.ppo.reporting import count_cut_texts, note_cuts, warn_of_cut_answers, warn_of_unread_answers
-from rlhf.ppo.rewards import Scores
+from rlhf.ppo.rewards import Scores, texts_for
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import Experience, PromptRow, Rollout, Sample, used_columns
 from rlhf.ppo.scores import count_rewards, shape_scores
@@ -244,7 +244,8 @@ def _count_outside(trainer: "PPOTrainer", prompts: Sequence[Prompt], completions
     reward = trainer.rewards.sources[0].function
     if not isinstance(reward, RewardModel) or reward.cloud is None:
         return
-    features = reward.features(prompts, completions.texts, ended=completions.ended.tolist())
+    texts = texts_for(reward, completions.texts, blank=completions.blank)
+    features = reward.features(prompts, texts, ended=completions.ended.tolist())
     answers = len(prompts) * trainer.accelerator.num_processes
     trainer.metrics.count("outside_cloud", reward.cloud.is_outside(features).sum(), len(prompts))
     trainer.metrics.count("outside_limit", reward.cloud.most_outside(answers) / answers, 1)

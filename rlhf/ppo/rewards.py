@@ -72,7 +72,8 @@ class RewardSource:
             TrainingError: another number of scores than answers or tokens, or one that is not finite.
         """
         if isinstance(self.function, RewardModel):
-            scores = self.function.score(prompts, completions.texts, ended=completions.ended.tolist())
+            texts = texts_for(self.function, completions.texts, blank=completions.blank)
+            scores = self.function.score(prompts, texts, ended=completions.ended.tolist())
             dense = None
         else:
             scores, dense = self._call(self.function, prompts, completions, columns)
@@ -133,6 +134,15 @@ class RewardSource:
         for row, values in enumerate(answers):
             dense[row, : len(values)] = torch.as_tensor(values, dtype=torch.float)
         return dense
+
+
+def texts_for(reward: RewardModel, texts: Sequence[str], *, blank: str) -> list[str]:
+    """Return sampled answers as a reward model reads them: one of conversations takes each for a message.
+
+    Args:
+        blank: between a plain prompt and its answer, as `Completions` have it; no part of a message.
+    """
+    return [text.removeprefix(blank) for text in texts] if reward.conversational else list(texts)
 
 
 def as_reward_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> RewardModel:

@@ -11,6 +11,7 @@ from rlhf.objectives.advantage import token_rewards
 from rlhf.objectives.adversarial import fit_discriminator
 from rlhf.objectives.intrinsic import mean_over_tokens, novelty
 from rlhf.objectives.shaping import shaping_rewards
+from rlhf.ppo.rewards import texts_for
 from rlhf.ppo.roles import TokenOutputs
 from rlhf.ppo.rollout import PromptRow
 from rlhf.reward.load import RewardModel
@@ -61,10 +62,11 @@ def _potentials(trainer: "PPOTrainer", rows: Sequence[PromptRow], completions: C
     places = [(row, start) for row, length in enumerate(lengths) for start in range(0, length, step)]
     beginnings = [completions.response_ids[row, :start].tolist() for row, start in places]
     prompts = [rows[row]["prompt"] for row, _ in places]
-    texts = texts_of(trainer.processing_class, beginnings, conversational=not isinstance(prompts[0], str))
+    sampled = texts_of(trainer.processing_class, beginnings, conversational=not isinstance(prompts[0], str))
 
     # 2. Their scores, each from its place to the next.
     reward = cast(RewardModel, trainer.rewards.sources[0].function)
+    texts = texts_for(reward, sampled, blank=completions.blank)
     mean, std = trainer.rewards.scale
     with reward.uncounted():  # beginnings of answers are no answers
         scores = (reward.score(prompts, texts, ended=[False] * len(texts)) - mean) / std
