@@ -33,7 +33,7 @@ from rlhf.models.thoughts import lost_thoughts, trained_unlike_sampled
 from rlhf.models.tools import ToolTemplate
 from rlhf.pipeline.agreement import compare_kl
 from rlhf.pipeline.context import StageContext, backbone_model
-from rlhf.pipeline.demonstrations import read_lengths
+from rlhf.pipeline.demonstrations import read_lengths, refuse_packing
 from rlhf.pipeline.ends import check_ends_before_ppo, refuse_unreadable_turns
 from rlhf.pipeline.sampling import sampling_settings, say_cut_prompts, say_cut_texts
 from rlhf.pipeline.store import CHECKPOINTS
@@ -232,6 +232,7 @@ def run_sft(context: StageContext) -> dict[str, Any]:
     # 2. Train.
     args = training_arguments(SFTConfig, settings, context.folder, context.recipe.seed)
     trainer = StageSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    refuse_packing(trainer)
     checks = CheckBook()
     require_reachable_end(checks, tokenizer, end_token_ids(model, tokenizer), stage="sft", is_trained_here=True)
     lengths = read_lengths(trainer.train_dataset)

@@ -1,16 +1,21 @@
 """What SFT says of demonstrations that are packed into rows, and of settings that TRL refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, pack_dataset
 
 from rlhf.errors import UserError
+from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.demonstrations import read_lengths
+from rlhf.pipeline.stages import run_sft
 from rlhf.pipeline.trainers import StageSFTTrainer
+from rlhf.recipe.schema import Recipe
+from tests.conftest import PROMPTS as CONVERSATIONS
 
 LENGTHS, PROMPTS = [5, 3, 9, 2, 4], [1, 2, 8, 1, 3]
 ROWS = Dataset.from_list(
@@ -57,3 +62,51 @@ def test_a_fault_of_ours_keeps_its_traceback(
     monkeypatch.setattr(StageSFTTrainer, "_prepare_dataset", fails)
     with pytest.raises(ValueError, match="ours"):
         sft(base_folder, tokenizer, output_dir=str(tmp_path))
+
+
+def stage(architecture: str, tokenizer: Any, folder: Path, **settings: Any) -> StageContext:
+    """What SFT is given: a tiny base of some architecture, and eight demonstrations."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if architecture == "bloom":
+        small = {"hidden_size": 16, "n_layer": 1, "n_head": 2}
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(architecture, vocab_size=len(tokenizer), **ends, **small)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "data/data").mkdir(parents=True)
+    completion = [{"role": "assistant", "content": "yes"}]
+    rows = [json.dumps({"prompt": prompt, "completion": completion}) for prompt in CONVERSATIONS[:8]]
+    (folder / "data/data/sft.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "data/data/test_prompts.jsonl").write_text(
+        json.dumps({"prompt": CONVERSATIONS[8]}) + "\n", encoding="utf-8"
+    )
+    (folder / "sft").mkdir()
+    recipe = Recipe(
+        name="x",
+        backbone={"model": str(folder / "base")},
+        data={"sft": "s.jsonl", "preferences": "p.jsonl"},
+        sft={"max_length": 64, "num_train_epochs": 1, "use_cpu": True, "save_strategy": "no", **settings},
+        ppo={"max_completion_length": 4},
+    )
+    return StageContext(recipe, folder / "sft", {"data": folder / "data"}, lambda _: None)
+
+
+@pytest.mark.parametrize("key", ["packing", "padding_free"])
+def test_texts_that_would_see_each_other_are_not_trained_in_one_row(tokenizer: Any, tmp_path: Path, key: str) -> None:
+    """Bloom reads no positions: a demonstration would be learnt behind the others of its row."""
+    settings: Any = {"packing": True} if key == "packing" else {"padding_free": True, "max_length": None}
+    with pytest.raises(UserError, match=rf"^sft.{key}: in a BloomModel texts in one row would see each other; leave"):
+        run_sft(stage("bloom", tokenizer, tmp_path, **settings))
+    assert not list((tmp_path / "sft").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("llama", {"packing": True}), ("bloom", {"packing": True, "packing_strategy": "wrapped"}), ("bloom", {})],
+)
+def test_other_demonstrations_are_trained(
+    tokenizer: Any, tmp_path: Path, architecture: str, settings: dict[str, Any]
+) -> None:
+    facts = run_sft(stage(architecture, tokenizer, tmp_path, **settings))
+    assert facts["demonstrations"] == 8
+    assert (tmp_path / "sft/model/model.safetensors").is_file()
