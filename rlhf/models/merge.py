@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
@@ -68,13 +69,18 @@ def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     it off again, as PEFT's `unmerge_adapter` does, rounds the base a little otherwise each time.
 
     Raises:
-        UserError: the adapter trains rows of the embeddings, which are no weight of the base.
+        UserError: the adapter trains rows of the embeddings, which are no weight of the base, or experts.
     """
     base, active = model.get_base_model(), model.active_adapter
     if any(isinstance(module, TrainableTokensWrapper) for module in base.modules()):
         raise UserError(
             "the adapter trains single tokens (trainable_token_indices), which another engine can't be given; sample with "
             "transformers, or train whole embeddings."
+        )
+    if adapts_parameters(base):
+        raise UserError(
+            "the adapter trains the weights of experts, which are merged nowhere but in a whole export (`rlhf export`); sample "
+            "with transformers, or train other modules."
         )
     layers = dict(base.named_modules())
     for name, weight in base.named_parameters():
@@ -107,6 +113,11 @@ def _merged(layer: nn.Module) -> Iterator[None]:
             layer.unmerge()
         for weight, value in zip(weights, before, strict=True):
             weight.data.copy_(value)
+
+
+def adapts_parameters(model: nn.Module) -> bool:
+    """Return whether an adapter has factors for bare parameters, as PEFT makes them for experts that one tensor holds."""
+    return any(isinstance(module, ParamWrapper) for module in model.modules())
 
 
 def adapts_tied_embeddings(model: nn.Module) -> bool:
