@@ -32,8 +32,9 @@ from rlhf.models.generate import pad_left, without_declared_settings
 from rlhf.models.heads import language_head
 from rlhf.models.load import find_source, model_settings
 from rlhf.models.prompt_length import context_length
-from rlhf.models.templates import MARKER, closing, rendered
+from rlhf.models.templates import MARKER, closing, end_texts, rendered, without_ends
 from rlhf.models.text import encode
+from rlhf.models.typed import as_words
 from rlhf.objectives.critiques import gumbel
 
 REQUEST = "What is good and bad?"
@@ -101,8 +102,10 @@ def room_before_critique(config: PreTrainedConfig, tokenizer: PreTrainedTokenize
 def critique_ids(
     tokenizer: PreTrainedTokenizerBase, critiques: Sequence[str], ended: Sequence[bool]
 ) -> list[list[int]]:
-    """Return the ids of critiques; those that came to their end have the end token."""
-    rows = encode(tokenizer, critiques, conversational=True) if critiques else []
+    """Return the ids of critiques; those that came to their end have the end token, once. Typed special tokens are words."""
+    ends = end_texts(tokenizer)
+    words = [as_words(tokenizer, without_ends(critique, ends)) for critique in critiques]
+    rows = encode(tokenizer, words, conversational=True) if words else []
     return [row + [tokenizer.eos_token_id] * is_whole for row, is_whole in zip(rows, ended, strict=True)]
 
 

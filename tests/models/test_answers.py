@@ -158,6 +158,18 @@ def test_a_critique_is_read_as_the_ids_that_were_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
+def test_what_is_typed_into_a_critique_ends_nothing(name: str) -> None:
+    """As in answers: an end token in the middle is words, and one at the end is the critique's own."""
+    tokenizer = build(name)
+    end = tokenizer.eos_token
+    whole, cut, doubled = critique_ids(tokenizer, [f"The {end} is", f"The {end} is", f"is{end}"], [True, False, True])
+    assert whole == [*cut, tokenizer.eos_token_id]
+    assert not {*cut} & {*tokenizer.all_special_ids}
+    assert tokenizer.decode(cut, skip_special_tokens=True).replace(" ", "") == f"The{end}is".replace(" ", "")
+    assert [doubled] == critique_ids(tokenizer, ["is"], [True])
+
+
+@pytest.mark.parametrize("name", MADE)
 def test_ptx_counts_the_tokens_that_sft_learns(name: str) -> None:
     """Also the first one of an answer, and an empty thought, that stand behind the prompt; also in rows that are cut."""
     tokenizer = build(name)
