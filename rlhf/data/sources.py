@@ -28,7 +28,7 @@ from rlhf.data.rows import (
     prompt_key,
 )
 from rlhf.data.sides import Side
-from rlhf.data.tidy import tidied
+from rlhf.data.tidy import UNLIKELY, more_likely_first, tidied
 from rlhf.errors import UserError
 
 FOR_VALIDATION = ("validation", "valid", "val", "dev", "eval")
@@ -322,9 +322,14 @@ def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
         column, value = preference
         direction = by_column[column]
         try:
-            yield Line(entry.number, direction.as_pair(row), is_test, (column, direction.sentence(value)))
+            pair = direction.as_pair(row)
         except BadRow as reason:
             report.drop(entry.number, str(reason))
+            continue
+        likelier = more_likely_first(pair)
+        if likelier is not None:
+            report.note(entry.number, UNLIKELY)
+        yield Line(entry.number, likelier or pair, is_test, (column, direction.sentence(value)))
 
 
 def _fitted(rows: Iterable[Row[Canonical]], fit: Fit | None) -> list[Row[Canonical]]:

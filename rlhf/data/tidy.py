@@ -68,7 +68,7 @@ def _tidy(row: Mapping[str, object]) -> Tidied:
     if has_speaker_lines(row.get("prompt")):
         remarks.append(SPEAKERS_APART)
     steps = (
-        (_more_likely_first, UNLIKELY),
+        (more_likely_first, UNLIKELY),
         (_name_prompt, NAMED),
         (_parse, PARSED),
         (_interleave, INTERLEAVED),
@@ -91,15 +91,17 @@ def _tidy(row: Mapping[str, object]) -> Tidied:
 # ---- A label that is more likely wrong than right ----
 
 
-def _more_likely_first(row: Mapping[str, object]) -> Mapping[str, object] | None:
+def more_likely_first(row: Mapping[str, object]) -> Mapping[str, object] | None:
     """Return the row with its sides changed where P(chosen is better) is below a half; whatever takes `chosen` for the better
     answer, an accuracy or a demonstration, would take the worse one.
+
+    None where nothing changes: two responses have no sides yet, and are asked about again when they have.
     """
     name = "confidence" if row.get("confidence") is not None else "soft_label"
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 0.5:
         return None
-    if row.get("chosen") is None or row.get("rejected") is None:
+    if row.get("chosen") is None or row.get("rejected") is None or second_response(row) is not None:
         return None
     changed = {_other_side(key): content for key, content in row.items()}
     for signed in ("margin", "rating_gap"):

@@ -185,6 +185,16 @@ def test_a_pair_whose_label_is_likely_wrong_is_read_as_the_other_one(tmp_path: P
     assert demonstration.values["completion"] == [turn("assistant", "no")]
 
 
+@pytest.mark.fault("direction of labels")
+def test_two_responses_whose_label_is_likely_wrong_change_sides(tmp_path: Path) -> None:
+    row = {"prompt": "say it", "response_1": "yes", "response_2": "no", "preference": "second", "margin": -2.0}
+    (turned,), report = pairs_of(tmp_path, {**row, "confidence": 0.25})
+    assert (answer(turned, "chosen"), turned["confidence"], turned["margin"]) == ("yes", 0.75, 2.0)
+    assert report.noted[UNLIKELY] == 1
+    (straight,), report = pairs_of(tmp_path, {**row, "confidence": 0.75})
+    assert (answer(straight, "chosen"), straight["confidence"], UNLIKELY in report.noted) == ("no", 0.75, False)
+
+
 def test_nobody_learns_to_answer_from_a_tie(tmp_path: Path) -> None:
     reports: list[ReadReport] = []
     write_jsonl(tmp_path / "x.jsonl", [{**PAIR, "confidence": 0.5}])
