@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rlhf.data.canonical import RATINGS
 from rlhf.data.layouts import PUBLIC, find_layout
 from rlhf.data.layouts.layout import BESIDE, Layout
-from rlhf.data.rankings import PREFERENCES
+from rlhf.data.rankings import PREFERENCES, RESPONSES
 from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.rows import CRITIQUES
 from rlhf.data.tables import as_number
@@ -19,7 +19,6 @@ ANSWER_COLUMNS = ("prompt", "chosen", "rejected", "response_1", "response_2", "p
 PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 TEXT_COLUMNS = (*ANSWER_COLUMNS, *CRITIQUES)
 NUMBER_COLUMNS = ("margin", "confidence", "weight", "agree", "chosen_rating", "rejected_rating", "preference_strength")
-RESPONSES = ("response_1", "response1", "response_2", "response2")
 ANSWERS = ("chosen", "rejected", "messages", "completion", "response_1", "response_2")
 
 

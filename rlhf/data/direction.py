@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from rlhf.data.layouts import find_layout
-from rlhf.data.rankings import first_response, preference_of, response_text, second_response, signed_strength
+from rlhf.data.rankings import first_response, given_answer, preference_of, second_response, signed_strength
 from rlhf.data.read import BadRow
 from rlhf.data.sides import TIES, WORDS_FOR, Side, code_of, named_side, number_of, numbered_sides, shown_codes
 from rlhf.errors import UserError
@@ -77,8 +77,9 @@ class Direction:
             raise BadRow("the preference names neither of the two responses")
         if side == "tie":
             raise BadRow("no preference between the two responses (a tie)")
-        texts = [response_text(first_response(row)), response_text(second_response(row))]
-        chosen, rejected = texts if side == "first" else texts[::-1]
+        answers = [given_answer(response, 0.0) for response in (first_response(row), second_response(row))]
+        sides = [answer.content if answer.ended else answer.turn for answer in answers]
+        chosen, rejected = sides if side == "first" else sides[::-1]
         names = ("response_1", "response1", "response_2", "response2", "context")
         rest = {name: value for name, value in row.items() if name not in names}
         return {**rest, "prompt": row.get("prompt", row.get("context")), "chosen": chosen, "rejected": rejected}

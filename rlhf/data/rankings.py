@@ -18,6 +18,7 @@ from rlhf.data.rows import Demonstration, Message, Messages, Pair, assistant_tur
 LISTS = ("responses", "answers", "completions")
 TEXTS = ("content", "text", "response", "answer")
 SCORES = ("score", "overall_score")
+RESPONSES = ("response_1", "response1", "response_2", "response2")
 PREFERENCES = ("preference_strength", "overall_preference", "preference", "strength")
 ROLES = {"prompter": "user", "user": "user", "human": "user", "assistant": "assistant", "system": "system"}
 RATING = "helpfulness"
@@ -196,8 +197,7 @@ def signed_strength(row: Mapping[str, object]) -> list[Ranking]:
     if value == 0:
         raise BadRow("no preference between the two responses (strength 0)")
     prompt = messages(row.get("prompt", row.get("context")), "prompt")
-    responses = ((first_response(row), 0.0), (second_response(row), value))
-    answers = [Answer(response_text(response), score, _is_whole(response)) for response, score in responses]
+    answers = [given_answer(first_response(row), 0.0), given_answer(second_response(row), value)]
     return [Ranking(prompt, answers, _of_all_pairs(row))]
 
 
@@ -208,21 +208,27 @@ def preference_of(row: Mapping[str, object]) -> tuple[str, object] | None:
 
 def first_response(row: Mapping[str, object]) -> object:
     """Return the first of two responses; None if the row has none."""
-    return row.get("response_1", row.get("response1"))
+    return _alone(row.get("response_1", row.get("response1")))
 
 
 def second_response(row: Mapping[str, object]) -> object:
     """Return the second of two responses; None if the row has none."""
-    return row.get("response_2", row.get("response2"))
+    return _alone(row.get("response_2", row.get("response2")))
 
 
-def response_text(response: object) -> str:
-    """Return the text of a response, which is a text or a message.
+def _alone(response: object) -> object:
+    return response[0] if isinstance(response, list) and len(response) == 1 else response
+
+
+def given_answer(response: object, score: float) -> Answer:
+    """Return a response, a text or a message, as an answer with a score.
 
     Raises:
-        BadRow: it has none.
+        BadRow: it is several messages, or has no text.
     """
-    return response if isinstance(response, str) else _text_of(response)
+    if isinstance(response, list):
+        raise BadRow("a response is not a single answer")
+    return Answer(response if isinstance(response, str) else _text_of(response), score, _is_whole(response))
 
 
 def right_and_wrong(row: Mapping[str, object]) -> list[Ranking]:
@@ -374,7 +380,7 @@ def _is_whole(response: object) -> bool:
 
 
 def _text_of(entry: object) -> str:
-    text = entry.get("text", entry.get("content")) if isinstance(entry, dict) else None
+    text = entry.get("text", entry.get("content", entry.get("value"))) if isinstance(entry, dict) else None
     if not isinstance(text, str):
         raise BadRow("a message has no text")
     return text

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from rlhf.data.layouts.named_prompts import prompt_under_another_name
 from rlhf.data.messages import ROLES, SPEAKERS, has_speaker_lines, messages
-from rlhf.data.rankings import is_k_wise, second_response
+from rlhf.data.rankings import RESPONSES, is_k_wise, second_response
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Message, Messages
 
@@ -27,7 +27,9 @@ NAMED = "the prompt of two responses stands under another name (`question`, `ins
 SYSTEM = "the `system` column became the system turn"
 OTHER_SYSTEM = "the `system` column is left out: the conversation has a system turn of its own, of other words"
 NO_SYSTEM = "the `system` column is left out: it holds no text"
-TEXTS = ("prompt", "context", "messages", "chosen", "rejected", "completion")
+TEXTS = ("prompt", "context", "messages", "chosen", "rejected", "completion", *RESPONSES)
+# Two answers of one row: texts of messages both, or neither.
+SIDES = (("chosen", "rejected"), ("response_1", "response_2"), ("response1", "response2"))
 # The beginning of a text that must be messages: a known speaker, and what was said.
 SPEAKER = re.compile(r"\s*\[\s*\{.{0,200}?['\"](?:role|from)['\"]\s*:\s*['\"](\w+)['\"]", re.DOTALL)
 SAID = re.compile(r"['\"](?:content|value)['\"]\s*:")
@@ -141,8 +143,9 @@ def _parse(row: Mapping[str, object]) -> Mapping[str, object] | None:
         UnreadableText: a text that must have been messages once, as those of arrays that pandas wrote.
     """
     parsed = {name: turns for name in TEXTS if (turns := _parsed(row.get(name), name)) is not None}
-    if ("chosen" in parsed) != ("rejected" in parsed):
-        parsed = {name: turns for name, turns in parsed.items() if name not in ("chosen", "rejected")}
+    for sides in SIDES:
+        if sum(name in parsed for name in sides) == 1:
+            parsed = {name: turns for name, turns in parsed.items() if name not in sides}
     return {**row, **parsed} if parsed else None
 
 
