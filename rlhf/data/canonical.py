@@ -28,6 +28,7 @@ from rlhf.data.rows import (
 
 EXTRAS: tuple[Literal["annotator", "source", "subset", "id"], ...] = ("annotator", "source", "subset", "id")
 LIKED = ("label", "kto_tag")  # of unpaired preferences (KTO): whether the answer is a good one
+LEARNT = ("train", "training")  # in a message: whether it is one to learn (axolotl)
 LONG_PROMPT = 20_000
 # Columns with a rating of each answer, as published: the chosen one's and the rejected one's.
 RATINGS = tuple(
@@ -171,8 +172,10 @@ def demonstration(row: Mapping[str, object]) -> Demonstration:
     Raises:
         BadRow: with the reason.
     """
-    if any(row.get(name) is False for name in LIKED):
+    if any(_is_false(row.get(name)) for name in LIKED):
         raise BadRow("its label says that this answer is not one to learn")
+    if _is_left_out(row.get("messages") or row.get("completion")):
+        raise BadRow("its last message says that it is not one to learn (`weight` 0, or `train` or `training` false)")
     if row.get("messages") is not None:
         turns = messages(row["messages"], "messages")
     elif row.get("completion") is not None and row.get("prompt") is not None:
@@ -192,6 +195,21 @@ def demonstration(row: Mapping[str, object]) -> Demonstration:
     _check_answer_turn(turns[-1], "the answer")
     check_prompt(turns[:-1])
     return {"prompt": turns[:-1], "completion": turns[-1:]}
+
+
+def _is_left_out(turns: object) -> bool:
+    """Tell whether the last of some messages is marked as one to read and not to learn, as OpenAI and axolotl mark it."""
+    last = turns[-1] if isinstance(turns, list) and turns else turns
+    if not isinstance(last, Mapping):
+        return False
+    weight = last.get("weight")
+    has_none = weight is not None and not isinstance(weight, str) and weight == 0
+    return has_none or any(_is_false(last.get(name)) for name in LEARNT)
+
+
+def _is_false(value: object) -> bool:
+    """Tell whether a value is a truth value, and false; of a table both are words."""
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
 
 
 def prompt_only(row: Mapping[str, object]) -> PromptRow:

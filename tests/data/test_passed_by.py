@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.data.read import ReadReport
 from rlhf.data.rows import answer, assistant_turn, user_turn
-from rlhf.data.sources import Convert, Source, read_sources, to_pairs
+from rlhf.data.sources import Convert, Source, read_sources, to_demonstrations, to_pairs
 from rlhf.data.tidy import PARSED
 from rlhf.files import write_jsonl
 
@@ -39,3 +39,43 @@ def test_two_responses_that_are_the_text_of_messages_are_messages(
 def test_a_response_of_several_messages_is_none(tmp_path: Path) -> None:
     row = {"prompt": "q", "response_1": user_turn("q") + assistant_turn("a"), "response_2": "b", "preference": "A"}
     assert rows_of(tmp_path, row)[1].dropped == {"a response is not a single answer": 1}
+
+
+# ---- One answer ----
+
+NOT_TO_LEARN = "its last message says that it is not one to learn (`weight` 0, or `train` or `training` false)"
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": "false"}])
+def test_nobody_learns_an_answer_whose_message_says_so(tmp_path: Path, mark: dict[str, Any]) -> None:
+    bad = [{**assistant_turn("bad")[0], **mark}]
+    good = [{**assistant_turn("good")[0], "weight": 1, "train": True, "training": None}]
+    rows = [
+        {"messages": user_turn("q") + bad},
+        {"messages": json.dumps(user_turn("q") + bad)},
+        {"prompt": "q", "completion": bad},
+        {"messages": user_turn("q") + bad + user_turn("r") + good},
+    ]
+    read, report = rows_of(tmp_path, *rows, convert=to_demonstrations)
+    assert [row["completion"] for row in read] == [assistant_turn("good")]
+    assert report.dropped == {NOT_TO_LEARN: 3}
+
+
+@pytest.mark.parametrize("mark", [{"label": False}, {"kto_tag": False}, {"label": "False"}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": user_turn("q") + assistant_turn("bad")},
+        {"instruction": "q", "output": "bad"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "bad"}]},
+    ],
+    ids=["messages", "Alpaca", "ShareGPT"],
+)
+def test_a_label_of_one_answer_is_read_in_every_layout(
+    tmp_path: Path, row: dict[str, Any], mark: dict[str, Any]
+) -> None:
+    assert rows_of(tmp_path, {**row, **mark}, convert=to_demonstrations)[1].dropped == {
+        "its label says that this answer is not one to learn": 1
+    }
+    ((kept,), report) = rows_of(tmp_path, {**row, **dict.fromkeys(mark, True)}, convert=to_demonstrations)
+    assert (kept["completion"], report.dropped) == (assistant_turn("bad"), {})

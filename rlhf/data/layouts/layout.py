@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rlhf.data.canonical import LIKED
 from rlhf.data.rankings import Ranking, RatedAnswer, best_demonstration, comparisons, usable
 from rlhf.data.read import BadRow
 from rlhf.data.rows import TIE, Demonstration, Pair, PromptRow, asked
@@ -170,6 +171,11 @@ def as_pair(comparison: Comparison, others: Mapping[str, object]) -> PlainRow:
 def beside(row: Mapping[str, object]) -> dict[str, object]:
     """Return what stands beside a row's answers under the same name in every layout."""
     return {name: row[name] for name in BESIDE if row.get(name) is not None}
+
+
+def liked(row: Mapping[str, object]) -> dict[str, object]:
+    """Return what a row of unpaired preferences says of its one answer: whether it is a good one."""
+    return {name: row[name] for name in LIKED if row.get(name) is not None}
 
 
 def has_column(row: object, path: str) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from rlhf.data.canonical import RATINGS
-from rlhf.data.layouts.layout import Layout, beside
+from rlhf.data.layouts.layout import Layout, beside, liked
 from rlhf.data.messages import HUMAN
 from rlhf.data.rankings import LISTS
 from rlhf.data.read import BadRow
@@ -58,7 +58,7 @@ def alpaca(row: Mapping[str, object]) -> Mapping[str, object]:
     """Return the row as a demonstration, or as a pair where `output` is a list of two."""
     output, prompt = row["output"], _prompt(row)
     if not isinstance(output, list):
-        return {**beside(row), "prompt": prompt, "completion": output}
+        return {**beside(row), **liked(row), "prompt": prompt, "completion": output}
     if len(output) != 2:
         raise BadRow("output is neither a text nor two texts, the better one first")
     return {**beside(row), "prompt": prompt, "chosen": output[0], "rejected": output[1]}

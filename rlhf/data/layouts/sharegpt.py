@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from rlhf.data.layouts.layout import Layout, beside
+from rlhf.data.layouts.layout import Layout, beside, liked
 
 
 def has_conversations(row: object) -> bool:
@@ -18,7 +18,7 @@ def conversation(row: Mapping[str, object]) -> Mapping[str, object]:
     """Return the conversation as the prompt of two answers, or as a demonstration where there are none."""
     name = "conversations" if isinstance(row.get("conversations"), list) else "messages"
     if row.get("chosen") is None and row.get("rejected") is None:
-        return {**beside(row), "messages": row[name]}
+        return {**beside(row), **liked(row), "messages": row[name]}
     return {**beside(row), "prompt": row[name], "chosen": row.get("chosen"), "rejected": row.get("rejected")}
 
 
