@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from rlhf.data.messages import ended_of, messages
 from rlhf.data.read import BadRow
@@ -149,6 +149,14 @@ def extras_of(row: Mapping[str, object]) -> Extras:
     if isinstance(agree, int | float) and not isinstance(agree, bool):
         extras["agree"] = agree
     return extras
+
+
+def of_all_pairs(row: Mapping[str, object]) -> Mapping[str, Any]:
+    """Return what a row says of each pair of its answers alike."""
+    weight = row.get("weight")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        return extras_of(row)
+    return {**extras_of(row), "weight": float(weight)}
 
 
 def oddities(canonical: PromptRow) -> list[str]:

@@ -3,14 +3,13 @@
 `rlhf.data.layouts` says by which columns each form is recognised.
 """
 
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple, cast
 
-from rlhf.data.canonical import check_answer, check_prompt, extras_of
+from rlhf.data.canonical import check_answer, check_prompt, extras_of, of_all_pairs
 from rlhf.data.messages import ended_of, messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Demonstration, Message, Messages, Pair, assistant_turn, group_key, has_ended, prompt_key
@@ -158,7 +157,7 @@ def k_wise(row: Mapping[str, object]) -> list[Ranking]:
         has_score.add(score is not None)
     if len(has_score) > 1:
         raise BadRow("some of its answers have a score and others a rank alone")
-    return [Ranking(prompt, answers, _of_all_pairs(row))]
+    return [Ranking(prompt, answers, of_all_pairs(row))]
 
 
 def is_k_wise(row: Mapping[str, object]) -> bool:
@@ -198,7 +197,7 @@ def signed_strength(row: Mapping[str, object]) -> list[Ranking]:
         raise BadRow("no preference between the two responses (strength 0)")
     prompt = messages(row.get("prompt", row.get("context")), "prompt")
     answers = [given_answer(first_response(row), 0.0), given_answer(second_response(row), value)]
-    return [Ranking(prompt, answers, _of_all_pairs(row))]
+    return [Ranking(prompt, answers, of_all_pairs(row))]
 
 
 def preference_of(row: Mapping[str, object]) -> tuple[str, object] | None:
@@ -237,7 +236,7 @@ def right_and_wrong(row: Mapping[str, object]) -> list[Ranking]:
     answers = [
         Answer(text, score) for side, score in (("chosen", 1.0), ("rejected", 0.0)) for text in _texts(row, side)
     ]
-    return [Ranking(prompt, answers, _of_all_pairs(row))]
+    return [Ranking(prompt, answers, of_all_pairs(row))]
 
 
 def is_right_and_wrong(row: Mapping[str, object]) -> bool:
@@ -344,14 +343,6 @@ def _answered_turns(row: Mapping[str, object]) -> Iterator[_AnsweredTurn]:
 def _reply(entry: object, score: float) -> Answer:
     turn = _turn(entry)
     return Answer(turn["content"], score, has_ended([turn]))
-
-
-def _of_all_pairs(row: Mapping[str, object]) -> Mapping[str, Any]:
-    """Return what a row says of each pair of its answers alike."""
-    weight = row.get("weight")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        return extras_of(row)
-    return {**extras_of(row), "weight": float(weight)}
 
 
 def _answer_list(row: Mapping[str, object]) -> list[object] | None:

@@ -13,7 +13,8 @@ from rlhf.data.messages import ended_of
 from rlhf.data.rankings import LISTS, TEXTS, RatedEntry, is_k_wise, is_rated, k_wise_prompt, rated_entries
 from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.rows import Rated, assistant_turn
-from rlhf.data.sources import Line, Row
+from rlhf.data.source_lines import Line
+from rlhf.data.sources import Row
 from rlhf.errors import UserError
 
 

@@ -4,16 +4,15 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf.data.canonical import oddities
-from rlhf.data.columns import named_rows
 from rlhf.data.conversations import conversation_keys
-from rlhf.data.direction import directions, example, has_two_responses
+from rlhf.data.direction import example
 from rlhf.data.layouts import find_layout
 from rlhf.data.layouts.layout import Layout
-from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated, preference_of
-from rlhf.data.read import BadRow, ReadReport, read_rows
+from rlhf.data.rankings import Ranking, RatedAnswer, comparisons, group_rated
+from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.repeats import deduplicated
 from rlhf.data.rows import (
     PARTED,
@@ -28,10 +27,9 @@ from rlhf.data.rows import (
     prompt_key,
 )
 from rlhf.data.sides import Side
-from rlhf.data.tidy import UNLIKELY, more_likely_first, tidied
+from rlhf.data.source_lines import Line, lines_of
 from rlhf.errors import UserError
 
-FOR_VALIDATION = ("validation", "valid", "val", "dev", "eval")
 Canonical = TypeVar("Canonical", bound=PromptRow, covariant=True)
 
 
@@ -56,22 +54,6 @@ class Source:
     label: str | None = None
     config: str | None = None
     split: str | None = None
-
-
-class Line(NamedTuple):
-    """A row as the layouts read it, its number in its file, and whether the file itself calls it a test row.
-
-    Attributes:
-        direction: the column or layout that says which of its answers is better, and a sentence that says how; None where its
-            layout does.
-        makes_confidence: `confidence` comes from the layout, and may be missing in the rows beside.
-    """
-
-    number: int
-    row: Any
-    is_test: bool
-    direction: tuple[str, str] | None = None
-    makes_confidence: bool = False
 
 
 @dataclass
@@ -148,7 +130,7 @@ def read_rankings(source: str | Source, *, split: str = "test") -> list[Ranking]
     """Read the rankings of three answers or more in one source; `read_pairs` reports what is wrong with other rows."""
     source = Source(source) if isinstance(source, str) else source
     rankings: list[Ranking] = []
-    for line in _lines(source, ReadReport(source.source), split):
+    for line in lines_of(source, ReadReport(source.source), split):
         try:
             rankings += [r for r in find_layout(line.row).read_rankings(line.row) if len(r.answers) > 2]
         except BadRow:
@@ -264,7 +246,7 @@ def read_sources(
     for source in sources:
         report = ReadReport(f"{source.source} ({content})")
         reports.append(report)
-        read = _fitted(convert(_lines(source, report, split), report), fit)
+        read = _fitted(convert(lines_of(source, report, split), report), fit)
         if compare == "answers":
             turns = [parting_turn(row.values) for row in read]
             for row, turn in zip(read, turns, strict=True):
@@ -281,55 +263,6 @@ def read_sources(
         rows.train += capped(train, source.max_rows, rng, f"over max_rows {source.max_rows}")
         rows.test += [row for row in read if row.is_test]
     return rows
-
-
-def _lines(source: Source, report: ReadReport, split: str) -> Iterator[Line]:
-    """Read a whole file, and yield its rows as the layouts read them: under our names, tidied, two responses as a pair.
-
-    Raises:
-        UserError: nobody can know which of two responses is better; what the source says of the file is not so.
-    """
-    # 1. Read; give the columns our names.
-    split, is_named = source.split or split, source.split is not None
-    numbered = list(read_rows(source.source, report, split=split, config=source.config, is_named=is_named))
-    named = named_rows(numbered, source.source, report, columns=source.columns, label=source.label)
-
-    # 2. Tidy; decide what two responses and a preference say.
-    rows = tidied([entry.row for entry in named])
-    by_column = directions((row for row, *_ in rows), source.source, source.preference)
-    has_test_rows = any(isinstance(row, dict) and str(row.get("split")).lower() == "test" for row, *_ in rows)
-    for entry, (row, remarks, refused) in zip(named, rows, strict=True):
-        if refused is not None:
-            report.drop(entry.number, refused)
-            continue
-        for remark in remarks:
-            report.note(entry.number, remark)
-        if isinstance(row, dict) and row.get("tools"):
-            report.note(entry.number, "`tools` beside a conversation is left out: no canonical row has a place for it")
-        part = str(row.get("split") or "").lower() if isinstance(row, dict) else ""
-        if split == "train" and part in FOR_VALIDATION:
-            report.note(entry.number, f"read for training, though its `split` is {part}")
-        if split == "test" and part == "train" and has_test_rows:
-            report.note(entry.number, "read for judging, though its `split` is train and other rows' is test")
-        is_test = part == "test" and split == "train"
-        if entry.layout is not None and entry.meaning is not None:
-            name = f"{entry.layout.name}, ties" if entry.is_tie else entry.layout.name
-            yield Line(entry.number, row, is_test, (name, entry.meaning), entry.makes_confidence)
-            continue
-        if not has_two_responses(row) or (preference := preference_of(row)) is None:
-            yield Line(entry.number, row, is_test)
-            continue
-        column, value = preference
-        direction = by_column[column]
-        try:
-            pair = direction.as_pair(row)
-        except BadRow as reason:
-            report.drop(entry.number, str(reason))
-            continue
-        likelier = more_likely_first(pair)
-        if likelier is not None:
-            report.note(entry.number, UNLIKELY)
-        yield Line(entry.number, likelier or pair, is_test, (column, direction.sentence(value)))
 
 
 def _fitted(rows: Iterable[Row[Canonical]], fit: Fit | None) -> list[Row[Canonical]]:
