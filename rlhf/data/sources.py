@@ -30,6 +30,7 @@ from rlhf.data.sides import Side
 from rlhf.data.source_lines import Line, lines_of
 from rlhf.errors import UserError
 
+EARLIER_ANSWERS = "answers before the last of their conversations are read, and not learnt"
 Canonical = TypeVar("Canonical", bound=PromptRow, covariant=True)
 
 
@@ -175,9 +176,26 @@ def to_demonstrations(lines: Iterable[Line], report: ReadReport) -> Iterator[Row
             report.direct(*line.direction)
         elif demonstrations and (line.direction is not None or layout.rankings is not None):
             _say_direction(line, layout, completion(demonstrations[0]), report)
+        if count := _answers_before(demonstrations):
+            report.note(line.number, EARLIER_ANSWERS, count=count)
         return demonstrations
 
     return _converted(lines, report, demonstrations_of)
+
+
+def _answers_before(demonstrations: Sequence[Demonstration]) -> int:
+    """Return how many answers stand in the prompts of a row's demonstrations and are in none of them the one to learn.
+
+    In a tree, an answer in one prompt may be the best answer to another.
+    """
+    learnt = {(len(row["prompt"]), completion(row)) for row in demonstrations}
+    turns = {
+        (place, turn["content"])
+        for row in demonstrations
+        for place, turn in enumerate(row["prompt"])
+        if turn["role"] == "assistant"
+    }
+    return len(turns - learnt)
 
 
 def to_prompts(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[PromptRow]]:

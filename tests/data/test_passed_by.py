@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.data.read import ReadReport
 from rlhf.data.rows import answer, assistant_turn, user_turn
-from rlhf.data.sources import Convert, Source, read_sources, to_demonstrations, to_pairs
+from rlhf.data.sources import EARLIER_ANSWERS, Convert, Source, read_sources, to_demonstrations, to_pairs, to_prompts
 from rlhf.data.tidy import PARSED
 from rlhf.files import write_jsonl
 
@@ -79,3 +79,27 @@ def test_a_label_of_one_answer_is_read_in_every_layout(
     }
     ((kept,), report) = rows_of(tmp_path, {**row, **dict.fromkeys(mark, True)}, convert=to_demonstrations)
     assert (kept["completion"], report.dropped) == (assistant_turn("bad"), {})
+
+
+@pytest.mark.parametrize(
+    ("row", "learnt", "before"),
+    [
+        ({"messages": user_turn("a") + assistant_turn("b")}, ["b"], 0),
+        ({"messages": [t for text in "abc" for t in user_turn(text) + assistant_turn(text)]}, ["c"], 2),
+        ({"messages": [t for text in "aaa" for t in user_turn("q") + assistant_turn("yes")]}, ["yes"], 2),
+        ({"prompt": user_turn("a") + assistant_turn("b") + user_turn("c"), "chosen": "d", "rejected": "e"}, ["d"], 1),
+        (
+            {"role": "prompter", "text": "a", "replies": [{"role": "assistant", "text": "b", "replies": [
+                {"role": "prompter", "text": "c", "replies": [{"role": "assistant", "text": "d"}]}]}]},
+            ["b", "d"],
+            0,
+        ),
+    ],
+)  # fmt: skip
+def test_answers_before_the_last_are_counted(
+    tmp_path: Path, row: dict[str, Any], learnt: list[str], before: int
+) -> None:
+    read, report = rows_of(tmp_path, row, convert=to_demonstrations)
+    assert [demonstration["completion"][0]["content"] for demonstration in read] == learnt
+    assert report.noted == ({EARLIER_ANSWERS: before} if before else {})
+    assert EARLIER_ANSWERS not in rows_of(tmp_path, row, convert=to_prompts)[1].noted
