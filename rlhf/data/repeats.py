@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from rlhf.data.rows import TIE, Pair, told
+from rlhf.data.rows import TIE, Pair, told, wording
 
 if TYPE_CHECKING:
     from rlhf.data.read import ReadReport
@@ -61,7 +61,7 @@ def deduplicated(rows: "Sequence[Row[Pair]]", *, by_annotator: bool = False) -> 
 def _label(row: "Row[Pair]", *, by_annotator: bool) -> _Label:
     chosen, rejected = told(row.values, "chosen").strip(), told(row.values, "rejected").strip()
     annotator = row.values.get("annotator")
-    pair = (row.key, annotator if by_annotator else None, frozenset((chosen, rejected)))
+    pair = (wording(row.values["prompt"]), annotator if by_annotator else None, frozenset((chosen, rejected)))
     return _Label(pair, annotator, None if row.values.get("confidence") == TIE else chosen)
 
 

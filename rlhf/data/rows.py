@@ -189,6 +189,17 @@ def prefix_keys(turns: Messages) -> list[str]:
     return keys or [text.hexdigest()]
 
 
+def wording(prompt: Messages) -> str:
+    r"""Return what a prompt says word by word: unlike in `prompt_key`, case and blanks inside a turn are part of it.
+
+    >>> wording(user_turn("if a:\n  b")) == wording(user_turn("if a:\nb")), wording(user_turn("a ")) == wording(user_turn("a"))
+    (False, True)
+    """
+    return json.dumps(
+        [[turn["role"], turn["content"].strip(), turn.get("tool_calls")] for turn in prompt], sort_keys=True
+    )
+
+
 def group_key(prompt: Prompt) -> str:
     """Return what the pairs of several answers to one prompt have in common (`Pair.group`): the start of the prompt's key."""
     return prompt_key(prompt)[:16]

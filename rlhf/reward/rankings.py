@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig
 
 from rlhf.data.read import BadRow
-from rlhf.data.rows import SIDES, Messages, Pair, Prompt, answer, asked, has_ended, pair_digest, prompt_key
+from rlhf.data.rows import SIDES, Messages, Pair, Prompt, answer, asked, has_ended, pair_digest, wording
 from rlhf.errors import UserError
 from rlhf.models.text import before_last_turn, encode_answers, last_turn
 from rlhf.objectives.rankings import is_best
@@ -73,9 +73,11 @@ def ranking_rows(pairs: Sequence[Pair], *, objective: str = "plackett_luce") -> 
                 f"reward.objective is {objective}, which reads no {name!r}, but {len(having)} of {len(pairs)} pairs (the first "
                 f"is number {having[0] + 1}) have one; take the column out, or choose another objective."
             )
-    groups: dict[tuple[str, object], list[Pair]] = {}
-    for number, row in enumerate(pairs):
-        key = ("row", number) if row.get("group") is None else ("group", row["group"])
+    groups: dict[tuple[object, ...], list[Pair]] = {}
+    for number, row in enumerate(
+        pairs
+    ):  # a group may hold prompts that differ in case or blanks, with answers of their own
+        key = ("row", number) if row.get("group") is None else ("group", row["group"], wording(row["prompt"]))
         groups.setdefault(key, []).append(row)
     has_weights = any(row.get("weight") is not None for row in pairs)
     return [_ranking(part, has_weights=has_weights) for group in groups.values() for part in _by_annotator(group)]
@@ -101,7 +103,7 @@ def _ranking(pairs: Sequence[Pair], *, has_weights: bool) -> RankingRow:
     for row in pairs:
         comparison = []
         for side in SIDES:
-            key = (prompt_key(asked(row, side)), answer(row, side).strip(), has_ended(row[side]))
+            key = (wording(asked(row, side)), answer(row, side).strip(), has_ended(row[side]))
             if key not in places:
                 places[key] = len(responses)
                 responses.append({"content": row[side]})

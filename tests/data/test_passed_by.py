@@ -7,10 +7,21 @@ from typing import Any
 import pytest
 
 from rlhf.data.read import ReadReport
+from rlhf.data.repeats import REPEATED
 from rlhf.data.rows import answer, assistant_turn, user_turn
-from rlhf.data.sources import EARLIER_ANSWERS, Convert, Source, read_sources, to_demonstrations, to_pairs, to_prompts
+from rlhf.data.sources import (
+    EARLIER_ANSWERS,
+    Convert,
+    Source,
+    read_pairs,
+    read_sources,
+    to_demonstrations,
+    to_pairs,
+    to_prompts,
+)
 from rlhf.data.tidy import PARSED
 from rlhf.files import write_jsonl
+from rlhf.reward.rankings import ranking_rows
 
 
 def rows_of(folder: Path, *rows: Any, convert: Convert[Any] = to_pairs) -> tuple[list[Any], ReadReport]:
@@ -103,3 +114,32 @@ def test_answers_before_the_last_are_counted(
     assert [demonstration["completion"][0]["content"] for demonstration in read] == learnt
     assert report.noted == ({EARLIER_ANSWERS: before} if before else {})
     assert EARLIER_ANSWERS not in rows_of(tmp_path, row, convert=to_prompts)[1].noted
+
+
+# ---- Prompts that are one for the split, and two for people ----
+
+
+@pytest.mark.parametrize(
+    ("prompt", "other"),
+    [("Is ABC upper case?", "is abc upper case?"), ("if a:\n    b()\nc()", "if a:\n    b()\n    c()")],
+)
+def test_prompts_of_other_case_or_blanks_are_apart(tmp_path: Path, prompt: str, other: str) -> None:
+    rankings = [
+        {"prompt": text, "responses": [{"text": a, "score": 2}, {"text": b, "score": 1}]}
+        for text, a, b in ((prompt, "yes", "no"), (other, "no", "yes"), (f"{prompt} ", "sure", "no"))
+    ]
+    pairs, _ = rows_of(tmp_path, *rankings)
+    assert len({pair["group"] for pair in pairs}) == 1
+    made = ranking_rows(pairs)
+    assert [row["prompt"] for row in made] == [user_turn(prompt), user_turn(other)]
+    assert [[response["content"] for response in row["responses"]] for row in made] == [
+        [assistant_turn("yes"), assistant_turn("no"), assistant_turn("sure")],
+        [assistant_turn("no"), assistant_turn("yes")],
+    ]
+    assert [row["beats"] for row in made] == [[[0, 1], [2, 1]], [[0, 1]]]
+    plain = [
+        {"prompt": text, "chosen": a, "rejected": b} for text, a, b in ((prompt, "yes", "no"), (other, "no", "yes"))
+    ]
+    write_jsonl(tmp_path / "x.jsonl", [*plain, {**plain[0], "prompt": f"{prompt} "}])
+    kept, report = read_pairs(str(tmp_path / "x.jsonl"))
+    assert ([row["prompt"] for row in kept], report.dropped) == ([user_turn(prompt), user_turn(other)], {REPEATED: 1})
