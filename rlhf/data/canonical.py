@@ -159,6 +159,13 @@ def of_all_pairs(row: Mapping[str, object]) -> Mapping[str, Any]:
     return {**extras_of(row), "weight": float(weight)}
 
 
+def in_common(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the rows of two answers say alike, and the mean of their weights."""
+    alike = {name: value for name, value in first.items() if second.get(name) == value}
+    both = "weight" in first and "weight" in second
+    return {**alike, "weight": (first["weight"] + second["weight"]) / 2} if both else alike
+
+
 def oddities(canonical: PromptRow) -> list[str]:
     """Return what is unusual about a canonical row that is kept all the same, each as the end of a sentence."""
     prompt, values = canonical["prompt"], cast(Mapping[str, object], canonical)

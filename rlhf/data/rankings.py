@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple, cast
 
-from rlhf.data.canonical import check_answer, check_prompt, extras_of, of_all_pairs
+from rlhf.data.canonical import check_answer, check_prompt, extras_of, in_common, of_all_pairs
 from rlhf.data.messages import ended_of, messages
 from rlhf.data.read import BadRow
 from rlhf.data.rows import Demonstration, Message, Messages, Pair, assistant_turn, group_key, has_ended, prompt_key
@@ -24,11 +24,16 @@ RATING = "helpfulness"
 
 
 class Answer(NamedTuple):
-    """An answer and how good it is; only differences of scores within one ranking mean anything."""
+    """An answer and how good it is; only differences of scores within one ranking mean anything.
+
+    Attributes:
+        extras: as those of `Ranking`, where the answer has a row of its own.
+    """
 
     content: str
     score: float
     ended: bool = True
+    extras: Mapping[str, Any] = {}
 
     @property
     def turn(self) -> Messages:
@@ -41,6 +46,11 @@ class RatedAnswer(NamedTuple):
 
     prompt: Messages
     answer: Answer
+
+    @property
+    def group(self) -> tuple[str, object]:
+        """Return what answers that are compared have in common: the prompt and who rated them, each on a scale of their own."""
+        return prompt_key(self.prompt), self.answer.extras.get("annotator")
 
 
 class RatedEntry(NamedTuple):
@@ -105,7 +115,7 @@ def comparisons(ranking: Ranking) -> list[Pair]:
             "group": ranking.group,
             "rating_gap": better.score - worse.score,
         }
-        pairs.append(cast(Pair, {**canonical, **ranking.extras}))
+        pairs.append(cast(Pair, {**canonical, **ranking.extras, **in_common(better.extras, worse.extras)}))
     return pairs
 
 
@@ -115,10 +125,10 @@ def best_demonstration(ranking: Ranking) -> Demonstration:
 
 
 def group_rated(rated: Sequence[RatedAnswer]) -> list[Ranking]:
-    """Group rated answers by prompt; return a ranking of each of which two different answers differ in rating."""
-    groups: dict[str, Ranking] = {}
-    for prompt, answer in rated:
-        groups.setdefault(prompt_key(prompt), Ranking(prompt, [])).answers.append(answer)
+    """Group rated answers by prompt and annotator; return each ranking in which two different answers differ in rating."""
+    groups: dict[tuple[str, object], Ranking] = {}
+    for entry in rated:
+        groups.setdefault(entry.group, Ranking(entry.prompt, [])).answers.append(entry.answer)
     return [ranking for ranking in groups.values() if comparisons(ranking)]
 
 
@@ -287,7 +297,7 @@ def rated_answers(row: Mapping[str, object]) -> list[RatedAnswer]:
         text = check_answer(content, "the answer")
         if not isinstance(values, dict) or values.get(RATING) is None:
             raise BadRow(f"attributes without {RATING!r}, by which answers are compared")
-        rated.append(RatedAnswer(prompt, Answer(text, _finite(values[RATING], RATING), ended)))
+        rated.append(RatedAnswer(prompt, Answer(text, _finite(values[RATING], RATING), ended, of_all_pairs(row))))
     return rated
 
 

@@ -221,22 +221,26 @@ def _converted(
 
 
 def _pairs_of_rated(rated: Sequence[tuple[Line, RatedAnswer]], report: ReadReport) -> Iterator[Row[Pair]]:
-    """Compare rated answers to one prompt that stand in different rows; a pair has the number of the prompt's first row."""
-    if not rated:
-        return
-    lines_of: dict[str, list[Line]] = {}
+    """Compare what one annotator, or nobody by name, rated of a prompt's answers; a pair has the number of the first row."""
+    groups: dict[tuple[str, object], list[tuple[Line, RatedAnswer]]] = {}
     for line, rated_answer in rated:
-        lines_of.setdefault(prompt_key(rated_answer.prompt), []).append(line)
-    for ranking in group_rated([rated_answer for _, rated_answer in rated]):
-        line, *others = lines_of.pop(prompt_key(ranking.prompt))
-        pairs = comparisons(ranking)
+        groups.setdefault(rated_answer.group, []).append((line, rated_answer))
+    for group in groups.values():
+        line, *others = lines = [line for line, _ in group]
+        pairs = [
+            pair
+            for ranking in group_rated([rated_answer for _, rated_answer in group])
+            for pair in comparisons(ranking)
+        ]
+        if not pairs:
+            for alone in lines:
+                report.note(alone.number, "rated answers have no other answer to their prompt to be compared with")
+            continue
         report.note(line.number, "pairs made of rated answers", count=len(pairs))
         _say_direction(line, find_layout(line.row), answer(pairs[0], "chosen"), report)
         numbers = [other.number for other in others]
         for canonical in pairs:
             yield Row(canonical, line.number, report, line.is_test, others=numbers)
-    for line in (line for lines in lines_of.values() for line in lines):
-        report.note(line.number, "rated answers have no other answer to their prompt to be compared with")
 
 
 def read_sources(

@@ -143,3 +143,45 @@ def test_prompts_of_other_case_or_blanks_are_apart(tmp_path: Path, prompt: str, 
     write_jsonl(tmp_path / "x.jsonl", [*plain, {**plain[0], "prompt": f"{prompt} "}])
     kept, report = read_pairs(str(tmp_path / "x.jsonl"))
     assert ([row["prompt"] for row in kept], report.dropped) == ([user_turn(prompt), user_turn(other)], {REPEATED: 1})
+
+
+# ---- Rated answers ----
+
+
+def test_rated_answers_are_compared_within_one_annotator(tmp_path: Path) -> None:
+    """Two of one mind, each on a scale of their own: the strict one's good answer is below the kind one's poor one."""
+    ratings = {
+        ("strict", "good"): 1,
+        ("strict", "poor"): 0,
+        ("kind", "good"): 4,
+        ("kind", "poor"): 3,
+        ("once", "good"): 2,
+    }
+    rows = [
+        {"prompt": "q", "response": text, "helpfulness": value, "annotator": name}
+        for (name, text), value in ratings.items()
+    ]
+    pairs, report = rows_of(tmp_path, *rows)
+    assert [(row["annotator"], answer(row, "chosen"), row["rating_gap"]) for row in pairs] == [
+        ("strict", "good", 1.0),
+        ("kind", "good", 1.0),
+    ]
+    assert report.noted == {
+        "pairs made of rated answers": 2,
+        "rated answers have no other answer to their prompt to be compared with": 1,
+    }
+    kept, report = read_pairs(str(tmp_path / "x.jsonl"))
+    assert ([answer(row, "chosen") for row in kept], report.dropped) == (["good"], {REPEATED: 1})
+
+
+def test_what_stands_beside_two_rated_answers_stands_beside_their_pair(tmp_path: Path) -> None:
+    beside = {"source": "S", "subset": "math", "annotator": 7, "agree": 0.5}
+    rows = [
+        {"prompt": "q", "response": text, "helpfulness": value, "weight": weight, "id": text, **beside}
+        for text, value, weight in (("good", 4, 3.0), ("poor", 1, 1.0))
+    ]
+    (row,), _ = rows_of(tmp_path, *rows)
+    assert {name: row[name] for name in (*beside, "weight")} == {**beside, "annotator": "7", "weight": 2.0}
+    assert "id" not in row  # they say two
+    (row,), _ = rows_of(tmp_path, rows[0], {**rows[1], "weight": None, "subset": "art"})
+    assert (row["source"], "weight" in row, "subset" in row) == ("S", False, False)
