@@ -2,12 +2,13 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from rlhf.data.canonical import RATINGS
 from rlhf.data.layouts import PUBLIC, find_layout
 from rlhf.data.layouts.layout import BESIDE, Layout
+from rlhf.data.messages import texts_in
 from rlhf.data.rankings import PREFERENCES, RESPONSES
 from rlhf.data.read import BadRow, ReadReport
 from rlhf.data.rows import CRITIQUES
@@ -20,6 +21,13 @@ PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 TEXT_COLUMNS = (*ANSWER_COLUMNS, *CRITIQUES)
 NUMBER_COLUMNS = ("margin", "confidence", "weight", "agree", "chosen_rating", "rejected_rating", "preference_strength")
 ANSWERS = ("chosen", "rejected", "messages", "completion", "response_1", "response_2")
+# What may be a part of the prompt, and stands beside it in many files; the first are joined to it by some layouts.
+JOINED = ("question", "instruction", "input", "query", "history")
+PARTS = ("context", "input", "history", "passage", "document")
+UNREAD_PART = (
+    "`{}` beside the prompt is not read; if it is a part of the prompt, join the two in the file, or name another column by "
+    "`columns`"
+)
 
 
 class NamedRow(NamedTuple):
@@ -30,6 +38,7 @@ class NamedRow(NamedTuple):
         meaning: what its label says; None where the columns' names say it.
         is_tie: its label calls the answers equal.
         makes_confidence: its `confidence` comes from the layout, and may be missing beside it.
+        parts: its columns of `PARTS`, which a layout may have read or not.
     """
 
     number: int
@@ -38,6 +47,7 @@ class NamedRow(NamedTuple):
     meaning: str | None = None
     is_tie: bool = False
     makes_confidence: bool = False
+    parts: Mapping[str, object] = {}
 
 
 def named_rows(
@@ -66,7 +76,7 @@ def named_rows(
     if label is not None and (layout is None or label not in layout.labels):
         raise UserError(_unknown_label(source, label, layout))
     if layout is None:
-        return [NamedRow(number, row) for number, row in rows]
+        return [NamedRow(number, row, parts=_parts(row)) for number, row in rows]
     named = []
     for number, row in rows:
         if not isinstance(row, Mapping) or not layout.has(row):
@@ -80,10 +90,24 @@ def named_rows(
             report.drop(number, str(reason))
             continue
         makes = "confidence" not in row and (layout.compares is not None or "status" in row)
-        named.append(
-            NamedRow(number, plain.columns, layout, _sentence(layout, plain.meaning, row), plain.is_tie, makes)
-        )
+        read = {} if plain.meaning is not None else _columns_read(row, plain.columns)
+        sentence = _sentence(layout, plain.meaning, read)
+        named.append(NamedRow(number, plain.columns, layout, sentence, plain.is_tie, makes, _parts(row)))
     return named
+
+
+def unread_parts(parts: Mapping[str, object], texts: Iterable[str]) -> list[str]:
+    """Return the names of those columns that hold a text which stands in none of the texts of a row's prompts."""
+    asked = _words(texts) if parts else ""
+    return [name for name, value in parts.items() if any(_words([text]) not in asked for text in texts_in(value))]
+
+
+def _parts(row: object) -> dict[str, object]:
+    return {name: row[name] for name in PARTS if not _is_empty(row.get(name))} if isinstance(row, Mapping) else {}
+
+
+def _words(texts: Iterable[str]) -> str:
+    return " ".join(" ".join(texts).split())
 
 
 def _without_pictures(rows: Sequence[tuple[int, object]], report: ReadReport) -> list[tuple[int, object]]:
@@ -213,12 +237,20 @@ def _by(layout: Layout, other: Layout) -> str:
     return f"{layout.name} (by its column {columns[-1]!r})" if columns else layout.name
 
 
-def _sentence(layout: Layout, meaning: str | None, row: Mapping[str, object]) -> str:
+def _sentence(layout: Layout, meaning: str | None, read: Mapping[str, object]) -> str:
     """Say as what a row is read: `read as PKU-SafeRLHF: `better_response_id` 0: the first is better`."""
     if meaning is None:
-        names = list(row)
+        names = list(read)
         meaning = ", ".join(f"`{name}`" for name in names[:8]) + (", …" if len(names) > 8 else "")
     return f"read as {layout.name}: {meaning}"
+
+
+def _columns_read(row: Mapping[str, object], plain: Mapping[str, object]) -> dict[str, object]:
+    """Return the columns of a row that are in what a layout made of it, those that it joined in its prompt too."""
+    joined = {name: row[name] for name in JOINED if not _is_empty(row.get(name))}
+    read = joined.keys() - set(unread_parts(joined, texts_in(plain.get("prompt"))))
+    values = [value for value in plain.values() if value is not None]
+    return {name: value for name, value in row.items() if value in values or name in read}
 
 
 def _unknown_label(source: str, label: str, layout: Layout | None) -> str:

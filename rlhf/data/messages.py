@@ -78,6 +78,20 @@ def messages(value: object, name: str) -> Messages:
     return turns
 
 
+def texts_in(value: object) -> list[str]:
+    """Return the texts of a text, of messages, or of lists of them; none of anything else.
+
+    >>> texts_in([["Hi", "Ho"], [{"role": "user", "content": "And?"}], 3])
+    ['Hi', 'Ho', 'And?']
+    """
+    if isinstance(value, list):
+        return [text for entry in value for text in texts_in(entry)]
+    try:
+        return [turn["content"] for turn in messages(value, "prompt")]
+    except BadRow:
+        return []
+
+
 def has_speaker_lines(value: object) -> bool:
     """Return whether a prompt, a text or messages, has several of HelpSteer's turns in one text of the user."""
     turns = value if isinstance(value, list) else [{"role": "user", "content": value}]

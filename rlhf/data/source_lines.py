@@ -1,6 +1,6 @@
 """The rows of a source as the layouts read them: under our names, tidied, two responses as a pair."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.data.columns import named_rows
@@ -22,6 +22,7 @@ class Line(NamedTuple):
         direction: the column or layout that says which of its answers is better, and a sentence that says how; None where its
             layout does.
         makes_confidence: `confidence` comes from the layout, and may be missing in the rows beside.
+        parts: its columns that may be parts of the prompt, whether or not a layout read them.
     """
 
     number: int
@@ -29,6 +30,7 @@ class Line(NamedTuple):
     is_test: bool
     direction: tuple[str, str] | None = None
     makes_confidence: bool = False
+    parts: Mapping[str, object] = {}
 
 
 def lines_of(source: "Source", report: ReadReport, split: str) -> Iterator[Line]:
@@ -59,13 +61,15 @@ def lines_of(source: "Source", report: ReadReport, split: str) -> Iterator[Line]
             report.note(entry.number, f"read for training, though its `split` is {part}")
         if split == "test" and part == "train" and has_test_rows:
             report.note(entry.number, "read for judging, though its `split` is train and other rows' is test")
+        # What was the text of messages is compared as messages.
+        parts = {name: row.get(name, value) if isinstance(row, dict) else value for name, value in entry.parts.items()}
         is_test = part == "test" and split == "train"
         if entry.layout is not None and entry.meaning is not None:
             name = f"{entry.layout.name}, ties" if entry.is_tie else entry.layout.name
-            yield Line(entry.number, row, is_test, (name, entry.meaning), entry.makes_confidence)
+            yield Line(entry.number, row, is_test, (name, entry.meaning), entry.makes_confidence, entry.parts)
             continue
         if not has_two_responses(row) or (preference := preference_of(row)) is None:
-            yield Line(entry.number, row, is_test)
+            yield Line(entry.number, row, is_test, parts=parts)
             continue
         column, value = preference
         direction = by_column[column]
@@ -77,4 +81,4 @@ def lines_of(source: "Source", report: ReadReport, split: str) -> Iterator[Line]
         likelier = more_likely_first(pair)
         if likelier is not None:
             report.note(entry.number, UNLIKELY)
-        yield Line(entry.number, likelier or pair, is_test, (column, direction.sentence(value)))
+        yield Line(entry.number, likelier or pair, is_test, (column, direction.sentence(value)), parts=parts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from rlhf.data.canonical import oddities
+from rlhf.data.columns import UNREAD_PART, unread_parts
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.direction import example
 from rlhf.data.layouts import find_layout
@@ -18,6 +19,7 @@ from rlhf.data.rows import (
     PARTED,
     Compare,
     Demonstration,
+    Messages,
     Pair,
     PromptRow,
     answer,
@@ -146,7 +148,9 @@ def to_pairs(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Pair]]:
     def pairs_of(line: Line) -> list[Pair]:
         layout = find_layout(line.row)
         if layout.ratings is not None:
-            rated.extend((line, rated_answer) for rated_answer in layout.ratings(line.row))
+            entries = layout.ratings(line.row)
+            rated.extend((line, entry) for entry in entries)
+            _note_unread_parts(line, [entry.prompt for entry in entries], report)
         pairs = layout.read_pairs(line.row)
         if layout.rankings is not None:
             report.note(line.number, "pairs made of rankings", count=len(pairs))
@@ -213,11 +217,18 @@ def _converted(
         except BadRow as reason:
             report.drop(line.number, str(reason))
             continue
+        if canonicals:  # rated answers are compared later
+            _note_unread_parts(line, [canonical["prompt"] for canonical in canonicals], report)
         for canonical in canonicals:
             for oddity in oddities(canonical):
                 report.note(line.number, f"kept, though {oddity}")
         for canonical in canonicals:
             yield Row(canonical, line.number, report, line.is_test, line.makes_confidence)
+
+
+def _note_unread_parts(line: Line, prompts: Iterable[Messages], report: ReadReport) -> None:
+    for name in unread_parts(line.parts, [turn["content"] for prompt in prompts for turn in prompt]):
+        report.note(line.number, UNREAD_PART.format(name))
 
 
 def _pairs_of_rated(rated: Sequence[tuple[Line, RatedAnswer]], report: ReadReport) -> Iterator[Row[Pair]]:

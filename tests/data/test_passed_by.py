@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.columns import UNREAD_PART
 from rlhf.data.read import ReadReport
 from rlhf.data.repeats import REPEATED
 from rlhf.data.rows import answer, assistant_turn, user_turn
@@ -185,3 +186,60 @@ def test_what_stands_beside_two_rated_answers_stands_beside_their_pair(tmp_path:
     assert "id" not in row  # they say two
     (row,), _ = rows_of(tmp_path, rows[0], {**rows[1], "weight": None, "subset": "art"})
     assert (row["source"], "weight" in row, "subset" in row) == ("S", False, False)
+
+
+# ---- Parts of the prompt beside it ----
+
+PAIR = {"chosen": "Homer", "rejected": "Virgil"}
+RESPONSES = {"response_1": "Homer", "response_2": "Virgil", "preference": "A"}
+SCORED = {"responses": [{"text": "Homer", "score": 2}, {"text": "Virgil", "score": 1}]}
+ILIAD = "The Iliad was written\nby Homer."
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"question": "Who?", "context": ILIAD, **PAIR}, ["context"]),
+        ({"question": "Who?", "input": ILIAD, **PAIR}, ["input"]),
+        ({"instruction": "Who?", "input": ILIAD, **PAIR}, []),
+        ({"prompt": "Who?", "history": [["When?", "Long ago."]], "input": ILIAD, **PAIR}, ["input", "history"]),
+        ({"prompt": "Who?", "context": ILIAD, **RESPONSES}, ["context"]),
+        ({"context": ILIAD, **RESPONSES}, []),
+        ({"context": json.dumps(user_turn(ILIAD)), **RESPONSES}, []),
+        ({"context": f"\n\nHuman: {ILIAD}\n\nAssistant:", **RESPONSES}, []),
+        ({"prompt": f"Read: {ILIAD.replace(chr(10), ' ')} Who?", "passage": ILIAD, **PAIR}, []),
+        ({"prompt": "Who?", "document": ILIAD, **SCORED}, ["document"]),
+        ({"prompt": "Who?", "input": "", "context": None, "history": [], **SCORED}, []),
+        ({"prompt": "Who?", "context": {"id": 7}, **PAIR}, []),
+        ({"prompt": "Who?", "passage": ILIAD, "response": "Homer", "helpfulness": 4}, ["passage"]),
+    ],
+)
+def test_parts_of_a_prompt_that_nobody_reads_are_counted(
+    tmp_path: Path, row: dict[str, Any], unread: list[str]
+) -> None:
+    _, report = rows_of(tmp_path, row)
+    assert {note: report.noted[note] for note in report.noted if "beside the prompt" in note} == {
+        UNREAD_PART.format(name): 1 for name in unread
+    }
+
+
+def test_a_demonstration_says_what_of_its_prompt_was_not_read(tmp_path: Path) -> None:
+    row = {"prompt": "Summarise the text.", "context": "A long text.", "completion": "Short."}
+    assert rows_of(tmp_path, row, row, convert=to_demonstrations)[1].noted == {UNREAD_PART.format("context"): 2}
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"question": "Who?", "context": ILIAD, "topic": 3, **PAIR, "id": 5}, "`question`, `chosen`, `rejected`, `id`"),
+        ({"instruction": "Who?", "input": ILIAD, **PAIR}, "`instruction`, `input`, `chosen`, `rejected`"),
+        (
+            {"question": "Who?", "history": [["When?", "Long ago."]], **PAIR},
+            "`question`, `history`, `chosen`, `rejected`",
+        ),
+        ({"instruction": "Who?", "input": "", "output": "Homer", "ended": False}, "`instruction`, `output`"),
+    ],
+)
+def test_the_sentence_names_the_columns_that_were_read(tmp_path: Path, row: dict[str, Any], names: str) -> None:
+    (sentence,) = rows_of(tmp_path, row, convert=to_demonstrations)[1].directions.values()
+    assert sentence.split(": ")[1] == names
