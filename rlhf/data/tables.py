@@ -21,8 +21,8 @@ SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
 def is_pattern(source: str) -> bool:
-    """Return whether a source stands for several files: it holds `*`, `?` or `[`."""
-    return any(sign in source for sign in "*?[")
+    """Return whether a source stands for several files: it holds `*`, `?` or `[`, and nothing has that very name."""
+    return any(sign in source for sign in "*?[") and not Path(source).expanduser().exists()
 
 
 def is_saved(source: str) -> bool:

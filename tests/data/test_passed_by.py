@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf.data.columns import UNREAD_PART
+from rlhf.data.lines import own_lines
 from rlhf.data.read import ReadReport
 from rlhf.data.repeats import REPEATED
 from rlhf.data.rows import answer, assistant_turn, user_turn
@@ -20,7 +21,9 @@ from rlhf.data.sources import (
     to_pairs,
     to_prompts,
 )
+from rlhf.data.tables import local_files
 from rlhf.data.tidy import PARSED
+from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 from rlhf.reward.rankings import ranking_rows
 
@@ -243,3 +246,20 @@ def test_a_demonstration_says_what_of_its_prompt_was_not_read(tmp_path: Path) ->
 def test_the_sentence_names_the_columns_that_were_read(tmp_path: Path, row: dict[str, Any], names: str) -> None:
     (sentence,) = rows_of(tmp_path, row, convert=to_demonstrations)[1].directions.values()
     assert sentence.split(": ")[1] == names
+
+
+# ---- Names ----
+
+
+def test_a_file_whose_name_has_brackets_comes_before_a_pattern(tmp_path: Path) -> None:
+    for name in ("data1", "data[1]"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": name, "chosen": "a", "rejected": "b"}])
+    for source, expected in (("data[1].jsonl", "data[1]"), ("data[2-9]*.jsonl", None), ("data[[]1].jsonl", "data[1]")):
+        if expected is None:
+            with pytest.raises(UserError, match="no file matches"):
+                read_pairs(str(tmp_path / source))
+            continue
+        (row,), _ = read_pairs(str(tmp_path / source))
+        assert row["prompt"] == user_turn(expected)
+    assert local_files(str(tmp_path / "data[1].jsonl")) == [tmp_path / "data[1].jsonl"]
+    assert [number for number, _ in own_lines(Source(str(tmp_path / "data[1].jsonl")))] == [1]
