@@ -9,7 +9,9 @@ NAMES: dict[str, Side] = {
     **dict.fromkeys(("first", "a", "one", "left"), "first"),
     **dict.fromkeys(("second", "b", "two", "right"), "second"),
 }
-TIES = ("tie", "tied", "both", "equal", "draw", "same", "neither", "both good", "both bad", "tie (bothbad)")
+TIES = (
+    "tie", "tied", "both", "equal", "draw", "same", "neither", "both good", "both bad", "both_good", "both_bad", "tie (bothbad)",
+)  # fmt: skip
 # `response_1`, "Model A", `assistant-b`: a number behind such a word is the number of the response.
 NUMBERED = re.compile(
     r"(?:response|model|answer|option|assistant|output|candidate|completion|text|summary|reply)[ _-]?(1|2|a|b)"

@@ -263,3 +263,13 @@ def test_a_file_whose_name_has_brackets_comes_before_a_pattern(tmp_path: Path) -
         assert row["prompt"] == user_turn(expected)
     assert local_files(str(tmp_path / "data[1].jsonl")) == [tmp_path / "data[1].jsonl"]
     assert [number for number, _ in own_lines(Source(str(tmp_path / "data[1].jsonl")))] == [1]
+
+
+# ---- Words for a side ----
+
+
+@pytest.mark.parametrize("winner", ["both_bad", "both_good", "Both_Bad"])
+def test_the_arenas_newer_words_for_a_tie_are_ties(tmp_path: Path, winner: str) -> None:
+    sides = {f"conversation_{side}": user_turn("q") + assistant_turn(side) for side in "ab"}
+    (row,), report = rows_of(tmp_path, {**sides, "winner": winner})
+    assert (row["confidence"], report.dropped) == (0.5, {})
