@@ -6,12 +6,13 @@ A file with two responses and a preference may mean many things by it. The value
 |---|---|
 | stated in the recipe (`preference: {0: first, 1: second}`) | as stated |
 | words: first, second, left, right, A, B, response_1, model_b, …; tie, both, equal, … | as they say |
-| 1 and 2, beside them 0 | the number of the response in `response_1` and `response_2`; 0 is a tie |
+| 1 and 2, beside them 0 | the number of the response in `response_1` and `response_2`; 0 is a tie (not in `overall_preference`) |
 | a scale with both signs, such as -3 … 3 (HelpSteer2-preference) | below 0 the first is better, above 0 the second |
 | anything else, such as 0 and 1, -1 and 1, true and false, 1 … 7 | refused, for nobody can know |
 
 A column that is called a strength is a scale whatever its values, unless all of eight rows or more point to one side: in a
 random order of the responses that happens to one file of eight rows in 2^7, and to no larger one that anybody will see.
+`overall_preference` is such a scale in all that is published (HelpSteer3), and without both signs may be a cut of one.
 """
 
 import json
@@ -26,6 +27,7 @@ from rlhf.data.sides import TIES, WORDS_FOR, Side, code_of, named_side, number_o
 from rlhf.errors import UserError
 
 STRENGTHS = ("preference_strength", "strength")
+SIGNED = "overall_preference"
 ONE_SIDED_ROWS = 8
 
 
@@ -136,7 +138,7 @@ def _decide(column: str, counts: Mapping[str, int], source: str, stated: Mapping
     if not numbers:
         return Direction(column, codes, sides)
     numbered = numbered_sides(numbers)
-    if numbered is not None and column not in STRENGTHS:
+    if numbered is not None and column not in (*STRENGTHS, SIGNED):
         return Direction(column, codes, {**sides, **numbered})
     rows = sum(counts[code] for code, number in numbers.items() if number)
     if named or not _is_scale(column, set(numbers.values()) - {0.0}, rows):
