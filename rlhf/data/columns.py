@@ -92,6 +92,8 @@ def named_rows(
         makes = "confidence" not in row and (layout.compares is not None or "status" in row)
         read = {} if plain.meaning is not None else _columns_read(row, plain.columns)
         sentence = _sentence(layout, plain.meaning, read)
+        if layout.direction is not None and plain.columns.get("chosen") is not None:
+            sentence = f"{sentence}; {layout.direction}"
         named.append(NamedRow(number, plain.columns, layout, sentence, plain.is_tie, makes, _parts(row)))
     return named
 
@@ -250,7 +252,10 @@ def _columns_read(row: Mapping[str, object], plain: Mapping[str, object]) -> dic
     joined = {name: row[name] for name in JOINED if not _is_empty(row.get(name))}
     read = joined.keys() - set(unread_parts(joined, texts_in(plain.get("prompt"))))
     values = [value for value in plain.values() if value is not None]
-    return {name: value for name, value in row.items() if value in values or name in read}
+    lists = {
+        name for name, value in row.items() if isinstance(value, list) and value and all(x in values for x in value)
+    }
+    return {name: value for name, value in row.items() if value in values or name in read | lists}
 
 
 def _unknown_label(source: str, label: str, layout: Layout | None) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.data.columns import named_rows
 from rlhf.data.direction import directions, has_two_responses
+from rlhf.data.layouts.layout import Layout
 from rlhf.data.rankings import preference_of
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.data.tidy import UNLIKELY, more_likely_first, tidied
@@ -65,20 +66,25 @@ def lines_of(source: "Source", report: ReadReport, split: str) -> Iterator[Line]
         parts = {name: row.get(name, value) if isinstance(row, dict) else value for name, value in entry.parts.items()}
         is_test = part == "test" and split == "train"
         if entry.layout is not None and entry.meaning is not None:
-            name = f"{entry.layout.name}, ties" if entry.is_tie else entry.layout.name
-            yield Line(entry.number, row, is_test, (name, entry.meaning), entry.makes_confidence, entry.parts)
+            direction = (_name(entry.layout, row, is_tie=entry.is_tie), entry.meaning)
+            yield Line(entry.number, row, is_test, direction, entry.makes_confidence, entry.parts)
             continue
         if not has_two_responses(row) or (preference := preference_of(row)) is None:
             yield Line(entry.number, row, is_test, parts=parts)
             continue
         column, value = preference
-        direction = by_column[column]
         try:
-            pair = direction.as_pair(row)
+            pair = by_column[column].as_pair(row)
         except BadRow as reason:
             report.drop(entry.number, str(reason))
             continue
         likelier = more_likely_first(pair)
         if likelier is not None:
             report.note(entry.number, UNLIKELY)
-        yield Line(entry.number, likelier or pair, is_test, (column, direction.sentence(value)), parts=parts)
+        yield Line(entry.number, likelier or pair, is_test, (column, by_column[column].sentence(value)), parts=parts)
+
+
+def _name(layout: Layout, row: Any, *, is_tie: bool) -> str:
+    """Return under which name the sentence of a public layout's rows is said once: ties and pairs have one of their own."""
+    is_pair = layout.direction is not None and row.get("chosen") is not None
+    return f"{layout.name}, ties" if is_tie else f"{layout.name}, pairs" if is_pair else layout.name

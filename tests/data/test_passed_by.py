@@ -273,3 +273,14 @@ def test_the_arenas_newer_words_for_a_tie_are_ties(tmp_path: Path, winner: str) 
     sides = {f"conversation_{side}": user_turn("q") + assistant_turn(side) for side in "ab"}
     (row,), report = rows_of(tmp_path, {**sides, "winner": winner})
     assert (row["confidence"], report.dropped) == (0.5, {})
+
+
+def test_two_outputs_are_a_pair_and_that_is_said(tmp_path: Path) -> None:
+    """Natural instructions has references there, of which none is better."""
+    rows = [{"instruction": "Name a fruit.", "output": output} for output in ("plum", ["apple", "pear"])]
+    _, report = rows_of(tmp_path, *rows, convert=to_demonstrations)
+    read = "read as Alpaca: `instruction`, `output`"
+    assert list(report.directions.values()) == [
+        read,
+        f'{read}; of two outputs the first is the better one: chosen = "apple"',
+    ]

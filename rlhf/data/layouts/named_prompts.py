@@ -113,4 +113,5 @@ ALPACA = Layout(
     "`instruction` (with `input`, `system`, `history`) and `output`; an `output` of two texts is a pair, the better one first",
     matches=is_alpaca,
     renames=alpaca,
+    direction="of two outputs the first is the better one",
 )
