@@ -67,6 +67,7 @@ def lines_of(source: "Source", report: ReadReport, split: str) -> Iterator[Line]
         is_test = part == "test" and split == "train"
         if entry.layout is not None and entry.meaning is not None:
             direction = (_name(entry.layout, row, is_tie=entry.is_tie), entry.meaning)
+            direction = _changed(*direction) if UNLIKELY in remarks else direction
             yield Line(entry.number, row, is_test, direction, entry.makes_confidence, entry.parts)
             continue
         if not has_two_responses(row) or (preference := preference_of(row)) is None:
@@ -78,10 +79,16 @@ def lines_of(source: "Source", report: ReadReport, split: str) -> Iterator[Line]
         except BadRow as reason:
             report.drop(entry.number, str(reason))
             continue
-        likelier = more_likely_first(pair)
+        likelier, direction = more_likely_first(pair), (column, by_column[column].sentence(value))
         if likelier is not None:
             report.note(entry.number, UNLIKELY)
-        yield Line(entry.number, likelier or pair, is_test, (column, by_column[column].sentence(value)), parts=parts)
+            direction = _changed(*direction)
+        yield Line(entry.number, likelier or pair, is_test, direction, parts=parts)
+
+
+def _changed(name: str, sentence: str) -> tuple[str, str]:
+    """Return the name and the sentence of rows whose answers changed sides, whose chosen answer is the other one."""
+    return f"{name}, sides changed", f"{sentence}, but its `confidence` is below 0.5, so the answers changed sides"
 
 
 def _name(layout: Layout, row: Any, *, is_tie: bool) -> str:

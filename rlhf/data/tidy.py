@@ -109,6 +109,8 @@ def more_likely_first(row: Mapping[str, object]) -> Mapping[str, object] | None:
     for signed in ("margin", "rating_gap"):
         if isinstance(gap := row.get(signed), int | float) and not isinstance(gap, bool):
             changed[signed] = -gap
+    if isinstance(agree := row.get("agree"), int | float) and not isinstance(agree, bool) and 0 <= agree <= 1:
+        changed["agree"] = 1 - agree
     return {**changed, name: 1 - value}
 
 

@@ -284,3 +284,27 @@ def test_two_outputs_are_a_pair_and_that_is_said(tmp_path: Path) -> None:
         read,
         f'{read}; of two outputs the first is the better one: chosen = "apple"',
     ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "label"),
+    [
+        (
+            {"response_0": "zero", "response_1": "one", "better_response_id": 1},
+            "read as PKU-SafeRLHF: `better_response_id` 1",
+        ),
+        ({"response_1": "zero", "response_2": "one", "preference": "second"}, "`preference` second of {second}"),
+    ],
+)
+def test_a_pair_that_changed_sides_says_so(tmp_path: Path, answers: dict[str, Any], label: str) -> None:
+    rows = [{"prompt": "q", **answers, "confidence": confidence, "agree": 0.25} for confidence in (0.25, 0.75)]
+    pairs, report = rows_of(tmp_path, *rows)
+    assert [(answer(row, "chosen"), row["confidence"], row["agree"]) for row in pairs] == [
+        ("zero", 0.75, 0.75),
+        ("one", 0.75, 0.25),
+    ]
+    changed = ", but its `confidence` is below 0.5, so the answers changed sides"
+    assert list(report.directions.values()) == [
+        f'{label}: the second is better{changed}: chosen = "zero"',
+        f'{label}: the second is better: chosen = "one"',
+    ]
