@@ -160,9 +160,10 @@ def _unstated(column: str, codes: Iterable[str], source: str) -> UserError:
     ends = sorted(decided, key=lambda code: (number_of(code) is None, number_of(code) or 0.0, code))
     low, high = ends[0], ends[-1] if len(ends) > 1 else ends[0]
     meaning = f"{low}: first, {high}: second" if low != high else f"{low}: first"
+    known = f" In HelpSteer3 `{column}` is such a scale." if column == SIGNED else ""
     return UserError(
         f"{source}: `{column}` holds {shown}, which does not say which of the two responses is better. State it beside the "
         f"source in the recipe, such as {{source: …, preference: {{{meaning}}}}} (each value is first, second or tie); or give "
         "the file columns that say it: `chosen` and `rejected`, or `preference_strength`, below 0 where the first is better "
-        "and above 0 where the second is."
+        f"and above 0 where the second is.{known}"
     )
