@@ -24,12 +24,13 @@ class JudgedConversations:
     conversation the test side's own file says, and all files together which openings are templates.
 
     Args:
-        test: rows of the test side.
+        names: the conversations, as their own files name them.
+        test: rows of the test side, of these and of other conversations.
         parts: the training rows.
     """
 
-    def __init__(self, test: Sequence[Row[Any]], parts: Parts):
-        self.names = {row.conversation for row in test}
+    def __init__(self, names: set[str], test: Sequence[Row[Any]], parts: Parts):
+        self.names, test = names, [row for row in test if row.conversation in names]
         others = [row for rows in parts.values() for row in rows]
         self.reports: dict[str, set[int]] = {}
         if len({id(row.report) for row in (*test, *others)}) > 1:
@@ -75,7 +76,7 @@ def without_leaks(
         UserError: rows leak, and leakage is "refuse".
     """
     given = {row.key for row in test}
-    conversations = JudgedConversations([row for row in test if row.conversation not in held_out], parts)
+    conversations = JudgedConversations({row.conversation for row in test} - held_out, test, parts)
     leaks = {name: [row for row in rows if row.key in given] for name, rows in parts.items()}
     others = {
         name: [row for row in rows if row.key not in given and conversations.hold(row)] for name, rows in parts.items()

@@ -104,8 +104,7 @@ def prepare_data(folder: Path, sources: DataSources, *, seed: int, fit: Fit | No
     parts = {**parts, "ratings": rated.train} if sources.ratings is not None else parts
     derived = () if sources.prompts else ("prompts",)
     test = [*pairs.test, *prompts.test]
-    ours = JudgedConversations([row for row in test if row.conversation in held_out], parts)
-    ours.names |= held_out
+    ours = JudgedConversations(held_out, test, parts)
     parts = {
         name: keep_only(rows, [row for row in rows if not ours.hold(row)], HELD_OUT) for name, rows in parts.items()
     }
