@@ -74,6 +74,13 @@ def plan_command(
     sharding: Annotated[
         Literal["ddp", "fsdp2"], typer.Option(help="Whether a process holds all of a model (ddp) or its part (fsdp2).")
     ] = "ddp",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A run that has made its data (`rlhf run --until data`): they are counted as they are.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Estimate rows, tokens, steps, memory and time of every stage, before any weights are loaded; writes nothing."""
     from rlhf.pipeline.checks import check_arguments, check_sources
@@ -87,7 +94,7 @@ def plan_command(
         from rlhf.cost.memory import Processes
         from rlhf.pipeline.estimate import estimate
 
-        estimates, notes = estimate(recipe, until=until, processes=Processes(processes or 1, sharding))
+        estimates, notes = estimate(recipe, until=until, processes=Processes(processes or 1, sharding), out=out)
     output.print(estimates_table(recipe.name, estimates))
     if processes is not None:
         output.print(memory_table(recipe.name, estimates, processes=processes, sharding=sharding))

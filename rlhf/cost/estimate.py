@@ -157,7 +157,8 @@ class Estimator:
     ) -> Estimate:
         """Estimate models that share a frozen trunk: it is read once over all pairs, and each trains whole layers above it.
 
-        A forward, and a forward with backward, cost a layer's share of the whole model's; nothing below the top is trained.
+        A forward, and a forward with backward, cost a layer's share of the whole model's; nothing below the top is trained, and
+        nothing is under autocast.
 
         Args:
             trained: pairs that each model trains on.
@@ -167,7 +168,8 @@ class Estimator:
         args = self.training[work.section].args
         depth = self.config.get_text_config().num_hidden_layers
         share = top_layers / depth
-        forward, size = self._time(work.section, mean_shape(shapes)), args.per_device_train_batch_size
+        forward = self._time(work.section, mean_shape(shapes), dtype=self._without_autocast(work.section))
+        size = args.per_device_train_batch_size
         micro_batches = math.ceil(trained / size)
         steps = math.ceil(micro_batches / args.gradient_accumulation_steps) * args.num_train_epochs
         each = args.num_train_epochs * micro_batches * TRAINED_TO_FORWARD + work.scored / size
@@ -275,8 +277,8 @@ class Estimator:
             return 0.0
         key = ("sampling", rows)
         if key not in self._seconds:
-            stretches = stretches_of(self.answers, rows)
-            self._seconds[key] = self._slices_of("ppo", True).seconds_of_sampling(rows, self.prompt, stretches)
+            prompt, stretches = longest_of(self.prompts, rows), stretches_of(self.answers, rows)
+            self._seconds[key] = self._slices_of("ppo", True).seconds_of_sampling(rows, prompt, stretches)
         return self._seconds[key] * answers / rows
 
     def _scoring(self, section: Section, texts: float, lengths: Sequence[int]) -> Scoring:

@@ -6,10 +6,12 @@ backward are straight lines in n. Two points of each line are measured; the rest
 
 import copy
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -21,9 +23,14 @@ from rlhf._trl import add_fused_lm_head
 from rlhf.cost.live import LiveBytes, storages
 
 Model: TypeAlias = PreTrainedModel | PeftModel
-FLOPS_ON_CPU = 1e10  # of one timed pass, a fraction of a second; larger batches are timed in part and scaled
-REPETITIONS = 4
-SHORT, LONG = 4, 12  # tokens of two generations, whose difference is the cost of a step
+FLOPS_ON_CPU = 1e11  # of one timed pass, a second at most; larger batches are timed in part and scaled
+LEAST, MOST, ENOUGH = 5, 25, 2.0  # repetitions of what is timed: as many as there is time for, in seconds
+SHORT, LONG = 4, 12  # tokens of two generations of one layer, whose difference is the cost of a step
+STEPS, FEWEST_STEPS, SECONDS_OF_STEPS = (
+    24,
+    4,
+    3.0,
+)  # of one token, through one and two layers: as many as there is time for
 FUSED = ("log_probs", "entropy", "is_top1")  # what TRL's SFT asks of its head
 clock = time.perf_counter
 
@@ -113,14 +120,14 @@ class Slices:
         """Return the seconds of a forward, with its backward where it trains."""
         part, share = self._part(shape, training=training)
 
-        def forward(model: Model) -> None:
+        def forward(model: Model, *, head: bool = True) -> None:
             with nullcontext() if training else torch.no_grad():
-                loss = self._loss(model, part)
+                loss = self._loss(model, part) if head else self._sum(model, part)
             if training:
                 loss.backward()
                 model.zero_grad()
 
-        return share * self._timed(forward)
+        return share * self._timed(forward, partial(forward, head=False))
 
     def seconds_of_update(self) -> float:
         """Return the seconds of one AdamW step, of the norm of its gradient before that, and of clipping."""
@@ -140,40 +147,70 @@ class Slices:
             model.zero_grad()
         return seconds
 
+    @torch.no_grad()
     def seconds_of_sampling(self, rows: int, prompt: int, stretches: Sequence[tuple[float, float]]) -> float:
         """Return the seconds of sampling an answer to each of so many prompts at once.
+
+        All is timed without autocast, as `rlhf.models.generate` samples.
 
         Args:
             rows: prompts.
             prompt: tokens of each, padding included.
             stretches: tokens that are written one after the other, and by how many rows at once.
         """
+        for model in self.models:
+            model.eval()
         # With fewer rows a token costs less, but not in proportion: a straight line through two numbers of rows.
         part, share = self._part(Shape(rows, prompt, 1), training=False)
-        few = max(1, part.rows // 4)
-        short, long = (self._generated(part.rows, prompt, tokens) for tokens in (SHORT, LONG))
-        token = max(0.0, long - short) / (LONG - SHORT)
-        slope = 0.0
-        if few < part.rows and any(at_work < rows for _, at_work in stretches):
-            fewer = [self._generated(few, prompt, tokens) for tokens in (SHORT, LONG)]
-            slope = max(0.0, token - max(0.0, fewer[1] - fewer[0]) / (LONG - SHORT)) / (part.rows - few)
-        written = sum(tokens * max(0.0, token - slope * (part.rows - at_work / share)) for tokens, at_work in stretches)
-        return share * (max(0.0, short - SHORT * token) + written)
-
-    def _generated(self, rows: int, prompt: int, tokens: int) -> float:
-        """Return the seconds of writing so many tokens after each prompt."""
-        ids = torch.randint(0, self.models[0].config.vocab_size, (rows, prompt), device=self.device)
-
-        def sample(model: Model) -> None:
-            model.eval()
-            with torch.no_grad():  # no autocast, as in `rlhf.models.generate`
-                model.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
-                    min_new_tokens=tokens, max_new_tokens=tokens, use_cache=True,  # a trained checkpoint may say otherwise
-                )  # fmt: skip
+        longest = max(1, int(sum(tokens for tokens, _ in stretches)))
+        token, slope, few = self._step(rows, prompt, longest), 0.0, max(1, rows // 4)
+        if few < rows and any(at_work < rows for _, at_work in stretches):
+            slope = max(0.0, token - self._step(few, prompt, longest)) / (rows - few)
+        written = sum(tokens * max(0.0, token - slope * (rows - at_work)) for tokens, at_work in stretches)
+        reading = self._timed(partial(self._read, prompts=part), partial(self._read, prompts=part, head=False))
+        for model in self.models:
             model.train()
+        return share * reading + written
 
-        return self._timed(sample)
+    def _read(self, model: Model, prompts: Shape, *, head: bool = True) -> None:
+        """Read prompts as before the first token, with logits at the last place; without a head, none."""
+        reader, keep = (model, {"logits_to_keep": 1}) if head else (_decoder(model), {})
+        ids = self._random_ids(prompts.rows, prompts.length)
+        reader(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **keep)
+
+    def _step(self, rows: int, prompt: int, longest: int) -> float:
+        """Return the seconds of writing one token after each of so many prompts.
+
+        Args:
+            longest: tokens of an answer; the model may have no place for more.
+        """
+        ids = self._random_ids(rows, 1)
+        short, long = (self._median(partial(self._generate, ids, tokens)) for tokens in (SHORT, LONG))
+        one = max(0.0, long - short) / (LONG - SHORT)
+        of_one, of_two = (self._next_token(model, ids, prompt) for model in self.models)
+        return Line(one, one + self._layer(of_one, of_two, min(MOST, longest))).at(self.layers)
+
+    def _generate(self, ids: Tensor, tokens: int) -> None:
+        """Sample so many tokens after each prompt with the model of one layer."""
+        self.models[0].generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
+            min_new_tokens=tokens, max_new_tokens=tokens, use_cache=True,  # a trained checkpoint may say otherwise
+        )  # fmt: skip
+
+    def _next_token(self, model: Model, ids: Tensor, prompt: int) -> Callable[[], object]:
+        """Return what reads one more token of each row without a head, behind a prompt that was read before.
+
+        Args:
+            ids: [rows, 1].
+            prompt: its tokens.
+        """
+        decoder = _decoder(model)
+        read = decoder(input_ids=ids[:1].expand(1, max(1, prompt - 1)), use_cache=True)
+        cache = getattr(read, "past_key_values", None)
+        if cache is None:  # a model that keeps its state elsewhere; a step costs it the same after any prompt
+            return partial(decoder, input_ids=ids)
+        cache.reorder_cache(ids.new_zeros(len(ids)))  # the one row in all places: cheaper than to read them all
+        return partial(decoder, input_ids=ids, past_key_values=cache, use_cache=True)
 
     def _part(self, shape: Shape, *, training: bool) -> tuple[Shape, float]:
         """Return the shape with as many rows as a slow machine can time, and what their cost is to be multiplied with."""
@@ -191,7 +228,7 @@ class Slices:
 
     def _loss(self, model: Model, shape: Shape) -> Tensor:
         """Return the loss of a forward over random tokens."""
-        ids = torch.randint(0, model.config.vocab_size, (shape.rows, shape.length), device=self.device)
+        ids = self._random_ids(shape.rows, shape.length)
         keep = {"logits_to_keep": shape.answer} if shape.has_logits else {}
         with self._precision():
             if self.fused_head:
@@ -200,6 +237,17 @@ class Slices:
             if not shape.has_logits:
                 return output.last_hidden_state.float().sum()
             return nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), ids[:, -shape.answer :].flatten())
+
+    def _sum(self, model: Model, shape: Shape) -> Tensor:
+        """Return something to differentiate of a forward over random tokens without a head."""
+        ids = self._random_ids(shape.rows, shape.length)
+        with self._precision():
+            hidden: Tensor = _decoder(model)(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+            return hidden.float().sum()
+
+    def _random_ids(self, rows: int, length: int) -> Tensor:
+        """Return token ids [rows, length]."""
+        return torch.randint(0, self.models[0].config.vocab_size, (rows, length), device=self.device)
 
     def _peak(self, model: Model, shape: Shape, *, training: bool) -> float:
         """Return the bytes that live at once in a forward of one model, with its backward where it trains."""
@@ -216,23 +264,41 @@ class Slices:
             handle.remove()
         return float(live.peak)
 
-    def _timed(self, work: Callable[[Model], object]) -> float:
+    def _timed(self, work: Callable[[Model], object], layers: Callable[[Model], object] | None = None) -> float:
         """Return the seconds of a piece of work on the whole model.
 
-        Both models take turns, so that a busy moment of the machine comes into both; the shortest of some times is that of
-        the work and of nothing else. A first time is not counted.
-        """
-        for model in self.models:
-            work(model)
-        seconds = [[self._clocked(work, model) for model in self.models] for _ in range(REPETITIONS)]
-        one, two = (min(column) for column in zip(*seconds, strict=True))
-        return Line(one, two).at(self.layers)
+        A head takes longer than a layer, and its noise, times the depth, would be all that the difference of two models shows.
+        So it is timed with one layer, and what a layer adds without it.
 
-    def _clocked(self, work: Callable[[Model], object], model: Model) -> float:
-        """Return the seconds of a piece of work on one model."""
+        Args:
+            work: on a model.
+            layers: the same without what is there once at any depth; None where there is nothing of that kind.
+        """
+        one = self._median(partial(work, self.models[0]))
+        of_one, of_two = (partial(layers or work, model) for model in self.models)
+        return Line(one, one + self._layer(of_one, of_two)).at(self.layers)
+
+    def _layer(self, one: Callable[[], object], two: Callable[[], object], most: int = MOST) -> float:
+        """Return the seconds that a layer adds, of the same work through one layer and through two.
+
+        They take turns, so that a busy moment of the machine comes into both.
+        """
+
+        def difference() -> float:
+            before = self._clocked(one)
+            return self._clocked(two) - before
+
+        return _median(difference, most)
+
+    def _median(self, work: Callable[[], object]) -> float:
+        """Return the median of the seconds of some repetitions."""
+        return _median(partial(self._clocked, work))
+
+    def _clocked(self, work: Callable[[], object]) -> float:
+        """Return the seconds of a piece of work."""
         self._wait()
         begin = clock()
-        work(model)
+        work()
         self._wait()
         return clock() - begin
 
@@ -270,7 +336,7 @@ def slices(
         shallow = copy.deepcopy(text)
         shallow.num_hidden_layers = layers
         shallow.use_cache = False  # sampling asks for one
-        if getattr(shallow, "layer_types", None):
+        if vars(shallow).get("layer_types"):  # of some models it is a property, which follows from the depth
             shallow.layer_types = shallow.layer_types[:layers]
         auto = AutoModelForCausalLM if has_logits else AutoModel
         model: Model = auto.from_config(shallow, dtype=dtype).to(device)
@@ -284,6 +350,23 @@ def slices(
         models.append(model)
     gc.collect()
     return Slices((models[0], models[1]), text.num_hidden_layers, device, autocast, fused_head)
+
+
+def _median(measure: Callable[[], float], most: int = MOST) -> float:
+    """Return the median of some measurements, as many as there is time for; the first, which warms up, is not counted."""
+    measure()
+    values: list[float] = []
+    begin = clock()
+    while len(values) < most and (len(values) < LEAST or clock() - begin < ENOUGH):
+        values.append(measure())
+    return statistics.median(values)
+
+
+def _decoder(model: Model) -> nn.Module:
+    """Return a model without its head; adapters are in its layers."""
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder: nn.Module = whole.get_decoder() if whole.get_output_embeddings() is not None else whole
+    return decoder
 
 
 def _for_task(adapter: LoraConfig, *, has_logits: bool) -> LoraConfig:

@@ -5,13 +5,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from rlhf.data.canonical import RATINGS
+from rlhf.data.canonical import RATINGS, rating_gap
 from rlhf.data.layouts import PUBLIC, find_layout
 from rlhf.data.layouts.layout import BESIDE, Layout
 from rlhf.data.messages import texts_in
 from rlhf.data.rankings import PREFERENCES, RESPONSES
 from rlhf.data.read import BadRow, ReadReport
-from rlhf.data.rows import CRITIQUES
+from rlhf.data.rows import CRITIQUES, Pair
 from rlhf.data.tables import as_number
 from rlhf.errors import UserError
 
@@ -24,6 +24,13 @@ ANSWERS = ("chosen", "rejected", "messages", "completion", "response_1", "respon
 # What may be a part of the prompt, and stands beside it in many files; the first are joined to it by some layouts.
 JOINED = ("question", "instruction", "input", "query", "history")
 PARTS = ("context", "input", "history", "passage", "document")
+# What a label may have beside it, and under which name a pair has it where it is read.
+OF_LABELS = {
+    **{name: name for name in ("margin", "confidence", "weight", *CRITIQUES)},
+    **{name: "rating_gap" for names in RATINGS for name in names},
+    "soft_label": "confidence",
+}
+UNREAD_OF_LABEL = "`{}` beside these answers is not read"
 UNREAD_PART = (
     "`{}` beside the prompt is not read; if it is a part of the prompt, join the two in the file, or name another column by "
     "`columns`"
@@ -38,7 +45,7 @@ class NamedRow(NamedTuple):
         meaning: what its label says; None where the columns' names say it.
         is_tie: its label calls the answers equal.
         makes_confidence: its `confidence` comes from the layout, and may be missing beside it.
-        parts: its columns of `PARTS`, which a layout may have read or not.
+        parts: its columns of `PARTS` and `OF_LABELS`, which a layout may have read or not.
     """
 
     number: int
@@ -104,8 +111,17 @@ def unread_parts(parts: Mapping[str, object], texts: Iterable[str]) -> list[str]
     return [name for name, value in parts.items() if any(_words([text]) not in asked for text in texts_in(value))]
 
 
+def unread_of_labels(parts: Mapping[str, object], pairs: Sequence[Pair]) -> list[str]:
+    """Return the names of those columns of `OF_LABELS` that none of a row's pairs has; one rating alone is none."""
+    has_ratings = rating_gap(parts) is not None
+    known = {name: read_as for name, read_as in OF_LABELS.items() if has_ratings or read_as != "rating_gap"}
+    return [name for name, read_as in known.items() if name in parts and not any(read_as in pair for pair in pairs)]
+
+
 def _parts(row: object) -> dict[str, object]:
-    return {name: row[name] for name in PARTS if not _is_empty(row.get(name))} if isinstance(row, Mapping) else {}
+    if not isinstance(row, Mapping):
+        return {}
+    return {name: row[name] for name in (*PARTS, *OF_LABELS) if not _is_empty(row.get(name))}
 
 
 def _words(texts: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Literal, NotRequired, TypedDict, cast
 
@@ -159,11 +160,13 @@ def completion(row: Demonstration) -> str:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Return the identity of a prompt, a sha256: prompts that differ in blanks and case only are one prompt.
+    r"""Return the identity of a prompt, a sha256: prompts that differ in blanks, case and Unicode's forms of a letter are one.
 
     A string is a single user turn.
 
     >>> prompt_key([{"role": "user", "content": "Hi  there"}]) == prompt_key("hi there ")
+    True
+    >>> prompt_key("Caf\u00e9?") == prompt_key("Cafe\u0301?")
     True
     """
     return prefix_keys(user_turn(prompt) if isinstance(prompt, str) else prompt)[-1]
@@ -178,7 +181,8 @@ def prefix_keys(turns: Messages) -> list[str]:
     """
     text, calls, keys, has_calls = hashlib.sha256(), list[object](), list[str](), False
     for i, turn in enumerate(turns):
-        words = f"{turn['role']}\x1e{' '.join(turn['content'].split()).casefold()}"
+        content = unicodedata.normalize("NFC", " ".join(turn["content"].split())).casefold()
+        words = f"{turn['role']}\x1e{content}"
         text.update((f"\x1f{words}" if i else words).encode())
         calls.append(turn.get("tool_calls"))
         has_calls |= "tool_calls" in turn

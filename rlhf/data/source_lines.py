@@ -23,7 +23,7 @@ class Line(NamedTuple):
         direction: the column or layout that says which of its answers is better, and a sentence that says how; None where its
             layout does.
         makes_confidence: `confidence` comes from the layout, and may be missing in the rows beside.
-        parts: its columns that may be parts of the prompt, whether or not a layout read them.
+        parts: its columns that may be parts of the prompt or say more of the label, whether or not a layout read them.
     """
 
     number: int

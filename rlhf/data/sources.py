@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from rlhf.data.canonical import oddities
-from rlhf.data.columns import UNREAD_PART, unread_parts
+from rlhf.data.columns import PARTS, UNREAD_OF_LABEL, UNREAD_PART, unread_of_labels, unread_parts
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.direction import example
 from rlhf.data.layouts import find_layout
@@ -156,6 +156,8 @@ def to_pairs(lines: Iterable[Line], report: ReadReport) -> Iterator[Row[Pair]]:
             report.note(line.number, "pairs made of rankings", count=len(pairs))
         if pairs:
             _say_direction(line, layout, answer(pairs[0], "chosen"), report)
+            for name in unread_of_labels(line.parts, pairs):
+                report.note(line.number, UNREAD_OF_LABEL.format(name))
         elif layout.ratings is None:  # those are compared with other rows'
             raise BadRow("holds no two different answers of which one is better")
         return pairs
@@ -227,7 +229,8 @@ def _converted(
 
 
 def _note_unread_parts(line: Line, prompts: Iterable[Messages], report: ReadReport) -> None:
-    for name in unread_parts(line.parts, [turn["content"] for prompt in prompts for turn in prompt]):
+    parts = {name: line.parts[name] for name in PARTS if name in line.parts}
+    for name in unread_parts(parts, [turn["content"] for prompt in prompts for turn in prompt]):
         report.note(line.number, UNREAD_PART.format(name))
 
 

@@ -38,6 +38,7 @@ from rlhf.pipeline.audited import (
 from rlhf.pipeline.cleaned import write_cleaned
 from rlhf.pipeline.digests import named_digests
 from rlhf.pipeline.looked import EXPERT_ERROR
+from rlhf.pipeline.store import Store
 from rlhf.pipeline.training import quiet_libraries
 from rlhf.pipeline.vote import vote
 from rlhf.recipe import Recipe
@@ -104,8 +105,7 @@ def audit(
     compare = compare or ("answers" if recipe is None else recipe.data.compare)
     seed = 0 if recipe is None else recipe.seed
     key = _key(source, compare, model, settings, shape, seed)
-    finished = _finished(out, key, meter=meter)
-    if finished is not None:
+    if (finished := _finished(out, key, meter=meter)) is not None:
         say(f"{out}: done before")
         if meter:
             for sentence in priced_before(finished["meter"], budget, expert_error):
@@ -115,8 +115,7 @@ def audit(
     # 1. Read and count; what can't be done is said before anything is made.
     if shape["in_sample"]:
         raise UserError(
-            "--recipe: vote.in_sample: voters agree with labels that they were trained on, so they can't find the wrong ones; "
-            "leave it out."
+            "--recipe: vote.in_sample: voters agree with labels that they were trained on, wrong ones too; leave it out."
         )
     read, rows, report = _read_labelled(source, model, compare, say)
     _check_voter(model)
@@ -124,12 +123,12 @@ def audit(
         check_budget(budget, [row.values for row in rows], source.source)
     unmeasured = _why_no_meter(len(rows), shape) if meter else None
     values: list[Any] = [row.values for row in rows]
-    prompts = [pair["prompt"] for pair in values]
-    plan_vote(prompts, seed=seed, **{name: shape[name] for name in ("members", "folds", "in_sample")})
+    drawn = {name: shape[name] for name in ("members", "folds", "in_sample")}
+    plan_vote([pair["prompt"] for pair in values], seed=seed, **drawn)
 
     # 2. Vote; with the meter, also by voters on parts of the labels.
     on_parts = meter and unmeasured is None
-    (out / WORK).mkdir(parents=True, exist_ok=True)
+    lock = Store(out / WORK).lock()
     write_text(out / WORK / "key.json", json.dumps(key))
     if on_parts:
         cost = f"{sum(PARTS):.0%} of the time of {shape['folds']} voters"
@@ -163,6 +162,7 @@ def audit(
     write_page(out, result, audited, wants)
     shutil.rmtree(out / WORK)
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    lock.release()
     return result
 
 

@@ -30,7 +30,7 @@ from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.reward import CALIBRATION_SAMPLES
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stages import base_texts, run_data, run_lab
-from rlhf.pipeline.store import Stage
+from rlhf.pipeline.store import Stage, Store
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.objectives import OBJECTIVES
@@ -41,25 +41,27 @@ LARGE_SHARE = 1 / 3  # of the time: what evaluation takes is said from here on
 GOLDEN = (30,) * 11 + (LONG,)  # tokens, about, of the texts of a certificate
 
 UNKNOWN_ANSWERS = (
-    "lab: the backbone's answers are not sampled for this; each is taken to be as long as may be, an upper bound."
+    "lab: the backbone's answers are not sampled for this; each is taken to be as long as may be, an upper bound. "
+    "`rlhf run --until data` samples them, and `rlhf plan --out` of that run counts them."
 )
 
 
 def estimate(
-    recipe: Recipe, *, until: str | None = None, processes: Processes = ONE_PROCESS
+    recipe: Recipe, *, until: str | None = None, processes: Processes = ONE_PROCESS, out: Path | None = None
 ) -> tuple[list[Estimate], list[str]]:
     """Estimate every stage of a recipe that trains or samples, and say what there is to know about these figures.
 
     Args:
         until: the last stage, as `rlhf run --until` takes it.
         processes: of the launch; figures are those of one of them.
+        out: a run of the recipe that has its data, which are then counted as they are; None makes them, as far as no model runs.
 
     Raises:
-        UserError: the data or the model's configuration can't be read.
+        UserError: the data or the model's configuration can't be read, or `out` has no data of this recipe.
     """
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        config, sizes = model_and_sizes(recipe, Path(folder))
+        config, sizes = model_and_sizes(recipe, Path(folder), out)
     training = section_training(recipe)
     stages, ppo = stages_until(plan(recipe), until), training["ppo"].args
     works = [work_of(stage, recipe, sizes, ppo, processes.count) for stage in stages]
@@ -70,7 +72,7 @@ def estimate(
     ]
     return estimates, [
         *sizes.notes,
-        *([UNKNOWN_ANSWERS] if recipe.lab is not None and recipe.lab.is_sampled else []),
+        *([UNKNOWN_ANSWERS] if out is None and recipe.lab is not None and recipe.lab.is_sampled else []),
         *_evaluation_note(estimates, recipe.evaluate.prompts),
         *_not_counted(recipe),
         *_notes_of_processes(recipe, processes, alone, training),
@@ -130,16 +132,25 @@ def _not_counted(recipe: Recipe) -> list[str]:
 # ---- Model and data ----
 
 
-def model_and_sizes(recipe: Recipe, folder: Path) -> tuple[PretrainedConfig, Sizes]:
-    """Return the model's configuration and the sizes of the data, which the run's own stages make in a folder.
+def model_and_sizes(recipe: Recipe, folder: Path, out: Path | None = None) -> tuple[PretrainedConfig, Sizes]:
+    """Return the model's configuration and the sizes of the data.
+
+    Args:
+        folder: where the run's own stages make the data.
+        out: a run that has made them, in whose folder they are then counted.
 
     Raises:
         UserError: the data or the model's configuration can't be read, or lie on a hub where that is not enough.
     """
-    # 1. The data: the lab's, or local files.
-    hub = hub_data(recipe)
-    parents = make_data(recipe, folder)
-    data, longest_answer = folder / "round-0/data", _longest_answer(recipe)
+    # 1. The data: a run's; or made as far as no model runs, and of those on a hub only the caps are known.
+    hub: list[str] = []
+    if out is None:
+        hub = hub_data(recipe)
+        make_data(recipe, folder)
+    else:
+        _require_data(recipe, out)
+    root, longest_answer = out or folder, _longest_answer(recipe)
+    data = root / "round-0/data"
 
     # 2. The model's shape and its tokenizer.
     if recipe.backbone.from_scratch is not None:
@@ -151,7 +162,7 @@ def model_and_sizes(recipe: Recipe, folder: Path) -> tuple[PretrainedConfig, Siz
         texts = base_texts(data / "data")
         tokenizer, config = design_base(texts, architecture=settings.pop("architecture"), settings=settings)
         return config, count_sizes(data / "data", tokenizer, longest_answer=longest_answer)
-    name: str | Path | None = recipe.backbone.model or parents["lab"] / "model"
+    name: str | Path | None = recipe.backbone.model or root / "round-0/lab/model"
     assert name is not None, "the recipe's check wants a backbone, a lab or from_scratch"
     try:
         config = open_config(find_source(name).base, recipe.backbone.revision)
@@ -163,13 +174,27 @@ def model_and_sizes(recipe: Recipe, folder: Path) -> tuple[PretrainedConfig, Siz
     return config, count_sizes(data / "data", tokenizer, longest_answer=longest_answer)
 
 
+def _require_data(recipe: Recipe, out: Path) -> None:
+    """Refuse a run that has not made this recipe's data.
+
+    Raises:
+        UserError: it has none, or those of other settings.
+    """
+    store = Store(out)
+    data = next(stage for stage in plan(recipe) if stage.name == "data")
+    if not store.is_done(data):
+        raise UserError(
+            f"{store.path(data)}: has no data yet; run the recipe with `--until data` first, or leave --out away."
+        )
+
+
 def hub_data(recipe: Recipe) -> list[str]:
     """Return the keys whose data lie on a hub, "data.preferences"."""
     return [f"data.{name}" for name in DATA_SOURCES for s in recipe.data.sources(name) if not is_local(s.source)]
 
 
-def make_data(recipe: Recipe, folder: Path, *, fit: Fit | None = None) -> dict[str, Path]:
-    """Make the lab and read the data as the run's own stages do, but for data on a hub; return the lab's folder by its name.
+def make_data(recipe: Recipe, folder: Path, *, fit: Fit | None = None) -> None:
+    """Make the lab and read the data as the run's own stages do, but for data on a hub.
 
     What a model would have to answer first has the longest answers there may be.
 
@@ -186,7 +211,6 @@ def make_data(recipe: Recipe, folder: Path, *, fit: Fit | None = None) -> dict[s
         run_lab(StageContext(recipe, parents["lab"], {}, lambda _: None), stand_in_answers(_longest_answer(recipe)))
     if not hub_data(recipe):
         run_data(StageContext(recipe, folder / "round-0/data", parents, lambda _: None), fit)
-    return parents
 
 
 def _longest_answer(recipe: Recipe) -> int:

@@ -147,10 +147,16 @@ def _token_rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
     return batch["input_ids"].tolist() if "input_ids" in batch else []
 
 
+def _has_conversations(dataset: Dataset) -> bool:
+    """Tell whether a dataset's rows are prompts and answers as conversations, not yet encoded."""
+    return {"prompt", "completion"} <= set(dataset.column_names) and isinstance(dataset[0]["prompt"], list)
+
+
 class StageSFTTrainer(InStage, SFTTrainer):
     """`trl.SFTTrainer` in a stage.
 
-    Where somebody typed a special token, or an answer was cut off, the demonstrations are encoded here: as words, without an end.
+    Conversations are encoded here: behind the very ids that sampling begins with, typed special tokens as words, and an answer
+    that was cut off without an end. With `assistant_only_loss`, whose mask the template gives, TRL encodes them.
     """
 
     def _prepare_dataset(
@@ -160,9 +166,8 @@ class StageSFTTrainer(InStage, SFTTrainer):
         args: SFTConfig,
         *others: Any,
     ) -> Dataset | IterableDataset:
-        if isinstance(dataset, Dataset) and {"prompt", "completion"} <= set(dataset.column_names):
-            conversations = (row["prompt"] + row["completion"] for row in dataset)
-            typed = sum(is_typed(processing_class, turns) for turns in conversations if isinstance(turns, list))
+        if isinstance(dataset, Dataset) and _has_conversations(dataset):
+            typed = sum(is_typed(processing_class, row["prompt"] + row["completion"]) for row in dataset)
             if typed and args.assistant_only_loss:
                 warnings.warn(
                     f"sft: {typed} of {len(dataset)} demonstrations hold typed special tokens, which assistant_only_loss can only "
@@ -176,7 +181,7 @@ class StageSFTTrainer(InStage, SFTTrainer):
                     "leave assistant_only_loss out (the loss is on the answers anyway).",
                     stacklevel=2,
                 )
-            if (typed or cut) and not args.assistant_only_loss:
+            if not args.assistant_only_loss:
                 dataset = dataset.map(encode_demonstrations, batched=True, fn_kwargs={"tokenizer": processing_class})
         return super()._prepare_dataset(dataset, processing_class, args, *others)
 

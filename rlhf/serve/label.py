@@ -63,8 +63,8 @@ def label_app(
         # 1. A link with a token becomes a cookie, so that the secret leaves the address bar.
         if token is not None:
             name = annotator_of(token)
-            return refused() if name is None else _remembered(name, token)
-        annotator = annotator_of(request.cookies.get(COOKIE if person is None else f"{COOKIE}_{person}"))
+            return refused() if name is None else _remembered(request, name, token)
+        annotator = annotator_of(request.cookies.get(_cookie(request, person)))
         if annotator is None:
             return refused()
 
@@ -108,7 +108,7 @@ def label_app(
         # 1. The form says for whom it was drawn; the cookie may by now be that of somebody else in the same browser.
         if form is None:
             return page("unknown", {"back": back(request, form)}, status=400)
-        cookie = request.cookies.get(COOKIE)
+        cookie = request.cookies.get(_cookie(request))
         annotator = annotator_of(form.get("token", cookie)) if _is_own_page(request) else None
         if annotator is None:
             return refused()
@@ -150,12 +150,18 @@ def _side_on_the_left(annotator: str, question: Question) -> str:
     return "second" if shows_second_on_the_left(annotator, question.id) else "first"
 
 
-def _remembered(annotator: str, token: str) -> Response:
+def _remembered(request: Request, annotator: str, token: str) -> Response:
     """Return the way to the page, with two cookies: `/` is the last person's in this browser, `/?person=…` everybody's own."""
     response = RedirectResponse("/", 303)
-    for cookie in (COOKIE, f"{COOKIE}_{_person_id(annotator)}"):
+    for cookie in (_cookie(request), _cookie(request, _person_id(annotator))):
         response.set_cookie(cookie, token, httponly=True, samesite="strict")
     return response
+
+
+def _cookie(request: Request, person: str | None = None) -> str:
+    """Return the name of a cookie: all ports of a host have their cookies in common, and on another one other people label."""
+    port = request.headers.get("host", "").rpartition(":")[2]
+    return "_".join([COOKIE, *([port] if port.isascii() and port.isdecimal() else []), *([person] if person else [])])
 
 
 def _label(choice: str, left_side: str) -> str | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig, Qwen3Config
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.cost.live import LiveBytes, storages
@@ -129,29 +129,110 @@ def test_a_slow_machine_times_a_part_of_the_batch_and_counts_the_rest() -> None:
     assert found._part(SHAPE, training=True) == (SHAPE, 1.0)
 
 
-def test_sampling_takes_a_forward_a_token_and_training_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With forwards for seconds, in place of a clock."""
-    found = slices(LlamaConfig(num_hidden_layers=4, **SIZES), has_logits=True, device=CPU)
-    calls: list[int] = []
-    for model in found.models:
-        model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+class Work:
+    """A clock that counts work: a second for a layer, whatever it reads, a tenth for each of its tokens; 50 and a fifth for a head."""
 
-    def count(work: Any) -> float:
-        calls.clear()
-        work(found.models[0])
-        return float(len(calls))
+    def __init__(self, found: Slices):
+        self.now = 0.0
+        for model in found.models:
+            for layer in model.model.layers:
+                layer.register_forward_pre_hook(self._tick(1.0, 0.1), with_kwargs=True)
+            model.lm_head.register_forward_pre_hook(self._tick(50.0, 0.2), with_kwargs=True)
 
-    monkeypatch.setattr(Slices, "_timed", lambda _, work: count(work))
-    assert found.seconds_of_sampling(2, 5, [(16.0, 2.0), (16.0, 2.0), (8.0, 2.0)]) == 40
-    assert found.seconds(SHAPE, training=True) == found.seconds(SHAPE, training=False) == 1
+    def _tick(self, once: float, token: float) -> Any:
+        def hook(_module: Any, args: Any, kwargs: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.now += once + token * hidden.shape[0] * hidden.shape[1]
+
+        return hook
+
+
+@pytest.fixture
+def found_and_work(monkeypatch: pytest.MonkeyPatch) -> tuple[Slices, Work]:
+    found = slices(LlamaConfig(num_hidden_layers=6, **SIZES), has_logits=True, device=CPU)
+    work = Work(found)
+    monkeypatch.setattr("rlhf.cost.slices.clock", lambda: work.now)
+    return found, work
+
+
+def test_a_forward_takes_each_layer_once_and_the_head_once(found_and_work: tuple[Slices, Work]) -> None:
+    found, _ = found_and_work
+    layer, head = 1 + 0.1 * 3 * 20, 50 + 0.2 * 3 * 8
+    assert found.seconds(SHAPE, training=False) == pytest.approx(6 * layer + head)
+    assert found.seconds(SHAPE, training=True) == pytest.approx(6 * layer + head)
     assert found.seconds_of_update() == 0
 
 
-def test_a_token_costs_less_with_fewer_rows_but_not_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 3 seconds for a prompt, and 1 + rows / 10 for each token."""
-    found = slices(LlamaConfig(num_hidden_layers=2, **SIZES), has_logits=True, device=CPU)
-    monkeypatch.setattr(Slices, "_generated", lambda _, rows, prompt, tokens: 3 + tokens * (1 + rows / 10))
-    assert found.seconds_of_sampling(40, 5, [(16.0, 40.0), (10.0, 5.0)]) == pytest.approx(3 + 16 * 5 + 10 * 1.5)
+def test_a_token_takes_a_step_of_all_rows_that_are_at_work(found_and_work: tuple[Slices, Work]) -> None:
+    """The cost of a step has a part that is the same for any number of rows, so it is no sum over rows."""
+    found, _ = found_and_work
+
+    def step(rows: float, tokens: float = 1.0) -> float:
+        return 6 * (1 + 0.1 * rows * tokens) + 50 + 0.2 * rows
+
+    assert found.seconds_of_sampling(2, 5, [(16.0, 2.0), (16.0, 2.0), (8.0, 2.0)]) == pytest.approx(
+        step(2, 5) + 40 * step(2)
+    )
+    written = 16 * step(40) + 10 * step(5)
+    assert found.seconds_of_sampling(40, 5, [(16.0, 40.0), (10.0, 5.0)]) == pytest.approx(step(40, 5) + written)
+
+
+def test_a_step_is_timed_behind_the_whole_prompt_and_never_past_the_answer() -> None:
+    """A model with learned positions has no place behind them."""
+    found = slices(LlamaConfig(num_hidden_layers=6, **SIZES), has_logits=True, device=CPU)
+    lengths: list[int] = []
+
+    def look(_module: Any, _args: Any, kwargs: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        lengths.append(int(cache.get_seq_length()) if cache is not None else 0)
+
+    found.models[0].model.register_forward_pre_hook(look, with_kwargs=True)
+    with torch.no_grad():
+        of_one, of_two = (found._next_token(model, torch.ones(7, 1, dtype=torch.long), 30) for model in found.models)
+        found._layer(of_one, of_two, 4)
+    assert lengths == [0, 29, 30, 31, 32, 33], "before each: of the prompt but for its end, and of what follows"
+
+
+@pytest.mark.parametrize("busy", [3, 4])
+def test_a_busy_moment_is_not_multiplied_by_the_depth(busy: int, found_and_work: tuple[Slices, Work]) -> None:
+    found, work = found_and_work
+    calls = iter(range(10**6))
+
+    def of_one() -> None:
+        work.now += 1.0 + 100.0 * (next(calls) % 5 == busy)
+
+    def of_two() -> None:
+        work.now += 3.0
+
+    assert found._layer(of_one, of_two) == 2.0
+
+
+def test_gradient_checkpointing_does_not_take_the_cache_from_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = slices(LlamaConfig(num_hidden_layers=2, **SIZES), has_logits=True, device=CPU, checkpointing=True)
+    work = Work(found)
+    monkeypatch.setattr("rlhf.cost.slices.clock", lambda: work.now)
+    assert found.seconds_of_sampling(2, 5, [(16.0, 2.0)]) == pytest.approx(
+        2 * (1 + 0.1 * 10) + 50 + 0.2 * 2 + 16 * (2 * 1.2 + 50.4)
+    )
+    assert all(model.training for model in found.models)
+
+
+def test_an_adapter_is_in_what_a_layer_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = slices(LlamaConfig(num_hidden_layers=5, **SIZES), has_logits=True, device=CPU, adapter=LORA)
+    reads: list[Any] = []
+    for model in found.models:
+        for name, module in model.named_modules():
+            if name.endswith("q_proj.lora_A.default"):
+                module.register_forward_hook(lambda *_: reads.append(1))
+    monkeypatch.setattr("rlhf.cost.slices.clock", lambda: float(len(reads)))
+    assert found.seconds(SHAPE, training=True) == 5
+    assert found.seconds_of_sampling(2, 5, [(16.0, 2.0)]) == 5 + 16 * 5
+
+
+def test_a_model_that_keeps_no_cache_reads_one_token() -> None:
+    config = MambaConfig(num_hidden_layers=3, hidden_size=16, state_size=4, vocab_size=50)
+    found = slices(config, has_logits=True, device=CPU)
+    assert found.seconds_of_sampling(2, 5, [(4.0, 2.0)]) > 0
 
 
 def test_a_clock_measures_both() -> None:

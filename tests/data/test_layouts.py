@@ -13,7 +13,7 @@ from rlhf.data.layouts import LAYOUTS, annotated, arena, find_layout, pku, shp, 
 from rlhf.data.layouts.layout import Layout
 from rlhf.data.prepare import DataSources, prepare_data
 from rlhf.data.read import BadRow, ReadReport
-from rlhf.data.rows import Pair, answer, assistant_turn, completion, user_turn
+from rlhf.data.rows import Compare, Pair, answer, assistant_turn, completion, user_turn
 from rlhf.data.sources import Source, read_pairs, read_sources, to_demonstrations
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
@@ -179,6 +179,42 @@ def test_the_safer_response_is_a_key(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "plain.jsonl", [PAIR])
     with pytest.raises(UserError, match="take the key out"):
         read(tmp_path / "plain.jsonl", label="safer_response_id")
+
+
+def mt_bench(number: int, last: str) -> list[dict[str, str]]:
+    return [
+        turn("user", f"say {number}"),
+        turn("assistant", f"{last} one"),
+        turn("user", "and?"),
+        turn("assistant", last),
+    ]
+
+
+@pytest.mark.parametrize("compare", ["answers", "conversations"])
+def test_a_verdict_on_the_first_turn_says_nothing_of_the_second(compare: Compare, tmp_path: Path) -> None:
+    """MT-Bench's human judgments: each pair of two-turn conversations is judged after its first and after its second answer."""
+    rows = [
+        {"conversation_a": mt_bench(i, "a"), "conversation_b": mt_bench(i, "b"), "winner": winner, "turn": number}
+        for i in range(20)
+        for number, winner in ((1, "model_a"), (2, "model_b"))
+    ]
+    write_jsonl(tmp_path / "judgments.jsonl", rows)
+    pairs, report = read_pairs(str(tmp_path / "judgments.jsonl"), compare=compare)
+    first = [pair for pair in pairs if len(pair["prompt"]) + len(pair["chosen"]) == 2]
+    assert len(first) == 20
+    assert {pair["chosen"][-1]["content"] for pair in first} == {"a one"}
+    whole = [pair for pair in pairs if pair not in first]
+    if compare == "answers":  # they part at their first answer
+        assert (whole, sum(report.dropped.values())) == ([], 20)
+    else:
+        assert {pair["chosen"][-1]["content"] for pair in whole} == {"b"}
+
+
+@pytest.mark.parametrize("number", [2, 3, 0, None, "first"])
+def test_the_arenas_count_of_turns_cuts_nothing(number: object) -> None:
+    row = {"conversation_a": mt_bench(0, "a"), "conversation_b": mt_bench(0, "b"), "winner": "model_a", "turn": number}
+    compared = arena.comparison(row, "winner")
+    assert (compared.first, compared.second) == (row["conversation_a"], row["conversation_b"])
 
 
 @pytest.mark.parametrize(

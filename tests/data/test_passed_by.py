@@ -308,3 +308,52 @@ def test_a_pair_that_changed_sides_says_so(tmp_path: Path, answers: dict[str, An
         f'{label}: the second is better{changed}: chosen = "zero"',
         f'{label}: the second is better: chosen = "one"',
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        (
+            {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 2, "confidence": 0.9},
+            "confidence",
+        ),
+        ({"prompt": "a", "responses": [{"text": "b", "rank": 1}, {"text": "c", "rank": 2}], "margin": 1.5}, "margin"),
+        (
+            {
+                "prompt": "a",
+                "response_0": "b",
+                "response_1": "c",
+                "better_response_id": 0,
+                "chosen_rating": 5,
+                "rejected_rating": 1,
+            },
+            "chosen_rating",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "confidence": 0.9, "margin": 1, "weight": 2}, None),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "soft_label": 0.9, "score_chosen": 5, "score_rejected": 1},
+            None,
+        ),
+        (
+            {
+                "prompt": "a",
+                "response_0": "b",
+                "response_1": "c",
+                "better_response_id": 0,
+                "confidence": 0.9,
+                "weight": 2,
+            },
+            None,
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "confidence": None, "chosen_rating": 3}, None),
+    ],
+)
+def test_what_stands_beside_a_label_and_is_not_read_is_said(
+    row: dict[str, Any], unread: str | None, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "p.jsonl", [{**row, "prompt": f"{row['prompt']} {i}"} for i in range(3)])
+    pairs, report = read_pairs(str(tmp_path / "p.jsonl"))
+    assert len(pairs) == 3
+    said = {reason: count for reason, count in report.noted.items() if "beside these answers" in reason}
+    expected = {} if unread is None else {f"`{unread}` beside these answers is not read": 3}
+    assert {reason: count for reason, count in said.items() if unread is None or unread in reason} == expected

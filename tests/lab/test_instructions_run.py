@@ -125,6 +125,34 @@ def test_the_plan_samples_nothing(chat_folder: Path, tmp_path: Path, monkeypatch
     assert any("not sampled" in note for note in notes)
 
 
+@pytest.mark.usefixtures("few_prompts")
+def test_the_plan_of_a_run_counts_the_answers_that_it_sampled(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, run = recipe(tmp_path, f"backbone.model={chat_folder}"), tmp_path / "x"
+    with pytest.raises(UserError, match=r"x/round-0/data: has no data yet; run the recipe with `--until data` first"):
+        estimate(made, out=run)
+    run_recipe(made, run, until="data")
+    monkeypatch.setattr(answers_module, "sample_texts", None)
+    before, after = ({stage.folder: stage for stage in estimate(made, out=out)[0]} for out in (None, run))
+    assert [stage.rows for stage in after.values()] == [stage.rows for stage in before.values()]
+    tokenizer = load_tokenizer(chat_folder, conversational=True)
+    pairs = rows(run / "round-0/data/data/pairs.jsonl")
+
+    def ids(row: dict[str, Any], side: str) -> list[int]:
+        found: list[int] = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+        return found
+
+    texts = [(ids(row, "chosen"), ids(row, "rejected")) for row in pairs]
+    shared = [next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b) for pair in texts]  # read once
+    assert after["round-1/reward"].tokens == sum(len(one) + len(other) for one, other in texts) - sum(shared)
+    assert after["round-1/reward"].tokens != before["round-1/reward"].tokens
+    assert not any("not sampled" in note for note in estimate(made, out=run)[1])
+    assert sorted(path.name for path in (run / "round-0").iterdir()) == ["data", "lab"], "nothing is written"
+    with pytest.raises(UserError, match=r"round-0/data: made with other settings"):
+        estimate(recipe(tmp_path, f"backbone.model={chat_folder}", "lab.pairs=101"), out=run)
+
+
 def test_the_lab_depends_on_its_model(chat_folder: Path, tmp_path: Path) -> None:
     def lab_key(*overrides: str) -> str:
         return next(stage.key for stage in plan(recipe(tmp_path, *overrides)) if stage.name == "lab")

@@ -40,6 +40,23 @@ def noisy(tmp_path: Path) -> tuple[str, set[int]]:
     return str(file), wrong
 
 
+def test_a_second_audit_in_one_folder_is_refused(
+    base_folder: Path, noisy: tuple[str, set[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first one's voters learn, it has no result yet, and a second one would train its own in the same place."""
+    arguments: dict[str, Any] = {"members": None, "recipe": None, "say": lambda _: None}
+    begin = partial(audit, noisy[0], str(base_folder), tmp_path / "audit", **arguments)
+
+    def while_voting(*_: object, **__: object) -> None:
+        with pytest.raises(UserError, match="another run is at work in this folder"):
+            begin()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf.pipeline.audit.vote", while_voting)
+    with pytest.raises(KeyboardInterrupt):
+        begin()
+
+
 RECIPE = """
 name: r
 lab: {}

@@ -1,6 +1,7 @@
 """What SFT says of demonstrations that are packed into rows, and of settings that TRL refuses."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,35 @@ def sft(base: Path, tokenizer: Any, **settings: Any) -> StageSFTTrainer:
     return StageSFTTrainer(
         AutoModelForCausalLM.from_pretrained(base), args, train_dataset=rows, processing_class=tokenizer
     )
+
+
+BLANK = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("others", [[], ["<|end|>"]], ids=["alone", "beside a typed token"])
+def test_an_answer_is_learnt_behind_the_ids_that_sampling_begins_with(
+    others: list[str], base_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The blank at a question's end melts with the answer's first word where both are one text; what other rows hold is all one."""
+    reader = deepcopy(tokenizer)
+    reader.chat_template = BLANK
+    question = [{"role": "user", "content": "red"}]
+    rows = [
+        {"prompt": question, "completion": [{"role": "assistant", "content": text}]} for text in ("dog", "yes", *others)
+    ]
+    args = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, shuffle_dataset=False)
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    trainer = StageSFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=reader)
+    asked = reader("user: red\nassistant: ", add_special_tokens=False)["input_ids"]
+    assert reader("user: red\nassistant: dog", add_special_tokens=False)["input_ids"][: len(asked)] != asked
+    for row in trainer.train_dataset:
+        assert row["input_ids"][: len(asked)] == asked
+        assert row["labels"][: len(asked)] == [-100] * len(asked)
+        assert row["labels"][len(asked) :] == row["input_ids"][len(asked) :]
+    assert reader.decode(trainer.train_dataset[0]["input_ids"]).startswith("user: red\nassistant: dog")
 
 
 def test_settings_that_trl_refuses_are_a_sentence(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:

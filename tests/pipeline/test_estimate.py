@@ -65,6 +65,8 @@ def test_rows_and_steps_are_those_of_the_run(recipe_file: Path) -> None:
     assert stages["round-1/evaluate"].rows == 8 * 17
     assert stages["round-2/evaluate"].rows == 8  # SFT's answers are there already
     assert all(stage.seconds > 0 and stage.bytes > 0 for stage in found)
+    of_run, _ = estimate(load_recipe(recipe_file, overrides), out=run)
+    assert [(x.folder, x.rows, x.tokens) for x in of_run] == [(x.folder, x.rows, x.tokens) for x in found]
 
 
 def test_the_command_prints_it_and_writes_nothing(recipe_file: Path) -> None:
@@ -76,6 +78,12 @@ def test_the_command_prints_it_and_writes_nothing(recipe_file: Path) -> None:
     assert all(word in result.stdout for word in ("policy", "critic", "reference", "exchanged", "activations"))
     assert "round-1/evaluate: run by one process while the others wait" in result.stdout
     assert sorted(recipe_file.parent.iterdir()) == before
+
+
+def test_a_folder_without_the_data_is_no_run(recipe_file: Path, tmp_path: Path) -> None:
+    result = rlhf("plan", str(recipe_file), "--out", str(tmp_path / "none"), cwd=tmp_path)
+    assert (result.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert "none/round-0/data: has no data yet; run the recipe with `--until data` first" in result.stderr
 
 
 @pytest.mark.parametrize(

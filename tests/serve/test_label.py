@@ -30,6 +30,11 @@ def question(number: int) -> Question:
     return Question(question_id(2, prompt, [first, second]), 2, prompt, first, second, "fruit", 1.5)
 
 
+def cookie_of(url: str) -> str:
+    """The name of the page's cookie: ports of one host have theirs in common."""
+    return f"rlhf_annotator_{url.rstrip('/').rpartition(':')[2]}"
+
+
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[tuple[str, LabelBook, dict[str, str]]]:
     book = LabelBook(tmp_path / "labels.sqlite")
@@ -54,12 +59,35 @@ def test_a_wrong_token_sees_nothing(desk: tuple[str, LabelBook, dict[str, str]])
         requests.get(url, timeout=10),
         requests.get(url, params={"token": "guess"}, timeout=10),
         requests.post(url, data={"id": question(0).id, "choice": "left"}, timeout=10),
-        requests.get(url, cookies={"rlhf_annotator": "guess"}, timeout=10),
+        requests.get(url, cookies={cookie_of(url): "guess"}, timeout=10),
     ):
         assert reply.status_code == 403
         assert "This link is not yours" in reply.text
         assert "good" not in reply.text
     assert book.verdicts() == []
+
+
+def test_two_rounds_on_one_machine_know_their_people_apart(
+    desk: tuple[str, LabelBook, dict[str, str]], tmp_path: Path
+) -> None:
+    """A browser sends the cookies of a host to each of its ports."""
+    url, _, tokens = desk
+    browser = requests.Session()
+    assert "ann" in browser.get(url, params={"token": tokens["ann"]}, timeout=10).text
+    other = LabelBook(tmp_path / "other.sqlite")
+    other.ask([question(0)])
+    app = label_app(other, 2, annotator_tokens(other.path, ["eve"]), wanted=1, title="other")
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    elsewhere = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    secret = annotator_tokens(other.path, ["eve"])["eve"]
+    assert "eve" in browser.get(elsewhere, params={"token": secret}, timeout=10).text
+    assert "ann" in browser.get(url, timeout=10).text, "the other round's link took this one's cookie away"
+    server.should_exit = True
+    thread.join()
 
 
 @pytest.mark.fault("markup in texts")
@@ -272,7 +300,7 @@ def test_odd_tokens_cookies_and_bodies_are_the_senders_fault(
     url, book, tokens = desk
     raw = text.encode("utf-8", "surrogatepass")
     percent = "".join(f"%{byte:02x}" for byte in raw)
-    good = {"Cookie": f"rlhf_annotator={tokens['ann']}"}
+    good = {"Cookie": f"{cookie_of(url)}={tokens['ann']}"}
     replies = [
         requests.get(f"{url}?token={percent}", timeout=10),
         requests.get(f"{url}?person={percent}", headers=good, timeout=10),
@@ -282,7 +310,7 @@ def test_odd_tokens_cookies_and_bodies_are_the_senders_fault(
         requests.post(url, data=b"id=" + raw + b"&choice=" + raw, headers=good, timeout=10),
     ]
     if b"\x00" not in raw:
-        replies.append(requests.get(url, headers={"Cookie": b"rlhf_annotator=" + raw}, timeout=10))
+        replies.append(requests.get(url, headers={"Cookie": cookie_of(url).encode() + b"=" + raw}, timeout=10))
     assert all(400 <= reply.status_code < 500 for reply in replies), [reply.status_code for reply in replies]
     assert book.verdicts() == []
 

@@ -8,11 +8,28 @@ from rlhf.data.sides import Side, is_tie, named_side
 
 
 def comparison(row: Mapping[str, object], label: str) -> Comparison:
-    """Return the two conversations; `winner` is model_a, model_b, tie or tie (bothbad), `judge` the annotator."""
+    """Return the two conversations; `winner` is model_a, model_b, tie or tie (bothbad), `judge` the annotator.
+
+    MT-Bench's judgments have a `turn` too: the verdict is about the conversations as far as their answer of this number.
+    """
     beside = {"annotator": row["judge"]} if row.get("judge") is not None else {}
     better = _better(row["winner"])
+    first, second = (_judged_part(row[name], row.get("turn")) for name in ("conversation_a", "conversation_b"))
     # The conversations begin with the prompt: it is what they share.
-    return Comparison(None, row["conversation_a"], row["conversation_b"], better, ("winner", row["winner"]), beside)
+    return Comparison(None, first, second, better, ("winner", row["winner"]), beside)
+
+
+def _judged_part(conversation: object, turn: object) -> object:
+    """Return a conversation's turns up to its answer of a number, 1 for the first; all where no answer behind it is there.
+
+    The arena's own files say by `turn` how many answers there are.
+    """
+    if not isinstance(conversation, list):
+        return conversation
+    answers = [i for i, one in enumerate(conversation) if isinstance(one, Mapping) and one.get("role") == "assistant"]
+    if isinstance(turn, int) and 1 <= turn < len(answers):
+        return conversation[: answers[turn - 1] + 1]
+    return conversation
 
 
 def _better(winner: object) -> Side:
