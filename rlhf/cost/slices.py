@@ -26,11 +26,6 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 FLOPS_ON_CPU = 1e11  # of one timed pass, a second at most; larger batches are timed in part and scaled
 LEAST, MOST, ENOUGH = 5, 25, 2.0  # repetitions of what is timed: as many as there is time for, in seconds
 SHORT, LONG = 4, 12  # tokens of two generations of one layer, whose difference is the cost of a step
-STEPS, FEWEST_STEPS, SECONDS_OF_STEPS = (
-    24,
-    4,
-    3.0,
-)  # of one token, through one and two layers: as many as there is time for
 FUSED = ("log_probs", "entropy", "is_top1")  # what TRL's SFT asks of its head
 clock = time.perf_counter
 

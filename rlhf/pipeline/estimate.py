@@ -162,8 +162,7 @@ def model_and_sizes(recipe: Recipe, folder: Path, out: Path | None = None) -> tu
         texts = base_texts(data / "data")
         tokenizer, config = design_base(texts, architecture=settings.pop("architecture"), settings=settings)
         return config, count_sizes(data / "data", tokenizer, longest_answer=longest_answer)
-    name: str | Path | None = recipe.backbone.model or root / "round-0/lab/model"
-    assert name is not None, "the recipe's check wants a backbone, a lab or from_scratch"
+    name = recipe.backbone.model or root / "round-0/lab/model"
     try:
         config = open_config(find_source(name).base, recipe.backbone.revision)
         tokenizer = load_tokenizer(name, conversational=True, revision=recipe.backbone.revision)

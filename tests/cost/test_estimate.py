@@ -112,6 +112,9 @@ def test_what_autocast_leaves_alone_is_timed_without_it(monkeypatch: pytest.Monk
     assert costs.estimate(PAIRS).seconds == 26 * (1.5 + 0.5) + 2 * 0.5 + 2
     ppo = 3 * (10 + 2 * (3 * 0.5 + 2) + 2 * (2 * 3 + 2 * 2 * 0.5))
     assert costs.estimate(PpoWork("p", rollouts=3)).seconds == ppo
+    on_trunk = PairWork(**vars(PAIRS) | {"top_layers": 1})  # of three: its own training reads a third, three times
+    # 13 batches for the trunk's two thirds; 26 of training, and 60 pairs of scores, for the layer above.
+    assert costs.estimate(on_trunk).seconds == pytest.approx(13 * 2 / 3 + (26 * 3 + 60 / 16) / 3)
 
 
 def test_seconds_are_those_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
