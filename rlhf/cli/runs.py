@@ -84,9 +84,12 @@ def plan_command(
 ) -> None:
     """Estimate rows, tokens, steps, memory and time of every stage, before any weights are loaded; writes nothing."""
     from rlhf.pipeline.checks import check_arguments, check_sources
+    from rlhf.pipeline.finished import require_data
     from rlhf.report.terminal import estimates_table, memory_table
 
     recipe = load_recipe(recipe_file, overrides or [])
+    if out is not None:
+        require_data(recipe, out)
     check_sources(recipe)
     busy = busy_sentence(os.getloadavg()[0], os.cpu_count() or 1)
     with errors.status("counting the data, timing one and two layers of the model …"):
@@ -208,8 +211,8 @@ def _run(recipe_file: Path, overrides: list[str] | None, out: Path | None, *, dr
 
 
 def _show_plan(recipe: Recipe, out: Path, until: str | None) -> None:
+    from rlhf.pipeline.finished import made_of_what_is_gone, require_files
     from rlhf.pipeline.plan import plan, stages_until
-    from rlhf.pipeline.run import made_of_what_is_gone, require_files
     from rlhf.pipeline.store import Store
     from rlhf.report.terminal import plan_table
 

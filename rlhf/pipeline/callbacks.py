@@ -84,6 +84,8 @@ class MetricsFile(TrainerCallback):
         if logs is None or "train_runtime" in logs or not state.is_world_process_zero:
             return
         row = {name: value for name, value in logs.items() if name != "total_flos"}
+        if "reward_proxy" in row:
+            row.setdefault("reward_gold", None)  # nobody knows a true reward
         self._append({"step": state.global_step, **row})
 
     def _append(self, row: Mapping[str, object]) -> None:

@@ -21,6 +21,7 @@ from rlhf.data.sources import Source
 from rlhf.data.tables import is_folder, local_files
 from rlhf.errors import UserError
 from rlhf.models.gguf import SUFFIX
+from rlhf.pipeline.finished import check_place
 from rlhf.pipeline.reward_checks import reward_problems
 from rlhf.ppo.source_kinds import (
     FOLDER,
@@ -45,7 +46,7 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
         UserError: with every setting that differs; or the folder holds something else altogether, or its recipe is damaged; or
             it is none.
     """
-    _check_place(out)
+    check_place(out)
     file = out / "recipe.yaml"
     if not file.is_file():
         is_run = (out / "round-0").is_dir()  # its stages say by their keys whether they are this recipe's
@@ -61,18 +62,6 @@ def check_recipe_file(recipe: Recipe, out: Path) -> None:
                 *(f"  {change}" for change in changes),
             ]
         )
-
-
-def _check_place(out: Path) -> None:
-    """Refuse a place where no folder can be."""
-    try:
-        out.lstat()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{out}: can't be a run's folder ({error.strerror}); choose another --out.") from error
-    if not out.is_dir():
-        raise UserError(f"{out}: a file, or a link that leads to no folder; choose another --out.")
 
 
 def recipe_text(recipe: Recipe) -> str:

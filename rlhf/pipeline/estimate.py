@@ -26,11 +26,12 @@ from rlhf.models.open import open_config
 from rlhf.models.prompt_length import room_for_prompt
 from rlhf.models.scratch import design_base
 from rlhf.pipeline.context import StageContext
+from rlhf.pipeline.finished import require_data
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.reward import CALIBRATION_SAMPLES
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.stages import base_texts, run_data, run_lab
-from rlhf.pipeline.store import Stage, Store
+from rlhf.pipeline.store import Stage
 from rlhf.pipeline.training import quiet_libraries, split_settings, training_arguments
 from rlhf.ppo.config import PPOConfig
 from rlhf.recipe.objectives import OBJECTIVES
@@ -59,6 +60,8 @@ def estimate(
     Raises:
         UserError: the data or the model's configuration can't be read, or `out` has no data of this recipe.
     """
+    if out is not None:
+        require_data(recipe, out)
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         config, sizes = model_and_sizes(recipe, Path(folder), out)
@@ -147,8 +150,6 @@ def model_and_sizes(recipe: Recipe, folder: Path, out: Path | None = None) -> tu
     if out is None:
         hub = hub_data(recipe)
         make_data(recipe, folder)
-    else:
-        _require_data(recipe, out)
     root, longest_answer = out or folder, _longest_answer(recipe)
     data = root / "round-0/data"
 
@@ -171,20 +172,6 @@ def model_and_sizes(recipe: Recipe, folder: Path, out: Path | None = None) -> tu
     if hub:
         return config, sizes_from_caps(recipe, hub)
     return config, count_sizes(data / "data", tokenizer, longest_answer=longest_answer)
-
-
-def _require_data(recipe: Recipe, out: Path) -> None:
-    """Refuse a run that has not made this recipe's data.
-
-    Raises:
-        UserError: it has none, or those of other settings.
-    """
-    store = Store(out)
-    data = next(stage for stage in plan(recipe) if stage.name == "data")
-    if not store.is_done(data):
-        raise UserError(
-            f"{store.path(data)}: has no data yet; run the recipe with `--until data` first, or leave --out away."
-        )
 
 
 def hub_data(recipe: Recipe) -> list[str]:

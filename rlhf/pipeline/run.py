@@ -16,6 +16,7 @@ from rlhf.errors import TrainingError, UserError, Waiting, is_disk_full, is_out_
 from rlhf.files import write_text
 from rlhf.invariants.checks import CheckBook
 from rlhf.pipeline.checks import check_arguments, check_recipe_file, recipe_text
+from rlhf.pipeline.finished import made_of_what_is_gone, require_files
 from rlhf.pipeline.memory import memory_sentence
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.pipeline.stage_table import STAGES
@@ -27,7 +28,6 @@ from rlhf.recipe.schema import Recipe
 from rlhf.report.cards import write_cards
 from rlhf.report.page import write_report
 
-NAMED_FILES = 3  # of those that are missing
 ORIGIN = "origin.json"  # which file and overrides the recipe came from; for the report
 
 
@@ -117,35 +117,6 @@ def _no_run_of_a_mistake(store: Store, stages: Sequence[Stage]) -> Iterator[None
         if was_empty and not any(store.manifest(stage) for stage in stages):
             shutil.rmtree(store.root, ignore_errors=True)
         raise
-
-
-def require_files(store: Store, stages: Sequence[Stage]) -> None:
-    """Refuse a run of which files of finished stages were deleted or cut.
-
-    Raises:
-        UserError: naming some of them.
-    """
-    missing = store.missing_files(stages)
-    if missing:
-        more = f" and {len(missing) - NAMED_FILES} more" if len(missing) > NAMED_FILES else ""
-        raise UserError(
-            f"{store.root}: of finished stages, {', '.join(missing[:NAMED_FILES])}{more} are gone or were changed. Put the old "
-            "files back, or delete the stage's folder and those after it to make them again."
-        )
-
-
-def made_of_what_is_gone(store: Store, stages: Sequence[Stage]) -> str | None:
-    """Say which finished stages were made of others that are not there any more, or return None."""
-    done = {stage.folder: stage for stage in stages if store.manifest(stage) is not None}
-    made_of = [(parent.folder, stage.folder) for stage in done.values() for parent in stage.parents.values()]
-    lost = [(parent, child) for parent, child in made_of if parent not in done]
-    if not lost:
-        return None
-    parents, children = (", ".join(sorted(set(folders))) for folders in zip(*lost, strict=True))
-    return (
-        f"{parents}: gone, and {children} made of it. It is made again; if that does not give the same bits (another machine, a "
-        "GPU), the run ends behind it and asks to delete what was made of it."
-    )
 
 
 def wait_for_each_other() -> None:

@@ -69,6 +69,7 @@ def write_summary(
         "gold_gap_closed": last.get("gold_gap_closed"),
         "gold_gap_closed_ci": last.get("gold_gap_closed_ci"),
         "evaluated_prompts": last.get("n"),
+        "sampling_temperature": recipe.sampling.temperature,
         "stopped": stopped,
         "checks": joined_checks({folder: values.get("checks") or {} for folder, values in facts.items()}),
     }

@@ -182,7 +182,8 @@ class StageSFTTrainer(InStage, SFTTrainer):
                     stacklevel=2,
                 )
             if not args.assistant_only_loss:
-                dataset = dataset.map(encode_demonstrations, batched=True, fn_kwargs={"tokenizer": processing_class})
+                options = {"batched": True, "num_proc": args.dataset_num_proc}
+                dataset = dataset.map(encode_demonstrations, fn_kwargs={"tokenizer": processing_class}, **options)
         return super()._prepare_dataset(dataset, processing_class, args, *others)
 
 

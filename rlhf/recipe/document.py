@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,14 @@ class Document:
     Attributes:
         path: of an override, the one key that it gives.
         nulls: the keys for which `null` is written, and not nothing at all.
+        problems: what is wrong with the text itself (a key twice, an alias), a sentence each; the rest of it was read.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
     path: KeyPath = ()
     nulls: set[KeyPath] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> Place:
         """Return where a key stands, or the nearest key above it."""
@@ -68,20 +70,27 @@ class Document:
             path = path[:-1]
         return self.places.get(path, "recipe")
 
+    def says(self, key: Sequence[str | int], problems: Sequence[str]) -> bool:
+        """Tell whether one of some sentences is about a key."""
+        path = tuple(map(str, key))
+        here = [problem for problem in problems if problem.startswith(f"{self.place(path)}: ")]
+        return any(path[-1] in problem for problem in here) if path else False
+
     def merged_with(self, other: "Document") -> "Document":
         """Return this document with the other's keys on top.
 
         Settings are merged. A mapping whose keys are names of somebody's data (`WHOLE`), and a source of data, are values: they
         are replaced, unless an override names a key within (`reward.attributes.verbosity=0`).
         """
-        return Document(_merge(self.values, other.values, (), other.path), {**self.places, **other.places})
+        values = _merge(self.values, other.values, (), other.path)
+        return Document(values, {**self.places, **other.places}, problems=self.problems + other.problems)
 
 
 def read_document(path: Path) -> Document:
     """Read one YAML file.
 
     Raises:
-        UserError: unreadable, too large, broken, not a mapping, a duplicate key, an alias.
+        UserError: unreadable, too large, broken, not a mapping.
     """
     try:
         if path.is_fifo() and not str(path).startswith(OPEN_PIPES):
@@ -139,14 +148,14 @@ def differences(before: Mapping[str, object], now: Mapping[str, object], prefix:
 
 
 def _read_yaml(text: str, path: KeyPath, place_of: Callable[[int], Place], document: Document) -> Any:
-    """Return the value that a YAML text holds, and note in a document the place of every key in it.
+    """Return the value that a YAML text holds, and note in a document the place of every key in it, and every mistake.
 
     Args:
         path: of the value in the document.
         place_of: line → place.
 
     Raises:
-        UserError: broken YAML, or with every mistake in it.
+        UserError: broken YAML.
     """
     try:
         reader = _Reader(_Loader(text), place_of, document)
@@ -159,8 +168,7 @@ def _read_yaml(text: str, path: KeyPath, place_of: Callable[[int], Place], docum
         raise UserError(f"{place_of(1)}: broken YAML: {str(error).splitlines()[0]}.") from None
     except RecursionError:
         raise UserError(f"{place_of(1)}: nested deeper than any recipe is.") from None
-    if reader.problems:
-        raise UserError(reader.problems)
+    document.problems += reader.problems
     return value
 
 

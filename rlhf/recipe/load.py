@@ -59,14 +59,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         document = document.merged_with(read_override(override))
     document.values = {key: value for key, value in document.values.items() if value is not None}
 
-    problems = [*_check_keys(document), *_check_types(document)]
-    if not problems:
-        try:
-            recipe = Recipe.model_validate(document.values)
-        except ValidationError as error:
-            problems += [_sentence(document, issue) for issue in error.errors()]
-        else:
-            problems += _check_together(recipe, document)
+    problems = [*document.problems, *_check_keys(document), *_check_types(document)]
+    try:
+        recipe = Recipe.model_validate(document.values)
+    except ValidationError as error:
+        problems += [
+            _sentence(document, issue) for issue in error.errors() if not document.says(issue["loc"], problems)
+        ]
+    else:
+        problems += [] if problems else _check_together(recipe, document)
     if problems:
         raise UserError(problems)
     changes = differences(start, document.values)

@@ -65,6 +65,7 @@ class Summary(TypedDict):
     gold_gap_closed: float | None
     gold_gap_closed_ci: NotRequired[list[float] | None]
     evaluated_prompts: int | None
+    sampling_temperature: NotRequired[float]
     stopped: str | None
     checks: NotRequired[dict[str, CheckRow]]
 

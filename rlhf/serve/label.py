@@ -202,9 +202,13 @@ def _address_of_next(tokens: Mapping[str, str], request: Request, form: Mapping[
 
 
 def _is_own_page(request: Request) -> bool:
-    """Tell whether a form comes from this page: a browser says which page sent it, and another port is another page."""
-    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        return False
+    """Tell whether a form comes from this page: a browser says which page sent it, and another port is another page.
+
+    Over https and on localhost it compares the two itself; a proxy may have changed the host that it asked.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
     origin = request.headers.get("origin")  # SCHEME://HOST, or what another program made up
     return origin is None or origin.partition("://")[2] == request.headers.get("host")
 

@@ -196,7 +196,7 @@ def test_a_verdict_on_the_first_turn_says_nothing_of_the_second(compare: Compare
     rows = [
         {"conversation_a": mt_bench(i, "a"), "conversation_b": mt_bench(i, "b"), "winner": winner, "turn": number}
         for i in range(20)
-        for number, winner in ((1, "model_a"), (2, "model_b"))
+        for number, winner in (((1, 1.0, "1")[i % 3], "model_a"), (2, "model_b"))
     ]
     write_jsonl(tmp_path / "judgments.jsonl", rows)
     pairs, report = read_pairs(str(tmp_path / "judgments.jsonl"), compare=compare)
@@ -210,7 +210,7 @@ def test_a_verdict_on_the_first_turn_says_nothing_of_the_second(compare: Compare
         assert {pair["chosen"][-1]["content"] for pair in whole} == {"b"}
 
 
-@pytest.mark.parametrize("number", [2, 3, 0, None, "first"])
+@pytest.mark.parametrize("number", [2, 3, 0, None, "first", 1.5, True, [1]])
 def test_the_arenas_count_of_turns_cuts_nothing(number: object) -> None:
     row = {"conversation_a": mt_bench(0, "a"), "conversation_b": mt_bench(0, "b"), "winner": "model_a", "turn": number}
     compared = arena.comparison(row, "winner")

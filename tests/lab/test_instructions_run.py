@@ -130,7 +130,7 @@ def test_the_plan_of_a_run_counts_the_answers_that_it_sampled(
     chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, run = recipe(tmp_path, f"backbone.model={chat_folder}"), tmp_path / "x"
-    with pytest.raises(UserError, match=r"x/round-0/data: has no data yet; run the recipe with `--until data` first"):
+    with pytest.raises(UserError, match=r"x/round-0/data: not there; run the recipe with `--until data` first"):
         estimate(made, out=run)
     run_recipe(made, run, until="data")
     monkeypatch.setattr(answers_module, "sample_texts", None)
@@ -149,7 +149,7 @@ def test_the_plan_of_a_run_counts_the_answers_that_it_sampled(
     assert after["round-1/reward"].tokens != before["round-1/reward"].tokens
     assert not any("not sampled" in note for note in estimate(made, out=run)[1])
     assert sorted(path.name for path in (run / "round-0").iterdir()) == ["data", "lab"], "nothing is written"
-    with pytest.raises(UserError, match=r"round-0/data: made with other settings"):
+    with pytest.raises(UserError, match=r"round-0/lab: made with other settings"):
         estimate(recipe(tmp_path, f"backbone.model={chat_folder}", "lab.pairs=101"), out=run)
 
 

@@ -21,6 +21,7 @@ from rlhf.pipeline.estimate import (
     work_of,
 )
 from rlhf.pipeline.plan import plan
+from rlhf.pipeline.run import run as run_recipe
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
 from tests.pipeline.small import RECIPE
@@ -83,7 +84,21 @@ def test_the_command_prints_it_and_writes_nothing(recipe_file: Path) -> None:
 def test_a_folder_without_the_data_is_no_run(recipe_file: Path, tmp_path: Path) -> None:
     result = rlhf("plan", str(recipe_file), "--out", str(tmp_path / "none"), cwd=tmp_path)
     assert (result.returncode, list(tmp_path.iterdir())) == (2, [])
-    assert "none/round-0/data: has no data yet; run the recipe with `--until data` first" in result.stderr
+    assert "none/round-0/data: not there; run the recipe with `--until data` first" in result.stderr
+    (tmp_path / "file").touch()
+    result = rlhf("plan", str(recipe_file), "--out", str(tmp_path / "file"), cwd=tmp_path)
+    assert (result.returncode, "file: a file, or a link that leads to no folder" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("gone", ["round-0/data/data/sft.jsonl", "round-0/data/data", "round-0/lab/model"])
+def test_a_run_whose_data_are_partly_gone_is_not_counted(gone: str, recipe_file: Path, tmp_path: Path) -> None:
+    """A file that is not there has no rows where the plan makes the data itself."""
+    recipe, run = load_recipe(recipe_file), tmp_path / "x"
+    run_recipe(recipe, run, until="data", say=lambda _: None)
+    assert estimate(recipe, until="sft", out=run)[0]
+    (run / gone).rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"of finished stages, .* gone or were changed"):
+        estimate(recipe, until="sft", out=run)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.files import write_text
 from rlhf.pipeline import callbacks as callbacks_module
 from rlhf.pipeline.callbacks import CheckpointMark, drop_torn_line
-from rlhf.pipeline.run import made_of_what_is_gone
+from rlhf.pipeline.finished import made_of_what_is_gone
 from rlhf.pipeline.stage_table import STAGES
 from rlhf.pipeline.store import (
     MARK,

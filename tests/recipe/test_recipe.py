@@ -186,3 +186,22 @@ def test_a_mistake_in_the_base_names_the_base(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("base: base.yaml\nname: child\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"base\.yaml:3"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_every_mistake_is_said_at_once_whoever_finds_it(tmp_path: Path) -> None:
+    """The reader of YAML (a key twice, an alias), the keys, TRL's types and the schema; each mistake by one of them."""
+    (tmp_path / "r.yaml").write_text(
+        "name: x\nseed: many\nsedd: 1\nbackbone: {model: a/b}\ndata: {preferences: a/b}\n"
+        "sft: {learning_rat: 1, num_train_epochs: no}\nppo: {total_episodes: 8}\nppo: {total_episodes: 8}\n"
+        "evaluate: {prompts: several, gold: 3}\nrounds: {count: 0}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "r.yaml", ["reward.learning_rate=fast", "vote.members=few"])
+    told = [
+        ":2: seed: ", ":3: unknown section 'sedd'", ":6: unknown key sft.learning_rat", ":6: sft.num_train_epochs",
+        ":8: the key 'ppo' stands here a second time", ":9: evaluate.prompts", ":9: evaluate.gold", ":10: rounds.count",
+        "override 'reward.learning_rate=fast'", "override 'vote.members=few'",
+    ]  # fmt: skip
+    for part in told:
+        assert sum(part in problem for problem in caught.value.problems) == 1, part
+    assert len(caught.value.problems) == len(told)

@@ -82,6 +82,8 @@ def test_one_recipe_an_architecture_runs_to_its_end(name: str, stand_ins: StandI
     folders = [stage.folder for stage in plan(recipe)]
     for folder in folders[: folders.index("round-1/reward") + 1] if is_encoder else folders:
         assert (tmp_path / "run" / folder / "manifest.json").is_file(), folder
+    metrics = [json.loads(row) for file in tmp_path.glob("run/round-1/ppo/metrics.jsonl") for row in file.open()]
+    assert [row["reward_gold"] for row in metrics if "reward_proxy" in row] == [None] * len(metrics), "nobody knows it"
     summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
     failed = {check: entry for check, entry in summary["checks"].items() if not entry["held"]}
     assert set(failed) <= {"policy ends"}, "models from nothing ramble; nothing else may fail"

@@ -90,6 +90,24 @@ def test_two_rounds_on_one_machine_know_their_people_apart(
     thread.join()
 
 
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://labels.org"}, 303),  # a proxy asked for its own upstream
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "https://labels.org"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "https://labels.org"}, 403),
+    ],
+)
+def test_behind_a_proxy_the_browser_says_whose_page_it_was(
+    headers: dict[str, str], code: int, desk: tuple[str, LabelBook, dict[str, str]]
+) -> None:
+    url, _, tokens = desk
+    form = {"id": question(0).id, "choice": "left", "left_side": "first", "token": tokens["ann"]}
+    reply = requests.post(url, data=form, headers=headers, timeout=10, allow_redirects=False)
+    assert reply.status_code == code
+
+
 @pytest.mark.fault("markup in texts")
 def test_the_page_is_blind_escaped_and_drawn_anew_for_everybody(
     desk: tuple[str, LabelBook, dict[str, str]],

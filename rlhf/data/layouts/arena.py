@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from rlhf.data.layouts.layout import Comparison, Layout
 from rlhf.data.read import BadRow
 from rlhf.data.sides import Side, is_tie, named_side
+from rlhf.data.tables import as_number
 
 
 def comparison(row: Mapping[str, object], label: str) -> Comparison:
@@ -27,8 +28,9 @@ def _judged_part(conversation: object, turn: object) -> object:
     if not isinstance(conversation, list):
         return conversation
     answers = [i for i, one in enumerate(conversation) if isinstance(one, Mapping) and one.get("role") == "assistant"]
-    if isinstance(turn, int) and 1 <= turn < len(answers):
-        return conversation[: answers[turn - 1] + 1]
+    number = None if isinstance(turn, bool) else as_number(turn)  # a text in a CSV, 1.0 where another row has none
+    if isinstance(number, int | float) and number in range(1, len(answers)):
+        return conversation[: answers[int(number) - 1] + 1]
     return conversation
 
 
