@@ -1,5 +1,7 @@
 """Straight lines through one and two layers: what they say of deeper models is what those are."""
 
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,23 @@ def test_a_busy_moment_is_not_multiplied_by_the_depth(busy: int, found_and_work:
         work.now += 3.0
 
     assert found._layer(of_one, of_two) == 2.0
+
+
+def test_the_noise_of_a_head_is_not_multiplied_by_the_depth(found_and_work: tuple[Slices, Work]) -> None:
+    """A head takes ten times what a layer takes, here up to twice that: of 60 layers the noise would be 30 heads."""
+    found, work = found_and_work
+    noise = random.Random(0)
+
+    def busy(*_: object) -> None:
+        work.now += 50 * noise.random()
+
+    for model in found.models:
+        model.lm_head.register_forward_hook(busy)
+    deep = replace(found, layers=60)
+    layer, head = 1 + 0.1 * 3 * 20, 50 + 0.2 * 3 * 8
+    assert 60 * layer + head < deep.seconds(SHAPE, training=False) < 60 * layer + head + 50
+    written = 16 * (60 * 1.2 + 50.4)
+    assert 0 < deep.seconds_of_sampling(2, 5, [(16.0, 2.0)]) - written - 60 * 2 - 50.4 < 17 * 50
 
 
 def test_gradient_checkpointing_does_not_take_the_cache_from_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
