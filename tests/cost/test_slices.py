@@ -179,6 +179,16 @@ def test_a_token_takes_a_step_of_all_rows_that_are_at_work(found_and_work: tuple
     assert found.seconds_of_sampling(40, 5, [(16.0, 40.0), (10.0, 5.0)]) == pytest.approx(step(40, 5) + written)
 
 
+def test_a_slow_machine_reads_a_part_of_the_prompts_and_writes_for_all_rows(
+    found_and_work: tuple[Slices, Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 40 rows costs far less than 40 of one."""
+    found, _ = found_and_work
+    monkeypatch.setattr("rlhf.cost.slices.FLOPS_ON_CPU", 1.0)
+    reading, step = 40 * (6 * (1 + 0.1 * 5) + 50.2), 6 * (1 + 0.1 * 40) + 50 + 0.2 * 40
+    assert found.seconds_of_sampling(40, 5, [(16.0, 40.0)]) == pytest.approx(reading + 16 * step)
+
+
 def test_a_step_is_timed_behind_the_whole_prompt_and_never_past_the_answer() -> None:
     """A model with learned positions has no place behind them."""
     found = slices(LlamaConfig(num_hidden_layers=6, **SIZES), has_logits=True, device=CPU)
@@ -230,9 +240,13 @@ def test_gradient_checkpointing_does_not_take_the_cache_from_sampling(monkeypatc
     found = slices(LlamaConfig(num_hidden_layers=2, **SIZES), has_logits=True, device=CPU, checkpointing=True)
     work = Work(found)
     monkeypatch.setattr("rlhf.cost.slices.clock", lambda: work.now)
+    trains: set[bool] = set()
+    for model in found.models:
+        model.model.register_forward_pre_hook(lambda module, _: trains.add(module.training))
     assert found.seconds_of_sampling(2, 5, [(16.0, 2.0)]) == pytest.approx(
         2 * (1 + 0.1 * 10) + 50 + 0.2 * 2 + 16 * (2 * 1.2 + 50.4)
     )
+    assert trains == {False}
     assert all(model.training for model in found.models)
 
 
