@@ -181,8 +181,8 @@ def prefix_keys(turns: Messages) -> list[str]:
     """
     text, calls, keys, has_calls = hashlib.sha256(), list[object](), list[str](), False
     for i, turn in enumerate(turns):
-        composed = unicodedata.normalize("NFC", " ".join(turn["content"].split()))
-        words = f"{turn['role']}\x1e{unicodedata.normalize('NFC', composed.casefold())}"
+        content = unicodedata.normalize("NFC", " ".join(turn["content"].split()).casefold())
+        words = f"{turn['role']}\x1e{content}"
         text.update((f"\x1f{words}" if i else words).encode())
         calls.append(turn.get("tool_calls"))
         has_calls |= "tool_calls" in turn
