@@ -3,7 +3,6 @@
 import re
 import shutil
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import requests
-import uvicorn
 
 from rlhf.data import labelbook
 from rlhf.data.controls import gold_questions
@@ -20,6 +18,7 @@ from rlhf.data.labels import Question, agreement, question_id
 from rlhf.data.rows import Pair, assistant_turn, user_turn
 from rlhf.reward.controls import report_gold, report_repeats
 from rlhf.serve.label import annotator_tokens, label_app, shows_second_on_the_left
+from tests.serve.running import running
 
 EVIL = "<script>document.title='taken'</script><b>bold</b>"
 
@@ -41,15 +40,8 @@ def desk(tmp_path: Path) -> Iterator[tuple[str, LabelBook, dict[str, str]]]:
     book.ask([question(i) for i in range(20)])
     tokens = annotator_tokens(book.path, ["ann", "bob"])
     assert annotator_tokens(book.path, ["ann"]) == tokens, "a token is made once"
-    app = label_app(book, 2, tokens, wanted=2, title="x, round 2")
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/", book, tokens
-    server.should_exit = True
-    thread.join()
+    with running(label_app(book, 2, tokens, wanted=2, title="x, round 2")) as url:
+        yield f"{url}/", book, tokens
 
 
 @pytest.mark.fault("odd tokens and bodies")
@@ -76,18 +68,10 @@ def test_two_rounds_on_one_machine_know_their_people_apart(
     assert "ann" in browser.get(url, params={"token": tokens["ann"]}, timeout=10).text
     other = LabelBook(tmp_path / "other.sqlite")
     other.ask([question(0)])
-    app = label_app(other, 2, annotator_tokens(other.path, ["eve"]), wanted=1, title="other")
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    elsewhere = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    secret = annotator_tokens(other.path, ["eve"])["eve"]
-    assert "eve" in browser.get(elsewhere, params={"token": secret}, timeout=10).text
-    assert "ann" in browser.get(url, timeout=10).text, "the other round's link took this one's cookie away"
-    server.should_exit = True
-    thread.join()
+    secrets = annotator_tokens(other.path, ["eve"])
+    with running(label_app(other, 2, secrets, wanted=1, title="other")) as elsewhere:
+        assert "eve" in browser.get(elsewhere, params={"token": secrets["eve"]}, timeout=10).text
+        assert "ann" in browser.get(url, timeout=10).text, "the other round's link took this one's cookie away"
 
 
 @pytest.mark.parametrize(

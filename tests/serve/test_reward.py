@@ -3,9 +3,7 @@
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import requests
 import torch
-import uvicorn
 
 from rlhf import load_reward_model
 from rlhf.errors import TrainingError, UserError
@@ -25,21 +22,9 @@ from rlhf.serve.reward import Limits, serve_app
 from rlhf.serve.run import read_token, serve_models
 from tests.command import Process, wait_for
 from tests.conftest import PROMPTS
+from tests.serve.running import running
 
 ANSWERS = ["yes", "no no", "apple pear plum", "please"]
-
-
-@contextmanager
-def running(app: Any) -> Iterator[str]:
-    """Serve an application on a port of its own."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")
