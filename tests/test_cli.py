@@ -58,11 +58,18 @@ def test_check_takes_overrides_among_its_recipes(
     assert "name a recipe" in capsys.readouterr().err
 
 
-def test_libraries_are_silenced_before_any_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {"TRANSFORMERS_VERBOSITY": "info"})
-    cli._quieten_libraries()
+def test_libraries_are_prepared_before_any_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"TRANSFORMERS_VERBOSITY": "info", "LRU_CACHE_CAPACITY": "7"})
+    cli._prepare_libraries()
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
-    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info", "what a person has set stays"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    set_by_a_person = (os.environ["TRANSFORMERS_VERBOSITY"], os.environ["LRU_CACHE_CAPACITY"])
+    assert set_by_a_person == ("info", "7"), "it stays"
+
+
+def test_no_command_has_imported_torch_before_the_libraries_are_prepared() -> None:
+    code = "import sys, rlhf.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.fault("functions that end the process")

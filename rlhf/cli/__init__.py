@@ -65,6 +65,8 @@ TOO_LITTLE_MEMORY = (
 TYPER_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt; a real Ctrl-C is `interrupt.Interrupted`
 # Libraries announce things that a recipe's reader can't act on.
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# On a CPU torch keeps a program for every shape that it meets in 16 bits, 1024 of them: with batches of all lengths gibibytes.
+FEW_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 
 class _Verb:
@@ -106,7 +108,7 @@ def _print_warning(
 def main() -> None:
     """Run the command line and turn what happened into an exit code."""
     prepare_streams()
-    _quieten_libraries()
+    _prepare_libraries()
     interrupt.install()
     warnings.showwarning = _print_warning
     code = [1]
@@ -126,9 +128,9 @@ def _with_home(argument: str) -> str:
     return f"{name}={os.path.expanduser(value)}" if name.startswith("--") and value.startswith("~") else argument
 
 
-def _quieten_libraries() -> None:
-    """Set what silences libraries; they read it when they are first imported, which no command has done yet."""
-    for name, value in QUIET.items():
+def _prepare_libraries() -> None:
+    """Set what silences libraries and bounds their memory; they read it when first imported, which no command has done yet."""
+    for name, value in (QUIET | FEW_SHAPES).items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -186,6 +186,7 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
     longer = scored.longer_is_right
     rule = longer if longer.mean() >= 0.5 else 1 - longer
     above = paired_difference(right.tolist(), rule.tolist(), scored.clusters, span=1.0)
+    baseline, baseline_interval = clustered_share(longer.tolist(), scored.clusters)
     report: dict[str, Any] = {
         "n": int(right.size),
         "prompts": len(set(scored.prompts)),
@@ -193,7 +194,8 @@ def pair_report(scored: ScoredPairs, *, gold_differences: Sequence[float] | None
         "accuracy_ci": interval,
         "ties": int((differences == 0).sum()),
         "soft_labels": int((scored.labels < 1).sum()),
-        "length_baseline": float(longer.mean()),
+        "length_baseline": baseline,
+        "length_baseline_ci": baseline_interval,
         "over_length": above["difference"],
         "over_length_ci": above["difference_ci"],
         "accuracy_length_controlled": controlled,

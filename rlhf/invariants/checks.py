@@ -11,7 +11,7 @@ class CheckEntry(TypedDict):
     """A check as it stands in a stage's manifest and in `summary.json`.
 
     `statistic` and `bound` are in the unit that `unit` names; `low` is the lower bound of a two-sided check, else null.
-    `times` is how often it was checked.
+    `times` is how often it was checked, `sentence` what a person is told where it does not hold, and empty where it holds.
     """
 
     statistic: float
@@ -86,7 +86,7 @@ class CheckBook:
                 unit=check.unit,
                 held=check.held,
                 times=times,
-                sentence=check.sentence,
+                sentence="" if check.held else check.sentence,
             )
         else:
             before["times"] = times

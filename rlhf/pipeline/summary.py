@@ -19,7 +19,8 @@ from rlhf.statistics import paired_difference
 GOLD_MAX_OF_LAB = 1.0
 LOOK_KEYS = ("looked_at", "asked", "agree", "contradict", "ties", "skipped", "flipped", "wrong", "worth", "flip_rate")
 REWARD_KEYS = (
-    "accuracy", "accuracy_ci", "accuracy_true", "accuracy_true_ci", "ece", "length_baseline", "over_length", "over_length_ci",
+    "accuracy", "accuracy_ci", "accuracy_true", "accuracy_true_ci", "ece", "length_baseline", "length_baseline_ci",
+    "over_length", "over_length_ci",
 )  # fmt: skip
 
 

@@ -40,7 +40,11 @@ def reward_facts(report: Facts) -> list[tuple[str, str, str]]:
             value("accuracy"),
             f"{report['n']} held-out pairs of {report['prompts']} prompts, {report['ties']} ties",
         ),
-        ("longer answer wins", f"{longer:.3f}", f"so judging by length alone reaches {max(longer, 1 - longer):.3f}"),
+        (
+            "longer answer wins",
+            value("length_baseline"),
+            f"so judging by length alone reaches {max(longer, 1 - longer):.3f}",
+        ),
         (
             "accuracy, length-controlled",
             value("accuracy_length_controlled"),

@@ -38,8 +38,9 @@ def score_lines(reward: Scorer, lines: Iterable[str | None]) -> Iterator[dict[st
 
     Args:
         lines: each `{"prompt": …, "response": …}` (the prompt text or messages) or `{"messages": […]}`, whose last turn is
-            scored, with `system` beside them or not. Blank lines are errors too, so that line n of the output is line n of the
-            input; so is None, a line that was too long to be read (`bounded_lines`).
+            scored, with `system` beside them or not. `completion` is a second name of `response`, that of sampled answers. Blank
+            lines are errors too, so that line n of the output is line n of the input; so is None, a line that was too long to be
+            read (`bounded_lines`).
     """
     for batch in _batches(lines):
         parsed = [_parse(line, reward) for line in batch]
@@ -149,10 +150,11 @@ def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, st
             raise BadRow("messages must end with an assistant's answer to something")
         whole = _without_calls({"prompt": turns[:-1], "completion": turns[-1:]}, reward)
         return whole["prompt"], last_turn(whole["completion"]), ended and has_ended(turns)
-    if "prompt" not in row or "response" not in row:
+    name = "completion" if "completion" in row and "response" not in row else "response"
+    if "prompt" not in row or name not in row:
         raise BadRow("neither 'prompt' and 'response' nor 'messages'")
-    if not isinstance(row["response"], str):
-        raise BadRow(f"'response' is {_type(row['response'])}, and must be a text")
+    if not isinstance(row[name], str):
+        raise BadRow(f"'{name}' is {_type(row[name])}, and must be a text")
     if not isinstance(row["prompt"], str | list | dict):
         raise BadRow(f"'prompt' is {_type(row['prompt'])}, and must be a text or messages")
     prompt = _prompt(row["prompt"], reward)
@@ -163,7 +165,7 @@ def _asked_and_answered(row: dict[str, Any], reward: Scorer) -> tuple[Prompt, st
         prompt = messages(changed["prompt"], "prompt")
     if not isinstance(prompt, str):
         prompt = _without_calls({"prompt": prompt}, reward)["prompt"]
-    return prompt, row["response"], ended
+    return prompt, row[name], ended
 
 
 def _without_calls(row: dict[str, Any], reward: Scorer) -> dict[str, Any]:

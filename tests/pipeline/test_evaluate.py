@@ -18,7 +18,7 @@ from rlhf.pipeline.evaluate import data_names, evaluate_models, models_and_data
 from rlhf.report.evaluation_terminal import bias_sentence, evaluation_lines, evaluation_tables
 from tests.conftest import PROMPTS, WORDS
 
-CONTRACT = {"n", "accuracy", "accuracy_ci", "ties", "ece", "length_baseline"}
+CONTRACT = {"n", "accuracy", "accuracy_ci", "ties", "ece", "length_baseline", "length_baseline_ci"}
 
 
 def write(path: Path, rows: Any) -> str:

@@ -22,7 +22,7 @@ def test_the_contract_of_a_run(finished: Path) -> None:
     assert set(summary) >= {"recipe", "seed", "seconds", "lab", "sft", "rounds", "best_of_16", "gold_gap_closed"}
     assert set(summary["lab"]) == {"flip_rate", "annotator_agreement", "gold_sft", "gold_best_of_16", "gold_max"}
     (only,) = summary["rounds"]
-    assert {"accuracy", "accuracy_true", "ece", "length_baseline"} <= set(only["reward"])
+    assert {"accuracy", "accuracy_true", "ece", "length_baseline", "length_baseline_ci"} <= set(only["reward"])
     assert {"proxy", "gold", "kl", "win_rate"} <= set(only["policy"])
     assert {"gold", "kl"} <= set(summary["best_of_16"]["by_reward"])
     names = {"finished files unchanged", "nothing lost", "KL agrees with evaluation"}
@@ -287,7 +287,7 @@ def test_evaluate_writes_the_contract(finished: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "e.json").read_text())["data"]["test_pairs"]
     assert "<svg" in (tmp_path / "e.html").read_text()
-    assert {"n", "accuracy", "accuracy_ci", "ties", "ece", "length_baseline"} <= set(report)
+    assert {"n", "accuracy", "accuracy_ci", "ties", "ece", "length_baseline", "length_baseline_ci"} <= set(report)
     inside = json.loads((finished / "x/round-1/reward/manifest.json").read_text())["facts"]
     assert report["accuracy"] == inside["accuracy"], "the code that judges inside a run"
 

@@ -48,6 +48,16 @@ def test_every_line_has_its_place() -> None:
     assert rows[6] == {"prompt": "a", "response": "x", "score": 1.0, "error": "an older one"}
 
 
+def test_sampled_answers_are_scored_as_their_file_has_them() -> None:
+    """PPO's and evaluation's `samples.jsonl` say `completion`; a `response` beside it is the answer."""
+    sample = {"prompt": [{"role": "user", "content": "a"}], "completion": "xxxx", "proxy": 0.5, "ended": True}
+    lines = [sample, {"prompt": "a", "completion": "xxx", "response": "x"}, {"prompt": "a", "completion": ["x"]}]
+    rows = list(score_lines(Lengths(), map(json.dumps, lines)))
+    assert rows[0] == {**sample, "score": 4.0}
+    assert rows[1]["score"] == 1.0
+    assert rows[2] == {"error": "'completion' is a list, and must be a text"}
+
+
 def test_more_lines_than_a_batch() -> None:
     lines = [json.dumps({"prompt": "a", "response": "x" * (i % 5)}) if i % 7 else "?" for i in range(2 * BATCH + 3)]
     rows = list(score_lines(Lengths(), lines))
