@@ -55,6 +55,15 @@ def _figures_are_drawn_only_where_asked() -> None:
 
 
 @pytest.fixture
+def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For plans whose seconds nobody reads: what is timed is timed once."""
+    from rlhf.cost import slices
+
+    monkeypatch.setattr(slices, "LEAST", 1)
+    monkeypatch.setattr(slices, "ENOUGH", 0.0)
+
+
+@pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at figures."""
     from tests.undrawn import DRAW

@@ -143,7 +143,7 @@ def train(trainer: InStage, folder: Path, *, label: str, say: Callable[[str], No
     trainer.add_callback(StopOnSignal(trainer, stop_at))
     trainer.add_callback(FiniteGradients(label))
     try:
-        with a_line_a_minute(work), interrupt.patience():
+        with a_line_a_minute(work), interrupt.patience("step" if stop_at == "step" else "rollout"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except OtherProcessError:  # which has the batch
         raise

@@ -114,7 +114,7 @@ def test_a_two_round_run_without_sft(chat_folder: Path, tmp_path: Path, monkeypa
     assert [stage.key for stage in plan(resolved)] == [stage.key for stage in plan(made)]
 
 
-@pytest.mark.usefixtures("few_prompts")
+@pytest.mark.usefixtures("few_prompts", "timed_once")
 def test_the_plan_samples_nothing(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers_module, "sample_texts", None)
     stages, notes = estimate(recipe(tmp_path, f"backbone.model={chat_folder}"))
@@ -125,7 +125,7 @@ def test_the_plan_samples_nothing(chat_folder: Path, tmp_path: Path, monkeypatch
     assert any("not sampled" in note for note in notes)
 
 
-@pytest.mark.usefixtures("few_prompts")
+@pytest.mark.usefixtures("few_prompts", "timed_once")
 def test_the_plan_of_a_run_counts_the_answers_that_it_sampled(
     chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

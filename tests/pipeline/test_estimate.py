@@ -34,6 +34,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.usefixtures("timed_once")
 def test_rows_and_steps_are_those_of_the_run(recipe_file: Path) -> None:
     overrides = ["reward.objective=posterior", "vote.members=3", "vote.folds=3", "rounds.count=2", "rounds.prompts=20"]
     overrides += ["rounds.responses=3", "rounds.labels=25", "ppo.total_episodes=32", "evaluate.prompts=8"]
@@ -90,6 +91,7 @@ def test_a_folder_without_the_data_is_no_run(recipe_file: Path, tmp_path: Path) 
     assert (result.returncode, "file: a file, or a link that leads to no folder" in result.stderr) == (2, True)
 
 
+@pytest.mark.usefixtures("timed_once")
 @pytest.mark.parametrize("gone", ["round-0/data/data/sft.jsonl", "round-0/data/data", "round-0/lab/model"])
 def test_a_run_whose_data_are_partly_gone_is_not_counted(gone: str, recipe_file: Path, tmp_path: Path) -> None:
     """A file that is not there has no rows where the plan makes the data itself."""
@@ -168,6 +170,7 @@ def test_rollouts_are_shared_out(tmp_path: Path) -> None:
         assert work.rollouts == rollouts
 
 
+@pytest.mark.usefixtures("timed_once")
 def test_data_on_a_hub_are_not_downloaded(base_folder: Path, tmp_path: Path) -> None:
     text = f"name: h\nbackbone: {{model: {base_folder}}}\ndata: {{preferences: a/b, sft: a/b, max_pairs: 400%s}}\n"
     text += "sft: {max_length: 64}\nppo: {total_episodes: 32, max_prompt_length: 20, max_completion_length: 10}\n"

@@ -40,6 +40,25 @@ def test_sigterm_twice_within_seconds_is_one_wish(monkeypatch: pytest.MonkeyPatc
         pytest.fail("a second one after a while ends it at once")
 
 
+def test_the_first_signal_is_answered_at_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rollout takes minutes; nobody shall think that nothing was heard. Of a launch one process speaks."""
+    answers = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(interrupt.Interrupted), interrupt.patience("rollout"):
+            send(signal.SIGTERM)
+            send(signal.SIGTERM)
+            answers.append(capfd.readouterr().err)
+    assert (
+        answers[0]
+        .strip()
+        .startswith("SIGTERM: training saves and stops after this rollout. A second one, some seconds later,")
+    )
+    assert answers[1] == ""
+
+
 def test_ctrl_c_twice_ends_it_at_once_and_so_does_a_signal_outside_of_training() -> None:
     with pytest.raises(interrupt.Interrupted), interrupt.patience():
         send(signal.SIGINT)

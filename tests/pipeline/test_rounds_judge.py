@@ -118,6 +118,7 @@ evaluate: {prompts: 16}
 """
 
 
+@pytest.mark.usefixtures("timed_once")
 def test_a_model_and_prompts_are_enough_to_begin_with(
     two_rounds: Path, tmp_path: Path, judge_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -178,7 +178,13 @@ def test_a_signal_saves_and_exits(finished: Path, tmp_path: Path, stage: str, se
     process.send_signal(sent)
     stopped = process.wait(60)
     assert stopped.returncode == code, stopped.stderr[-2000:]
-    assert f"{sent.name}: stopped. The same command goes on" in stopped.stderr
+    unit = "rollout" if stage.endswith("ppo") else "step"
+    first, last = (
+        f"{sent.name}: training saves and stops after this {unit}.",
+        f"{sent.name}: stopped. The same command goes on",
+    )
+    assert 0 <= stopped.stderr.find(first) < stopped.stderr.find(last)
+    assert stopped.stderr.count(first) == 1
     assert a_checkpoint(tmp_path / "x", stage)
     noted = tmp_path / "x" / stage / "checkpoints/seconds.json"
     assert 0 < json.loads(noted.read_text()) < 60

@@ -138,6 +138,18 @@ def test_checks_of_trainers_models_and_ensembles_are_joined() -> None:
     assert joined["score alone = in a batch"]["times"] == 2
 
 
+def test_only_a_check_that_did_not_hold_has_a_sentence() -> None:
+    held, failed = (Check("ratio one", statistic, 1.0, "1", "Because.") for statistic in (0.5, 2.0))
+    book, resumed = CheckBook(), CheckBook()
+    resumed.record(held)
+    assert resumed.entries["ratio one"]["sentence"] == ""
+    for check in (held, failed, held):
+        book.record(check)
+    resumed.merge(book.entries)
+    assert book.entries["ratio one"]["sentence"] == resumed.entries["ratio one"]["sentence"] == "Because."
+    assert not resumed.entries["ratio one"]["held"]
+
+
 def test_the_seconds_of_two_attempts_are_noted_together(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
