@@ -122,6 +122,7 @@ def test_a_model_is_above_the_length_rule_by_a_paired_test() -> None:
     report = pair_report(scored(together, [0.5] * 50, rows))
     assert (report["accuracy"], report["length_baseline"]) == (0.7, 0.56)
     low, high = report["length_baseline_ci"]
+    assert (high + low) / 2 == pytest.approx(0.56, abs=0.03)
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.56 * 0.44 / 50), rel=0.1), "of one share of 50 pairs"
     assert report["over_length"] == pytest.approx(0.14)
     low, high = report["over_length_ci"]
