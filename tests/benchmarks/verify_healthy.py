@@ -19,8 +19,9 @@ import torch
 from rlhf.reward.load import load_reward_model
 from rlhf.serve.reward import reward_app
 from tests.models.test_templates import ALL
-from tests.reward.planted import Served, listening, make_reward_model, serving
+from tests.reward.planted import Served, listening, make_reward_model
 from tests.reward.test_verify import PLANTED, check, named
+from tests.serve.running import running
 
 FAMILIES = [
     ("llama", "llama-3"),
@@ -75,7 +76,7 @@ def measure(
         apps[name.replace(" ", "-")] = served.app()
         wanted[name] = set().union(*by_form.values())
     row: dict[str, Any] = {"model": model, "alarms": {}, "missed": {}, "wrong": {}, "checks": 0, "largest": {}}
-    with listening(apps) as url, serving(reward_app(load_reward_model(folder), "reward")) as ours:
+    with listening(apps) as url, running(reward_app(load_reward_model(folder), "reward")) as ours:
         targets = {
             "vllm": f"{url}/vllm",
             "pooling": f"{url}/vllm/pooling",

@@ -12,17 +12,15 @@ import json
 import random
 import socket
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote_from_bytes, urlencode
+from urllib.parse import quote_from_bytes, urlencode, urlsplit
 
 import psutil
-import uvicorn
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -34,6 +32,7 @@ from rlhf.reward.load import load_reward_model, save_reward_model
 from rlhf.serve.label import COOKIE, annotator_tokens, label_app
 from rlhf.serve.models import ServedModel
 from rlhf.serve.reward import Limits, serve_app
+from tests.serve.running import running
 from tests.unit_scale import build_reward_model
 
 SECONDS = 20.0  # that a reply may take
@@ -85,16 +84,12 @@ def send(port: int, request: Request) -> Reply:
 
 
 @contextmanager
-def running(app: Any) -> Iterator[int]:
+def listening_at(app: Any) -> Iterator[int]:
     """Serve an application in a thread, and give its port."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    with running(app, log_level="critical") as url:
+        port = urlsplit(url).port
+        assert port is not None
+        yield port
 
 
 # ---- What is sent ----
@@ -338,7 +333,7 @@ def main() -> None:
         else:
             app, _, tokens, ids = label_page(Path(folder))
             requests = label_requests(tokens=tokens, ids=ids)
-        with running(app) as port:
+        with listening_at(app) as port:
             found = fuzz(port, requests, minutes=arguments.minutes, is_json=arguments.server == "reward")
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found))

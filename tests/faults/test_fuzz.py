@@ -7,7 +7,15 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.faults.fuzz import Request as Sent
-from tests.faults.fuzz import label_page, label_requests, require_sense, reward_requests, reward_server, running, send
+from tests.faults.fuzz import (
+    label_page,
+    label_requests,
+    listening_at,
+    require_sense,
+    reward_requests,
+    reward_server,
+    send,
+)
 
 SHORT = settings(
     max_examples=150,
@@ -22,7 +30,7 @@ SHORT = settings(
 @pytest.mark.fault("garbage and load", "requests without sense")
 def test_the_reward_server_answers_whatever_is_sent(reward_folder: Path) -> None:
     statuses: Counter[int] = Counter()
-    with running(reward_server(reward_folder)) as port:
+    with listening_at(reward_server(reward_folder)) as port:
 
         @SHORT
         @given(reward_requests())
@@ -41,7 +49,7 @@ def test_the_reward_server_answers_whatever_is_sent(reward_folder: Path) -> None
 def test_the_labelling_page_answers_whatever_is_sent(tmp_path: Path) -> None:
     statuses: Counter[int] = Counter()
     app, book, tokens, ids = label_page(tmp_path)
-    with running(app) as port:
+    with listening_at(app) as port:
 
         @SHORT
         @given(label_requests(tokens=tokens, ids=ids))

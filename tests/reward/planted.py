@@ -1,18 +1,16 @@
 """Tiny reward models of many families, and servers of them as a stranger would write those, in plain transformers."""
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from fastapi import FastAPI, Request
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.conftest import PROMPTS, WORDS
+from tests.serve.running import running
 
 Rows = list[list[int]]
 
@@ -130,20 +128,5 @@ def listening(apps: dict[str, FastAPI]) -> Iterator[str]:
     whole = FastAPI()
     for name, app in apps.items():
         whole.mount(f"/{name}", app)
-    with serving(whole) as url:
+    with running(whole) as url:
         yield url
-
-
-@contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """A server of one application; the value is its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()

@@ -22,7 +22,8 @@ from rlhf.reward.verify import Answers, Hypothesis, diagnose, sigmoid
 from rlhf.serve.reward import reward_app
 from tests.conftest import PROMPTS
 from tests.models.test_templates import ALL
-from tests.reward.planted import Served, listening, make_reward_model, serving
+from tests.reward.planted import Served, listening, make_reward_model
+from tests.serve.running import running
 from tests.unit_scale import build_reward_model
 
 
@@ -178,7 +179,7 @@ def test_no_false_alarm_over_families(architecture: str, template: str, dtype: t
 
 
 def test_our_own_server_passes_in_every_form(reward_folder: Path) -> None:
-    with serving(reward_app(load_reward_model(reward_folder), "test")) as url:
+    with running(reward_app(load_reward_model(reward_folder), "test")) as url:
         verdict = check(url, reward_folder)
         assert verdict["held"], verdict["faults"]
         assert verdict["kind"] == "ours"
