@@ -3,9 +3,10 @@
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+from rlhf.cost.sizes import PairTokens
 from rlhf.cost.slices import Shape
 from rlhf.models.generate import STRETCH
 from rlhf.models.packing import balanced_rows
@@ -18,6 +19,52 @@ class Scoring(NamedTuple):
 
     seconds: float
     bytes: float
+
+
+class PairBatch(NamedTuple):
+    """What a reward model reads in one step.
+
+    Attributes:
+        shape: of all views, with padding.
+        texts: how many different ones there are.
+        tokens: of these, read once, without padding.
+        elements: pairs or rankings.
+    """
+
+    shape: Shape
+    texts: int
+    tokens: int
+    elements: int
+
+
+def elements_by_length(pairs: Sequence[PairTokens], *, are_rankings: bool) -> list[list[PairTokens]]:
+    """Return the pairs of each element that is trained on, a pair or a ranking, the longest first and groups together.
+
+    >>> long, short, other = PairTokens(1, 9, 2, "a"), PairTokens(1, 2, 2, "a"), PairTokens(1, 5, 5)
+    >>> elements_by_length([short, other, long], are_rankings=False) == [[short], [long], [other]]
+    True
+    >>> elements_by_length([short, other, long], are_rankings=True) == [[short, long], [other]]
+    True
+    """
+    groups: dict[tuple[str, Hashable], list[PairTokens]] = {}
+    for number, pair in enumerate(pairs):
+        groups.setdefault(("row", number) if pair.group is None else ("group", pair.group), []).append(pair)
+    longest_first = sorted(groups.values(), key=lambda group: -max(max(pair.chosen, pair.rejected) for pair in group))
+    return longest_first if are_rankings else [[pair] for group in longest_first for pair in group]
+
+
+def different_texts(pairs: Sequence[PairTokens]) -> list[list[list[int]]]:
+    """Return the different texts of each group in some pairs; in place of their ids, 0 for what they share and one for each answer.
+
+    >>> different_texts([PairTokens(1, 3, 2, "g", (0, 1)), PairTokens(1, 3, 4, "g", (0, 2)), PairTokens(0, 1, 1)])
+    [[[0, 1, 1], [0, 2], [0, 3, 3, 3]], [[1], [2]]]
+    """
+    groups: dict[tuple[str, Hashable], dict[int, list[int]]] = {}
+    for number, pair in enumerate(pairs):
+        texts = groups.setdefault(("row", number) if pair.group is None else ("group", pair.group), {})
+        for place, length in zip(pair.places, (pair.chosen, pair.rejected), strict=True):
+            texts[place] = [0] * pair.shared + [place + 1] * (length - pair.shared)
+    return [list(texts.values()) for texts in groups.values()]
 
 
 def mean_shape(shapes: Sequence[Shape]) -> Shape:

@@ -15,7 +15,17 @@ import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rlhf.cost.batches import BATCHES, Scoring, longest_of, mean_shape, stretches_of, unpadded_shapes
+from rlhf.cost.batches import (
+    BATCHES,
+    PairBatch,
+    Scoring,
+    different_texts,
+    elements_by_length,
+    longest_of,
+    mean_shape,
+    stretches_of,
+    unpadded_shapes,
+)
 from rlhf.cost.memory import (
     MOMENTS,
     Memory,
@@ -106,7 +116,7 @@ class Estimator:
     def _pairs(self, work: PairWork) -> Estimate:
         """Estimate reward models; where the model allows it, the prompt of a pair is read once.
 
-        A ranking counts as half as many pairs as it has answers, each of which reads the prompt: an upper bound.
+        So is, in a batch, each answer to a prompt that several pairs compare; a batch of rankings has each once anyhow.
         """
         # 1. The pairs that fit into max_length, in batches of like length; the longest is the largest.
         section, args = work.section, self.training[work.section].args
@@ -114,10 +124,14 @@ class Estimator:
         pairs = [pair for pair in self.sizes.pairs if max(pair.chosen, pair.rejected) <= limit] or self.sizes.pairs
         share, count = len(pairs) / len(self.sizes.pairs), args.per_device_train_batch_size
         trained = round(work.trained * share)
-        together = math.ceil(min(count, max(1, trained)) * work.answers / 2)
-        shapes = self._batches(pairs, together, work.views)
+        of_pair = 1.0 if work.are_rankings else work.answers / 2  # a rated answer is half a pair
+        together = math.ceil(min(count, max(1, trained)) * of_pair)
+        if work.top_layers is not None:  # a trunk reads each pair by itself
+            pairs = [pair._replace(group=None) for pair in pairs]
+        batches = self._batches(pairs, together, work)
+        shapes = [batch.shape for batch in batches]
         shape = mean_shape(shapes)
-        tokens = statistics.mean(self._tokens(pair) for pair in pairs) * work.answers / 2
+        tokens = sum(batch.tokens for batch in batches) / sum(batch.elements for batch in batches) * of_pair
         if work.top_layers is not None:
             return self._on_trunk(work, work.top_layers, trained, shapes, round(tokens))
 
@@ -125,7 +139,8 @@ class Estimator:
         steps, seconds = self._supervised(section, shape, self._micro_batches(trained, count))
         texts = [length for pair in pairs for length in (pair.chosen, pair.rejected)]
         if self.shares_prompt:
-            alone = Shape(2 * work.views * together, longest_of(texts, 2 * together), 0)
+            compared = round(statistics.mean(batch.texts for batch in batches))
+            alone = Shape(work.views * compared, longest_of(texts, compared), 0)
             seconds += self._time(section, shape) + self._time(section, alone)
         if work.ascent is not None:
             prompts, answers = work.ascent
@@ -182,27 +197,25 @@ class Estimator:
         total = round(work.models * trained * tokens * args.num_train_epochs)
         return Estimate(work.folder, work.pairs, total, round(work.models * steps), memory, seconds)
 
-    def _tokens(self, pair: PairTokens) -> int:
-        """Count the tokens that are read of a pair."""
-        return pair.chosen + pair.rejected - (pair.shared if self.shares_prompt else 0)
-
-    def _batches(self, pairs: Sequence[PairTokens], count: int, views: int) -> list[Shape]:
-        """Return the shapes of the batches of a sample, grouped by length and packed or padded as the trainer does it."""
-        by_length = sorted(pairs, key=lambda pair: -max(pair.chosen, pair.rejected))
+    def _batches(self, pairs: Sequence[PairTokens], count: int, work: PairWork) -> list[PairBatch]:
+        """Return the batches of a sample, so many elements each, grouped by length and packed or padded as the trainer does it."""
+        elements = elements_by_length(pairs, are_rankings=work.are_rankings)
         long_row = LONG_ROW * self.config.get_text_config().hidden_size
-        shapes = []
-        for start in range(0, len(by_length), count):
-            batch = by_length[start : start + count]
-            texts = [
-                [[0] * shared + [side] * (length - shared) for side, length in ((1, chosen), (2, rejected))]
-                for shared, chosen, rejected in batch
-            ]
+        batches = []
+        for start in range(0, len(elements), count):
+            batch = elements[start : start + count]
+            read = [pair for element in batch for pair in element]
+            # What reads each text in a row of its own has both of every pair, but of a ranking each answer once.
+            is_each_once = self.shares_prompt or work.are_rankings
+            groups = different_texts(read if is_each_once else [pair._replace(group=None) for pair in read])
+            texts = [text for group in groups for text in group]
             if self.shares_prompt:
-                rows, width = pack(texts, pad_token_id=0, long_row=long_row).input_ids.shape
+                packed = pack(groups, pad_token_id=0, long_row=long_row)
+                (rows, width), tokens = packed.input_ids.shape, int((packed.segments >= 0).sum())
             else:
-                rows, width = 2 * len(batch), max(len(text) for pair in texts for text in pair)
-            shapes.append(Shape(views * rows, width, 0))
-        return shapes
+                rows, width, tokens = len(texts), max(map(len, texts)), sum(map(len, texts))
+            batches.append(PairBatch(Shape(work.views * rows, width, 0), len(texts), tokens, len(batch)))
+        return batches
 
     def _ppo(self, work: PpoWork) -> Estimate:
         """Estimate PPO: sampling, scoring, three forwards, and the update of policy and critic."""

@@ -1,10 +1,10 @@
 """Rows and token lengths of a run's data, counted on its files."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,17 +12,26 @@ from rlhf.data.rows import Demonstration, Pair, Prompt, Side, answer, asked, com
 from rlhf.files import read_jsonl
 from rlhf.models.text import answer_text, encode, prompt_text
 
-COUNTED = 512  # rows whose tokens are counted, of each kind
+COUNTED = 512  # rows whose tokens are counted, of each kind; all pairs of a group that is among them
 FILES = ("sft", "pairs", "test_pairs", "prompts", "test_prompts", "ratings")
 SIDES: tuple[Side, ...] = ("chosen", "rejected")
 
 
 class PairTokens(NamedTuple):
-    """Tokens of a pair: of what its two texts begin with alike, and of each whole text."""
+    """Tokens of a pair.
+
+    Attributes:
+        shared: what its two texts begin with alike, and all others of its group.
+        chosen, rejected: of each whole text.
+        group: what pairs of answers to one prompt have in common, which are trained on together; None for a pair by itself.
+        places: which of the different texts of its group are its two.
+    """
 
     shared: int
     chosen: int
     rejected: int
+    group: Hashable = None
+    places: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ def count_sizes(data: Path, tokenizer: PreTrainedTokenizerBase, *, longest_answe
     paths = {name: data / f"{name}.jsonl" for name in FILES}
     rows = {name: read_jsonl(path) if path.is_file() else [] for name, path in paths.items()}
     rng = random.Random(0)
-    sample = {name: rng.sample(every, min(COUNTED, len(every))) for name, every in rows.items()}
+    sample = {name: _sample(every, rng) for name, every in rows.items()}
     pairs = cast(list[Pair], sample["pairs"])
     demonstrations = cast(list[Demonstration], sample["sft"])
 
@@ -74,12 +83,12 @@ def count_sizes(data: Path, tokenizer: PreTrainedTokenizerBase, *, longest_answe
     ]
     asked_of = [row["prompt"] for row in demonstrations]
     whole = _encoded(tokenizer, asked_of, [completion(row) for row in demonstrations])
-    compared = [PairTokens(_alike(c, r), len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
+    compared = _compared(pairs, chosen, rejected)
     unknown = [PairTokens(prompt, prompt + longest_answer, prompt + longest_answer) for prompt in prompts]
     note = f"No pairs yet: answers are taken to be {longest_answer} tokens long, so these are upper bounds."
     answers_of: dict[object, set[str]] = {}
     for number, pair in enumerate(cast(list[Pair], rows["pairs"])):
-        answers_of.setdefault(pair.get("group", number), set()).update(answer(pair, side) for side in SIDES)
+        answers_of.setdefault(_group(pair, number), set()).update(answer(pair, side) for side in SIDES)
     return Sizes(
         rows={name: len(every) for name, every in rows.items()},
         prompts=prompts,
@@ -90,6 +99,40 @@ def count_sizes(data: Path, tokenizer: PreTrainedTokenizerBase, *, longest_answe
         ranked_answers=sum(map(len, answers_of.values())),
         notes=[] if answers else [note],
     )
+
+
+def _sample(rows: Sequence[Mapping[str, Any]], rng: random.Random) -> list[Mapping[str, Any]]:
+    """Return some of the rows, with each all of its group."""
+    groups: dict[tuple[str, Hashable], list[Mapping[str, Any]]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(_group(row, number), []).append(row)
+    sample: list[Mapping[str, Any]] = []
+    for group in rng.sample(list(groups.values()), min(COUNTED, len(groups))):
+        if len(sample) >= COUNTED:
+            break
+        sample += group
+    return sample
+
+
+def _group(row: Mapping[str, Any], number: int) -> tuple[str, Hashable]:
+    """Return what a row has in common with others of its group; of a row without one, its number."""
+    return ("row", number) if row.get("group") is None else ("group", row["group"])
+
+
+def _compared(pairs: Sequence[Pair], chosen: Sequence[list[int]], rejected: Sequence[list[int]]) -> list[PairTokens]:
+    """Return the tokens of pairs whose two texts have these token ids."""
+    texts: dict[tuple[str, Hashable], dict[tuple[int, ...], int]] = {}  # different ones, by group
+    for number, (pair, *sides) in enumerate(zip(pairs, chosen, rejected, strict=True)):
+        of_group = texts.setdefault(_group(pair, number), {})
+        for side in sides:
+            of_group.setdefault(tuple(side), len(of_group))
+    shared = {name: min(_alike(next(iter(group)), text) for text in group) for name, group in texts.items()}
+    compared = []
+    for number, (pair, c, r) in enumerate(zip(pairs, chosen, rejected, strict=True)):
+        name = _group(pair, number)
+        places = texts[name][tuple(c)], texts[name][tuple(r)]
+        compared.append(PairTokens(shared[name], len(c), len(r), pair.get("group"), places))
+    return compared
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:

@@ -103,6 +103,11 @@ class PairWork:
     ascent: tuple[int, int] | None = None
     top_layers: int | None = None
 
+    @property
+    def are_rankings(self) -> bool:
+        """Return whether whole rankings are trained on, each with all of its pairs; those of two answers are pairs."""
+        return self.answers > 2
+
 
 @dataclass(frozen=True)
 class PpoWork:

@@ -358,11 +358,21 @@ def _flips(rows: Sequence[Pair], config: DenoiseConfig, strength: VoteStrength) 
 
 
 def _flip_pairs(rows: list[Pair], flips: Tensor) -> list[Pair]:
-    return [flip_pair(row) if flipped else row for row, flipped in zip(rows, flips.tolist(), strict=True)]
+    return [_contradicted(row) if flipped else row for row, flipped in zip(rows, flips.tolist(), strict=True)]
+
+
+def _contradicted(row: Pair) -> Pair:
+    """Return a pair whose votes say that the rejected answer is the better one: it is the chosen one, as surely as either was.
+
+    With 1 - p for the confidence p of a label, the pair would say what it said before.
+    """
+    if row.get("confidence") is None:
+        return flip_pair(row)
+    return {**flip_pair(row), "confidence": max(row["confidence"], 1 - row["confidence"])}
 
 
 def flip_pair(row: Pair) -> Pair:
-    """Flip the label of a pair: margin and rating gap change sign, its confidence is the other side's, critiques go along."""
+    """Return a pair the other way round: margin and rating gap change sign, confidence is the other side's, critiques follow."""
     flipped: Pair = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
     if "critique_chosen" in row and "critique_rejected" in row:
         flipped["critique_chosen"], flipped["critique_rejected"] = row["critique_rejected"], row["critique_chosen"]

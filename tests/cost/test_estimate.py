@@ -1,7 +1,9 @@
 """The arithmetic of an estimate: rows, tokens and steps of each kind of stage, memory of the roles, seconds as a sum."""
 
 import math
+import random
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ from trl import RewardConfig, SFTConfig
 from rlhf.cost.batches import longest_of, stretches_of, unpadded_shapes
 from rlhf.cost.estimate import ONE_PROCESS, Estimator
 from rlhf.cost.memory import MOMENTS, Memory, Processes
-from rlhf.cost.sizes import PairTokens, Sizes
+from rlhf.cost.sizes import PairTokens, Sizes, _compared
 from rlhf.cost.slices import Shape, Slices
 from rlhf.cost.work import PairWork, PpoWork, Rollouts, SamplingWork, SftWork, Training
 from rlhf.models.load import model_settings
+from rlhf.models.packing import LONG_ROW
+from rlhf.reward.collator import PairCollator
 
 LLAMA = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, vocab_size=200)
 LAYER = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
@@ -87,6 +91,49 @@ def test_what_pairs_are_trained_with_multiplies_what_it_should() -> None:
     encoder = BertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2)
     alone = estimator(config=encoder).estimate(PAIRS)
     assert (alone.tokens, alone.steps) == (200 * 2 * 2 * (11 + 6), 26), "an encoder reads the prompt twice"
+
+
+THREE = [PairTokens(10, 14, 13, "g", (0, 1)), PairTokens(10, 14, 15, "g", (0, 2)), PairTokens(10, 13, 15, "g", (1, 2))]
+
+
+def test_answers_that_several_pairs_compare_are_read_once() -> None:
+    """Three answers of 4, 3 and 5 tokens to a prompt of 10 make three pairs, of 22 tokens together where each by itself has 18."""
+    sizes = replace(SIZES, pairs=THREE)
+
+    def tokens(config: PretrainedConfig, **fields: Any) -> int:
+        costs = estimator(config=config)
+        costs.sizes = sizes
+        return costs.estimate(PairWork(**vars(PAIRS) | {"pairs": 300, "trained": 300} | fields)).tokens
+
+    once = 10 + 4 + 3 + 5
+    assert tokens(LLAMA) == 2 * 100 * once
+    assert tokens(LLAMA, trained=100, answers=3.0) == 2 * 100 * once, "100 rankings"
+    of_pairs = 2 * (14 + 13 + 15)
+    encoder = BertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2)
+    assert tokens(encoder) == 2 * 100 * of_pairs, "an encoder reads both texts of each pair"
+    assert tokens(encoder, trained=100, answers=3.0) == 2 * 100 * of_pairs / 2, "each answer of a ranking once"
+    on_trunk = tokens(LLAMA, section="vote", top_layers=1)
+    assert on_trunk == 2 * 100 * (of_pairs - 3 * 10), "a trunk reads each pair, its prompt once"
+
+
+def test_batches_are_those_of_the_collator() -> None:
+    """Rows and width, of groups of two to five answers beside pairs by themselves, as the trainer's collator lays them out."""
+    rng = random.Random(0)
+    rows: list[Any] = []
+    for group in ("a", "b", "c", None, None):
+        prompt = rng.choices(range(100, 200), k=rng.randint(3, 20))
+        answers = [
+            [i, *rng.choices(range(9, 99), k=rng.randint(0, 30))] for i in range(rng.randint(2, 5) if group else 2)
+        ]
+        for one, other in combinations(answers, 2):
+            rows.append({"chosen_ids": prompt + one, "rejected_ids": prompt + other, "group": group})
+    long_row = LONG_ROW * LLAMA.hidden_size
+    collated = PairCollator(pad_token_id=0, shared=True, long_row=long_row)(rows)
+    chosen, rejected = ([row[f"{side}_ids"] for row in rows] for side in ("chosen", "rejected"))
+    (batch,) = estimator()._batches(_compared(rows, chosen, rejected), len(rows), PAIRS)
+    assert (batch.shape.rows, batch.shape.length) == tuple(collated["input_ids"].shape)
+    assert batch.tokens == (collated["segments"] >= 0).sum()
+    assert batch.texts == len(collated["ends"])
 
 
 def test_pairs_over_max_length_are_left_out() -> None:

@@ -37,6 +37,30 @@ def test_rows_and_tokens_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     assert sizes.notes == []
 
 
+def test_pairs_of_one_prompt_are_counted_together(tokenizer: Any, tmp_path: Path) -> None:
+    """Three answers to a prompt, every two compared: what all begin with alike, and which answers a pair has."""
+    answers = ["red red dog", "red blue", "cat"]
+    rows = [
+        {"prompt": PROMPTS[0], "chosen": turn(answers[i]), "rejected": turn(answers[j]), "group": "g"}
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
+    alone = {"prompt": PROMPTS[1], "chosen": turn("red red dog"), "rejected": turn("red blue")}
+    write_jsonl(tmp_path / "pairs.jsonl", [rows[0], alone, *rows[1:]])
+    sizes = count_sizes(tmp_path, tokenizer, longest_answer=9)
+
+    def tokens(text: str) -> int:
+        return len(encode(tokenizer, [text], conversational=True)[0])
+
+    asked, begin = tokens(prompt_text(tokenizer, PROMPTS[0])), tokens(prompt_text(tokenizer, PROMPTS[1]) + "red")
+    lengths, of_alone = (
+        [tokens(answer_text(tokenizer, prompt, text)) for text in answers] for prompt in (PROMPTS[0], PROMPTS[1])
+    )
+    grouped = [PairTokens(asked, lengths[i], lengths[j], "g", (i, j)) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert [pair for pair in sizes.pairs if pair.group == "g"] == grouped, "'cat' begins otherwise than the others"
+    assert [pair for pair in sizes.pairs if pair.group is None] == [PairTokens(begin, *of_alone[:2])]
+    assert (sizes.rankings, sizes.ranked_answers) == (2, 5)
+
+
 def test_answers_that_nobody_has_written_are_as_long_as_they_may_be(tokenizer: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:5]])
     sizes = count_sizes(tmp_path, tokenizer, longest_answer=12)

@@ -24,7 +24,6 @@ from rlhf.models.dropout import switch_off_dropout
 from rlhf.models.generate import Completions, generate
 from rlhf.models.load import load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
-from rlhf.models.templates import template_problems
 from rlhf.pipeline.policy_checks import sampling_checks
 from rlhf.reward.load import check_scores, load_reward_model
 from tests.conftest import PROMPTS, WORDS
@@ -395,14 +394,3 @@ def test_a_planted_fault_is_caught_and_named(things: Things, name: str) -> None:
 def test_without_the_fault_the_check_holds(things: Things, name: str) -> None:
     check = MUTANTS[name].sound(things)
     assert check.held, check.message()
-
-
-def test_a_template_that_refuses_a_system_turn_is_named(things: Things) -> None:
-    things.tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        + TURNS.replace("CLOSE", "<|end|>")
-    )
-    prompts = [*PROMPTS, [{"role": "system", "content": "be brief"}, *PROMPTS[0]]]
-    (problem,) = template_problems(things.tokenizer, prompts)
-    assert problem.startswith("1 prompts")
-    assert "System role not supported" in problem

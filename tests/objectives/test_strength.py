@@ -373,6 +373,25 @@ def test_a_label_turned_twice_is_itself() -> None:
     assert flip_pair(flip_pair(own)) == {**own, "confidence": pytest.approx(0.9)}
 
 
+@pytest.mark.parametrize("objective", ["flip", "flip_margin"])
+def test_a_label_that_votes_contradict_is_turned_as_sure_as_it_was(objective: str) -> None:
+    """A label of confidence 0.9 and its flip pull the scores in opposite directions, equally far."""
+    data = [{**row, "confidence": p} for row, p in zip(rows(3), (0.9, 0.9, 0.5), strict=True)]
+    votes = VoteStrength(torch.tensor([-2.0, 2.0, -2.0]), torch.ones(3), torch.ones(3), torch.full((3,), 2))
+    config = DenoiseConfig(objective, flip_by="sign")
+    made, flipped = denoised(data, config, votes, NOISE)
+    assert flipped == 1
+    assert [row["confidence"] for row in made] == [0.9, 0.9, 0.5]
+    assert [row["chosen"] for row in made] == [data[0]["rejected"], data[1]["chosen"], data[2]["chosen"]]
+    difference = torch.zeros(1, requires_grad=True)
+    pulls = []
+    for row, sign in ((data[0], 1), (made[0], -1)):  # the difference is that of the file's order
+        loss = pair_loss(sign * difference, torch.zeros(1), confidence=row["confidence"])
+        pulls.append(torch.autograd.grad(loss.sum(), difference)[0].item())
+    assert pulls[0] == pytest.approx(-pulls[1])
+    assert pulls[0] < 0
+
+
 def test_votes_of_other_data_are_refused() -> None:
     data = rows(3)
     names = ("strength_mean", "strength_std", "strength_share", "strength_votes")

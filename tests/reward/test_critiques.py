@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf import CritiqueRewardTrainer, PairRewardTrainer, load_reward_model, save_reward_model
 from rlhf.data.rows import CRITIQUES
 from rlhf.errors import UserError
-from rlhf.models.critiques import REQUEST, drop_output_layer, request_ids, writer_on
+from rlhf.models.critiques import REQUEST, drop_output_layer, writer_on
 from rlhf.models.heads import language_head
 from rlhf.models.load import load_tokenizer, model_settings
 from rlhf.pipeline.certificates import verify_target
@@ -346,30 +346,6 @@ def test_a_critic_of_ppo_starts_from_it_without_the_output_layer(trained: dict[s
     reward: Any = source.function
     assert "lm_head.weight" in dict(reward.model.named_parameters()), "the reward model keeps its own"
     drop_output_layer(critic)  # has none any more
-
-
-def test_the_request_is_what_the_template_writes(tokenizer: Any) -> None:
-    answer = [*PROMPTS[0], {"role": "assistant", "content": "yes"}]
-    with_request = [*answer, {"role": "user", "content": REQUEST}]
-    before, whole = (
-        tokenizer.apply_chat_template(x, add_generation_prompt=asks, return_dict=True)["input_ids"]
-        for x, asks in ((answer, False), (with_request, True))
-    )
-    assert before + request_ids(tokenizer) == whole
-
-
-@pytest.mark.parametrize(
-    ("template", "sentence"),
-    [
-        ("{% for m in messages %}{{ m['content'] }}{% if not loop.last %}-{% else %}{{ eos_token }}{% endif %}{% endfor %}", "otherwise"),
-        ("{% if messages|length > 2 %}{{ raise_exception('no more') }}{% endif %}{{ messages[0]['content'] + eos_token }}", "refuses a turn"),
-    ],
-)  # fmt: skip
-def test_a_template_that_can_not_ask_is_refused(base_folder: Any, template: str, sentence: str) -> None:
-    tokenizer: Any = load_tokenizer(base_folder, conversational=True)
-    tokenizer.chat_template = template
-    with pytest.raises(UserError, match=sentence):
-        request_ids(tokenizer)
 
 
 def test_what_can_not_hold_is_refused(
