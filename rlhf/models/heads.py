@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -36,12 +36,21 @@ def combine_labels(model: PreTrainedModel | PeftModel, weights: Tensor) -> None:
     if isinstance(head, nn.Linear):
         setattr(inner, name, _combined(head, weights))
     else:  # an encoder's head with layers of its own, or PEFT's wrapper of a head
-        for parent in list(head.modules()):
-            for child_name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and child.out_features == len(weights):
-                    setattr(parent, child_name, _combined(child, weights))
+        for place in _last_layers(head, len(weights)):
+            parent, _, child = place.rpartition(".")
+            setattr(head.get_submodule(parent), child, _combined(cast(nn.Linear, head.get_submodule(place)), weights))
     inner.config.id2label, inner.config.label2id = {0: REWARD_LABEL}, {REWARD_LABEL: 0}
     inner.num_labels = 1
+
+
+def _last_layers(head: nn.Module, labels: int) -> list[str]:
+    """Return the names of the last linear layers of so many outputs: of a head, or of each copy of it in PEFT's wrapper."""
+    last: dict[str, str] = {}
+    for name, module in head.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == labels:
+            wrapped = name.startswith(("original_module", "modules_to_save."))
+            last[".".join(name.split(".")[: 2 if "modules_to_save" in name else 1]) if wrapped else ""] = name
+    return list(last.values())
 
 
 def _combined(linear: nn.Linear, weights: Tensor) -> nn.Linear:

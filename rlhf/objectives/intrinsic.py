@@ -35,7 +35,8 @@ def novelty(logprobs_reference: Tensor) -> Tensor:
 
         argmax_π E_π[ -c log π_ref ] - β KL(π || π_ref)  =  π_ref^(1 - c/β) / Z
 
-    c = β: uniform, c < β: flatter than the reference, c > β: the reference turned upside down.
+    c = β: uniform, c < β: flatter than the reference, c > β: the reference turned upside down. Here c is the weight of a token:
+    `novelty_coef` weighs the mean over an answer's T tokens, beside a KL that is their sum, so c is a T-th of it.
 
     Args:
         logprobs_reference: [b, r] nats.

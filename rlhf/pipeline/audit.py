@@ -232,7 +232,7 @@ def _counted(report: ReadReport, rows: list[Row[Pair]], *, ties: int) -> dict[st
         "kept_pairs": len(rows),
         "ties": ties,
         "dropped": report.dropped,
-        "dropped_rows": report.examples,
+        "dropped_rows": {why: [number - 1 for number in report.examples[why]] for why in report.dropped},
         "directions": list(report.directions.values()),
         "contradictions": [row.number - 1 for row in rows if (row.values.get("rating_gap") or 0) < 0],
         "rating_ties": sum(row.values.get("rating_gap") == 0 for row in rows),

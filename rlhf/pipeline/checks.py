@@ -249,7 +249,9 @@ def _check_data(recipe: Recipe) -> None:
         make_data(recipe, Path(folder), fit=None if model is None or _is_local(model) else written_on_hub)
 
 
-def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: bool = False) -> None:
+def check_arguments(
+    recipe: Recipe, *, until: str | None = None, is_only_local: bool = False, has_voted: bool = False
+) -> None:
     """Refuse settings that can't be: build every stage's configuration once, so that TRL says before a run what it refuses.
 
     A run begins here, so the libraries that are loaded now are silenced.
@@ -257,6 +259,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
     Args:
         until: the last stage that will run, if it is not the plan's.
         is_only_local: models on a hub are passed over, and a backbone may be an encoder, which ends with its reward model.
+        has_voted: the votes that will be read were all given before.
 
     Raises:
         UserError: with TRL's own reason for every section it refuses; or why the backbone can't be used (`check_backbone`).
@@ -279,7 +282,7 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
         problems += error.problems
     if model is None:
         problems += adapter_problems(recipe, None)
-    problems += _trunk_problems(recipe)
+    problems += _trunk_problems(recipe, has_voted=has_voted)
     problems += _function_problems(recipe)
     problems += _reward_folder_problems(recipe)
     problems += _verdict_model_problems(recipe, is_only_local=is_only_local)
@@ -293,12 +296,15 @@ def check_arguments(recipe: Recipe, *, until: str | None = None, is_only_local: 
         raise UserError(problems)
 
 
-def _trunk_problems(recipe: Recipe) -> Iterator[str]:
+def _trunk_problems(recipe: Recipe, *, has_voted: bool) -> Iterator[str]:
     """Yield why members of a vote can't share a frozen trunk."""
     if not recipe.needs_vote or recipe.vote.trunk is None:
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        yield "vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first."
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not has_voted:
+        yield (
+            "vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first, with this recipe and --out; "
+            "this command finds the votes then."
+        )
     layers = None if recipe.lab is None or recipe.lab.is_sampled else recipe.lab.num_hidden_layers
     if recipe.backbone.model is None and layers is not None and recipe.vote.trunk >= layers:
         yield f"vote.trunk is {recipe.vote.trunk}; the lab's model has {layers} layers, so it must be below that."

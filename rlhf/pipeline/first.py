@@ -18,6 +18,7 @@ FOR_PAIRS: dict[str, Any] = {
     "meta": False,
     "flip_rate": 0.0,
     "group_weight": None,
+    "center_rewards_coefficient": None,
 }
 
 

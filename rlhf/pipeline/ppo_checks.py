@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rlhf.lab.build import CONTEXT
 from rlhf.models.load import find_source
+from rlhf.pipeline.launch import number_of_processes
 from rlhf.pipeline.plan import plan, stages_until
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.source_kinds import FOLDER, kind_of
@@ -29,8 +30,16 @@ def ppo_problems(recipe: Recipe, *, until: str | None = None) -> Iterator[str]:
             "ppo.lora_dropout: ppo.disable_dropout, which is true unless you say otherwise, switches it off, since ratios would be "
             "noise; leave lora_dropout out."
         )
-    if ppo.get("adversarial_coef", 0) > 0 and recipe.reward.experts == "gate":
-        yield "ppo.adversarial_coef: it reads the features before one linear head, which gated experts have not; leave it out."
+    if ppo.get("adversarial_coef", 0) > 0 and recipe.reward.experts in ("gate", "weights"):
+        yield (
+            "ppo.adversarial_coef: it reads the features before one linear head, and experts that are not merged have a head each; "
+            "leave it out, or set reward.experts: merged."
+        )
+    if ppo.get("ptx_coef", 0) > 0 and number_of_processes() > 1 and not ppo.get("use_peft"):
+        yield (
+            "ppo.ptx_coef: with several processes it needs the four roles on one base; set ppo.use_peft: true, leave ptx_coef out, "
+            "or run without a launcher."
+        )
     if ppo.get("reference_mixup", 0) > 0 and ppo.get("use_peft") and not _starts_from_adapter(recipe):
         yield (
             "ppo.reference_mixup moves the reference, which is the base without an adapter here, under the policy too; leave it or "

@@ -16,7 +16,7 @@ from rlhf.evaluation.pairs import pair_report, score_answers, score_pairs
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.invariants.checks import CheckBook
 from rlhf.models.generate import sample_texts
-from rlhf.models.load import encoder_type, load_policy, load_tokenizer
+from rlhf.models.load import encoder_type, find_source, load_policy, load_tokenizer
 from rlhf.models.scalar_head import score_head
 from rlhf.models.score import Scorer
 from rlhf.pipeline.context import StageContext
@@ -201,7 +201,14 @@ def _combine(context: StageContext, domains: Mapping[str, list[Pair]], samples: 
     if section.experts == "merged":
         scaled = [weight / std for weight, std in zip(weights, scales[:, 1].tolist(), strict=True)]
         del experts
-        merge_experts([out / f"expert-{number}" for number in range(count)], weights, scaled, out)
+        start = find_source(context.sft_model).adapter  # what each expert's adapter began as
+        merge_experts(
+            [out / f"expert-{number}" for number in range(count)],
+            weights,
+            scaled,
+            out,
+            start=None if start is None else Path(start),
+        )
         (out / EXPERTS).unlink()
         return
     gate = None

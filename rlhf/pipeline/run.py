@@ -28,6 +28,7 @@ from rlhf.recipe.schema import Recipe
 from rlhf.report.cards import write_cards
 from rlhf.report.page import write_report
 
+VOTES = ("vote", "second_look")  # stages that train voters
 ORIGIN = "origin.json"  # which file and overrides the recipe came from; for the report
 
 
@@ -61,7 +62,10 @@ def run(
     if is_main:
         require_files(store, stages)
     if not all(done):
-        check_arguments(recipe, until=until)
+        votes = [
+            is_done for stage, is_done in zip(stages, done, strict=True) if stage.name in VOTES and stage in wanted
+        ]
+        check_arguments(recipe, until=until, has_voted=bool(votes) and all(votes))
     if own_process:
         _keep_what_is_loaded()
     lock = store.lock() if is_main else None

@@ -110,15 +110,15 @@ class VoteSetup:
     def training_rows(self) -> list[dict[str, Any]]:
         """Return the pairs with the columns that the members' loss reads.
 
-        A margin m of a label that is wrong with probability ε becomes its mean (1 - 2ε) m. Where that is known of single labels,
-        their own `confidence` is not read: it would count doubt twice, and silence verdicts.
+        A margin m of a label that is wrong with probability ε becomes |1 - 2ε| m: it is that of the likelier order, by the loss.
+        Where ε is known of single labels, their own `confidence` is not read: it would count doubt twice, and silence verdicts.
         """
         rows: list[dict[str, Any]] = training_columns(self.rows)
         if self.wrong is None:
             return rows
         rows = [{**row, "confidence": 1.0, "flip_rate": rate} for row, rate in zip(rows, self.wrong, strict=True)]
         return [
-            row | {"margin": (1 - 2 * row["flip_rate"]) * row["margin"]} if "margin" in row else row for row in rows
+            row | {"margin": abs(1 - 2 * row["flip_rate"]) * row["margin"]} if "margin" in row else row for row in rows
         ]
 
     def arguments(self, folder: Path, seed: int) -> tuple[ModelConfig, RewardConfig]:

@@ -259,7 +259,8 @@ def _end_sampling(trainer: "PPOTrainer", experience: Experience) -> None:
     trainer.progress.episodes += int(count)
     note_cuts(trainer)
     trainer.metrics.count("kl_coef", trainer.progress.kl_coef, 1)
-    if args.kl_target is not None:
+    trainer.progress.kl_coef_learnt = trainer.progress.kl_coef
+    if args.kl_target is not None and "policy" in trainer.trained_roles:  # while the critic warms up, the KL is 0
         trainer.progress.adapt(kl, target=args.kl_target, horizon=args.kl_horizon, episodes=int(count))
     if args.kl_limit is not None and kl > args.kl_limit:
         reason = (

@@ -81,7 +81,10 @@ class RolloutMetrics:
 
         # 1. Of answers.
         self.count("reward_proxy", raw.sum(), rows)
-        self.count("reward_deviation", rows * raw.std(correction=0), rows)
+        deviation = raw.std(correction=0)
+        if deviation == 0:  # then others decide, if there are any
+            deviation = (experience.scores + experience.dense.sum(dim=1)).std(correction=0)
+        self.count("reward_deviation", rows * deviation, rows)
         self.count("kl", masked(experience.kl), rows)
         self.count("kl_k3", masked(kl_k3(logprobs, experience.logprobs_reference)), rows)
         self.count("length", mask.sum(), rows)

@@ -185,6 +185,12 @@ class Rewards:
         """Return mean and deviation of the first source, where scores are normalised."""
         return self._scale(self.sources[0])
 
+    @property
+    def scale_of_copy(self) -> tuple[float, float]:
+        """Return the same for a critic that is a copy of the first source's network, which may say less than the whole."""
+        reward = self.sources[0].function
+        return reward.scale_of_copy(*self.scale) if isinstance(reward, RewardModel) else self.scale
+
     def _scale(self, source: RewardSource) -> tuple[float, float]:
         return source.scale if self.args.normalize_reward else (0.0, 1.0)
 

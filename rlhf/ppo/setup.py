@@ -23,6 +23,7 @@ from rlhf.ppo.ptx import Demonstrations
 from rlhf.ppo.rewards import RewardFunction, RewardSource
 from rlhf.ppo.roles import POLICY_ADAPTER, AdapterHead, Reference
 from rlhf.ppo.source_kinds import FOLDER, kind_of
+from rlhf.ppo.verdict_reward import OPPONENT
 from rlhf.reward.load import RewardModel
 
 
@@ -30,10 +31,19 @@ def check_data(dataset: Dataset | None) -> Dataset:
     """Return the training data, if there are prompts in them.
 
     Raises:
-        UserError: no column `prompt`, or no row.
+        UserError: no column `prompt`, or no row; some rows have an answer to compare with, and others none.
     """
     if dataset is None or "prompt" not in dataset.column_names or len(dataset) == 0:
         raise UserError("ppo: train_dataset needs a column `prompt` and at least one row.")
+    if OPPONENT in dataset.column_names:
+        without = [i for i, text in enumerate(dataset[OPPONENT]) if not isinstance(text, str)]
+        if without:
+            first = without[0]
+            raise UserError(
+                f"ppo: {len(without)} of {len(dataset)} rows of train_dataset have no text in the column {OPPONENT!r}, the first "
+                f"of them row {first} ({dataset[first][OPPONENT]!r}); give each row one, or leave the column out, and the "
+                "reference answers."
+            )
     return dataset
 
 
@@ -141,8 +151,11 @@ def rewards_and_critic(
     critic: nn.Module | None,
     processing_class: PreTrainedTokenizerBase,
     args: PPOConfig,
-) -> tuple[list[RewardSource], nn.Module]:
+) -> tuple[list[RewardSource], nn.Module, bool]:
     """Return the reward sources and the critic; the first source and the critic on the policy's base where that is possible.
+
+    Returns:
+        sources; the critic; whether it is a copy of what the first source opened, and has that copy's scale.
 
     Raises:
         UserError: weights for another number of sources, ensemble members on unknown scales, shaping or a discriminator without
@@ -171,13 +184,14 @@ def rewards_and_critic(
     if args.reward_ensemble is not None:
         _check_one_scale(sources, args)
     _check_reads_model(sources[0], args)
+    is_copy = critic is None
     if not isinstance(critic, AdapterHead):
         critic = _check_critic(critic or _copy_of_reward_model(sources[0], processing_class))
     keep_gradients(critic)
     for role, network in (("policy", policy), ("critic", critic)):
         if (sentence := coarse_weights(f"ppo: the {role}'s", network, args.learning_rate)) is not None:
             warnings.warn(sentence, stacklevel=3)
-    return sources, critic
+    return sources, critic, is_copy
 
 
 def check_reference(reference: Reference, args: PPOConfig) -> None:

@@ -36,7 +36,8 @@ class PPOState:
 
     Attributes:
         episodes: answers sampled so far.
-        kl_coef: β of this rollout.
+        kl_coef: β of this rollout; once its answers are sampled and rewarded, that of the next.
+        kl_coef_learnt: β of the rollout that is being learnt from.
         reward_count, reward_mean, reward_square: number, mean and summed squared deviation of all scores so far.
         health: the monitor's memory.
         surprise, counts: the sums of "sampler true" and of "token counts true" over all rollouts so far.
@@ -51,6 +52,7 @@ class PPOState:
 
     episodes: int = 0
     kl_coef: float = 0.0
+    kl_coef_learnt: float = 0.0
     reward_count: float = 0.0
     reward_mean: float = 0.0
     reward_square: float = 0.0

@@ -91,7 +91,8 @@ def _like_demonstrations(trainer: "PPOTrainer", rows: Sequence[PromptRow], compl
     assert trainer.demonstrations is not None, "set up for adversarial_coef"
     prompts, texts, ended = zip(*trainer.demonstrations.draw_texts(len(rows)), strict=True)
     demonstrations = reward.features(prompts, texts, ended=ended)
-    answers = reward.features([row["prompt"] for row in rows], completions.texts, ended=completions.ended.tolist())
+    texts_read = texts_for(reward, completions.texts, blank=completions.blank)
+    answers = reward.features([row["prompt"] for row in rows], texts_read, ended=completions.ended.tolist())
 
     # 2. One half's discriminator for the other.
     log_odds = torch.zeros(len(rows))

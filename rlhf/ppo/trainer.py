@@ -134,11 +134,11 @@ class PPOTrainer(BaseTrainer):
 
         # 3. Rewards and critic.
         self.monitors = dict(monitor_funcs or {})
-        sources, critic = rewards_and_critic(
+        sources, critic, is_copy = rewards_and_critic(
             model, reward_funcs, reward_processing_classes, critic, processing_class, args
         )
         self.rewards = Rewards(sources, args)
-        mean, std = self.rewards.scale
+        mean, std = self.rewards.scale_of_copy if is_copy else self.rewards.scale
         container = PolicyAndCritic(model, critic, value_mean=mean, value_std=std)
         if args.disable_dropout:
             for part in (container, self.reference.model):
@@ -360,7 +360,7 @@ class PPOTrainer(BaseTrainer):
         self.metrics.count_update(losses, logprobs, inputs, cliprange=args.cliprange, is_first=is_first)
         if args.kl_estimator != "k1":
             penalty = (kl_k2 if args.kl_estimator == "k2" else kl_k3)(logprobs, inputs["logprobs_reference"])
-            losses = losses + self.progress.kl_coef * penalty
+            losses = losses + self.progress.kl_coef_learnt * penalty
         return losses
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -29,6 +29,7 @@ NOT_ON_TRUNK = (
     "use_peft", *ADAPTER_KEYS, "load_in_4bit", "load_in_8bit", "dtype", "attn_implementation", "optim", "optim_args",
     "center_rewards_coefficient", "disable_dropout", "bf16", "fp16",
 )  # fmt: skip
+READING = ("chat_template_path", "eos_token")  # which texts a trainer of TRL's makes of conversations
 ASKING = ("labels", "prompts", "responses", "select")
 ASKS_NOBODY = "no round asks for labels, as rounds.count is 1 and rounds.first offline"
 NEEDS_NOISE = ("vote_sigmoid", "posterior", "weight")  # what they make of a label rests on how many labels are wrong
@@ -191,6 +192,14 @@ def unused_keys(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
     if recipe.vote.trunk is not None:
         reason = "voters on a shared trunk (vote.trunk) train all weights of their own layers, in float32, by AdamW"
         yield from _not_used(recipe, "vote", NOT_ON_TRUNK, reason)
+        for key in READING:
+            if recipe.needs_vote and recipe.vote_settings().get(key) is not None:
+                name = "vote" if _set_keys(recipe, "vote").get(key) is not None else "reward"
+                yield (
+                    (name, key),
+                    f"{name}.{key} is not read by voters on a shared trunk (vote.trunk), who would judge other texts than the "
+                    f"reward model reads. Save the tokenizer with it beside the backbone, or leave out vote.trunk or {name}.{key}.",
+                )
     for name in STAGE_SECTIONS:
         values, written = _values(recipe, name), _set_keys(recipe, name)
         if not values["load_in_4bit"] and written.get("load_in_4bit") is None:
@@ -229,15 +238,21 @@ def _decided_by_sft(recipe: Recipe) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def mixed_bits(recipe: Recipe, until: str | None = None) -> Iterator[str]:
-    """Yield a sentence for each stage in which SFT's adapter stands on other weights than it was trained on.
+    """Yield a sentence for each stage in which SFT's adapter stands on other weights than it was trained on, or PPO's roles do.
 
     Some want that, as vLLM takes whole weights only: it is no error.
 
     Args:
         until: the last stage that will run, if it is not the plan's.
     """
-    sft = _values(recipe, "sft")
+    sft, reward, ppo = (_values(recipe, name) for name in ("sft", "reward", "ppo"))
     if not recipe.has_sft or not sft["use_peft"]:
+        if until is None and reward["use_peft"] and ppo["use_peft"] and reward["load_in_4bit"] != ppo["load_in_4bit"]:
+            yield (
+                f"ppo: its policy stands on {_bits(ppo)} weights and the reward model on {_bits(reward)} ones, so the four roles "
+                "do not share one base, and critic and reward model are whole models beside it; give reward and ppo the same "
+                "load_in_4bit."
+            )
         return
     stages = {"sft": (), "vote": (), "reward": ("reward",)}.get(until or "", ("reward", "ppo"))
     for name in stages:

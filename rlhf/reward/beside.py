@@ -46,6 +46,10 @@ class BesideRewardTrainer(PairRewardTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.read_beside(resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.read_beside(str(self.state.best_model_checkpoint))
+
     def read_beside(self, checkpoint: str) -> None:
         """Read what lies beside the model from a checkpoint of either layout."""
         if self.beside is not None:

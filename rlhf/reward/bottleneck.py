@@ -74,4 +74,4 @@ class BottleneckRewardTrainer(MergedHeadRewardTrainer, BesideRewardTrainer):
         losses = super().losses(replace(scored, rewards=noisy), columns, inputs)
         nats = kl_to_standard_normal(mean, log_variance)
         self._metrics["train"]["code_nats"].append(nats.mean().item())
-        return losses + self.extra_weight * nats[scored.pairs].sum(dim=1)
+        return losses + columns.get("weight", 1.0) * self.extra_weight * nats[scored.pairs].sum(dim=1)

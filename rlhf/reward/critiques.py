@@ -82,4 +82,4 @@ class CritiqueRewardTrainer(AnswerLogprobsRewardTrainer):
         logprobs = torch.stack([self.answer_logprobs(side, scored, inputs) for side in SIDES], dim=1)
         written = critique_loss(logprobs, torch.stack([inputs[name] for name in TOKENS], dim=1))
         self._metrics["train"]["critique_loss"].append(written.mean().item())
-        return joint_loss(losses, written, weight=self.extra_weight)
+        return joint_loss(losses, columns.get("weight", 1.0) * written, weight=self.extra_weight)

@@ -60,7 +60,8 @@ class DeclaredRewardTrainer(PairRewardTrainer):
         needs, names = OBJECTIVES[config.objective].needs, dataset.column_names
         if needs.column is not None and names and not (needs.or_rating_gap and "rating_gap" in names):
             check_columns(dataset, (needs.column,))
-            if config == DenoiseConfig(config.objective):
+            has_ties = needs.column == "margin" and "confidence" in names  # which have no margin
+            if config == DenoiseConfig(config.objective) and not has_ties:
                 return dataset
         size = {"batch_size": None} if isinstance(dataset, Dataset) else {}  # all at once: an error counts all rows
         return dataset.map(_denoise_batch, batched=True, fn_kwargs={"config": config}, **size)

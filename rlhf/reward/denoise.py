@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from statistics import fmean
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -28,9 +27,7 @@ from rlhf.objectives.strength import (
 from rlhf.recipe.objectives import OBJECTIVES, Objective, resolve
 from rlhf.reward.annotators import LabelPosterior, posterior_by_annotator
 from rlhf.reward.noise import NoiseEstimate
-
-# Mean rating gaps of this many pairs that differ by more than this are in other units.
-ENOUGH_GAPS, OTHER_UNIT = 30, 2.5
+from rlhf.reward.overwritten import gaps_of_other_units, overwritten_confidence
 
 
 @dataclass(frozen=True)
@@ -95,9 +92,8 @@ def denoised(
     """
     objective = OBJECTIVES[config.objective]
     check_needs(rows, objective)
-    for sentence in (gaps_of_other_units(rows, objective), overwritten_confidence(rows, objective)):
-        if sentence is not None:
-            warnings.warn(sentence, stacklevel=2)
+    if (sentence := gaps_of_other_units(rows, objective)) is not None:
+        warnings.warn(sentence, stacklevel=2)
     if objective.apply is None:
         return Denoised(rows)
     apply = resolve(objective.apply)
@@ -108,6 +104,8 @@ def denoised(
         result = apply(rows, config, strength, noise)
     else:
         result = apply(rows, config)
+    if (sentence := overwritten_confidence(rows, result.rows, objective)) is not None:
+        warnings.warn(sentence, stacklevel=2)
     return result
 
 
@@ -140,41 +138,6 @@ def check_scale(rows: Sequence[Mapping[str, object]], objective: str, margin_sca
         raise UserError(
             f"reward.margin_scale is for ratings, and all {len(rows)} pairs bring a margin in nats; leave it out."
         )
-
-
-def gaps_of_other_units(rows: Sequence[Mapping[str, Any]], objective: Objective) -> str | None:
-    """Return a sentence where the rating gaps of two sources differ so much in size that their units can't be the same.
-
-    Ratings of 1 to 10 beside those of 0 to 4 have margins and weights that are as much larger. Sources with fewer than
-    `ENOUGH_GAPS` gaps are not looked at.
-    """
-    if not objective.needs.or_rating_gap:
-        return None
-    column = objective.needs.column
-    gaps: dict[str, list[float]] = {}
-    for row in rows:
-        if row.get("rating_gap") and row.get(column or "") is None:
-            gaps.setdefault(row.get("source") or "no source", []).append(abs(float(row["rating_gap"])))
-    means = sorted((fmean(of_source), name) for name, of_source in gaps.items() if len(of_source) >= ENOUGH_GAPS)
-    if not means or means[-1][0] <= OTHER_UNIT * means[0][0]:
-        return None
-    (least, first), (most, last) = means[0], means[-1]
-    return (
-        f"reward.objective {objective.name}: the rating gaps of {last!r} are {most:.3g} on average and those of {first!r} "
-        f"{least:.3g}, and they are taken for one unit, so the former count {most / least:.1f} times as much. Give the files a "
-        f"{column!r} on one scale if the ratings are on two."
-    )
-
-
-def overwritten_confidence(rows: Sequence[Mapping[str, Any]], objective: Objective) -> str | None:
-    """Return a sentence where an objective says how likely each label is right, and pairs say so themselves."""
-    count = sum(row.get("confidence") not in (None, TIE, 1.0) for row in rows)
-    if not count or not objective.sets_confidence:
-        return None
-    return (
-        f"reward.objective {objective.name} says how likely each label is right, and {count} of {len(rows)} pairs bring a "
-        "`confidence` (a share of annotators, a soft label), which is not used then. To train on it, set reward.objective: bt."
-    )
 
 
 # ---- Without a vote ----

@@ -25,6 +25,7 @@ from rlhf.reward.model import NO_FEATURES
 from rlhf.reward.weighed import WeighedByPrompt
 
 EXPERTS = "experts.json"
+ROUNDING = 1e-6  # of weights that sum to 1
 Combination = Literal["gate", "weights", "merged"]
 
 
@@ -110,6 +111,12 @@ class ExpertRewards(WeighedByPrompt):
         """
         raise UserError(NO_FEATURES)
 
+    def scale_of_copy(self, mean: float, std: float) -> tuple[float, float]:
+        """Return the copy's scale: it is the first expert, which stands for all of them in its own mean and deviation."""
+        expert_mean, expert_std = self.scales[0].tolist()
+        unit = expert_std / self.std
+        return expert_mean + (mean - self.mean) * unit, std * unit
+
     def _activate(self, number: int) -> None:
         self.model.set_adapter(adapter_name(number), inference_mode=True)
 
@@ -157,16 +164,25 @@ def save_experts(
         save_file({name: value.contiguous() for name, value in vars(gate).items()}, folder / GATE)
 
 
-def merge_experts(folders: Sequence[Path], weights: Sequence[float], head_weights: Sequence[float], out: Path) -> None:
-    """Write one adapter whose change of the base is the weighted sum of the experts' changes; likewise its head.
+def merge_experts(
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    head_weights: Sequence[float],
+    out: Path,
+    *,
+    start: Path | None = None,
+) -> None:
+    """Write one adapter whose change of where the experts began is the weighted sum of their changes; likewise its head.
 
-    This is exact: Σ_e w_e B_e A_e is the product of the stacked matrices [w_1 B_1, w_2 B_2, …] and [A_1; A_2; …].
+    This is exact: Σ_e w_e B_e A_e is the product of the stacked matrices [w_1 B_1, w_2 B_2, …] and [A_1; A_2; …]. Experts that
+    began as an adapter, W_0, each hold it: Σ_e w_e W_e has it Σ_e w_e times, so it is added (1 - Σ_e w_e) times more.
 
     Args:
         folders: the experts' adapters.
         weights: w of each expert's change of the base.
         head_weights: w of each expert's head, since each expert's scores have a scale of their own.
         out: the folder of the new adapter.
+        start: the adapter that each of them began as; None where each began at the base.
 
     Raises:
         UserError: an expert holds weights that can't be added up like that, or has another shape.
@@ -181,17 +197,24 @@ def merge_experts(folders: Sequence[Path], weights: Sequence[float], head_weight
     others = sorted(name for name in adapters[0] if not any(part in name for part in summed))
     if others:  # on a scale of its own a linear head adds up, an embedding table or a head of several layers does not
         raise UserError(f"reward.experts: merged adds up factors and linear heads; an expert also holds {others[0]}.")
+    added, weights_added = list(adapters), list(weights)
+    if start is not None and abs(1 - sum(weights)) > ROUNDING:
+        first = load_file(start / "adapter_model.safetensors")
+        added.append({name: first.get(name, torch.zeros_like(value)) for name, value in adapters[0].items()})
+        weights_added.append(1 - sum(weights))
     merged = {}
     for name in adapters[0]:
         if "lora_A" in name:
-            merged[name] = torch.cat([adapter[name] for adapter in adapters])
+            merged[name] = torch.cat([adapter[name] for adapter in added])
         elif "lora_B" in name:
-            merged[name] = torch.cat([w * adapter[name] for w, adapter in zip(weights, adapters, strict=True)], dim=1)
+            merged[name] = torch.cat(
+                [w * adapter[name] for w, adapter in zip(weights_added, added, strict=True)], dim=1
+            )
         else:
             heads = [w * adapter[name] for w, adapter in zip(head_weights, adapters, strict=True)]
             merged[name] = torch.stack(heads).sum(dim=0)
     out.mkdir(parents=True, exist_ok=True)
-    config |= {"r": config["r"] * len(adapters), "lora_alpha": config["lora_alpha"] * len(adapters)}  # the scale stays
+    config |= {"r": config["r"] * len(added), "lora_alpha": config["lora_alpha"] * len(added)}  # the scale stays
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file({name: value.contiguous() for name, value in merged.items()}, out / "adapter_model.safetensors")
     (out / ADAPTER_BASE).write_bytes((folders[0] / ADAPTER_BASE).read_bytes())

@@ -99,6 +99,10 @@ class GatedRewards(WeighedByPrompt):
         combine_labels(network, self.attributes.usual)
         return network
 
+    def scale_of_copy(self, mean: float, std: float) -> tuple[float, float]:
+        """Return the copy's scale: it says the score at the mean weights without the attributes' offsets."""
+        return mean - (self.attributes.usual @ self.attributes.offsets).item(), std
+
 
 def prompt_features(reward: RewardModel, prompts: Sequence[Prompt]) -> Tensor:
     """Return the mean of a network's last hidden states over each prompt's tokens, [n, h]; no answer is read."""

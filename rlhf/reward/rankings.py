@@ -288,7 +288,7 @@ class RankingRewardTrainer(PairRewardTrainer):
         losses: Tensor = self.loss_function(rewards, beats, **columns)
         if self.args.center_rewards_coefficient is not None:
             means = (rewards * is_there).sum(dim=1) / is_there.sum(dim=1)
-            losses = losses + self.args.center_rewards_coefficient * (2 * means) ** 2
+            losses = losses + columns.get("weight", 1.0) * self.args.center_rewards_coefficient * (2 * means) ** 2
         return losses
 
 

@@ -56,4 +56,5 @@ class TextRewardTrainer(AnswerLogprobsRewardTrainer):
             return losses
         logprobs = self.answer_logprobs("chosen", scored, inputs)
         self._metrics["train"]["logprobs_chosen"].append(logprobs.mean().item())
-        return mixed(losses, text_loss(logprobs, beta=self.beta), share=self.text_share)
+        text_losses = columns.get("weight", 1.0) * text_loss(logprobs, beta=self.beta)
+        return mixed(losses, text_losses, share=self.text_share)

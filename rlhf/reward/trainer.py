@@ -312,7 +312,8 @@ class PairRewardTrainer(RewardTrainer):
         numbers = {"flip_rate": self.flip_rate} if self.flip_rate > 0 else {}
         losses: Tensor = self.loss_function(rewards_chosen, rewards_rejected, **columns, **numbers)
         if self.args.center_rewards_coefficient is not None:
-            losses = losses + self.args.center_rewards_coefficient * (rewards_chosen + rewards_rejected) ** 2
+            centred = self.args.center_rewards_coefficient * (rewards_chosen + rewards_rejected) ** 2
+            losses = losses + columns.get("weight", 1.0) * centred
         return losses
 
     def scored(self, model: nn.Module, inputs: dict[str, Tensor]) -> "Scored":

@@ -73,6 +73,7 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
     result = audit(file, str(base_folder), out, **arguments)
     assert result == json.loads((out / "audit.json").read_text())
     assert (result["rows"], result["kept"]) == (152, 150)
+    assert sorted(row for rows in result["dropped_rows"].values() for row in rows) == [0, 151], "from 0"
     assert result["dropped"] == {"not valid JSON": 1, "repeats another pair": 1}
     found = set(result["suspicious"])
     assert len(found & wrong) >= 0.85 * len(wrong), (

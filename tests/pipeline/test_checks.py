@@ -9,8 +9,11 @@ from trl import RewardConfig
 
 from rlhf.errors import UserError
 from rlhf.pipeline.checks import check_arguments, check_here, check_recipe_file, check_sources, recipe_text
+from rlhf.pipeline.ppo_checks import ppo_problems
+from rlhf.pipeline.run import run
 from rlhf.recipe import load_recipe
 from tests.command import rlhf
+from tests.pipeline.small import RECIPE
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_anything_is_made(tmp_path: Path) -> None:
@@ -35,7 +38,8 @@ LATE: dict[str, str] = {
     "ppo.gradient_checkpointing_kwargs={use_reentrant:true}": "unknown key 'use_reentrant:true'",
     "reward.experts=merged reward.use_peft=true reward.use_dora=true": "reward.use_dora: merged adds up plain LoRA",
     "ppo.use_peft=true ppo.lora_target_modules=[q_proj,nothing]": "ppo.lora_target_modules: the model has no module 'nothing'",
-    "ppo.adversarial_coef=0.1 reward.experts=gate reward.use_peft=true": "which gated experts have not",
+    "ppo.adversarial_coef=0.1 reward.experts=gate reward.use_peft=true": "experts that are not merged have a head each",
+    "ppo.adversarial_coef=0.1 reward.experts=weights reward.use_peft=true": "experts that are not merged have a head each",
     "ppo.save_strategy=best": "ppo.save_strategy: best keeps what looks best",
     "reward.use_peft=true reward.lora_target_modules=[query]": "its linear layers are down_proj, gate_proj, k_proj",
     "vote.trunk=3 reward.objective=flip": "vote.trunk is 3; the lab's model has 3 layers",
@@ -152,6 +156,44 @@ def test_a_shared_trunk_is_refused_under_a_launcher(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"vote.trunk: a shared trunk is one process's"):
         check_arguments(load_recipe(file))
+    check_arguments(load_recipe(file), has_voted=True)
+
+
+def test_votes_on_a_trunk_that_are_there_do_not_keep_a_launch_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal names a way, which led back to it."""
+    overrides = ["vote.trunk=1", "vote.members=2", "vote.folds=2", "reward.objective=flip", "lab.num_hidden_layers=2"]
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    recipe, out = load_recipe(tmp_path / "r.yaml", overrides), tmp_path / "x"
+    asked: list[bool] = []
+
+    class Asked(Exception): ...
+
+    def ask(*_: object, has_voted: bool, **__: object) -> None:
+        asked.append(has_voted)
+        raise Asked
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rlhf.pipeline.run.check_arguments", ask)
+        with pytest.raises(Asked):
+            run(recipe, out, say=lambda _: None)
+    run(recipe, out, until="vote", say=lambda _: None)
+    monkeypatch.setattr("rlhf.pipeline.run.check_arguments", ask)
+    with pytest.raises(Asked):
+        run(recipe, out, say=lambda _: None)
+    assert asked == [False, True]
+
+
+def test_demonstrations_beside_ppo_on_models_of_their_own_are_one_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was refused once SFT and the reward model were trained."""
+    quickstart = Path(__file__).parents[2] / "recipes/quickstart.yaml"
+    asked = ["ppo.ptx_coef=0.1", "ppo.use_peft=false"]
+    assert not list(ppo_problems(load_recipe(quickstart, asked)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (sentence,) = ppo_problems(load_recipe(quickstart, asked))
+    assert sentence.startswith("ppo.ptx_coef: with several processes it needs the four roles on one base")
+    assert not list(ppo_problems(load_recipe(quickstart, ["ppo.ptx_coef=0.1", "ppo.use_peft=true"])))
 
 
 @pytest.mark.fault("records cut or edited")

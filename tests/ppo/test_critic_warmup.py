@@ -135,6 +135,30 @@ def test_the_log_of_a_warm_up_has_its_keys(make: Any) -> None:
     assert rows[2]["grad_norm"] > 0
 
 
+class Coefficients:
+    """In place of a penalty: it keeps what it is multiplied with, and is 0."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def __rmul__(self, coefficient: float) -> float:
+        self.seen.append(coefficient)
+        return 0.0
+
+
+def test_kl_coef_waits_for_the_policy_and_is_that_of_the_answers(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an untrained policy the KL is 0, which says nothing of the coefficient; an update is made with what its log says."""
+    penalty = Coefficients()
+    monkeypatch.setattr("rlhf.ppo.trainer.kl_k3", lambda *_: penalty)
+    trainer, _ = make(kl_estimator="k3", kl_target=50.0, kl_horizon=16, total_episodes=80, critic_warmup=2)
+    trainer.train()
+    logged = [row["kl_coef"] for row in trainer.state.log_history if "episodes" in row]
+    assert logged[:3] == [0.05] * 3
+    assert 0.05 > logged[3] > logged[4]
+    of_updates = list(dict.fromkeys(penalty.seen))
+    assert of_updates == logged[2:]
+
+
 def test_a_warm_up_cut_in_the_middle_ends_bit_for_bit(make: Any, tmp_path: Path) -> None:
     settings = {
         **SETTINGS["ptx"], **SETTINGS["weight_decay"], "save_strategy": "epoch", "output_dir": str(tmp_path),

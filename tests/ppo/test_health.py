@@ -182,6 +182,24 @@ def test_a_reward_that_says_one_thing_is_told_of(
     assert all(row["reward_deviation"] == 0 for row in rows.rows)
 
 
+def test_a_reward_beside_one_that_says_one_thing_is_something_to_learn(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    """The sum is what is optimised, and with `stop_when_unhealthy` the alarm would end training."""
+
+    def constant(prompts: Any, completions: list[Any], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    def words(prompts: Any, completions: list[Any], **_: Any) -> list[float]:
+        return [float(len(completion[-1]["content"])) for completion in completions]
+
+    critic = load_reward_model(reward_folder).model.requires_grad_(True)
+    trainer, rows = make(base_folder, [constant, words], cpu_arguments, critic=critic, total_episodes=48)
+    trainer.train()
+    assert all(row["reward_deviation"] > 0 for row in rows.rows)
+    assert not [warning for warning in recwarn if "the same score" in str(warning.message)]
+
+
 def test_one_rollout_of_bad_luck_is_no_hacking() -> None:
     """Scores and true rewards that only scatter, the true one by its own standard error of 0.03."""
     rng, health = random.Random(0), Health()

@@ -15,6 +15,7 @@ from rlhf.models.generate import Completions
 from rlhf.models.load import load_tokenizer
 from rlhf.models.verdicts import load_verdict_model
 from rlhf.ppo.rewards import RewardSource
+from rlhf.ppo.setup import check_data
 from rlhf.ppo.source_kinds import source_problem
 from tests.conftest import PROMPTS
 from tests.ppo.test_options import TWO
@@ -91,6 +92,12 @@ def test_answers_that_do_not_fit_get_nothing_and_are_said_once(verdict_folder: P
 def test_what_it_cannot_do_is_said(verdict_folder: Path, encoder_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="give it a column 'reference_answer'"):
         RewardSource(f"verdicts:{verdict_folder}")(PROMPTS[:2], TWO, {})
+    rows = [
+        {"prompt": prompt, "reference_answer": answer}
+        for prompt, answer in zip(PROMPTS, ("yes", None, ""), strict=False)
+    ]
+    with pytest.raises(UserError, match=r"1 of 3 rows .* no text in the column 'reference_answer', .* row 1 \(None\)"):
+        check_data(Dataset.from_list(rows))
     with pytest.raises(UserError, match="an encoder says no next token"):
         RewardSource(f"verdicts:{encoder_folder}")
     assert source_problem(f"verdicts:{tmp_path}/none") == f"{tmp_path}/none: no such folder."

@@ -138,9 +138,9 @@ COLUMNS: dict[str, dict[str, list[float | None]]] = {
     "scaled": {"weight": [1.0, 2.0, 3.0, 4.0, 5.0]},
     "smoothing": {"confidence": [0.8, 0.8, 0.8, 0.8, None]},
     "soft": {},
-    "flip": {"confidence": [0.1, 0.1, None, None, None]},
+    "flip": {},  # sides alone: whoever was 0.9 sure of one answer is taken to be as sure of the other
     "adaptive_margin": {"margin": [-1.0, -0.25, 0.5, 1.5, None]},
-    "flip_margin": {"margin": [1.0, 0.25, 0.5, 1.5, None], "confidence": [0.1, 0.1, None, None, None]},
+    "flip_margin": {"margin": [1.0, 0.25, 0.5, 1.5, None]},
     "soft_margin": {"margin": [-1.0, -0.25, 0.5, 1.5, None], "confidence": [0.8, 0.8, 1.0, 1.0, None]},
     "vote_soft": {"confidence": [0.0, 0.25, 0.5, 1.0, None]},
     "vote_sigmoid": {"confidence": [1 / (1 + math.exp(-0.5 * d)) for d in MEAN.tolist()[:4]] + [None]},

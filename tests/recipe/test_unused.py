@@ -312,3 +312,27 @@ def test_voters_on_a_shared_trunk_take_nothing_of_a_trainer(tmp_path: Path, key:
     assert f"vote.{key} is {value!r}, which is not used: voters on a shared trunk" in problem(file)
     load_recipe(recipe(tmp_path, reward={"objective": "posterior"}, vote={key: value}))
     load_recipe(recipe(tmp_path, reward={"objective": "posterior", key: value}, vote={"trunk": 1}))
+
+
+def test_voters_on_a_shared_trunk_read_no_template_of_a_trainer(tmp_path: Path) -> None:
+    """They judged other texts than the reward model, which is trained on their votes."""
+    template = {"chat_template_path": "t.jinja"}
+    for name in ("reward", "vote"):
+        sections = {"reward": {"objective": "posterior"}, "vote": {"trunk": 1}}
+        sections[name] |= template
+        expected = f"{name}.chat_template_path is not read by voters on a shared trunk"
+        assert expected in problem(recipe(tmp_path, **sections))
+    load_recipe(recipe(tmp_path, reward={"objective": "posterior", **template}))
+    load_recipe(recipe(tmp_path, reward={"objective": "bt", **template}))
+
+
+@pytest.mark.parametrize("overrides", [["ppo.load_in_4bit=true"], ["reward.load_in_4bit=true"], []])
+def test_roles_that_can_not_share_a_base_are_named(tmp_path: Path, overrides: list[str]) -> None:
+    """Also without SFT: a recipe that asked for 4 bits in PPO alone held two models more than one without."""
+    lora = {"use_peft": True}
+    sentences = list(mixed_bits(load_recipe(recipe(tmp_path, reward=lora, ppo=lora), overrides)))
+    expected = {
+        "ppo.load_in_4bit=true": "ppo: its policy stands on 4-bit (nf4) weights and the reward model on whole ones",
+        "reward.load_in_4bit=true": "ppo: its policy stands on whole weights and the reward model on 4-bit (nf4) ones",
+    }
+    assert [sentence.partition(",")[0] for sentence in sentences] == [expected[override] for override in overrides]

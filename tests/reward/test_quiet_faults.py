@@ -296,3 +296,10 @@ def test_a_confidence_that_is_not_used_is_said(recwarn: pytest.WarningsRecorder)
     assert not recwarn.list
     with pytest.warns(UserWarning, match="says how likely each label is right, and 1 of 4 pairs bring a `confidence`"):
         denoised(rows, DenoiseConfig("smoothing"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # where votes say nothing it is used
+        silent = NoiseEstimate(flip_rate=0.2, fitted=0.2, scale=0.0, low=0.0, high=0.3)
+        strength = votes(torch.zeros(4))
+        assert denoised(rows, DenoiseConfig("posterior"), strength, silent).rows == rows
+    with pytest.warns(UserWarning, match="1 of 4 pairs bring a `confidence`"):
+        denoised(rows, DenoiseConfig("posterior"), strength, NOISE)
