@@ -51,7 +51,9 @@ def audit_command(
     budget: Annotated[
         int | None, typer.Option(help="How many pairs experts look at again: chosen here.", show_default=False)
     ] = None,
-    expert_error: Annotated[float, typer.Option(help="How often an expert's verdict is wrong.")] = 0.05,
+    expert_error: Annotated[
+        float, typer.Option(help="How often an expert's verdict is wrong; read by --budget and --meter.")
+    ] = 0.05,
     meter: Annotated[
         bool, typer.Option("--meter", help="Also say what more labels would bring; about twice the time.")
     ] = False,
@@ -128,7 +130,10 @@ def blame_command(
 
 @app.command("label")
 def label_command(
-    run: Annotated[Path, typer.Argument(help="A run that waits for labels.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run that waits for labels, an audit's folder, or RUN/second_look.", show_default=False),
+    ],
     *,
     annotator: Annotated[
         list[str] | None, typer.Option(help="Who labels; once for each person. [default: you]", show_default=False)

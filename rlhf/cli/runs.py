@@ -11,6 +11,7 @@ from rlhf.cli.console import Out, Overrides, RecipeFile, app, errors, output, sa
 from rlhf.errors import UserError
 from rlhf.recipe import Recipe, load_recipe
 
+UNTIL = "Stop after this stage: data, sft, label, vote, reward, ppo, … (the first of that name); or a folder, as round-2/label."
 BUSY = 0.4  # load a core, before this program begins its work, from which its clock can't be believed
 
 
@@ -20,7 +21,7 @@ def run_command(
     overrides: Overrides = None,
     out: Out = None,
     dry_run: Annotated[bool, typer.Option(help="Check everything, show the plan, write nothing.")] = False,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    until: Annotated[str | None, typer.Option(help=UNTIL)] = None,
 ) -> None:
     """Run a recipe from SFT to a report. The same command again goes on where it stopped."""
     _run(recipe_file, overrides, out, dry_run=dry_run, until=until)
@@ -64,7 +65,7 @@ def check_command(
 def plan_command(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    until: Annotated[str | None, typer.Option(help=UNTIL)] = None,
     processes: Annotated[
         int | None,
         typer.Option(

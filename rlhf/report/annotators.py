@@ -35,8 +35,7 @@ def annotator_sentences(report: Mapping[str, Any], *, has_gold: bool = False) ->
     unknown = [name for name, entry in report.items() if entry["accuracy"] is None and "few" not in entry["flags"]]
     if unknown:
         sentences.append(
-            f"Of unknown accuracy, for of the pairs that they labelled too little else is known to tell who errs: "
-            f"{', '.join(unknown)}."
+            f"Accuracy not known, as too little else is known of the pairs that they labelled: {', '.join(unknown)}."
         )
     return sentences
 

@@ -93,4 +93,6 @@ def wanted(wants: Facts) -> list[str]:
     if not wants["wanted"]:
         return [f"{alone}; no single one is wanted beyond chance."]
     names = [f"{wants['traits'][name]['wanted']} {name}" for name in wants["wanted"]]
-    return [f"{alone}. What these labels want: {', '.join(names)}. They may be right to; read the examples below."]
+    return [
+        f"{alone}. What these labels want: {', '.join(names)}. They may be right to; read the examples in audit.html."
+    ]

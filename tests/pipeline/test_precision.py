@@ -70,7 +70,12 @@ def test_a_layer_is_timed_in_both() -> None:
 
 def test_4_bit_weights_on_a_cpu_warn_with_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_cost_of_4_bit", lambda: 12.34)
-    with pytest.warns(UserWarning, match=r"takes 12\.3 times as long as in float32 \(measured\)"):
+    with pytest.warns(
+        UserWarning, match=r"takes 12\.3 times as long as in float32 \(measured\); they save memory, not time\.$"
+    ):
+        warn_of_4_bit(True)
+    monkeypatch.setattr(precision, "_cost_of_4_bit", lambda: 0.5)
+    with pytest.warns(UserWarning, match=r"takes 0\.5 times as long as in float32 \(measured\)\.$"):
         warn_of_4_bit(True)
     monkeypatch.setattr(precision, "_cost_of_4_bit", lambda: None)
     with warnings.catch_warnings():

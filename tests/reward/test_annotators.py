@@ -319,7 +319,7 @@ def test_verdicts_that_no_one_else_gave_tell_no_accuracy() -> None:
     verdicts = [Verdict(f"{name}{i}", "first", name) for i in range(ENOUGH) for name in ("ann", "bob")]
     report = report_verdicts(verdicts, right={})
     assert report["ann"]["accuracy"] is report["ann"]["accuracy_ci"] is None
-    assert any("Of unknown accuracy" in line for line in annotator_sentences(report))
+    assert any("Accuracy not known" in line for line in annotator_sentences(report))
 
 
 def test_a_pair_is_one_whichever_answer_is_chosen() -> None:
