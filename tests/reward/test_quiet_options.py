@@ -60,7 +60,7 @@ def test_what_sft_learnt_is_once_in_merged_experts(
 
 def test_a_copy_of_gated_attributes_is_on_their_scale(base_folder: Path, tokenizer: Any) -> None:
     """At the mean weights a critic's values are the normalised scores, constants of the attributes included."""
-    usual, offsets = torch.tensor([0.25, 0.75]), torch.tensor([3.0, -1.0])
+    usual, offsets = torch.tensor([0.25, 0.75]), torch.tensor([3.0, 1.0])
     flat = Gate(torch.zeros(64), torch.ones(64), torch.zeros(2, 64), usual.log(), torch.tensor(1e9))
     model = build_reward_model(base_folder, pad_token_id=tokenizer.pad_token_id, labels=("a", "b"))
     reward = GatedRewards(model, tokenizer, Attributes(("a", "b"), offsets, flat, usual), conversational=True)
