@@ -27,7 +27,7 @@ from rlhf.objectives.strength import (
 from rlhf.recipe.objectives import OBJECTIVES, Objective, resolve
 from rlhf.reward.annotators import LabelPosterior, posterior_by_annotator
 from rlhf.reward.noise import NoiseEstimate
-from rlhf.reward.overwritten import gaps_of_other_units, overwritten_confidence
+from rlhf.reward.overwritten import gaps_of_other_units, overwritten_confidence, overwritten_margin
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ def denoised(
     """
     objective = OBJECTIVES[config.objective]
     check_needs(rows, objective)
-    if (sentence := gaps_of_other_units(rows, objective)) is not None:
-        warnings.warn(sentence, stacklevel=2)
+    for sentence in (gaps_of_other_units(rows, objective), overwritten_margin(rows, objective)):
+        if sentence is not None:
+            warnings.warn(sentence, stacklevel=2)
     if objective.apply is None:
         return Denoised(rows)
     apply = resolve(objective.apply)

@@ -9,6 +9,7 @@ from rlhf.recipe.objectives import Objective
 
 # Mean rating gaps of this many pairs that differ by more than this are in other units.
 ENOUGH_GAPS, OTHER_UNIT = 30, 2.5
+OF_VOTES = ("adaptive_margin", "flip_margin", "soft_margin")  # objectives whose margins are of votes
 
 
 def gaps_of_other_units(rows: Sequence[Mapping[str, Any]], objective: Objective) -> str | None:
@@ -50,4 +51,15 @@ def overwritten_confidence(
     return (
         f"reward.objective {objective.name} says how likely each label is right, and {count} of {len(rows)} pairs bring a "
         "`confidence` (a share of annotators, a soft label), which is not used then. To train on it, set reward.objective: bt."
+    )
+
+
+def overwritten_margin(rows: Sequence[Mapping[str, Any]], objective: Objective) -> str | None:
+    """Return a sentence where an objective makes margins of votes, and pairs bring margins of their own."""
+    count = sum(bool(row.get("margin")) and row.get("confidence") != TIE for row in rows)
+    if not count or objective.name not in OF_VOTES:
+        return None
+    return (
+        f"reward.objective {objective.name} makes margins of the votes, and {count} of {len(rows)} pairs bring a `margin`, which "
+        "is not used then. To train on it, set reward.objective: margin."
     )

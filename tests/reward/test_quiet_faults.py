@@ -303,3 +303,12 @@ def test_a_confidence_that_is_not_used_is_said(recwarn: pytest.WarningsRecorder)
         assert denoised(rows, DenoiseConfig("posterior"), strength, silent).rows == rows
     with pytest.warns(UserWarning, match="1 of 4 pairs bring a `confidence`"):
         denoised(rows, DenoiseConfig("posterior"), strength, NOISE)
+
+
+@pytest.mark.parametrize("objective", ["adaptive_margin", "flip_margin", "soft_margin", "flip"])
+def test_a_margin_that_is_not_used_is_said(objective: str, recwarn: pytest.WarningsRecorder) -> None:
+    rows = [pair(0, margin=2.0), pair(1, margin=1.0, confidence=0.5), pair(2, margin=0.0), pair(3)]
+    denoised(rows, DenoiseConfig(objective), votes(torch.ones(4)), NOISE)
+    said = [str(warning.message) for warning in recwarn if "bring a `margin`" in str(warning.message)]
+    expected = f"reward.objective {objective} makes margins of the votes, and 1 of 4 pairs bring a `margin`"
+    assert [sentence.partition(", which")[0] for sentence in said] == ([] if objective == "flip" else [expected])
