@@ -12,7 +12,7 @@ from rlhf.errors import UserError
 from rlhf.recipe import Recipe, load_recipe
 
 UNTIL = "Stop after this stage: data, sft, label, vote, reward, ppo, … (the first of that name); or a folder, as round-2/label."
-BUSY = 0.4  # load a core, before this program begins its work, from which its clock can't be believed
+LOOKS_SECONDS, BUSY = 0.5, 0.4  # how long to look, and the share of the cores from which a clock can't be believed
 
 
 @app.command("run")
@@ -84,6 +84,8 @@ def plan_command(
     ] = None,
 ) -> None:
     """Estimate rows, tokens, steps, memory and time of every stage, before any weights are loaded; writes nothing."""
+    from psutil import cpu_percent
+
     from rlhf.pipeline.checks import check_arguments, check_sources
     from rlhf.pipeline.finished import require_data
     from rlhf.report.terminal import estimates_table, memory_table
@@ -92,7 +94,7 @@ def plan_command(
     if out is not None:
         require_data(recipe, out)
     check_sources(recipe)
-    busy = busy_sentence(os.getloadavg()[0], os.cpu_count() or 1)
+    busy = busy_sentence(cpu_percent(LOOKS_SECONDS) / 100, os.cpu_count() or 1)
     with errors.status("counting the data, timing one and two layers of the model …"):
         check_arguments(recipe, until=until)
         from rlhf.cost.memory import Processes
@@ -106,17 +108,20 @@ def plan_command(
         say(note)
 
 
-def busy_sentence(load: float, cores: int) -> str:
-    """Return what a load of other programs does to times that are measured; empty where there is hardly any.
+def busy_sentence(share: float, cores: int) -> str:
+    """Return what other programs do to times that are measured; empty where they do hardly anything.
 
-    >>> busy_sentence(0.4, 2), busy_sentence(2.0, 2)[:54]
-    ('', 'Other programs are at work here (load 2.0 on 2 cores),')
+    Args:
+        share: of all cores, how much of them is at work before this program is.
+
+    >>> busy_sentence(0.2, 2), busy_sentence(0.95, 2)[:62]
+    ('', 'Other programs are at work here (1.9 of 2 cores are busy), whi')
     """
-    if load < BUSY * cores:
+    if share < BUSY:
         return ""
     return (
-        f"Other programs are at work here (load {load:.1f} on {cores} cores), which lengthens what is measured on a processor by "
-        "more than its share: two layers are timed, and their difference stands for all. Run this on a quiet machine."
+        f"Other programs are at work here ({share * cores:.1f} of {cores} cores are busy), which lengthens what is measured on a "
+        "processor by more than its share: two layers are timed, and their difference stands for all. Run this on a quiet machine."
     )
 
 
