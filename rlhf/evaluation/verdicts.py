@@ -106,6 +106,9 @@ def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> Verdi
     log_odds, bias = verdicts.orders
     right, turned = right_verdicts(verdicts), turns_with_order(verdicts.orders).double()[verdicts.fits].tolist()
     sure, given = first_is_better(verdicts.orders).double()[verdicts.fits], verdicts.fits
+    labels = np.array([row.get("confidence", 1.0) for row in rows])[given.numpy()]
+    sides = log_odds[given].numpy()  # above 0 the chosen answer is called better; a tie agrees half with any label
+    agreement = np.where(sides > 0, labels, np.where(sides < 0, 1 - labels, 0.5))
     read = [cluster for cluster, fits in zip(clusters, given.tolist(), strict=True) if fits]
     accuracy, accuracy_ci = clustered_share(right, clusters)
     turned_share, turned_ci = clustered_share(turned, read)
@@ -118,7 +121,7 @@ def verdict_report(name: str, verdicts: Verdicts, rows: Sequence[Pair]) -> Verdi
         "too_long": int((~verdicts.fits).sum()),
         "accuracy": accuracy,
         "accuracy_ci": accuracy_ci,
-        "ece": expected_calibration_error(sure.maximum(1 - sure).tolist(), np.array(right)[given.numpy()].tolist()),
+        "ece": expected_calibration_error(sure.maximum(1 - sure).tolist(), agreement.tolist()),
         "turned": turned_share,
         "turned_ci": turned_ci,
         "says_a": float(says_a.mean()),

@@ -44,6 +44,11 @@ from rlhf.reward.text import TextRewardTrainer
 from rlhf.reward.trainer import PairRewardTrainer
 
 FAILED_BATCH = "failed_batch"
+TEXT_COMPARED = 64  # tokens of a text whose loss TRL and the model both give
+LOSS_WITHIN = {
+    True: 1e-2,
+    False: 0.2,
+}  # nats a token that the two may differ by, where all weights are float32 and where not
 CHECK_SETTINGS = [Path(str(library.__file__)).parent for library in (accelerate, peft, transformers, trl)]
 
 
@@ -157,7 +162,42 @@ class StageSFTTrainer(InStage, SFTTrainer):
 
     Conversations are encoded here: behind the very ids that sampling begins with, typed special tokens as words, and an answer
     that was cut off without an end. With `assistant_only_loss`, whose mask the template gives, TRL encodes them.
+
+    Raises:
+        UserError: TRL's loss, which applies the output layer to the decoder's states, is of other logits than the model's own.
     """
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        if self.accelerator.is_main_process:  # others may not have their weights yet
+            with torch.no_grad():
+                self._check_loss()
+
+    def _check_loss(self) -> None:
+        """Compare TRL's loss of a text, without materialised logits, with the model's own."""
+        rows = self.train_dataset
+        ids = (
+            rows[0]["input_ids"][:TEXT_COMPARED]
+            if isinstance(rows, Dataset) and "input_ids" in rows.column_names
+            else []
+        )
+        if len(ids) < 2:
+            return
+        text, was_training = torch.tensor([ids], device=self.model.device), self.model.training
+        self.model.eval()
+        fused, own = (
+            self.model(input_ids=text, labels=text, use_cache=False, **more).loss.item()
+            for more in ({"fused_lm_head": True}, {})
+        )
+        self.model.train(was_training)
+        is_exact = all(p.dtype == torch.float32 for p in self.model.parameters() if p.is_floating_point())
+        if not abs(fused - own) <= LOSS_WITHIN[is_exact]:
+            kind = self.model.config.model_type
+            raise UserError(
+                f"sft: this architecture ({kind}) does more to the decoder's states than its output layer, so TRL's loss, which "
+                f"applies that layer alone, would train another model than the one that is saved: {fused:.2f} nats a token where "
+                f"the model itself has {own:.2f}. Leave data.sft out, or take a backbone that has learnt to answer."
+            )
 
     def _prepare_dataset(
         self,

@@ -46,6 +46,26 @@ def test_calibration_is_of_the_verdicts_that_were_given() -> None:
     assert report["accuracy"] == pytest.approx(0.3655)
 
 
+def test_calibration_takes_labels_as_sure_as_they_are_and_a_tie_for_half() -> None:
+    """A judge that says the label's own probability is calibrated, one that is twice as sure is not; a tie is right half the time."""
+    confidence = torch.linspace(0.55, 0.95, 400)
+    rows: list[Any] = [{**pair(i), "confidence": p} for i, p in enumerate(confidence.tolist())]
+    exact = confidence.logit()
+
+    def ece(log_odds: torch.Tensor, of: list[Any]) -> float:
+        count = len(of)
+        verdicts = Verdicts(torch.ones(count).bool(), TwoOrders(log_odds, torch.zeros(count)), torch.ones(count))
+        report: float = verdict_report("m", verdicts, of)["ece"]
+        return report
+
+    assert ece(exact, rows) == pytest.approx(0, abs=1e-6)
+    assert ece(-exact, rows) == pytest.approx(2 * (confidence.mean().item() - 0.5), abs=1e-6), (
+        "the other answers as surely"
+    )
+    assert ece(2 * exact, rows) > 0.1
+    assert ece(torch.zeros(50), [pair(i) for i in range(50)]) == pytest.approx(0, abs=1e-6)
+
+
 def test_a_model_that_no_pair_fits_in_is_refused() -> None:
     nothing = torch.zeros(2)
     with pytest.raises(UserError, match=r"^m: none of the 2 pairs fits in its context"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, pack_dataset
@@ -140,3 +141,20 @@ def test_other_demonstrations_are_trained(
     facts = run_sft(stage(architecture, tokenizer, tmp_path, **settings))
     assert facts["demonstrations"] == 8
     assert (tmp_path / "sft/model/model.safetensors").is_file()
+
+
+def test_an_architecture_whose_output_layer_is_not_all_is_refused(
+    base_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A ModernBERT decoder has layers before it, which TRL's loss passes over: SFT learnt, and what was saved had not."""
+    config = AutoConfig.for_model(
+        "modernbert-decoder", hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        UserError, match=r"this architecture \(modernbert-decoder\) does more to the decoder's states than"
+    ):
+        sft(tmp_path / "base", tokenizer, output_dir=str(tmp_path / "out"))
+    sft(base_folder, tokenizer, output_dir=str(tmp_path / "out"))

@@ -9,6 +9,8 @@ from torch import tensor
 from torch.nn.functional import softplus
 
 from rlhf import load_reward_model
+from rlhf.pipeline.first import FOR_PAIRS
+from rlhf.recipe import load_recipe
 from tests.command import rlhf
 from tests.conftest import WORDS
 
@@ -90,3 +92,13 @@ def test_what_can_not_start_from_ratings_is_refused(
     done = rlhf("run", "r.yaml", "--out", "x", "--dry-run", cwd=tmp_path / "x")
     assert done.returncode == 2
     assert sentence in done.stderr
+
+
+def test_centring_is_for_the_pairs(tmp_path: Path) -> None:
+    """Ratings say where the scores lie: the first model's trainer refuses it, once SFT is paid for."""
+    file = tmp_path / "r.yaml"
+    file.write_text("name: x\nlab: {}\nreward: {objective: bt, center_rewards_coefficient: 0.01}\n")
+    reward = load_recipe(file).reward
+    assert reward.trl_settings()["center_rewards_coefficient"] == 0.01
+    first = reward.model_copy(update={"objective": "regression", **FOR_PAIRS})
+    assert first.trl_settings()["center_rewards_coefficient"] is None

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command import Process, rlhf, wait_for
+from tests.conftest import WORDS
 from tests.pipeline.small import RECIPE
 
 META = """
@@ -45,6 +46,32 @@ def test_any_loss_any_term_and_the_extra_step_in_one_run(tmp_path: Path) -> None
     assert not (tmp_path / "y/round-1/sample").exists(), "answers of an earlier run take its place"
     weights = [load_file(tmp_path / run / "round-1/reward/model/model.safetensors") for run in "xy"]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_merged_experts_hold_once_what_a_lora_sft_learnt(base_folder: Path, tmp_path: Path) -> None:
+    """Weights that sum to 2: SFT's factors stand in the sum a third time, with -1."""
+    rows = [
+        {"prompt": f"{p} {word}", "chosen": f"yes {word}", "rejected": f"no {word}", "source": source}
+        for p, source in (("list", "a"), ("name", "b"))
+        for word in WORDS[:10]
+    ]
+    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    for name, lines in (("pairs", rows), ("sft", demonstrations)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lora = "use_peft: true, lora_r: 4, per_device_train_batch_size: 8, num_train_epochs: 1, learning_rate: 1.0e-2"
+    (tmp_path / "r.yaml").write_text(
+        f"name: x\nbackbone: {{model: {base_folder}}}\ndata: {{preferences: pairs.jsonl, sft: sft.jsonl}}\nsft: {{{lora}}}\n"
+        f"reward: {{{lora}, experts: merged, expert_weights: {{a: 1.0, b: 1.0}}}}\nppo: {{max_completion_length: 8}}\n"
+    )
+    result = rlhf("reward", "r.yaml", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    merged = load_file(tmp_path / "x/round-1/reward/model/adapter_model.safetensors")
+    started = load_file(tmp_path / "x/round-0/sft/model/adapter_model.safetensors")
+    factors = [name for name in merged if "lora_B" in name]
+    assert factors
+    for name in factors:
+        assert merged[name].shape[1] == 3 * 4
+        assert torch.equal(merged[name][:, 8:], -started[name])
 
 
 def test_experts_reach_ppo(tmp_path: Path) -> None:

@@ -356,3 +356,18 @@ def test_demonstrations_keep_the_policy_at_them(
         trainer.train()
         losses[coefficient] = seen.rows[-1]["ptx_loss"]
     assert losses[1.0] < losses[1e-9] - 0.5
+
+
+def test_a_critic_that_is_a_copy_has_the_copys_scale(
+    base_folder: Path, reward_folder: Path, cpu_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of several labels or of one expert says less than the whole; a critic of one's own is taken as it is."""
+    reward = load_reward_model(reward_folder)
+    monkeypatch.setattr(reward, "scale_of_copy", lambda mean, std: (mean + 3.0, 2 * std))
+    for critic, shift, factor in (
+        (None, 3.0, 2.0),
+        (load_reward_model(reward_folder).model.requires_grad_(True), 0.0, 1.0),
+    ):
+        trainer, _ = make(base_folder, reward, cpu_arguments, critic=critic, total_episodes=16)
+        container = trainer.accelerator.unwrap_model(trainer.model)
+        assert (container.value_mean, container.value_std) == (reward.mean + shift, factor * reward.std)

@@ -99,13 +99,16 @@ def test_the_discriminator_scores_each_half_by_the_other() -> None:
     def log_odds(of_answers: torch.Tensor) -> torch.Tensor:
         known = {"demonstration": demonstrations, "answer": of_answers}
         reward = SimpleNamespace(
-            features=lambda _, texts, *, ended: known[texts[0]] - 9 * ~torch.tensor(ended)[:, None]
+            conversational=True,
+            features=lambda _, texts, *, ended: known[texts[0]] - 9 * ~torch.tensor(ended)[:, None],
         )
         drawn = SimpleNamespace(draw_texts=lambda count: [("p", "demonstration", True)] * count)
         trainer: Any = SimpleNamespace(
             rewards=SimpleNamespace(sources=[SimpleNamespace(function=reward)]), demonstrations=drawn
         )
-        completions: Any = SimpleNamespace(texts=["answer"] * len(rows), ended=torch.tensor(ended))
+        # With the blank behind a plain prompt they would be told from demonstrations by that alone.
+        texts = [" answer"] * len(rows)
+        completions: Any = SimpleNamespace(texts=texts, blank=" ", ended=torch.tensor(ended))
         return _like_demonstrations(trainer, rows, completions)
 
     ended = [True] * len(rows)
