@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from rlhf.statistics import Array, clustered_statistic
+from rlhf.statistics import POINT, Array, clustered_statistic
 
 
 def best_of_n_kl(n: int) -> float:
@@ -64,10 +64,11 @@ def gap_closed(
         clusters: which prompts belong together; None if every one stands alone.
 
     Returns:
-        the ratio and its interval; None where there is no way to go, and no interval where there is only one cluster.
+        the ratio and its interval; None where there is no way to go, and no interval where there is only one cluster, or all that
+        have a way to go went the same part of it, which no bootstrap gets away from.
 
     >>> gap_closed([1.0, 1.0], [0.0, 0.0], [2.0, 2.0])
-    (0.5, [0.5, 0.5])
+    (0.5, None)
     """
 
     def ratio(sums: Array) -> Array:
@@ -78,4 +79,6 @@ def gap_closed(
     value, low, high = (columns.sum(axis=0) / len(columns)).tolist()
     if not high > low:
         return None, None
-    return (value - low) / (high - low), clustered_statistic(columns, clusters, ratio)[1]
+    interval = clustered_statistic(columns, clusters, ratio)[1]
+    is_point = interval is None or interval[1] - interval[0] < POINT
+    return (value - low) / (high - low), None if is_point else interval

@@ -17,7 +17,7 @@ from rlhf.models.score import Scorer
 from rlhf.models.text import plain
 from rlhf.objectives.kl import kl_k1
 from rlhf.progress import track
-from rlhf.statistics import clustered_mean, win_rate
+from rlhf.statistics import POINT, clustered_mean, win_rate
 
 BEST_OF = 16
 
@@ -237,4 +237,5 @@ def _first(by_prompt: Tensor, answers: int) -> list[float]:
 
 def _mean(name: str, values: Sequence[float], clusters: Sequence[int]) -> dict[str, Any]:
     mean, interval = clustered_mean(values, clusters)
-    return {name: mean, f"{name}_ci": interval}
+    is_point = interval is None or interval[1] - interval[0] < POINT  # where all answers have one reward
+    return {name: mean, f"{name}_ci": None if is_point else interval}

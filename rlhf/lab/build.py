@@ -61,7 +61,8 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
 
     Writes `model/` (a randomly initialised Llama with tokenizer and chat template) and under `data/`: `sft.jsonl`,
     `preferences.jsonl`, `rated.jsonl` (the same pairs, each answer rated by whoever compared them), `prompts.jsonl`,
-    `test.jsonl`, `test_prompts.jsonl`, and `shift_test.jsonl`, `shift_prompts.jsonl` about kinds that no annotator saw.
+    `test.jsonl`, `test_prompts.jsonl`, and `shift_test.jsonl`, `shift_prompts.jsonl` about kinds that no annotator was asked
+    about (`rlhf.lab.world`).
 
     Returns:
         `flip_rate` and `annotator_agreement` of the training labels.
@@ -76,7 +77,7 @@ def build_lab(folder: Path, settings: LabSettings) -> dict[str, float]:
     rng.shuffle(shift_prompts)
     shift_train, shift_test = shift_prompts[HELD_OUT_PROMPTS:], shift_prompts[:HELD_OUT_PROMPTS]
 
-    # 2. Demonstrations of mixed quality, about all kinds: the writers know what the annotators never see.
+    # 2. Demonstrations of mixed quality, about all kinds: the writers know what the annotators are never asked.
     demonstration_prompts = train + shift_train
     demonstrations: list[Demonstration] = []
     for _ in range(settings.demonstrations):

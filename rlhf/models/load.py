@@ -183,7 +183,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     if source.adapter is not None:
         model = put_adapter(model, source.adapter, trainable=trainable and config.use_peft)
         if trainable and not config.use_peft:
-            return merge_adapter(model)
+            return merge_adapter(model, trainable=True)
         return model
     if config.use_peft and trainable:
         return get_peft_model(model, adapter_settings(config))
@@ -236,7 +236,7 @@ def build_reward_model(
         adapter.task_type, adapter.inference_mode = TaskType.SEQ_CLS, False
         model = get_peft_model(model, adapter)
         copy_adapter(source.adapter, model)
-        return model if config.use_peft else merge_adapter(model)
+        return model if config.use_peft else merge_adapter(model, trainable=True)
     if config.use_peft:
         adapter = adapter_settings(config)
         adapter.task_type = TaskType.SEQ_CLS

@@ -22,12 +22,15 @@ LOST = 0.25  # of what an adapter changes
 TEXTS, TOKENS = 2, 24  # what is compared
 
 
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
+def merge_adapter(model: PeftModel, *, trainable: bool = False) -> PreTrainedModel:
     """Return the base with the adapter in its weights, which says what the two said together.
 
     Where input and output embeddings are one weight and the adapter trains either, the update of one is none of the other,
     and PEFT would add both to both. They become two weights first, and the configuration says so
     (`tie_word_embeddings: false`), so that every later stage and every other program reads two.
+
+    Args:
+        trainable: whether the whole model is to be trained; PEFT froze the base below its adapter, and leaves it so.
 
     Raises:
         TrainingError: the merged model says something else. 4-bit weights are rounded again and not compared.
@@ -58,6 +61,9 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
                 f"the error is {error / effect:.0%} of what the adapter changes; merge in float32.",
                 stacklevel=2,
             )
+    if trainable:
+        for parameter in merged.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     return merged
 
 

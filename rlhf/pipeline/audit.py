@@ -251,7 +251,7 @@ def _found(audited: Audited, suspicious: list[int], noise: NoiseEstimate, wants:
         "suspicious": list(dict.fromkeys(rows[i].number - 1 for i in suspicious)),
         "suspicious_without_wants": most_suspicious(audited),
         "wants": wants_of_rows(wants, rows),
-        "length": {**length, "alarm": length_alarm(length["correlation_with_strength"])},
+        "length": {**length, "alarm": length_alarm(length["correlation_with_strength"], len(values))},
         "by": {name: agreement_by(audited, name) for name in ("annotator", "source", "subset")},
         "annotators": report_rows(values, strength.mean, noise),
     }

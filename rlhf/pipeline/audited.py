@@ -1,5 +1,6 @@
 """What the votes say of audited pairs, as tables: deciles, length, annotators and sources, wants, the rows of a file."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.rows import Pair, told
@@ -23,6 +25,7 @@ from rlhf.statistics import clustered_share
 
 DECILES = 10
 LENGTH_ALARM = 0.4
+LENGTH_CHANCE = 0.01  # how often votes that know nothing of length may raise it
 
 
 class Audited(NamedTuple):
@@ -78,13 +81,16 @@ def length_bias(pairs: Sequence[Pair], strength: VoteStrength) -> dict[str, Any]
     return {"longer_is_chosen": mean, "longer_is_chosen_ci": interval, "correlation_with_strength": correlation}
 
 
-def length_alarm(correlation: float | None) -> str | None:
+def length_alarm(correlation: float | None, pairs: int) -> str | None:
     """Say that the votes mostly follow length, where they do; they then call wrong what is merely long, or short.
 
     Returns:
-        the sentences, or None where the correlation is small or not known.
+        the sentences, or None where the correlation is small, not known, or what chance brings in one of a hundred such files.
     """
-    if correlation is None or abs(correlation) < LENGTH_ALARM:
+    if correlation is None or abs(correlation) < LENGTH_ALARM or pairs <= 2:
+        return None
+    by_chance = float(student.ppf(1 - LENGTH_CHANCE / 2, pairs - 2))  # of a rank correlation of nothing, as t
+    if abs(correlation) < by_chance / math.sqrt(pairs - 2 + by_chance**2):
         return None
     liked = "longer" if correlation > 0 else "shorter"
     return (

@@ -351,6 +351,11 @@ def _trl_problems(recipe: Recipe) -> Iterator[str]:
             continue
         if keys.get("save_strategy") == "best":
             yield f"{section}.save_strategy: best keeps what looks best, and the last model is the result; set steps or epoch."
+        if keys.get("train_sampling_strategy") == "group_by_length":
+            yield (
+                f"{section}.train_sampling_strategy: group_by_length draws an order that a stage which is interrupted can't find "
+                "again, so rows would come twice or never; leave it out (reward models group pairs by length anyway)."
+            )
         try:
             _, settings = split_settings(keys)
             args = training_arguments(config_class, settings, Path("nowhere"), recipe.seed)

@@ -45,8 +45,8 @@ def reason_to_stop(rounds: RoundsSection, stage: Stage, stages: Sequence[Stage],
             if is_worse(hindsight) and not _knows_gold(hindsight["round"], stages, store):
                 return (
                     f"{folder}: stopped. By this round's reward model, which has seen labels of such answers, the policy of round "
-                    f"{hindsight['round']} beats the one before it on {hindsight['win_rate']:.1%} of the prompts only, at most "
-                    f"{hindsight['win_rate_ci'][1]:.1%}; no true reward is known that says otherwise."
+                    f"{hindsight['round']} wins {hindsight['win_rate']:.1%} of the comparisons with the one before it, ties half, "
+                    f"and at most {hindsight['win_rate_ci'][1]:.1%}; no true reward is known that says otherwise."
                 )
         case "evaluate":
             kl = facts["policy"]["kl"]

@@ -185,18 +185,18 @@ class StageSFTTrainer(InStage, SFTTrainer):
             return
         text, was_training = torch.tensor([ids], device=self.model.device), self.model.training
         self.model.eval()
-        fused, own = (
+        loss_trained, loss_saved = (
             self.model(input_ids=text, labels=text, use_cache=False, **more).loss.item()
             for more in ({"fused_lm_head": True}, {})
         )
         self.model.train(was_training)
         is_exact = all(p.dtype == torch.float32 for p in self.model.parameters() if p.is_floating_point())
-        if not abs(fused - own) <= LOSS_WITHIN[is_exact]:
+        if not abs(loss_trained - loss_saved) <= LOSS_WITHIN[is_exact]:
             kind = self.model.config.model_type
             raise UserError(
                 f"sft: this architecture ({kind}) does more to the decoder's states than its output layer, so TRL's loss, which "
-                f"applies that layer alone, would train another model than the one that is saved: {fused:.2f} nats a token where "
-                f"the model itself has {own:.2f}. Leave data.sft out, or take a backbone that has learnt to answer."
+                f"applies that layer alone, would train another model than the one that is saved: {loss_trained:.2f} nats a token "
+                f"where the model itself has {loss_saved:.2f}. Leave data.sft out, or take a backbone that has learnt to answer."
             )
 
     def _prepare_dataset(

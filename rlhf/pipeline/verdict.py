@@ -17,6 +17,7 @@ WORDS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 VERDICT = "first, second, tie or a number from 0 to 1"
 SHOWN = 10  # problems of a file
 LEAST_WIDTH = 1e-9  # of an interval that says something
+DRAWS = 1000  # of labelled rows, to learn how many prompts they have
 ODD_DRAW = 3.0  # standard errors between the judge's means of rows with and without a label, beyond which it is said
 
 
@@ -85,6 +86,7 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
         say(
             f"{len(everything)} rows have {different} prompts: the intervals for one look take rows of one prompt together."
         )
+    is_by_prompt = labelled_by_prompt(prompts)
     any_look = list(rate_at_any_look(human, judge, alone)[-1])
     result = {
         "labels": len(human),
@@ -93,15 +95,34 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
         "judge": sum(everything) / len(everything),
         "win_rate": by_both.mean,
         "win_rate_ci": _interval(by_both, human),
-        "win_rate_any_look_ci": None if math.isnan(any_look[0]) else any_look,
+        "win_rate_any_look_ci": None if is_by_prompt or math.isnan(any_look[0]) else any_look,
         "judge_weight": by_both.judge_weight,
         "draw_z": surprise,
+        "labelled_by_prompt": is_by_prompt,
     }
     for sentence in sentences(result):
         say(sentence)
     if out is not None:
         write_text(out, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def labelled_by_prompt(prompts: Prompts) -> bool:
+    """Tell whether labels were given prompt by prompt: to rows of fewer prompts than as many rows drawn one by one have.
+
+    Fewer than 99 of 100 such draws, from all rows of the file.
+
+    >>> labelled_by_prompt(Prompts([0, 0, 0, 1, 1, 1], [2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]))
+    True
+    >>> labelled_by_prompt(Prompts([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]))
+    False
+    """
+    rows, rng = [*prompts.labelled, *prompts.alone], random.Random(0)
+    if len(set(rows)) == len(rows) or not prompts.alone:
+        return False
+    labelled = len(set(prompts.labelled))
+    as_few = sum(len(set(rng.sample(rows, len(prompts.labelled)))) <= labelled for _ in range(DRAWS))
+    return as_few < DRAWS / 100
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
@@ -122,7 +143,12 @@ def sentences(result: dict[str, Any]) -> list[str]:
         width = (interval[1] - interval[0]) / (people["rate_ci"][1] - people["rate_ci"][0])
         lines.append(f"The interval is {width:.2f} times as wide as that of people alone.")
     any_look = result["win_rate_any_look_ci"]
-    if any_look is None:
+    if result["labelled_by_prompt"]:
+        lines.append(
+            "Labelled rows of one prompt stand together more often than rows that are drawn one by one do, so nothing holds at "
+            "every look: that interval is for drawn rows, not for drawn prompts. The intervals for one look hold."
+        )
+    elif any_look is None:
         lines.append(
             "No rate is left that fits these labels in the order in which they stand, so they are no random draw in it (sorted "
             "rows?): nothing holds at every look. Put them in the order in which people labelled, or shuffle them."

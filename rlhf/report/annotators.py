@@ -24,7 +24,7 @@ def annotator_sentences(report: Mapping[str, Any], *, has_gold: bool = False) ->
     coins = [name for name, entry in report.items() if "coin" in entry["flags"]]
     if coins:
         sentences.append(
-            f"No better than a coin, as far as their labels show: {', '.join(coins)} ({len(coins)} of {len(report)})."
+            f"Worse than the others, and not shown to be better than a coin: {', '.join(coins)} ({len(coins)} of {len(report)})."
         )
     for name, entry in report.items():
         sentences += [f"{name} {_habit(flag, entry)}." for flag in entry["flags"] if flag not in ("coin", "few")]

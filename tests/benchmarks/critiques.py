@@ -12,7 +12,7 @@ a folder or GGUF of SmolLM2-135M-Instruct, the world of instructions: 240 pairs 
 - `shuffled`: the same, the given critiques dealt out anew over all answers. Whatever critiques tell of *this* answer is gone.
 - `oracle`: the model of `critique`, read behind the lab's own critiques of the held-out answers. No model could write better ones.
 
-Accuracy by the true reward on held-out pairs of the same writers (`held_out`) and about kinds that no annotator saw (`kinds`);
+Accuracy by the true reward on held-out pairs of the same writers (`held_out`) and about kinds that no annotator was asked about (`kinds`);
 `truthful`: share of the phrases of its critiques of held-out answers that are those of the lab; `endless`: share that never ended.
 Differences to `bt` are paired: by seed (t over seeds: head, order, dropout, samples), or with one seed by pair (t over pairs, which
 says nothing of other seeds). Finished parts are kept in OUT, so several processes may share the parts among them (`--parts`).

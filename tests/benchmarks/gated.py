@@ -6,7 +6,7 @@ The crowd compares two answers to a prompt and rates five parts of each (`rlhf.l
 its noise. For each seed of head and order one network learns the ratings and is frozen; on it are fitted attributes and gate
 (`gated`), the same without taking length off (`no debiasing`), and with one set of weights for all prompts (`one set`). Beside
 them: the network's own heads with equal weights (`regression`), and a network trained on the pairs alone (`bt`). Everything is
-judged by the true reward on held-out pairs, and on pairs about kinds of things that no annotator saw; `length` is Spearman's
+judged by the true reward on held-out pairs, and on pairs about kinds of things that no annotator was asked about; `length` is Spearman's
 correlation of scores with the answers' tokens. Differences to `gated` are paired by seed (t over seeds).
 """
 

@@ -8,7 +8,7 @@ from SFT, on as many of the crowd's comparisons as every other, in as many steps
 
   held_out  pairs of the same writers,
   policy    pairs of answers of a policy, after a short PPO against a reward model (`bt`, another head and order),
-  kinds     pairs about kinds of things that no annotator saw.
+  kinds     pairs about kinds of things that no annotator was asked about.
 
 `ece`: σ|d| of the held-out pairs against how often it is right. `length`: Spearman's correlation of scores with the answers' tokens
 over all held-out answers. Seconds of a training (with its vote or its critiques) and milliseconds of a score are of one processor.

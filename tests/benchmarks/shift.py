@@ -6,7 +6,7 @@ Every method trains on the same 3,000 pairs as the crowd labelled them and is ju
 
   a  held-out pairs of the same writers,
   b  pairs of answers of the policy that PPO made with the plain reward model, to held-out prompts,
-  c  held-out pairs about kinds of things that no annotator saw.
+  c  held-out pairs about kinds of things that no annotator was asked about.
 
 MetaRM climbs on answers of that same policy (no labels): to training prompts, or (`meta_ood`) to other prompts about the
 unseen kinds. Experts are trained on the pairs about harmless and on those about dangerous things. `--choose` prints which

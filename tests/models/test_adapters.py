@@ -7,9 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig
+from trl import ModelConfig, RewardConfig
 
-from rlhf import load_reward_model
+from rlhf import PairRewardTrainer, load_reward_model
 from rlhf.errors import UserError
 from rlhf.models.load import adapter_settings, find_source, load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
@@ -121,6 +121,23 @@ def test_merging_the_adapter_into_the_policy(sft_adapter: Path) -> None:
     merged = load_policy(sft_adapter, model_settings({}))
     assert not isinstance(merged, PeftModel)
     torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [[], ["embed_tokens"]], ids=["factors alone", "and a whole module"])
+def test_a_model_that_is_trained_whole_after_a_lora_sft_trains_every_weight(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, cpu_arguments: dict[str, Any], pairs: Any, whole: list[str]
+) -> None:
+    """PEFT froze the base, and once the adapter was merged in nobody thawed it: of a reward model the head alone learnt."""
+    lora(base_folder, modules_to_save=whole).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, model_settings({}))
+    assert all(p.requires_grad for p in policy.parameters())
+    model = build_reward_model(tmp_path, model_settings({}), pad_token_id=tokenizer.pad_token_id)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = RewardConfig(**{**cpu_arguments, "optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": 8})
+    PairRewardTrainer(model, args, train_dataset=pairs.select(range(8)), processing_class=tokenizer).train()
+    after = dict(model.named_parameters())
+    assert [name for name, value in before.items() if torch.equal(after[name], value)] == []
 
 
 def scalar_adapter(base: Path, tokenizer: Any, folder: Path) -> Any:

@@ -292,10 +292,13 @@ def test_votes_that_follow_length_are_said_to() -> None:
     assert length["correlation_with_strength"] == pytest.approx(-1.0)
     assert length["longer_is_chosen"] == pytest.approx(0.8)
     assert length_bias(rows[:1], vote_strength(votes[:, :1]))["correlation_with_strength"] is None
-    assert length_alarm(None) is None
-    assert length_alarm(0.2) is None
-    assert "prefer the shorter answer (correlation -0.52)" in str(length_alarm(-0.52))
-    assert "prefer the longer answer" in str(length_alarm(0.6))
+    assert length_alarm(None, 100) is None
+    assert length_alarm(0.2, 100) is None
+    assert "prefer the shorter answer (correlation -0.52)" in str(length_alarm(-0.52, 100))
+    assert "prefer the longer answer" in str(length_alarm(0.6, 100))
+    assert length_alarm(0.6, 15) is None, "by chance in one of 55 files of 15 pairs"
+    assert length_alarm(0.7, 15) is not None
+    assert length_alarm(1.0, 2) is None
 
 
 def test_a_model_that_was_trained_anew_is_another_model(base_folder: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ LATE: dict[str, str] = {
     "ppo.adversarial_coef=0.1 reward.experts=gate reward.use_peft=true": "experts that are not merged have a head each",
     "ppo.adversarial_coef=0.1 reward.experts=weights reward.use_peft=true": "experts that are not merged have a head each",
     "ppo.save_strategy=best": "ppo.save_strategy: best keeps what looks best",
+    "sft.train_sampling_strategy=group_by_length": "an order that a stage which is interrupted can't find again",
     "reward.use_peft=true reward.lora_target_modules=[query]": "its linear layers are down_proj, gate_proj, k_proj",
     "vote.trunk=3 reward.objective=flip": "vote.trunk is 3; the lab's model has 3 layers",
     "reward.extra=length reward.per_device_train_batch_size=1": "reward.extra: length: of the two answers of one pair",

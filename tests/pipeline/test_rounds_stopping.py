@@ -44,7 +44,9 @@ def test_rules_stop_a_run_for_what_the_manifests_say(two_rounds: Path, tmp_path:
     unknown: Any = read_record(judged)
     gold = unknown["facts"]["policy"].pop("gold")
     judged.write_text(json.dumps(sealed({**unknown, "facts": unknown["facts"] | {"policy": {"gold": None}}})))
-    assert "beats the one before it on 30.0% of the prompts only, at most 40.0%" in str(reason("round-2/reward"))
+    assert "wins 30.0% of the comparisons with the one before it, ties half, and at most 40.0%" in str(
+        reason("round-2/reward")
+    )
     assert reason("round-2/reward", stop_when_worse=False) is None
     unknown["facts"]["policy"]["gold"] = gold
     judged.write_text(json.dumps(sealed(unknown)))

@@ -206,3 +206,31 @@ def test_labels_in_the_order_of_the_data_are_drawn_in_another(tmp_path: Path) ->
     skipped[10]["label"] = "skip"
     verdict(written(tmp_path, skipped), None, say=said.append)
     assert not any("mixed" in sentence for sentence in said), "who skips has seen the row in its turn"
+
+
+@pytest.mark.parametrize("by_prompt", [True, False])
+def test_labels_that_are_given_prompt_by_prompt_have_no_interval_of_any_look(tmp_path: Path, by_prompt: bool) -> None:
+    """50 prompts with ten rows each, all of a prompt alike: read with ten prompts labelled, the rate of all rows is seldom in it."""
+    missed = refused = 0
+    for seed in range(20):
+        rng = random.Random(seed)
+        wins = [rng.random() < 0.5 for _ in range(50)]
+        order = [prompt for prompt in range(50) for _ in range(10)]
+        if not by_prompt:
+            rng.shuffle(order)
+        rows: list[object] = [
+            {
+                "prompt": f"p{prompt}",
+                "judge": 0.5,
+                **({"label": "first" if wins[prompt] else "second"} if i < 100 else {}),
+            }
+            for i, prompt in enumerate(order)
+        ]
+        said: list[str] = []
+        result = verdict(written(tmp_path, rows), None, say=said.append)
+        interval, truth = result["win_rate_any_look_ci"], sum(wins) / 50
+        refused += result["labelled_by_prompt"]
+        assert result["labelled_by_prompt"] == any("prompt stand together more often" in sentence for sentence in said)
+        missed += interval is not None and not interval[0] <= truth <= interval[1]
+    assert refused == (20 if by_prompt else 0)
+    assert missed <= 3, "0.05 of 20 is 1"

@@ -98,7 +98,7 @@ def test_two_annotators_without_gold_questions_are_not_told_apart() -> None:
         report = report_verdicts(verdicts(0, **people), right={})
         assert [report[name]["accuracy"] for name in ("ann", "bob")] == [None, None], people
         assert not report["ann"]["flags"]
-    assert "too little else is known to tell who errs: ann, bob, cid." in annotator_sentences(report)[-1]
+    assert "too little else is known of the pairs that they labelled: ann, bob, cid." in annotator_sentences(report)[-1]
     held = 0
     for seed in range(20):
         report = report_verdicts(verdicts(seed, **both, cid=(range(200), 0.9)), right={})
