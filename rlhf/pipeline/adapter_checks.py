@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -90,6 +91,12 @@ def _refused_adapter(section: str, settings: Mapping[str, Any], config: PreTrain
         return
     if adapts_parameters(adapted):
         yield f"{section}.lora_target_modules: LoRA on experts does not work yet; name some of {others}."
+        return
+    if section == "sft" and isinstance(adapted.get_base_model().get_output_embeddings(), BaseTunerLayer):
+        yield (
+            f"{section}.lora_target_modules: TRL's loss reads the output layer's own weights, so an adapter there would never be "
+            f"trained; name some of {others}."
+        )
         return
     trained = [name for name, x in adapted.named_parameters() if x.requires_grad]
     beside = {".".join(name.split(".")[:-2]) for name in experts}

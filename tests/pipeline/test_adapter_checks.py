@@ -101,3 +101,12 @@ def test_a_run_is_refused_by_its_check(tokenizer: Any, tmp_path: Path, monkeypat
     with pytest.raises(UserError) as error:
         check_arguments(recipe)
     assert error.value.problems == [f"sft.{NOT_YET}"]
+
+
+@pytest.mark.fault("refused after hours")
+def test_an_adapter_on_the_output_layer_is_refused_for_sft_alone(tmp_path: Path) -> None:
+    """TRL refuses it when its trainer is made, once the data are prepared; a policy of PPO may have one."""
+    targets = "{use_peft: true, lora_target_modules: [lm_head, q_proj]}"
+    (sentence,) = adapter_problems(recipe_of(tmp_path, f"sft: {targets}\n"), config_of("llama"))
+    assert sentence.startswith("sft.lora_target_modules: TRL's loss reads the output layer's own weights")
+    assert not list(adapter_problems(recipe_of(tmp_path, f"ppo: {targets}\n"), config_of("llama")))
