@@ -121,6 +121,7 @@ def test_answers_of_one_score_share_their_true_reward(
     assert facts["best_of_16"]["by_reward"]["gold"] == pytest.approx(facts["best_of_n"][-1]["by_reward"])
     assert facts["best_of_16"]["by_reward"]["gold"] == pytest.approx(facts["best_of_n"][0]["by_reward"])
     assert facts["sft"]["gold"] != pytest.approx(facts["best_of_n"][0]["by_reward"]), "the first answers are others"
+    assert (facts["policy"]["proxy"], facts["policy"]["proxy_ci"]) == (1.0, None), "a point is no interval"
 
 
 @torch.no_grad()
