@@ -1,11 +1,16 @@
 """Names of an adapter's weights: as PEFT holds them in a model, and as it writes them into `adapter_model.safetensors`."""
 
 import copy
+import json
+from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from rlhf.errors import UserError
+
 ADAPTER = "default"
+LEARNT_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 INSIDE = "base_model.model."  # what PEFT puts before every name of the model inside it
 
 
@@ -54,3 +59,17 @@ def beside_others(config: PeftConfig) -> PeftConfig:
 def of_backbone(name: str, model: PeftModel) -> bool:
     """Return whether a saved name is of the layers below the heads, which models for all tasks have in common."""
     return name.startswith(f"{INSIDE}{model.base_model.model.base_model_prefix}.")
+
+
+def refuse_learnt_prompt(folder: str) -> None:
+    """Refuse an adapter that is a prompt and no change of weights, where it would have to be merged into them.
+
+    Raises:
+        UserError: it is one; what is made without it would be the base alone.
+    """
+    kind = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    if kind in LEARNT_PROMPTS:
+        raise UserError(
+            f"{folder}: this adapter is a learnt prompt ({kind}), which can't be merged into weights, and a reward model can't start "
+            "from it; take LoRA."
+        )

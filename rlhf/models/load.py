@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.errors import UserError
-from rlhf.models.adapters import INSIDE, adapter_places, of_backbone
+from rlhf.models.adapters import INSIDE, adapter_places, of_backbone, refuse_learnt_prompt
 from rlhf.models.four_bit import keep_gradients
 from rlhf.models.merge import merge_adapter
 from rlhf.models.open import (
@@ -181,6 +181,8 @@ def load_policy(path: str | Path, config: ModelConfig, *, trainable: bool = True
     if quantization is not None:
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
+        if trainable and not config.use_peft:
+            refuse_learnt_prompt(str(source.adapter))
         model = put_adapter(model, source.adapter, trainable=trainable and config.use_peft)
         if trainable and not config.use_peft:
             return merge_adapter(model, trainable=True)
@@ -222,6 +224,7 @@ def build_reward_model(
     if quantization is not None:
         model = _prepare_for_4_bit(model)
     if source.adapter is not None:
+        refuse_learnt_prompt(str(source.adapter))
         if not any(name.startswith(f"{INSIDE}{model.base_model_prefix}.") for name in adapter_weights(source.adapter)):
             if config.use_peft:
                 raise UserError(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, RewardConfig
 
@@ -138,6 +138,22 @@ def test_a_model_that_is_trained_whole_after_a_lora_sft_trains_every_weight(
     PairRewardTrainer(model, args, train_dataset=pairs.select(range(8)), processing_class=tokenizer).train()
     after = dict(model.named_parameters())
     assert [name for name, value in before.items() if torch.equal(after[name], value)] == []
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_learnt_prompt_is_no_start_of_a_reward_model(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, use_peft: bool
+) -> None:
+    """Its prompt was dropped, and the reward model began at the bare base."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = model_settings({"use_peft": True, "lora_r": 4} if use_peft else {})
+    with pytest.raises(UserError, match="this adapter is a learnt prompt"):
+        build_reward_model(tmp_path, settings, pad_token_id=tokenizer.pad_token_id)
+    if not use_peft:
+        with pytest.raises(UserError, match="this adapter is a learnt prompt"):
+            load_policy(tmp_path, settings)
 
 
 def scalar_adapter(base: Path, tokenizer: Any, folder: Path) -> Any:
