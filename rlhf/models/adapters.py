@@ -70,6 +70,6 @@ def refuse_learnt_prompt(folder: str) -> None:
     kind = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
     if kind in LEARNT_PROMPTS:
         raise UserError(
-            f"{folder}: this adapter is a learnt prompt ({kind}), which can't be merged into weights, and a reward model can't start "
-            "from it; take LoRA."
+            f"{folder}: this adapter is a learnt prompt ({kind}), which can't be merged into weights, and a reward model can't "
+            "start from it; take LoRA."
         )
