@@ -11,6 +11,7 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -122,6 +123,8 @@ def train(trainer: InStage, folder: Path, *, label: str, say: Callable[[str], No
         and (sentence := coarse_weights(f"{label}: the", trainer.model, trainer.args.learning_rate)) is not None
     ):
         say(sentence)
+    if label != "ppo":
+        require_all_trained(trainer.model, label)
     checkpoint, broken = newest_checkpoint(folder / CHECKPOINTS)
     if broken and trainer.is_world_process_zero():
         names = ", ".join(path.name for path in broken)
@@ -160,6 +163,26 @@ def train(trainer: InStage, folder: Path, *, label: str, say: Callable[[str], No
         raise TrainingError(
             f"{label}: training ended at step {step} of {steps}, and nothing here asked for it: a setting or callback of the "
             "Trainer did. What was trained is no finished stage; leave that out and run the same command again."
+        )
+
+
+def require_all_trained(model: nn.Module, label: str) -> None:
+    """Refuse a model without an adapter of which a part would stay as it is; its output layer may be a frozen one.
+
+    Raises:
+        TrainingError: naming the first such weight.
+    """
+    if isinstance(model, PeftModel):
+        return
+    frozen = [
+        name
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and not p.requires_grad and not name.startswith("lm_head.")
+    ]
+    if frozen:
+        raise TrainingError(
+            f"{label}: {len(frozen)} tensors of a model that is trained whole would stay as they are, first {frozen[0]}. "
+            "Nothing was trained; this is a fault of this package, so please report it with your recipe."
         )
 
 

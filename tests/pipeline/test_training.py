@@ -17,9 +17,10 @@ from trl import RewardConfig, SFTConfig
 from rlhf import PPOConfig
 from rlhf.errors import TrainingError
 from rlhf.invariants.checks import Check, CheckBook
+from rlhf.models.load import model_settings
 from rlhf.pipeline.callbacks import FiniteGradients
 from rlhf.pipeline.trainers import StagePairRewardTrainer, StagePPOTrainer, StageSFTTrainer
-from rlhf.pipeline.training import checks_of, train
+from rlhf.pipeline.training import checks_of, require_all_trained, train
 from tests.conftest import PROMPTS
 from tests.unit_scale import build_reward_model
 
@@ -207,3 +208,15 @@ def test_training_that_ends_early_unasked_is_no_finished_stage(
     with pytest.raises(TrainingError, match=r"reward: training ended at step 2 of \d+, and nothing here asked for it"):
         train(trainer, tmp_path, label="reward", say=said.append)
     assert any("reward: the trained weights are bfloat16, in which most steps of the size of" in line for line in said)
+
+
+def test_a_model_of_which_a_part_would_stay_is_not_trained(base_folder: Path, tokenizer: Any) -> None:
+    """After a LoRA SFT the base was frozen and the head alone was trained. Adapters freeze it on purpose."""
+    model = build_reward_model(base_folder, pad_token_id=tokenizer.pad_token_id)
+    require_all_trained(model, "reward")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "score.weight")
+    with pytest.raises(TrainingError, match=r"reward: 20 tensors .* would stay as they are, first model.embed_tokens.weight"):
+        require_all_trained(model, "reward")
+    lora = model_settings({"use_peft": True, "lora_r": 4})
+    require_all_trained(build_reward_model(base_folder, lora, pad_token_id=tokenizer.pad_token_id), "reward")
