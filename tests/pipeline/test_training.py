@@ -216,7 +216,9 @@ def test_a_model_of_which_a_part_would_stay_is_not_trained(base_folder: Path, to
     require_all_trained(model, "reward")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "score.weight")
-    with pytest.raises(TrainingError, match=r"reward: 20 tensors .* would stay as they are, first model.embed_tokens.weight"):
+    with pytest.raises(
+        TrainingError, match=r"reward: 20 tensors .* would stay as they are, first model.embed_tokens.weight"
+    ):
         require_all_trained(model, "reward")
     lora = model_settings({"use_peft": True, "lora_r": 4})
     require_all_trained(build_reward_model(base_folder, lora, pad_token_id=tokenizer.pad_token_id), "reward")
