@@ -176,11 +176,9 @@ class StageSFTTrainer(InStage, SFTTrainer):
     def _check_loss(self) -> None:
         """Compare TRL's loss of a text, without materialised logits, with the model's own."""
         rows = self.train_dataset
-        ids = (
-            rows[0]["input_ids"][:TEXT_COMPARED]
-            if isinstance(rows, Dataset) and "input_ids" in rows.column_names
-            else []
-        )
+        if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or len(rows) == 0:
+            return
+        ids = rows[0]["input_ids"][:TEXT_COMPARED]
         if len(ids) < 2:
             return
         text, was_training = torch.tensor([ids], device=self.model.device), self.model.training

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf.data.rows import SIDES, assistant_turn, user_turn
+from rlhf.objectives.pairwise import pair_loss
 from rlhf.pipeline.vote import VoteSetup, vote, vote_again
 from rlhf.reward.vote import plan_vote
 from rlhf.statistics import auroc
@@ -53,8 +54,17 @@ def test_what_is_known_of_a_pair_moves_the_votes_on_others_only(base_folder: Pat
 def test_margins_follow_what_is_known_of_the_label() -> None:
     rows = [{**row, "margin": 2.0} for row in pairs(3)[0]]
     setup = VoteSetup("x", rows, {}, 0.0, [0.0, 0.5, 0.9], print)
-    assert [row["margin"] for row in setup.training_rows()] == pytest.approx([2.0, 0.0, -1.6])
+    assert [row["margin"] for row in setup.training_rows()] == pytest.approx([2.0, 0.0, 1.6])
     assert [row["flip_rate"] for row in setup.training_rows()] == [0.0, 0.5, 0.9]
+    differences = torch.linspace(-3, 3, 7)
+    wrong_label, right_label = (
+        pair_loss(d, torch.zeros(7), margin=row["margin"], flip_rate=torch.tensor(row["flip_rate"]))
+        for d, row in (
+            (differences, setup.training_rows()[2]),
+            (-differences, VoteSetup("x", rows[:1], {}, 0.0, [0.1], print).training_rows()[0]),
+        )
+    )
+    torch.testing.assert_close(wrong_label, right_label)  # a label, wrong with 0.9: the other answer, wrong with 0.1
     doubted = VoteSetup("x", [{**rows[0], "confidence": 0.6}], {}, 0.0, [0.01], print).training_rows()[0]
     assert (doubted["confidence"], doubted["flip_rate"]) == (1.0, 0.01), "0.6 would be learnt whatever experts say"
     plain = VoteSetup("x", rows, {}, 0.2, None, print).training_rows()
