@@ -5,13 +5,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import AdamW
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.reward.trainer import PairRewardTrainer
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's names for what it keeps of a parameter
+
 
 class BesideRewardTrainer(PairRewardTrainer):
-    """`PairRewardTrainer` that may train one parameter beside its model, kept in the checkpoints in a file of its own."""
+    """`PairRewardTrainer` that may train one parameter beside its model, kept in the checkpoints in a file of its own.
+
+    Its optimizer is AdamW without weight decay, whichever the model has, with the same learning rate in each step; the two are
+    apart because FSDP2 takes no parameter that is none of the model's. Every process holds it whole.
+    """
 
     beside: nn.Parameter | None = None
     beside_name = ""
@@ -22,25 +29,34 @@ class BesideRewardTrainer(PairRewardTrainer):
         Args:
             name: of the tensor and of its file in a checkpoint.
         """
-        self.beside, self.beside_name = nn.Parameter(start.to(self.args.device)), name
+        args = self.args
+        self.beside, self.beside_name = nn.Parameter(start.to(args.device)), name
         self.beside.register_hook(lambda gradient: self.accelerator.reduce(gradient, reduction="mean"))
-        self.add_callback(_ZeroGradient(self.beside))
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.beside_optimizer = AdamW([self.beside], betas=betas, eps=args.adam_epsilon, weight_decay=0.0, fused=True)
+        self.add_callback(_StepBeside(self))
         return self.beside
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the Trainer's optimizer, which shall train what lies beside the model too."""
-        before = self.optimizer
-        optimizer = super().create_optimizer(model)
-        if self.beside is not None and before is None:
-            optimizer.add_param_group({"params": [self.beside], "weight_decay": 0.0})
-        return optimizer
+    def step_beside(self, learning_rate: float) -> None:
+        """Take a step by the gradient that has come together; in float16 none where the gradient is not finite."""
+        for group in self.beside_optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.accelerator.scaler is None:
+            self.beside_optimizer.step()
+        else:
+            self.accelerator.scaler.step(self.beside_optimizer)
+        self.beside_optimizer.zero_grad()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write an ordinary checkpoint, and what lies beside the model in a file of its own."""
+        """Write an ordinary model, and what lies beside it in a file of its own; in a checkpoint with its optimizer's state."""
         super().save_model(output_dir, _internal_call)
         if self.beside is not None and self.args.should_save:
-            tensors = {self.beside_name: self.beside.detach().cpu().contiguous()}
-            save_file(tensors, self._file(output_dir or str(self.args.output_dir)))
+            state = self.beside_optimizer.state[self.beside] if _internal_call else {}
+            tensors = {self.beside_name: self.beside.detach(), **state}
+            save_file(
+                {key: x.cpu().contiguous() for key, x in tensors.items()},
+                self._file(output_dir or str(self.args.output_dir)),
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -51,21 +67,31 @@ class BesideRewardTrainer(PairRewardTrainer):
         self.read_beside(str(self.state.best_model_checkpoint))
 
     def read_beside(self, checkpoint: str) -> None:
-        """Read what lies beside the model from a checkpoint of either layout."""
-        if self.beside is not None:
-            self.beside.data.copy_(load_file(self._file(checkpoint))[self.beside_name])
+        """Read what lies beside the model, and its optimizer's state, from a checkpoint of any number of processes."""
+        if self.beside is None:
+            return
+        tensors = load_file(self._file(checkpoint), device=str(self.beside.device))
+        self.beside.data.copy_(tensors[self.beside_name])
+        if MOMENTS[0] in tensors:
+            self.beside_optimizer.state[self.beside] = {name: tensors[name] for name in MOMENTS}
 
     def _file(self, folder: str) -> Path:
         return Path(folder) / f"{self.beside_name}.safetensors"
 
 
-class _ZeroGradient(TrainerCallback):
-    """Sets a parameter's gradient to 0, as the Trainer does for those of its model."""
+class _StepBeside(TrainerCallback):
+    """Lets what lies beside the model take its step just before the model does, by the same learning rate."""
 
-    def __init__(self, parameter: nn.Parameter):
-        self.parameter = parameter
+    def __init__(self, trainer: BesideRewardTrainer):
+        self.trainer = trainer
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: torch.optim.Optimizer,
+        **_: object,
     ) -> None:
-        self.parameter.grad = None
+        self.trainer.step_beside(optimizer.param_groups[0]["lr"])

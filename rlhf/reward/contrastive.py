@@ -61,7 +61,7 @@ class ContrastiveRewardTrainer(BesideRewardTrainer):
         dropout: the probability; 0.05 is the paper's.
 
     Raises:
-        UserError: the model has no place for dropout, so both views would be the same; prototypes under FSDP.
+        UserError: the model has no place for dropout, so both views would be the same.
     """
 
     def __init__(
@@ -96,11 +96,6 @@ class ContrastiveRewardTrainer(BesideRewardTrainer):
                 "dropout above 0, or lora_dropout."
             )
         if self.contrast.prototypes:
-            if self.is_fsdp_enabled:
-                raise UserError(
-                    "reward.extra: the prototypes of SwAV are no part of the model, so FSDP can't keep them; take simcse, or data "
-                    "parallelism."
-                )
             width = self.model.config.get_text_config().hidden_size
             generator = torch.Generator().manual_seed(self.args.seed)
             start = torch.randn(self.contrast.prototypes, width, generator=generator)

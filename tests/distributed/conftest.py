@@ -35,6 +35,7 @@ evaluate: {prompts: 16}
 # What runs ask for beside it: four roles on one base; models of their own, and the two terms that take gradients of theirs.
 LORA = ["reward.use_peft=true", "reward.lora_dropout=0.0", "ppo.use_peft=true", "ppo.lora_dropout=0.0"]
 TERMS = ["reward.objective=posterior", "reward.extra=simcse", "reward.meta=true", "reward.meta_pool=12"]
+SWAV = ["reward.extra=swav"]
 # One process makes each step of as many micro-batches as two processes have.
 HALF = {stage: f"{stage}.gradient_accumulation_steps=2" for stage in ("sft", "reward", "ppo")}
 FIXED = {"FIXED_ANSWERS": "true"}
@@ -76,6 +77,8 @@ COMMANDS = [
     # Models of their own, with MetaRM and a contrastive term.
     Command("terms", TERMS, SHARDED, of("killed", *WORLD, SFT)),
     Command("terms-ddp", TERMS, {}, of("killed", *WORLD, SFT)),
+    Command("swav", SWAV, SHARDED, of("killed", *WORLD, SFT), verb="reward"),
+    Command("swav-ddp", SWAV, {}, of("killed", *WORLD, SFT), verb="reward"),
     # One process against two. PPO takes the reward model of two, whose scale is that of answers sampled by chance.
     Command("one", [HALF["sft"], HALF["reward"]], {}, of("killed", *WORLD), 1, "reward"),
     Command("two", [], FIXED_SHARDED, of("killed", *WORLD, SFT)),

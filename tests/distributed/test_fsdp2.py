@@ -50,6 +50,7 @@ def assert_same(launch: Launch, stage: str, one: str, other: str) -> None:
         (PPO, "lora-ddp", "lora"),
         (REWARD, "terms-ddp", "terms"),
         (PPO, "terms-ddp", "terms"),
+        (REWARD, "swav-ddp", "swav"),
     ],
 )
 def test_sharded_stages_are_those_of_data_parallelism(stage: str, whole: str, sharded: str, launch: Launch) -> None:
@@ -72,7 +73,7 @@ def test_sharded_stages_are_those_of_data_parallelism(stage: str, whole: str, sh
 def test_sharded_stages_are_those_of_one_process(stage: str, one: str, two: str, launch: Launch) -> None:
     """One process makes each step of two micro-batches: those that the two processes have.
 
-    Not compared are MetaRM and SimCSE, each of whose processes draws its own dropout and looks at its own share of the
+    Not compared are MetaRM, SimCSE and SwAV, each of whose processes draws its own dropout and looks at its own share of the
     prompts, and votes, whose members differ by that; with them, sharded training is compared with data parallelism. Two
     processes sample other answers than one does, so PPO's are planted here.
     """
