@@ -300,14 +300,21 @@ def is_record(row: object) -> bool:
     """Return whether a row is a record of Argilla: nested (`to_json`, `to_list`), or flat (`to_list(flatten=True)`, a data set)."""
     if not isinstance(row, dict):
         return False
-    return ("responses" in row and "fields" in row) or f"{CONTROL}.responses" in row
+    return ("responses" in row and isinstance(row.get("fields"), dict)) or f"{CONTROL}.responses" in row
 
 
 def record_entries(number: int, record: ExportedRow) -> Iterator[Entry]:
     """Yield the responses to a record's question of our name; of a flat record, which says so, those that were submitted."""
     question = "" if record.get("id") is None else str(record["id"])
     if "fields" in record:
-        for response in (record["responses"] or {}).get(CONTROL) or []:
+        responses = record["responses"] or {}
+        if isinstance(responses, list):  # Argilla 1: a response a person, to all questions
+            for response in responses:
+                label = ((response.get("values") or {}).get(CONTROL) or {}).get("value")
+                is_given = response.get("status", "submitted") == "submitted"
+                yield Answered(number, question, label if is_given else "skip", name_of(response.get("user_id")))
+            return
+        for response in responses.get(CONTROL) or []:
             yield Answered(number, question, response.get("value"), name_of(response.get("user_id")))
         return
     labels = record[f"{CONTROL}.responses"] or []

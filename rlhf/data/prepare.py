@@ -33,6 +33,10 @@ from rlhf.errors import UserError
 from rlhf.files import write_jsonl
 
 HELD_OUT = "held out: its prompt, or another of its conversation, is on the test side"
+NO_TEST = (
+    "Held out is data.test_fraction of the prompts, drawn by their texts and the seed. A few rows, pairs that a run of the same "
+    "seed trained on, and answers of which no two share a prompt leave nothing to test on; name a file under data.test."
+)
 UNTESTABLE = "a tie, which nothing can be tested on"
 
 
@@ -324,6 +328,8 @@ def _write(folder: Path, written: Parts, reports: Sequence[ReadReport]) -> None:
     empty = [name for name, rows in written.items() if not rows]
     if empty:
         details = [sentence for report in reports for sentence in report.sentences()]
+        if any(name.startswith("test") for name in empty):
+            details.insert(0, NO_TEST)
         raise UserError([f"data: nothing is left for {', '.join(empty)}.", *details])
     _check_columns(written.get("pairs", []))
     folder.mkdir(parents=True, exist_ok=True)

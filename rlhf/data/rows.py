@@ -4,7 +4,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
@@ -136,6 +136,21 @@ def told(row: Pair, side: Side) -> str:
     """Return all that one side says after the prompt, for people: its answer, or its turns, each with who speaks."""
     turns = row[side]
     return answer(row, side) if len(turns) == 1 else "\n\n".join(f"{x['role']}: {x['content']}" for x in turns)
+
+
+def sure_where_unsaid(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return pairs as a file is to hold them: with a confidence in each if any has one, 1 where none was given.
+
+    Only for pairs of which those without one are known to be certain.
+
+    >>> sure_where_unsaid([{"chosen": "a"}, {"chosen": "b", "confidence": 0.5}])
+    [{'chosen': 'a', 'confidence': 1.0}, {'chosen': 'b', 'confidence': 0.5}]
+    >>> sure_where_unsaid([{"chosen": "a"}])
+    [{'chosen': 'a'}]
+    """
+    if not any("confidence" in row for row in pairs):
+        return [dict(row) for row in pairs]
+    return [{**row, "confidence": row.get("confidence", 1.0)} for row in pairs]
 
 
 def parting_turn(row: PromptRow) -> int | None:

@@ -4,13 +4,16 @@ import copy
 import json
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from rlhf.errors import UserError
 
 ADAPTER = "default"
-LEARNT_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+LEARNT_PROMPTS = {"ADAPTION_PROMPT"} | {
+    str(kind.value) for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)
+}
 INSIDE = "base_model.model."  # what PEFT puts before every name of the model inside it
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.data.conversations import conversation_keys
 from rlhf.data.functions import load_function
-from rlhf.data.rows import SIDES, Pair, pair_digest, told
+from rlhf.data.rows import SIDES, Pair, pair_digest, sure_where_unsaid, told
 from rlhf.data.traits import TRAITS, trait_table
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl, write_text
@@ -104,8 +104,8 @@ def blame(run: Path, feature: str, out: Path, *, share: float, say: Callable[[st
         ],
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out / "removed.jsonl", without)
-    write_jsonl(out / "rest.jsonl", rest)
+    write_jsonl(out / "removed.jsonl", sure_where_unsaid(without))
+    write_jsonl(out / "rest.jsonl", sure_where_unsaid(rest))
     write_text(out / "blame.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 

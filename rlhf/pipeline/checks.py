@@ -303,7 +303,7 @@ def _trunk_problems(recipe: Recipe, *, has_voted: bool) -> Iterator[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not has_voted:
         yield (
             "vote.trunk: a shared trunk is one process's; run `rlhf vote` without a launcher first, with this recipe and --out; "
-            "this command finds the votes then."
+            "this command finds the votes then. Where every round votes, run all of it without a launcher."
         )
     layers = None if recipe.lab is None or recipe.lab.is_sampled else recipe.lab.num_hidden_layers
     if recipe.backbone.model is None and layers is not None and recipe.vote.trunk >= layers:

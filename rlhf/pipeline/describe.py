@@ -12,7 +12,7 @@ from rlhf.data.layouts import find_layout
 from rlhf.data.rankings import second_response
 from rlhf.data.read import BadRow, ReadReport, read_rows
 from rlhf.data.repeats import deduplicated
-from rlhf.data.rows import Compare, Pair, Side, asked, has_ended, has_tools, told
+from rlhf.data.rows import Compare, Pair, Side, asked, has_ended, has_tools, sure_where_unsaid, told
 from rlhf.data.sources import (
     Row,
     Rows,
@@ -97,7 +97,10 @@ def describe_data(
 
     # 3. The canonical rows.
     if out is not None:
-        rows = [{**row.values, "split": "test"} if row.is_test else row.values for row in read.rows]
+        may_lack = all(row.makes_confidence or "confidence" in row.values for row in read.rows)
+        values = [row.values for row in read.rows]
+        values = sure_where_unsaid(values) if may_lack else values
+        rows = [{**x, "split": "test"} if row.is_test else x for x, row in zip(values, read.rows, strict=True)]
         write_text(out, json_lines(rows))
         say(f"{out}: {len(rows)} {read.kind}")
 

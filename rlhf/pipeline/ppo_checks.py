@@ -22,6 +22,7 @@ def ppo_problems(recipe: Recipe, *, until: str | None = None) -> Iterator[str]:
     """
     yield from _source_problems(recipe)
     ppo = recipe.ppo.trl_settings()
+    reaches_ppo = any(stage.name == "ppo" for stage in stages_until(plan(recipe), until))
     for key in ("ptx_coef", "adversarial_coef"):
         if ppo.get(key, 0) > 0 and not recipe.has_sft:
             yield f"ppo.{key}: it reads demonstrations, and nobody gives any; name them under data.sft, or leave the key out."
@@ -35,7 +36,7 @@ def ppo_problems(recipe: Recipe, *, until: str | None = None) -> Iterator[str]:
             "ppo.adversarial_coef: it reads the features before one linear head, and experts that are not merged have a head each; "
             "leave it out, or set reward.experts: merged."
         )
-    if ppo.get("ptx_coef", 0) > 0 and number_of_processes() > 1 and not ppo.get("use_peft"):
+    if reaches_ppo and ppo.get("ptx_coef", 0) > 0 and number_of_processes() > 1 and not ppo.get("use_peft"):
         yield (
             "ppo.ptx_coef: with several processes it needs the four roles on one base; set ppo.use_peft: true, leave ptx_coef out, "
             "or run without a launcher."
@@ -47,7 +48,6 @@ def ppo_problems(recipe: Recipe, *, until: str | None = None) -> Iterator[str]:
         )
     if recipe.lab is None or recipe.backbone.model is not None or recipe.lab.is_sampled:
         return
-    reaches_ppo = any(stage.name == "ppo" for stage in stages_until(plan(recipe), until))
     unnamed = PPOConfig.max_completion_length if reaches_ppo else 0
     if (longest := ppo.get("max_completion_length", unnamed)) >= CONTEXT:
         yield (

@@ -31,20 +31,29 @@ def check_data(dataset: Dataset | None) -> Dataset:
     """Return the training data, if there are prompts in them.
 
     Raises:
-        UserError: no column `prompt`, or no row; some rows have an answer to compare with, and others none.
+        UserError: no column `prompt`, or no row.
     """
     if dataset is None or "prompt" not in dataset.column_names or len(dataset) == 0:
         raise UserError("ppo: train_dataset needs a column `prompt` and at least one row.")
-    if OPPONENT in dataset.column_names:
-        without = [i for i, text in enumerate(dataset[OPPONENT]) if not isinstance(text, str)]
-        if without:
-            first = without[0]
-            raise UserError(
-                f"ppo: {len(without)} of {len(dataset)} rows of train_dataset have no text in the column {OPPONENT!r}, the first "
-                f"of them row {first} ({dataset[first][OPPONENT]!r}); give each row one, or leave the column out, and the "
-                "reference answers."
-            )
     return dataset
+
+
+def check_opponents(dataset: Dataset) -> None:
+    """Refuse rows without an answer that a reward is to compare with, beside a column of them.
+
+    Raises:
+        UserError: saying how many, and which is the first.
+    """
+    if OPPONENT not in dataset.column_names:
+        return
+    without = [i for i, text in enumerate(dataset[OPPONENT]) if not isinstance(text, str)]
+    if without:
+        first = without[0]
+        raise UserError(
+            f"ppo: {len(without)} of {len(dataset)} rows of train_dataset have no text in the column {OPPONENT!r}, the first "
+            f"of them row {first} ({dataset[first][OPPONENT]!r}); give each row one, or leave the column out, and the "
+            "reference answers."
+        )
 
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, **datasets: Dataset | None) -> None:

@@ -40,6 +40,7 @@ from rlhf.ppo.roles import ROLES, PolicyAndCritic, Reference, make_reference
 from rlhf.ppo.rollout import Experience, MicroBatch, PromptRow, Rollout, Sample, hash_seed, prompt_indices
 from rlhf.ppo.setup import (
     check_data,
+    check_opponents,
     check_parallelism,
     check_prompts,
     check_reference,
@@ -138,6 +139,8 @@ class PPOTrainer(BaseTrainer):
             model, reward_funcs, reward_processing_classes, critic, processing_class, args
         )
         self.rewards = Rewards(sources, args)
+        if self.rewards.compares:
+            check_opponents(train_dataset)
         mean, std = self.rewards.scale_of_copy if is_copy else self.rewards.scale
         container = PolicyAndCritic(model, critic, value_mean=mean, value_std=std)
         if args.disable_dropout:

@@ -29,6 +29,11 @@ NOT_ON_TRUNK = (
     "use_peft", *ADAPTER_KEYS, "load_in_4bit", "load_in_8bit", "dtype", "attn_implementation", "optim", "optim_args",
     "center_rewards_coefficient", "disable_dropout", "bf16", "fp16",
 )  # fmt: skip
+BEFORE_PPO: dict[str, tuple[str, ...]] = {
+    "sft": (),
+    "vote": (),
+    "reward": ("reward",),
+}  # last stage: trained after SFT until it
 READING = ("chat_template_path", "eos_token")  # which texts a trainer of TRL's makes of conversations
 ASKING = ("labels", "prompts", "responses", "select")
 ASKS_NOBODY = "no round asks for labels, as rounds.count is 1 and rounds.first offline"
@@ -247,14 +252,15 @@ def mixed_bits(recipe: Recipe, until: str | None = None) -> Iterator[str]:
     """
     sft, reward, ppo = (_values(recipe, name) for name in ("sft", "reward", "ppo"))
     if not recipe.has_sft or not sft["use_peft"]:
-        if until is None and reward["use_peft"] and ppo["use_peft"] and reward["load_in_4bit"] != ppo["load_in_4bit"]:
+        has_roles = until not in BEFORE_PPO and reward["use_peft"] and ppo["use_peft"]
+        if has_roles and reward["load_in_4bit"] != ppo["load_in_4bit"]:
             yield (
                 f"ppo: its policy stands on {_bits(ppo)} weights and the reward model on {_bits(reward)} ones, so the four roles "
                 "do not share one base, and critic and reward model are whole models beside it; give reward and ppo the same "
                 "load_in_4bit."
             )
         return
-    stages = {"sft": (), "vote": (), "reward": ("reward",)}.get(until or "", ("reward", "ppo"))
+    stages = BEFORE_PPO.get(until or "", ("reward", "ppo"))
     for name in stages:
         values = _values(recipe, name)
         if _bits(values) != _bits(sft):

@@ -5,19 +5,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import AdamW
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf.errors import UserError
 from rlhf.reward.trainer import PairRewardTrainer
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's names for what it keeps of a parameter
 
 
 class BesideRewardTrainer(PairRewardTrainer):
     """`PairRewardTrainer` that may train one parameter beside its model, kept in the checkpoints in a file of its own.
 
-    Its optimizer is AdamW without weight decay, whichever the model has, with the same learning rate in each step; the two are
-    apart because FSDP2 takes no parameter that is none of the model's. Every process holds it whole.
+    Its optimizer is of the model's kind, without weight decay, and has the same learning rate in each step; the two are apart
+    because FSDP2 takes no parameter that is none of the model's. Every process holds it whole.
     """
 
     beside: nn.Parameter | None = None
@@ -29,11 +27,10 @@ class BesideRewardTrainer(PairRewardTrainer):
         Args:
             name: of the tensor and of its file in a checkpoint.
         """
-        args = self.args
-        self.beside, self.beside_name = nn.Parameter(start.to(args.device)), name
+        self.beside, self.beside_name = nn.Parameter(start.to(self.args.device)), name
         self.beside.register_hook(lambda gradient: self.accelerator.reduce(gradient, reduction="mean"))
-        betas = (args.adam_beta1, args.adam_beta2)
-        self.beside_optimizer = AdamW([self.beside], betas=betas, eps=args.adam_epsilon, weight_decay=0.0, fused=True)
+        optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args)
+        self.beside_optimizer = optimizer([{"params": [self.beside], "weight_decay": 0.0}], **settings)
         self.add_callback(_StepBeside(self))
         return self.beside
 
@@ -51,12 +48,10 @@ class BesideRewardTrainer(PairRewardTrainer):
         """Write an ordinary model, and what lies beside it in a file of its own; in a checkpoint with its optimizer's state."""
         super().save_model(output_dir, _internal_call)
         if self.beside is not None and self.args.should_save:
-            state = self.beside_optimizer.state[self.beside] if _internal_call else {}
-            tensors = {self.beside_name: self.beside.detach(), **state}
-            save_file(
-                {key: x.cpu().contiguous() for key, x in tensors.items()},
-                self._file(output_dir or str(self.args.output_dir)),
-            )
+            folder = output_dir or str(self.args.output_dir)
+            save_file({self.beside_name: self.beside.detach().cpu().contiguous()}, self._file(folder))
+            if _internal_call:
+                torch.save(self.beside_optimizer.state_dict(), self._state_file(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -67,16 +62,27 @@ class BesideRewardTrainer(PairRewardTrainer):
         self.read_beside(str(self.state.best_model_checkpoint))
 
     def read_beside(self, checkpoint: str) -> None:
-        """Read what lies beside the model, and its optimizer's state, from a checkpoint of any number of processes."""
+        """Read what lies beside the model, and its optimizer's state, from a checkpoint of any number of processes.
+
+        Raises:
+            UserError: an earlier version wrote it, with that state in the file of the model's optimizer.
+        """
         if self.beside is None:
             return
-        tensors = load_file(self._file(checkpoint), device=str(self.beside.device))
-        self.beside.data.copy_(tensors[self.beside_name])
-        if MOMENTS[0] in tensors:
-            self.beside_optimizer.state[self.beside] = {name: tensors[name] for name in MOMENTS}
+        if not self._state_file(checkpoint).is_file():
+            raise UserError(
+                f"{checkpoint}: an earlier version of this package wrote this checkpoint, which lacks the optimizer of "
+                f"{self.beside_name}; delete {Path(checkpoint).parent}, and the stage begins anew."
+            )
+        self.beside.data.copy_(load_file(self._file(checkpoint))[self.beside_name])
+        state = torch.load(self._state_file(checkpoint), map_location=self.beside.device, weights_only=True)
+        self.beside_optimizer.load_state_dict(state)
 
     def _file(self, folder: str) -> Path:
         return Path(folder) / f"{self.beside_name}.safetensors"
+
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder) / f"{self.beside_name}.optimizer.pt"  # as the Trainer writes that of its model
 
 
 class _StepBeside(TrainerCallback):

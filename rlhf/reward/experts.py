@@ -214,7 +214,10 @@ def merge_experts(
             heads = [w * adapter[name] for w, adapter in zip(head_weights, adapters, strict=True)]
             merged[name] = torch.stack(heads).sum(dim=0)
     out.mkdir(parents=True, exist_ok=True)
-    config |= {"r": config["r"] * len(added), "lora_alpha": config["lora_alpha"] * len(added)}  # the scale stays
+    for key in ("r", "lora_alpha"):  # both, so that the scale stays
+        config[key] *= len(added)
+    for key in ("rank_pattern", "alpha_pattern"):
+        config[key] = {place: value * len(added) for place, value in (config.get(key) or {}).items()}
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file({name: value.contiguous() for name, value in merged.items()}, out / "adapter_model.safetensors")
     (out / ADAPTER_BASE).write_bytes((folders[0] / ADAPTER_BASE).read_bytes())

@@ -206,6 +206,20 @@ TABLE: dict[str, tuple[Any, Any]] = {
         },
         lambda i: canonical(i, id=f"{i}", annotator="u"),
     ),
+    "Argilla 1, records": (
+        lambda i: {
+            "fields": {"prompt": f"say {i}", "first": said(i, 0), "second": said(i, 1)},
+            "responses": [
+                {
+                    "values": {"preference": {"value": "first" if i % 2 == 0 else "second"}},
+                    "user_id": "u",
+                    "status": "submitted",
+                },
+                {"values": {"preference": {"value": "first"}}, "user_id": "v", "status": "discarded"},
+            ],
+        },
+        lambda i: canonical(i, annotator="u"),
+    ),
     "Argilla, records flat": (
         lambda i: {
             "prompt": f"say {i}",

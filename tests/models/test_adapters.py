@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptLearningConfig, PromptTuningConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, RewardConfig
 
 from rlhf import PairRewardTrainer, load_reward_model
 from rlhf.errors import UserError
+from rlhf.models.adapters import LEARNT_PROMPTS
 from rlhf.models.load import adapter_settings, find_source, load_policy, model_settings
 from rlhf.models.logprobs import response_logprobs
 from rlhf.models.save import save_model
@@ -154,6 +156,15 @@ def test_a_learnt_prompt_is_no_start_of_a_reward_model(
     if not use_peft:
         with pytest.raises(UserError, match="this adapter is a learnt prompt"):
             load_policy(tmp_path, settings)
+
+
+def test_every_kind_of_learnt_prompt_is_known() -> None:
+    """Those of PEFT as it is installed, of which some are newer than the oldest version that is supported."""
+    kinds = {
+        str(k.value) for k, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)
+    }
+    assert {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"} <= kinds <= LEARNT_PROMPTS
+    assert not {"LORA", "IA3"} & LEARNT_PROMPTS
 
 
 def scalar_adapter(base: Path, tokenizer: Any, folder: Path) -> Any:

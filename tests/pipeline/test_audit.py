@@ -1,6 +1,7 @@
 """The audit finds planted wrong labels, says what it left out, and writes what was promised."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,9 @@ def test_planted_wrong_labels_are_found(base_folder: Path, noisy: tuple[str, set
     assert result == json.loads((out / "audit.json").read_text())
     assert (result["rows"], result["kept"]) == (152, 150)
     assert sorted(row for rows in result["dropped_rows"].values() for row in rows) == [0, 151], "from 0"
+    assert re.search(r'class="soft">row (0|151)<', (out / "audit.html").read_text()), (
+        "and so on the page, which says so"
+    )
     assert result["dropped"] == {"not valid JSON": 1, "repeats another pair": 1}
     found = set(result["suspicious"])
     assert len(found & wrong) >= 0.85 * len(wrong), (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.data.rows import assistant_turn, user_turn
+from rlhf.data.rows import SIDES, assistant_turn, user_turn
 from rlhf.data.traits import TRAITS
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.objectives.influence import pair_pull
@@ -140,6 +140,29 @@ def test_a_label_is_blamed_as_it_was_trained_on(tmp_path: Path, monkeypatch: pyt
     assert abs(robust[1]) < 0.01 * abs(plain[1]), "of which the model is sure that it is wrong"
     (first,) = read_jsonl(tmp_path / "a/removed.jsonl")
     assert read_jsonl(tmp_path / "a/rest.jsonl") == [row for row in given if row != first], "labels as they were given"
+
+
+def test_what_it_writes_can_be_trained_on_where_some_pairs_are_ties(run: Path) -> None:
+    """A layout gives a confidence to ties alone; a file of pairs has one for all or for none."""
+    rows = read_jsonl(run / "pairs.jsonl")[:60]
+    arena = [
+        {
+            f"conversation_{x}": user_turn(row["prompt"]) + assistant_turn(row[side])
+            for x, side in zip("ab", SIDES, strict=True)
+        }
+        | {"winner": winner}
+        for row, winner in zip(rows, ["model_a", "model_b", "tie"] * 20, strict=True)
+    ]
+    write_jsonl(run / "arena.jsonl", arena)
+    trained = rlhf("reward", "r.yaml", "--out", "ties", "data.preferences=arena.jsonl", cwd=run)
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    blamed = rlhf("blame", "ties", "--feature", "length", "--out", "of-ties", cwd=run)
+    assert blamed.returncode == 0, blamed.stderr[-2000:]
+    rest = read_jsonl(run / "of-ties/rest.jsonl")
+    assert {row["confidence"] for row in rest} == {0.5, 1.0}
+    test = "data.test=ties/round-0/data/data/test_pairs.jsonl"
+    checked = rlhf("check", "r.yaml", "data.preferences=of-ties/rest.jsonl", test, "data.leakage=drop", cwd=run)
+    assert checked.returncode == 0, checked.stderr[-2000:]
 
 
 def test_where_no_pair_pulls_the_score_up_that_is_said() -> None:

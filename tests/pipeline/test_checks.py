@@ -195,6 +195,8 @@ def test_demonstrations_beside_ppo_on_models_of_their_own_are_one_process_s(monk
     (sentence,) = ppo_problems(load_recipe(quickstart, asked))
     assert sentence.startswith("ppo.ptx_coef: with several processes it needs the four roles on one base")
     assert not list(ppo_problems(load_recipe(quickstart, ["ppo.ptx_coef=0.1", "ppo.use_peft=true"])))
+    for until, refused in (("sft", 0), ("reward", 0), ("ppo", 1)):  # PPO may be another launch's
+        assert len(list(ppo_problems(load_recipe(quickstart, asked), until=until))) == refused
 
 
 @pytest.mark.fault("records cut or edited")

@@ -49,6 +49,28 @@ def test_a_file_is_shown_as_it_is_read(base_folder: Path, tokenizer: Any, tmp_pa
         described(Source(str(file)), out=out)
 
 
+def test_what_it_writes_can_be_trained_on_where_some_pairs_are_ties(tmp_path: Path) -> None:
+    """A layout gives a confidence to ties alone. Where people left some out themselves, nothing is filled in."""
+    rows = [
+        {
+            f"conversation_{x}": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{x} {i}"}]
+            for x in "ab"
+        }
+        | {"winner": winner}
+        for i, winner in enumerate(["model_a", "tie", "model_b"])
+    ]
+    write_jsonl(tmp_path / "arena.jsonl", rows)
+    described(Source(str(tmp_path / "arena.jsonl")), out=tmp_path / "out.jsonl")
+    assert [row["confidence"] for row in read_jsonl(tmp_path / "out.jsonl")] == [1.0, 0.5, 1.0]
+    own = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "d", "chosen": "e", "rejected": "f", "confidence": 0.9},
+    ]
+    write_jsonl(tmp_path / "own.jsonl", own)
+    described(Source(str(tmp_path / "own.jsonl")), out=tmp_path / "own-out.jsonl")
+    assert ["confidence" in row for row in read_jsonl(tmp_path / "own-out.jsonl")] == [False, True]
+
+
 def test_pairs_of_which_none_can_be_used_are_no_silent_demonstrations(base_folder: Path, tmp_path: Path) -> None:
     def turns(first: str, last: str) -> list[dict[str, str]]:
         texts = [("user", "say"), ("assistant", first), ("user", "more"), ("assistant", last)]

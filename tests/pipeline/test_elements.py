@@ -87,6 +87,7 @@ def test_ratings_without_pairs_train_and_are_tested_on_pairs_of_another_file(bas
     refused = rlhf("reward", "r.yaml", "--out", "untested", cwd=tmp_path)
     assert refused.returncode == 2
     assert "data: nothing is left for test_pairs" in refused.stderr
+    assert "name a file under data.test" in " ".join(refused.stderr.split())
     pairs = [{"prompt": f"name {word}", "chosen": "yes", "rejected": "no"} for word in WORDS]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
     result = rlhf("reward", "r.yaml", "--out", "x", "data.test=test.jsonl", cwd=tmp_path)

@@ -18,6 +18,7 @@ from rlhf import PPOConfig
 from rlhf.errors import TrainingError
 from rlhf.invariants.checks import Check, CheckBook
 from rlhf.models.load import model_settings
+from rlhf.pipeline import callbacks
 from rlhf.pipeline.callbacks import FiniteGradients
 from rlhf.pipeline.trainers import StagePairRewardTrainer, StagePPOTrainer, StageSFTTrainer
 from rlhf.pipeline.training import checks_of, require_all_trained, train
@@ -187,6 +188,17 @@ def test_an_overflow_under_fp16_is_its_scalers_business(fp16: bool) -> None:
         return
     with pytest.raises(TrainingError, match="sft: the gradient is not finite at step 4; nothing was updated"):
         callback.on_pre_optimizer_step(*arguments, model=layer)
+
+
+@pytest.mark.fault("not finite")
+def test_one_shard_with_an_overflow_stops_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm of all shards decides, and not that of the process's own, which is finite here."""
+    layer = torch.nn.Linear(2, 1)
+    layer(torch.ones(1, 2)).sum().backward()
+    monkeypatch.setattr(callbacks, "whole", lambda norm: norm + math.inf)
+    arguments: Any = (SimpleNamespace(fp16=False), SimpleNamespace(global_step=3), None)
+    with pytest.raises(TrainingError, match="not finite at step 4"):
+        FiniteGradients("sft").on_pre_optimizer_step(*arguments, model=layer)
 
 
 @pytest.mark.fault("refused after hours")

@@ -15,7 +15,7 @@ from rlhf.models.generate import Completions
 from rlhf.models.load import load_tokenizer
 from rlhf.models.verdicts import load_verdict_model
 from rlhf.ppo.rewards import RewardSource
-from rlhf.ppo.setup import check_data
+from rlhf.ppo.setup import check_opponents
 from rlhf.ppo.source_kinds import source_problem
 from tests.conftest import PROMPTS
 from tests.ppo.test_options import TWO
@@ -65,6 +65,38 @@ def test_a_reference_answer_in_the_data_is_the_one_that_counts(
     torch.testing.assert_close(experience.scores, expected.orders.log_odds, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compares", [True, False])
+def test_a_column_of_its_name_is_anyone_s_where_nothing_compares(
+    base_folder: Path, reward_folder: Path, verdict_folder: Path, cpu_arguments: dict[str, Any], compares: bool
+) -> None:
+    """Tasks with a known solution often have a column of this name, of numbers too, which reward functions read."""
+    solutions = [{"prompt": prompt, "reference_answer": i} for i, prompt in enumerate(PROMPTS[:4])]
+    functions: Any = [str(reward_folder), f"verdicts:{verdict_folder}" if compares else solved]
+    sizes = {"per_device_train_batch_size": 4, "num_mini_batches": 1, "total_episodes": 4, "max_completion_length": 8}
+
+    def trainer() -> PPOTrainer:
+        return PPOTrainer(
+            AutoModelForCausalLM.from_pretrained(base_folder),
+            functions,
+            PPOConfig(**{**cpu_arguments, **sizes}),
+            Dataset.from_list(solutions),
+            processing_class=load_tokenizer(base_folder, conversational=True),
+        )
+
+    if compares:
+        with pytest.raises(
+            UserError, match="4 of 4 rows of train_dataset have no text in the column 'reference_answer'"
+        ):
+            trainer()
+        return
+    made = trainer()
+    made.experience(made.prompts_of(0))
+
+
+def solved(completions: list[str], reference_answer: list[int], **_: Any) -> list[float]:
+    return [float(str(solution) in text) for solution, text in zip(reference_answer, completions, strict=True)]
+
+
 def test_equally_good_policies_have_a_mean_of_0(verdict_folder: Path) -> None:
     """Over all ordered pairs of four answers, which is what two draws from one policy are, the mean is 0."""
     source = RewardSource(f"verdicts:{verdict_folder}")
@@ -97,7 +129,7 @@ def test_what_it_cannot_do_is_said(verdict_folder: Path, encoder_folder: Path, t
         for prompt, answer in zip(PROMPTS, ("yes", None, ""), strict=False)
     ]
     with pytest.raises(UserError, match=r"1 of 3 rows .* no text in the column 'reference_answer', .* row 1 \(None\)"):
-        check_data(Dataset.from_list(rows))
+        check_opponents(Dataset.from_list(rows))
     with pytest.raises(UserError, match="an encoder says no next token"):
         RewardSource(f"verdicts:{encoder_folder}")
     assert source_problem(f"verdicts:{tmp_path}/none") == f"{tmp_path}/none: no such folder."

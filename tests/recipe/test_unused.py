@@ -336,3 +336,6 @@ def test_roles_that_can_not_share_a_base_are_named(tmp_path: Path, overrides: li
         "reward.load_in_4bit=true": "ppo: its policy stands on whole weights and the reward model on 4-bit (nf4) ones",
     }
     assert [sentence.partition(",")[0] for sentence in sentences] == [expected[override] for override in overrides]
+    checked = load_recipe(recipe(tmp_path, reward=lora, ppo=lora), overrides)
+    for until, is_said in (("reward", False), ("ppo", True), ("evaluate", True)):
+        assert list(mixed_bits(checked, until)) == (sentences if is_said else [])

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
+from rlhf.errors import UserError
 from tests.reward.test_contrastive import make
 
 TRAINING = {"num_train_epochs": 2, "lr_scheduler_type": "linear", "warmup_steps": 2, "learning_rate": 1e-2}
@@ -42,6 +43,16 @@ def test_its_steps_are_those_of_a_parameter_of_the_model(
     torch.testing.assert_close(trainer.prototypes.detach(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_its_optimizer_is_of_the_model_s_kind(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer = prepared(base_folder, tokenizer, pairs, {**cpu_arguments, "optim": "sgd"}, tmp_path)
+    start = trainer.prototypes.detach().clone()
+    trainer.prototypes.grad = torch.full_like(start, 2.0)
+    trainer.step_beside(0.1)
+    torch.testing.assert_close(trainer.prototypes.detach(), start - 0.2)
+
+
 def test_its_gradient_is_the_mean_over_processes(
     base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -65,10 +76,19 @@ def test_a_checkpoint_has_its_optimizer_and_a_model_has_not(
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "model"))
-    in_checkpoint = load_file(tmp_path / "checkpoint-4/prototypes.safetensors")
-    assert in_checkpoint.keys() == {"prototypes", "step", "exp_avg", "exp_avg_sq"}
-    assert in_checkpoint["step"] == 4
-    assert load_file(tmp_path / "model/prototypes.safetensors").keys() == {"prototypes"}
+    (state,) = torch.load(tmp_path / "checkpoint-4/prototypes.optimizer.pt", weights_only=True)["state"].values()
+    assert state["step"] == 4
+    assert sorted(file.name for file in (tmp_path / "model").glob("prototypes*")) == ["prototypes.safetensors"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_a_sentence(
+    base_folder: Path, tokenizer: Any, pairs: Dataset, cpu_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """It had no file of this optimizer's state, and torch spoke of numbers of parameter groups."""
+    trainer = prepared(base_folder, tokenizer, pairs, cpu_arguments, tmp_path)
+    save_file({"prototypes": trainer.prototypes.detach()}, tmp_path / "prototypes.safetensors")
+    with pytest.raises(UserError, match="an earlier version of this package wrote this checkpoint"):
+        trainer.read_beside(str(tmp_path))
 
 
 class Scaler:

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import ElectraConfig, ElectraForSequenceClassification
 
 from rlhf import BottleneckRewardTrainer, MarginRewardTrainer, PairRewardTrainer, TextRewardTrainer
 from rlhf.models.heads import combine_labels
-from rlhf.models.load import load_policy, load_scorer, model_settings
+from rlhf.models.load import adapter_settings, load_policy, load_scorer, model_settings
 from rlhf.models.save import save_model
 from rlhf.pipeline.vote import VoteSetup
 from rlhf.reward.experts import ExpertRewards, merge_experts
@@ -30,11 +31,17 @@ def changes(folder: Path) -> dict[str, torch.Tensor]:
     return {name: layer.get_delta_weight("default") for name, layer in layers.items()}
 
 
+@pytest.mark.parametrize(
+    "patterns", [{}, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}], ids=["", "patterns"]
+)
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [1.0, 1.0], [2.0, -0.5]])
 def test_what_sft_learnt_is_once_in_merged_experts(
-    base_folder: Path, tokenizer: Any, tmp_path: Path, weights: list[float]
+    base_folder: Path, tokenizer: Any, tmp_path: Path, weights: list[float], patterns: dict[str, Any]
 ) -> None:
-    """Each expert holds SFT's adapter, so a plain sum of them holds it as often as the weights sum to."""
+    """Each expert holds SFT's adapter, so a plain sum of them holds it as often as the weights sum to.
+
+    An adapter from elsewhere may have other ranks and factors in some layers.
+    """
 
     def moved(model: Any, seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
@@ -44,7 +51,11 @@ def test_what_sft_learnt_is_once_in_merged_experts(
         return model
 
     sft, experts = tmp_path / "sft", [tmp_path / f"expert-{number}" for number in range(2)]
-    save_model(moved(load_policy(base_folder, model_settings(LORA)), 0), tokenizer, sft)
+    adapter = adapter_settings(model_settings(LORA))
+    for key, value in patterns.items():
+        setattr(adapter, key, value)
+    policy = get_peft_model(load_policy(base_folder, model_settings({})), adapter)
+    save_model(moved(policy, 0), tokenizer, sft)
     for number, expert in enumerate(experts):
         model = build_reward_model(sft, model_settings(LORA), pad_token_id=tokenizer.pad_token_id)
         save_model(moved(model, number + 1), tokenizer, expert)
