@@ -22,7 +22,6 @@ def ppo_problems(recipe: Recipe, *, until: str | None = None) -> Iterator[str]:
     """
     yield from _source_problems(recipe)
     ppo = recipe.ppo.trl_settings()
-    reaches_ppo = any(stage.name == "ppo" for stage in stages_until(plan(recipe), until))
     for key in ("ptx_coef", "adversarial_coef"):
         if ppo.get(key, 0) > 0 and not recipe.has_sft:
             yield f"ppo.{key}: it reads demonstrations, and nobody gives any; name them under data.sft, or leave the key out."
@@ -36,7 +35,8 @@ def ppo_problems(recipe: Recipe, *, until: str | None = None) -> Iterator[str]:
             "ppo.adversarial_coef: it reads the features before one linear head, and experts that are not merged have a head each; "
             "leave it out, or set reward.experts: merged."
         )
-    if reaches_ppo and ppo.get("ptx_coef", 0) > 0 and number_of_processes() > 1 and not ppo.get("use_peft"):
+    is_apart = ppo.get("ptx_coef", 0) > 0 and not ppo.get("use_peft")
+    if is_apart and number_of_processes() > 1 and _reaches_ppo(recipe, until):
         yield (
             "ppo.ptx_coef: with several processes it needs the four roles on one base; set ppo.use_peft: true, leave ptx_coef out, "
             "or run without a launcher."
@@ -48,12 +48,16 @@ def ppo_problems(recipe: Recipe, *, until: str | None = None) -> Iterator[str]:
         )
     if recipe.lab is None or recipe.backbone.model is not None or recipe.lab.is_sampled:
         return
-    unnamed = PPOConfig.max_completion_length if reaches_ppo else 0
+    unnamed = PPOConfig.max_completion_length if _reaches_ppo(recipe, until) else 0
     if (longest := ppo.get("max_completion_length", unnamed)) >= CONTEXT:
         yield (
             f"ppo.max_completion_length is {longest}, which leaves no room for a prompt in the {CONTEXT} tokens that the lab's "
             "model reads; lower it (recipes/quickstart.yaml has 40)."
         )
+
+
+def _reaches_ppo(recipe: Recipe, until: str | None) -> bool:
+    return any(stage.name == "ppo" for stage in stages_until(plan(recipe), until))
 
 
 def _source_problems(recipe: Recipe) -> Iterator[str]:

@@ -23,7 +23,7 @@ from rlhf.errors import UserError
 from rlhf.objectives.strength import STRENGTH_COLUMNS, VoteStrength, posterior_confidence
 from rlhf.reward.denoise import DenoiseConfig, denoised
 from rlhf.reward.noise import NoiseEstimate, estimate_noise
-from tests.objectives.test_strength import simulated
+from tests.reward.test_noise import simulated
 from tests.reward.test_trainer import build, losses, train
 
 
