@@ -297,7 +297,11 @@ def _choices(value: Mapping[str, Any]) -> list[object]:
 
 
 def is_record(row: object) -> bool:
-    """Return whether a row is a record of Argilla: nested (`to_json`, `to_list`), or flat (`to_list(flatten=True)`, a data set)."""
+    """Return whether a row is a record of Argilla: nested (`to_json`, `to_list`), or flat (`to_list(flatten=True)`, a data set).
+
+    >>> is_record({"fields": {}, "responses": []}), is_record({"fields": "maths", "responses": ["yes", "no"]})
+    (True, False)
+    """
     if not isinstance(row, dict):
         return False
     return ("responses" in row and isinstance(row.get("fields"), dict)) or f"{CONTROL}.responses" in row
