@@ -171,8 +171,11 @@ def clean_command(
     rows = clean(run) if yes else freeable(run)
     for row in rows:
         say(f"{row.size / 1e6:9.1f} MB  {row.path}: {row.reason}")
+    if not rows:
+        say(f"{run}: nothing to free; whatever is here, somebody may need.")
+        return
     total = sum(row.size for row in rows) / 1e6
-    asked = " were freed" if yes else "; `rlhf clean --yes` frees them" if rows else ""
+    asked = " were freed" if yes else "; `rlhf clean --yes` frees them"
     say(f"{total:9.1f} MB{asked}")
 
 

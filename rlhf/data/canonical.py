@@ -204,7 +204,7 @@ def demonstration(row: Mapping[str, object]) -> Demonstration:
             raise BadRow("a tie, of which neither answer is one to learn")
         turns = canonical["prompt"] + canonical["chosen"]
     else:
-        raise BadRow("neither 'messages' nor 'prompt' and 'completion'")
+        raise BadRow("neither 'messages' nor 'prompt' and 'completion' (`columns` beside the source names others)")
     if not turns or turns[-1]["role"] != "assistant":
         raise BadRow("the last turn is not an assistant's answer")
     _check_answer_turn(turns[-1], "the answer")

@@ -81,8 +81,8 @@ def read_verdicts(
 ) -> tuple[list[Verdict], list[dict[str, Any]]]:
     """Read the verdicts in a file: rows {id, label, annotator, seconds}, or an export of Label Studio or Argilla.
 
-    `label` is first, second, tie or skip; a, A or 1 mean the first, and so on. Where a file holds the numbers 0 and 1 only, 0
-    means the first and 1 the second; beside 1 and 2, 0 is a tie. Where it holds any other number, no number of it is a label.
+    `label` is first, second, tie or skip; a or A means the first, and so on. Where a file holds the numbers 0 and 1, 0 means the
+    first and 1 the second; 1 beside 2 means the first, and 0 beside them a tie. Other numbers, and a 0 or a 1 alone, are no label.
 
     Of one annotator's verdicts on a question the last one counts, and a skip never does beside another verdict. Several verdicts
     on a question without an annotator's name may be one person's or several people's: none of them counts.
@@ -131,22 +131,25 @@ def read_verdicts(
 
 
 def _entries(rows: Sequence[NumberedRow]) -> Iterator[Entry]:
-    """Yield what each annotator wrote, in any of the forms."""
+    """Yield what each annotator wrote, in any of the forms; a task or record that nobody answered has no label yet."""
     form: Callable[[int, Any], Iterable[Entry]]
-    if rows and all(is_task(row) for _, row in rows):
-        form = partial(task_entries, is_named=any(is_control_named(task) for _, task in rows))
-    elif rows and all(is_record(row) for _, row in rows):
+    begun = [row for _, row in rows if not is_untouched(row)]
+    if begun and all(is_task(row) for row in begun):
+        form = partial(task_entries, is_named=any(is_control_named(task) for task in begun))
+    elif begun and all(is_record(row) for row in begun):
         form = record_entries
-    elif rows and all(is_short_task(row) for _, row in rows):
+    elif begun and all(is_short_task(row) for row in begun):
         form = short_task_entries
     else:
         form = _plain
     for number, row in rows:
         try:
-            entries, shown = list(form(number, row)), _shown(row)
+            entries, shown = [] if is_untouched(row) else list(form(number, row)), _shown(row)
         except (AttributeError, KeyError, TypeError, ValueError):  # foreign JSON: anything may stand anywhere
             yield Unusable(number, "not as its tool writes it")
         else:
+            if not entries:
+                yield Answered(number, _question_of(row), None, UNNAMED)
             yield from (e._replace(shown=shown) if isinstance(e, Answered) else e for e in entries)
 
 
@@ -229,6 +232,26 @@ def name_of(annotator: object) -> str:
 def is_task(row: object) -> bool:
     """Return whether a row is a task of Label Studio's JSON export."""
     return isinstance(row, dict) and isinstance(row.get("annotations"), list) and isinstance(row.get("data"), dict)
+
+
+def is_untouched(row: object) -> bool:
+    """Return whether a row is a task or a record as `export_questions` wrote it, to which no tool added anything yet.
+
+    >>> is_untouched({"data": {"id": "7"}}), is_untouched({"data": {"id": "7"}, "annotations": []})
+    (True, False)
+    """
+    if not isinstance(row, dict):
+        return False
+    is_open_task = isinstance(row.get("data"), dict) and "annotations" not in row
+    is_open_record = isinstance(row.get("fields"), dict) and "responses" not in row
+    return (is_open_task or is_open_record) and "label" not in row
+
+
+def _question_of(row: Mapping[str, Any]) -> str:
+    """Return the id of the question that a task or a record shows; empty where it has none."""
+    data = row.get("data")
+    question = data.get("id") if isinstance(data, dict) else row.get("id")
+    return "" if question is None else str(question)
 
 
 def is_control_named(task: ExportedRow) -> bool:
@@ -331,18 +354,15 @@ def record_entries(number: int, record: ExportedRow) -> Iterator[Entry]:
 def _meanings(labels: Sequence[object]) -> dict[str, str]:
     """Return what each label of a whole file means, by its code; labels that mean nothing are left out.
 
-    A 1 without a 0 is the first, as on the labelling page. A 0 alone says nothing, and neither does any number of a file that
-    holds others too, such as -1 or 0.5: its codes may mean anything.
+    A 0 or a 1 alone says nothing, for nobody knows whether the file counts from 0 or from 1. Neither does any number of a file
+    that holds others too, such as -1 or 0.5: its codes may mean anything.
     """
     codes, numbers = _codes(labels), _numbers(labels)
     meaning: dict[str, str] = {code: side for code in codes if (side := named_side(code)) is not None}
     meaning |= {code: word for code, word in OTHER_WORDS.items() if code in codes}
     if numbers == {"0", "1"}:
         return meaning | {"0": "first", "1": "second"}
-    numbered = numbered_sides(numbers)
-    if numbers == {"1"}:
-        numbered = {"1": "first"}
-    return meaning | (numbered or {})
+    return meaning | (numbered_sides(numbers) or {})
 
 
 def _codes(labels: Iterable[object]) -> set[str]:

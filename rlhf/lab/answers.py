@@ -11,6 +11,7 @@ from rlhf.data.rows import Message, Prompt
 from rlhf.files import json_lines, read_jsonl, write_text
 from rlhf.lab.build import Answers
 from rlhf.models.generate import Engine, sample_texts
+from rlhf.progress import duration
 
 BLOCK = 128  # answers that are sampled, kept and reported together
 
@@ -68,7 +69,7 @@ def answers_of_model(
                 write_text(file, json_lines(rows))
                 done, seconds = start + len(block), time.monotonic() - began
                 rest = seconds / len(block) * (len(prompts) - done)
-                say(f"lab: {done} of {len(prompts)} answers sampled; about {rest / 60:.0f} minutes to go with these.")
+                say(f"lab: {done} of {len(prompts)} answers sampled; about {duration(rest)} to go with these.")
             answers += [(row["completion"], row["ended"]) for row in read_jsonl(file)]
         return answers
 

@@ -17,6 +17,7 @@ from rlhf.models.text import encode_answers
 from rlhf.pipeline.context import StageContext
 from rlhf.pipeline.fit import fit_and_keep, kept_model
 from rlhf.pipeline.store import CHECKPOINTS, METRICS
+from rlhf.progress import duration
 from rlhf.recipe.schema import Recipe
 from rlhf.reward.critique_model import CritiqueRewardModel
 from rlhf.reward.critiques import ENDED
@@ -141,6 +142,6 @@ def _written(context: StageContext, critic: CritiqueRewardModel, rows: Sequence[
             write_text(file, json_lines(made))
             done, seconds = start + len(block), time.monotonic() - began
             rest = seconds / len(block) * (len(rows) - done)
-            context.say(f"reward: critiques of {done} of {len(rows)} pairs; about {rest / 60:.0f} minutes to go.")
+            context.say(f"reward: critiques of {done} of {len(rows)} pairs; about {duration(rest)} to go.")
         written += read_jsonl(file)
     return written

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.canonical import EXTRAS
+from rlhf.data.columns import unread_parts
 from rlhf.data.layouts import find_layout
 from rlhf.data.rankings import second_response
 from rlhf.data.read import BadRow, ReadReport, read_rows
@@ -78,12 +80,12 @@ def describe_data(
     read = _read(source, compare_as)
     say(f"{source.source}: {_columns(source)}")
     say(f"layout: {_layout(source)}; read as {read.kind}")
-    for sentence in read.no_pairs:
+    for sentence in (*read.no_pairs, *_unread(source, read)):
         say(sentence)
-    fitted = [row for row in read.rows if not has_tools(row.values)]
+    kept, fitted = read.rows, [row for row in read.rows if not has_tools(row.values)]
     if tokenizer is not None:
-        fitted = _fitted(read, tokenizer, str(model))
-    count_kept([read.report], [fitted if model is not None else read.rows])
+        kept, fitted = _fitted(read, tokenizer, str(model))
+    count_kept([read.report], [kept])
     for sentence in (*read.report.directions.values(), *read.report.sentences()):
         if not sentence.startswith("  ") or sentence.strip() not in read.report.directions.values():
             say(sentence)
@@ -97,10 +99,10 @@ def describe_data(
 
     # 3. The canonical rows.
     if out is not None:
-        may_lack = all(row.makes_confidence or "confidence" in row.values for row in read.rows)
-        values = [row.values for row in read.rows]
+        may_lack = all(row.makes_confidence or "confidence" in row.values for row in kept)
+        values = [row.values for row in kept]
         values = sure_where_unsaid(values) if may_lack else values
-        rows = [{**x, "split": "test"} if row.is_test else x for x, row in zip(values, read.rows, strict=True)]
+        rows = [{**x, "split": "test"} if row.is_test else x for x, row in zip(values, kept, strict=True)]
         write_text(out, json_lines(rows))
         say(f"{out}: {len(rows)} {read.kind}")
 
@@ -125,18 +127,39 @@ def _read(source: Source, compare_as: Compare) -> ReadFile:
         is_undecided = second_response(row) is not None  # which of the two is better, another column says
         names = "prompt=…,preference=…" if is_undecided else "prompt=…,chosen=…,rejected=…"
         hint = [
-            f"Its {_columns(source)}. Where these are pairs, say which is which: --columns {names} (in a recipe `columns:` beside "
-            "the source)."
+            f"Its {_columns(source)}. Where these are pairs, say which is which: --columns {names}; where they are "
+            "demonstrations: --columns prompt=…,completion=… (in a recipe `columns:` beside the source)."
         ]
     raise UserError([f"{source.source}: holds no usable row.", *reports[0].sentences(), *hint])
 
 
-def _first_row(source: Source) -> object:
+def _unread(source: Source, read: ReadFile) -> list[str]:
+    """Say which columns of a file of bare prompts hold something else, which may be the answers; nothing where none does."""
+    row = _first_row(source, read.rows[0].number)
+    if read.kind != "prompts" or read.no_pairs or not isinstance(row, Mapping):
+        return []
+    texts = [turn["content"] for turn in read.rows[0].values["prompt"]]
+    columns = [name for name in row if name not in (*EXTRAS, "split")]
+    numbers = [name for name in columns if isinstance(row[name], int | float)]
+    answers = unread_parts({name: row[name] for name in columns}, texts)
+    if not answers:
+        return []
+    names = ", ".join(f"`{name}`" for name in columns if name in (*numbers, *answers))
+    hint = f"completion={answers[0] if len(answers) == 1 else '…'}"
+    return [
+        f"Of each row the prompt alone is read, and not {names}. Where one of them is the answer to learn, say so: "
+        f"--columns {hint}; where two are the answers of a pair: --columns chosen=…,rejected=… or "
+        "response_1=…,response_2=…,preference=… (in a recipe `columns:` beside the source)."
+    ]
+
+
+def _first_row(source: Source, least_number: int = 1) -> object:
+    """Return the first row as it stands in the source; of those behind it, where a number is given."""
     is_named = source.split is not None
     rows = read_rows(
         source.source, ReadReport(""), split=source.split or "train", config=source.config, is_named=is_named
     )
-    return next((row for _, row in itertools.islice(rows, 1)), None)
+    return next((row for number, row in rows if number >= least_number), None)
 
 
 def _columns(source: Source) -> str:
@@ -152,18 +175,19 @@ def _layout(source: Source) -> str:
     return f"{layout.name} ({layout.summary})"
 
 
-def _fitted(read: ReadFile, tokenizer: PreTrainedTokenizerBase, model: str) -> list[Row[Any]]:
-    """Return the rows as the model's template writes their tool calls; count those that it can't write."""
+def _fitted(read: ReadFile, tokenizer: PreTrainedTokenizerBase, model: str) -> tuple[list[Row[Any]], list[Row[Any]]]:
+    """Return the rows that the model's template can write, and as it writes their tool calls; count the others."""
     template = ToolTemplate(lambda: tokenizer, model)
-    fitted: list[Row[Any]] = []
+    kept, fitted = list[Row[Any]](), list[Row[Any]]()
     for row in read.rows:
         try:
             values: Any = template(row.values) if has_tools(row.values) else row.values
         except BadRow as reason:
             row.report.drop(row.number, str(reason))
         else:
+            kept.append(row)
             fitted.append(Row(values, row.number, row.report, row.is_test))
-    return fitted
+    return kept, fitted
 
 
 # ---- What a person sees ----

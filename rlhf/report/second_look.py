@@ -145,9 +145,13 @@ def gain_sentence(expected: Facts) -> str:
         expected: `next` of `second_look`.
 
     >>> gain_sentence({"pairs": 200, "worth": 150.2, "labels": 1613.0})
-    '200 pairs are expected to add what 150 sure labels are worth, or what 1,613 more labels like these do.'
+    '200 pairs are expected to add what 150 sure labels are worth, or what 1,613 more labels like these do, on new pairs: \
+where votes are sure of a pair, its label says little.'
     """
-    likewise = "" if expected["labels"] is None else f", or what {expected['labels']:,.0f} more labels like these do"
+    sentence = f"{expected['pairs']} pairs are expected to add what {_count(expected['worth'])} sure labels are worth"
+    if expected["labels"] is None:
+        return f"{sentence}."
     return (
-        f"{expected['pairs']} pairs are expected to add what {expected['worth']:.0f} sure labels are worth{likewise}."
+        f"{sentence}, or what {expected['labels']:,.0f} more labels like these do, on new pairs: where votes are sure of a pair, "
+        "its label says little."
     )

@@ -109,6 +109,26 @@ def argilla_flat(record: dict[str, Any], side: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("form", ["studio", "argilla"])
+def test_an_export_of_which_a_part_is_labelled(tmp_path: Path, form: str) -> None:
+    """Tasks that nobody opened stand in the file as they were exported, or with an empty list of answers."""
+    if form == "studio":
+        tasks = export_questions(FIVE, "label-studio")
+        rows = [studio_task(0, tasks[0], "first"), *tasks[1:4], {**tasks[4], "annotations": []}]
+    else:
+        records = export_questions(FIVE, "argilla")
+        rows = [argilla_record(records[0], "first"), *records[1:4], {**records[4], "responses": {}}]
+    (tmp_path / "part.json").write_text(json.dumps(rows))
+    verdicts, refused = read_verdicts(str(tmp_path / "part.json"))
+    assert [(v.id, v.label) for v in verdicts] == [(FIVE[0].id, "first")]
+    assert [(r["row"], r["reason"], r["id"]) for r in refused] == [
+        (i + 1, "no label yet", FIVE[i].id) for i in range(1, 5)
+    ]
+    (tmp_path / "none.json").write_text(json.dumps(rows[1:4]))
+    verdicts, refused = read_verdicts(str(tmp_path / "none.json"))
+    assert (verdicts, {r["reason"] for r in refused}) == ([], {"no label yet"})
+
+
 @pytest.mark.parametrize("form", ["studio", "studio table", "argilla", "argilla flat"])
 def test_exports_of_the_tools_come_back_with_the_same_pairs_and_labels(tmp_path: Path, form: str) -> None:
     sides = ["first", "second", "second", "first", "second"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf.cli import app
+from rlhf.data.read import BadRow
 from rlhf.data.sources import Source, read_pairs
 from rlhf.errors import UserError
 from rlhf.files import read_jsonl, write_jsonl
@@ -104,11 +105,54 @@ def test_demonstrations_and_prompts_are_told_from_pairs(tmp_path: Path) -> None:
     assert described(Source(str(tmp_path / "sft.jsonl")))[1].endswith("read as demonstrations")
     assert described(Source(str(tmp_path / "prompts.jsonl")))[1].endswith("read as prompts")
     write_jsonl(tmp_path / "nothing.jsonl", [{"x": "a"}])
-    with pytest.raises(UserError, match=r"holds no usable row.*\n(.*\n)*.*--columns prompt=…,chosen=…,rejected=… \("):
+    with pytest.raises(
+        UserError,
+        match=r"holds no usable row.*\n(.*\n)*.*--columns prompt=…,chosen=…,rejected=…; .* --columns prompt=…,completion=… \(",
+    ):
         described(Source(str(tmp_path / "nothing.jsonl")))
     write_jsonl(tmp_path / "nothing.jsonl", [{"x": "a", "response_1": "b", "response_2": "c", "better": 1}])
-    with pytest.raises(UserError, match=r"say which is which: --columns prompt=…,preference=… \("):
+    with pytest.raises(UserError, match=r"say which is which: --columns prompt=…,preference=…; "):
         described(Source(str(tmp_path / "nothing.jsonl")))
+
+
+def test_prompts_beside_which_something_else_stands(tmp_path: Path) -> None:
+    """Answers under names that nobody knows are named, for a file of prompts alone is read from them without an error."""
+    file = tmp_path / "rated.jsonl"
+    write_jsonl(file, [{"prompt": "2 + 2?", "response": "four", "rating": 3, "id": "a"}])
+    (sentence,) = [line for line in described(Source(str(file))) if line.startswith("Of each row")]
+    assert "the prompt alone is read, and not `response`, `rating`." in sentence
+    assert "--columns completion=response;" in sentence
+    named = described(Source(str(file), columns={"completion": "response"}))
+    assert not [line for line in named if line.startswith("Of each row")]
+    assert "completion: four" in named
+
+    write_jsonl(file, [{"prompt": "2 + 2?", "out_a": "four", "out_b": "five", "better": "out_a"}])
+    (sentence,) = [line for line in described(Source(str(file))) if line.startswith("Of each row")]
+    assert "not `out_a`, `out_b`, `better`." in sentence
+    assert "--columns completion=…;" in sentence
+
+    write_jsonl(file, [{"prompt": "2 + 2?", "id": "a", "split": "train", "place": 3, "system": "Count."}])
+    assert not [line for line in described(Source(str(file))) if line.startswith("Of each row")]
+
+
+def test_rows_that_the_model_cannot_write_are_not_written(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    file, out = tmp_path / "tools.jsonl", tmp_path / "out.jsonl"
+    write_jsonl(file, [{"messages": turns}, {"messages": [turns[0], {"role": "assistant", "content": "four"}]}])
+
+    def refused(template: Any, row: Any) -> Any:
+        raise BadRow("this template writes no tool calls")
+
+    monkeypatch.setattr("rlhf.models.tools.ToolTemplate.__call__", refused)
+    said = described(Source(str(file)), model=str(base_folder), out=out)
+    assert f"{file} (demonstrations): 1 of 2 rows kept." in said
+    assert said[-1] == f"{out}: 1 demonstrations"
+    assert len(read_jsonl(out)) == 1
+    described(Source(str(file)), out=tmp_path / "all.jsonl")
+    assert len(read_jsonl(tmp_path / "all.jsonl")) == 2, "where no model is given, all rows are"
 
 
 def test_sources_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

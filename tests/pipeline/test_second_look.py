@@ -158,7 +158,7 @@ def test_verdicts_become_confidence_by_bayes_and_ties_stay(look: LookInCopy) -> 
     assert "Second look" in page
     assert "call the answers of 1 equal (kept as ties); 1 more are skipped." in page
     assert "The most suspicious pairs" in page
-    assert f"or what {facts['next']['labels']:,.0f} more labels like these do." in page
+    assert f"or what {facts['next']['labels']:,.0f} more labels like these do, on new pairs: " in page
 
     # The same verdicts need no second vote again; a larger budget asks about other pairs.
     assert [line for line in look.said if "vote again" in line] == [

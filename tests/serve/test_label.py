@@ -195,7 +195,7 @@ def test_two_people_label_twenty_pairs_by_keyboard(desk: tuple[str, LabelBook, d
             assert EVIL in texts, "it is shown as text"
             driver.save_screenshot(str(tmp_path / f"{name}-ask.png"))
             for i in range(20):
-                assert f"{i} by you" in driver.find_element(By.ID, "progress").text
+                assert f"{i} answered by you" in driver.find_element(By.ID, "progress").text
                 left = driver.find_element(By.ID, "left").text
                 good = Keys.ARROW_LEFT if left.startswith("good") else Keys.ARROW_RIGHT
                 press(driver, Keys.ARROW_DOWN if i == 7 and name == "ann" else good)
@@ -358,7 +358,7 @@ def test_control_questions_look_like_all_others_and_are_no_labels(tmp_path: Path
             shapes.add(
                 (len(form["id"]), form["id"][:3], tuple(sorted(form)), re.sub(r">[^<]*<", "><", page).count("<"))
             )
-            progress = re.search(r"(\d+) of (\d+) labelled, (\d+) by you", page)
+            progress = re.search(r"(\d+) of (\d+) labelled, (\d+) answered by you", page)
             assert progress is not None
             assert int(progress[3]) == by_you, "every answer counts one, whatever was asked"
             if name == "ann":
