@@ -5,13 +5,14 @@ Of every row a judge says how likely it is a win, f in [0, 1]; of some rows, dra
 """
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as students_t
+
+from rlhf.statistics import effective_count
 
 CONFIDENCE = 0.95
 FEWEST = 3  # labels below which a deviation is no estimate
@@ -49,7 +50,7 @@ def human_rate(human: Sequence[float], prompts: Prompts | None = None) -> Rate:
     """
     labels = np.asarray(human, dtype=float)
     clusters = range(len(labels)) if prompts is None else prompts.labelled
-    squares, count = _squares_by_prompt((labels - labels.mean()) / len(labels), clusters), _effective(clusters)
+    squares, count = _squares_by_prompt((labels - labels.mean()) / len(labels), clusters), effective_count(clusters)
     variance = squares * count / (count - 1) if count > 1 else math.inf
     return _with_interval(float(labels.mean()), variance, count - 1, 0.0)
 
@@ -108,15 +109,9 @@ def powered_rate(
         return _with_interval(mean, of_rest / n + (weight**2 * spread / rows if rows else 0.0), n - 2, weight)
     parts = [(rest - rest.mean()) / n, weight * (alone - alone.mean()) / rows if rows else alone]
     squares = _squares_by_prompt(np.concatenate(parts), [*prompts.labelled, *prompts.alone]) + contradicted / n**2
-    count = _effective(prompts.labelled)
+    count = effective_count(prompts.labelled)
     variance = squares * count / (count - 1 + 2 * weight) if count > FEWEST - 1 else math.inf
     return _with_interval(mean, variance, count - 2, weight)
-
-
-def _effective(prompts: Sequence[Hashable]) -> float:
-    """Return of how many prompts with equally many rows these rows are worth: ( Σ n_c )² / Σ n_c²."""
-    counts = Counter(prompts).values()
-    return sum(counts) ** 2 / sum(count**2 for count in counts)
 
 
 def _squares_by_prompt(parts: Array, prompts: Sequence[Hashable]) -> float:

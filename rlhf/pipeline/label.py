@@ -19,7 +19,7 @@ from rlhf.models.verdicts import load_verdict_model
 from rlhf.objectives.verdicts import first_is_better, turns_with_order
 from rlhf.pipeline.context import PAIRS, TEST_PAIRS, StageContext
 from rlhf.pipeline.sampling import QUESTIONS
-from rlhf.pipeline.true_reward import gold_differences, load_true_reward
+from rlhf.pipeline.true_reward import load_true_reward, wrong_labels
 from rlhf.progress import track
 from rlhf.statistics import clustered_share
 
@@ -73,10 +73,8 @@ def run_label(context: StageContext) -> dict[str, Any]:
     write_jsonl(context.folder / PAIRS, pooled)
 
     # 4. How many of the new labels are wrong, where that can be known.
-    gold = load_true_reward(context.recipe) if fresh else None
-    decided = [difference for difference in gold_differences(fresh, gold) or [] if difference != 0]
-    flip_rate = sum(difference < 0 for difference in decided) / len(decided) if decided else None
-    return {**facts, "fresh": len(fresh), "pairs": len(pooled), "flip_rate": flip_rate}
+    wrong = wrong_labels(fresh, load_true_reward(context.recipe)) if fresh else None
+    return {**facts, "fresh": len(fresh), "pairs": len(pooled), "flip_rate": wrong}
 
 
 def _weighted_by_age(rows: list[Pair], age_weight: float, of_round: int) -> list[Pair]:

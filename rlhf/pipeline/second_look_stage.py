@@ -34,7 +34,7 @@ from rlhf.pipeline.launch import number_of_processes
 from rlhf.pipeline.looked import EXPERT_ERROR, Looked, blind_questions, check_verdicts, count_opinions
 from rlhf.pipeline.sampling import QUESTIONS
 from rlhf.pipeline.store import CHECKPOINTS, POLL_SECONDS
-from rlhf.pipeline.true_reward import gold_differences, load_true_reward
+from rlhf.pipeline.true_reward import load_true_reward, wrong_labels
 from rlhf.pipeline.vote import vote, vote_again
 from rlhf.report.second_look import alarm, gain_sentence, joined_sentence, unused_confidence, unused_vote
 
@@ -97,7 +97,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
     _hand_on(context, made.pairs)
 
     # 4. Say it; and how many labels are wrong before and after, where that can be known.
-    counts, changed = looked.counts(), gains(known, looked)
+    counts, changed, gold = looked.counts(), gains(known, looked), load_true_reward(context.recipe)
     context.say(
         f"second look: {asked.count} pairs, {counts['asked']} in all rounds; experts agree with the label of {counts['agree']}, "
         f"contradict that of {counts['contradict']}; of {len(made.pairs)} pairs {made.flipped} are flipped."
@@ -118,7 +118,7 @@ def run_second_look(context: StageContext) -> dict[str, Any]:
         "joined": made.joined,
         "noise": asdict(known.noise) | {"low": known.low},
         **changed,
-        "flip_rate": {"before": _flip_rate(context, read), "after": _flip_rate(context, made.pairs)},
+        "flip_rate": {"before": wrong_labels(read, gold), "after": wrong_labels(made.pairs, gold)},
     }
 
 
@@ -246,12 +246,3 @@ def _ask(context: StageContext, questions: Sequence[Question]) -> tuple[list[Que
     asked, verdicts = book.questions(number), book.verdicts(number)
     check_verdicts(count_opinions(pairs, asked, verdicts), folder, asks_more=True)  # in the next round
     return asked, verdicts
-
-
-def _flip_rate(context: StageContext, pairs: Sequence[Pair]) -> float | None:
-    """Return the share of labels that contradict the true reward, of pairs where both say which answer is better; None where no
-    true reward is known."""
-    labelled = [pair for pair in pairs if pair.get("confidence") != TIE]
-    gold = gold_differences(labelled, load_true_reward(context.recipe))
-    decided = [difference for difference in gold or [] if difference != 0]
-    return sum(difference < 0 for difference in decided) / len(decided) if decided else None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rlhf.data.rows import SIDES, Pair, answer, asked
+from rlhf.data.rows import SIDES, TIE, Pair, answer, asked
 from rlhf.evaluation.gold import GoldFunction, load_gold
 from rlhf.lab.worlds import WORLDS
 from rlhf.models.text import plain
@@ -24,3 +24,13 @@ def gold_differences(rows: Sequence[Pair], gold: GoldFunction | None) -> list[fl
         gold([plain(asked(row, side)) for row in rows], [answer(row, side) for row in rows]) for side in SIDES
     )
     return [a - b for a, b in zip(chosen, rejected, strict=True)]
+
+
+def wrong_labels(pairs: Sequence[Pair], gold: GoldFunction | None) -> float | None:
+    """Return the share of labels that contradict the true reward, of pairs where both say which answer is better.
+
+    None where no true reward is known, or no pair is left.
+    """
+    labelled = [pair for pair in pairs if pair.get("confidence") != TIE]
+    decided = [difference for difference in gold_differences(labelled, gold) or [] if difference != 0]
+    return sum(difference < 0 for difference in decided) / len(decided) if decided else None

@@ -30,6 +30,7 @@ class Verdicts(NamedTuple):
         is_mixed: whether rows without a label stand before some with one, so that the order is not that of labelling.
         codes: columns whose numbers are 0 and 1 only, and so may be meant as numbers of answers.
         prompts: which rows have one `prompt`; a row without stands alone.
+        skipped: how many of the others somebody saw and gave no verdict on.
     """
 
     human: list[float]
@@ -38,6 +39,7 @@ class Verdicts(NamedTuple):
     is_mixed: bool
     codes: list[str]
     prompts: Prompts
+    skipped: int
 
 
 def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
         check_result_file(out, "--out", key="win_rate_any_look_ci")
 
     # 1. What the file says, and whether its labelled rows may be a random draw.
-    human, judge, alone, is_mixed, codes, prompts = read_verdicts(file)
+    human, judge, alone, is_mixed, codes, prompts, skipped = read_verdicts(file)
     if codes:
         say(
             f"{' and '.join(f'`{name}`' for name in codes)}: 1 is read as 'the first answer is better', and 0 as 'the second'. If "
@@ -99,6 +101,7 @@ def verdict(file: str, out: Path | None, *, say: Callable[[str], None]) -> dict[
         "judge_weight": by_both.judge_weight,
         "draw_z": surprise,
         "labelled_by_prompt": is_by_prompt,
+        "skipped": skipped,
     }
     for sentence in sentences(result):
         say(sentence)
@@ -142,6 +145,12 @@ def sentences(result: dict[str, Any]) -> list[str]:
     else:
         width = (interval[1] - interval[0]) / (people["rate_ci"][1] - people["rate_ci"][0])
         lines.append(f"The interval is {width:.2f} times as wide as that of people alone.")
+    if skipped := result["skipped"]:
+        lines.append(
+            f"{skipped} of the {skipped + result['labels']} rows that people saw were skipped, and count as rows that nobody saw. "
+            "Who skips the hard ones leaves no random draw: then the rate is of rows like those with a label, and no interval "
+            "here is one of all rows."
+        )
     any_look = result["win_rate_any_look_ci"]
     if result["labelled_by_prompt"]:
         lines.append(
@@ -179,6 +188,7 @@ def read_verdicts(file: str) -> Verdicts:
     human, of_labelled, alone = list[float](), list[float](), list[float]()
     prompts_labelled, prompts_alone = list[str](), list[str]()
     is_mixed = has_open = False
+    skipped = 0
     problems: list[str] = []
     numbers: dict[str, set[int | float]] = {"judge": set(), "label": set()}
     for number, row in read_rows(file, report):
@@ -198,7 +208,9 @@ def read_verdicts(file: str) -> Verdicts:
         elif label is None:
             alone.append(judge)
             prompts_alone.append(name)
-            has_open |= row.get("label") != "skip"  # who skips has seen the row in its turn
+            is_skipped = row.get("label") == "skip"
+            has_open |= not is_skipped  # who skips has seen the row in its turn
+            skipped += is_skipped
         else:
             is_mixed |= has_open
             human.append(label)
@@ -211,7 +223,7 @@ def read_verdicts(file: str) -> Verdicts:
     if problems:
         more = len(problems) - SHOWN
         raise UserError(problems[:SHOWN] + ([f"{file}: {more} more rows like these."] if more > 0 else []))
-    return Verdicts(human, of_labelled, alone, is_mixed, codes, Prompts(prompts_labelled, prompts_alone))
+    return Verdicts(human, of_labelled, alone, is_mixed, codes, Prompts(prompts_labelled, prompts_alone), skipped)
 
 
 def _value(verdict: object) -> float | None:

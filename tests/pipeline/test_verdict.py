@@ -206,6 +206,7 @@ def test_labels_in_the_order_of_the_data_are_drawn_in_another(tmp_path: Path) ->
     skipped[10]["label"] = "skip"
     verdict(written(tmp_path, skipped), None, say=said.append)
     assert not any("mixed" in sentence for sentence in said), "who skips has seen the row in its turn"
+    assert any(sentence.startswith("1 of the 40 rows that people saw were skipped") for sentence in said)
 
 
 @pytest.mark.parametrize("by_prompt", [True, False])

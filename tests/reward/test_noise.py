@@ -5,7 +5,7 @@ import torch
 
 from rlhf.objectives.strength import VoteStrength, posterior_confidence
 from rlhf.reward.denoise import DenoiseConfig, denoised
-from rlhf.reward.noise import estimate_noise
+from rlhf.reward.noise import estimate_noise, vote_grid
 from rlhf.statistics import auroc
 from tests.objectives.test_strength import rows
 
@@ -97,6 +97,18 @@ def test_repeated_prompts_prove_less() -> None:
     as_if_independent = estimate_noise(differences.repeat_interleave(6), range(6000))
     assert repeated.low == pytest.approx(once.low)
     assert as_if_independent.low > once.low + 0.01
+
+
+def test_verdicts_on_pairs_of_different_conversations_count_in_full() -> None:
+    """A second look asks about one pair of each; the 35 others of its conversation take nothing from the verdict."""
+    differences, _ = simulated(100, 0.1, sharpness=2.0)
+    odds = torch.where(torch.arange(100) % 3 == 0, 3.0, 0.0)
+    alone = vote_grid(differences, range(100), odds)
+    judged = torch.zeros(100, 36)
+    judged[:, 0] = odds
+    among = vote_grid(differences.repeat_interleave(36), [i // 36 for i in range(3600)], judged.flatten())
+    torch.testing.assert_close(among.verdicts, alone.verdicts)
+    torch.testing.assert_close(among.labels, alone.labels)
 
 
 def test_the_posterior_finds_planted_flips() -> None:
