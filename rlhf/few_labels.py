@@ -5,14 +5,13 @@ Of every row a judge says how likely it is a win, f in [0, 1]; of some rows, dra
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as students_t
-
-from rlhf.statistics import effective_count
 
 CONFIDENCE = 0.95
 FEWEST = 3  # labels below which a deviation is no estimate
@@ -112,6 +111,21 @@ def powered_rate(
     count = effective_count(prompts.labelled)
     variance = squares * count / (count - 1 + 2 * weight) if count > FEWEST - 1 else math.inf
     return _with_interval(mean, variance, count - 2, weight)
+
+
+def effective_count(prompts: Sequence[Hashable]) -> float:
+    """Return of how many prompts with equally many rows these rows are worth: ( Σ n_c )² / Σ n_c².
+
+    So many independent rows have a mean as uncertain as theirs, where the rows of a prompt are all alike (Kish 1965).
+
+    Special cases: rows of prompts of their own count one each, prompts of one size too; a large one among many small ones takes
+    away almost all.
+
+    >>> effective_count(range(9)), effective_count("aabbcc"), round(effective_count([*range(50), *["large"] * 50]), 2)
+    (9.0, 3.0, 3.92)
+    """
+    counts = Counter(prompts).values()
+    return sum(counts) ** 2 / sum(count**2 for count in counts)
 
 
 def _squares_by_prompt(parts: Array, prompts: Sequence[Hashable]) -> float:

@@ -1,7 +1,6 @@
 """Means with intervals, calibration and baselines. Rows of one prompt are not independent, so prompts are resampled."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypedDict
 
@@ -28,21 +27,6 @@ class PairedDifference(TypedDict):
     difference: float
     difference_ci: list[float] | None
     p_value: float
-
-
-def effective_count(clusters: Sequence[Hashable]) -> float:
-    """Return of how many clusters with equally many rows these rows are worth: ( Σ n_c )² / Σ n_c².
-
-    So many independent rows have a mean as uncertain as theirs, where rows of a cluster are all alike (Kish 1965).
-
-    Special cases: rows of their own count one each; clusters of one size count one each; a large one among many small ones
-    takes away almost all.
-
-    >>> effective_count(range(9)), effective_count("aabbcc"), round(effective_count([*range(50), *["large"] * 50]), 2)
-    (9.0, 3.0, 3.92)
-    """
-    counts = Counter(clusters).values()
-    return sum(counts) ** 2 / sum(count**2 for count in counts)
 
 
 def clustered_mean(

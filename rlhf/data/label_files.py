@@ -240,17 +240,15 @@ def is_untouched(row: object) -> bool:
     >>> is_untouched({"data": {"id": "7"}}), is_untouched({"data": {"id": "7"}, "annotations": []})
     (True, False)
     """
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) or "label" in row:
         return False
     is_open_task = isinstance(row.get("data"), dict) and "annotations" not in row
-    is_open_record = isinstance(row.get("fields"), dict) and "responses" not in row
-    return (is_open_task or is_open_record) and "label" not in row
+    return is_open_task or (isinstance(row.get("fields"), dict) and "responses" not in row)
 
 
 def _question_of(row: Mapping[str, Any]) -> str:
     """Return the id of the question that a task or a record shows; empty where it has none."""
-    data = row.get("data")
-    question = data.get("id") if isinstance(data, dict) else row.get("id")
+    question = (row["data"] if isinstance(row.get("data"), dict) else row).get("id")
     return "" if question is None else str(question)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rlhf.data.rows import TIE
 from rlhf.errors import UserError
+from rlhf.few_labels import effective_count
 from rlhf.objectives.second_look import DOUBTED
 from rlhf.objectives.strength import nearest_line, scale_prior
-from rlhf.statistics import best_temperature, clustered_share, effective_count
+from rlhf.statistics import best_temperature, clustered_share
 
 # Rates of which 0.1 % can be told from 0, and steps of 0.5 % above.
 RATES = torch.cat(
