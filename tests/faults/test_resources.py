@@ -172,7 +172,7 @@ def test_what_is_freed_of_a_finished_run_is_missed_by_nobody(copied_run: Path, c
     assert "3.0 MB were freed" in call("clean", "x", "--yes").stdout
     assert not any((run / name).exists() for name in planted)
     assert all((run / name).is_file() for name in own)
-    assert call("clean", "x", "--yes").stdout.split() == ["0.0", "MB", "were", "freed"]
+    assert "x: nothing to free" in " ".join(call("clean", "x", "--yes").stdout.split())
     # 3. Missed by nobody.
     for command in (
         ["run", "r.yaml", "--out", "x"],
