@@ -135,12 +135,6 @@ NEEDS = (
     ),
     Needs(
         "reward",
-        ("meta_pool", "meta_responses"),
-        lambda v: v["meta_samples"] is None,
-        "reward.meta_samples names the answers",
-    ),
-    Needs(
-        "reward",
         ("attributes", "rating_scale"),
         lambda v: v["objective"] in RATED or v.get("ratings_first", False),
         f"reward.objective is none of {', '.join(RATED)}, and reward.ratings_first is not true",

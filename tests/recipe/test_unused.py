@@ -159,12 +159,6 @@ def test_a_key_that_waits_for_another_is_named_without_it(tmp_path: Path, sectio
     load_recipe(recipe(tmp_path, **{section: {key: DEPENDENT[key], **MEANT[key]}}))
 
 
-def test_nothing_is_sampled_for_metarm_where_a_file_has_the_answers(tmp_path: Path) -> None:
-    file = recipe(tmp_path, reward={"meta": True, "meta_samples": "answers.jsonl", "meta_pool": 12})
-    with pytest.raises(UserError, match=r"meta_pool is 12, which is not used: reward\.meta_samples names the answers"):
-        load_recipe(file)
-
-
 @pytest.mark.parametrize(
     ("values", "switch"),
     [
