@@ -135,8 +135,10 @@ def _read(source: Source, compare_as: Compare) -> ReadFile:
 
 def _unread(source: Source, read: ReadFile) -> list[str]:
     """Say which columns of a file of bare prompts hold something else, which may be the answers; nothing where none does."""
+    if read.kind != "prompts" or read.no_pairs:
+        return []
     row = _first_row(source, read.rows[0].number)
-    if read.kind != "prompts" or read.no_pairs or not isinstance(row, Mapping):
+    if not isinstance(row, Mapping):
         return []
     texts = [turn["content"] for turn in read.rows[0].values["prompt"]]
     columns = [name for name in row if name not in (*EXTRAS, "split")]

@@ -32,5 +32,7 @@ def wrong_labels(pairs: Sequence[Pair], gold: GoldFunction | None) -> float | No
     None where no true reward is known, or no pair is left.
     """
     labelled = [pair for pair in pairs if pair.get("confidence") != TIE]
+    if not labelled:  # a function of somebody's own need not take nothing
+        return None
     decided = [difference for difference in gold_differences(labelled, gold) or [] if difference != 0]
     return sum(difference < 0 for difference in decided) / len(decided) if decided else None
